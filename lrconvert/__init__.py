@@ -1,0 +1,62 @@
+"""lrconvert makes LoRA adapters 10 to 100 times smaller, with the loss measured.
+
+    import lrconvert
+    lora = lrconvert.load_lora("my-adapter")
+    result = lrconvert.convert(lora, "vblora", target_ratio=50)
+    lrconvert.write(result.compact, "my-adapter.lrc")
+
+Importing this package is cheap: the verbs live in `lrconvert.api` and are loaded at first use; torch and transformers
+only by what computes with them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.0.1"
+__all__ = [
+    "Conversion",
+    "LrcError",
+    "compare",
+    "convert",
+    "export",
+    "inspect",
+    "load",
+    "load_lora",
+    "merge",
+    "read",
+    "validate",
+    "write",
+]
+
+if TYPE_CHECKING:
+    from lrconvert.api import (
+        Conversion,
+        compare,
+        convert,
+        export,
+        inspect,
+        load,
+        load_lora,
+        merge,
+        read,
+        validate,
+        write,
+    )
+    from lrconvert.errors import LrcError
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LrcError":
+        from lrconvert.errors import LrcError
+
+        return LrcError
+    if name in __all__:
+        from lrconvert import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'lrconvert' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,312 @@
+"""The verbs: the same as the commands of the CLI, as typed functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import ntpath
+import posixpath
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+from lrconvert import dtypes, file, report, targets
+from lrconvert import merge as merging
+from lrconvert import validate as validation
+from lrconvert.adapter import CompactAdapter, ExtraTensor, LoraAdapter, Provenance, Target
+from lrconvert.container import open_checkpoint
+from lrconvert.durable import atomic_directory, check_output
+from lrconvert.errors import BudgetError, EmptyAdapterError, LrcError, OptionError
+from lrconvert.exporters import base as exporters
+from lrconvert.fingerprint import fingerprint
+from lrconvert.merge import MergeReport
+from lrconvert.methods import base as methods
+from lrconvert.methods.base import Budget, FitContext
+from lrconvert.readers import base as readers
+from lrconvert.report import Fidelity
+from lrconvert.validate import Validation
+
+AnyPath = str | PathLike[str]
+Progress = Callable[[float, str], None]
+ExtraDtype = Literal["F32", "F16", "BF16"]
+
+
+def _silent(fraction: float, text: str) -> None:
+    """The progress callback of a caller who wants none."""
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def load_lora(path: AnyPath) -> LoraAdapter:
+    """The LoRA at `path`: a folder or file in any layout that a reader knows.
+
+    Raises E-LAYOUT if none does, and the reader's own refusals (an `LrcError` with a stable code each).
+    """
+    return readers.load(Path(path))
+
+
+def load(path: AnyPath) -> LoraAdapter | CompactAdapter:
+    """A LoRA in any known layout, or the compact adapter of an lrconvert file."""
+    where = Path(path)
+    return file.read(where) if where.is_file() and file.is_lrconvert(where) else readers.load(where)
+
+
+def read(path: AnyPath) -> CompactAdapter:
+    """The compact adapter of an lrconvert file, every rule checked. Raises the first finding of `validate`."""
+    return file.read(Path(path))
+
+
+def write(compact: CompactAdapter, path: AnyPath, *, overwrite: bool = False) -> file.Sizes:
+    """Write an lrconvert file, atomically. The same content gives the same bytes everywhere. Returns its sizes."""
+    return file.write(compact, Path(path), overwrite=overwrite)
+
+
+def inspect(path: AnyPath) -> dict[str, Any]:
+    """What an adapter is, as JSON values: ``targets`` (shapes, ranks, spectra), bytes, extras, base hint, warnings."""
+    adapter = load(path)
+    return report.inspect_lora(adapter) if isinstance(adapter, LoraAdapter) else report.inspect_compact(adapter)
+
+
+def validate(path: AnyPath, *, base: AnyPath | None = None) -> Validation:
+    """Check an lrconvert file, and against its base if one is given; every finding is in the result."""
+    return validation.validate(Path(path), None if base is None else Path(base))
+
+
+# --- converting -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A planned or finished conversion. `compact` has no tensors and `fidelity` is None after a dry run; `sizes` are
+    exact either way."""
+
+    compact: CompactAdapter
+    sizes: file.Sizes
+    source_bytes: int
+    fidelity: Fidelity | None
+    warnings: tuple[str, ...]
+
+    @property
+    def ratio(self) -> float:
+        """Source factors at 16 bit over the file's bytes, extras counted on neither side."""
+        return self.source_bytes / self.sizes.adapter
+
+
+def convert(
+    lora: LoraAdapter,
+    method: str,
+    *,
+    target_size: int | None = None,
+    target_ratio: float | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    base: AnyPath | None = None,
+    extra_dtype: ExtraDtype | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    dry_run: bool = False,
+    progress: Progress = _silent,
+    **options: Any,
+) -> Conversion:
+    """Refit `lora` into the compact form `method` ("vblora", "lowrank", ...).
+
+    `target_size` (bytes) or `target_ratio` (factors at 16 bit over our bytes) bound the file without its extra tensors;
+    without either, and without any of the method's own options, a method takes its default ratio. `include` and
+    `exclude` are regular expressions searched in target names. `base` settles the orientation of square weights and
+    adds the digest of its contents. `options` are fields of the method's ``Options``.
+
+    Raises E-BUDGET (with the smallest possible size), E-OPTION, E-EMPTY, E-BASE, E-ORIENT.
+    """
+    form = methods.get(method)
+    chosen = _options(form, options)
+    lora, warnings = _select(lora, include, exclude)
+    content = ""
+    if base is not None:
+        lora, content = _settle(lora, Path(base))
+    budget_bytes = _budget_bytes(lora, target_size, target_ratio, None if options else form.default_ratio)
+    skeleton = CompactAdapter(
+        method=form.id,
+        config=None,
+        targets=lora.shapes(),
+        tensors={},
+        extras=tuple(_cast_extra(extra, extra_dtype) for extra in lora.extras),
+        provenance=_provenance(lora.provenance),
+        base=replace(fingerprint(lora.shapes()), content=content),
+    )
+    context = FitContext(seed, device, progress)
+    budget = None
+    if budget_bytes is not None:
+        budget = Budget(budget_bytes, lambda config: file.sizes(replace(skeleton, config=config)).adapter)
+    config = form.plan(lora, chosen, budget, context)
+    planned = replace(skeleton, config=config)
+    sizes = file.sizes(planned)
+    if dry_run:
+        return Conversion(planned, sizes, lora.half_bytes, None, warnings)
+    compact = replace(planned, tensors=form.fit(lora, config, context))
+    fidelity = report.fidelity(lora, compact)
+    compact = _with_captured(compact, fidelity.captured)
+    return Conversion(compact, sizes, lora.half_bytes, fidelity, warnings)
+
+
+def _options(form: methods.Method, options: dict[str, Any]) -> Any:
+    known = {field.name for field in dataclasses.fields(form.Options)}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise OptionError(f"{form.id} has no option {unknown[0]!r}", fix=f"it has: {', '.join(sorted(known))}")
+    return form.Options(**options)
+
+
+def _select(
+    lora: LoraAdapter, include: Sequence[str], exclude: Sequence[str]
+) -> tuple[LoraAdapter, tuple[str, ...]]:
+    """The LoRA with the targets that the patterns choose, and its warnings, the left-out targets named."""
+    try:
+        wanted, unwanted = [[re.compile(p) for p in patterns] for patterns in (include, exclude)]
+    except re.error as error:
+        raise OptionError(f"--include / --exclude: {error.pattern!r} is not a regular expression: {error}") from None
+    kept = tuple(
+        pair
+        for pair in lora.targets
+        if (not wanted or any(p.search(pair.target.name) for p in wanted))
+        and not any(p.search(pair.target.name) for p in unwanted)
+    )
+    if not kept:
+        raise EmptyAdapterError("--include and --exclude leave no target")
+    warnings = lora.warnings
+    if len(kept) < len(lora.targets):
+        left_out = next(pair.target.name for pair in lora.targets if pair not in kept)
+        count = len(lora.targets) - len(kept)
+        warnings += (f"{count} of {len(lora.targets)} targets are left out as asked, {left_out} for one",)
+    return replace(lora, targets=kept), warnings
+
+
+def _settle(lora: LoraAdapter, base: Path) -> tuple[LoraAdapter, str]:
+    """The LoRA with shapes and views as the base stores them, and the digest of the base's contents.
+
+    Names stay those of the adapter: they are what a model in memory uses, whatever prefix the base was saved with.
+    """
+    with open_checkpoint(base) as checkpoint:
+        found = targets.resolve(lora, checkpoint)
+        content = checkpoint.content_digest()
+    pairs = [
+        replace(pair, target=Target(pair.target.name, there.target.shape, there.target.view))
+        for pair, there in zip(lora.targets, found.targets, strict=True)
+    ]
+    return replace(lora, targets=tuple(sorted(pairs, key=lambda pair: pair.target))), content
+
+
+def _budget_bytes(lora: LoraAdapter, size: int | None, ratio: float | None, default_ratio: int | None) -> int | None:
+    if size is not None and ratio is not None:
+        raise OptionError("--target-size and --target-ratio exclude each other")
+    if (size is not None and size <= 0) or (ratio is not None and not ratio > 0):
+        raise BudgetError("a size or ratio of zero or less cannot be reached")
+    if size is not None:
+        return size
+    wanted = ratio if ratio is not None else default_ratio
+    return None if wanted is None else int(lora.half_bytes / wanted)
+
+
+def _cast_extra(extra: ExtraTensor, dtype: ExtraDtype | None) -> ExtraTensor:
+    """An extra in a narrower float dtype; untouched without `dtype`, or if it is not wider than that."""
+    if dtype is None or extra.dtype not in dtypes.FLOATS or dtypes.itemsize(extra.dtype) <= dtypes.itemsize(dtype):
+        return extra
+    import numpy as np
+
+    values = dtypes.decode(np.frombuffer(extra.data, dtypes.STORAGE[extra.dtype]), extra.dtype)
+    return replace(extra, dtype=dtype, data=dtypes.round_to(values, dtype).tobytes())
+
+
+def _provenance(source: Provenance) -> Provenance:
+    """The source's provenance without private paths, with room for the captured share (filled in after the fit)."""
+    hint = source.base_model
+    if posixpath.isabs(hint) or ntpath.isabs(hint):
+        hint = ntpath.basename(hint.rstrip("/\\"))
+    return replace(source, base_model=hint, fields={**source.fields, "captured": _share(0.0)})
+
+
+def _share(value: float) -> str:
+    """A share as text of fixed width, so that sizes are known before it is."""
+    return f"{min(max(value, 0.0), 1.0):.4f}"
+
+
+def _with_captured(compact: CompactAdapter, captured: float) -> CompactAdapter:
+    came = compact.provenance
+    return replace(compact, provenance=replace(came, fields={**came.fields, "captured": _share(captured)}))
+
+
+# --- comparing, exporting, merging ----------------------------------------------------------------------------------
+
+
+def compare(source: AnyPath | LoraAdapter, files: Sequence[AnyPath | CompactAdapter]) -> list[Fidelity]:
+    """Measure lrconvert files against the LoRA they came from: captured energy per target and in total, bytes, ratio.
+
+    Raises E-BASE if a file's targets are not the source's.
+    """
+    lora = source if isinstance(source, LoraAdapter) else load_lora(source)
+    found = []
+    for item in files:
+        try:
+            found.append(report.fidelity(lora, item if isinstance(item, CompactAdapter) else read(item)))
+        except LrcError as error:
+            raise (error if isinstance(item, CompactAdapter) else error.at(item)) from None
+    return found
+
+
+def export(
+    adapter: AnyPath | CompactAdapter,
+    out: AnyPath,
+    *,
+    to: str,
+    source: AnyPath | LoraAdapter | None = None,
+    keep_ranks: bool = False,
+    dtype: str = "F32",
+    overwrite: bool = False,
+    command: str = "",
+) -> list[str]:
+    """Write `adapter` as a folder that other tools load: `to` is "peft-lora" or "peft-vblora".
+
+    `source` (the LoRA it came from) adds the error table to the model card. Returns the names of the files written.
+    Raises E-EXPORT for what the target format cannot express.
+    """
+    exporter = exporters.get(to)
+    compact = adapter if isinstance(adapter, CompactAdapter) else read(adapter)
+    fidelity = None if source is None else compare(source, [compact])[0]
+    check_output(Path(out), overwrite)
+    options = exporters.ExportOptions(keep_ranks=keep_ranks, dtype=dtype, command=command)
+    files = exporter.files(compact, options, fidelity)
+    with atomic_directory(Path(out), overwrite=overwrite) as folder:
+        for name, chunks in files.items():
+            with folder.create(name) as handle:
+                for chunk in chunks:
+                    handle.write(chunk)
+    return sorted(files)
+
+
+def merge(
+    base: AnyPath,
+    adapter: AnyPath | LoraAdapter | CompactAdapter,
+    out: AnyPath,
+    *,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    allow_no_op: bool = False,
+    progress: Progress = _silent,
+) -> MergeReport:
+    """Bake an adapter (lrconvert file, LoRA folder, or loaded) into a copy of a base at `out`, correctly rounded.
+
+    Every element of the result is the value of the base's dtype nearest to the exact ``W + scale * B @ A``. Raises
+    E-BASE, E-ORIENT, E-FPR (the file was made for other contents), E-PLACE, E-NO-EFFECT, E-OVERFLOW, E-BASE-QUANT.
+    """
+    loaded = adapter if isinstance(adapter, (LoraAdapter, CompactAdapter)) else load(adapter)
+    return merging.merge(
+        Path(base),
+        [loaded],
+        Path(out),
+        overwrite=overwrite,
+        dry_run=dry_run,
+        allow_no_op=allow_no_op,
+        progress=progress,
+    )

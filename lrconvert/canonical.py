@@ -1,0 +1,87 @@
+"""The canonical form of a LoRA: gauge-free factors by thin QR and the SVD of an r x r core.
+
+(B G, G^-1 A) is the same update for every invertible G. Fits, budgets and scores work on the one form that does not
+depend on the stored coordinates: ``scale * B @ A = U diag(s) Vt`` with orthonormal U (out, r), Vt (r, in). The dense
+update (out, in) is never formed: for a 4096 x 4096 target of rank 16 that is some thousand times less work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lrconvert.adapter import LoraAdapter, LoraTarget
+from lrconvert.dtypes import F64, Array, Stored, round_to
+
+
+@dataclass(frozen=True)
+class Factors:
+    """``U @ diag(s) @ Vt``: U (out, k), s (k,) descending, Vt (k, in), float64, k = min(r, out, in).
+
+    In every column of U the entry of largest magnitude is positive (the first of equals), which fixes the signs.
+    """
+
+    U: F64
+    s: F64
+    Vt: F64
+
+
+def svd(pair: LoraTarget) -> Factors:
+    """The SVD of ``scale * B @ A`` from its factors: two thin QRs and an SVD of r x r."""
+    q_out, r_out = np.linalg.qr(pair.B.astype(np.float64))
+    q_in, r_in = np.linalg.qr(pair.A.T.astype(np.float64))
+    u, s, vt = np.linalg.svd(pair.scale * (r_out @ r_in.T))
+    rank = len(s)
+    left = q_out @ u[:, :rank]
+    right = vt[:rank] @ q_in.T
+    peak = np.argmax(np.abs(left), axis=0)
+    sign = np.where(left[peak, np.arange(rank)] < 0, -1.0, 1.0)
+    return Factors(left * sign, s, right * sign[:, None])
+
+
+def singular_values(pair: LoraTarget) -> F64:
+    """Singular values of ``scale * B @ A``, descending, without forming U and Vt."""
+    r_out = np.linalg.qr(pair.B.astype(np.float64), mode="r")
+    r_in = np.linalg.qr(pair.A.T.astype(np.float64), mode="r")
+    return np.linalg.svd(pair.scale * (r_out @ r_in.T), compute_uv=False)
+
+
+def energy_rank(s: F64, share: float) -> int:
+    """The smallest rank whose squared singular values hold `share` of the total; 0 for an all-zero update."""
+    total = np.cumsum(s * s)
+    if len(s) == 0 or total[-1] == 0.0:
+        return 0
+    return int(min(np.searchsorted(total, share * total[-1] * (1 - 1e-12)) + 1, len(s)))
+
+
+def balanced(factors: Factors, rank: int | None = None) -> tuple[F64, F64]:
+    """(A (k, in), B (out, k)) with ``B @ A`` the update cut to `rank`; the singular values split as square roots."""
+    k = len(factors.s) if rank is None else min(rank, len(factors.s))
+    root = np.sqrt(factors.s[:k])
+    return root[:, None] * factors.Vt[:k], factors.U[:, :k] * root
+
+
+def canonicalize(lora: LoraAdapter) -> LoraAdapter:
+    """The same update in canonical coordinates: per target balanced SVD factors in float32, scale 1."""
+    targets = []
+    for pair in lora.targets:
+        a, b = balanced(svd(pair))
+        stored_a, stored_b = Stored("F32", round_to(a, "F32")), Stored("F32", round_to(b, "F32"))
+        targets.append(LoraTarget(pair.target, stored_a, stored_b, 1.0))
+    return replace(lora, targets=tuple(targets))
+
+
+def distance(pair: LoraTarget, a: Array, b: Array) -> tuple[float, float]:
+    """(||delta - b @ a||^2, ||delta||^2) for delta = scale * B @ A, in the Frobenius norm, by stacked thin QRs.
+
+    `a` is (k, in), `b` (out, k). Exact to rounding even when the two agree closely: the difference is formed in the
+    (r + k)-dimensional core, not as a difference of large norms.
+    """
+    A, B = pair.A.astype(np.float64), pair.B.astype(np.float64)
+    r = A.shape[0]
+    r_out = np.linalg.qr(np.concatenate([B, b.astype(np.float64)], axis=1), mode="r")
+    r_in = np.linalg.qr(np.concatenate([A, a.astype(np.float64)], axis=0).T, mode="r")
+    theirs = pair.scale * (r_out[:, :r] @ r_in[:, :r].T)
+    ours = r_out[:, r:] @ r_in[:, r:].T
+    return float(np.sum((theirs - ours) ** 2)), float(np.sum(theirs**2))

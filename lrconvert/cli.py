@@ -1,0 +1,385 @@
+"""The command line: each command parses, calls the API, and renders text or JSON.
+
+Exit 0 done, 1 refused or failed (one line: code, file, what, what to do), 2 usage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lrconvert import __version__
+from lrconvert.errors import EXIT_REFUSED, LrcError
+
+SCHEMA_VERSION = 1
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+
+
+class ByteSize(click.ParamType):
+    """A size such as 200KB, 1.5MiB or 4096. KB = 1000 bytes, KiB = 1024."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        text = str(value).strip().lower()
+        number = text.rstrip("bikmg")
+        try:
+            return int(float(number) * _UNITS[text[len(number) :].strip()])
+        except (ValueError, KeyError, OverflowError):
+            self.fail(f"{value!r} is not a size; write 200KB, 1.5MiB or 4096", param, ctx)
+
+
+class Group(click.Group):
+    """Commands in the order of a user's work; converter commands are found by scanning the methods."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for name in self.commands if name != "merge"]
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="lrconvert")
+def cli() -> None:
+    """Make LoRA adapters 10 to 100 times smaller, with the loss measured.
+
+    Every command takes -h. Sizes: 1 KB = 1000 bytes. Exit status: 0 done, 1 refused or failed, 2 usage.
+    """
+
+
+def main() -> None:
+    """Run the CLI; our errors become one line on stderr and exit status 1."""
+    try:
+        cli(standalone_mode=False)
+    except LrcError as error:
+        click.echo(str(error), err=True)
+        sys.exit(EXIT_REFUSED)
+    except click.exceptions.Abort:
+        click.echo("aborted", err=True)
+        sys.exit(130)
+    except click.exceptions.Exit as end:
+        sys.exit(end.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(EXIT_REFUSED)
+
+
+# --- shared options and output --------------------------------------------------------------------------------------
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+_overwrite = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
+_quiet = click.option("-q", "--quiet", is_flag=True, help="No progress bar, no report.")
+_verbose = click.option("-v", "--verbose", is_flag=True, help="One line per target.")
+_source = click.argument("source", type=click.Path(path_type=Path))
+
+
+def _emit(value: dict[str, Any]) -> None:
+    click.echo(json.dumps({"schema": SCHEMA_VERSION, **value}, indent=1, ensure_ascii=False))
+
+
+def _warn(warnings: typing.Iterable[str]) -> None:
+    for line in warnings:
+        click.echo(f"warning: {line}", err=True)
+
+
+@contextmanager
+def _progress(title: str, quiet: bool) -> Iterator[Callable[[float, str], None]]:
+    """A progress callback drawn by tqdm on stderr; silent when quiet or not on a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda fraction, text: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=100, desc=title, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
+
+        def update(fraction: float, text: str) -> None:
+            bar.set_postfix_str(text[-40:], refresh=False)
+            bar.update(min(int(100 * fraction), 100) - bar.n)
+
+        yield update
+
+
+def _command_line() -> str:
+    """What the user typed, without private folders: only the last part of each path."""
+    words = [Path(w).name if "/" in w else w for w in sys.argv[1:]]
+    return shlex.join(["lrconvert", *words])
+
+
+# --- looking --------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@_source
+@_json
+def inspect(source: Path, as_json: bool) -> None:
+    """Show what an adapter is: targets, ranks, spectrum, bytes. Any LoRA layout, and lrconvert files."""
+    from lrconvert import api, render
+
+    found = api.inspect(source)
+    if as_json:
+        _emit({"path": str(source), **found})
+        return
+    click.echo(render.inspection(str(source), found))
+    _warn(found["warnings"])
+
+
+@cli.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--base", type=click.Path(path_type=Path), help="Model folder; its names, shapes and contents are checked.")
+@_json
+def validate(files: tuple[Path, ...], base: Path | None, as_json: bool) -> None:
+    """Check lrconvert files; prints every finding and exits 1 if there is any."""
+    from lrconvert.validate import validate as check
+
+    results = [check(path, base) for path in files]
+    if as_json:
+        _emit({"ok": all(r.ok for r in results), "files": [{**dataclasses.asdict(r), "ok": r.ok} for r in results]})
+    else:
+        for result in results:
+            for finding in result.findings:
+                click.echo(f"{finding.message} [{finding.level}]")
+            if result.ok:
+                facts = result.summary
+                click.echo(f"ok: {result.path}: {facts['method']}, {facts['targets']} targets, {facts['bytes']:,} bytes")
+    if not all(r.ok for r in results):
+        raise click.exceptions.Exit(EXIT_REFUSED)
+
+
+@cli.command()
+@_source
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@_verbose
+@_json
+def compare(source: Path, files: tuple[Path, ...], verbose: bool, as_json: bool) -> None:
+    """Measure lrconvert FILES against the LoRA SOURCE they came from: captured energy, bytes, ratio."""
+    from lrconvert import api, render
+
+    found = api.compare(source, files)
+    if as_json:
+        rows = [{"path": str(p), **render.fidelity_json(f)} for p, f in zip(files, found, strict=True)]
+        _emit({"source": str(source), "files": rows})
+        return
+    click.echo(render.comparison([(p.name, f) for p, f in zip(files, found, strict=True)], verbose))
+
+
+# --- converting -----------------------------------------------------------------------------------------------------
+
+
+def _method_options(options: type[Any], fixed: typing.Mapping[str, Any]) -> list[click.Option]:
+    """Click options from the fields of a method's Options. All default to "not given": the method's own default."""
+    found = []
+    hints = typing.get_type_hints(options)
+    for field in dataclasses.fields(options):
+        if field.name in fixed:
+            continue
+        kinds = [k for k in _members(hints[field.name]) if k is not type(None)]
+        choices = field.metadata.get("choices")
+        flag = "--" + field.name.replace("_", "-")
+        shown = field.metadata["help"] + ("" if field.default is None else f"  [default: {field.default}]")
+        if kinds == [bool]:
+            found.append(click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=shown))
+        else:
+            found.append(click.Option([flag], type=click.Choice(choices) if choices else kinds[0], help=shown))
+    return found
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _common_options() -> list[click.Parameter]:
+    path = click.Path(path_type=Path)
+    return [
+        click.Argument(["source"], type=path),
+        click.Option(["-o", "--output"], type=path, help="The file to write (required unless --dry-run)."),
+        click.Option(
+            ["--target-size"], type=ByteSize(), help="At most this many bytes without extra tensors, e.g. 200KB."
+        ),
+        click.Option(["--target-ratio"], type=float, help="At least this many times smaller than the factors at 16 bit."),
+        click.Option(["--include"], multiple=True, help="Only targets whose name this pattern finds; repeatable."),
+        click.Option(["--exclude"], multiple=True, help="No targets whose name this pattern finds; repeatable."),
+        click.Option(["--base"], type=path, help="Base model folder: settles orientations, records its digest."),
+        click.Option(
+            ["--extra-dtype"],
+            type=click.Choice(["F32", "F16", "BF16"]),
+            help="Narrow extra tensors (heads) to this dtype; carried byte for byte otherwise.",
+        ),
+        click.Option(["--seed"], type=int, default=0, show_default=True, help="Seed of the fit."),
+        click.Option(
+            ["--device"],
+            type=click.Choice(["auto", "cpu", "cuda"]),
+            default="auto",
+            show_default=True,
+            help="Where the fit computes.",
+        ),
+        click.Option(["--dry-run"], is_flag=True, help="Print the plan and the exact size; write nothing."),
+        click.Option(["--overwrite"], is_flag=True, help="Replace the output if it exists."),
+        click.Option(["-q", "--quiet"], is_flag=True, help="No progress bar, no report."),
+        click.Option(["-v", "--verbose"], is_flag=True, help="One line per target."),
+        click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object instead of text."),
+    ]
+
+
+def _converter(method_id: str, command: Any, options: type[Any]) -> click.Command:
+    """The command of a method."""
+    own = _method_options(options, command.fixed)
+    own_names = [option.name for option in own]
+
+    def run(**given: Any) -> None:
+        chosen = {name: value for name in own_names if name and (value := given.pop(name)) is not None}
+        _convert(method_id, {**command.fixed, **chosen}, **given)
+
+    params = _common_options()
+    params[2:2] = own  # after source and output
+    return click.Command(command.name, params=params, callback=run, help=command.help, short_help=command.help)
+
+
+def _convert(
+    method: str,
+    options: dict[str, Any],
+    *,
+    source: Path,
+    output: Path | None,
+    dry_run: bool,
+    overwrite: bool,
+    quiet: bool,
+    verbose: bool,
+    as_json: bool,
+    device: str,
+    **common: Any,
+) -> None:
+    from lrconvert import api, render
+    from lrconvert.durable import check_output
+
+    if output is None and not dry_run:
+        raise click.UsageError("Missing option '-o' / '--output'.")
+    if output is not None:
+        check_output(output, overwrite, inputs=[source])
+    lora = api.load_lora(source)
+    with _progress(f"lora-to-{method}", quiet or as_json) as progress:
+        done = api.convert(lora, method, dry_run=dry_run, device=_device(device), progress=progress, **common, **options)
+    if output is not None and not dry_run:
+        api.write(done.compact, output, overwrite=overwrite)
+    if as_json:
+        _emit({"source": str(source), "output": None if dry_run else str(output), **render.conversion_json(done)})
+        return
+    _warn(done.warnings)
+    if not quiet:
+        click.echo(render.conversion(str(source), None if dry_run else str(output), done, verbose))
+
+
+def _device(name: str) -> str:
+    """`auto` means CUDA if torch has been asked for and sees a GPU; plain CPU fits need no torch, so it is not loaded
+    to find out where no driver is installed."""
+    if name != "auto":
+        return name
+    if not (Path("/proc/driver/nvidia").exists() or Path("/dev/nvidia0").exists()):
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _add_converters() -> None:
+    from lrconvert.methods import base as methods
+
+    for method in methods.all_methods():
+        for command in method.commands:
+            cli.add_command(_converter(method.id, command, method.Options))
+
+
+# --- going out ------------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
+@click.option("--to", required=True, help="peft-lora or peft-vblora.")
+@click.option("--source", type=click.Path(path_type=Path), help="The LoRA it came from: adds the error table to the card.")
+@click.option("--keep-ranks", is_flag=True, help="Write rank_pattern and alpha_pattern instead of one padded rank.")
+@click.option("--dtype", type=click.Choice(["F32", "F16", "BF16"]), default="F32", show_default=True, help="Of the factors.")
+@_overwrite
+@_quiet
+def export(
+    file: Path, output: Path, to: str, source: Path | None, keep_ranks: bool, dtype: str, overwrite: bool, quiet: bool
+) -> None:
+    """Write an lrconvert FILE as a folder that other tools load."""
+    from lrconvert import api
+
+    names = api.export(
+        file,
+        output,
+        to=to,
+        source=source,
+        keep_ranks=keep_ranks,
+        dtype=dtype,
+        overwrite=overwrite,
+        command=_command_line(),
+    )
+    if not quiet:
+        click.echo(f"wrote {output}: {', '.join(names)}")
+
+
+@click.command("merge-into-base")
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The model folder to write.")
+@click.option("--dry-run", is_flag=True, help="Print what would be written; write nothing.")
+@click.option("--allow-no-op", is_flag=True, help="Write a copy of the base even if the adapter changes nothing.")
+@_overwrite
+@_quiet
+@_verbose
+@_json
+def merge_into_base(
+    base: Path,
+    adapter: Path,
+    output: Path,
+    dry_run: bool,
+    allow_no_op: bool,
+    overwrite: bool,
+    quiet: bool,
+    verbose: bool,
+    as_json: bool,
+) -> None:
+    """Bake ADAPTER (lrconvert file or LoRA folder) into a copy of the model folder BASE, correctly rounded."""
+    from lrconvert import api, render
+
+    with _progress("merge", quiet or as_json) as progress:
+        report = api.merge(
+            base, adapter, output, overwrite=overwrite, dry_run=dry_run, allow_no_op=allow_no_op, progress=progress
+        )
+    if as_json:
+        _emit({"base": str(base), "adapter": str(adapter), "output": str(output), **render.merge_json(report)})
+    elif not quiet:
+        click.echo(render.merging(str(output), report, verbose))
+
+
+@click.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Keep the files in this new folder.")
+def demo(output: Path | None) -> None:
+    """Run the whole pipeline on the bundled model and LoRA, and print what it measures."""
+    from lrconvert.demo.run import run
+
+    run(output, click.echo)
+
+
+_add_converters()
+for _command in (export, merge_into_base, demo):
+    cli.add_command(_command)
+cli.add_command(merge_into_base, "merge")
+
+if __name__ == "__main__":
+    main()

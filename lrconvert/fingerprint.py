@@ -1,0 +1,25 @@
+"""What identifies a base: a digest over target names and shapes, and one over all contents."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+from lrconvert.adapter import BaseFingerprint, Target
+from lrconvert.container import Checkpoint
+
+
+def names_digest(targets: Iterable[Target]) -> str:
+    """sha256 in hex over the sorted (name, stored shape) list of the targets' parameters."""
+    digest = hashlib.sha256()
+    for name, shape in sorted({(t.name, t.shape) for t in targets}):
+        encoded = name.encode()
+        digest.update(len(encoded).to_bytes(8, "little") + encoded + len(shape).to_bytes(8, "little"))
+        for n in shape:
+            digest.update(n.to_bytes(8, "little"))
+    return digest.hexdigest()
+
+
+def fingerprint(targets: Iterable[Target], checkpoint: Checkpoint | None = None) -> BaseFingerprint:
+    """The fingerprint of a base; its content is digested (every byte read) if a checkpoint is given."""
+    return BaseFingerprint(names_digest(targets), checkpoint.content_digest() if checkpoint else "")

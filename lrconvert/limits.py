@@ -1,0 +1,55 @@
+"""Every cap in one place, each with its reason. Nothing is allocated before its size was checked against these.
+
+Two profiles (decision: strict for our own files, roomy for what other tools write): `OWN` and `FOREIGN`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+MAX_INT = 2**53 - 1  # the largest integer that every JSON reader keeps exact
+MAX_DIM = 2**31 - 1  # the largest dimension an int32 kernel can index
+MAX_RANK = 4096  # above any LoRA seen; a rank beyond it is a full matrix in disguise
+MAX_EXPAND_BYTES = 64 * GIB  # factors in float32 that a compact file may ask for when it is expanded
+MAX_VECTORS = 1 << 20  # rows of a vector bank
+MAX_SHARDS = 10_000
+MAX_PATTERN_LENGTH = 1_000  # characters of one rank_pattern / alpha_pattern key
+MAX_PATTERNS = 4_096
+MAX_CONFIG_BYTES = 4 * MIB  # adapter_config.json, config.json
+MAX_INDEX_BYTES = 256 * MIB  # model.safetensors.index.json of 2^20 tensors
+BLOCK_BYTES = 64 * MIB  # one block of a merge, in the dtype it is computed in
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Caps of one container profile. Sizes in bytes."""
+
+    header_bytes: int
+    json_depth: int
+    string_bytes: int
+    tensors: int
+    name_bytes: int
+    ndim: int
+    file_bytes: int
+
+
+OWN = Limits(
+    header_bytes=8 * MIB,
+    json_depth=8,
+    string_bytes=4 * KIB,
+    tensors=65_536,
+    name_bytes=255,
+    ndim=4,
+    file_bytes=16 * GIB,
+)
+FOREIGN = Limits(
+    header_bytes=100_000_000,  # safetensors' own cap
+    json_depth=16,
+    string_bytes=32 * MIB,  # kohya keeps whole tag tables in one metadata string
+    tensors=1 << 20,
+    name_bytes=4 * KIB,
+    ndim=8,
+    file_bytes=1 << 44,
+)

@@ -1,0 +1,170 @@
+"""The contract of a method, and the registry that finds methods by scanning this folder.
+
+A method is one file here that defines one subclass of `Method` and binds an instance to ``METHOD``. Everything else
+follows from it: the CLI command, the validator's tensor list, size prediction, the writer, the law tests. The id and
+version name the bytes and their meaning: two programs that know the same id and version decode the same update.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, ClassVar
+
+import numpy as np
+
+from lrconvert import packing
+from lrconvert.adapter import CompactAdapter, LoraAdapter, Target
+from lrconvert.dtypes import Array
+from lrconvert.errors import VersionError
+from lrconvert.packing import TensorSpec
+
+Tensors = Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class FitContext:
+    """What a fit may use besides the LoRA: a seed, a torch device name, and a progress callback (fraction, text)."""
+
+    seed: int = 0
+    device: str = "cpu"
+    progress: Callable[[float, str], None] = field(default=lambda fraction, text: None)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A byte budget: `size(config)` is the exact size of the file that a config leads to, extras not counted."""
+
+    limit: int
+    size: Callable[[Any], int]
+
+    def fits(self, config: Any) -> bool:
+        return self.size(config) <= self.limit
+
+
+@dataclass(frozen=True)
+class Command:
+    """A CLI command that leads to a method: its name, one help line, and options that it fixes."""
+
+    name: str
+    help: str
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Method(ABC):
+    """One compact form. Stateless; everything is a pure function of its arguments.
+
+    `Options` (a frozen dataclass) is what a user asks for; its fields, with ``metadata={"help": ...}``, become CLI
+    options. `Config` (a frozen dataclass) is what the file needs to decode the tensors; its JSON part is `header`, and
+    per-target integers that would bloat JSON are stored as packed *layout* tensors.
+    """
+
+    id: ClassVar[str]
+    version: ClassVar[int] = 1
+    title: ClassVar[str]
+    commands: ClassVar[tuple[Command, ...]]
+    Options: ClassVar[type[Any]]
+    default_ratio: ClassVar[int | None] = 50  # --target-ratio when no size is asked for; None: no budget
+
+    # --- what the file holds ---
+
+    @abstractmethod
+    def header(self, config: Any) -> dict[str, Any]:
+        """The JSON part of `config`: integers, booleans, short strings, flat lists."""
+
+    def layout_specs(self, header: Mapping[str, Any], targets: Sequence[Target]) -> tuple[TensorSpec, ...]:
+        """The index tensors that complete `header`, in file order. Raises our errors on a header out of bounds."""
+        return ()
+
+    def layout(self, config: Any) -> dict[str, Array]:
+        """The values (uint32) of the layout tensors of `config`."""
+        return {}
+
+    @abstractmethod
+    def config(self, header: Mapping[str, Any], layout: Tensors, targets: Sequence[Target]) -> Any:
+        """The Config of a file. Checks every field and bound; raises our errors, never builtin ones."""
+
+    @abstractmethod
+    def specs(self, config: Any, targets: Sequence[Target]) -> tuple[TensorSpec, ...]:
+        """The payload tensors of `config` in file order (without layout tensors, without empty ones)."""
+
+    @abstractmethod
+    def ranks(self, config: Any, targets: Sequence[Target]) -> Sequence[int]:
+        """The rank of the update of each target; what an expansion costs follows from it."""
+
+    def check(self, config: Any, targets: Sequence[Target], tensors: Tensors) -> None:
+        """Rules on values beyond what the specs say. Raises our errors."""
+
+    # --- making it ---
+
+    @abstractmethod
+    def plan(self, lora: LoraAdapter, options: Any, budget: Budget | None, context: FitContext) -> Any:
+        """The Config that `options` and `budget` lead to; cheap beside `fit`. The size of the output follows from it.
+
+        Raises E-BUDGET (naming the smallest possible size) if nothing fits, E-OPTION on impossible options.
+        """
+
+    @abstractmethod
+    def fit(self, lora: LoraAdapter, config: Any, context: FitContext) -> dict[str, Array]:
+        """The payload tensors that represent `lora` best under `config`; in-memory form of `packing`."""
+
+    # --- using it ---
+
+    @abstractmethod
+    def expand(
+        self, config: Any, targets: Sequence[Target], values: Mapping[str, Any], which: int, xp: Any
+    ) -> tuple[Any, Any]:
+        """Factors (A (r, in), B (out, r)) in float32 of target number `which`; the update is exactly ``B @ A``.
+
+        `values` are the payload tensors as numbers (see `values`); `xp` is the numpy or torch module that they belong
+        to. The only formula of the method, the same bits on both.
+        """
+
+
+def module_names() -> list[str]:
+    """Ids of the methods: the file names of this folder."""
+    import lrconvert.methods as package
+
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base")
+
+
+@cache
+def get(method_id: str) -> Method:
+    """The method of that id. Raises E-VER for an unknown one."""
+    if method_id not in module_names():
+        raise VersionError(
+            f"the method {method_id!r} is not known", fix=f"known: {', '.join(module_names())}; is lrconvert too old?"
+        )
+    method: Method = importlib.import_module(f"lrconvert.methods.{method_id}").METHOD
+    return method
+
+
+def all_methods() -> list[Method]:
+    return [get(name) for name in module_names()]
+
+
+def values(method: Method, compact: CompactAdapter, xp: Any = np) -> dict[str, Any]:
+    """The payload tensors of `compact` as numbers: codes as odd integers (float32), halves as float32, indices as
+    int64; numpy arrays, or torch tensors if `xp` is torch."""
+    numbers: dict[str, Any] = {}
+    for spec in method.specs(compact.config, compact.targets):
+        array = compact.tensors[spec.name]
+        if spec.kind == "code":
+            array = packing.code_values(array, spec.bits)
+        elif spec.kind == "index":
+            array = array.astype(np.int64)
+        numbers[spec.name] = array if xp is np else xp.from_numpy(np.ascontiguousarray(array))
+    return numbers
+
+
+def expand_all(compact: CompactAdapter, xp: Any = np) -> Iterator[tuple[Target, Any, Any]]:
+    """(target, A, B) of every target of a compact adapter, one at a time; ``delta_W = B @ A``."""
+    method = get(compact.method)
+    numbers = values(method, compact, xp)
+    for which, target in enumerate(compact.targets):
+        a, b = method.expand(compact.config, compact.targets, numbers, which, xp)
+        yield target, a, b

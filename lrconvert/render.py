@@ -1,0 +1,191 @@
+"""Results as text for people and as JSON values for programs. No computing here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lrconvert.errors import printable
+from lrconvert.methods import base as methods
+from lrconvert.report import Fidelity
+
+if TYPE_CHECKING:
+    from lrconvert.api import Conversion
+    from lrconvert.file import Sizes
+    from lrconvert.merge import MergeReport
+
+_ROWS = 12  # targets shown without --verbose
+
+
+def count_bytes(n: int) -> str:
+    """1,234,567 as 1.23 MB; exact below 10 KB."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("KB", 10**4)):
+        if n >= size:
+            return f"{n / (1000 if unit == 'KB' else size):.4g} {unit}"
+    return f"{n:,} B"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Columns padded to fit; the first left-aligned, the others right-aligned."""
+    cells = [[str(c) for c in row] for row in [head, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    lines = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+        for row in cells
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+# --- inspect --------------------------------------------------------------------------------------------------------
+
+
+def inspection(path: str, found: dict[str, Any]) -> str:
+    rows = found["targets"]
+    lines = [f"{printable(path)}: {_kind(found)}, {len(rows)} targets"]
+    if found["base_model"]:
+        lines.append(f"base model (a hint, never opened): {printable(found['base_model'])}")
+    if found["kind"] == "lora":
+        held = ", ".join(f"{count_bytes(n)} {dtype}" for dtype, n in found["bytes_by_dtype"].items())
+        lines.append(f"{found['parameters']:,} numbers: {held}; {found['bytes_at_16_bit']:,} bytes at 16 bit")
+    else:
+        size = found["bytes"]
+        lines.append(
+            f"{size['total']:,} bytes: payload {size['payload']:,}, overhead {size['overhead']:,}, extras {size['extras']:,}"
+        )
+        config = ", ".join(f"{k} {v}" for k, v in found["method"]["config"].items())
+        lines.append(f"method {found['method']['id']} version {found['method']['version']}: {config}")
+        lines.append(f"base contents: {found['base']['content'] or 'not recorded'}")
+    if found["extras"]:
+        total = sum(e["bytes"] for e in found["extras"])
+        names = ", ".join(printable(e["name"]) for e in found["extras"][:4])
+        lines.append(f"{len(found['extras'])} extra tensors carried along, {total:,} bytes: {names}")
+    return "\n".join([*lines, "", _target_table(found["kind"], rows)])
+
+
+def _kind(found: dict[str, Any]) -> str:
+    if found["kind"] == "lora":
+        return "LoRA"
+    return f"lrconvert file, {methods.get(found['method']['id']).title}"
+
+
+def _target_table(kind: str, rows: Sequence[dict[str, Any]]) -> str:
+    """One row per group of targets whose names differ in numbers only: the spectrum as a range over the group."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        pattern = ".".join("*" if part.isdigit() else part for part in row["name"].split("."))
+        groups.setdefault((pattern, f"{row['out']} x {row['in']}"), []).append(row)
+    head = ["target", "count", "out x in", "rank", "norm"]
+    if kind == "lora":
+        head += ["scale", "dtype", "rank for 90 %", "99 %", "99.9 %"]
+    body = []
+    for (pattern, shape), members in groups.items():
+        cells = [printable(pattern), len(members), shape, _range(m["rank"] for m in members)]
+        cells.append(_range((m["norm"] for m in members), "{:.3g}"))
+        if kind == "lora":
+            cells += [_range((m["scale"] for m in members), "{:g}"), "/".join(sorted({m["dtype"] for m in members}))]
+            cells += [_range(m["spectrum"][share] for m in members) for share in ("90", "99", "99.9")]
+        body.append(cells)
+    return table(head, body)
+
+
+def _range(values: Any, form: str = "{}") -> str:
+    found = sorted(values)
+    low, high = form.format(found[0]), form.format(found[-1])
+    return low if low == high else f"{low}..{high}"
+
+
+# --- convert and compare --------------------------------------------------------------------------------------------
+
+
+def sizes_json(size: Sizes) -> dict[str, int]:
+    return {
+        "total": size.total,
+        "adapter": size.adapter,
+        "payload": size.payload,
+        "overhead": size.overhead,
+        "extras": size.extras,
+    }
+
+
+def conversion_json(done: Conversion) -> dict[str, Any]:
+    method = methods.get(done.compact.method)
+    value: dict[str, Any] = {
+        "method": {"id": method.id, "version": method.version, "config": method.header(done.compact.config)},
+        "bytes": sizes_json(done.sizes),
+        "source_bytes_at_16_bit": done.source_bytes,
+        "ratio": done.ratio,
+        "warnings": list(done.warnings),
+    }
+    if done.fidelity is not None:
+        value["captured"] = done.fidelity.captured
+        value["targets"] = fidelity_json(done.fidelity)["targets"]
+    return value
+
+
+def conversion(source: str, output: str | None, done: Conversion, verbose: bool) -> str:
+    method = methods.get(done.compact.method)
+    size = done.sizes
+    config = ", ".join(f"{k} {v}" for k, v in method.header(done.compact.config).items())
+    lines = [
+        f"{printable(source)} -> {printable(output) if output else '(dry run, nothing written)'}",
+        f"method    {method.id}: {config}",
+        f"size      {size.adapter:,} bytes = payload {size.payload:,} + overhead {size.overhead:,}; "
+        f"{done.ratio:.1f} times smaller than {done.source_bytes:,} bytes at 16 bit",
+    ]
+    if size.extras:
+        lines.append(f"extras    {size.extras:,} bytes carried along unchanged, not counted above; file {size.total:,} bytes")
+    if done.fidelity is not None:
+        lines.append(f"captured  {done.fidelity.captured:.4f} of the update's energy (weight norm; 1 is lossless)")
+        worst = min(done.fidelity.targets, key=lambda t: t.captured)
+        lines.append(f"worst     {worst.captured:.4f} {printable(worst.name)}")
+        if verbose:
+            lines += ["", _fidelity_table(done.fidelity, len(done.fidelity.targets))]
+    return "\n".join(lines)
+
+
+def fidelity_json(found: Fidelity) -> dict[str, Any]:
+    return {
+        "method": found.method,
+        "captured": found.captured,
+        "ratio": found.ratio,
+        "source_bytes_at_16_bit": found.source_bytes,
+        "bytes": {
+            "total": found.total_bytes,
+            "adapter": found.adapter_bytes,
+            "payload": found.payload_bytes,
+            "overhead": found.overhead_bytes,
+            "extras": found.extras_bytes,
+        },
+        "targets": [
+            {
+                "name": t.name,
+                "rank_before": t.rank_before,
+                "rank_after": t.rank_after,
+                "captured": t.captured,
+                "norm": t.energy**0.5,
+            }
+            for t in found.targets
+        ],
+    }
+
+
+def _fidelity_table(found: Fidelity, rows: int) -> str:
+    worst_first = sorted(found.targets, key=lambda t: t.captured)[:rows]
+    return table(
+        ["target (worst first)", "rank before", "after", "captured"],
+        [[printable(t.name), t.rank_before, t.rank_after, f"{t.captured:.4f}"] for t in worst_first],
+    )
+
+
+def comparison(found: Sequence[tuple[str, Fidelity]], verbose: bool) -> str:
+    rows = [
+        [printable(name), f.method, f"{f.adapter_bytes:,}", f"{f.overhead_bytes:,}", f"{f.extras_bytes:,}",
+         f"{f.ratio:.1f}", f"{f.captured:.4f}"]
+        for name, f in found
+    ]  # fmt: skip
+    parts = [table(["file", "method", "bytes", "of it overhead", "extras", "ratio", "captured"], rows)]
+    for name, f in found:
+        parts.append(f"{printable(name)}\n{_fidelity_table(f, len(f.targets) if verbose else _ROWS)}")
+        if not verbose and len(f.targets) > _ROWS:
+            parts[-1] += f"\n... and {len(f.targets) - _ROWS} more (-v shows all)"
+    return "\n\n".join(parts)

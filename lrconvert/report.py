@@ -1,0 +1,175 @@
+"""What a conversion costs and keeps: captured energy per target, bytes, spectra. Numbers only; the CLI lays them out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lrconvert import canonical, file
+from lrconvert.adapter import CompactAdapter, LoraAdapter, LoraTarget, Target
+from lrconvert.errors import BaseError
+from lrconvert.methods import base as methods
+
+
+@dataclass(frozen=True)
+class TargetFidelity:
+    """One target: ranks before and after, ||delta||^2, ||delta - delta_hat||^2, and the share of energy captured."""
+
+    name: str
+    rank_before: int
+    rank_after: int
+    energy: float
+    error: float
+
+    @property
+    def captured(self) -> float:
+        return 1.0 - self.error / self.energy if self.energy else 1.0
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How much of a LoRA a compact adapter keeps, in the Frobenius norm of the weight update.
+
+    `source_bytes`: the LoRA's factors at 16 bit. `adapter_bytes`: the file without extra tensors; `total_bytes` with.
+    """
+
+    targets: tuple[TargetFidelity, ...]
+    method: str
+    source_bytes: int
+    payload_bytes: int
+    overhead_bytes: int
+    extras_bytes: int
+
+    @property
+    def captured(self) -> float:
+        """1 - sum of squared errors / sum of squared norms, over all targets."""
+        energy = sum(t.energy for t in self.targets)
+        return 1.0 - sum(t.error for t in self.targets) / energy if energy else 1.0
+
+    @property
+    def adapter_bytes(self) -> int:
+        return self.payload_bytes + self.overhead_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        return self.adapter_bytes + self.extras_bytes
+
+    @property
+    def ratio(self) -> float:
+        """Source factors at 16 bit over our bytes, extras counted on neither side."""
+        return self.source_bytes / self.adapter_bytes
+
+
+def _name_key(target: Target) -> tuple[str, str]:
+    """What identifies a target in both adapters: the view may have been corrected by a base, names keep their order."""
+    kind = target.view.text if target.view.kind not in ("matrix", "transposed") else ""
+    return target.name, kind
+
+
+def fidelity(lora: LoraAdapter, compact: CompactAdapter) -> Fidelity:
+    """Measure `compact` against the LoRA it came from. Raises E-BASE if their targets differ.
+
+    Targets of the LoRA that the compact adapter lacks (an `--exclude`) count as lost.
+    """
+    ours = {_name_key(t): (a, b) for t, a, b in methods.expand_all(compact)}
+    rows = [_target_fidelity(pair, ours.pop(_name_key(pair.target), None)) for pair in lora.targets]
+    if ours:
+        raise BaseError(f"the target {next(iter(ours))[0]!r} is not one of the source's", fix="is this its source?")
+    size = file.sizes(compact)
+    return Fidelity(tuple(rows), compact.method, lora.half_bytes, size.payload, size.overhead, size.extras)
+
+
+def _target_fidelity(pair: LoraTarget, ours: tuple[Any, Any] | None) -> TargetFidelity:
+    out, inner = pair.target.matrix_shape
+    a, b = ours if ours is not None else (np.zeros((0, inner)), np.zeros((out, 0)))
+    if a.shape[1] != inner or b.shape[0] != out:
+        raise BaseError(f"the target {pair.target.name!r} has other shapes in the two adapters")
+    error, energy = canonical.distance(pair, a, b)
+    return TargetFidelity(pair.target.name, pair.rank, a.shape[0], energy, error)
+
+
+# --- inspection -----------------------------------------------------------------------------------------------------
+
+
+def inspect_lora(lora: LoraAdapter) -> dict[str, Any]:
+    """Everything worth knowing of a LoRA, as JSON values."""
+    rows = []
+    for pair in lora.targets:
+        s = canonical.singular_values(pair)
+        rows.append(
+            {
+                **_target_row(pair.target),
+                "rank": pair.rank,
+                "scale": pair.scale,
+                "dtype": pair.a.dtype,
+                "norm": float(np.sqrt(np.sum(s * s))),
+                "spectrum": {
+                    name: canonical.energy_rank(s, share) for name, share in (("90", 0.9), ("99", 0.99), ("99.9", 0.999))
+                },
+                "singular_values": [float(f"{v:.6g}") for v in s],
+            }
+        )
+    by_dtype: Counter[str] = Counter()
+    for pair in lora.targets:
+        for factor in (pair.a, pair.b):
+            by_dtype[factor.dtype] += factor.nbytes
+    return {
+        "kind": "lora",
+        "targets": rows,
+        "parameters": lora.numel,
+        "bytes_by_dtype": dict(sorted(by_dtype.items())),
+        "bytes_at_16_bit": lora.half_bytes,
+        **_common(lora.extras, lora.provenance.base_model, lora.provenance.task_type),
+        "warnings": list(lora.warnings),
+    }
+
+
+def inspect_compact(compact: CompactAdapter) -> dict[str, Any]:
+    """Everything worth knowing of an lrconvert file, as JSON values."""
+    method = methods.get(compact.method)
+    size = file.sizes(compact)
+    rows = [
+        {**_target_row(t), "rank": a.shape[0], "norm": float(np.linalg.norm(_core(a, b)))}
+        for t, a, b in methods.expand_all(compact)
+    ]
+    return {
+        "kind": "lrconvert",
+        "method": {"id": method.id, "version": method.version, "config": method.header(compact.config)},
+        "targets": rows,
+        "bytes": {
+            "total": size.total,
+            "payload": size.payload,
+            "overhead": size.overhead,
+            "extras": size.extras,
+        },
+        "base": {"names": compact.base.names, "content": compact.base.content},
+        "source": compact.provenance.source,
+        **_common(compact.extras, compact.provenance.base_model, compact.provenance.task_type),
+        "warnings": [],
+    }
+
+
+def _core(a: Any, b: Any) -> Any:
+    """A small matrix with the norm of b @ a."""
+    if a.shape[0] == 0:
+        return np.zeros((1, 1))
+    return np.linalg.qr(b.astype(np.float64), mode="r") @ np.linalg.qr(a.T.astype(np.float64), mode="r").T
+
+
+def _target_row(target: Target) -> dict[str, Any]:
+    out, inner = target.matrix_shape
+    return {"name": target.name, "out": out, "in": inner, "shape": list(target.shape), "view": target.view.text}
+
+
+def _common(extras: Sequence[Any], base_model: str, task_type: str) -> dict[str, Any]:
+    return {
+        "extras": [
+            {"name": e.name, "dtype": e.dtype, "shape": list(e.shape), "bytes": len(e.data)} for e in extras
+        ],
+        "base_model": base_model,
+        "task_type": task_type,
+    }
