@@ -46,7 +46,7 @@ class LrcError(Exception):
 
     def __str__(self) -> str:
         where = f"{printable(self.path)}: " if self.path else ""
-        advice = f". {printable(self.fix, 600)}" if self.fix else ""
+        advice = f". {printable(self.fix[0].upper() + self.fix[1:], 600)}" if self.fix else ""
         return f"{self.code}: {where}{printable(self.what, 1200)}{advice}"
 
 

@@ -123,35 +123,43 @@ def _entries(specs: Sequence[TensorSpec], extras: Sequence[ExtraTensor]) -> list
 
 
 def group_targets(targets: Sequence[Target]) -> list[dict[str, Any]]:
-    """The manifest's target list: targets whose names differ in their first integer segment share one entry.
+    """The manifest's target list. Names are cut at their first integer segment into prefix, number, suffix; targets
+    with one prefix and one set of numbers share an entry, whose members differ in suffix, shape and view.
 
-    A function of the set of targets alone; entries sorted, ranges ascending, maximal and inclusive.
+    A function of the set of targets alone: entries and members sorted, ranges ascending, maximal and inclusive.
     """
-    groups: dict[tuple[str, str | None, tuple[int, ...], str], list[int]] = {}
+    numbers: dict[tuple[str, str, tuple[int, ...], str], list[int]] = {}
+    entries: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     for target in targets:
         found = _INTEGER_SEGMENT.search(target.name)
         if found:
             key = (target.name[: found.start()], target.name[found.end() :], target.shape, target.view.text)
-            groups.setdefault(key, []).append(int(found[0]))
+            numbers.setdefault(key, []).append(int(found[0]))
         else:
-            groups.setdefault((target.name, None, target.shape, target.view.text), [])
-    entries = []
-    for (prefix, suffix, shape, view), numbers in sorted(groups.items(), key=lambda g: (g[0][0], g[0][1] or "", g[0][2:])):
-        entry: dict[str, Any] = {"shape": list(shape)}
-        if view != "matrix":
-            entry["view"] = view
-        if suffix is None:
-            entry["name"] = prefix
+            entry = {"name": target.name, **_shape_and_view(target.shape, target.view.text)}
+            entries.append(((target.name, (), target.shape, target.view.text), entry))
+    groups: dict[tuple[str, tuple[int, ...]], list[dict[str, Any]]] = {}
+    for (prefix, suffix, shape, view), found_numbers in sorted(numbers.items()):
+        member = {"suffix": suffix, **_shape_and_view(shape, view)}
+        groups.setdefault((prefix, tuple(_ranges(found_numbers))), []).append(member)
+    for (prefix, ranges), members in groups.items():
+        entries.append(((prefix, ranges), {"prefix": prefix, "ranges": list(ranges), "members": members}))
+    return [entry for _, entry in sorted(entries, key=lambda e: e[0])]
+
+
+def _shape_and_view(shape: tuple[int, ...], view: str) -> dict[str, Any]:
+    return {"shape": list(shape)} if view == "matrix" else {"shape": list(shape), "view": view}
+
+
+def _ranges(numbers: Sequence[int]) -> list[int]:
+    """First and last of each maximal run of the sorted numbers: [0, 3, 7, 7]."""
+    ranges: list[int] = []
+    for n in sorted(numbers):
+        if ranges and ranges[-1] == n - 1:
+            ranges[-1] = n
         else:
-            ranges: list[int] = []
-            for n in sorted(numbers):
-                if ranges and ranges[-1] == n - 1:
-                    ranges[-1] = n
-                else:
-                    ranges += [n, n]
-            entry.update(prefix=prefix, suffix=suffix, ranges=ranges)
-        entries.append(entry)
-    return entries
+            ranges += [n, n]
+    return ranges
 
 
 def _manifest(compact: CompactAdapter, digests: _Digests | None, exponents: str) -> dict[str, Any]:
@@ -294,37 +302,51 @@ def _shape(value: Any, what: str) -> tuple[int, ...]:
 
 def _targets(value: Any) -> tuple[Target, ...]:
     """The expanded target list. Counts before it expands; refuses any grouping but the canonical one."""
-    groups = [_object(g, "a target entry", ["shape"], ["view", "name", "prefix", "suffix", "ranges"]) for g in _list(value, "targets")]
+    groups = _list(value, "targets")
     count = 0
     for group in groups:
-        if ("name" in group) == ("ranges" in group) or ("prefix" in group) != ("ranges" in group) != ("suffix" not in group):
-            raise JsonSyntaxError("a target entry has neither just a name, nor prefix, ranges and suffix")
-        ranges = _list(group.get("ranges", [0, 0]), "ranges")
-        if len(ranges) % 2 or not ranges or any(type(n) is not int or not 0 <= n < 10**9 for n in ranges):
+        if isinstance(group, dict) and "name" in group:
+            _object(group, "a target entry", ["name", "shape"], ["view"])
+            count += 1
+            continue
+        _object(group, "a target entry", ["prefix", "ranges", "members"])
+        ranges = _list(group["ranges"], "ranges")
+        if len(ranges) % 2 or any(type(n) is not int or not 0 <= n < 10**9 for n in ranges):
             raise JsonSyntaxError("the ranges of a target entry are not pairs of integers")
-        count += sum(max(b - a + 1, 0) for a, b in zip(ranges[::2], ranges[1::2], strict=True))
+        numbers = sum(max(b - a + 1, 0) for a, b in zip(ranges[::2], ranges[1::2], strict=True))
+        count += numbers * len(_list(group["members"], "members"))
         if count > OWN.tensors:
-            raise LimitError(f"the file declares more than {OWN.tensors} targets")
+            break
+    if count > OWN.tensors:
+        raise LimitError(f"the file declares more than {OWN.tensors} targets")
     targets = []
     for group in groups:
-        shape = _shape(group["shape"], "the shape of a target")
-        view = View(_text(group.get("view", "matrix"), "a view"))
-        view.matrix_shape(shape)
         if "name" in group:
-            targets.append(Target(_text(group["name"], "a target name"), shape, view))
+            targets.append(_target(_text(group["name"], "a target name"), group))
             continue
-        prefix, suffix = _text(group["prefix"], "a target prefix"), _text(group["suffix"], "a target suffix")
-        for first, last in zip(group["ranges"][::2], group["ranges"][1::2], strict=True):
-            targets += [Target(f"{prefix}{n}{suffix}", shape, view) for n in range(first, last + 1)]
+        prefix = _text(group["prefix"], "a target prefix")
+        for member in group["members"]:
+            suffix = _text(_object(member, "a member", ["suffix", "shape"], ["view"])["suffix"], "a target suffix")
+            for first, last in zip(group["ranges"][::2], group["ranges"][1::2], strict=True):
+                targets += [_target(f"{prefix}{n}{suffix}", member) for n in range(first, last + 1)]
     targets.sort()
     if not targets:
         raise MissingFieldError("the file has no targets")
+    for one, two in zip(targets, targets[1:], strict=False):
+        whole = {"matrix", "transposed", "conv"} & {one.view.kind, two.view.kind}
+        if one.name == two.name and (whole or one.shape != two.shape or one.view == two.view):
+            raise IndexRangeError(f"the target {one.name!r} is declared twice")
     if group_targets(targets) != groups:
         raise CanonicalError("the target list is not grouped and sorted in the one canonical way")
-    for one, two in zip(targets, targets[1:], strict=False):
-        if (one.name, one.view) == (two.name, two.view):
-            raise IndexRangeError(f"the target {one.name!r} is declared twice")
     return tuple(targets)
+
+
+def _target(name: str, fields: Mapping[str, Any]) -> Target:
+    """A target of this name from the fields shape and view."""
+    shape = _shape(fields["shape"], "the shape of a target")
+    view = View(_text(fields.get("view", "matrix"), "a view"))
+    view.matrix_shape(shape)
+    return Target(name, shape, view)
 
 
 def _extras(value: Any) -> tuple[ExtraTensor, ...]:

@@ -68,6 +68,7 @@ class Method(ABC):
     title: ClassVar[str]
     commands: ClassVar[tuple[Command, ...]]
     Options: ClassVar[type[Any]]
+    examples: ClassVar[tuple[Mapping[str, Any], ...]]  # option sets that the law tests and golden files run over
     default_ratio: ClassVar[int | None] = 50  # --target-ratio when no size is asked for; None: no budget
 
     # --- what the file holds ---

@@ -43,6 +43,7 @@ WIDTHS = (16, 8, 4, 3, 2, 1)
 # Share of the energy of a Gaussian row that is lost at each width (uniform quantizer, best scale): what planning
 # assumes before anything is quantized.
 _LOST = {16: 0.0, 8: 1.2e-4, 4: 0.0115, 3: 0.0374, 2: 0.119, 1: 0.363}
+_MAX_LEVELS = 3  # widths in one file: each costs a tensor's header and digest, a fourth buys next to nothing
 _ROUNDS = 6  # alternations of quantizing one factor and solving the other
 
 
@@ -119,6 +120,15 @@ class LowRank(Method):
     title = "low rank, quantized factors"
     commands = (Command("lora-to-lowrank", "Cut the rank and quantize the factors: the baseline of every other form."),)
     Options = Options
+    examples = (
+        {"bits": "16"},
+        {"bits": "8", "group_size": 16},
+        {"bits": "4", "rank": 3},
+        {"bits": "3", "dynamic_method": "sv_fro", "dynamic_param": 0.95},
+        {"bits": "2"},
+        {"bits": "1", "group_size": 12},
+        {"target_ratio": 5},
+    )
     default_ratio = None
 
     # --- what the file holds ---
@@ -202,7 +212,12 @@ class LowRank(Method):
             return Config((q,), tuple((n,) for n in limits), options.group_size if q != 16 else 0)
         if options.bits != "auto":
             return _fill(lora, spectra, limits, (int(options.bits),), options, budget)
-        return _fill(lora, spectra, limits, WIDTHS, options, budget)
+        mixed = _fill(lora, spectra, limits, WIDTHS, options, budget)
+        if len(mixed.levels) <= _MAX_LEVELS:
+            return mixed
+        used = np.array(mixed.counts).sum(axis=0)
+        kept = sorted(np.argsort(-used, kind="stable")[:_MAX_LEVELS])
+        return _fill(lora, spectra, limits, [mixed.levels[i] for i in kept], options, budget)
 
     def fit(self, lora: LoraAdapter, config: Config, context: FitContext) -> dict[str, Array]:
         targets = lora.shapes()
@@ -346,6 +361,8 @@ def _fill(
             high = middle
     if best is None:
         smallest = _smallest(lora, spectra, limits, levels, options.group_size)
+        if budget.fits(smallest):
+            return smallest
         raise BudgetError(
             f"{budget.limit} bytes cannot be reached; the smallest possible file has {budget.size(smallest)} bytes"
         )

@@ -1,0 +1,55 @@
+"""Shared paths and builders. Real material outside the repository is optional: tests skip, by name, without it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lrconvert.adapter import MATRIX, LoraAdapter, LoraTarget, Target, View
+from lrconvert.dtypes import Stored
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+FIXTURES = ROOT / "fixtures"
+ADAPTERS = FIXTURES / "adapters"
+BASES = FIXTURES / "bases"
+ASSETS = ROOT.parent / "shared" / "assets"
+
+
+def asset(name: str) -> Path:
+    """A real adapter or base; skips the test where it is absent."""
+    path = ASSETS / name
+    if not path.exists():
+        pytest.skip(f"real material is absent: {name}")
+    return path
+
+
+def random_lora(
+    shapes: Sequence[tuple[int, int]] = ((24, 16), (16, 40)),
+    *,
+    rank: int = 4,
+    decay: float = 0.7,
+    scale: float = 2.0,
+    seed: int = 0,
+    view: View = MATRIX,
+) -> LoraAdapter:
+    """A LoRA with a decaying spectrum; `shapes` are (out, in)."""
+    rng = np.random.default_rng(seed)
+    pairs = []
+    for n, (out, inner) in enumerate(shapes):
+        weights = decay ** np.arange(rank, dtype=np.float32)
+        a = rng.standard_normal((rank, inner)).astype(np.float32) * weights[:, None]
+        b = rng.standard_normal((out, rank)).astype(np.float32)
+        shape = (inner, out) if view.kind == "transposed" else (out, inner)
+        pairs.append(LoraTarget(Target(f"layers.{n}.proj.weight", shape, view), Stored("F32", a), Stored("F32", b), scale))
+    return LoraAdapter(tuple(pairs))
+
+
+def dense(pair: LoraTarget) -> np.ndarray:
+    """scale * B @ A in float64."""
+    return pair.scale * (pair.B.astype(np.float64) @ pair.A.astype(np.float64))
