@@ -27,10 +27,55 @@ class Factors:
     Vt: F64
 
 
+_ILL_CONDITIONED = 1e-3  # smallest diagonal of the normalized Cholesky factor that two passes still repair
+
+
+def _gram_root(x: F64) -> F64 | None:
+    """R (k, k) upper triangular with ``R.T @ R = x.T @ x`` for a tall x (n, k), or None if x is too ill-conditioned.
+
+    Columns are normalized first, so that a decaying spectrum alone does not count as ill-conditioned.
+    """
+    gram = x.T @ x
+    norms = np.sqrt(gram.diagonal())
+    if not norms.all() or not np.isfinite(norms).all():
+        return None
+    try:
+        lower = np.linalg.cholesky(gram / np.outer(norms, norms))
+    except np.linalg.LinAlgError:
+        return None
+    return None if lower.diagonal().min() < _ILL_CONDITIONED else lower.T * norms
+
+
+def _householder(x: F64) -> tuple[F64, F64]:
+    import scipy.linalg  # several times faster than numpy's here; needed rarely, so not loaded by every command
+
+    q, r = scipy.linalg.qr(x, mode="economic", check_finite=False)
+    return q, r
+
+
+def _qr(x: F64) -> tuple[F64, F64]:
+    """Thin QR of a tall x (n, k): Cholesky QR in two passes (Yamamoto et al., 2015), a few matrix products instead of
+    k reflections; Householder where the columns are nearly dependent."""
+    first = _gram_root(x) if x.shape[0] >= x.shape[1] else None
+    if first is None:
+        return _householder(x)
+    q = x @ np.linalg.inv(first)
+    second = _gram_root(q)
+    if second is None:
+        return _householder(x)
+    return q @ np.linalg.inv(second), second @ first
+
+
+def _r_factor(x: F64) -> F64:
+    """The R of a thin QR, up to the signs of its rows."""
+    root = _gram_root(x) if x.shape[0] >= x.shape[1] else None
+    return _householder(x)[1] if root is None else root
+
+
 def svd(pair: LoraTarget) -> Factors:
     """The SVD of ``scale * B @ A`` from its factors: two thin QRs and an SVD of r x r."""
-    q_out, r_out = np.linalg.qr(pair.B.astype(np.float64))
-    q_in, r_in = np.linalg.qr(pair.A.T.astype(np.float64))
+    q_out, r_out = _qr(pair.B.astype(np.float64))
+    q_in, r_in = _qr(pair.A.T.astype(np.float64))
     u, s, vt = np.linalg.svd(pair.scale * (r_out @ r_in.T))
     rank = len(s)
     left = q_out @ u[:, :rank]
@@ -42,8 +87,7 @@ def svd(pair: LoraTarget) -> Factors:
 
 def singular_values(pair: LoraTarget) -> F64:
     """Singular values of ``scale * B @ A``, descending, without forming U and Vt."""
-    r_out = np.linalg.qr(pair.B.astype(np.float64), mode="r")
-    r_in = np.linalg.qr(pair.A.T.astype(np.float64), mode="r")
+    r_out, r_in = _r_factor(pair.B.astype(np.float64)), _r_factor(pair.A.T.astype(np.float64))
     return np.linalg.svd(pair.scale * (r_out @ r_in.T), compute_uv=False)
 
 
@@ -73,15 +117,17 @@ def canonicalize(lora: LoraAdapter) -> LoraAdapter:
 
 
 def distance(pair: LoraTarget, a: Array, b: Array) -> tuple[float, float]:
-    """(||delta - b @ a||^2, ||delta||^2) for delta = scale * B @ A, in the Frobenius norm, by stacked thin QRs.
+    """(||delta - b @ a||^2, ||delta||^2) for delta = scale * B @ A, in the Frobenius norm. `a` is (k, in), `b` (out, k).
 
-    `a` is (k, in), `b` (out, k). Exact to rounding even when the two agree closely: the difference is formed in the
-    (r + k)-dimensional core, not as a difference of large norms.
+    By Gram matrices of the stacked factors; where the two agree so closely that this would be a difference of large
+    numbers, by thin QRs of the stacks, whose core holds the difference itself.
     """
-    A, B = pair.A.astype(np.float64), pair.B.astype(np.float64)
-    r = A.shape[0]
-    r_out = np.linalg.qr(np.concatenate([B, b.astype(np.float64)], axis=1), mode="r")
-    r_in = np.linalg.qr(np.concatenate([A, a.astype(np.float64)], axis=0).T, mode="r")
-    theirs = pair.scale * (r_out[:, :r] @ r_in[:, :r].T)
-    ours = r_out[:, r:] @ r_in[:, r:].T
-    return float(np.sum((theirs - ours) ** 2)), float(np.sum(theirs**2))
+    left = np.concatenate([pair.scale * pair.B.astype(np.float64), -b.astype(np.float64)], axis=1)
+    right = np.concatenate([pair.A.astype(np.float64), a.astype(np.float64)], axis=0).T
+    rank = pair.rank
+    products = (left.T @ left) * (right.T @ right)
+    error, energy = float(products.sum()), float(products[:rank, :rank].sum())
+    if error < 1e-6 * energy:
+        core = _householder(left)[1] @ _householder(right)[1].T
+        error = float(np.sum(core**2))
+    return error, energy

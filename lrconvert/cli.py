@@ -267,7 +267,7 @@ def _convert(
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
     if output is not None:
-        check_output(output, overwrite, inputs=[source])
+        check_output(output, overwrite, inputs=list(source.iterdir()) if source.is_dir() else [source])
     lora = api.load_lora(source)
     with _progress(f"lora-to-{method}", quiet or as_json) as progress:
         done = api.convert(lora, method, dry_run=dry_run, device=_device(device), progress=progress, **common, **options)

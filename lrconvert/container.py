@@ -265,6 +265,10 @@ class ContainerFile:
         array = np.frombuffer(self.read(info), STORAGE[info.dtype]).reshape(info.shape)
         return Stored(info.dtype, array)
 
+    def fileno(self) -> int:
+        """The open descriptor, for copies inside the kernel."""
+        return self._descriptor
+
     def check_unchanged(self) -> None:
         """Raises E-IO-CHANGED if size, time or identity of the file differ from when it was opened."""
         now, then = os.fstat(self._descriptor), self._stat
@@ -355,7 +359,7 @@ class Checkpoint:
             file.close()
 
 
-def _contained(root: Path, path: Path) -> bool:
+def contained(root: Path, path: Path) -> bool:
     """Whether a (possibly linked) file stays in its folder, or in the blobs of the hub cache that the folder is in."""
     real_root, real = root.resolve(), path.resolve()
     allowed = [real_root]
@@ -408,7 +412,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
                     path=root,
                 )
             raise FileKindError(f"holds neither {SINGLE_NAME} nor {INDEX_NAME}", path=root)
-        if not _contained(root, single):
+        if not contained(root, single):
             raise ShardPathError("the file is a link that leaves its folder", path=single)
         return Checkpoint(root, config, (ContainerFile(single),), None)
     index = read_json(index_path, MAX_INDEX_BYTES)
@@ -416,7 +420,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     try:
         for name in _shard_names(index, index_path):
             shard = root / name
-            if not _contained(root, shard):
+            if not contained(root, shard):
                 raise ShardPathError("the shard is a link that leaves its folder", path=shard)
             files.append(ContainerFile(shard))
         found = [(info.name, file.path.name) for file in files for info in file.tensors]

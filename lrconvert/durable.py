@@ -107,13 +107,11 @@ def _check_apart(path: Path, source: Path) -> None:
 def _check_folder(path: Path, info: os.stat_result, overwrite: bool) -> None:
     if not stat.S_ISDIR(info.st_mode):
         raise OutputPathError("is not a folder", fix="give the path of a folder", path=path)
-    if not any(path.iterdir()):
-        return
-    if not overwrite:
-        raise OutputExistsError("exists already and is not empty", fix="choose another, or pass --overwrite", path=path)
     real = path.resolve()
     if real in (Path.cwd(), Path.home().resolve()) or real in Path.cwd().parents or real.is_mount():
         raise OutputPathError("is a folder that must not be replaced", fix="choose another output", path=path)
+    if not overwrite and any(path.iterdir()):
+        raise OutputExistsError("exists already and is not empty", fix="choose another, or pass --overwrite", path=path)
 
 
 def require_space(path: StrPath, nbytes: int) -> None:
@@ -218,9 +216,8 @@ class _File:
 
 
 def _not_written(error: OSError, path: Path) -> FileWriteError:
-    return FileWriteError(
-        f"cannot be written: {error.strerror or error}", fix="nothing was changed; see to the cause and run it again", path=path
-    )
+    what = f"cannot be written: {error.strerror or error}"
+    return FileWriteError(what, fix="nothing was changed; see to the cause and run it again", path=path)
 
 
 def _hidden_sibling(path: Path, suffix: str) -> Path:
@@ -242,9 +239,8 @@ def _confirm(path: Path) -> None:
     try:
         _sync_folder(path.parent)
     except OSError as error:
-        raise DurabilityError(
-            f"was written, but the folder was not synced: {error.strerror}", fix="check the disk, then the file", path=path
-        ) from None
+        what = f"was written, but its folder was not synced to the disk: {error.strerror}"
+        raise DurabilityError(what, fix="check the disk, then what was written", path=path) from None
 
 
 @contextmanager
@@ -265,6 +261,7 @@ def atomic_file(path: StrPath, *, overwrite: bool) -> Iterator[Writer]:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+    _delete_leftover(temporary, path)  # its name, where the commit was a link
     _confirm(path)
 
 
@@ -274,13 +271,13 @@ def _put_file(temporary: Path, path: Path, overwrite: bool) -> None:
         if not overwrite:
             try:
                 os.link(temporary, path, follow_symlinks=False)
-                os.unlink(temporary)
-                return
             except FileExistsError:
                 raise OutputExistsError("was created by another program meanwhile", path=path) from None
             except OSError as error:
                 if error.errno not in _NO_LINKS:
                     raise
+            else:
+                return
             check_output(path, overwrite, directory=False)
         os.replace(temporary, path)
     except OSError as error:
@@ -334,7 +331,8 @@ class StagedDirectory:
                 file.copy(descriptor, 0, info.st_size)
             return info.st_size
         finally:
-            os.close(descriptor)
+            with suppress(OSError):
+                os.close(descriptor)
 
     def sync(self) -> None:
         """fsync every folder, the innermost first."""
@@ -368,8 +366,8 @@ def atomic_directory(path: StrPath, *, overwrite: bool) -> Iterator[StagedDirect
         shutil.rmtree(stage, ignore_errors=True)
         raise
     _confirm(path)
-    if old is not None:
-        _delete_old(old, path)
+    if old is not None:  # not before the new names are on the disk
+        _delete_leftover(old, path)
 
 
 def _put_folder(stage: Path, path: Path, overwrite: bool) -> Path | None:
@@ -392,15 +390,16 @@ def _put_folder(stage: Path, path: Path, overwrite: bool) -> Path | None:
         raise _not_written(error, path) from None
 
 
-def _delete_old(old: Path, path: Path) -> None:
+def _delete_leftover(leftover: Path, path: Path) -> None:
+    """Delete what a commit left beside `path`: a second name, or the folder that was replaced."""
     try:
-        shutil.rmtree(old)
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink(missing_ok=True)
     except OSError as error:
-        raise DurabilityError(
-            f"is in place, but the folder it replaces could not be deleted: {error.strerror}",
-            fix=f"delete {old.name!r} beside it",
-            path=path,
-        ) from None
+        what = f"is in place, but {leftover.name!r} beside it could not be deleted: {error.strerror}"
+        raise DurabilityError(what, fix="delete it", path=path) from None
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -20,6 +20,7 @@ MAX_PATTERNS = 4_096
 MAX_CONFIG_BYTES = 4 * MIB  # adapter_config.json, config.json
 MAX_INDEX_BYTES = 256 * MIB  # model.safetensors.index.json of 2^20 tensors
 BLOCK_BYTES = 64 * MIB  # one block of a merge, in the dtype it is computed in
+MAX_RATIONAL = 1 << 20  # elements of one merge that only rational arithmetic can round: a minute; real files have none
 
 
 @dataclass(frozen=True)

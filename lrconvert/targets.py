@@ -31,8 +31,8 @@ RENAMINGS = (
     ("model.multi_modal_projector.", "multi_modal_projector."),
 )
 
-_HEADS = ("lm_head.weight", "embed_out.weight")
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "shared.weight")
+HEADS = ("lm_head.weight", "embed_out.weight")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "shared.weight")
 
 
 def _spellings(name: str) -> Iterable[str]:
@@ -84,9 +84,9 @@ def _resolve_one(name: str, index: NameIndex, checkpoint: Checkpoint) -> str | N
 
 def tied_source(name: str, checkpoint: Checkpoint) -> str | None:
     """The stored input embedding that an unstored output head `name` shares its weights with, or None."""
-    if not name.endswith(_HEADS) or name in checkpoint.tensors or not ties_embeddings(checkpoint.config):
+    if not name.endswith(HEADS) or name in checkpoint.tensors or not ties_embeddings(checkpoint.config):
         return None
-    stored = [n for n in checkpoint.tensors if n.endswith(_EMBEDDINGS) and n.count(".") <= 3]
+    stored = [n for n in checkpoint.tensors if n.endswith(EMBEDDINGS) and n.count(".") <= 3]
     return stored[0] if len(stored) == 1 else None
 
 

@@ -1,0 +1,91 @@
+"""Real adapters trained by strangers, converted by every method at fixed shares of their bytes.
+
+    python benchmarks/adapters.py            measures what is missing
+    python benchmarks/adapters.py --render   writes the README table
+
+Shares are of the adapter's factors at 16 bit and bound the whole file without extra tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cells
+
+from lrconvert import api, errors
+from lrconvert.methods import base as methods
+
+ASSETS = cells.ROOT.parent / "shared" / "assets" / "adapters"
+SHARES = (0.08, 0.04, 0.016)
+
+
+def adapters() -> list[Path]:
+    """The folders that the readers of this version accept."""
+    found = []
+    for path in sorted(ASSETS.iterdir()) if ASSETS.exists() else []:
+        try:
+            api.load_lora(path)
+            found.append(path)
+        except errors.LrcError:
+            continue
+    return found
+
+
+def convert(path: Path, method: str, share: float) -> dict[str, Any]:
+    lora = api.load_lora(path)
+    row: dict[str, Any] = {"source_bytes": lora.half_bytes}
+    try:
+        done = api.convert(lora, method, target_size=int(lora.half_bytes * share))
+    except errors.BudgetError as error:
+        return {**row, "refused": error.what}
+    return {
+        **row,
+        "bytes": done.sizes.adapter,
+        "payload": done.sizes.payload,
+        "overhead": done.sizes.overhead,
+        "captured": round(done.fidelity.captured, 5) if done.fidelity else None,
+        "config": methods.get(method).header(done.compact.config),
+    }
+
+
+def all_cells() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    for path in adapters():
+        for method in methods.module_names():
+            for share in SHARES:
+                yield f"{path.name} {method} {share:g}", lambda p=path, m=method, s=share: convert(p, m, s)
+
+
+def table() -> str:
+    done = cells.read("adapters")
+    names = sorted({cell.split()[0] for cell in done})
+    ids = sorted({cell.split()[1] for cell in done})
+    head = ["adapter", "bytes at 16 bit", *(f"{m} {s:.1%}" for s in SHARES for m in ids)]
+    rows = []
+    for name in names:
+        row: list[Any] = [name, f"{next(v['source_bytes'] for c, v in done.items() if c.split()[0] == name):,}"]
+        for share in SHARES:
+            for method in ids:
+                cell = done.get(f"{name} {method} {share:g}")
+                if cell is None:
+                    row.append("not run")
+                elif "refused" in cell:
+                    row.append("too small")
+                else:
+                    row.append(f"{cell['captured']:.3f} ({cell['bytes']:,})")
+        rows.append(row)
+    return cells.markdown(head, rows)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="a pattern that cell names must contain")
+    parser.add_argument("--again", action="store_true", help="measure cells that are there, too")
+    parser.add_argument("--render", action="store_true", help="write the README table and measure nothing")
+    given = parser.parse_args()
+    if given.render:
+        cells.render("adapters", table())
+    else:
+        cells.measure("adapters", all_cells(), only=given.only, again=given.again)

@@ -1,0 +1,83 @@
+"""Benchmark cells: measured once, appended to ``benchmarks/results/*.jsonl``, rendered into README tables.
+
+A cell is one JSON line: its name, what was measured, the commit, the machine, the seconds it took. Running again skips
+cells that are there; ``--only PATTERN`` and ``--again`` choose.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+RESULTS = HERE / "results"
+
+
+def machine() -> str:
+    """Processor count, model and memory of this machine; no host name."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search(r"model name\s*: (.+)", cpuinfo.read_text())
+        model = found[1] if found else model
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{len(os.sched_getaffinity(0))} cores of {model}, {memory:.0f} GiB"
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def read(name: str) -> dict[str, dict[str, Any]]:
+    """The latest measurement of every cell of a benchmark, by cell name."""
+    path = RESULTS / f"{name}.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {cell["cell"]: cell for cell in map(json.loads, lines)}
+
+
+def measure(
+    name: str, cells: Iterable[tuple[str, Callable[[], dict[str, Any]]]], *, only: str = "", again: bool = False
+) -> None:
+    """Run the cells that are missing (or chosen) and append what they return."""
+    done = read(name)
+    RESULTS.mkdir(exist_ok=True)
+    for cell, run in cells:
+        if not re.search(only, cell) or (cell in done and not again):
+            continue
+        start = time.perf_counter()
+        found = run()
+        row = {
+            "cell": cell,
+            **found,
+            "wall_seconds": round(time.perf_counter() - start, 2),
+            "commit": commit(),
+            "machine": machine(),
+        }
+        with (RESULTS / f"{name}.jsonl").open("a") as out:
+            out.write(json.dumps(row) + "\n")
+        print(cell, {k: v for k, v in row.items() if k not in ("cell", "machine", "commit")}, flush=True)
+
+
+def render(name: str, table: str) -> None:
+    """Put `table` between README's markers of that name."""
+    path = ROOT / "README.md"
+    text = path.read_text()
+    start, end = f"<!-- table {name} -->", f"<!-- end table {name} -->"
+    if start not in text or end not in text:
+        raise SystemExit(f"README.md has no markers for {name}")
+    head, tail = text.split(start)[0], text.split(end)[1]
+    path.write_text(f"{head}{start}\n{table.strip()}\n{end}{tail}")
+
+
+def markdown(head: list[str], rows: list[list[Any]]) -> str:
+    lines = [f"| {' | '.join(head)} |", f"|{'|'.join(['---'] + ['---:'] * (len(head) - 1))}|"]
+    return "\n".join(lines + [f"| {' | '.join(map(str, row))} |" for row in rows])

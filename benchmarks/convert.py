@@ -1,0 +1,157 @@
+"""Converters on an adapter shaped like Llama-3-8B rank 16 on all linear layers (42 M numbers), beside PEFT.
+
+    python benchmarks/convert.py             measures what is missing, each cell in a process of its own
+    python benchmarks/convert.py --render    writes the README table
+
+The adapter is random with a decaying spectrum, fp32 as PEFT saves it (168 MB). Memory is the peak resident size of the
+whole process above that of the idle interpreter with the package imported. PEFT's way from LoRA to a lower rank,
+`peft.convert_to_lora`, forms every dense update; it runs on a few modules of the same shapes and is scaled up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cells
+import numpy as np
+
+LAYERS, RANK = 32, 16
+SHAPES = {
+    "self_attn.q_proj": (4096, 4096),
+    "self_attn.k_proj": (1024, 4096),
+    "self_attn.v_proj": (1024, 4096),
+    "self_attn.o_proj": (4096, 4096),
+    "mlp.gate_proj": (14336, 4096),
+    "mlp.up_proj": (14336, 4096),
+    "mlp.down_proj": (4096, 14336),
+}
+CELLS = {
+    "lowrank rank 4": ["lora-to-lowrank", "--rank", "4"],
+    "lowrank 1.6 %": ["lora-to-lowrank", "--target-ratio", "62.5"],
+    "vblora b 256 h 2048 k 2 rank 4": [
+        "lora-to-vblora",
+        *("--vector-length", "256", "--num-vectors", "2048", "--top-k", "2", "--rank", "4"),
+    ],
+    "vblora 1.6 %": ["lora-to-vblora", "--target-ratio", "62.5"],
+}
+
+
+def make_adapter(folder: Path) -> None:
+    """The random adapter, as a PEFT folder."""
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(0)
+    decay = (0.8 ** np.arange(RANK, dtype=np.float32))[:, None]
+    tensors = {}
+    for layer in range(LAYERS):
+        for name, (out, inner) in SHAPES.items():
+            prefix = f"base_model.model.model.layers.{layer}.{name}"
+            tensors[f"{prefix}.lora_A.weight"] = rng.standard_normal((RANK, inner), np.float32) * decay
+            tensors[f"{prefix}.lora_B.weight"] = rng.standard_normal((out, RANK), np.float32) * np.float32(0.01)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": 32,
+        "target_modules": sorted({name.split(".")[-1] for name in SHAPES}),
+        "base_model_name_or_path": "llama-3-8b-shaped",
+        "task_type": "CAUSAL_LM",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def _child(code: str, *arguments: str) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"failed": done.stderr.strip().splitlines()[-1][:200] if done.stderr.strip() else f"exit {done.returncode}"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+_RUN = """
+import json, resource, sys, time
+import lrconvert.api, lrconvert.cli
+if "vblora" in sys.argv[1]:
+    import torch
+idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.perf_counter()
+lrconvert.cli.cli.main(args=[*sys.argv[1:], "-q"], standalone_mode=False)
+seconds = time.perf_counter() - start
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps({"seconds": round(seconds, 2), "peak_mb": round((peak - idle) / 1000)}))
+"""
+
+
+def run(adapter: Path, words: list[str]) -> dict[str, Any]:
+    """Time and peak memory of one command, then what it kept."""
+    from lrconvert import api
+
+    output = adapter / "out.lrc"
+    output.unlink(missing_ok=True)
+    found = _child(_RUN, words[0], str(adapter), "-o", str(output), *words[1:])
+    if "failed" in found:
+        return found
+    compact = api.read(output)
+    found["adapter_mb"] = round((adapter / "adapter_model.safetensors").stat().st_size / 1e6)
+    found["bytes"] = output.stat().st_size
+    found["captured"] = float(compact.provenance.fields["captured"])
+    return found
+
+
+_PEFT = """
+import json, sys, time, torch, peft
+from torch import nn
+torch.set_num_threads(2)
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.config = {"model_type": "custom"}
+        self.q_proj = nn.Linear(4096, 4096, bias=False)
+        self.k_proj = nn.Linear(4096, 1024, bias=False)
+    def forward(self, x):
+        return self.q_proj(x), self.k_proj(x)
+model = peft.get_peft_model(Layer(), peft.LoraConfig(r=16, target_modules=["q_proj", "k_proj"], init_lora_weights=False))
+start = time.perf_counter()
+peft.convert_to_lora(model, 4, progressbar=False)
+print(json.dumps({"seconds": round(time.perf_counter() - start, 2), "modules": 2, "numbers": 16 * (4096 * 2 + 4096 + 1024)}))
+"""
+
+
+def all_cells(adapter: Path) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    for name, words in CELLS.items():
+        yield name, lambda w=words: run(adapter, w)
+    yield "peft convert_to_lora rank 4, q and k of one layer", lambda: _child(_PEFT)
+
+
+def table() -> str:
+    done = cells.read("convert")
+    rows = []
+    for name in [*CELLS, "peft convert_to_lora rank 4, q and k of one layer"]:
+        cell = done.get(name)
+        if cell is None or "failed" in cell:
+            rows.append([name, "not run" if cell is None else cell["failed"], "", "", ""])
+            continue
+        memory = f"{cell['peak_mb']} MB ({cell['peak_mb'] / cell['adapter_mb']:.1f}x)" if "peak_mb" in cell else ""
+        size = f"{cell['bytes']:,}" if "bytes" in cell else ""
+        rows.append([name, f"{cell['seconds']:.1f} s", memory, size, cell.get("captured", "")])
+    return cells.markdown(["conversion", "time", "peak memory above idle", "bytes", "captured"], rows)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="a pattern that cell names must contain")
+    parser.add_argument("--again", action="store_true", help="measure cells that are there, too")
+    parser.add_argument("--render", action="store_true", help="write the README table and measure nothing")
+    given = parser.parse_args()
+    if given.render:
+        cells.render("convert", table())
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            make_adapter(Path(folder))
+            cells.measure("convert", all_cells(Path(folder)), only=given.only, again=given.again)
