@@ -298,7 +298,7 @@ def merge(
     """Bake an adapter (lrconvert file, LoRA folder, or loaded) into a copy of a base at `out`, correctly rounded.
 
     Every element of the result is the value of the base's dtype nearest to the exact ``W + scale * B @ A``. Raises
-    E-BASE, E-ORIENT, E-FPR (the file was made for other contents), E-PLACE, E-NO-EFFECT, E-OVERFLOW, E-BASE-QUANT.
+    E-BASE, E-ORIENT, E-PLACE, E-NO-EFFECT, E-OVERFLOW, E-BASE-QUANT, E-OUT-EXISTS, E-OUT-PATH, E-OUT-SPACE.
     """
     loaded = adapter if isinstance(adapter, (LoraAdapter, CompactAdapter)) else load(adapter)
     return merging.merge(

@@ -363,8 +363,10 @@ def merge_into_base(
         )
     if as_json:
         _emit({"base": str(base), "adapter": str(adapter), "output": str(output), **render.merge_json(report)})
-    elif not quiet:
+        return
+    if not quiet:
         click.echo(render.merging(str(output), report, verbose))
+    _warn(report.warnings)
 
 
 @click.command()

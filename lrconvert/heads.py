@@ -31,12 +31,14 @@ _CLASSES = {
 }
 _STEM = re.compile(r"(.+?)(?:PreTrainedModel|Model|LMHeadModel|DoubleHeadsModel|For[A-Z]\w*)")
 _LANGUAGE_MODEL = re.compile(r".*(?:LMHeadModel|DoubleHeadsModel|ForCausalLM|ForConditionalGeneration)")
-_NO_TIED_HEAD = re.compile(r".*(?:Model|ForSequenceClassification|ForTokenClassification|ForQuestionAnswering)")
+_HEADLESS = re.compile(r".*(?:Model|ForSequenceClassification|ForTokenClassification|ForQuestionAnswering)")
 # First segments of names that are a head, where a checkpoint was saved without its architecture's prefix.
 _HEAD_MODULES = frozenset(
-    "lm_head cls classifier score qa_outputs embed_out classification_head predictions final_logits_bias "
-    "generator_predictions generator_lm_head discriminator_predictions vocab_projector vocab_transform "
-    "vocab_layer_norm multiple_choice_head".split()
+    (
+        *("lm_head", "embed_out", "cls", "predictions", "final_logits_bias", "vocab_projector", "vocab_transform"),
+        *("vocab_layer_norm", "generator_predictions", "generator_lm_head", "discriminator_predictions"),
+        *("classifier", "score", "qa_outputs", "classification_head", "multiple_choice_head"),
+    )
 )
 # The last layer of a head: its rows are the labels.
 _LAST_LAYERS = ("out_proj.weight", "classifier.weight", "score.weight", "qa_outputs.weight")
@@ -51,10 +53,10 @@ _COMPARE_BYTES = 1 << 22
 class Placement:
     """What becomes of the extra tensors.
 
-    `replaced`: stored name -> tensor that takes its place. `values`: stored name -> values that the update is added to
-    instead of the base's. `added`: new tensors. `copies`: new name -> stored tensor whose values it starts from (an
+    `replaced`: stored name -> tensor that takes its place. `values`: name -> values to take, and to add an update to,
+    in place of the base's. `added`: new tensors. `copies`: new name -> stored tensor whose values it starts from (an
     untied head). `dropped`: stored names that are left out. `prefix`: put before every stored name. `config`: fields to
-    set, or to remove where the value is None.
+    set, or to remove where the value is None. `has_effect`: whether tensors beside updated ones differ from the base's.
     """
 
     replaced: Mapping[str, ExtraTensor] = field(default_factory=dict)
@@ -64,6 +66,7 @@ class Placement:
     dropped: tuple[str, ...] = ()
     prefix: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
+    has_effect: bool = False
 
 
 def place(adapters: Sequence[Adapter], resolved: Sequence[Adapter], checkpoint: Checkpoint) -> Placement:
@@ -113,9 +116,9 @@ class _Planner:
         prefix = ""
         if (architecture or self.added or self.copies) and len(self.prefixes) == 1:
             prefix = next(iter(self.prefixes)) or ""
-        return Placement(
-            self.replaced, self.values, tuple(self.added), self.copies, dropped, prefix, self._config_changes()
-        )
+        effect = bool(self.added or self.values or any(map(self._changes, self.replaced)))
+        config = self._config_changes()
+        return Placement(self.replaced, self.values, tuple(self.added), self.copies, dropped, prefix, config, effect)
 
     # --- one tensor ---
 
@@ -221,6 +224,8 @@ class _Planner:
                 continue
             outside = not name.startswith(prefix) if has_prefix else name.partition(".")[0] in _HEAD_MODULES
             unused = not pooled and name.removeprefix(prefix).startswith("pooler.")
+            if (outside or unused) and name in self.targets:
+                raise PlacementError(f"{name!r} is a target of the adapter, but {architecture} does not have it")
             if outside or unused:
                 yield name
 
@@ -262,27 +267,30 @@ class _Planner:
         """Where input and output embeddings are tied and only one changes, the other becomes a tensor of its own."""
         if not targets.ties_embeddings(self.config):
             return
+        for name in sorted(self.targets - self.checkpoint.tensors.keys()):  # output heads that are not stored
+            source = targets.tied_source(name, self.checkpoint)
+            assert source is not None
+            self.copies[name] = source
         embedding = self._embedding()
         head = next((n for n in self.checkpoint.tensors if n.endswith(targets.HEADS)), None)
-        head_changes = self._changes(head) or self._changes(_HEAD_NAME) or any(
-            e.name.endswith(targets.HEADS) for e in self.added
-        )
+        new_head = bool(self.copies) or any(e.name.endswith(targets.HEADS) for e in self.added)
         embedding_changes = self._changes(embedding)
-        if not head_changes and not embedding_changes:
+        if not (embedding_changes or self._changes(head) or new_head):
             return
-        if embedding_changes and head is None and _NO_TIED_HEAD.fullmatch(self._architecture):
-            return  # a model without an output head
-        if self._stay_equal(embedding, head) or (embedding_changes and not head_changes and self._wants_tying()):
+        language_model = _LANGUAGE_MODEL.fullmatch(self._architecture)
+        if head is None and not new_head and not language_model and _HEADLESS.fullmatch(self._architecture):
+            return
+        if self._stay_equal(embedding, head) or (head is None and not new_head and self._wants_tying()):
             return
         if self.config.get("model_type") in _TIE_SCALES:
             raise PlacementError(
                 "only one of the tied embeddings is changed, and this family computes differently without the tie",
                 fix="use an adapter that changes both alike",
             )
-        if head is None and not any(e.name.endswith(targets.HEADS) for e in self.added):
-            if embedding is None or not _LANGUAGE_MODEL.fullmatch(self._architecture):
+        if head is None and not new_head:
+            if embedding is None or not language_model:
                 raise PlacementError(
-                    f"the embedding {embedding!r} is tied to an output layer whose name {self._architecture!r} does not tell"
+                    f"{embedding!r} is tied to an output layer whose name {self._architecture!r} does not tell"
                 )
             self.copies[_HEAD_NAME] = embedding
         self.changes["tie_word_embeddings"] = False

@@ -189,3 +189,59 @@ def comparison(found: Sequence[tuple[str, Fidelity]], verbose: bool) -> str:
         if not verbose and len(f.targets) > _ROWS:
             parts[-1] += f"\n... and {len(f.targets) - _ROWS} more (-v shows all)"
     return "\n\n".join(parts)
+
+
+# --- merge ----------------------------------------------------------------------------------------------------------
+
+
+def merge_json(report: MergeReport) -> dict[str, Any]:
+    return {
+        "dry_run": report.dry_run,
+        "tensors": [
+            {
+                "name": t.name,
+                "dtype": t.dtype,
+                "shape": list(t.shape),
+                "updates": t.updates,
+                "elements": t.tally.elements,
+                "changed": t.tally.changed,
+                "unmoved": t.tally.unmoved,
+                "max_rounding_error": t.tally.max_error,
+                "mean_rounding_error": t.tally.mean_error,
+            }
+            for t in report.tensors
+        ],
+        "placed": list(report.placed),
+        "added": list(report.added),
+        "dropped": list(report.dropped),
+        "config": dict(report.config),
+        "files": [{"name": name, "bytes": size} for name, size in report.files],
+        "left_out": list(report.left_out),
+        "warnings": list(report.warnings),
+    }
+
+
+def merging(output: str, report: MergeReport, verbose: bool) -> str:
+    total = report.tally
+    done = "would write" if report.dry_run else "wrote"
+    lines = [f"{done} {printable(output)}: {len(report.files)} files, {count_bytes(report.total_bytes)}"]
+    lines.append(f"{len(report.tensors)} tensors merged, {total.elements:,} weights, one correct rounding each")
+    if not report.dry_run and total.elements:
+        lines.append(
+            f"changed   {total.changed:,} weights; {total.unmoved:,} have an update below half a step and did not move"
+        )
+        lines.append(f"rounding  at most {total.max_error:.3g}, on average {total.mean_error:.3g} from the exact result")
+    for what, names in (("replaced", report.placed), ("added", report.added), ("removed", report.dropped)):
+        if names:
+            lines.append(f"{what.ljust(9)} {', '.join(map(printable, names))}")
+    if report.config:
+        lines.append(f"config    {', '.join(sorted(report.config))} changed")
+    if report.left_out:
+        lines.append(f"left out  {', '.join(map(printable, report.left_out))}: weights of the unmerged base")
+    if verbose:
+        rows = [
+            [printable(t.name), t.dtype, f"{t.tally.changed:,}", f"{t.tally.unmoved:,}", f"{t.tally.max_error:.3g}"]
+            for t in report.tensors
+        ]
+        lines += ["", table(["tensor", "dtype", "changed", "did not move", "largest rounding error"], rows)]
+    return "\n".join(lines)

@@ -27,7 +27,7 @@ def load_in_peft(base: str, folder, model_class: str = "AutoModelForCausalLM", *
         loaded = peft.PeftModel.from_pretrained(model, folder).eval()
     stored = peft.utils.load_peft_weights(str(folder), device="cpu")
     state = peft.get_peft_model_state_dict(loaded)
-    assert set(stored) == set(state)
+    assert set(stored) == set(state), set(stored) ^ set(state)
     return loaded
 
 
@@ -75,6 +75,37 @@ def test_peft_lora_has_our_logits(adapter, base, model_class, extra, keep_ranks,
     theirs = logits(load_in_peft(base, tmp_path / "out", model_class, **extra))
     ours = logits(dense_reference(base, compact, model_class, **extra))
     assert np.abs(theirs - ours).max() <= 1e-5 * np.abs(ours).max()
+
+
+VBLORA = [{"top_k": 1}, {"top_k": 2, "bits": 8}, {"top_k": 3, "num_vectors": 300, "vector_length": 16}]
+
+
+@pytest.mark.parametrize("options", VBLORA, ids=lambda o: f"k{o['top_k']}")
+@pytest.mark.parametrize(("adapter", "base"), [("llama-plain", "tiny-llama"), ("gpt2-conv1d", "tiny-gpt2")])
+def test_peft_vblora_has_our_logits(adapter, base, options, tmp_path):
+    settings = {"peft_compatible": True, "rank": 2, "num_vectors": 64, "vector_length": 8, **options}
+    compact = api.convert(api.load_lora(ADAPTERS / adapter), "vblora", **settings).compact
+    api.export(compact, tmp_path / "out", to="peft-vblora")
+    theirs = logits(load_in_peft(base, tmp_path / "out"))
+    ours = logits(dense_reference(base, compact))
+    assert np.abs(theirs - ours).max() <= 1e-5 * np.abs(ours).max()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"vector_length": 8, "num_vectors": 16}, "gains"),
+        ({"vector_length": 7, "num_vectors": 16, "gain": "off"}, "cut sub-vectors"),
+        ({"vector_length": 8, "num_vectors": 16, "passes": 2}, "several passes"),
+    ],
+)
+def test_what_peft_cannot_express_is_refused_by_name(options, reason, tmp_path):
+    compact = api.convert(random_lora(), "vblora", **options).compact
+    with pytest.raises(errors.ExportError, match=reason):
+        api.export(compact, tmp_path / "out", to="peft-vblora")
+    with pytest.raises(errors.ExportError, match="not vblora"):
+        api.export(api.convert(random_lora(), "lowrank", bits="4").compact, tmp_path / "out", to="peft-vblora")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_lossless_export_gives_the_sources_logits(tmp_path):

@@ -15,7 +15,7 @@ from lrconvert.durable import check_output
 from lrconvert.render import table
 
 HERE = Path(__file__).resolve().parent
-RATIO = 25
+RATIO = 10
 _HELD_OUT = 100  # texts
 
 

@@ -127,7 +127,7 @@ class LowRank(Method):
         {"bits": "3", "dynamic_method": "sv_fro", "dynamic_param": 0.95},
         {"bits": "2"},
         {"bits": "1", "group_size": 12},
-        {"target_ratio": 5},
+        {"target_size": 2000},
     )
     default_ratio = None
 

@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lrconvert import canonical, packing, vectorbank
-from lrconvert.adapter import LoraAdapter, Target
+from lrconvert.adapter import LoraAdapter, LoraTarget, Target
 from lrconvert.dtypes import F64, Array
 from lrconvert.errors import (
     BudgetError,
@@ -76,7 +76,7 @@ _TRIAL = 1 << 14  # codes of a problem that planning fits as a whole; of larger 
 _RESTART_WORK = 5e7  # scores per round up to which a second start is worth its time
 _SETTLED = 5e-4  # relative fall of the error below which a sweep was the last
 _SEARCH_WORK = 1e9  # codes times vectors: the search leaves out forms whose fit would take minutes
-_TRIALS = 4  # forms that planning tries; more as long as that takes no time
+_TRIALS = 8  # forms that planning tries
 _SEARCHED_PASSES = 8
 _VECTORS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 32)
@@ -533,22 +533,19 @@ class _Search:
             )
         payload = sum(spec.nbytes for spec in METHOD.specs(least, self.targets))
         self.overhead = 8 * (size - payload) + 2 * len(self.targets)  # bits, about
-        ranked: dict[tuple[int, int, int], tuple[float, Form]] = {}
+        ranked: dict[int, tuple[float, Form]] = {}  # the most promising form for each number of vectors
         for _, _, config in self.smallest:
             form = config.form
             choice = self._allocate(form, self._rule_of_thumb(form), self._room(form))
-            key = form.vector_length, form.num_vectors, form.top_k
-            if choice is not None and (key not in ranked or choice.kept > ranked[key][0]):
-                ranked[key] = choice.kept, form
-        chosen, spent = (0.0, least), 0
-        for number, (_, form) in enumerate(sorted(ranked.values(), key=lambda entry: -entry[0])[: 3 * _TRIALS]):
-            if number >= _TRIALS and spent > 4 * _TRIAL:
-                break
-            found = self._try(form, len(ranked) == 1)
-            if found is not None:
-                spent += _starts(found[1], self.targets)[-1][2]
-                chosen = max(chosen, found, key=lambda entry: entry[0])
-        return chosen[1]
+            if choice is not None and choice.kept > ranked.get(form.num_vectors, (0.0, form))[0]:
+                ranked[form.num_vectors] = choice.kept, form
+        forms = [form for _, form in sorted(ranked.values(), key=lambda entry: -entry[0])[:_TRIALS]]
+        found = [filled for form in forms if (filled := self._fill(form, self._rule_of_thumb(form))) is not None]
+        if len(found) > 1:
+            most = np.array([config.ranks for _, config in found]).max(0)
+            factors = [_top(pair, int(rank)) for pair, rank in zip(self.lora.targets, most, strict=True)]
+            found = [self._try(config, factors) for _, config in found]
+        return max(found, key=lambda entry: entry[0], default=(0.0, least))[1]
 
     def _forms(self) -> Iterator[Form]:
         """Every form that the options leave open."""
@@ -652,28 +649,21 @@ class _Search:
         kept = float(self.energy[number < rank].sum()) * (1 - loss) ** 2
         return _Choice(kept, (rank,) * len(self.limits), (1,) * (2 * rank * len(self.limits)))
 
-    def _try(self, form: Form, alone: bool) -> tuple[float, Config] | None:
-        """(energy kept, Config) of a form, as a trial finds it; if it is `alone`, by the rule of thumb."""
-        loss = self._rule_of_thumb(form)
-        found = self._fill(form, loss)
-        if found is None or alone:
-            return found
-        config = found[1]
-        if _starts(config, self.targets)[-1][2] <= _TRIAL:
-            problem = _Problem(self.lora, config, "cpu")
-            refit = problem.refit(problem.train(self.context.seed, 3, 1)[0])
-            for _ in range(3):
-                refit.sweep(0)
-                refit.sweep(1)
-                error = refit.improve_bank(refit.error())
-            return refit.energy - error, config
-        return self._fill(form, self._measured_loss(config))
+    def _try(self, config: Config, factors: Sequence[canonical.Factors]) -> tuple[float, Config]:
+        """(energy kept, Config) of a form as a trial finds it; for a large problem the allocation is made anew."""
+        problem = _Problem(self.lora, config, "cpu", factors)
+        if _starts(config, self.targets)[-1][2] > _TRIAL:
+            return self._fill(config.form, self._measured_loss(problem)) or (0.0, config)
+        refit = problem.refit(problem.train(self.context.seed, 3, 1)[0])
+        for _ in range(3):
+            refit.sweep(0)
+            refit.sweep(1)
+            error = refit.improve_bank(refit.error())
+        return refit.energy - error, config
 
-    def _measured_loss(self, config: Config) -> float:
+    def _measured_loss(self, problem: _Problem) -> float:
         """The loss per pass of a bank trained on a sample of the rows."""
-        form = config.form
-        problem = _Problem(self.lora, config, "cpu")
-        h, everything = form.num_vectors, int(problem.rows.starts[-1])
+        h, everything = problem.form.num_vectors, int(problem.rows.starts[-1])
         coder, x = problem.train(self.context.seed, 6, 1, sample=max(_TRIAL // 2, 24 * h))
         power = vectorbank.row_sums((x * x).sum(1), coder.rows.counts) * problem.weight
         lost = coder.trace[-1] / max(power.sum(), 1e-300)
@@ -720,7 +710,9 @@ class _Problem:
     """What a fit works on: the rows to code as sub-vectors `x` (n, b), scaled to mean square 1 if there are gains; what
     a squared error of each row costs in the update (`weight`); and the sources (`updates`)."""
 
-    def __init__(self, lora: LoraAdapter, config: Config, device: str) -> None:
+    def __init__(
+        self, lora: LoraAdapter, config: Config, device: str, factors: Sequence[canonical.Factors] | None = None
+    ) -> None:
         import torch
 
         self.form, self.rows = config.form, _rows(config, lora.shapes())
@@ -730,14 +722,14 @@ class _Problem:
         self.scale = np.ones(len(self.rows.counts))  # what a row of x must be multiplied with
         self.updates: list[vectorbank.Update] = []
         row = 0
-        for pair, rank in zip(lora.targets, config.ranks, strict=True):
+        for which, (pair, rank) in enumerate(zip(lora.targets, config.ranks, strict=True)):
             left, right = _tensor(pair.B, device), _tensor(pair.A, device)
             self.updates.append(vectorbank.Update(left, right, pair.scale, row, rank))
             if rank == 0:
                 continue
-            factors = canonical.svd(pair)
-            s = factors.s[:rank]
-            for side in (factors.Vt[:rank], factors.U[:, :rank].T):
+            top = _top(pair, rank) if factors is None else factors[which]
+            s = top.s[:rank]
+            for side in (top.Vt[:rank], top.U[:, :rank].T):
                 length = side.shape[1]
                 here = x[int(self.rows.starts[row]) : int(self.rows.starts[row + rank])].reshape(rank, -1)
                 here[: len(s), :length] = side * (np.sqrt(length) if gains else np.sqrt(s)[:, None])
@@ -765,6 +757,15 @@ class _Problem:
         if coder.scaled:
             coder.gains *= np.repeat(self.scale, self.rows.passes)
         return vectorbank.Refit(coder, self.updates)
+
+
+def _top(pair: LoraTarget, rank: int) -> canonical.Factors:
+    """The largest `rank` components of a target."""
+    if rank == 0:
+        out, inner = pair.target.matrix_shape
+        return canonical.Factors(np.zeros((out, 0)), np.zeros(0), np.zeros((0, inner)))
+    whole = canonical.svd(pair)
+    return canonical.Factors(whole.U[:, :rank].copy(), whole.s[:rank], whole.Vt[:rank].copy())
 
 
 def _tensor(array: Array, device: str) -> Tensor:

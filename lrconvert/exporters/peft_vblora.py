@@ -1,0 +1,114 @@
+"""PEFT VB-LoRA: the bank and the top-k codes as PEFT's ``save_only_topk_weights`` has them, in fp32.
+
+PEFT's form has one rank, no gains, one pass, no cut sub-vectors, and linear layers only; `--peft-compatible` of the
+converter keeps to that. fp32 because PEFT cannot load a bf16 top-k file.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lrconvert import __version__
+from lrconvert.adapter import CompactAdapter
+from lrconvert.dtypes import Array
+from lrconvert.errors import ExportError
+from lrconvert.exporters.base import Exporter, ExportOptions, Files
+from lrconvert.exporters.peft_lora import (
+    PREFIX,
+    base_config,
+    config_file,
+    extra_tensors,
+    module_name,
+    weights_file,
+)
+from lrconvert.methods import base as methods
+from lrconvert.methods.vblora import Config, Form
+from lrconvert.modelcard import model_card
+from lrconvert.report import Fidelity
+
+_ADVICE = "convert again with `lora-to-vblora --peft-compatible`, or export to peft-lora"
+
+
+def _check(compact: CompactAdapter) -> Config:
+    """The Config, if PEFT can express it. Raises E-EXPORT naming what it cannot."""
+    if compact.method != "vblora":
+        raise ExportError(f"the file holds a {compact.method} adapter, not vblora", fix="export it to peft-lora")
+    config: Config = compact.config
+    reasons = {
+        "gains": config.form.gains,
+        "rows coded in several passes": bool(config.passes),
+        "cut sub-vectors": config.padded,
+        "targets of different ranks": len(set(config.ranks)) > 1,
+    }
+    found = [reason for reason, present in reasons.items() if present]
+    if found:
+        raise ExportError(f"PEFT's VB-LoRA has no {', no '.join(found)}", fix=_ADVICE)
+    return config
+
+
+def _index_type(num_vectors: int) -> tuple[str, np.dtype[np.generic]]:
+    """The integer type PEFT saves indices in."""
+    if num_vectors < 1 << 8:
+        return "U8", np.dtype("u1")
+    return ("I16", np.dtype("<i2")) if num_vectors < 1 << 15 else ("I32", np.dtype("<i4"))
+
+
+def _bank(compact: CompactAdapter, form: Form) -> Array:
+    """(h, b) in float32, as `expand` uses it."""
+    numbers = methods.values(methods.get("vblora"), compact)
+    bank: Array = numbers["bank"]
+    return bank if form.bits == 16 else bank * numbers["scales"][:, None]
+
+
+def _weights(compact: CompactAdapter, form: Form) -> Array:
+    """(codes, k - 1): the weights of all but the last vector; PEFT takes the rest for the last."""
+    if form.top_k == 1:
+        return np.zeros((len(compact.tensors["indices"]), 0), np.float32)
+    small = compact.tensors["weights"].astype(np.float64) / form.denominator
+    first = 1.0 - small.sum(axis=1, keepdims=True)
+    return np.concatenate([first, small[:, :-1]], axis=1).astype(np.float32)
+
+
+def files(compact: CompactAdapter, options: ExportOptions, fidelity: Fidelity | None) -> Files:
+    """See the module's docstring. Raises E-EXPORT for what PEFT cannot express, and for another `--dtype`."""
+    config = _check(compact)
+    if options.dtype != "F32":
+        raise ExportError("PEFT cannot load a VB-LoRA file below fp32", fix="leave --dtype out")
+    form, rank = config.form, config.ranks[0]
+    index_name, index_type = _index_type(form.num_vectors)
+    indices, weights = compact.tensors["indices"].astype(index_type), _weights(compact, form)
+    tensors = extra_tensors(compact)
+    bank = np.ascontiguousarray(_bank(compact, form), "<f4")
+    tensors.append(("base_model.vblora_vector_bank", "F32", bank.shape, bank.tobytes()))
+    at = 0
+    modules = []
+    for target in compact.targets:
+        module = module_name(target)
+        modules.append(module)
+        for half, length in (("A", target.in_features), ("B", target.out_features)):
+            cuts = length // form.vector_length
+            codes = slice(at, at + rank * cuts)
+            at += rank * cuts
+            for suffix, dtype, values in (("indices", index_name, indices), ("weights", "F32", weights)):
+                block = values[codes].reshape(rank, cuts, values.shape[1])
+                block = np.ascontiguousarray(block if half == "A" else block.swapaxes(0, 1))
+                tensors.append((f"{PREFIX}{module}.vblora_logits_{half}_topk_{suffix}", dtype, block.shape, block.tobytes()))
+    settings = {
+        **base_config(compact, modules),
+        "peft_type": "VBLORA",
+        "r": rank,
+        "num_vectors": form.num_vectors,
+        "vector_length": form.vector_length,
+        "topk": form.top_k,
+        "save_only_topk_weights": True,
+        "vblora_dropout": 0.0,
+    }
+    return {
+        "adapter_config.json": [config_file(settings)],
+        "adapter_model.safetensors": weights_file(sorted(tensors)),
+        "README.md": [model_card(compact, "VB-LoRA", options.command, fidelity)],
+        "lrconvert.json": [config_file({"tool": f"lrconvert {__version__}", "source": compact.provenance.source})],
+    }
+
+
+EXPORTER = Exporter("peft-vblora", "PEFT VB-LoRA folder, top-k weights", files)
