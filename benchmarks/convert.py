@@ -70,7 +70,9 @@ def make_adapter(folder: Path) -> None:
 def _child(code: str, *arguments: str) -> dict[str, Any]:
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
-        return {"failed": done.stderr.strip().splitlines()[-1][:200] if done.stderr.strip() else f"exit {done.returncode}"}
+        return {
+            "failed": done.stderr.strip().splitlines()[-1][:200] if done.stderr.strip() else f"exit {done.returncode}"
+        }
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -12,21 +12,19 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-from lrconvert import dtypes, file, report, targets
-from lrconvert import merge as merging
-from lrconvert import validate as validation
+from lrconvert import dtypes, file, merging, report, targets, validation
 from lrconvert.adapter import CompactAdapter, ExtraTensor, LoraAdapter, Provenance, Target
 from lrconvert.container import open_checkpoint
 from lrconvert.durable import atomic_directory, check_output
 from lrconvert.errors import BudgetError, EmptyAdapterError, LrcError, OptionError
 from lrconvert.exporters import base as exporters
 from lrconvert.fingerprint import fingerprint
-from lrconvert.merge import MergeReport
+from lrconvert.merging import MergeReport
 from lrconvert.methods import base as methods
 from lrconvert.methods.base import Budget, FitContext
 from lrconvert.readers import base as readers
 from lrconvert.report import Fidelity
-from lrconvert.validate import Validation
+from lrconvert.validation import Validation
 
 AnyPath = str | PathLike[str]
 Progress = Callable[[float, str], None]
@@ -159,9 +157,7 @@ def _options(form: methods.Method, options: dict[str, Any]) -> Any:
     return form.Options(**options)
 
 
-def _select(
-    lora: LoraAdapter, include: Sequence[str], exclude: Sequence[str]
-) -> tuple[LoraAdapter, tuple[str, ...]]:
+def _select(lora: LoraAdapter, include: Sequence[str], exclude: Sequence[str]) -> tuple[LoraAdapter, tuple[str, ...]]:
     """The LoRA with the targets that the patterns choose, and its warnings, the left-out targets named."""
     try:
         wanted, unwanted = [[re.compile(p) for p in patterns] for patterns in (include, exclude)]

@@ -50,7 +50,7 @@ def _householder(x: F64) -> tuple[F64, F64]:
     import scipy.linalg  # several times faster than numpy's here; needed rarely, so not loaded by every command
 
     q, r = scipy.linalg.qr(x, mode="economic", check_finite=False)
-    return q, r
+    return np.asarray(q, np.float64), np.asarray(r, np.float64)
 
 
 def _qr(x: F64) -> tuple[F64, F64]:
@@ -88,7 +88,7 @@ def svd(pair: LoraTarget) -> Factors:
 def singular_values(pair: LoraTarget) -> F64:
     """Singular values of ``scale * B @ A``, descending, without forming U and Vt."""
     r_out, r_in = _r_factor(pair.B.astype(np.float64)), _r_factor(pair.A.T.astype(np.float64))
-    return np.linalg.svd(pair.scale * (r_out @ r_in.T), compute_uv=False)
+    return np.asarray(np.linalg.svd(pair.scale * (r_out @ r_in.T), compute_uv=False), np.float64)
 
 
 def energy_rank(s: F64, share: float) -> int:

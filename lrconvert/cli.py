@@ -25,7 +25,7 @@ SCHEMA_VERSION = 1
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
 
-class ByteSize(click.ParamType):
+class ByteSize(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     """A size such as 200KB, 1.5MiB or 4096. KB = 1000 bytes, KiB = 1024."""
 
     name = "size"
@@ -138,11 +138,13 @@ def inspect(source: Path, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--base", type=click.Path(path_type=Path), help="Model folder; its names, shapes and contents are checked.")
+@click.option(
+    "--base", type=click.Path(path_type=Path), help="Model folder; its names, shapes and contents are checked."
+)
 @_json
 def validate(files: tuple[Path, ...], base: Path | None, as_json: bool) -> None:
     """Check lrconvert files; prints every finding and exits 1 if there is any."""
-    from lrconvert.validate import validate as check
+    from lrconvert.validation import validate as check
 
     results = [check(path, base) for path in files]
     if as_json:
@@ -153,7 +155,9 @@ def validate(files: tuple[Path, ...], base: Path | None, as_json: bool) -> None:
                 click.echo(f"{finding.message} [{finding.level}]")
             if result.ok:
                 facts = result.summary
-                click.echo(f"ok: {result.path}: {facts['method']}, {facts['targets']} targets, {facts['bytes']:,} bytes")
+                click.echo(
+                    f"ok: {result.path}: {facts['method']}, {facts['targets']} targets, {facts['bytes']:,} bytes"
+                )
     if not all(r.ok for r in results):
         raise click.exceptions.Exit(EXIT_REFUSED)
 
@@ -208,7 +212,9 @@ def _common_options() -> list[click.Parameter]:
         click.Option(
             ["--target-size"], type=ByteSize(), help="At most this many bytes without extra tensors, e.g. 200KB."
         ),
-        click.Option(["--target-ratio"], type=float, help="At least this many times smaller than the factors at 16 bit."),
+        click.Option(
+            ["--target-ratio"], type=float, help="At least this many times smaller than the factors at 16 bit."
+        ),
         click.Option(["--include"], multiple=True, help="Only targets whose name this pattern finds; repeatable."),
         click.Option(["--exclude"], multiple=True, help="No targets whose name this pattern finds; repeatable."),
         click.Option(["--base"], type=path, help="Base model folder: settles orientations, records its digest."),
@@ -270,7 +276,9 @@ def _convert(
         check_output(output, overwrite, inputs=list(source.iterdir()) if source.is_dir() else [source])
     lora = api.load_lora(source)
     with _progress(f"lora-to-{method}", quiet or as_json) as progress:
-        done = api.convert(lora, method, dry_run=dry_run, device=_device(device), progress=progress, **common, **options)
+        done = api.convert(
+            lora, method, dry_run=dry_run, device=_device(device), progress=progress, **common, **options
+        )
     if output is not None and not dry_run:
         api.write(done.compact, output, overwrite=overwrite)
     if as_json:
@@ -308,9 +316,13 @@ def _add_converters() -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
 @click.option("--to", required=True, help="peft-lora or peft-vblora.")
-@click.option("--source", type=click.Path(path_type=Path), help="The LoRA it came from: adds the error table to the card.")
+@click.option(
+    "--source", type=click.Path(path_type=Path), help="The LoRA it came from: adds the error table to the card."
+)
 @click.option("--keep-ranks", is_flag=True, help="Write rank_pattern and alpha_pattern instead of one padded rank.")
-@click.option("--dtype", type=click.Choice(["F32", "F16", "BF16"]), default="F32", show_default=True, help="Of the factors.")
+@click.option(
+    "--dtype", type=click.Choice(["F32", "F16", "BF16"]), default="F32", show_default=True, help="Of the factors."
+)
 @_overwrite
 @_quiet
 def export(

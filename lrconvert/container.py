@@ -178,7 +178,9 @@ def _entry(name: str, value: Any, limits: Limits) -> tuple[str, tuple[int, ...],
     for n in shape:
         count *= n
     if end - begin != count * itemsize(dtype):
-        raise DtypeError(f"tensor {name!r}: {dtype} {shape} needs {count * itemsize(dtype)} bytes, it has {end - begin}")
+        raise DtypeError(
+            f"tensor {name!r}: {dtype} {shape} needs {count * itemsize(dtype)} bytes, it has {end - begin}"
+        )
     return dtype, tuple(shape), begin, end
 
 

@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,12 @@ def _manifest(compact: CompactAdapter, digests: _Digests | None, exponents: str)
     if compact.base.content:
         base["content"] = compact.base.content
     came = compact.provenance
-    named = {"source": came.source, "base_model": came.base_model, "revision": came.revision, "task_type": came.task_type}
+    named = {
+        "source": came.source,
+        "base_model": came.base_model,
+        "revision": came.revision,
+        "task_type": came.task_type,
+    }
     provenance: dict[str, Any] = {key: value for key, value in named.items() if value}
     if came.fields:
         provenance["fields"] = dict(came.fields)
@@ -332,7 +338,7 @@ def _targets(value: Any) -> tuple[Target, ...]:
     targets.sort()
     if not targets:
         raise MissingFieldError("the file has no targets")
-    for one, two in zip(targets, targets[1:], strict=False):
+    for one, two in pairwise(targets):
         whole = {"matrix", "transposed", "conv"} & {one.view.kind, two.view.kind}
         if one.name == two.name and (whole or one.shape != two.shape or one.view == two.view):
             raise IndexRangeError(f"the target {one.name!r} is declared twice")
@@ -461,17 +467,17 @@ def examine(path: Path, report: Report) -> CompactAdapter | None:
 def _examine(file: ContainerFile, report: Report) -> CompactAdapter | None:
     sound = True
 
-    def attempt(level: str, step: Callable[[], Any], default: Any = None) -> Any:
-        """The step's value; on a finding report it, remember that the file is unsound, and go on with `default`."""
+    def attempt(level: str, step: Callable[..., Any], *arguments: Any) -> Any:
+        """The step's value; on a finding report it, remember that the file is unsound, and go on with None."""
         nonlocal sound
         try:
-            return step()
+            return step(*arguments)
         except LrcError as error:
             sound = False
             report(level, error)
-            return default
+            return None
 
-    manifest = attempt("structure", lambda: _read_manifest(file))
+    manifest = attempt("structure", _read_manifest, file)
     if manifest is None:
         return None
     sections: dict[str, Callable[[Any], Any]] = {
@@ -481,48 +487,48 @@ def _examine(file: ContainerFile, report: Report) -> CompactAdapter | None:
         "provenance": _provenance,
         "method": _method,
     }
-    attempt("structure", lambda: _object(manifest, "the manifest", [*sections, "format", "version", "requires", "digests"]))
-    parsed = {
-        key: attempt("structure", lambda key=key, parse=parse: parse(manifest[key]))
-        for key, parse in sections.items()
-        if key in manifest
-    }
-    digests = attempt("structure", lambda: _object(manifest.get("digests"), "digests", ["content", "tensors"]), {})
-    declared = digests.get("tensors", {})
-    if not isinstance(declared, dict):
-        attempt("structure", lambda: _object(declared, "digests.tensors", []))
-        declared = {}
+    known = [*sections, "format", "version", "requires", "digests"]
+    attempt("structure", _object, manifest, "the manifest", known)
+    parsed = {key: attempt("structure", parse, manifest[key]) for key, parse in sections.items() if key in manifest}
+    digests = attempt("structure", _object, manifest.get("digests"), "digests", ["content", "tensors"]) or {}
+    declared = attempt("structure", _digest_table, digests.get("tensors")) or {}
 
     stored = {info.name: bytes(file.read(info)) for info in file.tensors}
     for info in file.tensors:
-        attempt("semantics", lambda info=info: _check_digest(info, stored[info.name], declared.get(info.name)))
+        attempt("semantics", _check_digest, info, stored[info.name], declared.get(info.name))
     for name in sorted(set(declared) - set(stored)):
-        attempt("semantics", lambda name=name: _fail(MissingFieldError(f"the digest of {name!r:.80} belongs to no tensor")))
-    attempt("semantics", lambda: _check_content(digests, declared, manifest))
+        attempt("semantics", _fail, MissingFieldError(f"the digest of {name!r:.80} belongs to no tensor"))
+    attempt("semantics", _check_content, digests, declared, manifest)
     if any(parsed.get(key) is None for key in sections):
         return None
 
     method, header, exponents = parsed["method"]
     targets, extras = parsed["targets"], parsed["extras"]
     reader = _TensorReader(file, stored, exponents)
-    config = attempt("semantics", lambda: _read_config(method, header, targets, reader))
+    config = attempt("semantics", _read_config, method, header, targets, reader)
     if config is None:
         return None
-    specs = attempt("semantics", lambda: _checked_specs(method, config, targets), ())
     tensors = {}
-    for spec in specs:
-        if attempt("semantics", lambda spec=spec: reader.check(spec) or True):
-            tensors[spec.name] = attempt("values", lambda spec=spec: reader.decode(spec))
-    full = tuple(attempt("semantics", lambda i=i, e=e: reader.extra(i, e)) for i, e in enumerate(extras))
+    for spec in attempt("semantics", _checked_specs, method, config, targets) or ():
+        if attempt("semantics", reader.has, spec):
+            tensors[spec.name] = attempt("values", reader.decode, spec)
+    full = tuple(attempt("semantics", reader.extra, i, extra) for i, extra in enumerate(extras))
     attempt("semantics", reader.check_nothing_left)
     if not sound:
         return None
-    attempt("values", lambda: method.check(config, targets, tensors))
+    attempt("values", method.check, config, targets, tensors)
     compact = CompactAdapter(method.id, config, targets, tensors, full, parsed["provenance"], parsed["base"])
     stated = _Digests(digests["content"], declared)
-    attempt("structure", lambda: _check_canonical(file, compact, stated, manifest["method"]["exponents"]))
+    attempt("structure", _check_canonical, file, compact, stated, manifest["method"]["exponents"])
     attempt("structure", file.check_unchanged)
     return compact if sound else None
+
+
+def _digest_table(value: Any) -> dict[str, Any]:
+    """``digests.tensors`` as an object; its values are checked one by one."""
+    if not isinstance(value, dict):
+        raise JsonSyntaxError("digests.tensors is not an object")
+    return value
 
 
 def _fail(error: LrcError) -> None:
@@ -532,7 +538,9 @@ def _fail(error: LrcError) -> None:
 def _read_manifest(file: ContainerFile) -> dict[str, Any]:
     """The manifest, version-checked. Raises E-MISSING, E-UNKNOWN, E-LIMIT, E-VER and the JSON errors."""
     if METADATA_KEY not in file.metadata:
-        raise MissingFieldError("the file has no lrconvert manifest", fix="this is not an lrconvert file; try `inspect`")
+        raise MissingFieldError(
+            "the file has no lrconvert manifest", fix="this is not an lrconvert file; try `inspect`"
+        )
     if len(file.metadata) != 1:
         raise UnknownFieldError("the file has metadata besides the manifest")
     text = file.metadata[METADATA_KEY].encode()
@@ -561,7 +569,7 @@ def _check_content(digests: dict[str, Any], declared: dict[str, Any], manifest: 
 def _read_config(method: Method, header: dict[str, Any], targets: Sequence[Target], reader: _TensorReader) -> Any:
     layout = {}
     for spec in method.layout_specs(header, targets):
-        reader.check(spec)
+        reader.has(spec)
         layout[spec.name] = reader.decode(spec)
     return method.config(header, layout, targets)
 
@@ -594,14 +602,18 @@ class _TensorReader:
         self._data = data
         self._exponents = list(exponents)
 
-    def check(self, spec: TensorSpec) -> None:
+    def has(self, spec: TensorSpec) -> bool:
+        """True; raises E-MISSING, E-DTYPE or E-SHAPE if the tensor is not there as its spec says."""
         info = self._infos.get(spec.name)
         if info is None:
             raise MissingFieldError(f"the tensor {spec.name!r} is missing")
         if info.dtype != spec.dtype:
             raise DtypeError(f"tensor {spec.name!r} is {info.dtype}, its method stores {spec.dtype}")
         if info.shape != spec.stored_shape:
-            raise ShapeError(f"tensor {spec.name!r} has shape {list(info.shape)}, its method stores {list(spec.stored_shape)}")
+            raise ShapeError(
+                f"tensor {spec.name!r} has shape {list(info.shape)}, its method stores {list(spec.stored_shape)}"
+            )
+        return True
 
     def decode(self, spec: TensorSpec) -> Array:
         del self._infos[spec.name]
@@ -619,7 +631,9 @@ class _TensorReader:
             raise MissingFieldError(f"the tensor {name!r} of the extra {declared.name!r} is missing")
         size = itemsize(declared.dtype) * int(np.prod(declared.shape, dtype=object))
         if info.dtype != "U8" or info.shape != (size,):
-            raise ShapeError(f"the extra {declared.name!r} has {info.nbytes} bytes of {info.dtype}, declared {size} of U8")
+            raise ShapeError(
+                f"the extra {declared.name!r} has {info.nbytes} bytes of {info.dtype}, declared {size} of U8"
+            )
         return replace(declared, data=self._data[name])
 
     def check_nothing_left(self) -> None:

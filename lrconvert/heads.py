@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lrconvert import targets
-from lrconvert.adapter import CompactAdapter, ExtraTensor, LoraAdapter
+from lrconvert.adapter import CompactAdapter, ExtraTensor, LoraAdapter, LoraTarget, Target
 from lrconvert.container import Checkpoint, TensorInfo
 from lrconvert.dtypes import FLOATS, STORAGE, Array, decode, round_to
 from lrconvert.errors import PlacementError
@@ -85,6 +85,7 @@ class _Planner:
         self.adapters, self.checkpoint, self.config = adapters, checkpoint, checkpoint.config
         self.extras = _gather(adapters)
         self.targets = {t.name for adapter in resolved for t in _targets(adapter)}
+        self.updated = {name for adapter in resolved for name in _updated(adapter)}
         self.prefixes = {
             _prefix(ours.name, theirs.name)
             for adapter, other in zip(adapters, resolved, strict=True)
@@ -118,7 +119,8 @@ class _Planner:
             prefix = next(iter(self.prefixes)) or ""
         effect = bool(self.added or self.values or any(map(self._changes, self.replaced)))
         config = self._config_changes()
-        return Placement(self.replaced, self.values, tuple(self.added), self.copies, dropped, prefix, config, effect)
+        added = tuple(sorted(self.added, key=lambda extra: extra.name))
+        return Placement(self.replaced, self.values, added, self.copies, dropped, prefix, config, effect)
 
     # --- one tensor ---
 
@@ -145,9 +147,6 @@ class _Planner:
             raise _no_place(extra, "it is also a target of an update")
         if stored is not None:
             self.replaced[stored] = extra
-        elif (source := targets.tied_source(extra.name, self.checkpoint)) is not None:
-            if not _same_bytes(extra, self.replaced.get(source) or self.checkpoint.tensors[source], self.checkpoint):
-                self.added.append(extra)
         else:
             self.added.append(extra)
 
@@ -195,7 +194,7 @@ class _Planner:
         """Every added tensor belongs to a head that the merged architecture has, or is an untied output head."""
         for extra in self.added:
             if extra.name.endswith(targets.HEADS):
-                if not architecture and targets.tied_source(extra.name, self.checkpoint):
+                if not architecture and not self._is_headless and targets.tied_source(extra.name, self.checkpoint):
                     continue
                 raise _no_place(extra, "the base has no such tensor")
             if not architecture and self._class_of_heads() != self._architecture:
@@ -267,20 +266,22 @@ class _Planner:
         """Where input and output embeddings are tied and only one changes, the other becomes a tensor of its own."""
         if not targets.ties_embeddings(self.config):
             return
-        for name in sorted(self.targets - self.checkpoint.tensors.keys()):  # output heads that are not stored
+        for name in sorted(self.updated - self.checkpoint.tensors.keys()):  # output heads that are not stored
             source = targets.tied_source(name, self.checkpoint)
             assert source is not None
             self.copies[name] = source
         embedding = self._embedding()
+        if self._head_equals(embedding):
+            return
         head = next((n for n in self.checkpoint.tensors if n.endswith(targets.HEADS)), None)
         new_head = bool(self.copies) or any(e.name.endswith(targets.HEADS) for e in self.added)
         embedding_changes = self._changes(embedding)
         if not (embedding_changes or self._changes(head) or new_head):
             return
-        language_model = _LANGUAGE_MODEL.fullmatch(self._architecture)
-        if head is None and not new_head and not language_model and _HEADLESS.fullmatch(self._architecture):
+        if head is None and not new_head and self._is_headless:
             return
-        if self._stay_equal(embedding, head) or (head is None and not new_head and self._wants_tying()):
+        ends = (self.replaced.get(embedding or ""), self.replaced.get(head or ""))
+        if ends[0] is not None and ends[1] is not None and _same_tensor(ends[0], ends[1]):
             return
         if self.config.get("model_type") in _TIE_SCALES:
             raise PlacementError(
@@ -288,7 +289,7 @@ class _Planner:
                 fix="use an adapter that changes both alike",
             )
         if head is None and not new_head:
-            if embedding is None or not language_model:
+            if embedding is None or not _LANGUAGE_MODEL.fullmatch(self._architecture):
                 raise PlacementError(
                     f"{embedding!r} is tied to an output layer whose name {self._architecture!r} does not tell"
                 )
@@ -305,23 +306,26 @@ class _Planner:
     def _changes(self, name: str | None) -> bool:
         if name is None:
             return False
-        if name in self.targets or name in self.values:
+        if name in self.updated or name in self.values:
             return True
         extra = self.replaced.get(name)
         return extra is not None and not _same_bytes(extra, self.checkpoint.tensors[name], self.checkpoint)
 
-    def _stay_equal(self, embedding: str | None, head: str | None) -> bool:
-        """Whether both are replaced by the same tensor. (Equal updates of both would need more than a look.)"""
-        one = self.replaced.get(embedding or "")
-        other = self.replaced.get(head or "") or next((e for e in self.added if e.name.endswith(targets.HEADS)), None)
-        if one is None or other is None or (one.dtype, one.shape, one.data) != (other.dtype, other.shape, other.data):
+    def _head_equals(self, embedding: str | None) -> bool:
+        """Whether the adapter brings an output head that is the embedding it is tied to; it is then left out."""
+        head = next((e for e in self.added if e.name.endswith(targets.HEADS)), None)
+        if head is None or embedding is None or embedding in self.updated or embedding in self.values:
             return False
-        self.added = [e for e in self.added if e is not other]
+        if not _same_bytes(head, self.replaced.get(embedding) or self.checkpoint.tensors[embedding], self.checkpoint):
+            return False
+        self.added.remove(head)
         return True
 
-    def _wants_tying(self) -> bool:
-        """Whether PEFT kept the tie while it trained the embedding."""
-        return any(a.provenance.fields.get("ensure_weight_tying") == "true" for a in self.adapters)
+    @property
+    def _is_headless(self) -> bool:
+        """Whether the base's architecture is known to have no output head."""
+        named = self._architecture
+        return not _LANGUAGE_MODEL.fullmatch(named) and _HEADLESS.fullmatch(named) is not None
 
     # --- configuration ---
 
@@ -352,8 +356,20 @@ class _Planner:
 # --- small things ---------------------------------------------------------------------------------------------------
 
 
-def _targets(adapter: Adapter) -> tuple[Any, ...]:
+def _targets(adapter: Adapter) -> tuple[Target, ...]:
     return adapter.shapes() if isinstance(adapter, LoraAdapter) else adapter.targets
+
+
+def is_zero(pair: LoraTarget) -> bool:
+    """Whether a look at the factors shows that the update is zero."""
+    return pair.scale == 0 or not pair.A.any() or not pair.B.any()
+
+
+def _updated(adapter: Adapter) -> Iterable[str]:
+    """Names of the targets whose update is not seen to be zero."""
+    if isinstance(adapter, LoraAdapter):
+        return (pair.target.name for pair in adapter.targets if not is_zero(pair))
+    return (target.name for target in adapter.targets)
 
 
 def _gather(adapters: Sequence[Adapter]) -> list[ExtraTensor]:
@@ -361,7 +377,7 @@ def _gather(adapters: Sequence[Adapter]) -> list[ExtraTensor]:
     found: dict[str, ExtraTensor] = {}
     for extra in (e for adapter in adapters for e in adapter.extras):
         other = found.setdefault(extra.name, extra)
-        if (other.dtype, other.shape, other.data) != (extra.dtype, extra.shape, extra.data):
+        if not _same_tensor(other, extra):
             raise _no_place(extra, "two adapters bring different ones", "merge one of them")
     return list(found.values())
 
@@ -405,12 +421,14 @@ def _same_values(extra: ExtraTensor, info: TensorInfo, checkpoint: Checkpoint) -
     return True
 
 
+def _same_tensor(one: ExtraTensor, other: ExtraTensor) -> bool:
+    return (one.dtype, one.shape, one.data) == (other.dtype, other.shape, other.data)
+
+
 def _same_bytes(extra: ExtraTensor, other: TensorInfo | ExtraTensor, checkpoint: Checkpoint) -> bool:
-    if (extra.dtype, extra.shape) != (other.dtype, other.shape):
-        return False
     if isinstance(other, ExtraTensor):
-        return extra.data == other.data
-    return all(
+        return _same_tensor(extra, other)
+    return (extra.dtype, extra.shape) == (other.dtype, other.shape) and all(
         extra.data[start : start + _COMPARE_BYTES]
         == checkpoint.read(other, start, min(_COMPARE_BYTES, other.nbytes - start))
         for start in range(0, other.nbytes, _COMPARE_BYTES)

@@ -187,7 +187,9 @@ def decode(spec: TensorSpec, stored: Array, exponent: int) -> Array:
     if spec.kind == "index":
         values = values.astype(np.uint32)
         if values.size and int(values.max()) >= spec.limit:
-            raise IndexRangeError(f"tensor {spec.name} holds {int(values.max())}; values below {spec.limit} are allowed")
+            raise IndexRangeError(
+                f"tensor {spec.name} holds {int(values.max())}; values below {spec.limit} are allowed"
+            )
     return values
 
 
@@ -216,7 +218,8 @@ def quantize_rows(rows: Array, bits: int) -> tuple[Array, F32]:
     def codes_for(scale: F32) -> Array:
         safe = np.where(scale > 0, scale, 1).astype(np.float32)
         c = np.floor(x / (2 * safe[:, None]) + levels // 2)
-        return np.clip(c, 0, levels - 1, out=c)
+        clipped: Array = np.clip(c, 0, levels - 1, out=c)
+        return clipped
 
     def solve(scale: F32) -> tuple[F32, Array]:
         """Least-squares scale for the codes of `scale`, and the squared error it reaches."""

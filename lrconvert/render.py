@@ -12,7 +12,7 @@ from lrconvert.report import Fidelity
 if TYPE_CHECKING:
     from lrconvert.api import Conversion
     from lrconvert.file import Sizes
-    from lrconvert.merge import MergeReport
+    from lrconvert.merging import MergeReport
 
 _ROWS = 12  # targets shown without --verbose
 
@@ -30,7 +30,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     cells = [[str(c) for c in row] for row in [head, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     lines = [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+        "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
         for row in cells
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
@@ -50,7 +52,8 @@ def inspection(path: str, found: dict[str, Any]) -> str:
     else:
         size = found["bytes"]
         lines.append(
-            f"{size['total']:,} bytes: payload {size['payload']:,}, overhead {size['overhead']:,}, extras {size['extras']:,}"
+            f"{size['total']:,} bytes: payload {size['payload']:,}, overhead {size['overhead']:,}, "
+            f"extras {size['extras']:,}"
         )
         config = ", ".join(f"{k} {v}" for k, v in found["method"]["config"].items())
         lines.append(f"method {found['method']['id']} version {found['method']['version']}: {config}")
@@ -133,7 +136,9 @@ def conversion(source: str, output: str | None, done: Conversion, verbose: bool)
         f"{done.ratio:.1f} times smaller than {done.source_bytes:,} bytes at 16 bit",
     ]
     if size.extras:
-        lines.append(f"extras    {size.extras:,} bytes carried along unchanged, not counted above; file {size.total:,} bytes")
+        lines.append(
+            f"extras    {size.extras:,} bytes carried along unchanged, not counted above; file {size.total:,} bytes"
+        )
     if done.fidelity is not None:
         lines.append(f"captured  {done.fidelity.captured:.4f} of the update's energy (weight norm; 1 is lossless)")
         worst = min(done.fidelity.targets, key=lambda t: t.captured)
@@ -230,7 +235,9 @@ def merging(output: str, report: MergeReport, verbose: bool) -> str:
         lines.append(
             f"changed   {total.changed:,} weights; {total.unmoved:,} have an update below half a step and did not move"
         )
-        lines.append(f"rounding  at most {total.max_error:.3g}, on average {total.mean_error:.3g} from the exact result")
+        lines.append(
+            f"rounding  at most {total.max_error:.3g}, on average {total.mean_error:.3g} from the exact result"
+        )
     for what, names in (("replaced", report.placed), ("added", report.added), ("removed", report.dropped)):
         if names:
             lines.append(f"{what.ljust(9)} {', '.join(map(printable, names))}")

@@ -1,4 +1,4 @@
-"""What a conversion costs and keeps: captured energy per target, bytes, spectra. Numbers only; the CLI lays them out."""
+"""What a conversion costs and keeps: captured energy per target, bytes, spectra. Numbers only."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from lrconvert import canonical, file
 from lrconvert.adapter import CompactAdapter, LoraAdapter, LoraTarget, Target
+from lrconvert.dtypes import Array
 from lrconvert.errors import BaseError
 from lrconvert.methods import base as methods
 
@@ -108,7 +109,8 @@ def inspect_lora(lora: LoraAdapter) -> dict[str, Any]:
                 "dtype": pair.a.dtype,
                 "norm": float(np.sqrt(np.sum(s * s))),
                 "spectrum": {
-                    name: canonical.energy_rank(s, share) for name, share in (("90", 0.9), ("99", 0.99), ("99.9", 0.999))
+                    name: canonical.energy_rank(s, share)
+                    for name, share in (("90", 0.9), ("99", 0.99), ("99.9", 0.999))
                 },
                 "singular_values": [float(f"{v:.6g}") for v in s],
             }
@@ -132,10 +134,7 @@ def inspect_compact(compact: CompactAdapter) -> dict[str, Any]:
     """Everything worth knowing of an lrconvert file, as JSON values."""
     method = methods.get(compact.method)
     size = file.sizes(compact)
-    rows = [
-        {**_target_row(t), "rank": a.shape[0], "norm": float(np.linalg.norm(_core(a, b)))}
-        for t, a, b in methods.expand_all(compact)
-    ]
+    rows = [{**_target_row(t), "rank": a.shape[0], "norm": _norm(a, b)} for t, a, b in methods.expand_all(compact)]
     return {
         "kind": "lrconvert",
         "method": {"id": method.id, "version": method.version, "config": method.header(compact.config)},
@@ -153,11 +152,10 @@ def inspect_compact(compact: CompactAdapter) -> dict[str, Any]:
     }
 
 
-def _core(a: Any, b: Any) -> Any:
-    """A small matrix with the norm of b @ a."""
-    if a.shape[0] == 0:
-        return np.zeros((1, 1))
-    return np.linalg.qr(b.astype(np.float64), mode="r") @ np.linalg.qr(a.T.astype(np.float64), mode="r").T
+def _norm(a: Array, b: Array) -> float:
+    """||b @ a|| in the Frobenius norm, by Gram matrices."""
+    left, right = b.astype(np.float64), a.astype(np.float64)
+    return float(np.sqrt(max(np.sum((left.T @ left) * (right @ right.T)), 0.0)))
 
 
 def _target_row(target: Target) -> dict[str, Any]:
@@ -167,9 +165,7 @@ def _target_row(target: Target) -> dict[str, Any]:
 
 def _common(extras: Sequence[Any], base_model: str, task_type: str) -> dict[str, Any]:
     return {
-        "extras": [
-            {"name": e.name, "dtype": e.dtype, "shape": list(e.shape), "bytes": len(e.data)} for e in extras
-        ],
+        "extras": [{"name": e.name, "dtype": e.dtype, "shape": list(e.shape), "bytes": len(e.data)} for e in extras],
         "base_model": base_model,
         "task_type": task_type,
     }

@@ -100,7 +100,9 @@ def ties_embeddings(config: Mapping[str, Any]) -> bool:
 
 
 # Families whose configuration class ties embeddings unless told otherwise, as their config.json may not say so.
-TIED_BY_DEFAULT = frozenset({"gpt2", "openai-gpt", "bloom", "gpt_bigcode", "gemma", "gemma2", "gemma3_text", "opt", "t5"})
+TIED_BY_DEFAULT = frozenset(
+    {"gpt2", "openai-gpt", "bloom", "gpt_bigcode", "gemma", "gemma2", "gemma3_text", "opt", "t5"}
+)
 
 
 def _orientation(target: Target, stored: tuple[int, ...]) -> View | None:

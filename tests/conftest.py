@@ -46,7 +46,9 @@ def random_lora(
         a = rng.standard_normal((rank, inner)).astype(np.float32) * weights[:, None]
         b = rng.standard_normal((out, rank)).astype(np.float32)
         shape = (inner, out) if view.kind == "transposed" else (out, inner)
-        pairs.append(LoraTarget(Target(f"layers.{n}.proj.weight", shape, view), Stored("F32", a), Stored("F32", b), scale))
+        pairs.append(
+            LoraTarget(Target(f"layers.{n}.proj.weight", shape, view), Stored("F32", a), Stored("F32", b), scale)
+        )
     return LoraAdapter(tuple(pairs))
 
 

@@ -62,6 +62,11 @@ def test_energy_rank(share, rank):
 
 
 def test_zero_update():
-    pair = LoraTarget(Target("w.weight", (3, 4)), Stored("F32", np.ones((2, 4), np.float32)), Stored("F32", np.zeros((3, 2), np.float32)), 1.0)
+    pair = LoraTarget(
+        Target("w.weight", (3, 4)),
+        Stored("F32", np.ones((2, 4), np.float32)),
+        Stored("F32", np.zeros((3, 2), np.float32)),
+        1.0,
+    )
     assert not canonical.svd(pair).s.any()
     assert canonical.energy_rank(canonical.singular_values(pair), 0.9) == 0

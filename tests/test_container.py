@@ -29,7 +29,9 @@ def entry(dtype="F32", shape=(1,), offsets=(0, 4)) -> dict:
 
 @st.composite
 def tensors(draw):
-    names = draw(st.lists(st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=8), unique=True, max_size=5))
+    names = draw(
+        st.lists(st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=8), unique=True, max_size=5)
+    )
     return {
         name: np.frombuffer(os.urandom(8 * 24), np.uint8).view(DTYPES[draw(st.sampled_from(sorted(DTYPES)))])[
             : draw(st.integers(1, 6))
@@ -85,7 +87,10 @@ CASES = {
     "length beyond the file": (build({}, length=99), errors.HeaderLengthError),
     "leading space": (build(b' {"a":1}'), errors.HeaderTextError),
     "not JSON": (build(b"{nope"), errors.JsonSyntaxError),
-    "duplicate tensor": (build(b'{"a":%b,"a":%b}' % ((json.dumps(entry()).encode(),) * 2), b"1234"), errors.JsonDuplicateError),
+    "duplicate tensor": (
+        build(b'{"a":%b,"a":%b}' % ((json.dumps(entry()).encode(),) * 2), b"1234"),
+        errors.JsonDuplicateError,
+    ),
     "unknown field": (build({"a": {**entry(), "x": 1}}, b"1234"), errors.UnknownFieldError),
     "null metadata": (build({"__metadata__": None}), errors.JsonSyntaxError),
     "overlap": (build({"a": entry(), "b": entry(offsets=(2, 6))}, b"123456"), errors.OffsetError),
@@ -143,7 +148,11 @@ def sharded(folder, index: dict, shards: dict[str, dict[str, np.ndarray]]):
 
 def test_sharded_checkpoint(tmp_path):
     a, b = np.ones(3, np.float32), np.zeros(2, np.float16)
-    sharded(tmp_path, {"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}, {"m-1.safetensors": {"a": a}, "m-2.safetensors": {"b": b}})
+    sharded(
+        tmp_path,
+        {"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}},
+        {"m-1.safetensors": {"a": a}, "m-2.safetensors": {"b": b}},
+    )
     with container.open_checkpoint(tmp_path) as base:
         assert set(base.tensors) == {"a", "b"}
         digest = base.content_digest()

@@ -10,9 +10,9 @@ import pytest
 from conftest import ADAPTERS, BASES, asset, random_lora
 
 from lrconvert import api, errors, report
+from lrconvert.adapter import ExtraTensor
 from lrconvert.exporters import base as exporters
 from lrconvert.exporters.peft_lora import saved_modules
-from lrconvert.adapter import ExtraTensor
 
 
 def load_in_peft(base: str, folder, model_class: str = "AutoModelForCausalLM", **extra):
@@ -172,7 +172,9 @@ def test_unknown_layout_and_nothing_left_behind(tmp_path):
 
     first = replace(odd.targets[0], target=Target("layers.0.proj.bare", (24, 16)))
     with pytest.raises(errors.ExportError, match="linear layer"):
-        api.export(api.convert(replace(odd, targets=(first,)), "lowrank", bits="4").compact, tmp_path / "out", to="peft-lora")
+        api.export(
+            api.convert(replace(odd, targets=(first,)), "lowrank", bits="4").compact, tmp_path / "out", to="peft-lora"
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -180,7 +182,10 @@ def test_extras_without_a_listed_module_are_saved_by_their_own():
     from dataclasses import replace
 
     lora = random_lora()
-    extras = (ExtraTensor("head.dense.weight", "F32", (1,), b"\0" * 4), ExtraTensor("head.out.bias", "F32", (1,), b"\0" * 4))
+    extras = (
+        ExtraTensor("head.dense.weight", "F32", (1,), b"\0" * 4),
+        ExtraTensor("head.out.bias", "F32", (1,), b"\0" * 4),
+    )
     compact = api.convert(replace(lora, extras=extras), "lowrank", bits="4").compact
     assert saved_modules(compact) == ["head.dense", "head.out"]
     listed = replace(compact, provenance=replace(compact.provenance, fields={"modules_to_save": "head,score"}))

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from lrconvert import api, container, errors, file, strictjson
 from lrconvert.adapter import ExtraTensor, LoraAdapter, Provenance, Target, View
-from lrconvert.validate import validate
+from lrconvert.validation import validate
 
 EXTRAS = (
     ExtraTensor("classifier.bias", "F32", (2,), np.array([np.nan, -0.0], np.float32).tobytes()),
@@ -47,7 +47,7 @@ def same(one: file.CompactAdapter, two: file.CompactAdapter) -> bool:
 
 
 def resign(data: bytes, edit) -> bytes:
-    """The file with its manifest changed by `edit` and spelled canonically, digests of the manifest made right again."""
+    """The file with its manifest changed by `edit`, spelled canonically, its content digest made right again."""
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     manifest = json.loads(header["__metadata__"]["lrconvert"])
@@ -78,13 +78,26 @@ def test_the_library_reads_it_and_would_write_the_same_header(tmp_path):
     assert again == data
 
 
-@pytest.mark.parametrize("environment", [{"PYTHONHASHSEED": "1"}, {"PYTHONHASHSEED": "77", "LC_ALL": "C", "TZ": "Asia/Tokyo"}])
+@pytest.mark.parametrize(
+    "environment", [{"PYTHONHASHSEED": "1"}, {"PYTHONHASHSEED": "77", "LC_ALL": "C", "TZ": "Asia/Tokyo"}]
+)
 def test_same_bytes_everywhere(tmp_path, environment):
     """The same command writes the same bytes, whatever the hash seed, locale or time zone."""
     source = FIXTURES / "adapters" / "llama-plain"
     paths = [tmp_path / "one.lrc", tmp_path / "two.lrc"]
     for path, env in zip(paths, [{}, environment], strict=True):
-        command = [sys.executable, "-m", "lrconvert.cli", "lora-to-lowrank", str(source), "-o", str(path), "--target-ratio", "12", "-q"]
+        command = [
+            sys.executable,
+            "-m",
+            "lrconvert.cli",
+            "lora-to-lowrank",
+            str(source),
+            "-o",
+            str(path),
+            "--target-ratio",
+            "12",
+            "-q",
+        ]
         subprocess.run(command, check=True, env={**os.environ, **env})
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
@@ -220,7 +233,8 @@ def _two_kinds() -> LoraAdapter:
     lora = random_lora()
     names = ["layers.0.a.weight", "layers.0.b.weight"]
     return replace(
-        lora, targets=tuple(replace(p, target=replace(p.target, name=n)) for p, n in zip(lora.targets, names, strict=True))
+        lora,
+        targets=tuple(replace(p, target=replace(p.target, name=n)) for p, n in zip(lora.targets, names, strict=True)),
     )
 
 
@@ -263,7 +277,13 @@ def test_the_message_names_the_file_once(tmp_path):
 names = st.from_regex(r"(layers\.[0-9]{1,2}|blocks\.[0-9]\.[0-9]|emb)\.(w|q\{\})(\.weight)?", fullmatch=True)
 
 
-@given(st.sets(st.tuples(names, st.sampled_from([(4, 3), (3, 4)]), st.sampled_from(["matrix", "transposed"])), min_size=1, max_size=40))
+@given(
+    st.sets(
+        st.tuples(names, st.sampled_from([(4, 3), (3, 4)]), st.sampled_from(["matrix", "transposed"])),
+        min_size=1,
+        max_size=40,
+    )
+)
 def test_target_grouping_is_a_bijection(items):
     targets = sorted({Target(n, shape, View(view)) for n, shape, view in items})
     groups = file.group_targets(targets)
@@ -277,7 +297,15 @@ def test_target_grouping_is_a_bijection(items):
 @pytest.mark.parametrize("options", [{"bits": "16"}, {"bits": "2"}, {"target_ratio": 12}])
 def test_small_stays_small(options):
     """32 layers, 224 targets: header, manifest and padding are at most max(2 KiB, 3 % of the payload)."""
-    shapes = {"q_proj": (64, 64), "k_proj": (16, 64), "v_proj": (16, 64), "o_proj": (64, 64), "gate_proj": (192, 64), "up_proj": (192, 64), "down_proj": (64, 192)}
+    shapes = {
+        "q_proj": (64, 64),
+        "k_proj": (16, 64),
+        "v_proj": (16, 64),
+        "o_proj": (64, 64),
+        "gate_proj": (192, 64),
+        "up_proj": (192, 64),
+        "down_proj": (64, 192),
+    }
     base = random_lora(list(shapes.values()), rank=4)
     pairs = []
     for layer in range(32):
@@ -286,7 +314,9 @@ def test_small_stays_small(options):
             pairs.append(replace(pair, target=Target(f"model.layers.{layer}.{block}.{name}.weight", shape)))
     lora = LoraAdapter(
         tuple(sorted(pairs, key=lambda p: p.target)),
-        provenance=Provenance("ab" * 32, "meta-llama/Llama-3-8B", "main", "CAUSAL_LM", {"source_format": "peft", "peft_version": "0.21.2"}),
+        provenance=Provenance(
+            "ab" * 32, "meta-llama/Llama-3-8B", "main", "CAUSAL_LM", {"source_format": "peft", "peft_version": "0.21.2"}
+        ),
     )
     done = api.convert(lora, "lowrank", **options)
     assert done.sizes.overhead <= max(2048, 0.03 * done.sizes.payload), done.sizes

@@ -118,7 +118,9 @@ def decode_half(data: bytes, exponent: int) -> np.ndarray:
 
 
 def exponents_of(manifest: Mapping[str, Any]) -> Iterator[int]:
-    return iter(struct.unpack(f"{len(manifest['method']['exponents']) // 2}b", bytes.fromhex(manifest["method"]["exponents"])))
+    return iter(
+        struct.unpack(f"{len(manifest['method']['exponents']) // 2}b", bytes.fromhex(manifest["method"]["exponents"]))
+    )
 
 
 Factors = list[tuple[np.ndarray, np.ndarray]]
@@ -173,7 +175,9 @@ def check_second_reader(data: bytes, compact: CompactAdapter) -> None:
     targets = list_targets(manifest)
     assert targets == [(t.name, list(t.shape), t.view.text) for t in compact.targets]
     factors = SECOND[compact.method](manifest, tensors)
-    for (target, a, b), (name, shape, view), (a2, b2) in zip(methods.expand_all(compact), targets, factors, strict=True):
+    for (target, a, b), (name, shape, view), (a2, b2) in zip(
+        methods.expand_all(compact), targets, factors, strict=True
+    ):
         assert target.name == name and out_in(shape, view) == target.matrix_shape
         for ours, theirs in ((a, a2), (b, b2)):
             assert theirs.dtype == np.float32 and theirs.shape == ours.shape
@@ -217,7 +221,7 @@ def source(turn: int) -> LoraAdapter:
     whole = replace(straight, targets=(*straight.targets, renamed))
     if turn % 2:
         return whole
-    named = Provenance("ab" * 32, "org/größe \"x\" \\y", "main", "CAUSAL_LM", {"source_format": "peft"})
+    named = Provenance("ab" * 32, 'org/größe "x" \\y', "main", "CAUSAL_LM", {"source_format": "peft"})
     return replace(whole, extras=EXTRAS, provenance=named)
 
 
@@ -246,7 +250,9 @@ def test_every_method_has_a_second_reader():
     assert set(SECOND) == set(methods.module_names())
 
 
-@pytest.mark.parametrize("path", sorted((FIXTURES / "golden").glob("*/*/*.lrc")), ids=lambda p: f"{p.parent.name}-{p.stem}")
+@pytest.mark.parametrize(
+    "path", sorted((FIXTURES / "golden").glob("*/*/*.lrc")), ids=lambda p: f"{p.parent.name}-{p.stem}"
+)
 def test_two_readers_agree_on_golden_files(path):
     check_second_reader(path.read_bytes(), file.read(path))
 
@@ -282,7 +288,9 @@ def test_two_readers_agree_on_targets(items, random):
     targets = tuple(sorted(Target(name, SHAPES[view], View(view)) for name, view in whole.items()))
     config = lowrank.Config((1,), ((1,),) * len(targets))
     tensors = {
-        spec.name: np.array([random.randrange(2) for _ in range(spec.numel)], np.uint8 if spec.kind == "code" else np.float32)
+        spec.name: np.array(
+            [random.randrange(2) for _ in range(spec.numel)], np.uint8 if spec.kind == "code" else np.float32
+        )
         for spec in methods.get("lowrank").specs(config, targets)
     }
     compact = CompactAdapter("lowrank", config, targets, tensors, base=fingerprint(targets))
@@ -326,7 +334,9 @@ def example_text() -> str:
             raw = data[8 + length + begin : 8 + length + end].hex(" ")
             rows.append(f"| `{name}` | {entry['dtype']} | {begin}-{end} | `{raw}` |")
     factors = {t.name: {"A": a.tolist(), "B": b.tolist()} for t, a, b in methods.expand_all(compact)}
-    lines = "\n".join(f"{json.dumps(name)}: {json.dumps(f)}" + "," * (name != "head.weight") for name, f in factors.items())
+    lines = "\n".join(
+        f"{json.dumps(name)}: {json.dumps(f)}" + "," * (name != "head.weight") for name, f in factors.items()
+    )
     return (
         f"The whole file, {len(data)} bytes, in base64:\n\n```base64\n{_wrap(base64.b64encode(data).decode())}\n```\n\n"
         f"It begins with the header length {length} (`{data[:8].hex(' ')}`). The manifest, here with white space:\n\n"
@@ -347,7 +357,11 @@ def _pretty(manifest: Mapping[str, Any]) -> str:
     for key, value in sorted(manifest.items()):
         text = json.dumps(value, sort_keys=True)
         if len(text) > 90 and isinstance(value, dict):
-            text = "{\n" + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v, sort_keys=True)}" for k, v in sorted(value.items())) + "}"
+            text = (
+                "{\n"
+                + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v, sort_keys=True)}" for k, v in sorted(value.items()))
+                + "}"
+            )
             text = text.replace('": {"', '": {\n    "').replace('", "', '",\n    "') if key == "digests" else text
         if len(text) > 90 and isinstance(value, list):
             text = "[\n" + ",\n".join(f"  {json.dumps(v, sort_keys=True)}" for v in value) + "]"

@@ -12,7 +12,7 @@ from lrconvert import api, errors, file
 from lrconvert.adapter import TRANSPOSED, CompactAdapter, LoraAdapter
 from lrconvert.dtypes import Stored
 from lrconvert.methods import base as methods
-from lrconvert.validate import validate
+from lrconvert.validation import validate
 
 CASES = [(m.id, n) for m in methods.all_methods() for n in range(len(m.examples))]
 METHODS = [m.id for m in methods.all_methods()]

@@ -46,7 +46,9 @@ def test_delta_is_pefts(name):
     """get_delta_weight of every adapted layer, within 1e-6 of its norm."""
     model = peft_model(name)
     lora = load(ADAPTERS / name)
-    layers = {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if hasattr(m, "get_delta_weight")}
+    layers = {
+        n.removeprefix("base_model.model."): m for n, m in model.named_modules() if hasattr(m, "get_delta_weight")
+    }
     assert {f"{n}.weight" for n in layers} == {p.target.name for p in lora.targets}
     for pair in lora.targets:
         layer = layers[pair.target.name.removesuffix(".weight")]
@@ -60,10 +62,15 @@ def test_delta_is_pefts(name):
 
 @pytest.mark.parametrize("name", READ)
 def test_every_tensor_is_accounted_for(name):
-    stored = safetensors.numpy.load_file(ADAPTERS / name / "adapter_model.safetensors") if name not in (
-        "llama-bf16",
-        "llama-tied-bf16",
-    ) else None
+    stored = (
+        safetensors.numpy.load_file(ADAPTERS / name / "adapter_model.safetensors")
+        if name
+        not in (
+            "llama-bf16",
+            "llama-tied-bf16",
+        )
+        else None
+    )
     lora = load(ADAPTERS / name)
     if stored is not None:
         assert 2 * len(lora.targets) + len(lora.extras) == len(stored)
@@ -160,7 +167,11 @@ TENSORS = {
     "missing B": (drop(FIRST.format("B")), errors.PairError, "down_proj"),
     "shapes disagree": (put(FIRST.format("A"), np.ones((3, 5), np.float32)), errors.PairError, "down_proj"),
     "rank unlike the config": (
-        lambda v: {**v, FIRST.format("A"): v[FIRST.format("A")][:2], FIRST.format("B"): v[FIRST.format("B")][:, :2].copy()},
+        lambda v: {
+            **v,
+            FIRST.format("A"): v[FIRST.format("A")][:2],
+            FIRST.format("B"): v[FIRST.format("B")][:, :2].copy(),
+        },
         errors.PairError,
         "configuration says 8",
     ),
@@ -183,7 +194,11 @@ TENSORS = {
         "another name",
     ),
     "convolution": (
-        lambda v: {**v, FIRST.format("A"): np.ones((8, 3, 3, 3), np.float32), FIRST.format("B"): np.ones((4, 8, 1, 1), np.float32)},
+        lambda v: {
+            **v,
+            FIRST.format("A"): np.ones((8, 3, 3, 3), np.float32),
+            FIRST.format("B"): np.ones((4, 8, 1, 1), np.float32),
+        },
         errors.UnsupportedLoraError,
         "convolution",
     ),
@@ -236,7 +251,15 @@ def test_unknown_layouts(path, tmp_path):
 # --- patterns -------------------------------------------------------------------------------------------------------
 
 MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.11.mlp.down_proj", "q_proj", "lm_head", "xq_proj"]
-PATTERNS = ["q_proj", r"model\.layers\.0\..*", r".*q_proj", r"layers.[0-9]+.mlp.down_proj", "^model.*proj$", "(q|k)_proj", "lm_head$"]
+PATTERNS = [
+    "q_proj",
+    r"model\.layers\.0\..*",
+    r".*q_proj",
+    r"layers.[0-9]+.mlp.down_proj",
+    "^model.*proj$",
+    "(q|k)_proj",
+    "lm_head$",
+]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -248,7 +271,10 @@ def test_patterns_match_as_in_peft(pattern):
         assert bool(reader.compile_pattern(pattern).match(module)) == theirs or module == pattern
 
 
-@pytest.mark.parametrize("pattern", ["(a+)+", "(a|a)*b", "(.*)*", r"(\w+\.)*x", "a" * 2000, "(", r"(a)\1", "(?=a)b", ".*.*.*.*x", "(a{1,9}){1,99}"])
+@pytest.mark.parametrize(
+    "pattern",
+    ["(a+)+", "(a|a)*b", "(.*)*", r"(\w+\.)*x", "a" * 2000, "(", r"(a)\1", "(?=a)b", ".*.*.*.*x", "(a{1,9}){1,99}"],
+)
 def test_hostile_patterns_never_reach_the_matcher(pattern, folder):
     with pytest.raises(errors.PatternError):
         load(folder.config(rank_pattern={pattern: 4}))

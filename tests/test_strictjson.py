@@ -13,7 +13,9 @@ from lrconvert import errors, strictjson
 TEXT = st.text(st.characters(categories=["L", "N", "P", "Zs"]), max_size=12).map(strictjson.canonical_text)
 VALUES = st.recursive(
     st.booleans() | st.integers(-(2**53) + 1, 2**53 - 1) | TEXT,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.from_regex(r"[a-z_.0-9]{1,6}", fullmatch=True), inner),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.from_regex(r"[a-z_.0-9]{1,6}", fullmatch=True), inner)
+    ),
     max_leaves=12,
 )
 
@@ -51,7 +53,9 @@ def test_refusals(text, error):
         strictjson.parse(text, depth=8)
 
 
-@pytest.mark.parametrize("text", [b'{"b":1,"a":2}', b'{"a": 1}', b'{"a":"\\u0041"}', b'{"a":"e\xcc\x81"}', b" {}", b'{"a":null}'])
+@pytest.mark.parametrize(
+    "text", [b'{"b":1,"a":2}', b'{"a": 1}', b'{"a":"\\u0041"}', b'{"a":"e\xcc\x81"}', b" {}", b'{"a":null}']
+)
 def test_only_the_canonical_spelling(text):
     with pytest.raises((errors.CanonicalError, errors.JsonNumberError)):
         strictjson.parse_canonical(text, depth=8)

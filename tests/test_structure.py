@@ -18,9 +18,9 @@ ORDER = [
     {"strictjson", "dtypes", "container", "durable", "packing", "vectorbank", "exact"},
     {"adapter", "canonical", "targets", "fingerprint"},
     {"methods"},
-    {"file", "report", "validate", "modelcard"},
+    {"file", "report", "validation", "modelcard"},
     {"readers", "exporters"},
-    {"heads", "merge"},
+    {"heads", "merging"},
     {"api"},
     {"render", "demo", "cli", "testing"},
 ]
@@ -68,12 +68,27 @@ def test_no_junk_drawers():
 
 def test_only_durable_writes():
     """durable.py is the only module that creates, renames or deletes files."""
-    verbs = {"mkdir", "unlink", "rename", "replace", "rmdir", "rmtree", "write_bytes", "write_text", "touch", "symlink_to"}
+    verbs = {
+        "mkdir",
+        "unlink",
+        "rename",
+        "replace",
+        "rmdir",
+        "rmtree",
+        "write_bytes",
+        "write_text",
+        "touch",
+        "symlink_to",
+    }
     for path in FILES:
         if path.name == "durable.py":
             continue
         for node in ast.walk(ast.parse(path.read_text())):
-            staged = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute) and node.value.attr == "folder"
+            staged = (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Attribute)
+                and node.value.attr == "folder"
+            )
             if isinstance(node, ast.Attribute) and node.attr in verbs - {"replace"} and not staged:
                 raise AssertionError(f"{path.name}:{node.lineno} calls .{node.attr}")
 
@@ -94,7 +109,9 @@ LIGHT = {
     "--help": CLI.format(["--help"]),
     "validate": CLI.format(["validate", str(ROOT / "fixtures" / "golden" / "v1" / "lowrank" / "0.lrc")]),
     "inspect": CLI.format(["inspect", str(ROOT / "fixtures" / "adapters" / "llama-plain")]),
-    "lora-to-lowrank": CLI.format(["lora-to-lowrank", str(ROOT / "fixtures" / "adapters" / "llama-plain"), "--dry-run"]),
+    "lora-to-lowrank": CLI.format(
+        ["lora-to-lowrank", str(ROOT / "fixtures" / "adapters" / "llama-plain"), "--dry-run"]
+    ),
     "methods": "from lrconvert.methods import base\nbase.all_methods()",
 }
 

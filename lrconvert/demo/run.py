@@ -31,11 +31,11 @@ def run(output: Path | None, echo: Callable[[str], None]) -> None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lrconvert-demo-")))
         else:
             check_output(output, overwrite=False)
-            os.makedirs(output, exist_ok=True)
+            os.makedirs(output, exist_ok=True)  # noqa: PTH103 -- the user's own empty folder, no output of ours
             folder = output
 
         def step(*words: str | Path) -> None:
-            shown = [str(w.relative_to(folder)) if _inside(w, folder) else _short(w) for w in words]
+            shown = [_short(w, folder) for w in words]
             echo(f"\n$ lrconvert {shlex.join(shown)}")
             cli.main(args=[str(w) for w in words], standalone_mode=False)
 
@@ -54,19 +54,18 @@ def run(output: Path | None, echo: Callable[[str], None]) -> None:
         echo(f"\nWhat the models answer, on {_HELD_OUT} texts that none of them was trained on:\n")
         echo(answers(merged, adapter_bytes={"LoRA": _factor_bytes(adapter), "vblora": vblora, "lowrank": lowrank}))
         echo(
-            "\nThis is a refit of the weights alone. The low-rank row is the baseline to beat at equal bytes; what a short "
-            "refinement wins back is a later step."
+            "\nThis is a refit of the weights alone. The low-rank row is the baseline to beat at equal bytes; "
+            "what a short refinement wins back is a later step."
         )
         if output is not None:
             echo(f"\nThe files are in {output}")
 
 
-def _inside(word: str | Path, folder: Path) -> bool:
-    return isinstance(word, Path) and word.is_relative_to(folder)
-
-
-def _short(word: str | Path) -> str:
-    return f"demo/{word.name}" if isinstance(word, Path) else word
+def _short(word: str | Path, folder: Path) -> str:
+    """A word as a user standing in `folder` would type it."""
+    if isinstance(word, str):
+        return word
+    return str(word.relative_to(folder)) if word.is_relative_to(folder) else f"demo/{word.name}"
 
 
 def _factor_bytes(adapter: Path) -> int:
@@ -94,9 +93,10 @@ def _measure(model_path: Path, texts: Sequence[str]) -> tuple[float, float, list
     import torch
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_path)
-    model = transformers.AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    model.train(False)
     losses, hits, picks = [], [], []
     with torch.no_grad():
         for text in texts:

@@ -92,7 +92,9 @@ def files(compact: CompactAdapter, options: ExportOptions, fidelity: Fidelity | 
             for suffix, dtype, values in (("indices", index_name, indices), ("weights", "F32", weights)):
                 block = values[codes].reshape(rank, cuts, values.shape[1])
                 block = np.ascontiguousarray(block if half == "A" else block.swapaxes(0, 1))
-                tensors.append((f"{PREFIX}{module}.vblora_logits_{half}_topk_{suffix}", dtype, block.shape, block.tobytes()))
+                tensors.append(
+                    (f"{PREFIX}{module}.vblora_logits_{half}_topk_{suffix}", dtype, block.shape, block.tobytes())
+                )
     settings = {
         **base_config(compact, modules),
         "peft_type": "VBLORA",

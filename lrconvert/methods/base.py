@@ -97,7 +97,7 @@ class Method(ABC):
     def ranks(self, config: Any, targets: Sequence[Target]) -> Sequence[int]:
         """The rank of the update of each target; what an expansion costs follows from it."""
 
-    def check(self, config: Any, targets: Sequence[Target], tensors: Tensors) -> None:
+    def check(self, config: Any, targets: Sequence[Target], tensors: Tensors) -> None:  # noqa: B027 -- most have none
         """Rules on values beyond what the specs say. Raises our errors."""
 
     # --- making it ---

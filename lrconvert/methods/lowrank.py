@@ -27,6 +27,7 @@ import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ _ROUNDS = 6  # alternations of quantizing one factor and solving the other
 
 
 @dataclass(frozen=True)
-class Options:
+class LowRankOptions:
     """What a user may ask for."""
 
     bits: str = field(
@@ -119,7 +120,7 @@ class LowRank(Method):
     version = 1
     title = "low rank, quantized factors"
     commands = (Command("lora-to-lowrank", "Cut the rank and quantize the factors: the baseline of every other form."),)
-    Options = Options
+    Options = LowRankOptions
     examples = (
         {"bits": "16"},
         {"bits": "8", "group_size": 16},
@@ -143,7 +144,9 @@ class LowRank(Method):
             raise (UnknownFieldError if wrong in header else MissingFieldError)(f"method.config: field {wrong!r}")
         levels, most, group = header["levels"], header["max_count"], header["group_size"]
         if not isinstance(levels, list) or not levels or levels != [q for q in WIDTHS if q in levels]:
-            raise JsonSyntaxError(f"method.config.levels is {levels!r:.60}; widths of {WIDTHS}, widest first, are allowed")
+            raise JsonSyntaxError(
+                f"method.config.levels is {levels!r:.60}; widths of {WIDTHS}, widest first, are allowed"
+            )
         if type(most) is not int or not 1 <= most <= MAX_RANK:
             raise LimitError(f"method.config.max_count is {most!r:.40}; 1 to {MAX_RANK} are allowed")
         if type(group) is not int or not 0 <= group <= MAX_DIM:
@@ -167,7 +170,9 @@ class LowRank(Method):
     def specs(self, config: Config, targets: Sequence[Target]) -> tuple[TensorSpec, ...]:
         totals, scales = _starts(config, tuple(targets))[-1]
         found = [
-            packing.half("half", (n,)) if q == 16 else packing.code(f"codes.{q}", (n,), q) for q, n in totals.items() if n
+            packing.half("half", (n,)) if q == 16 else packing.code(f"codes.{q}", (n,), q)
+            for q, n in totals.items()
+            if n
         ]
         return (*found, *([packing.half("scales", (scales,))] if scales else []))
 
@@ -190,7 +195,9 @@ class LowRank(Method):
             a, b = block[:, :inner], block[:, inner:]
             if q != 16:
                 groups_a, groups_b = _groups(inner, config.group_size), _groups(out, config.group_size)
-                scales = values["scales"][scale_at : scale_at + n * (groups_a + groups_b)].reshape(n, groups_a + groups_b)
+                scales = values["scales"][scale_at : scale_at + n * (groups_a + groups_b)].reshape(
+                    n, groups_a + groups_b
+                )
                 scale_at += n * (groups_a + groups_b)
                 a = a * _spread(scales[:, :groups_a], inner, config.group_size, xp)
                 b = b * _spread(scales[:, groups_a:], out, config.group_size, xp)
@@ -202,7 +209,7 @@ class LowRank(Method):
 
     # --- making it ---
 
-    def plan(self, lora: LoraAdapter, options: Options, budget: Budget | None, context: FitContext) -> Config:
+    def plan(self, lora: LoraAdapter, options: LowRankOptions, budget: Budget | None, context: FitContext) -> Config:
         spectra = [canonical.singular_values(pair) for pair in lora.targets]
         limits = _rank_limits(spectra, options)
         if not any(limits):
@@ -228,7 +235,6 @@ class LowRank(Method):
         starts = _starts(config, targets)
         for which, pair in enumerate(lora.targets):
             at, scale_at = starts[which]
-            out, inner = pair.target.matrix_shape
             for q, (rows, scales) in _fit_target(pair, config, which).items():
                 name = "half" if q == 16 else f"codes.{q}"
                 arrays[name][at[q] : at[q] + rows.size] = rows.reshape(-1)
@@ -245,7 +251,7 @@ METHOD = LowRank()
 # --- ranks and widths -----------------------------------------------------------------------------------------------
 
 
-def _rank_limits(spectra: Sequence[F64], options: Options) -> list[int]:
+def _rank_limits(spectra: Sequence[F64], options: LowRankOptions) -> list[int]:
     """The largest rank that the options allow in each target. Raises E-OPTION."""
     if (options.dynamic_method is None) != (options.dynamic_param is None):
         raise OptionError("--dynamic-method and --dynamic-param go together")
@@ -257,7 +263,7 @@ def _rank_limits(spectra: Sequence[F64], options: Options) -> list[int]:
     return [min(cap, _dynamic_rank(s, options), len(s)) for s in spectra]
 
 
-def _dynamic_rank(s: F64, options: Options) -> int:
+def _dynamic_rank(s: F64, options: LowRankOptions) -> int:
     """The rank that sd-scripts' resize picks for a spectrum; at least 1."""
     param = options.dynamic_param
     if options.dynamic_method is None or param is None or not s.any():
@@ -281,7 +287,12 @@ def _component_bits(target: Target, q: int, group_size: int) -> int:
 
 
 def _allocate(
-    lora: LoraAdapter, spectra: Sequence[F64], limits: Sequence[int], levels: Sequence[int], group_size: int, bits: float
+    lora: LoraAdapter,
+    spectra: Sequence[F64],
+    limits: Sequence[int],
+    levels: Sequence[int],
+    group_size: int,
+    bits: float,
 ) -> Config:
     """Greedy joint allocation: while bits last, the step (a new component, or more bits for one) that buys the most
     energy per bit. Steps of one component lie on the concave hull of its rate-energy curve, so greedy is optimal up to
@@ -294,7 +305,7 @@ def _allocate(
         step = chosen[t][j]
         if step < len(hulls[t]):
             cost, gain = hulls[t][step][1], hulls[t][step][2]
-            heapq.heappush(heap, (-float(spectra[t][j]) ** 2 * gain / cost, t, j, step))
+            heapq.heappush(heap, (-(float(spectra[t][j]) ** 2) * gain / cost, t, j, step))
 
     for t, limit in enumerate(limits):
         for j in range(limit):
@@ -308,9 +319,7 @@ def _allocate(
         left -= cost
         chosen[t][j] += 1
         push(t, j)
-    widths = [
-        sorted((hulls[t][n - 1][0] for n in row if n), reverse=True) for t, row in enumerate(chosen)
-    ]
+    widths = [sorted((hulls[t][n - 1][0] for n in row if n), reverse=True) for t, row in enumerate(chosen)]
     return _config_of(widths, group_size)
 
 
@@ -323,9 +332,7 @@ def _config_of(widths: Sequence[Sequence[int]], group_size: int) -> Config:
 
 def _hull(target: Target, levels: Sequence[int], group_size: int) -> list[tuple[int, int, float]]:
     """[(width, extra bits, extra share of energy)] along the concave hull of kept energy against bits."""
-    points = [(0, 0, 0.0)] + [
-        (q, _component_bits(target, q, group_size), (1 - _LOST[q]) ** 2) for q in sorted(levels)
-    ]
+    points = [(0, 0, 0.0)] + [(q, _component_bits(target, q, group_size), (1 - _LOST[q]) ** 2) for q in sorted(levels)]
     hull = [points[0]]
     for point in points[1:]:
         while len(hull) > 1 and (point[2] - hull[-1][2]) * (hull[-1][1] - hull[-2][1]) >= (
@@ -333,7 +340,7 @@ def _hull(target: Target, levels: Sequence[int], group_size: int) -> list[tuple[
         ) * (point[1] - hull[-1][1]):
             hull.pop()
         hull.append(point)
-    return [(two[0], two[1] - one[1], two[2] - one[2]) for one, two in zip(hull, hull[1:], strict=False)]
+    return [(two[0], two[1] - one[1], two[2] - one[2]) for one, two in pairwise(hull)]
 
 
 def _fill(
@@ -341,7 +348,7 @@ def _fill(
     spectra: Sequence[F64],
     limits: Sequence[int],
     levels: Sequence[int],
-    options: Options,
+    options: LowRankOptions,
     budget: Budget,
 ) -> Config:
     """The allocation with the most payload that still fits the budget. Raises E-BUDGET.
@@ -374,7 +381,9 @@ def _smallest(
 ) -> Config:
     """One component at the least width, in the target where it is cheapest."""
     q = min(levels)
-    costs = [_component_bits(p.target, q, group_size) if n else 1 << 62 for p, n in zip(lora.targets, limits, strict=True)]
+    costs = [
+        _component_bits(p.target, q, group_size) if n else 1 << 62 for p, n in zip(lora.targets, limits, strict=True)
+    ]
     cheapest = int(np.argmin(costs))
     return _config_of([[q] if t == cheapest else [] for t in range(len(limits))], group_size)
 
@@ -420,7 +429,7 @@ def _quantize_all(rows: F64, widths: Sequence[int], group_size: int) -> tuple[di
 
 def _solve(gram: F64, right: F64) -> F64:
     """gram^-1 @ right by least squares, so that equal or zero components do no harm."""
-    return np.linalg.lstsq(gram, right, rcond=1e-9)[0]
+    return np.asarray(np.linalg.lstsq(gram, right, rcond=1e-9)[0], np.float64)
 
 
 def _fit_target(pair: LoraTarget, config: Config, which: int) -> dict[int, tuple[Array, F32]]:

@@ -76,7 +76,7 @@ _TRIAL = 1 << 14  # codes of a problem that planning fits as a whole; of larger 
 _RESTART_WORK = 5e7  # scores per round up to which a second start is worth its time
 _SETTLED = 5e-4  # relative fall of the error below which a sweep was the last
 _SEARCH_WORK = 1e9  # codes times vectors: the search leaves out forms whose fit would take minutes
-_TRIALS = 8  # forms that planning tries
+_HOPE = 0.93  # planning tries forms that should keep this share of what the best should
 _SEARCHED_PASSES = 8
 _VECTORS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 32)
@@ -539,7 +539,8 @@ class _Search:
             choice = self._allocate(form, self._rule_of_thumb(form), self._room(form))
             if choice is not None and choice.kept > ranked.get(form.num_vectors, (0.0, form))[0]:
                 ranked[form.num_vectors] = choice.kept, form
-        forms = [form for _, form in sorted(ranked.values(), key=lambda entry: -entry[0])[:_TRIALS]]
+        hopeful = _HOPE * max((kept for kept, _ in ranked.values()), default=0.0)
+        forms = [form for kept, form in sorted(ranked.values(), key=lambda entry: -entry[0]) if kept >= hopeful]
         found = [filled for form in forms if (filled := self._fill(form, self._rule_of_thumb(form))) is not None]
         if len(found) > 1:
             most = np.array([config.ranks for _, config in found]).max(0)
@@ -664,14 +665,15 @@ class _Search:
     def _measured_loss(self, problem: _Problem) -> float:
         """The loss per pass of a bank trained on a sample of the rows."""
         h, everything = problem.form.num_vectors, int(problem.rows.starts[-1])
-        coder, x = problem.train(self.context.seed, 6, 1, sample=max(_TRIAL // 2, 24 * h))
+        enough = max(24 * h, 128 * len(problem.rows.counts) // problem.form.vector_length)  # for bank, and gains
+        coder, x = problem.train(self.context.seed, 6, 1, max(_TRIAL // 2, enough))
         power = vectorbank.row_sums((x * x).sum(1), coder.rows.counts) * problem.weight
         lost = coder.trace[-1] / max(power.sum(), 1e-300)
         low, high = 0.0, 1.0  # bisection: the loss per pass that explains what all passes together leave
         for _ in range(30):
             middle = (low + high) / 2
-            enough = float(power @ middle**coder.rows.passes) >= lost * power.sum()
-            low, high = (low, middle) if enough else (middle, high)
+            above = float(power @ middle**coder.rows.passes) >= lost * power.sum()
+            low, high = (low, middle) if above else (middle, high)
         # A bank fits its own sample better than all the data, by about its share of the sub-vectors.
         return min(1.0, high * (1 - h / max(everything, 2 * h)) / (1 - h / max(len(x), 2 * h)))
 

@@ -51,12 +51,36 @@ _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
 
 # Fields of LoraConfig that say how the adapter was trained or placed, and not what its update is.
 _NO_EFFECT = frozenset(
-    "auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config exclude_modules "
-    "inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config lora_dropout lora_ga_config "
-    "megatron_config megatron_core modules_to_save monteclora_config peft_type peft_version qalora_group_size revision "
-    "runtime_config target_modules task_type velora_config".split()
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_config",
+        "megatron_core",
+        "modules_to_save",
+        "monteclora_config",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "velora_config",
+    }
 )
-_READ_HERE = frozenset("r lora_alpha use_rslora fan_in_fan_out rank_pattern alpha_pattern".split())
+_READ_HERE = frozenset({"r", "lora_alpha", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern"})
 # Fields whose presence changes the update, with the reason of the refusal.
 _REFUSED = {
     "use_dora": "DoRA rescales the merged weight by trained magnitudes",
@@ -184,7 +208,9 @@ def _sort_tensors(tensors: Sequence[TensorInfo]) -> tuple[dict[str, dict[str, Te
     extras = []
     for info in tensors:
         if not info.name.startswith(_PREFIX):
-            raise TensorUnknownError(f"tensor {info.name!r} does not begin with {_PREFIX!r}", fix="is this a PEFT file?")
+            raise TensorUnknownError(
+                f"tensor {info.name!r} does not begin with {_PREFIX!r}", fix="is this a PEFT file?"
+            )
         name = info.name.removeprefix(_PREFIX)
         found = _FACTOR.fullmatch(name)
         if found:
@@ -213,7 +239,9 @@ def _load_factor(file: ContainerFile, info: TensorInfo) -> Stored:
         raise DtypeError(f"tensor {info.name!r} is {info.dtype}, expected one of {', '.join(FLOATS)}")
     stored = file.load(info)
     if not np.isfinite(stored.decode()).all():
-        raise ValueRangeError(f"tensor {info.name!r} holds NaN or infinity", fix="the training diverged; use an earlier checkpoint")
+        raise ValueRangeError(
+            f"tensor {info.name!r} holds NaN or infinity", fix="the training diverged; use an earlier checkpoint"
+        )
     return stored
 
 
@@ -291,7 +319,9 @@ def read(path: Path) -> LoraAdapter:
         rank_of, unmatched_ranks = _pattern_lookup(config, "rank_pattern", _number(config, "r", None))
         alpha_of, unmatched_alphas = _pattern_lookup(config, "alpha_pattern", _number(config, "lora_alpha", None))
         provenance_fields = _provenance_fields(config)
-        base_model, revision, task = (config_text(config, k) for k in ("base_model_name_or_path", "revision", "task_type"))
+        base_model, revision, task = (
+            config_text(config, k) for k in ("base_model_name_or_path", "revision", "task_type")
+        )
     except LrcError as error:
         raise error.at(config_path) from None
     weights = _find_weights(path)
@@ -299,7 +329,9 @@ def read(path: Path) -> LoraAdapter:
         try:
             pairs, other = _sort_tensors(file.tensors)
             if not pairs:
-                raise EmptyAdapterError("the file holds no lora_A / lora_B pair", fix="is it an adapter that was saved empty?")
+                raise EmptyAdapterError(
+                    "the file holds no lora_A / lora_B pair", fix="is it an adapter that was saved empty?"
+                )
             targets = tuple(
                 _read_pair(file, module, halves, config, rank_of, alpha_of) for module, halves in sorted(pairs.items())
             )

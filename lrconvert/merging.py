@@ -34,6 +34,7 @@ from lrconvert.dtypes import FLOATS, STORAGE, Array
 from lrconvert.durable import StagedDirectory, Writer, atomic_directory, check_output, require_space
 from lrconvert.errors import (
     BaseError,
+    FingerprintError,
     LimitError,
     LrcError,
     NoEffectError,
@@ -185,9 +186,9 @@ def merge(
 ) -> MergeReport:
     """Write the folder `out`: `base` with all `adapters` added in one sum and rounded once.
 
-    `progress(fraction, text)` is called as bytes are written. Raises E-BASE, E-ORIENT, E-PLACE, E-NO-EFFECT (nothing to
-    merge, all updates zero, or no element moved), E-OVERFLOW, E-VALUE, E-BASE-QUANT, E-OUT-*, E-IO-*, and what
-    `open_checkpoint` raises; nothing is left behind then.
+    `progress(fraction, text)` is called as bytes are written. Raises E-BASE, E-ORIENT, E-FPR, E-PLACE, E-NO-EFFECT
+    (nothing to merge, all updates zero, or no element moved), E-OVERFLOW, E-VALUE, E-BASE-QUANT, E-OUT-*, E-IO-*, and
+    what `open_checkpoint` raises; nothing is left behind then.
     """
     check_output(out, overwrite, [base], directory=True)
     _check_replaceable(out)
@@ -240,12 +241,8 @@ def _check_effect(adapters: Sequence[Adapter], plan: _Plan) -> None:
         return
     if not plan.touched:
         raise NoEffectError("the adapter has no target and no other tensor for this base", fix=_ALLOW)
-    if all(isinstance(a, LoraAdapter) and all(_is_zero(pair) for pair in a.targets) for a in adapters):
+    if all(isinstance(a, LoraAdapter) and all(map(heads.is_zero, a.targets)) for a in adapters):
         raise NoEffectError("the update is zero everywhere", fix=f"was the adapter trained? Otherwise {_ALLOW}")
-
-
-def _is_zero(pair: LoraTarget) -> bool:
-    return pair.scale == 0 or not pair.A.any() or not pair.B.any()
 
 
 def _check_moved(report: MergeReport) -> None:
@@ -266,8 +263,10 @@ def _check_moved(report: MergeReport) -> None:
 
 def _plan(adapters: Sequence[Adapter], checkpoint: Checkpoint) -> _Plan:
     resolved = [_resolve(adapter, checkpoint) for adapter in adapters]
+    _check_contents(adapters, checkpoint)
     placement = heads.place(adapters, resolved, checkpoint)
-    pieces = _pieces(resolved)
+    placed = checkpoint.tensors.keys() | placement.copies.keys()
+    pieces = {name: found for name, found in _pieces(resolved).items() if name in placed}  # the rest is zero
     for name in pieces:
         dtype = checkpoint.tensors[placement.copies.get(name, name)].dtype
         if dtype not in FLOATS:
@@ -295,6 +294,17 @@ def _resolve(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
     if isinstance(adapter, LoraAdapter):
         return targets.resolve(adapter, checkpoint)
     return targets.resolve(adapter, checkpoint)
+
+
+def _check_contents(adapters: Sequence[Adapter], checkpoint: Checkpoint) -> None:
+    """Raise E-FPR if an adapter names the contents of its base and this base has others. Reads every byte then."""
+    wanted = {a.base.content for a in adapters if isinstance(a, CompactAdapter)} - {""}
+    if wanted and wanted != {checkpoint.content_digest()}:
+        raise FingerprintError(
+            "the base has other contents than the one that the adapter was made for",
+            fix="use the same revision of the base",
+            path=checkpoint.root,
+        )
 
 
 def _pieces(resolved: Sequence[Adapter]) -> dict[str, tuple[_Piece, ...]]:
