@@ -60,15 +60,14 @@ def cli() -> None:
 def main() -> None:
     """Run the CLI; our errors become one line on stderr and exit status 1."""
     try:
-        cli(standalone_mode=False)
+        code = cli(standalone_mode=False)  # what a command raised as Exit comes back as its code
+        sys.exit(code if isinstance(code, int) else 0)
     except LrcError as error:
         click.echo(str(error), err=True)
         sys.exit(EXIT_REFUSED)
     except click.exceptions.Abort:
         click.echo("aborted", err=True)
         sys.exit(130)
-    except click.exceptions.Exit as end:
-        sys.exit(end.exit_code)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
