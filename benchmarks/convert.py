@@ -118,10 +118,12 @@ class Layer(nn.Module):
         self.k_proj = nn.Linear(4096, 1024, bias=False)
     def forward(self, x):
         return self.q_proj(x), self.k_proj(x)
-model = peft.get_peft_model(Layer(), peft.LoraConfig(r=16, target_modules=["q_proj", "k_proj"], init_lora_weights=False))
+config = peft.LoraConfig(r=16, target_modules=["q_proj", "k_proj"], init_lora_weights=False)
+model = peft.get_peft_model(Layer(), config)
 start = time.perf_counter()
 peft.convert_to_lora(model, 4, progressbar=False)
-print(json.dumps({"seconds": round(time.perf_counter() - start, 2), "modules": 2, "numbers": 16 * (4096 * 2 + 4096 + 1024)}))
+seconds = round(time.perf_counter() - start, 2)
+print(json.dumps({"seconds": seconds, "modules": 2, "numbers": 16 * (4096 * 2 + 4096 + 1024)}))
 """
 
 

@@ -117,7 +117,7 @@ def canonicalize(lora: LoraAdapter) -> LoraAdapter:
 
 
 def distance(pair: LoraTarget, a: Array, b: Array) -> tuple[float, float]:
-    """(||delta - b @ a||^2, ||delta||^2) for delta = scale * B @ A, in the Frobenius norm. `a` is (k, in), `b` (out, k).
+    """(||delta - b @ a||^2, ||delta||^2) for delta = scale * B @ A in the Frobenius norm; `a` (k, in), `b` (out, k).
 
     By Gram matrices of the stacked factors; where the two agree so closely that this would be a difference of large
     numbers, by thin QRs of the stacks, whose core holds the difference itself.

@@ -55,7 +55,7 @@ def _error_table(compact: CompactAdapter, fidelity: Fidelity | None) -> list[str
             return ["How much of a source adapter this keeps was not measured."]
         return [f"Captured energy of the source's weight update, over all targets: **{total}** (1 is lossless)."]
     rows = [
-        f"Captured energy of the source's weight update, over all targets: **{fidelity.captured:.4f}** (1 is lossless).",
+        f"Captured energy of the source's update, over all targets: **{fidelity.captured:.4f}** (1 is lossless).",
         "",
         "| target | rank before | rank after | captured | relative error |",
         "|---|---:|---:|---:|---:|",

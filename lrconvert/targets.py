@@ -164,7 +164,7 @@ def _resolve_targets(targets: Iterable[Target], checkpoint: Checkpoint) -> list[
 def resolve(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
     """`adapter` with every target named, shaped and viewed as the base stores it, in the order it had.
 
-    Raises E-BASE (missing, ambiguous, other shape, two targets on one matrix) and E-ORIENT (an undecided square weight).
+    Raises E-BASE (missing, ambiguous, other shape, two targets on one matrix), E-ORIENT (an undecided square weight).
     """
     if isinstance(adapter, LoraAdapter):
         found = _resolve_targets(adapter.shapes(), checkpoint)

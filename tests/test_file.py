@@ -51,8 +51,10 @@ def resign(data: bytes, edit) -> bytes:
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     manifest = json.loads(header["__metadata__"]["lrconvert"])
+    content = manifest["digests"]["content"]
     manifest = edit(manifest) or manifest
-    if isinstance(manifest.get("digests"), dict) and "content" in manifest["digests"]:
+    digests = manifest.get("digests")
+    if isinstance(digests, dict) and digests.get("content") == content and isinstance(digests.get("tensors"), dict):
         manifest["digests"]["content"] = file.content_digest(manifest["digests"]["tensors"], manifest)
     header["__metadata__"]["lrconvert"] = strictjson.dump_canonical(manifest).decode()
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

@@ -182,7 +182,7 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
 
 
 def _pattern_lookup(config: Mapping[str, Any], key: str, default: float) -> tuple[Callable[[str], float], set[str]]:
-    """A function module -> value by PEFT's first-match rule, and the (shrinking) set of patterns that matched nothing."""
+    """A function module -> value by PEFT's first-match rule, and the shrinking set of patterns without a match."""
     table = config.get(key) or {}
     if not isinstance(table, dict) or len(table) > MAX_PATTERNS:
         raise ConfigError(f"{key} is not an object of at most {MAX_PATTERNS} patterns")
