@@ -375,7 +375,7 @@ class Coder:
     weights: Tensor
     gains: F64
     exact: bool = False
-    beam: int = 6
+    beam: int = 8
     trace: list[float] = field(default_factory=list)
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -53,9 +54,11 @@ def resign(data: bytes, edit) -> bytes:
     manifest = json.loads(header["__metadata__"]["lrconvert"])
     content = manifest["digests"]["content"]
     manifest = edit(manifest) or manifest
-    digests = manifest.get("digests")
-    if isinstance(digests, dict) and digests.get("content") == content and isinstance(digests.get("tensors"), dict):
-        manifest["digests"]["content"] = file.content_digest(manifest["digests"]["tensors"], manifest)
+    with contextlib.suppress(
+        AttributeError, KeyError, TypeError, ValueError
+    ):  # digests too broken to be signed stay so
+        if manifest["digests"]["content"] == content:
+            manifest["digests"]["content"] = file.content_digest(manifest["digests"]["tensors"], manifest)
     header["__metadata__"]["lrconvert"] = strictjson.dump_canonical(manifest).decode()
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

@@ -72,11 +72,12 @@ _SWEEPS = 16  # alternations of A, B and bank on the update itself
 _BEAMS = (20, 10, 5)  # partial codes kept in the sweeps: the widest with which all of them stay within
 _SWEEP_WORK = 2e10  # scores; a minute or less
 _SAMPLE = 1 << 15  # sub-vectors the bank is trained on, or 32 per vector if that is more
-_TRIAL = 1 << 14  # codes of a problem that planning fits as a whole; of larger ones it takes a sample
+_FEW = 1 << 14  # codes of a problem for which planning fits every hopeful form, not only the three best
+_MANY = 1 << 17  # codes above which it fits none, and relies on samples
 _RESTART_WORK = 5e7  # scores per round up to which a second start is worth its time
 _SETTLED = 5e-4  # relative fall of the error below which a sweep was the last
 _SEARCH_WORK = 1e9  # codes times vectors: the search leaves out forms whose fit would take minutes
-_HOPE = 0.93  # planning tries forms that should keep this share of what the best should
+_HOPE = 0.88  # planning tries forms that should keep this share of what the best should
 _SEARCHED_PASSES = 8
 _VECTORS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 32)
@@ -545,7 +546,11 @@ class _Search:
         if len(found) > 1:
             most = np.array([config.ranks for _, config in found]).max(0)
             factors = [_top(pair, int(rank)) for pair, rank in zip(self.lora.targets, most, strict=True)]
-            found = [self._try(config, factors) for _, config in found]
+            codes = max(_starts(config, self.targets)[-1][2] for _, config in found)
+            if codes > _FEW:
+                found = sorted((self._sample(config, factors) for _, config in found), key=lambda entry: -entry[0])[:3]
+            if codes <= _MANY:
+                found = [self._try(config, factors) for _, config in found]
         return max(found, key=lambda entry: entry[0], default=(0.0, least))[1]
 
     def _forms(self) -> Iterator[Form]:
@@ -651,10 +656,8 @@ class _Search:
         return _Choice(kept, (rank,) * len(self.limits), (1,) * (2 * rank * len(self.limits)))
 
     def _try(self, config: Config, factors: Sequence[canonical.Factors]) -> tuple[float, Config]:
-        """(energy kept, Config) of a form as a trial finds it; for a large problem the allocation is made anew."""
+        """(energy kept, Config) by a short fit."""
         problem = _Problem(self.lora, config, "cpu", factors)
-        if _starts(config, self.targets)[-1][2] > _TRIAL:
-            return self._fill(config.form, self._measured_loss(problem)) or (0.0, config)
         refit = problem.refit(problem.train(self.context.seed, 3, 1)[0])
         for _ in range(3):
             refit.sweep(0)
@@ -662,11 +665,12 @@ class _Search:
             error = refit.improve_bank(refit.error())
         return refit.energy - error, config
 
-    def _measured_loss(self, problem: _Problem) -> float:
-        """The loss per pass of a bank trained on a sample of the rows."""
-        h, everything = problem.form.num_vectors, int(problem.rows.starts[-1])
-        enough = max(24 * h, 128 * len(problem.rows.counts) // problem.form.vector_length)  # for bank, and gains
-        coder, x = problem.train(self.context.seed, 6, 1, max(_TRIAL // 2, enough))
+    def _sample(self, config: Config, factors: Sequence[canonical.Factors]) -> tuple[float, Config]:
+        """(energy kept, Config) for the loss per pass of a bank trained on a sample of the rows."""
+        problem = _Problem(self.lora, config, "cpu", factors)
+        h, everything = config.form.num_vectors, int(problem.rows.starts[-1])
+        enough = max(16 * h, 128 * len(problem.rows.counts) // config.form.vector_length)  # for bank, and gains
+        coder, x = problem.train(self.context.seed, 4, 1, max(_FEW // 2, enough))
         power = vectorbank.row_sums((x * x).sum(1), coder.rows.counts) * problem.weight
         lost = coder.trace[-1] / max(power.sum(), 1e-300)
         low, high = 0.0, 1.0  # bisection: the loss per pass that explains what all passes together leave
@@ -675,7 +679,8 @@ class _Search:
             above = float(power @ middle**coder.rows.passes) >= lost * power.sum()
             low, high = (low, middle) if above else (middle, high)
         # A bank fits its own sample better than all the data, by about its share of the sub-vectors.
-        return min(1.0, high * (1 - h / max(everything, 2 * h)) / (1 - h / max(len(x), 2 * h)))
+        loss = min(1.0, high * (1 - h / max(everything, 2 * h)) / (1 - h / max(len(x), 2 * h)))
+        return self._fill(config.form, loss) or (0.0, config)
 
     def _fill(self, form: Form, loss: float) -> tuple[float, Config] | None:
         """(energy kept, Config) of the largest allocation whose file fits the budget."""
