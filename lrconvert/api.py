@@ -270,7 +270,7 @@ def export(
     exporter = exporters.get(to)
     compact = adapter if isinstance(adapter, CompactAdapter) else read(adapter)
     fidelity = None if source is None else compare(source, [compact])[0]
-    check_output(Path(out), overwrite)
+    check_output(Path(out), overwrite, directory=True)
     options = exporters.ExportOptions(keep_ranks=keep_ranks, dtype=dtype, command=command)
     files = exporter.files(compact, options, fidelity)
     with atomic_directory(Path(out), overwrite=overwrite) as folder:

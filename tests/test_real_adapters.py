@@ -1,4 +1,4 @@
-"""Every real PEFT LoRA that is read goes through every method at two budgets. Skipped, by name, where they are absent."""
+"""Every real PEFT LoRA that is read is converted at two budgets. Skipped, by name, where they are absent."""
 
 from __future__ import annotations
 

@@ -382,6 +382,9 @@ def _provenance_fields(config: Mapping[str, Any]) -> dict[str, str]:
     fields = {"source_format": "peft"}
     if isinstance(config.get("peft_version"), str):
         fields["peft_version"] = config["peft_version"]
+    mapping = config.get("auto_mapping")
+    if isinstance(mapping, dict) and isinstance(mapping.get("base_model_class"), str):
+        fields["base_model_class"] = mapping["base_model_class"]
     saved = config.get("modules_to_save")
     if isinstance(saved, list) and saved and all(isinstance(m, str) and "," not in m for m in saved):
         fields["modules_to_save"] = ",".join(saved)
