@@ -24,7 +24,7 @@ from conftest import ADAPTERS, FIXTURES, ROOT, random_lora
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrconvert import errors, file, limits, packing, validation
+from lrconvert import canonical, errors, file, limits, packing, validation
 from lrconvert.adapter import TRANSPOSED, CompactAdapter, ExtraTensor, LoraAdapter, Provenance, Target, View
 from lrconvert.fingerprint import fingerprint
 from lrconvert.methods import base as methods
@@ -284,8 +284,8 @@ def fitted(method: methods.Method, lora: LoraAdapter, options: Mapping[str, Any]
 
 def source(turn: int) -> LoraAdapter:
     """Even and odd shapes, some transposed; every other one with extras and provenance."""
-    straight = random_lora([(96, 64), (40, 72), (64, 96)], rank=6, seed=turn)
-    turned = random_lora([(64, 128)], rank=6, seed=turn + 1, view=TRANSPOSED).targets[0]
+    straight = random_lora([(48, 32), (20, 36), (32, 48)], rank=5, seed=turn)
+    turned = random_lora([(32, 64)], rank=5, seed=turn + 1, view=TRANSPOSED).targets[0]
     renamed = replace(turned, target=replace(turned.target, name="turned.weight"))
     whole = replace(straight, targets=(*straight.targets, renamed))
     if turn % 2:
@@ -459,6 +459,79 @@ def test_the_worked_example_decodes_from_the_page_alone(tmp_path):
     check_second_reader(data, file.read(tmp_path / "example.lrc"))
 
 
+# --- rules of the payload -------------------------------------------------------------------------------------------
+
+
+def damaged(name: str, change: Callable[[bytearray], None], exponents: str = "") -> bytes:
+    """The worked example with other bytes in a tensor, or other exponents, all digests made right."""
+    manifest, tensors = open_file(encoded(example()))
+    data = bytearray(tensors[name])
+    change(data)
+    tensors[name] = bytes(data)
+    manifest["method"]["exponents"] = exponents or manifest["method"]["exponents"]
+    order = sorted(tensors, key=lambda n: (n not in ("half", "scales"), n))
+    entries, at = {}, 0
+    for n in order:
+        dtype, size = ("F16", 2) if n in ("half", "scales") else ("U8", 1)
+        numel = len(tensors[n]) // size
+        entries[n] = {"dtype": dtype, "shape": [numel], "data_offsets": [at, at + len(tensors[n])]}
+        at += len(tensors[n])
+        digest = b"".join(
+            struct.pack("<Q", len(part)) + part for part in (n.encode(), dtype.encode(), struct.pack("<Q", numel))
+        )
+        manifest["digests"]["tensors"][n] = hashlib.sha256(digest + tensors[n]).hexdigest()
+    listed = b"".join(n.encode() + b"\0" + bytes.fromhex(d) for n, d in sorted(manifest["digests"]["tensors"].items()))
+
+    def spell(value: Any) -> str:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+    content = hashlib.sha256(listed + spell({**manifest, "digests": {}}).encode())
+    manifest["digests"]["content"] = content.hexdigest()
+    header = {"__metadata__": {"lrconvert": spell(manifest)}, **entries}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + b"".join(tensors[n] for n in order)
+
+
+def put(at: int, value: int) -> Callable[[bytearray], None]:
+    return lambda data: data.__setitem__(at, value)
+
+
+def halve(data: bytearray) -> None:
+    """Every fp16 number by two: with the exponent raised by one, the same values in another spelling."""
+    data[1::2] = bytes(byte - 4 for byte in data[1::2])
+
+
+PAYLOADS = {
+    "NaN": ("half", put(1, 0x7E), "", "E-VALUE"),
+    "infinity": ("scales", lambda data: data.__setitem__(slice(0, 2), b"\0\x7c"), "", "E-VALUE"),
+    "negative zero": ("half", put(7, 0x80), "", "E-CANON"),
+    "exponent too high": ("scales", halve, "f3f3", "E-CANON"),
+    "exponent missing": ("half", lambda data: None, "f3", "E-MISSING"),
+    "fill bits": ("codes.2", put(5, 0x83), "", "E-CANON"),
+    "index too large": ("counts", put(0, 0x4B), "", "E-INDEX"),
+    "rank above the shape": ("counts", put(0, 0x4A), "", "E-LIMIT"),
+}
+
+
+def test_the_undamaged_example_is_sound():
+    assert damaged("half", lambda data: None) == encoded(example())
+
+
+@pytest.mark.parametrize("case", PAYLOADS)
+def test_payload_rules(case, tmp_path):
+    name, change, exponents, code = PAYLOADS[case]
+    path = tmp_path / "x.lrc"
+    path.write_bytes(damaged(name, change, exponents))
+    assert {finding.code for finding in validation.validate(path).findings} == {code}
+
+
+def test_messages_do_not_move_the_cursor():
+    for hostile in ("a\x1b[2Jb", "a\u202eb", "a\rb"):
+        shown = str(errors.BaseError(f"no {hostile}", fix=f"try {hostile}", path=hostile))
+        assert shown.isprintable() and "a\\" in shown
+
+
 # --- the schema -----------------------------------------------------------------------------------------------------
 
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
@@ -620,6 +693,22 @@ def test_tests_named_on_the_threats_page_exist():
         assert f"def {function}(" in text, f"{module}::{function}"
         assert not case or f'"{case}"' in text, f"{module}::{function}[{case}]"
     assert re.findall(r"^\| (H\d\d) ", page, re.MULTILINE) == [f"H{n:02}" for n in range(1, 37)]
+
+
+def test_the_method_in_contributing_works(tmp_path, monkeypatch):
+    """The sketch is a whole method: it makes files that are read, checked and expanded."""
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    room: dict[str, Any] = {"__name__": "rankone"}
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], room)
+    method = room["METHOD"]
+    monkeypatch.setattr(methods, "get", lambda method_id: method)
+    compact = fitted(method, source(0), {})
+    (tmp_path / "x.lrc").write_bytes(encoded(compact))
+    assert validation.validate(tmp_path / "x.lrc").ok
+    for pair, (_, a, b) in zip(source(0).targets, methods.expand_all(file.read(tmp_path / "x.lrc")), strict=True):
+        assert np.isclose(np.linalg.norm(b @ a, 2), canonical.singular_values(pair)[0], rtol=1e-3)
+    with pytest.raises(errors.BudgetError, match="smallest possible file has"):
+        fitted(method, source(0), {"target_size": 100})
 
 
 def test_links_between_pages_lead_somewhere():
