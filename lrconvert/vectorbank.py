@@ -17,7 +17,7 @@ over sub-vectors run in scipy on the CPU, since the order of scatter-adds on a G
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ I64 = npt.NDArray[np.int64]
 
 PAIR_LIMIT = 512  # vectors up to which k = 2 searches all pairs
 _NEAR = 4  # k = 2 in training and above PAIR_LIMIT: near vectors that are tried as the heavier one, with all partners
+_BATCH = 1 << 21  # numbers of the rows that are coded at once, if a row has fewer
 _CHUNK = 1 << 20  # numbers in one block of scores; more falls out of the cache
 _GRAM_LIMIT = 4096  # vectors up to which all their mutual distances are kept (2 x 64 MB)
 _CG_ROUNDS = 24
@@ -50,18 +51,20 @@ def encode(
     denominator: int,
     previous: tuple[Tensor, Tensor] | None = None,
     exact: bool = True,
+    mixer: Mixer | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Codes of sub-vectors x (n, b): indices (n, k), distinct, and weights (n, k), multiples of 1 / denominator.
 
     Never worse than `previous`. `exact` asks for the best of all pairs (k = 2, up to `PAIR_LIMIT` vectors; up to the
-    rounding of the weight).
+    rounding of the weight). `mixer`: a ready ``Mixer(bank, exact)``.
     """
     import torch
 
     indices = torch.empty((len(x), k), dtype=torch.int64, device=x.device)
     weights = torch.ones((len(x), k), dtype=x.dtype, device=x.device)
     half_squares = -0.5 * (bank * bank).sum(1)
-    mixer = _Mixer(bank, exact) if k > 1 else None
+    if k > 1 and mixer is None:
+        mixer = Mixer(bank, exact)
     step = max(1, _CHUNK // len(bank))
     for start in range(0, len(x), step):
         part = slice(start, min(start + step, len(x)))
@@ -83,12 +86,12 @@ def combine(bank: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     return point
 
 
-class _Mixer:
+class Mixer:
     """Codes of two and more vectors, from distances alone.
 
     With e_p = ||x - v_p||^2 and D = ||v_p - v_q||^2, the best point between v_p and v_q puts the weight
     w = (D + e_p - e_q) / 2D on v_q and has the squared error e_p - w^2 D. So for a given p the best partner maximizes
-    y = w sqrt(D), clipped to 0 <= w <= 1: a few operations per pair, and no sub-vector is touched again.
+    y = w sqrt(D), clipped to 0 <= w <= 1, or twice that: a few operations per pair, and no sub-vector is touched again.
     """
 
     def __init__(self, bank: Tensor, exact: bool) -> None:
@@ -96,13 +99,13 @@ class _Mixer:
         self.squares = (bank * bank).sum(1)
         self.exact = exact and len(bank) <= PAIR_LIMIT
         self.roots = self._roots(bank, self.squares) if len(bank) <= _GRAM_LIMIT else None
-        self.slopes = None if self.roots is None else 0.5 / self.roots.clamp(min=1e-18)
 
     def _roots(self, some: Tensor, squares: Tensor) -> Tensor:
-        """(n, h) distances between `some` vectors and the bank."""
+        """(n, h) distances between `some` vectors and the bank, positive so that one can divide by them."""
         import torch
 
-        return torch.addmm(self.squares, some, self.bank.T, alpha=-2).add_(squares[:, None]).clamp_(min=0).sqrt_()
+        distances = torch.addmm(self.squares, some, self.bank.T, alpha=-2).add_(squares[:, None])
+        return distances.clamp_(min=1e-36).sqrt_()
 
     def encode(
         self, x: Tensor, k: int, denominator: int, previous: tuple[Tensor, Tensor] | None
@@ -127,13 +130,13 @@ class _Mixer:
         """The best of all pairs for each row of e (n, h)."""
         import torch
 
-        assert self.roots is not None and self.slopes is not None
+        assert self.roots is not None
         best = torch.full((len(e),), float("inf"), device=e.device)
         first = torch.zeros(len(e), dtype=torch.int64, device=e.device)
         for p in range(len(self.bank) - 1):
-            here, later = e[:, p], slice(p + 1, None)
-            y = torch.addcmul(0.5 * self.roots[p, later], here[:, None] - e[:, later], self.slopes[p, later])
-            y = torch.minimum(y.clamp_(min=0), self.roots[p, later]).amax(1)
+            here, root = e[:, p], self.roots[p, p + 1 :]
+            twice = torch.addcdiv(root, here[:, None] - e[:, p + 1 :], root).clamp_(min=0)
+            y = 0.5 * torch.minimum(twice, 2 * root).amax(1)
             error = here - y * y
             better = error < best
             best = torch.where(better, error, best)
@@ -161,19 +164,15 @@ class _Mixer:
         """The best q for each p (n,), other than p, and its y; with `later`, q > p."""
         import torch
 
-        if self.roots is None or self.slopes is None:
-            root = self._roots(self.bank[p], self.squares[p])
-            slope = 0.5 / root.clamp(min=1e-18)
-        else:
-            root, slope = self.roots[p], self.slopes[p]
-        y = torch.addcmul(0.5 * root, e.gather(1, p[:, None]) - e, slope).clamp_(min=0)
-        y = torch.minimum(y, root, out=y)
+        root = self._roots(self.bank[p], self.squares[p]) if self.roots is None else self.roots[p]
+        twice = torch.addcdiv(root, e.gather(1, p[:, None]) - e, root).clamp_(min=0)
+        twice = torch.minimum(twice, root.mul_(2), out=twice)
         if later:
-            y[torch.arange(y.shape[1], device=e.device) <= p[:, None]] = -1
+            twice[torch.arange(twice.shape[1], device=e.device) <= p[:, None]] = -1
         else:
-            y.scatter_(1, p[:, None], -1.0)
-        best = y.max(1)
-        return best.indices, best.values.clamp(min=0)
+            twice.scatter_(1, p[:, None], -1.0)
+        best = twice.max(1)
+        return best.indices, 0.5 * best.values.clamp(min=0)
 
     def _next_vector(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """The vector outside the code towards which a line search from the coded point gains most (Frank-Wolfe)."""
@@ -362,9 +361,9 @@ def _mask(x: Tensor, valid: Tensor | None) -> Tensor:
 
 @dataclass(eq=False)
 class Coder:
-    """A bank, and the codes of rows in it: `indices` and `weights` (codes, k), `gains` (passes,), all 1 unless
-    `scaled`. `exact`: see `encode`; `beam`: see `beam_search`. `trace`: the weighted squared error after each round of
-    `alternate`."""
+    """A bank (replaced, never changed in place), and the codes of rows in it: `indices` and `weights` (codes, k),
+    `gains` (passes,), all 1 unless `scaled`. `exact`: see `encode`; `beam`: see `beam_search`. `trace`: the weighted
+    squared error after each round of `alternate`."""
 
     rows: Rows
     bank: Tensor
@@ -377,6 +376,8 @@ class Coder:
     exact: bool = False
     beam: int = 8
     trace: list[float] = field(default_factory=list)
+    _cuts: dict[int, tuple[Tensor, Mixer | None]] = field(default_factory=dict, repr=False)
+    _cuts_of: tuple[Tensor | None, bool] = (None, False)
 
     @classmethod
     def new(cls, rows: Rows, bank: Tensor, k: int, denominator: int, scaled: bool) -> Coder:
@@ -404,20 +405,25 @@ class Coder:
 
         found = torch.empty_like(x)
         starts = _ends(self.rows.counts[which])
-        for depth in np.unique(self.rows.passes[which]):
-            some = np.flatnonzero(self.rows.passes[which] == depth)
-            if len(some) == len(which):
-                return self._recode(which, x, fresh)
+        for some in self._batches(which):
             here = self.tensor(spans(starts[some], self.rows.counts[which[some]]))
             found[here] = self._recode(which[some], x[here], fresh)
         return found
+
+    def _batches(self, which: I64) -> Iterator[I64]:
+        """Places in `which` of rows with equally many passes, and few enough numbers that work on them is cheap in
+        memory."""
+        for depth in np.unique(self.rows.passes[which]):
+            some = np.flatnonzero(self.rows.passes[which] == depth)
+            batch = np.cumsum(self.rows.counts[which[some]] * self.bank.shape[1]) // _BATCH
+            yield from np.split(some, np.flatnonzero(np.diff(batch)) + 1)
 
     def _recode(self, which: I64, x: Tensor, fresh: bool) -> Tensor:
         """`recode` of rows with equally many passes."""
         valid, places = self._valid(which), self._places(which)
         if self.k == 1 and len(places) > 1 and not fresh:
             self._recode_jointly(which, x, valid, places)
-            return self.stands_for(which)
+            return self._stands_for(which)
         units = [] if fresh else [self._unit(at, valid) for at in places]
         for p, at in enumerate(places):
             left = x - self._total(which, units, skip=p) if len(places) > 1 else x
@@ -431,8 +437,9 @@ class Coder:
             y = left / self._spread(which, p) if self.scaled else left
             for here, width in _groups(valid, x.shape[1], len(x)):
                 before = None if old is None else (old[0][here], old[1][here])
-                part, bank = y[here, :width].contiguous(), self.bank[:, :width].contiguous()
-                found = encode(part, bank, self.k, self.denominator, before, self.exact)
+                bank, mixer = self._cut(width)
+                part = y[here, :width].contiguous()
+                found = encode(part, bank, self.k, self.denominator, before, self.exact, mixer)
                 self.indices[at[here]], self.weights[at[here]] = found
             units[p : p + 1] = [self._unit(at, valid)]
             if self.scaled:
@@ -447,17 +454,35 @@ class Coder:
         old = torch.stack([self.indices[at][:, 0] for at in places], 1)
         new = torch.empty_like(old)
         for here, width in _groups(valid, x.shape[1], len(x)):
-            bank = self.bank[:, :width].contiguous()
+            bank, _ = self._cut(width)
             new[here] = beam_search(x[here, :width], bank, gains[here], old[here], self.beam)
         for p, at in enumerate(places):
             self.indices[at, 0] = new[:, p]
         if self.scaled:
             self._solve_gains(which, x, [self._unit(at, valid) for at in places])
 
-    def stands_for(self, which: I64) -> Tensor:
-        """What the codes of rows with equally many passes mean: (their sub-vectors, b)."""
+    def stands_for(self, which: I64, found: Tensor) -> Tensor:
+        """Fills `found` (their sub-vectors, b) with what the codes of rows mean."""
+        starts = _ends(self.rows.counts[which])
+        for some in self._batches(which):
+            here = self.tensor(spans(starts[some], self.rows.counts[which[some]]))
+            found[here] = self._stands_for(which[some])
+        return found
+
+    def _stands_for(self, which: I64) -> Tensor:
+        """`stands_for` of rows with equally many passes."""
         valid = self._valid(which)
         return self._total(which, [self._unit(at, valid) for at in self._places(which)])
+
+    def _cut(self, width: int) -> tuple[Tensor, Mixer | None]:
+        """The bank for sub-vectors of `width` numbers, and its mixer; made once for each bank."""
+        if self._cuts_of[0] is not self.bank or self._cuts_of[1] != self.exact:
+            self._cuts_of = self.bank, self.exact
+            self._cuts.clear()
+        if width not in self._cuts:
+            bank = self.bank[:, :width].contiguous()
+            self._cuts[width] = bank, Mixer(bank, self.exact) if self.k > 1 else None
+        return self._cuts[width]
 
     def _places(self, which: I64) -> list[Tensor]:
         """Where the codes of each pass are."""
@@ -538,52 +563,59 @@ def seed_bank(x: Tensor, weight: F64, h: int, rng: np.random.Generator) -> Tenso
 def solve_bank(coder: Coder, x: F32, weight: F64) -> F32:
     """The bank that minimizes ``sum over rows of weight * ||x - coded||^2`` with codes and gains fixed.
 
-    Conjugate gradients on the normal equations from the present bank, each column on its own: no h x h matrix, a single
-    step where every sub-vector has one code (the weighted mean), and the error never rises. Unused vectors stay.
+    Conjugate gradients on the normal equations from the present bank, each column on its own, so that unused vectors
+    stay and the error never rises. Columns between two cuts of sub-vectors share one sparse Gram matrix.
     """
     import scipy.sparse
 
-    rows = coder.rows
+    rows, b = coder.rows, x.shape[1]
     row_of_pass = np.repeat(np.arange(len(rows.counts)), rows.passes)
     lengths = rows.counts[row_of_pass]
     where = np.repeat(spans(rows.starts[row_of_pass], lengths), coder.k)
-    factor = np.repeat(coder.gains, lengths).astype(np.float32)[:, None] * coder.weights.cpu().numpy()
+    factor = np.repeat(coder.gains, lengths)[:, None] * coder.weights.cpu().numpy()
     index = coder.indices.cpu().numpy()
     code = scipy.sparse.csr_matrix((factor.reshape(-1), (where, index.reshape(-1))), shape=(len(x), len(coder.bank)))
-    back = code.T.tocsr()
-    importance = np.repeat(weight / max(float(weight.max()), 1e-300), rows.counts).astype(np.float32)[:, None]
-    if rows.valid is not None:
-        importance = importance * (np.arange(x.shape[1]) < rows.valid[:, None])
-
-    def project(numbers: F32) -> F64:
-        projected: F64 = (back @ (numbers * importance)).astype(np.float64)
-        return projected
-
-    def errors(bank: F64) -> F64:
-        left = x - code @ bank.astype(np.float32)
-        found: F64 = np.einsum("nb,nb->b", left * importance, left, dtype=np.float64)
-        return found
-
+    weighted = code.copy()
+    weighted.data *= np.repeat(np.repeat(weight / max(float(weight.max()), 1e-300), rows.counts), np.diff(code.indptr))
     start = coder.bank.cpu().numpy().astype(np.float64)
-    bank = start.copy()
-    diagonal = back.multiply(back) @ np.broadcast_to(importance, x.shape)
+    asked = np.zeros_like(start)
+    step = max(1, _CHUNK // b)
+    for begin in range(0, len(x), step):
+        asked += weighted[begin : begin + step].T @ x[begin : begin + step]
+    bank = np.empty_like(start)
+    begin = 0
+    for end in [b] if rows.valid is None else np.unique(rows.valid).tolist():
+        some = slice(None) if rows.valid is None else rows.valid > begin
+        bank[:, begin:end] = _descend(weighted[some].T @ code[some], asked[:, begin:end], start[:, begin:end])
+        begin = end
+    bank[:, begin:] = start[:, begin:]
+    return bank.astype(np.float32)
+
+
+def _descend(gram: Any, asked: F64, start: F64) -> F64:
+    """A minimizer of ``<bank, gram @ bank> - 2 <bank, asked>`` for each column, by conjugate gradients from `start`;
+    columns that would not fall stay."""
+    found = start.copy()
+    diagonal = gram.diagonal()[:, None]
     diagonal = np.where(diagonal > 0, diagonal, np.inf)
-    residual = project(x - code @ start.astype(np.float32))
+    first = residual = asked - gram @ start
     direction = residual / diagonal
     size = (residual * direction).sum(0)
-    goal = 1e-9 * size + 1e-13 * float(np.einsum("nb,nb->", importance * x, x))  # float32 products carry no more
+    goal = 1e-9 * size
     for _ in range(_CG_ROUNDS):
         if not (size > goal).any():
             break
-        image = project(code @ direction.astype(np.float32))
+        image = gram @ direction
         along = (direction * image).sum(0)
         step = np.where((size > goal) & (along > 1e-6 * size), size / np.maximum(along, 1e-300), 0.0)
-        bank += step * direction
-        residual -= step * image
+        found += step * direction
+        residual = residual - step * image
         scaled = residual / diagonal
         before, size = size, (residual * scaled).sum(0)
         direction = scaled + np.where(step > 0, size / np.maximum(before, 1e-300), 0.0) * direction
-    return np.where(errors(bank) < errors(start), bank, start).astype(np.float32)
+    moved = found - start
+    change = (moved * (gram @ moved - 2 * first)).sum(0)
+    return np.where(change < 0, found, start)
 
 
 def reseed(coder: Coder, x: Tensor, value: Tensor, weight: F64) -> None:
@@ -603,7 +635,9 @@ def reseed(coder: Coder, x: Tensor, value: Tensor, weight: F64) -> None:
         coder.rows.first_pass[np.searchsorted(coder.rows.starts, worst.cpu().numpy(), side="right") - 1]
     ]
     gains = np.where(np.abs(gains) > 1e-30, gains, 1.0)
-    coder.bank[dead[: len(worst)]] = x[worst] / coder.tensor(gains.astype(np.float32))[:, None]
+    bank = coder.bank.clone()
+    bank[dead[: len(worst)]] = x[worst] / coder.tensor(gains.astype(np.float32))[:, None]
+    coder.bank = bank
 
 
 def alternate(
@@ -621,6 +655,7 @@ def alternate(
         before = error
         coder.bank = coder.tensor(solve_bank(coder, numbers, weight))
         reseed(coder, x, value, weight)
+        del value
     return error
 
 
@@ -686,18 +721,14 @@ class Refit:
         for u in updates:
             left, right = u.left.double(), u.right.double()
             self.energy += u.scale**2 * float(((left.T @ left) * (right @ right.T)).sum())
-        self.value = torch.zeros((int(coder.rows.starts[-1]), coder.bank.shape[1]), device=coder.bank.device)
+        self.value = torch.empty((int(coder.rows.starts[-1]), coder.bank.shape[1]), device=coder.bank.device)
         self.goal = torch.zeros_like(self.value)
         self.weight = np.zeros(len(coder.rows.counts))
         self.refresh()
 
     def refresh(self) -> None:
         """Recompute what the rows mean, after a change of bank or gains."""
-        rows = self.coder.rows
-        for depth in np.unique(rows.passes):
-            which = np.flatnonzero(rows.passes == depth)
-            here = self.coder.tensor(spans(rows.starts[which], rows.counts[which]))
-            self.value[here] = self.coder.stands_for(which)
+        self.coder.stands_for(np.arange(len(self.coder.rows.counts)), self.value)
 
     def _side(self, flat: Tensor, update: Update, side: int) -> Tensor:
         """The rows of one side of a target in a flat array: (rank, n), a view."""
@@ -764,11 +795,12 @@ class Refit:
     def improve_bank(self, before: float) -> float:
         """A least-squares bank for the goals of the last sweeps, kept if the error of the update falls below `before`.
         Returns the error."""
-        old, value = self.coder.bank, self.value.clone()
+        old = self.coder.bank
         self.coder.bank = self.coder.tensor(solve_bank(self.coder, self.goal.cpu().numpy(), self.weight))
         self.refresh()
         after = self.error()
         if after < before:
             return after
-        self.coder.bank, self.value = old, value
+        self.coder.bank = old
+        self.refresh()
         return before
