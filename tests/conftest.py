@@ -13,6 +13,8 @@ from lrconvert.adapter import MATRIX, LoraAdapter, LoraTarget, Target, View
 from lrconvert.dtypes import Stored
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # several workers with several threads each wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "fixtures"

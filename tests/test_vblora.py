@@ -444,6 +444,15 @@ def test_a_negative_scale_is_refused():
         METHOD.check(config, lora.shapes(), tensors)
 
 
+def test_no_file_expands_to_infinity():
+    lora, config, tensors = example()
+    tensors["gains"][0] = 2.0**100
+    METHOD.check(config, lora.shapes(), tensors)
+    tensors["scales"][0] = 2.0**26
+    with pytest.raises(errors.ValueRangeError, match="beyond float32"):
+        METHOD.check(config, lora.shapes(), tensors)
+
+
 def test_canonical_codes_mean_the_same():
     rng = RNG(0)
     indices = np.stack([rng.permutation(9)[:4] for _ in range(200)])

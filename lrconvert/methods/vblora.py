@@ -65,6 +65,7 @@ MAX_TOP_K = 16
 MAX_PASSES = 16
 MAX_WEIGHT_BITS = 8
 BANK_BITS = (16, 8, 4)
+_LARGEST = 2.0**127  # what files may expand to
 
 _WEIGHT_BITS = 3  # 2 lose some percent of what is captured, 4 gain none per byte
 _ROUNDS = 6  # alternations of codes and bank on the training sample
@@ -309,6 +310,12 @@ class VBLora(Method):
         form = config.form
         if form.bits < 16 and bool((tensors["scales"] < 0).any()):
             raise ValueRangeError("tensor scales: a vector has a negative scale")
+        largest = float(np.abs(tensors["bank"]).max()) if form.bits == 16 else float(2**form.bits - 1)
+        for name in ("scales", "gains"):
+            if name in tensors:
+                largest *= float(np.abs(tensors[name]).max(initial=0.0))
+        if largest * max(config.passes, default=1) >= _LARGEST:
+            raise ValueRangeError("bank, scales and gains multiply to 2^127 or more, beyond float32")
         if form.top_k == 1:
             return
         step = 1 << 20
