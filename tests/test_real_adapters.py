@@ -32,7 +32,7 @@ def test_lowrank(name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [m for m in methods.module_names() if m != "lowrank"])
-@pytest.mark.parametrize("name", ["distilbert_imdb", "gemma3_270m_svg_adapter"])
+@pytest.mark.parametrize("name", [*FLOORS, *OTHERS])
 def test_other_methods(name, method, tmp_path):
     check(name, method, tmp_path)
 
