@@ -272,7 +272,9 @@ def _convert(
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
     if output is not None:
-        check_output(output, overwrite, inputs=list(source.iterdir()) if source.is_dir() else [source])
+        # A compact file beside the adapter is an earlier output, which --overwrite may replace.
+        inputs = [p for p in source.iterdir() if p.suffix != ".lrc"] if source.is_dir() else [source]
+        check_output(output, overwrite, inputs=inputs)
     lora = api.load_lora(source)
     with _progress(f"lora-to-{method}", quiet or as_json) as progress:
         done = api.convert(

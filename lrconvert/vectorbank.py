@@ -26,241 +26,16 @@ import numpy as np
 import numpy.typing as npt
 
 from lrconvert.dtypes import F32, F64, Array
+from lrconvert.subvectors import CHUNK, Mixer, beam_search, combine, encode
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 I64 = npt.NDArray[np.int64]
 
-PAIR_LIMIT = 512  # vectors up to which k = 2 searches all pairs
-_NEAR = 4  # k = 2 in training and above PAIR_LIMIT: near vectors that are tried as the heavier one, with all partners
 _BATCH = 1 << 21  # numbers of the rows that are coded at once, if a row has fewer
-_CHUNK = 1 << 20  # numbers in one block of scores; more falls out of the cache
-_GRAM_LIMIT = 4096  # vectors up to which all their mutual distances are kept (2 x 64 MB)
 _CG_ROUNDS = 24
 _SETTLED = 2e-4  # relative fall of the error below which a round was the last
-
-
-# --- codes ----------------------------------------------------------------------------------------------------------
-
-
-def encode(
-    x: Tensor,
-    bank: Tensor,
-    k: int,
-    denominator: int,
-    previous: tuple[Tensor, Tensor] | None = None,
-    exact: bool = True,
-    mixer: Mixer | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Codes of sub-vectors x (n, b): indices (n, k), distinct, and weights (n, k), multiples of 1 / denominator.
-
-    Never worse than `previous`. `exact` asks for the best of all pairs (k = 2, up to `PAIR_LIMIT` vectors; up to the
-    rounding of the weight). `mixer`: a ready ``Mixer(bank, exact)``.
-    """
-    import torch
-
-    indices = torch.empty((len(x), k), dtype=torch.int64, device=x.device)
-    weights = torch.ones((len(x), k), dtype=x.dtype, device=x.device)
-    half_squares = -0.5 * (bank * bank).sum(1)
-    if k > 1 and mixer is None:
-        mixer = Mixer(bank, exact)
-    step = max(1, _CHUNK // len(bank))
-    for start in range(0, len(x), step):
-        part = slice(start, min(start + step, len(x)))
-        if mixer is None:
-            indices[part, 0] = torch.addmm(half_squares, x[part], bank.T).argmax(1)
-        else:
-            old = None if previous is None else (previous[0][part], previous[1][part])
-            indices[part], weights[part] = mixer.encode(x[part], k, denominator, old)
-    return indices, weights
-
-
-def combine(bank: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """sum_s weights[:, s] * bank[indices[:, s]], (n, b)."""
-    if indices.shape[1] == 1:
-        return bank[indices[:, 0]]
-    point = bank[indices[:, 0]] * weights[:, :1]
-    for s in range(1, indices.shape[1]):
-        point.addcmul_(bank[indices[:, s]], weights[:, s, None])
-    return point
-
-
-class Mixer:
-    """Codes of two and more vectors, from distances alone.
-
-    With e_p = ||x - v_p||^2 and D = ||v_p - v_q||^2, the best point between v_p and v_q puts the weight
-    w = (D + e_p - e_q) / 2D on v_q and has the squared error e_p - w^2 D. So for a given p the best partner maximizes
-    y = w sqrt(D), clipped to 0 <= w <= 1, or twice that: a few operations per pair, and no sub-vector is touched again.
-    """
-
-    def __init__(self, bank: Tensor, exact: bool) -> None:
-        self.bank = bank
-        self.squares = (bank * bank).sum(1)
-        self.exact = exact and len(bank) <= PAIR_LIMIT
-        self.roots = self._roots(bank, self.squares) if len(bank) <= _GRAM_LIMIT else None
-
-    def _roots(self, some: Tensor, squares: Tensor) -> Tensor:
-        """(n, h) distances between `some` vectors and the bank, positive so that one can divide by them."""
-        import torch
-
-        distances = torch.addmm(self.squares, some, self.bank.T, alpha=-2).add_(squares[:, None])
-        return distances.clamp_(min=1e-36).sqrt_()
-
-    def encode(
-        self, x: Tensor, k: int, denominator: int, previous: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
-        import torch
-
-        e = torch.addmm(self.squares, x, self.bank.T, alpha=-2).add_((x * x).sum(1, keepdim=True)).clamp_(min=0)
-        indices = torch.stack(self._best_pair(e) if self.exact else self._near_pair(e, previous), 1)
-        for _ in range(k - 2):
-            weights = self._simplex(x, indices)
-            indices = torch.cat([indices, self._next_vector(x, indices, weights)[:, None]], 1)
-        indices, weights = round_weights(indices, self._simplex(x, indices), denominator)
-        if previous is None:
-            return indices, weights
-        better = (self._error(x, indices, weights) < self._error(x, *previous))[:, None]
-        return torch.where(better, indices, previous[0]), torch.where(better, weights, previous[1])
-
-    def _error(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        return (x - combine(self.bank, indices, weights)).square_().sum(1)
-
-    def _best_pair(self, e: Tensor) -> tuple[Tensor, Tensor]:
-        """The best of all pairs for each row of e (n, h)."""
-        import torch
-
-        assert self.roots is not None
-        best = torch.full((len(e),), float("inf"), device=e.device)
-        first = torch.zeros(len(e), dtype=torch.int64, device=e.device)
-        for p in range(len(self.bank) - 1):
-            here, root = e[:, p], self.roots[p, p + 1 :]
-            twice = torch.addcdiv(root, here[:, None] - e[:, p + 1 :], root).clamp_(min=0)
-            y = 0.5 * torch.minimum(twice, 2 * root).amax(1)
-            error = here - y * y
-            better = error < best
-            best = torch.where(better, error, best)
-            first = torch.where(better, p, first)
-        return first, self._partner(e, first, later=True)[0]
-
-    def _near_pair(self, e: Tensor, previous: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """The best pair with one of the nearest vectors, or with the heavier one of the previous code."""
-        import torch
-
-        near = e.topk(min(_NEAR, e.shape[1]), dim=1, largest=False).indices
-        if previous is not None:
-            near = torch.cat([near, previous[0][:, :1]], 1)
-        best = torch.full((len(e),), float("inf"), device=e.device)
-        first, second = torch.zeros_like(near[:, 0]), torch.zeros_like(near[:, 0])
-        for p in near.T:
-            q, y = self._partner(e, p)
-            error = e.gather(1, p[:, None])[:, 0] - y * y
-            better = error < best
-            best = torch.where(better, error, best)
-            first, second = torch.where(better, p, first), torch.where(better, q, second)
-        return first, second
-
-    def _partner(self, e: Tensor, p: Tensor, later: bool = False) -> tuple[Tensor, Tensor]:
-        """The best q for each p (n,), other than p, and its y; with `later`, q > p."""
-        import torch
-
-        root = self._roots(self.bank[p], self.squares[p]) if self.roots is None else self.roots[p]
-        twice = torch.addcdiv(root, e.gather(1, p[:, None]) - e, root).clamp_(min=0)
-        twice = torch.minimum(twice, root.mul_(2), out=twice)
-        if later:
-            twice[torch.arange(twice.shape[1], device=e.device) <= p[:, None]] = -1
-        else:
-            twice.scatter_(1, p[:, None], -1.0)
-        best = twice.max(1)
-        return best.indices, 0.5 * best.values.clamp(min=0)
-
-    def _next_vector(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        """The vector outside the code towards which a line search from the coded point gains most (Frank-Wolfe)."""
-        point = combine(self.bank, indices, weights)
-        left = x - point
-        slope = left @ self.bank.T - (left * point).sum(1, keepdim=True)
-        d = (self.squares + (point * point).sum(1, keepdim=True) - 2 * (point @ self.bank.T)).clamp_(min=1e-30)
-        t = (slope / d).clamp_(0, 1)
-        return (t * (2 * slope - t * d)).scatter_(1, indices, -1.0).argmax(1)
-
-    def _simplex(self, x: Tensor, indices: Tensor) -> Tensor:
-        """Weights, nonnegative with sum 1, that bring the chosen vectors nearest to x: for two a clipped projection,
-        for more least squares on the hyperplane, dropping negative weights until none is left."""
-        import torch
-
-        chosen = self.bank[indices]  # (n, k, b)
-        k = indices.shape[1]
-        if k == 2:
-            line = chosen[:, 1] - chosen[:, 0]
-            w = ((x - chosen[:, 0]) * line).sum(1) / (line * line).sum(1).clamp(min=1e-30)
-            w = w.clamp(0, 1)
-            return torch.stack([1 - w, w], 1)
-        gram = (chosen @ chosen.transpose(1, 2)).double()
-        right = (chosen @ x[:, :, None])[:, :, 0].double()
-        scale = gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
-        gram, right = gram / scale[:, None, None], right / scale[:, None]
-        eye = torch.eye(k, dtype=gram.dtype, device=x.device)
-        active = torch.ones_like(right)
-        weights = right
-        for _ in range(k):
-            system = gram * active[:, :, None] * active[:, None, :] + eye * (1 - active)[:, None, :] + 1e-9 * eye
-            solved = torch.linalg.solve(system, torch.stack([right * active, active], 2))
-            free, shift = solved[:, :, 0], solved[:, :, 1]
-            weights = free + shift * ((1 - free.sum(1)) / shift.sum(1).clamp(min=1e-30))[:, None]
-            negative = (active > 0) & (weights < 0)
-            if not bool(negative.any()):
-                break
-            active = active * ~negative
-        weights = weights.clamp(min=0)
-        return (weights / weights.sum(1, keepdim=True).clamp(min=1e-30)).to(x.dtype)
-
-
-def round_weights(indices: Tensor, weights: Tensor, denominator: int) -> tuple[Tensor, Tensor]:
-    """Heaviest first; the others as multiples of 1 / denominator below 1/2, none above the first, which takes the
-    rest."""
-    order = weights.argsort(dim=1, descending=True, stable=True)
-    indices, weights = indices.gather(1, order), weights.gather(1, order)
-    units = (weights[:, 1:] * denominator).round_().clamp_(max=denominator // 2 - 1)
-    while True:
-        over = units > denominator - units.sum(1, keepdim=True)
-        if not bool(over.any()):
-            break
-        units -= over.to(units.dtype)
-    weights[:, 1:] = units / denominator
-    weights[:, 0] = 1 - weights[:, 1:].sum(1)
-    return indices, weights
-
-
-def beam_search(x: Tensor, bank: Tensor, gains: Tensor, previous: Tensor, beam: int) -> Tensor:
-    """Indices (n, passes) with sum_p gains[:, p] * bank[index p] near x (n, b); never worse than `previous`.
-
-    Keeps the `beam` best partial sums after each pass. Coding greedily, pass after pass, has up to half more error.
-    """
-    import torch
-
-    depth, h = previous.shape[1], len(bank)
-    squares = (bank * bank).sum(1)
-    result = previous.clone()
-    step = max(1, _CHUNK // (beam * h))
-    for start in range(0, len(x), step):
-        part = slice(start, min(start + step, len(x)))
-        left, gain = x[part][:, None, :], gains[part]
-        error = (x[part] * x[part]).sum(1, keepdim=True)
-        codes = torch.zeros((len(left), 1, 0), dtype=torch.int64, device=x.device)
-        for p in range(depth):
-            g = gain[:, p, None, None]
-            scores = torch.matmul(left, bank.T).mul_(-2 * g).add_(g * g * squares).add_(error[:, :, None]).flatten(1)
-            if p == depth - 1:
-                error, best = scores.min(1, keepdim=True)
-            else:
-                error, best = scores.topk(min(beam, scores.shape[1]), dim=1, largest=False)
-            parent, code = best // h, best % h
-            codes = torch.cat([codes.gather(1, parent[:, :, None].expand(-1, -1, p)), code[:, :, None]], 2)
-            left = left.gather(1, parent[:, :, None].expand(-1, -1, x.shape[1])) - g * bank[code]
-        old = x[part] - (gain[:, :, None] * bank[previous[part]]).sum(1)
-        better = (left[:, 0] * left[:, 0]).sum(1) < (old * old).sum(1)
-        result[part] = torch.where(better[:, None], codes[:, 0], previous[part])
-    return result
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
@@ -549,7 +324,7 @@ def seed_bank(x: Tensor, weight: F64, h: int, rng: np.random.Generator) -> Tenso
         new = rng.choice(len(x), count, replace=False, p=mass / mass.sum())
         chosen = np.concatenate([chosen, new])
         bank = x[torch.from_numpy(new).to(x.device)]
-        step = max(1, _CHUNK // count)
+        step = max(1, CHUNK // count)
         for start in range(0, len(x), step):
             part = x[start : start + step]
             near = torch.addmm(-0.5 * (bank * bank).sum(1), part, bank.T).amax(1)
@@ -579,7 +354,7 @@ def solve_bank(coder: Coder, x: F32, weight: F64) -> F32:
     weighted.data *= np.repeat(np.repeat(weight / max(float(weight.max()), 1e-300), rows.counts), np.diff(code.indptr))
     start = coder.bank.cpu().numpy().astype(np.float64)
     asked = np.zeros_like(start)
-    step = max(1, _CHUNK // b)
+    step = max(1, CHUNK // b)
     for begin in range(0, len(x), step):
         asked += weighted[begin : begin + step].T @ x[begin : begin + step]
     bank = np.empty_like(start)

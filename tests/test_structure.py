@@ -15,14 +15,14 @@ PACKAGE = ROOT / "lrconvert"
 # Each group may import from the groups before it, and from its own; nothing imports upward.
 ORDER = [
     {"errors", "limits"},
-    {"strictjson", "dtypes", "container", "durable", "packing", "vectorbank", "exact"},
+    {"strictjson", "dtypes", "container", "durable", "packing", "subvectors", "vectorbank", "exact"},
     {"adapter", "canonical", "targets", "fingerprint"},
     {"methods"},
     {"file", "report", "validation", "modelcard"},
     {"readers", "exporters"},
     {"heads", "merging"},
     {"api"},
-    {"render", "demo", "cli", "testing"},
+    {"render", "demo", "cli", "testing", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # Lower-level numerics may use the plain nouns of the next group.

@@ -13,12 +13,15 @@ import pytest
 import torch
 from conftest import random_lora
 
-from lrconvert import canonical, errors, packing, vectorbank
+from lrconvert import canonical, errors, packing, subvectors, vectorbank
 from lrconvert.adapter import CompactAdapter, LoraAdapter, LoraTarget, Target
 from lrconvert.dtypes import Stored
 from lrconvert.methods import base as methods
 from lrconvert.methods.base import Budget, FitContext
-from lrconvert.methods.vblora import METHOD, Form, VBLoraOptions, _canonical_codes, _complete, _Problem, _starts
+from lrconvert.methods.vblora import METHOD
+from lrconvert.methods.vblora.fit import Problem
+from lrconvert.methods.vblora.form import Form, canonical_codes, complete, starts
+from lrconvert.methods.vblora.plan import VBLoraOptions
 from lrconvert.vectorbank import Coder, Refit, Rows
 
 RNG = np.random.default_rng
@@ -29,7 +32,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def squared(x: torch.Tensor, bank: torch.Tensor, codes: tuple[torch.Tensor, torch.Tensor]) -> np.ndarray:
-    return ((x - vectorbank.combine(bank, *codes)).double() ** 2).sum(1).numpy()
+    return ((x - subvectors.combine(bank, *codes)).double() ** 2).sum(1).numpy()
 
 
 def captured(lora: LoraAdapter, config, tensors) -> float:
@@ -61,14 +64,14 @@ def payload_budget(lora: LoraAdapter, limit: int) -> Budget:
 
 def test_one_vector_is_the_nearest():
     x, bank = normal(300, 6), normal(37, 6, seed=1)
-    indices, weights = vectorbank.encode(x, bank, 1, 1)
+    indices, weights = subvectors.encode(x, bank, 1, 1)
     brute = ((x.double()[:, None] - bank.double()) ** 2).sum(2).argmin(1)
     assert torch.equal(indices[:, 0], brute) and bool((weights == 1).all())
 
 
 def test_two_vectors_are_the_best_of_all_pairs():
     x, bank = normal(200, 5), 1.5 * normal(24, 5, seed=1)
-    found = vectorbank.encode(x, bank, 2, 1 << 20)
+    found = subvectors.encode(x, bank, 2, 1 << 20)
     best = np.full(len(x), np.inf)
     for p in range(24):
         for q in range(p):
@@ -83,7 +86,7 @@ def test_equal_vectors_and_vectors_at_zero_do_no_harm():
     bank = torch.cat([normal(4, 3), normal(4, 3), torch.zeros(3, 3)])
     x = torch.cat([bank, normal(20, 3, seed=2)])
     for k in (2, 3, 4):
-        indices, weights = vectorbank.encode(x, bank, k, 16)
+        indices, weights = subvectors.encode(x, bank, k, 16)
         assert bool(torch.isfinite(weights).all()) and squared(x, bank, (indices, weights))[:8].max() < 1e-10
         assert all(len(set(code)) == k for code in indices.tolist())
 
@@ -91,25 +94,25 @@ def test_equal_vectors_and_vectors_at_zero_do_no_harm():
 @pytest.mark.parametrize("k", [2, 3, 5])
 def test_weights_are_what_the_format_holds_and_no_code_gets_worse(k):
     x, bank = normal(400, 6), 1.3 * normal(40, 6, seed=1)
-    single = squared(x, bank, vectorbank.encode(x, bank, 1, 1))
+    single = squared(x, bank, subvectors.encode(x, bank, 1, 1))
     for exact in (True, False):
-        found = vectorbank.encode(x, bank, k, 16, None, exact)
+        found = subvectors.encode(x, bank, k, 16, None, exact)
         units = found[1] * 16
         assert torch.equal(units, units.round()) and bool((units.sum(1) == 16).all())
         assert (
             bool((units >= 0).all()) and bool((units[:, 1:] <= units[:, :1]).all()) and bool((units[:, 1:] < 8).all())
         )
         assert squared(x, bank, found).sum() < single.sum()
-        again = vectorbank.encode(x, bank, k, 16, found, exact)
+        again = subvectors.encode(x, bank, k, 16, found, exact)
         assert (squared(x, bank, again) <= squared(x, bank, found)).all()
 
 
 def test_more_vectors_than_distances_are_kept(monkeypatch):
     """Above the limit distances are computed as needed: the same codes."""
     x, bank = normal(50, 6), normal(30, 6, seed=1)
-    kept = vectorbank.encode(x, bank, 2, 16, None, False)
-    monkeypatch.setattr(vectorbank, "_GRAM_LIMIT", 8)
-    assert squared(x, bank, vectorbank.encode(x, bank, 2, 16, None, False)).sum() == pytest.approx(
+    kept = subvectors.encode(x, bank, 2, 16, None, False)
+    monkeypatch.setattr(subvectors, "_GRAM_LIMIT", 8)
+    assert squared(x, bank, subvectors.encode(x, bank, 2, 16, None, False)).sum() == pytest.approx(
         squared(x, bank, kept).sum(), rel=1e-5
     )
 
@@ -123,9 +126,9 @@ def test_beam_over_two_passes_is_exhaustive_when_wide():
         return ((x - (gains[:, :, None] * bank[codes]).sum(1)).double() ** 2).sum(1).numpy()
 
     brute = np.min([error(torch.tensor([[p, q]] * 60)) for p in range(9) for q in range(9)], axis=0)
-    wide, narrow = (vectorbank.beam_search(x, bank, gains, start, beam) for beam in (9, 1))
+    wide, narrow = (subvectors.beam_search(x, bank, gains, start, beam) for beam in (9, 1))
     assert np.allclose(error(wide), brute, atol=1e-5)
-    assert (error(vectorbank.beam_search(x, bank, gains, wide, 1)) <= error(wide)).all()
+    assert (error(subvectors.beam_search(x, bank, gains, wide, 1)) <= error(wide)).all()
     assert error(narrow).sum() > error(wide).sum()
 
 
@@ -193,7 +196,7 @@ def test_unused_vectors_come_back():
 def test_no_sweep_raises_the_error_of_the_update(options):
     lora = random_lora([(40, 24), (24, 36)], rank=4, decay=0.6)
     config = METHOD.plan(lora, VBLoraOptions(vector_length=5, num_vectors=12, **options), None, FitContext())
-    problem = _Problem(lora, config, "cpu")
+    problem = Problem(lora, config, "cpu")
     refit: Refit = problem.refit(problem.train(0, 2, 1)[0])
     errors_seen = [refit.error()]
     for _ in range(4):
@@ -228,7 +231,7 @@ def test_it_recovers_its_own_expansion():
 def test_it_beats_a_random_bank():
     lora = random_lora([(96, 64), (64, 96)], rank=4, decay=0.6)
     config, tensors = convert(lora, vector_length=8, num_vectors=64, rank=2)
-    problem = _Problem(lora, config, "cpu")
+    problem = Problem(lora, config, "cpu")
     coder = Coder.new(problem.rows, normal(64, 8, seed=9), 1, 2, True)
     coder.recode(np.arange(len(problem.rows.counts)), problem.x, fresh=True)
     refit = problem.refit(coder)
@@ -270,7 +273,7 @@ def written_out(config, targets, tensors, which) -> list[np.ndarray]:
     bank = tensors["bank"].astype(np.float64)
     if form.bits < 16:
         bank = packing.code_values(tensors["bank"], form.bits).astype(np.float64) * tensors["scales"][:, None]
-    row, turn, code = _starts(config, targets)[which]
+    row, turn, code = starts(config, targets)[which]
     sides = []
     for length in reversed(targets[which].matrix_shape):
         side = np.zeros((config.ranks[which], length))
@@ -295,7 +298,7 @@ def test_expand_is_the_written_formula_on_both_backends(form):
     rng = RNG(1)
     targets = (Target("a.weight", (12, 8)), Target("b.weight", (9, 14)), Target("c.weight", (6, 6)))
     passes = rng.integers(1, 4, 10) if form.gains else np.ones(10, int)
-    config = _complete(form, targets, (2, 3, 0), passes.tolist())
+    config = complete(form, targets, (2, 3, 0), passes.tolist())
     assert config.padded and METHOD.ranks(config, targets) == (2, 3, 0)
     tensors = {}
     for spec in METHOD.specs(config, targets):
@@ -460,10 +463,10 @@ def test_canonical_codes_mean_the_same():
     units[:, 0] = 16 - units[:, 1:].sum(1)
     bank = rng.standard_normal((9, 3))
     before = (bank[indices] * units[:, :, None]).sum(1)
-    new, weights = _canonical_codes(indices.copy(), units.copy())
+    new, weights = canonical_codes(indices.copy(), units.copy())
     assert np.allclose((bank[new] * weights[:, :, None]).sum(1), before)
     assert all(len(set(code)) == 4 for code in new.tolist())
-    assert np.array_equal(_canonical_codes(new.copy(), weights.copy())[0], new)
+    assert np.array_equal(canonical_codes(new.copy(), weights.copy())[0], new)
 
 
 def test_header_and_layout_round_trip():
@@ -511,7 +514,7 @@ def test_headers_are_checked(change, error):
 
 def test_layouts_are_checked():
     lora = random_lora([(40, 24), (24, 36)], rank=3)
-    config = replace(_complete(Form(4, 8), lora.shapes(), (2, 1), (1, 2, 1, 1, 3, 1)))
+    config = replace(complete(Form(4, 8), lora.shapes(), (2, 1), (1, 2, 1, 1, 3, 1)))
     header, layout = METHOD.header(config), METHOD.layout(config)
     assert METHOD.config(header, layout, lora.shapes()) == config
     missing = dict(header)

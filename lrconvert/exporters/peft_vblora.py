@@ -22,7 +22,7 @@ from lrconvert.exporters.peft_lora import (
     weights_file,
 )
 from lrconvert.methods import base as methods
-from lrconvert.methods.vblora import Config, Form
+from lrconvert.methods.vblora.form import Config, Form
 from lrconvert.modelcard import model_card
 from lrconvert.report import Fidelity
 

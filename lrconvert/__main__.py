@@ -1,0 +1,5 @@
+"""``python -m lrconvert``."""
+
+from lrconvert.cli import main
+
+main()

@@ -1,0 +1,273 @@
+"""VB-LoRA: every factor is a mosaic of short vectors from one bank shared by all targets.
+
+    delta_W = B @ A
+    A[j] = sum over passes p of gain[j, p] * concat_t u[j, p, t]          (each B[:, j] likewise)
+    u    = sum over s < k of w[s] * V[i[s]],   w[0] = 1 - w[1] - ... - w[k-1],   w[s] = c[s] / 2^(m+1)
+
+The bank V is (h, b): h vectors of length b. A row of n numbers takes ceil(n / b) sub-vectors u; where b does not divide
+n, the last one is cut. Paper: VB-LoRA, arXiv 2405.15179 (NeurIPS 2024): one pass, no gains, b = 256, h = 2048, k = 2,
+b divides every dimension; ``peft_compatible`` keeps to that. Two additions make the form a good quantizer of an
+existing LoRA: a gain per coded row, so that the bank codes rows of one size, and further passes over rows that deserve
+more bits, each coding what the earlier ones left with the same bank. Short vectors (b of 2 to 16, k = 1) then spend
+0.3 to 1 bit per number and pass, where the published long ones spend 0.1.
+
+Arithmetic: float64, sums in order of s, then of p, rounded once to float32. All products are elementwise, so that numpy
+and torch agree to the last bit.
+
+Stored tensors, in declaration order (rows by target, A before B, largest component first; codes by row, pass, place t):
+
+=============  =====  ============================================================================================
+``ranks``      index  (targets,): components of each target; only if they differ
+``passes``     index  (rows,): passes of each row, less one; only if a row has more than one
+``bank``       half   (h, b) at 16 bit; or ``code`` at 8 or 4 bit, the odd integers times ``scales``
+``scales``     half   (h,): one per vector; only at 8 or 4 bit
+``indices``    index  (codes, k): heaviest vector first, lower index first among equals, no index twice
+``weights``    index  (codes, k - 1): the integers c of all but the first vector, m bit; only for k > 1
+``gains``      half   (passes of all rows,); only with gains
+=============  =====  ============================================================================================
+
+A weight of zero carries the lowest index that its code does not use otherwise: one spelling per meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lrconvert import canonical, packing
+from lrconvert.adapter import LoraAdapter, Target
+from lrconvert.dtypes import Array
+from lrconvert.errors import (
+    CanonicalError,
+    IndexRangeError,
+    JsonSyntaxError,
+    LimitError,
+    MissingFieldError,
+    UnknownFieldError,
+    ValueRangeError,
+)
+from lrconvert.limits import MAX_DIM, MAX_RANK, MAX_VECTORS
+from lrconvert.methods.base import Budget, Command, FitContext, Method, Tensors
+from lrconvert.methods.vblora.fit import fit
+from lrconvert.methods.vblora.form import (
+    BANK_BITS,
+    MAX_PASSES,
+    MAX_TOP_K,
+    MAX_WEIGHT_BITS,
+    Config,
+    Form,
+    canonical_codes,
+    complete,
+    specs,
+    starts,
+)
+from lrconvert.methods.vblora.plan import Search, VBLoraOptions, check_options, default_form
+from lrconvert.packing import TensorSpec
+
+_LARGEST = 2.0**127  # what files may expand to
+
+_FIELDS = {
+    "vector_length": (1, MAX_DIM),
+    "num_vectors": (1, MAX_VECTORS),
+    "top_k": (1, MAX_TOP_K),
+    "bits": (4, 16),
+    "weight_bits": (0, MAX_WEIGHT_BITS),
+    "rank": (1, MAX_RANK),
+    "passes": (1, MAX_PASSES),
+    "rows": (2, 1 << 40),
+}
+_FLAGS = ("gains", "uniform", "padded")
+
+
+class VBLora(Method):
+    """See the module's docstring."""
+
+    id = "vblora"
+    version = 1
+    title = "VB-LoRA: one vector bank"
+    commands = (Command("lora-to-vblora", "Code all factors with one shared bank of short vectors (VB-LoRA)."),)
+    Options = VBLoraOptions
+    examples = (
+        {"vector_length": 4, "num_vectors": 64, "passes": 3},
+        {"vector_length": 16, "num_vectors": 24, "top_k": 2, "rank": 3, "bits": 8},
+        {"vector_length": 8, "num_vectors": 16, "top_k": 3, "weight_bits": 5, "gain": "off"},
+        {"vector_length": 7, "num_vectors": 32, "top_k": 2, "bits": 4, "passes": 2},
+        {"peft_compatible": True, "rank": 2, "num_vectors": 32},
+    )
+
+    # --- what the file holds ---
+
+    def header(self, config: Config) -> dict[str, Any]:
+        form = config.form
+        return {
+            "vector_length": form.vector_length,
+            "num_vectors": form.num_vectors,
+            "top_k": form.top_k,
+            "bits": form.bits,
+            "weight_bits": form.weight_bits,
+            "gains": form.gains,
+            "padded": config.padded,
+            "rank": max(config.ranks),
+            "uniform": min(config.ranks) == max(config.ranks),
+            "passes": max(config.passes, default=1),
+            "rows": config.rows,
+        }
+
+    def layout_specs(self, header: Mapping[str, Any], targets: Sequence[Target]) -> tuple[TensorSpec, ...]:
+        known = {*_FIELDS, *_FLAGS}
+        if set(header) != known:
+            wrong = sorted(set(header) ^ known)[0]
+            raise (UnknownFieldError if wrong in header else MissingFieldError)(f"method.config: field {wrong!r}")
+        for name in _FLAGS:
+            if type(header[name]) is not bool:
+                raise JsonSyntaxError(f"method.config.{name} is {header[name]!r:.40}; true or false is allowed")
+        for name, (least, most) in _FIELDS.items():
+            if type(header[name]) is not int or not least <= header[name] <= most:
+                raise LimitError(f"method.config.{name} is {header[name]!r:.40}; {least} to {most} are allowed")
+        if header["bits"] not in BANK_BITS:
+            raise LimitError(f"method.config.bits is {header['bits']}; 16, 8 and 4 are allowed")
+        if header["top_k"] > header["num_vectors"]:
+            raise LimitError(f"method.config.top_k is {header['top_k']}, more than the {header['num_vectors']} vectors")
+        if (header["weight_bits"] == 0) != (header["top_k"] == 1):
+            raise LimitError("method.config.weight_bits must be 0 for top_k 1, and at least 1 for more")
+        if header["passes"] > 1 and not header["gains"]:
+            raise LimitError("method.config.passes is more than 1 without gains")
+        ranks = () if header["uniform"] else (packing.index("ranks", (len(targets),), header["rank"] + 1),)
+        if header["passes"] == 1:
+            return ranks
+        return (*ranks, packing.index("passes", (header["rows"],), header["passes"]))
+
+    def layout(self, config: Config) -> dict[str, Array]:
+        tensors: dict[str, Array] = {}
+        if min(config.ranks) != max(config.ranks):
+            tensors["ranks"] = np.array(config.ranks, np.uint32)
+        if config.passes:
+            tensors["passes"] = np.array(config.passes, np.uint32) - np.uint32(1)
+        return tensors
+
+    def config(self, header: Mapping[str, Any], layout: Tensors, targets: Sequence[Target]) -> Config:
+        if header["uniform"]:
+            ranks = (header["rank"],) * len(targets)
+        else:
+            ranks = tuple(layout["ranks"].tolist())
+            if max(ranks) != header["rank"] or min(ranks) == max(ranks):
+                raise CanonicalError("method.config: rank and uniform do not describe the tensor 'ranks'")
+        for target, rank in zip(targets, ranks, strict=True):
+            if rank > min(target.matrix_shape):
+                raise LimitError(f"target {target.name!r} has rank {rank}, more than its shape {target.matrix_shape}")
+        if header["rows"] != 2 * sum(ranks):
+            raise LimitError(f"method.config.rows is {header['rows']}; the ranks add up to {2 * sum(ranks)}")
+        passes = tuple((layout["passes"] + np.uint32(1)).tolist()) if header["passes"] > 1 else ()
+        if passes and max(passes) != header["passes"]:
+            raise CanonicalError("method.config.passes is not the largest number of passes")
+        names = ("vector_length", "num_vectors", "top_k", "bits", "weight_bits", "gains")
+        config = complete(Form(*(header[name] for name in names)), targets, ranks, passes)
+        if config.padded != header["padded"]:
+            raise CanonicalError("method.config.padded does not say whether sub-vectors are cut")
+        return config
+
+    def specs(self, config: Config, targets: Sequence[Target]) -> tuple[TensorSpec, ...]:
+        return specs(config, targets)
+
+    def ranks(self, config: Config, targets: Sequence[Target]) -> Sequence[int]:
+        return config.ranks
+
+    def check(self, config: Config, targets: Sequence[Target], tensors: Tensors) -> None:
+        form = config.form
+        if form.bits < 16 and bool((tensors["scales"] < 0).any()):
+            raise ValueRangeError("tensor scales: a vector has a negative scale")
+        largest = float(np.abs(tensors["bank"]).max()) if form.bits == 16 else float(2**form.bits - 1)
+        for name in ("scales", "gains"):
+            if name in tensors:
+                largest *= float(np.abs(tensors[name]).max(initial=0.0))
+        if largest * max(config.passes, default=1) >= _LARGEST:
+            raise ValueRangeError("bank, scales and gains multiply to 2^127 or more, beyond float32")
+        if form.top_k == 1:
+            return
+        step = 1 << 20
+        for start in range(0, len(tensors["indices"]), step):
+            indices = tensors["indices"][start : start + step].astype(np.int64)
+            units = tensors["weights"][start : start + step].astype(np.int64)
+            units = np.concatenate([form.denominator - units.sum(1, keepdims=True), units], axis=1)
+            ordered = np.sort(indices, axis=1)
+            if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
+                raise IndexRangeError("tensor indices: a code names one vector twice")
+            if bool((units[:, 0] < units[:, 1]).any()):
+                raise ValueRangeError("tensor weights: the weights of a code leave too little for its first vector")
+            again = canonical_codes(indices, units)
+            if not np.array_equal(again[0], indices) or not np.array_equal(again[1], units):
+                raise CanonicalError("tensor indices: a code is not in canonical order")
+
+    # --- using it ---
+
+    def expand(
+        self, config: Config, targets: Sequence[Target], values: Mapping[str, Any], which: int, xp: Any
+    ) -> tuple[Any, Any]:
+        def double(numbers: Any) -> Any:
+            return numbers.astype(np.float64) if xp is np else numbers.double()
+
+        form, rank = config.form, config.ranks[which]
+        out, inner = targets[which].matrix_shape
+        row, turn, code = starts(config, tuple(targets))[which]
+        bank = double(values["bank"])
+        if form.bits < 16:
+            bank = bank * double(values["scales"])[:, None]
+        sides = []
+        for length in (inner, out):
+            passes = config.passes[row : row + rank] if config.passes else (1,) * rank
+            turns, cuts = sum(passes), -(-length // form.vector_length)
+            codes = slice(code, code + turns * cuts)
+            indices = values["indices"][codes]
+            vectors = bank[indices[:, 0]]
+            if form.top_k > 1:
+                small = double(values["weights"][codes]) * (1.0 / form.denominator)
+                rest = 1.0 - small[:, 0]
+                for s in range(1, form.top_k - 1):
+                    rest = rest - small[:, s]
+                vectors = vectors * rest[:, None]
+                for s in range(1, form.top_k):
+                    vectors = vectors + bank[indices[:, s]] * small[:, s - 1, None]
+            numbers = vectors.reshape(turns, cuts * form.vector_length)[:, :length]
+            if form.gains:
+                numbers = numbers * double(values["gains"][turn : turn + turns])[:, None]
+            sides.append(_add_passes(numbers, passes, xp))
+            row, turn, code = row + rank, turn + turns, code + turns * cuts
+        a, b = (side.astype(np.float32) if xp is np else side.float() for side in sides)
+        return a, b.T
+
+    # --- making it ---
+
+    def plan(self, lora: LoraAdapter, options: VBLoraOptions, budget: Budget | None, context: FitContext) -> Config:
+        check_options(lora, options)
+        targets = lora.shapes()
+        spectra = [canonical.singular_values(pair) for pair in lora.targets]
+        limits = [min(len(s), options.rank or MAX_RANK) for s in spectra]
+        if options.peft_compatible:
+            limits = [min(limits)] * len(limits)
+        if budget is None:
+            form = default_form(targets, limits, options)
+            return complete(form, targets, limits, [options.passes or 1] * (2 * sum(limits)))
+        return Search(lora, spectra, limits, options, budget, context).best()
+
+    def fit(self, lora: LoraAdapter, config: Config, context: FitContext) -> dict[str, Array]:
+        return fit(lora, config, context)
+
+
+METHOD = VBLora()
+
+
+def _add_passes(numbers: Any, passes: Sequence[int], xp: Any) -> Any:
+    """Rows from their passes, first to last: (passes, n) to (rows, n)."""
+    most = max(passes, default=1)
+    if most == 1:
+        return numbers
+    starts = np.concatenate([[0], np.cumsum(passes)])
+    extended = xp.concatenate([numbers, xp.zeros_like(numbers[:1])])
+    total = None
+    for p in range(most):
+        index = np.where(np.array(passes) > p, starts[:-1] + p, starts[-1])  # a row without this pass adds zero
+        part = extended[index if xp is np else xp.as_tensor(index, device=numbers.device)]
+        total = part if total is None else total + part
+    return total

@@ -1,0 +1,161 @@
+"""From an allocation to tensors: a bank trained on the canonical rows, then all that is coded refitted to the update."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lrconvert import canonical, packing, vectorbank
+from lrconvert.adapter import LoraAdapter, LoraTarget
+from lrconvert.dtypes import Array
+from lrconvert.limits import MAX_DIM
+from lrconvert.methods.base import FitContext
+from lrconvert.methods.vblora.form import Config, Form, canonical_codes, coded_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_ROUNDS = 6  # alternations of codes and bank on the training sample
+_SWEEPS = 16  # alternations of A, B and bank on the update itself
+_BEAMS = (20, 10, 5)  # partial codes kept in the sweeps: the widest with which all of them stay within
+_SWEEP_WORK = 2e10  # scores; a minute or less
+_SAMPLE = 1 << 15  # sub-vectors the bank is trained on, or 32 per vector if that is more
+_RESTART_WORK = 5e7  # scores per round up to which a second start is worth its time
+_SETTLED = 5e-4  # relative fall of the error below which a sweep was the last
+
+
+class Problem:
+    """What a fit works on: the rows to code as sub-vectors `x` (n, b), scaled to mean square 1 if there are gains; what
+    a squared error of each row costs in the update (`weight`); and the sources (`updates`)."""
+
+    def __init__(
+        self, lora: LoraAdapter, config: Config, device: str, factors: Sequence[canonical.Factors] | None = None
+    ) -> None:
+        import torch
+
+        self.form, self.rows = config.form, coded_rows(config, lora.shapes())
+        b, gains = self.form.vector_length, self.form.gains
+        x = np.zeros((int(self.rows.starts[-1]), b), np.float32)
+        self.weight = np.zeros(len(self.rows.counts))
+        self.scale = np.ones(len(self.rows.counts))  # what a row of x must be multiplied with
+        self.updates: list[vectorbank.Update] = []
+        row = 0
+        for which, (pair, rank) in enumerate(zip(lora.targets, config.ranks, strict=True)):
+            left, right = _tensor(pair.B, device), _tensor(pair.A, device)
+            self.updates.append(vectorbank.Update(left, right, pair.scale, row, rank))
+            if rank == 0:
+                continue
+            top = top_components(pair, rank) if factors is None else factors[which]
+            s = top.s[:rank]
+            for side in (top.Vt[:rank], top.U[:, :rank].T):
+                length = side.shape[1]
+                here = x[int(self.rows.starts[row]) : int(self.rows.starts[row + rank])].reshape(rank, -1)
+                here[: len(s), :length] = side * (np.sqrt(length) if gains else np.sqrt(s)[:, None])
+                some = slice(row, row + len(s))
+                self.weight[some] = s * s / length if gains else s
+                self.scale[some] = np.sqrt(s / length) if gains else 1.0
+                row += rank
+        self.x = torch.from_numpy(x).to(device)
+
+    def train(self, seed: int, rounds: int, restarts: int, sample: int = MAX_DIM) -> tuple[vectorbank.Coder, Tensor]:
+        """A bank for at most about `sample` sub-vectors, with the codes of these; and these."""
+        form = self.form
+        rows, x = self.rows, self.x
+        if len(x) > 2 * sample:
+            rows, kept = rows.thinned(len(x) // sample)
+            x = x[_tensor(kept, str(x.device))]
+        if rows.codes * form.num_vectors > _RESTART_WORK:
+            restarts = 1
+        shape = (form.num_vectors, form.top_k, form.denominator, form.gains)
+        rng = np.random.default_rng(seed)
+        return vectorbank.train_bank(x, rows, self.weight, shape, rng, rounds, restarts), x
+
+    def refit(self, coder: vectorbank.Coder) -> vectorbank.Refit:
+        """The codes of all rows, at the size that the update needs."""
+        if coder.scaled:
+            coder.gains *= np.repeat(self.scale, self.rows.passes)
+        return vectorbank.Refit(coder, self.updates)
+
+
+def top_components(pair: LoraTarget, rank: int) -> canonical.Factors:
+    """The largest `rank` components of a target."""
+    if rank == 0:
+        out, inner = pair.target.matrix_shape
+        return canonical.Factors(np.zeros((out, 0)), np.zeros(0), np.zeros((0, inner)))
+    whole = canonical.svd(pair)
+    return canonical.Factors(whole.U[:, :rank].copy(), whole.s[:rank], whole.Vt[:rank].copy())
+
+
+def _tensor(array: Array, device: str) -> Tensor:
+    """As float32 (integers as they are), without a copy where that can be."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a read-only array is only read
+        kind = np.float32 if array.dtype.kind == "f" else array.dtype
+        return torch.from_numpy(np.ascontiguousarray(array, kind)).to(device)
+
+
+def fit(lora: LoraAdapter, config: Config, context: FitContext) -> dict[str, Array]:
+    """Trains a bank on the canonical rows (a sample if there are many), codes all rows, and refits codes, gains and
+    bank on the update itself; the last sweeps run on the bank as it will be stored."""
+    form = config.form
+    problem = Problem(lora, config, context.device)
+    context.progress(0.1, "training the bank")
+    coder, x = problem.train(context.seed, _ROUNDS, 2, max(_SAMPLE, 32 * form.num_vectors))
+    if len(x) < len(problem.x):
+        coder = vectorbank.Coder.new(problem.rows, coder.bank, form.top_k, form.denominator, form.gains)
+        coder.recode(np.arange(len(problem.rows.counts)), problem.x, fresh=True)
+    refit = problem.refit(coder)
+    del problem, x
+    context.progress(0.4, "refitting")
+    work = 2.0 * coder.rows.codes * form.num_vectors * (1 if form.top_k == 1 else 12)  # one sweep of both sides
+    for coder.beam in _BEAMS if config.passes and form.top_k == 1 else (1,):
+        if coder.beam * work * _SWEEPS <= _SWEEP_WORK:
+            break
+    sweeps = int(min(_SWEEPS, max(1, _SWEEP_WORK / (coder.beam * work + 1))))
+    error = refit.error()
+    for turn in range(sweeps):
+        before = error
+        refit.sweep(0)
+        refit.sweep(1)
+        error = refit.improve_bank(refit.error())
+        context.progress(0.4 + 0.4 * (turn + 1) / sweeps, "refitting")
+        if error > before * (1 - _SETTLED):
+            break
+    tensors = _store_bank(coder, form)
+    coder.exact = True
+    refit.refresh()
+    for _ in range(2 if sweeps > 1 else 1):
+        refit.sweep(0)
+        refit.sweep(1)
+    return {**tensors, **_store_codes(coder, form)}
+
+
+def _store_bank(coder: vectorbank.Coder, form: Form) -> dict[str, Array]:
+    """The bank as stored; from now on the coder works with these very numbers."""
+    bank = coder.bank.cpu().numpy()
+    if form.bits == 16:
+        stored = packing.round_half(bank)
+        coder.bank = coder.tensor(stored)
+        return {"bank": stored}
+    codes, scales = packing.quantize_rows(bank, form.bits)
+    scales = packing.round_half(scales)
+    coder.bank = coder.tensor(packing.code_values(codes, form.bits) * scales[:, None])
+    return {"bank": codes, "scales": scales}
+
+
+def _store_codes(coder: vectorbank.Coder, form: Form) -> dict[str, Array]:
+    indices = coder.indices.cpu().numpy()
+    tensors: dict[str, Array] = {}
+    if form.top_k > 1:
+        units = np.rint(coder.weights.cpu().numpy() * form.denominator).astype(np.int64)
+        indices, units = canonical_codes(indices, units)
+        tensors["weights"] = units[:, 1:].astype(np.uint32)
+    tensors["indices"] = indices.astype(np.uint32)
+    if form.gains:
+        tensors["gains"] = packing.round_half(coder.gains)
+    return tensors

@@ -1,0 +1,133 @@
+"""What a VB-LoRA file says besides its numbers: the form, the allocation, and where each code lies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from lrconvert import packing
+from lrconvert.adapter import Target
+from lrconvert.packing import TensorSpec
+from lrconvert.vectorbank import I64, Rows
+
+MAX_TOP_K = 16
+MAX_PASSES = 16
+MAX_WEIGHT_BITS = 8
+BANK_BITS = (16, 8, 4)
+
+
+@dataclass(frozen=True)
+class Form:
+    """Everything but the allocation: the bank is (num_vectors, vector_length) at `bits`; codes mix `top_k` vectors with
+    weights of `weight_bits`; `gains`: rows are scaled."""
+
+    vector_length: int
+    num_vectors: int
+    top_k: int = 1
+    bits: int = 16
+    weight_bits: int = 0
+    gains: bool = True
+
+    @property
+    def denominator(self) -> int:
+        """Weights are multiples of 1 / denominator."""
+        return 2 << self.weight_bits
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of one coded sub-vector."""
+        return self.top_k * packing.index_bits(self.num_vectors) + (self.top_k - 1) * self.weight_bits
+
+    @property
+    def bank_bits(self) -> int:
+        scales = 16 * self.num_vectors if self.bits < 16 else 0
+        return self.num_vectors * self.vector_length * self.bits + scales
+
+    def row_bits(self, length: Any) -> Any:
+        """Bits of one pass over a row of `length` numbers."""
+        return -(-length // self.vector_length) * self.code_bits + (16 if self.gains else 0)
+
+
+@dataclass(frozen=True)
+class Config:
+    """`ranks`: components of each target. `passes`: of each row, empty if every row has one. `padded`: some row is not
+    a multiple of the vector length, so that its last sub-vector is cut."""
+
+    form: Form
+    ranks: tuple[int, ...]
+    passes: tuple[int, ...] = ()
+    padded: bool = False
+
+    @property
+    def rows(self) -> int:
+        return 2 * sum(self.ranks)
+
+
+@lru_cache(maxsize=8)
+def starts(config: Config, targets: tuple[Target, ...]) -> tuple[tuple[int, int, int], ...]:
+    """(row, pass, code) where each target begins; the last entry holds the totals. Grows with targets and `passes`."""
+    b = config.form.vector_length
+    row = turn = code = 0
+    starts = []
+    for target, rank in zip(targets, config.ranks, strict=True):
+        starts.append((row, turn, code))
+        out, inner = target.matrix_shape
+        for length in (inner, out):
+            turns = sum(config.passes[row : row + rank]) if config.passes else rank
+            code += turns * -(-length // b)
+            turn += turns
+            row += rank
+    return (*starts, (row, turn, code))
+
+
+def complete(form: Form, targets: Sequence[Target], ranks: Sequence[int], passes: Sequence[int]) -> Config:
+    """The one Config of an allocation."""
+    b = form.vector_length
+    padded = any(rank and any(n % b for n in t.matrix_shape) for t, rank in zip(targets, ranks, strict=True))
+    return Config(form, tuple(ranks), tuple(passes) if max(passes, default=1) > 1 else (), padded)
+
+
+def coded_rows(config: Config, targets: Sequence[Target]) -> Rows:
+    """The rows of a fit, in file order."""
+    shapes = np.array([t.matrix_shape for t in targets], np.int64).reshape(-1, 2)
+    sizes = np.repeat(shapes[:, ::-1].reshape(-1), np.repeat(config.ranks, 2))
+    passes = np.array(config.passes or [1] * len(sizes), np.int64)
+    return Rows.of(sizes, passes, config.form.vector_length)
+
+
+def specs(config: Config, targets: Sequence[Target]) -> tuple[TensorSpec, ...]:
+    """The payload tensors, in declaration order."""
+    form = config.form
+    _, passes, codes = starts(config, tuple(targets))[-1]
+    shape = (form.num_vectors, form.vector_length)
+    found = [packing.half("bank", shape)]
+    if form.bits < 16:
+        found = [packing.code("bank", shape, form.bits), packing.half("scales", (form.num_vectors,))]
+    found.append(packing.index("indices", (codes, form.top_k), form.num_vectors))
+    if form.top_k > 1:
+        found.append(packing.index("weights", (codes, form.top_k - 1), 1 << form.weight_bits))
+    if form.gains:
+        found.append(packing.half("gains", (passes,)))
+    return tuple(found)
+
+
+def canonical_codes(indices: I64, units: I64) -> tuple[I64, I64]:
+    """Codes (n, k) as the format spells them: heaviest first, lower index first among equals; a weight of zero has the
+    lowest index that is free."""
+    order = np.lexsort((indices, -units), axis=1)
+    indices, units = np.take_along_axis(indices, order, 1), np.take_along_axis(units, order, 1)
+    used = np.where(units > 0, indices, -1)
+    free = np.zeros(len(indices), np.int64)
+    for s in range(1, indices.shape[1]):
+        empty = units[:, s] == 0
+        if not empty.any():
+            continue
+        for _ in range(indices.shape[1]):
+            free += empty & (used == free[:, None]).any(1)
+        indices[:, s] = np.where(empty, free, indices[:, s])
+        free += empty
+    return indices, units
