@@ -1,4 +1,4 @@
-"""From an allocation to tensors: a bank trained on the canonical rows, then all that is coded refitted to the update."""
+"""From an allocation to tensors: a bank trained on canonical rows, then all that is coded refitted to the update."""
 
 from __future__ import annotations
 
