@@ -8,8 +8,7 @@ Shares are of the adapter's factors at 16 bit and bound the whole file without e
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ def convert(path: Path, method: str, share: float) -> dict[str, Any]:
     }
 
 
-def all_cells() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+def all_cells() -> Iterator[cells.Cell]:
     for path in adapters():
         for method in methods.module_names():
             for share in SHARES:
@@ -80,12 +79,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="a pattern that cell names must contain")
-    parser.add_argument("--again", action="store_true", help="measure cells that are there, too")
-    parser.add_argument("--render", action="store_true", help="write the README table and measure nothing")
-    given = parser.parse_args()
-    if given.render:
-        cells.render("adapters", table())
-    else:
-        cells.measure("adapters", all_cells(), only=given.only, again=given.again)
+    cells.main("adapters", __doc__, all_cells, table)

@@ -6,6 +6,7 @@ cells that are there; ``--only PATTERN`` and ``--again`` choose.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -19,6 +20,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
+
+
+Cell = tuple[str, Callable[[], dict[str, Any]]]  # its name, and what measures it
 
 
 def machine() -> str:
@@ -46,9 +50,7 @@ def read(name: str) -> dict[str, dict[str, Any]]:
     return {cell["cell"]: cell for cell in map(json.loads, lines)}
 
 
-def measure(
-    name: str, cells: Iterable[tuple[str, Callable[[], dict[str, Any]]]], *, only: str = "", again: bool = False
-) -> None:
+def measure(name: str, cells: Iterable[Cell], *, only: str = "", again: bool = False) -> None:
     """Run the cells that are missing (or chosen) and append what they return."""
     done = read(name)
     RESULTS.mkdir(exist_ok=True)
@@ -67,6 +69,19 @@ def measure(
         with (RESULTS / f"{name}.jsonl").open("a") as out:
             out.write(json.dumps(row) + "\n")
         print(cell, {k: v for k, v in row.items() if k not in ("cell", "machine", "commit")}, flush=True)
+
+
+def main(name: str, about: str | None, cells: Callable[[], Iterable[Cell]], table: Callable[[], str]) -> None:
+    """The command line that every benchmark has."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="a pattern that cell names must contain")
+    parser.add_argument("--again", action="store_true", help="measure cells that are there, too")
+    parser.add_argument("--render", action="store_true", help="write the README table and measure nothing")
+    given = parser.parse_args()
+    if given.render:
+        render(name, table())
+    else:
+        measure(name, cells(), only=given.only, again=given.again)
 
 
 def render(name: str, table: str) -> None:

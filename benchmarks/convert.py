@@ -10,12 +10,11 @@ whole process above that of the idle interpreter with the package imported. PEFT
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +126,12 @@ print(json.dumps({"seconds": seconds, "modules": 2, "numbers": 16 * (4096 * 2 + 
 """
 
 
-def all_cells(adapter: Path) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    for name, words in CELLS.items():
-        yield name, lambda w=words: run(adapter, w)
+def all_cells() -> Iterator[cells.Cell]:
+    with tempfile.TemporaryDirectory() as folder:
+        adapter = Path(folder)
+        make_adapter(adapter)
+        for name, words in CELLS.items():
+            yield name, lambda w=words: run(adapter, w)
     yield "peft convert_to_lora rank 4, q and k of one layer", lambda: _child(_PEFT)
 
 
@@ -148,14 +150,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="a pattern that cell names must contain")
-    parser.add_argument("--again", action="store_true", help="measure cells that are there, too")
-    parser.add_argument("--render", action="store_true", help="write the README table and measure nothing")
-    given = parser.parse_args()
-    if given.render:
-        cells.render("convert", table())
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            make_adapter(Path(folder))
-            cells.measure("convert", all_cells(Path(folder)), only=given.only, again=given.again)
+    cells.main("convert", __doc__, all_cells, table)
