@@ -5,19 +5,20 @@ Shapes are the same everywhere: `A` is (r, in), `B` is (out, r), the update of W
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-import numpy as np
+from typing import Any, Literal, get_args
 
 from lrconvert.dtypes import Array, Stored
 from lrconvert.errors import JsonSyntaxError, ShapeError
 
 _VIEW = re.compile(
-    r"matrix|transposed|conv:(?P<kernel>\d{1,4}(?:x\d{1,4}){0,2}):(?P<groups>[1-9]\d{0,8})"
-    r"|rows:(?P<start>0|[1-9]\d{0,9}):(?P<stop>[1-9]\d{0,9})|expert:(?P<expert>0|[1-9]\d{0,8})"
+    r"matrix|transposed"
+    r"|conv:(?P<kernel>[1-9][0-9]{0,3}(?:x[1-9][0-9]{0,3})?):(?P<groups>[1-9][0-9]{0,8})"
+    r"|rows:(?P<start>0|[1-9][0-9]{0,9}):(?P<stop>[1-9][0-9]{0,9})"
+    r"|expert(?:_transposed)?:(?P<expert>0|[1-9][0-9]{0,8})"
 )
 
 
@@ -27,16 +28,16 @@ class View:
 
     ``matrix``        the parameter is (out, in)
     ``transposed``    the parameter is (in, out): Conv1D, embeddings
-    ``conv:KxK:G``    a convolution (out, in/G, K, K), unfolded to (out, in/G * K * K)
+    ``conv:KxL:G``    a convolution (out, in/G, K, L), unfolded to (out, in/G * K * L); ``conv:K:G`` for (out, in/G, K)
     ``rows:a:b``      rows a to b of an (out, in) parameter: one slice of a fused projection
-    ``expert:i``      entry i of a stack (experts, out, in)
+    ``expert:i``      entry i of a stack (experts, out, in); ``expert_transposed:i`` of a stack (experts, in, out)
     """
 
     text: str = "matrix"
 
     def __post_init__(self) -> None:
         if not _VIEW.fullmatch(self.text):
-            raise JsonSyntaxError(f"{self.text!r} is not a view")
+            raise JsonSyntaxError(f"{self.text!r:.80} is not a view")
 
     @property
     def kind(self) -> str:
@@ -52,10 +53,10 @@ class View:
             return shape[1], shape[0]
         if self.kind == "rows" and len(shape) == 2 and int(found["start"]) < int(found["stop"]) <= shape[0]:
             return int(found["stop"]) - int(found["start"]), shape[1]
-        if self.kind == "expert" and len(shape) == 3 and int(found["expert"]) < shape[0]:
-            return shape[1], shape[2]
+        if found["expert"] and len(shape) == 3 and int(found["expert"]) < shape[0]:
+            return (shape[1], shape[2]) if self.kind == "expert" else (shape[2], shape[1])
         if self.kind == "conv" and tuple(int(k) for k in found["kernel"].split("x")) == shape[2:]:
-            return shape[0], int(np.prod(shape[1:]))
+            return shape[0], math.prod(shape[1:])
         raise ShapeError(f"the view {self.text} does not apply to a parameter of shape {list(shape)}")
 
 
@@ -109,14 +110,27 @@ class LoraTarget:
         return self.b.decode()
 
 
+Use = Literal["replace", "add", "magnitude", "rows", "row_indices"]
+USES: tuple[Use, ...] = get_args(Use)
+
+
 @dataclass(frozen=True)
 class ExtraTensor:
-    """A tensor that rides along untouched (a classifier head): any dtype, raw little-endian bytes."""
+    """A tensor that rides along untouched: any dtype, raw little-endian bytes. `name` is a parameter of the base, and
+    `use` what the tensor is for it:
+
+    ``replace``      takes its place, or adds it: a classifier head
+    ``add``          is added to it: the bias of a LoRA, its scale folded in
+    ``magnitude``    DoRA: the norms of W + B @ A along in, (out,) in the shape PEFT stores
+    ``rows``         takes the place of some of its rows: trained tokens, (n, features)
+    ``row_indices``  which rows these are: (n,), integers, rising
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     data: bytes
+    use: Use = "replace"
 
 
 @dataclass(frozen=True)

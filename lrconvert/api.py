@@ -12,13 +12,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-from lrconvert import dtypes, file, merging, report, targets, validation
+from lrconvert import dtypes, file, merging, report, strictjson, targets, validation
 from lrconvert.adapter import CompactAdapter, ExtraTensor, LoraAdapter, Provenance, Target
 from lrconvert.container import open_checkpoint
 from lrconvert.durable import atomic_directory, check_output
 from lrconvert.errors import BudgetError, EmptyAdapterError, LrcError, OptionError
 from lrconvert.exporters import base as exporters
 from lrconvert.fingerprint import fingerprint
+from lrconvert.limits import OWN
 from lrconvert.merging import MergeReport
 from lrconvert.methods import base as methods
 from lrconvert.methods.base import Budget, FitContext
@@ -141,6 +142,7 @@ def convert(
     config = form.plan(lora, chosen, budget, context)
     planned = replace(skeleton, config=config)
     sizes = file.sizes(planned)
+    file.check(planned)  # before the work: a file that could not be written is not worth fitting
     if dry_run:
         return Conversion(planned, sizes, lora.half_bytes, None, warnings)
     compact = replace(planned, tensors=form.fit(lora, config, context))
@@ -216,11 +218,26 @@ def _cast_extra(extra: ExtraTensor, dtype: ExtraDtype | None) -> ExtraTensor:
 
 
 def _provenance(source: Provenance) -> Provenance:
-    """The source's provenance without private paths, with room for the captured share (filled in after the fit)."""
+    """The source's provenance without private paths, with room for the captured share (filled in after the fit).
+
+    Its texts are notes from a configuration: they are brought into the form that a file holds rather than refused.
+    """
     hint = source.base_model
     if posixpath.isabs(hint) or ntpath.isabs(hint):
         hint = ntpath.basename(hint.rstrip("/\\"))
-    return replace(source, base_model=hint, fields={**source.fields, "captured": _share(0.0)})
+    return Provenance(
+        source=source.source,
+        base_model=_note(hint),
+        revision=_note(source.revision),
+        task_type=_note(source.task_type),
+        fields={**{key: _note(text) for key, text in source.fields.items()}, "captured": _share(0.0)},
+    )
+
+
+def _note(text: str) -> str:
+    """`text` as a file can hold it; nothing if it is too long, since a part of a name is another name."""
+    clean = strictjson.canonical_text(text)
+    return clean if len(clean.encode()) <= OWN.string_bytes else ""
 
 
 def _share(value: float) -> str:

@@ -43,7 +43,7 @@ from lrconvert.errors import (
     TensorNameError,
     UnknownFieldError,
 )
-from lrconvert.limits import FOREIGN, MAX_CONFIG_BYTES, MAX_DIM, MAX_INDEX_BYTES, MAX_SHARDS, Limits
+from lrconvert.limits import FOREIGN, MAX_CONFIG_BYTES, MAX_INDEX_BYTES, MAX_SHARDS, Limits
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -169,9 +169,9 @@ def _entry(name: str, value: Any, limits: Limits) -> tuple[str, tuple[int, ...],
     if not isinstance(dtype, str) or dtype not in STORAGE:
         raise DtypeError(f"tensor {name!r} has the unknown dtype {dtype!r:.40}")
     shape = _integers(value["shape"], None)
-    if len(shape) > limits.ndim or any(not 0 < n <= MAX_DIM for n in shape):
+    if len(shape) > limits.ndim or any(not 0 < n <= limits.dim for n in shape):
         raise ShapeError(
-            f"tensor {name!r} has shape {shape!s:.80}; at most {limits.ndim} dimensions of 1 to {MAX_DIM} are allowed"
+            f"tensor {name!r} has shape {shape!s:.80}; at most {limits.ndim} dimensions of 1 to {limits.dim} are read"
         )
     begin, end = _integers(value["data_offsets"], 2)
     count = 1

@@ -7,6 +7,7 @@ spelling. `examine` is the one reading path: `read` stops at its first finding, 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ import numpy as np
 
 from lrconvert import packing, strictjson
 from lrconvert.adapter import BaseFingerprint, CompactAdapter, ExtraTensor, Provenance, Target, View
-from lrconvert.container import ContainerFile, TensorInfo, encode_header, tensor_digest
+from lrconvert.container import ContainerFile, TensorInfo, encode_header, parse_header, tensor_digest
 from lrconvert.dtypes import STORAGE, Array, itemsize
 from lrconvert.durable import atomic_file
 from lrconvert.errors import (
@@ -35,6 +36,7 @@ from lrconvert.errors import (
     UnknownFieldError,
     VersionError,
 )
+from lrconvert.fingerprint import names_digest
 from lrconvert.limits import MAX_DIM, MAX_EXPAND_BYTES, MAX_INT, OWN
 from lrconvert.methods import base as methods
 from lrconvert.methods.base import Method
@@ -81,16 +83,17 @@ class Sizes:
 
 def sizes(compact: CompactAdapter) -> Sizes:
     """The exact sizes of the file that `compact` will be written to. Its tensors need not be there yet."""
-    payload = sum(itemsize(s.dtype) * int(np.prod(s.stored_shape)) for s in _all_specs(compact))
-    without = _header_bytes(replace(compact, extras=())) + payload
-    total = _header_bytes(compact) + payload + sum(len(e.data) for e in compact.extras)
+    specs = _all_specs(compact)
+    payload = sum(s.nbytes for s in specs)
+    without = len(_blank_header(replace(compact, extras=()), specs)) + payload
+    total = len(_blank_header(compact, specs)) + payload + sum(len(e.data) for e in compact.extras)
     return Sizes(total, payload, total - without)
 
 
-def _header_bytes(compact: CompactAdapter) -> int:
-    specs = _all_specs(compact)
+def _blank_header(compact: CompactAdapter, specs: Sequence[TensorSpec]) -> bytes:
+    """The header as long as it will be, with zeros for digests and exponents."""
     blank = {name: "0" * 64 for name, _, _ in _entries(specs, compact.extras)}
-    return len(_header(compact, specs, _Digests("0" * 64, blank), "00" * sum(s.kind == "half" for s in specs)))
+    return _header(compact, specs, _Digests("0" * 64, blank), "00" * sum(s.kind == "half" for s in specs))
 
 
 def _header(compact: CompactAdapter, specs: Sequence[TensorSpec], digests: _Digests, exponents: str) -> bytes:
@@ -213,14 +216,20 @@ def content_digest(tensors: Mapping[str, str], manifest: Mapping[str, Any]) -> s
 
 
 def encode(compact: CompactAdapter) -> Iterator[bytes]:
-    """The bytes of the file, in pieces. The same content gives the same bytes on every machine."""
-    check_names(compact)
+    """The bytes of the file, in pieces. The same content gives the same bytes on every machine.
+
+    Whatever `read` would refuse is refused here, with the same codes, before the first piece.
+    """
+    check(compact)
     method = methods.get(compact.method)
     specs = _all_specs(compact)
     arrays = {**method.layout(compact.config), **compact.tensors}
     unknown = set(arrays) - {s.name for s in specs}
     if unknown:
         raise UnknownFieldError(f"the method {method.id} does not declare the tensors {', '.join(sorted(unknown))}")
+    absent = [s.name for s in specs if s.name not in arrays]
+    if absent:
+        raise MissingFieldError(f"the adapter lacks the tensor {absent[0]!r}", fix="fit it first; a dry run does not")
     data: dict[str, bytes] = {f"{EXTRA_PREFIX}{i}": extra.data for i, extra in enumerate(compact.extras)}
     exponents = ""
     for spec in specs:
@@ -228,6 +237,7 @@ def encode(compact: CompactAdapter) -> Iterator[bytes]:
         data[spec.name] = stored.tobytes()
         if spec.kind == "half":
             exponents += (exponent & 0xFF).to_bytes(1, "little").hex()
+    method.check(compact.config, compact.targets, compact.tensors)
     entries = _entries(specs, compact.extras)
     digests = {name: tensor_digest(name, dtype, shape, [data[name]]) for name, dtype, shape in entries}
     content = content_digest(digests, _manifest(compact, None, exponents))
@@ -236,19 +246,36 @@ def encode(compact: CompactAdapter) -> Iterator[bytes]:
         yield data[name]
 
 
-def check_names(compact: CompactAdapter) -> None:
-    """Refuse (E-NAME, E-CANON, E-LIMIT) names and strings that the manifest cannot hold."""
-    strings = [t.name for t in compact.targets] + [e.name for e in compact.extras]
-    came = compact.provenance
-    strings += [came.source, came.base_model, came.revision, came.task_type, *came.fields, *came.fields.values()]
-    for text in strings:
-        if len(text.encode()) > OWN.string_bytes:
-            raise LimitError(f"the string {text[:60]!r} has more than {OWN.string_bytes} bytes")
-    for key in came.fields:
-        if not _FIELD.fullmatch(key):
-            raise TensorNameError(f"the provenance field {key!r} is not of [a-z][a-z0-9_]*")
-    if list(compact.targets) != sorted(compact.targets):
+def check(compact: CompactAdapter) -> None:
+    """Refuse what a reader would refuse of the file of `compact`, all but the contents of its payload tensors, which
+    need not be there yet. The reader's own functions decide, and what they find must be what was given."""
+    text = strictjson.dump_canonical(_manifest(compact, None, ""))
+    manifest = strictjson.parse_canonical(text, depth=OWN.json_depth)
+    parsed = {key: parse(manifest[key]) for key, parse in _SECTIONS.items()}
+    if parsed["targets"] != tuple(compact.targets):
         raise CanonicalError("the targets are not sorted")
+    _check_names_digest(parsed["base"], parsed["targets"])
+    for declared, extra in zip(parsed["extras"], compact.extras, strict=True):
+        _check_extra_bytes(declared, len(extra.data))
+    _check_config(compact, manifest["method"]["config"])
+    specs = _all_specs(compact)
+    header = _blank_header(compact, specs)
+    data_bytes = sum(s.nbytes for s in specs) + sum(len(e.data) for e in compact.extras)
+    if len(header) + data_bytes > OWN.file_bytes:
+        raise LimitError(f"the file would have {len(header) + data_bytes} bytes; at most {OWN.file_bytes} are allowed")
+    parse_header(header[8:], data_bytes, OWN, Path())
+
+
+def _check_config(compact: CompactAdapter, header: dict[str, Any]) -> None:
+    """The configuration must be the one that its header and layout tensors lead back to."""
+    method = methods.get(compact.method)
+    stored = method.layout(compact.config)
+    layout = {}
+    for spec in method.layout_specs(header, compact.targets):
+        layout[spec.name] = packing.decode(spec, *packing.encode(spec, stored[spec.name]))
+    if method.config(header, layout, compact.targets) != compact.config:
+        raise CanonicalError(f"the configuration of {method.id} is not the one that its file would give back")
+    _checked_specs(method, compact.config, compact.targets)
 
 
 def write(compact: CompactAdapter, path: Path, *, overwrite: bool = False) -> Sizes:
@@ -284,6 +311,13 @@ def _text(value: Any, what: str) -> str:
     if len(value.encode()) > OWN.string_bytes:
         raise LimitError(f"{what} has more than {OWN.string_bytes} bytes")
     return value
+
+
+def _name(value: Any, what: str) -> str:
+    text = _text(value, what)
+    if not text:
+        raise TensorNameError(f"{what} is empty")
+    return text
 
 
 def _hex(value: Any, what: str) -> str:
@@ -328,7 +362,7 @@ def _targets(value: Any) -> tuple[Target, ...]:
     targets = []
     for group in groups:
         if "name" in group:
-            targets.append(_target(_text(group["name"], "a target name"), group))
+            targets.append(_target(group["name"], group))
             continue
         prefix = _text(group["prefix"], "a target prefix")
         for member in group["members"]:
@@ -347,12 +381,12 @@ def _targets(value: Any) -> tuple[Target, ...]:
     return tuple(targets)
 
 
-def _target(name: str, fields: Mapping[str, Any]) -> Target:
+def _target(name: Any, fields: Mapping[str, Any]) -> Target:
     """A target of this name from the fields shape and view."""
     shape = _shape(fields["shape"], "the shape of a target")
     view = View(_text(fields.get("view", "matrix"), "a view"))
     view.matrix_shape(shape)
-    return Target(name, shape, view)
+    return Target(_name(name, "a target name"), shape, view)
 
 
 def _extras(value: Any) -> tuple[ExtraTensor, ...]:
@@ -363,10 +397,19 @@ def _extras(value: Any) -> tuple[ExtraTensor, ...]:
         dtype = _text(item["dtype"], "the dtype of an extra")
         shape = tuple(item["shape"]) if item["shape"] == [] else _shape(item["shape"], "the shape of an extra")
         itemsize(dtype)
-        found.append(ExtraTensor(_text(item["name"], "the name of an extra"), dtype, shape, b""))
+        found.append(ExtraTensor(_name(item["name"], "the name of an extra"), dtype, shape, b""))
     if [e.name for e in found] != sorted({e.name for e in found}):
         raise CanonicalError("the extras are not sorted by name, or one is named twice")
     return tuple(found)
+
+
+def _extra_bytes(extra: ExtraTensor) -> int:
+    return itemsize(extra.dtype) * math.prod(extra.shape)
+
+
+def _check_extra_bytes(declared: ExtraTensor, found: int) -> None:
+    if found != _extra_bytes(declared):
+        raise ShapeError(f"the extra {declared.name!r:.80} has {found} bytes, declared {_extra_bytes(declared)}")
 
 
 def _base(value: Any) -> BaseFingerprint:
@@ -375,12 +418,19 @@ def _base(value: Any) -> BaseFingerprint:
     return BaseFingerprint(_hex(item["names"], "base.names"), content)
 
 
+def _check_names_digest(base: BaseFingerprint, targets: Sequence[Target]) -> None:
+    if base.names != names_digest(targets):
+        raise DigestError("base.names is not the digest of the names and shapes of the targets")
+
+
 def _provenance(value: Any) -> Provenance:
     item = _object(value, "provenance", [], ["source", "base_model", "revision", "task_type", "fields"])
     texts = {key: _text(item[key], f"provenance.{key}") for key in item if key != "fields"}
     fields = item.get("fields", {})
     if not isinstance(fields, dict) or ("fields" in item and not fields) or "" in texts.values():
         raise CanonicalError("provenance holds an empty field or fields that are no object")
+    if "source" in texts:
+        _hex(texts["source"], "provenance.source")
     for key, text in fields.items():
         if not _FIELD.fullmatch(key):
             raise TensorNameError(f"the provenance field {key!r} is not of [a-z][a-z0-9_]*")
@@ -424,6 +474,16 @@ def _method(value: Any) -> tuple[Method, dict[str, Any], list[int]]:
     if any(not low <= n <= high for n in exponents):
         raise LimitError(f"an exponent is outside {low} to {high}")
     return method, item["config"], exponents
+
+
+# The sections of a manifest that stand for themselves; on the rest see `_examine`.
+_SECTIONS: dict[str, Callable[[Any], Any]] = {
+    "targets": _targets,
+    "extras": _extras,
+    "base": _base,
+    "provenance": _provenance,
+    "method": _method,
+}
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -480,16 +540,9 @@ def _examine(file: ContainerFile, report: Report) -> CompactAdapter | None:
     manifest = attempt("structure", _read_manifest, file)
     if manifest is None:
         return None
-    sections: dict[str, Callable[[Any], Any]] = {
-        "targets": _targets,
-        "extras": _extras,
-        "base": _base,
-        "provenance": _provenance,
-        "method": _method,
-    }
-    known = [*sections, "format", "version", "requires", "digests"]
+    known = [*_SECTIONS, "format", "version", "requires", "digests"]
     attempt("structure", _object, manifest, "the manifest", known)
-    parsed = {key: attempt("structure", parse, manifest[key]) for key, parse in sections.items() if key in manifest}
+    parsed = {key: attempt("structure", parse, manifest[key]) for key, parse in _SECTIONS.items() if key in manifest}
     digests = attempt("structure", _object, manifest.get("digests"), "digests", ["content", "tensors"]) or {}
     declared = attempt("structure", _digest_table, digests.get("tensors")) or {}
 
@@ -499,11 +552,12 @@ def _examine(file: ContainerFile, report: Report) -> CompactAdapter | None:
     for name in sorted(set(declared) - set(stored)):
         attempt("semantics", _fail, MissingFieldError(f"the digest of {name!r:.80} belongs to no tensor"))
     attempt("semantics", _check_content, digests, declared, manifest)
-    if any(parsed.get(key) is None for key in sections):
+    if any(parsed.get(key) is None for key in _SECTIONS):
         return None
 
     method, header, exponents = parsed["method"]
     targets, extras = parsed["targets"], parsed["extras"]
+    attempt("semantics", _check_names_digest, parsed["base"], targets)
     reader = _TensorReader(file, stored, exponents)
     config = attempt("semantics", _read_config, method, header, targets, reader)
     if config is None:
@@ -589,7 +643,6 @@ def _checked_specs(method: Method, config: Any, targets: Sequence[Target]) -> tu
 
 def _check_canonical(file: ContainerFile, compact: CompactAdapter, digests: _Digests, exponents: str) -> None:
     """The header must be the one that the writer makes (E-CANON): order, spelling, padding, everything."""
-    check_names(compact)
     if _header(compact, _all_specs(compact), digests, exponents) != file.header_bytes:
         raise CanonicalError("the header is not the canonical one of its content")
 
@@ -629,11 +682,9 @@ class _TensorReader:
         info = self._infos.pop(name, None)
         if info is None:
             raise MissingFieldError(f"the tensor {name!r} of the extra {declared.name!r} is missing")
-        size = itemsize(declared.dtype) * int(np.prod(declared.shape, dtype=object))
-        if info.dtype != "U8" or info.shape != (size,):
-            raise ShapeError(
-                f"the extra {declared.name!r} has {info.nbytes} bytes of {info.dtype}, declared {size} of U8"
-            )
+        if info.dtype != "U8" or len(info.shape) != 1:
+            raise ShapeError(f"tensor {name!r} is {info.dtype} {list(info.shape)}; an extra is stored as plain U8")
+        _check_extra_bytes(declared, info.nbytes)
         return replace(declared, data=self._data[name])
 
     def check_nothing_left(self) -> None:

@@ -33,6 +33,7 @@ class Limits:
     tensors: int
     name_bytes: int
     ndim: int
+    dim: int  # of a stored tensor; the shapes in a manifest are bounded by MAX_DIM
     file_bytes: int
 
 
@@ -43,6 +44,7 @@ OWN = Limits(
     tensors=65_536,
     name_bytes=255,
     ndim=4,
+    dim=16 * GIB,  # all tensors lie flat: the size of the file is the bound
     file_bytes=16 * GIB,
 )
 FOREIGN = Limits(
@@ -52,5 +54,6 @@ FOREIGN = Limits(
     tensors=1 << 20,
     name_bytes=4 * KIB,
     ndim=8,
+    dim=MAX_DIM,
     file_bytes=1 << 44,
 )

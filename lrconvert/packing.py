@@ -132,7 +132,10 @@ def half_exponent(values: Array) -> int:
 
 
 def encode_half(values: Array) -> tuple[Array, int]:
-    """(fp16 array, exponent) nearest to `values`. Raises E-VALUE for NaN, infinity or a magnitude above 2^111."""
+    """(fp16 array, exponent) nearest to `values`; the exponent is 0 if all of them become zero.
+
+    Raises E-VALUE for NaN, infinity or a magnitude that rounds to 2^112 or more.
+    """
     if not np.isfinite(values).all():
         raise ValueRangeError("a 16-bit payload value is NaN or infinite")
     exponent = half_exponent(values)
@@ -140,6 +143,8 @@ def encode_half(values: Array) -> tuple[Array, int]:
         stored = np.ldexp(np.asarray(values, np.float64), -exponent).astype("<f2")
     if not np.isfinite(stored).all():
         raise ValueRangeError("a 16-bit payload value is too large")
+    if not stored.any():
+        exponent = 0
     return stored + np.float16(0), exponent  # -0 becomes +0: one spelling of zero
 
 
@@ -159,14 +164,21 @@ def round_half(values: Array) -> F32:
 def encode(spec: TensorSpec, array: Array) -> tuple[Array, int]:
     """(stored array, exponent) of an in-memory tensor; the exponent is 0 except for halves.
 
-    Raises E-SHAPE if the array is not of the declared shape, E-INDEX or E-VALUE if a value does not fit.
+    Raises E-SHAPE if the array is not of the declared shape, E-INDEX or E-VALUE if it holds what `decode` would not
+    give back.
     """
     if array.shape != spec.shape:
         raise ShapeError(f"tensor {spec.name} has shape {list(array.shape)}, its method declares {list(spec.shape)}")
     if spec.kind == "half":
         stored, exponent = encode_half(array)
+        if not np.array_equal(decode_half(stored, exponent), array):
+            raise ValueRangeError(
+                f"tensor {spec.name} holds numbers that 16 bits cannot", fix="round them with packing.round_half"
+            )
         return stored.reshape(-1), exponent
     limit = spec.limit if spec.kind == "index" else 1 << spec.bits
+    if array.dtype.kind != "u":
+        raise IndexRangeError(f"tensor {spec.name} is {array.dtype}; unsigned integers are stored")
     if array.size and int(array.max()) >= limit:
         raise IndexRangeError(f"tensor {spec.name} holds {int(array.max())}; values below {limit} are allowed")
     return pack_bits(array, spec.width), 0

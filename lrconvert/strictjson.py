@@ -27,6 +27,7 @@ Json = Any  # dict[str, Json] | list[Json] | str | int | bool, as canonical JSON
 
 _MAX_INT_DIGITS = 17  # 2^53 has 16; longer text is refused before Python converts it
 _KEY = re.compile(r"[A-Za-z0-9_.]+\Z")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 # An unterminated string runs to the end and nothing is tried twice: the scan stays linear on hostile text.
 _STRUCTURE = re.compile(rb'"(?:[^"\\]++|\\.?)*+(?:"|\Z)|[\[\]{}]', re.DOTALL)
 
@@ -45,12 +46,12 @@ def _check_depth(data: bytes, limit: int) -> None:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    seen = dict(pairs)
-    if len(seen) != len(pairs):
-        names = [key for key, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise JsonDuplicateError(f"the key {twice!r} appears twice in one JSON object")
-    return seen
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise JsonDuplicateError(f"the key {key!r:.80} appears twice in one JSON object")
+        found[key] = value
+    return found
 
 
 def _integer(text: str) -> int:
@@ -79,7 +80,8 @@ def _finite(text: str) -> float:
 def parse(data: bytes, *, depth: int, floats: bool = False) -> Json:
     """The value of the JSON text `data` (UTF-8).
 
-    Raises E-HDR-TEXT (not UTF-8, NUL, byte-order mark), E-JSON-DEPTH, E-JSON-DUP, E-JSON-NUM, E-JSON-SYNTAX.
+    Raises E-HDR-TEXT (not UTF-8, NUL, byte-order mark, half of a surrogate pair), E-JSON-DEPTH, E-JSON-DUP, E-JSON-NUM,
+    E-JSON-SYNTAX.
     `floats` admits finite floats, as the configurations of other tools have them.
     """
     try:
@@ -90,7 +92,7 @@ def parse(data: bytes, *, depth: int, floats: bool = False) -> Json:
         raise HeaderTextError("the JSON text has a byte-order mark or a NUL character")
     _check_depth(data, depth)
     try:
-        return json.loads(
+        value = json.loads(
             text,
             object_pairs_hook=_unique,
             parse_int=_integer,
@@ -101,6 +103,16 @@ def parse(data: bytes, *, depth: int, floats: bool = False) -> Json:
         raise JsonSyntaxError(f"not JSON at character {error.pos}: {error.msg}") from None
     except RecursionError:  # an unbalanced text can outwit the scan only through broken strings
         raise JsonDepthError(f"JSON is nested more than {depth} levels deep") from None
+    if _SURROGATE.search(text):  # the escape may stand for half a character, which no UTF-8 can hold
+        _check_characters(value)
+    return value
+
+
+def _check_characters(value: Json) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise HeaderTextError("the JSON text has an escape of half a surrogate pair, which is no character") from None
 
 
 def _strings(value: Json) -> Iterable[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,8 +18,11 @@ from conftest import FIXTURES, random_lora
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrconvert import api, container, errors, file, strictjson
-from lrconvert.adapter import ExtraTensor, LoraAdapter, Provenance, Target, View
+from lrconvert import api, container, errors, file, packing, strictjson
+from lrconvert.adapter import BaseFingerprint, CompactAdapter, ExtraTensor, LoraAdapter, Provenance, Target, View
+from lrconvert.dtypes import STORAGE
+from lrconvert.fingerprint import fingerprint
+from lrconvert.methods import lowrank
 from lrconvert.validation import validate
 
 EXTRAS = (
@@ -230,6 +234,18 @@ MANIFESTS = {
     "extra renamed twice": (lambda m: m["extras"].append(m["extras"][0]), "E-CANON"),
     "extra of another size": (lambda m: m["extras"][0].update(shape=[3]), "E-SHAPE"),
     "unknown extra dtype": (lambda m: m["extras"][0].update(dtype="F4"), "E-DTYPE"),
+    "extra of 4 GiB": (lambda m: m["extras"][0].update(dtype="U8", shape=[2**31 - 1, 2]), "E-SHAPE"),
+    "extra of five dimensions": (lambda m: m["extras"][0].update(shape=[1, 1, 1, 1, 2]), "E-SHAPE"),
+    "extra without a name": (lambda m: m["extras"][0].update(name=""), "E-NAME"),
+    "target without a name": (targets(lambda t: [{"name": "", "shape": [24, 16]}]), "E-NAME"),
+    "view of three kernel dimensions": (targets(member(view="conv:1x1x1:1", shape=[24, 16, 1, 1])), "E-JSON-SYNTAX"),
+    "view with a leading zero": (targets(member(view="rows:0:024")), "E-JSON-SYNTAX"),
+    "kernel with a leading zero": (targets(member(view="conv:01:1", shape=[24, 16, 1])), "E-JSON-SYNTAX"),
+    "view in digits of another script": (targets(member(view="rows:0:2\N{ARABIC-INDIC DIGIT FOUR}")), "E-JSON-SYNTAX"),
+    "names of other targets": (lambda m: m["base"].update(names="00" * 32), "E-DIGEST"),
+    "source that is no digest": (lambda m: m["provenance"].update(source="org/adapter"), "E-DIGEST"),
+    "levels of booleans": (config(levels=[True]), "E-JSON-SYNTAX"),
+    "groups longer than every row": (config(group_size=24), "E-CANON"),
 }
 
 
@@ -243,6 +259,31 @@ def _two_kinds() -> LoraAdapter:
     )
 
 
+def test_groups_without_scales_are_refused(tmp_path):
+    good = b"".join(file.encode(api.convert(random_lora(), "lowrank", bits="16", group_size=8).compact))
+    (tmp_path / "x.lrc").write_bytes(resign(good, config(group_size=8)))
+    with pytest.raises(errors.CanonicalError, match="group_size"):
+        file.read(tmp_path / "x.lrc")
+
+
+@pytest.mark.parametrize("size", [None, 1300])
+def test_one_group_per_row_has_one_spelling(size):
+    """The longest row has 40 numbers: groups of 40 are whole rows, groups of 39 are not."""
+    found = [
+        api.convert(random_lora(), "lowrank", bits="2", group_size=n, target_size=size).compact.config.group_size
+        for n in (0, 39, 40, 10**12)
+    ]
+    assert found == [0, 39, 0, 0]
+
+
+@pytest.mark.parametrize("half", [rb"o\\ud800", rb"oo\ud800"], ids=["in the manifest", "in the header"])
+def test_half_a_character_is_refused(half, tmp_path):
+    good = b"".join(file.encode(sample()))
+    assert good.count(b"org/base") == 1
+    (tmp_path / "x.lrc").write_bytes(good.replace(b"org/base", half))
+    assert {f.code for f in validate(tmp_path / "x.lrc").findings} == {"E-HDR-TEXT"}
+
+
 @pytest.mark.parametrize("case", MANIFESTS)
 def test_manifests_that_are_refused(case, tmp_path):
     change, code = MANIFESTS[case]
@@ -254,6 +295,180 @@ def test_manifests_that_are_refused(case, tmp_path):
     assert code in {f.code for f in result.findings}, result.findings
     with pytest.raises(errors.LrcError):
         file.read(path)
+
+
+class Huge(bytes):
+    """Bytes that claim to be 4 GiB."""
+
+    def __len__(self) -> int:
+        return 2**32
+
+
+def with_extras(*extras):
+    return lambda compact: replace(compact, extras=extras)
+
+
+def with_targets(*targets):
+    return lambda compact: replace(compact, targets=targets, base=fingerprint(targets))
+
+
+def came(**changes):
+    return lambda compact: replace(compact, provenance=replace(compact.provenance, **changes))
+
+
+def settings_of(**changes):
+    return lambda compact: replace(compact, config=replace(compact.config, **changes))
+
+
+def tensor(change):
+    """`change` applied to the codes and to the scales."""
+    return lambda compact: replace(compact, tensors={name: change(a) for name, a in compact.tensors.items()})
+
+
+ONE = Target("a.weight", (24, 16))
+TWO = Target("b.weight", (16, 40))
+UNWRITABLE = {
+    "extra of five dimensions": (with_extras(ExtraTensor("conv", "U8", (1, 1, 1, 1, 2), b"ab")), "E-SHAPE"),
+    "extra without elements": (with_extras(ExtraTensor("none", "F32", (0, 4), b"")), "E-SHAPE"),
+    "extra of another size": (with_extras(ExtraTensor("a", "F32", (2,), b"abcd")), "E-SHAPE"),
+    "extra of unknown dtype": (with_extras(ExtraTensor("a", "F4", (2,), b"a")), "E-DTYPE"),
+    "extra without a name": (with_extras(ExtraTensor("", "U8", (1,), b"a")), "E-NAME"),
+    "extras unsorted": (with_extras(*(ExtraTensor(n, "U8", (1,), b"a") for n in "ba")), "E-CANON"),
+    "extra named twice": (with_extras(*(ExtraTensor(n, "U8", (1,), b"a") for n in "aa")), "E-CANON"),
+    "extra not in normal form": (with_extras(ExtraTensor("gro\u0308\u00dfe", "U8", (1,), b"a")), "E-CANON"),
+    "extra with half a character": (with_extras(ExtraTensor("\ud800", "U8", (1,), b"a")), "E-CANON"),
+    "file over 16 GiB": (
+        with_extras(*(ExtraTensor(f"{n}", "U8", (2**16, 2**16), Huge()) for n in range(4))),
+        "E-LIMIT",
+    ),
+    "no targets": (with_targets(), "E-MISSING"),
+    "targets unsorted": (with_targets(TWO, ONE), "E-CANON"),
+    "target named twice": (with_targets(ONE, ONE), "E-INDEX"),
+    "one target more": (with_targets(ONE, TWO, replace(TWO, name="c.weight")), "E-SHAPE"),
+    "target without a name": (with_targets(replace(ONE, name=""), TWO), "E-NAME"),
+    "target of a long name": (with_targets(replace(ONE, name="a" * 4090 + ".1.weight"), TWO), "E-LIMIT"),
+    "target of five dimensions": (with_targets(replace(ONE, shape=(1,) * 5), TWO), "E-SHAPE"),
+    "target of floats": (
+        lambda compact: replace(compact, targets=(replace(ONE, shape=(24.0, 16.0)), TWO)),
+        "E-JSON-NUM",
+    ),
+    "view that does not apply": (with_targets(replace(ONE, view=View("expert:0")), TWO), "E-SHAPE"),
+    "rank above the shape": (with_targets(replace(ONE, shape=(1, 16)), TWO), "E-LIMIT"),
+    "expansion of 100 GiB": (with_targets(replace(ONE, shape=(2**31 - 1, 2**31 - 1)), TWO), "E-LIMIT"),
+    "no base": (lambda compact: replace(compact, base=BaseFingerprint("")), "E-DIGEST"),
+    "names of other targets": (lambda compact: replace(compact, base=fingerprint((TWO,))), "E-DIGEST"),
+    "source that is no digest": (came(source="org/adapter"), "E-DIGEST"),
+    "control character": (came(base_model="a\nb"), "E-CANON"),
+    "long hint": (came(base_model="a" * 4097), "E-LIMIT"),
+    "bad field": (came(fields={"Größe": "1"}), "E-CANON"),
+    "manifest over 1 MiB": (came(fields={f"f{n}": "a" * 4096 for n in range(256)}), "E-LIMIT"),
+    "no tensors": (lambda compact: replace(compact, tensors={}), "E-MISSING"),
+    "tensor of another shape": (tensor(lambda a: a[:-1]), "E-SHAPE"),
+    "signed codes": (tensor(lambda a: a.astype(np.int8)), "E-INDEX"),
+    "scales not rounded": (tensor(lambda a: a * np.float32(1.0001) if a.dtype == np.float32 else a), "E-VALUE"),
+    "groups longer than every row": (settings_of(group_size=99), "E-CANON"),
+    "groups of less than nothing": (settings_of(group_size=-1), "E-LIMIT"),
+    "counts of other targets": (settings_of(counts=((1,),)), "E-SHAPE"),
+}
+
+
+@pytest.mark.parametrize("case", UNWRITABLE)
+def test_what_no_reader_would_accept_is_not_written(case, tmp_path):
+    change, code = UNWRITABLE[case]
+    good = sample()
+    good = replace(good, targets=(ONE, TWO), base=fingerprint((ONE, TWO)))
+    file.write(good, tmp_path / "good.lrc")
+    with pytest.raises(errors.LrcError) as caught:
+        file.write(change(good), tmp_path / "x.lrc")
+    assert caught.value.code == code, caught.value
+    assert not (tmp_path / "x.lrc").exists()
+
+
+def test_a_head_of_4_gib_may_be_written():
+    """Gemma's, trained and saved in float32: longer in bytes than a dimension may be."""
+    file.check(with_extras(ExtraTensor("lm_head.weight", "F32", (2**18, 2**12), Huge()))(sample()))
+
+
+def test_a_conversion_that_cannot_be_written_is_refused_before_the_fit(monkeypatch):
+    monkeypatch.setattr("lrconvert.methods.lowrank.LowRank.fit", lambda *_: pytest.fail("fitted"))
+    lora = replace(random_lora(), extras=(ExtraTensor("conv", "U8", (1, 1, 1, 1, 2), b"ab"),))
+    for dry_run in (True, False):
+        with pytest.raises(errors.ShapeError):
+            api.convert(lora, "lowrank", dry_run=dry_run)
+
+
+def test_notes_of_the_source_are_brought_into_form(tmp_path):
+    notes = {"peft_version": "0.21\x1b", "modules_to_save": "m" * 5000}
+    lora = replace(random_lora(), provenance=Provenance("", "org/cafe\u0301\n", "ma\tin", "a" * 5000, notes))
+    file.write(api.convert(lora, "lowrank", bits="3").compact, tmp_path / "x.lrc")
+    found = file.read(tmp_path / "x.lrc").provenance
+    assert (found.base_model, found.revision, found.task_type) == ("org/café ", "ma in", "")
+    assert found.fields["peft_version"] == "0.21 " and found.fields["modules_to_save"] == ""
+
+
+FITTING = {
+    "matrix": (4, 3),
+    "transposed": (4, 3),
+    "rows:0:3": (4, 3),
+    "rows:1:4": (4, 3),
+    "expert:0": (2, 4, 3),
+    "expert:1": (2, 4, 3),
+    "conv:2:1": (4, 3, 2),
+    "conv:2x2:3": (4, 3, 2, 2),
+}
+WORDS = st.sampled_from(["h.0.w", "h.1.w", "h.007.w", "h.1.2.w", "0", "é", "h.1.\u0338w"])
+ODD_WORDS = st.sampled_from(["e\u0301", "=\u0338", "a\nb", "\u2028", "", "x" * 4097]) | st.text(max_size=3)
+ODD_SHAPES = st.sampled_from([(), (4,), (4, 0), (4, 3), (3, 3, 3), (1, 1, 1, 1), (4, 3, 1, 1, 1), (2**31, 3)])
+
+
+@st.composite
+def compacts(draw):
+    """Compact adapters that can be written, but for one part that may be odd."""
+    odd = draw(st.sampled_from(["", "", "", "word", "shape", "order", "config"]))
+    words = WORDS | ODD_WORDS if odd == "word" else WORDS
+    shapes = ODD_SHAPES if odd == "shape" else st.sampled_from([(), (2,), (2, 1, 3, 1)])
+    chosen = {draw(words): draw(st.sampled_from(sorted(FITTING))) for _ in range(draw(st.integers(1, 4)))}
+    targets = [
+        Target(name, draw(shapes) if odd == "shape" else FITTING[view], View(view)) for name, view in chosen.items()
+    ]
+    if odd == "order":  # unsorted, or two slices of one parameter
+        targets.append(replace(targets[0], view=View(draw(st.sampled_from(sorted(FITTING))))))
+    else:
+        targets.sort()
+    extras = []
+    for name in sorted(draw(st.sets(words, max_size=2))):
+        dtype, shape = draw(st.sampled_from(sorted(STORAGE))), draw(shapes)
+        size = min(math.prod(shape) * STORAGE[dtype].itemsize, 1000)
+        extras.append(ExtraTensor(name, dtype, shape, bytes(size)))
+    levels, group_size = draw(st.sampled_from([((16,), 0), ((2,), 0), ((2,), 2), ((16, 3), 1), ((8, 4, 1), 0)]))
+    if odd == "config":
+        levels, group_size = draw(st.sampled_from([((True,), 0), ((3, 16), 0), ((16,), 2), ((4,), 99)]))
+    counts = [[draw(st.integers(int(t == 0), 1)) for _ in levels] for t in range(len(targets))]
+    config = lowrank.Config(levels, tuple(map(tuple, counts)), group_size)
+    rng = np.random.default_rng(draw(st.integers(0, 9)))
+    tensors = {
+        spec.name: rng.integers(0, 1 << spec.bits, spec.shape, np.uint8)
+        if spec.kind == "code"
+        else packing.round_half(rng.standard_normal(spec.shape))
+        for spec in lowrank.METHOD.specs(config, targets)
+        if spec.numel < 1000
+    }
+    notes = Provenance(base_model=draw(words), fields={"note": draw(words)})
+    return CompactAdapter("lowrank", config, tuple(targets), tensors, tuple(extras), notes, fingerprint(targets))
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_what_is_written_is_read_back(tmp_path_factory, data):
+    """Any adapter is either refused with one of our errors, or read as it was."""
+    path = tmp_path_factory.getbasetemp() / "property.lrc"
+    try:
+        compact = data.draw(compacts())
+        written = b"".join(file.encode(compact))
+    except errors.LrcError:
+        return
+    path.write_bytes(written)
+    assert same(file.read(path), compact)
 
 
 def test_every_finding_is_reported(tmp_path):

@@ -51,6 +51,24 @@ def test_half_is_idempotent_and_finer_than_bf16(values):
         assert np.all(error <= bound)
 
 
+@pytest.mark.parametrize("tiny", [2.0**-121, -(2.0**-140), 0.0])
+def test_half_that_underflows_to_nothing_is_plain_zero(tiny):
+    """The exponent is a function of what is stored, and nothing but zeros is."""
+    spec = packing.half("h", (2,))
+    stored, exponent = packing.encode_half(np.array([tiny, 0.0]))
+    assert exponent == 0 and not stored.view(np.uint16).any()
+    assert np.array_equal(packing.decode(spec, stored, exponent), np.zeros(2))
+
+
+@given(hnp.arrays(np.float64, st.integers(1, 8), elements=st.floats(-(2.0**111), 2.0**111)))
+def test_half_as_written_is_read(values):
+    spec = packing.half("h", values.shape)
+    stored, exponent = packing.encode_half(values)
+    rounded = packing.decode(spec, stored, exponent)
+    assert np.array_equal(rounded, packing.round_half(values))
+    assert packing.encode(spec, rounded)[1] == exponent
+
+
 def test_half_refuses_what_it_cannot_hold():
     for bad in (np.nan, np.inf):
         with pytest.raises(errors.ValueRangeError):
@@ -90,5 +108,9 @@ def test_encode_checks_shape_and_range():
         packing.encode(spec, np.zeros(2, np.uint32))
     with pytest.raises(errors.IndexRangeError):
         packing.encode(spec, np.array([0, 5, 1], np.uint32))
+    with pytest.raises(errors.IndexRangeError):
+        packing.encode(spec, np.array([0, -1, 1], np.int64))
+    with pytest.raises(errors.ValueRangeError, match="round_half"):
+        packing.encode(packing.half("h", (2,)), np.array([1.0, 1.0 + 2.0**-20]))
     with pytest.raises(errors.IndexRangeError):
         packing.decode(spec, packing.pack_bits(np.array([0, 7, 1]), 3), 0)

@@ -44,6 +44,9 @@ def test_canonical_round_trip(value):
         (b'{"a":"\xff"}', errors.HeaderTextError),
         (b"\xef\xbb\xbf{}", errors.HeaderTextError),
         (b'{"a":"\0"}', errors.HeaderTextError),
+        (b'{"a":["\\ud800"]}', errors.HeaderTextError),
+        (b'{"\\uDfFf":1}', errors.HeaderTextError),
+        (b'{"a":"\\ude00\\ud83d"}', errors.HeaderTextError),
         (b"{", errors.JsonSyntaxError),
         (b"{} x", errors.JsonSyntaxError),
     ],
@@ -59,6 +62,23 @@ def test_refusals(text, error):
 def test_only_the_canonical_spelling(text):
     with pytest.raises((errors.CanonicalError, errors.JsonNumberError)):
         strictjson.parse_canonical(text, depth=8)
+
+
+def test_whole_surrogate_pairs_are_characters():
+    assert strictjson.parse(b'{"a":"\\ud83d\\ude00","b":"\\\\ud800"}', depth=8) == {"a": "\U0001f600", "b": "\\ud800"}
+
+
+@given(st.text())
+def test_any_text_can_be_made_canonical(text):
+    clean = strictjson.canonical_text(text)
+    assert json.loads(strictjson.dump_canonical([clean])) == [clean] and strictjson.canonical_text(clean) == clean
+
+
+def test_keys_are_compared_once():
+    """A hundred thousand keys, the last one twice: comparing each with all others would not come back today."""
+    keys = ",".join(f'"{n}":0' for n in [*range(100_000), 99_999])
+    with pytest.raises(errors.JsonDuplicateError, match="99999"):
+        strictjson.parse(f"{{{keys}}}".encode(), depth=8)
 
 
 @pytest.mark.parametrize("unit", [b'"\\', b'"', b'{"a":"', b"\\"])

@@ -78,7 +78,11 @@ class Method(ABC):
         """The JSON part of `config`: integers, booleans, short strings, flat lists."""
 
     def layout_specs(self, header: Mapping[str, Any], targets: Sequence[Target]) -> tuple[TensorSpec, ...]:
-        """The index tensors that complete `header`, in file order. Raises our errors on a header out of bounds."""
+        """The index tensors that complete `header`, as they are declared. Raises our errors on a header out of bounds.
+
+        Tensors are declared in the order of the method's page, layout before payload; the manifest's ``exponents``
+        follow it. How tensors lie in the file is another order, and the container's business.
+        """
         return ()
 
     def layout(self, config: Any) -> dict[str, Array]:
@@ -91,7 +95,7 @@ class Method(ABC):
 
     @abstractmethod
     def specs(self, config: Any, targets: Sequence[Target]) -> tuple[TensorSpec, ...]:
-        """The payload tensors of `config` in file order (without layout tensors, without empty ones)."""
+        """The payload tensors of `config` in the order of their declaration, without empty ones."""
 
     @abstractmethod
     def ranks(self, config: Any, targets: Sequence[Target]) -> Sequence[int]:

@@ -7,7 +7,7 @@ Rank-one components come from the SVD of the source update, largest first. Each 
 or 16-bit numbers. 1 bit is sign times mean magnitude. Cutting at 16 bit is the optimal low-rank approximation
 (Eckart and Young, 1936); what a byte buys is then spent jointly on rank and bits over all targets.
 
-Stored tensors, in file order (components: by target, then largest first):
+Stored tensors, in the order of their declaration (components: by target, then largest first):
 
 =============  ======  ==========================================================================================
 ``counts``     index   (targets, levels): how many components of a target have each width of ``levels``, widest first
@@ -35,7 +35,15 @@ import numpy as np
 from lrconvert import canonical, packing
 from lrconvert.adapter import LoraAdapter, LoraTarget, Target
 from lrconvert.dtypes import F32, F64, Array
-from lrconvert.errors import BudgetError, JsonSyntaxError, LimitError, MissingFieldError, OptionError, UnknownFieldError
+from lrconvert.errors import (
+    BudgetError,
+    CanonicalError,
+    JsonSyntaxError,
+    LimitError,
+    MissingFieldError,
+    OptionError,
+    UnknownFieldError,
+)
 from lrconvert.limits import MAX_DIM, MAX_RANK
 from lrconvert.methods.base import Budget, Command, FitContext, Method, Tensors
 from lrconvert.packing import TensorSpec
@@ -77,7 +85,7 @@ class LowRankOptions:
 @dataclass(frozen=True)
 class Config:
     """`levels`: widths in use, widest first. `counts[t][l]`: components of target t at width levels[l].
-    `group_size`: numbers per scale, 0 for whole rows."""
+    `group_size`: numbers per scale, 0 for whole rows (always if no row that has scales is longer)."""
 
     levels: tuple[int, ...]
     counts: tuple[tuple[int, ...], ...]
@@ -90,6 +98,13 @@ class Config:
     def widths(self, which: int) -> tuple[int, ...]:
         """The width of each component of a target, largest component first."""
         return tuple(q for q, n in zip(self.levels, self.counts[which], strict=True) for _ in range(n))
+
+
+def _group_size(wanted: int, targets: Sequence[Target], levels: Sequence[int], counts: Sequence[Sequence[int]]) -> int:
+    """`wanted`, or 0 if no row or column with scales is longer than that: one spelling of the same thing."""
+    scaled = [any(n for q, n in zip(levels, row, strict=True) if q != 16) for row in counts]
+    longest = max((max(t.matrix_shape) for t, some in zip(targets, scaled, strict=True) if some), default=0)
+    return wanted if wanted < longest else 0
 
 
 def _groups(length: int, group_size: int) -> int:
@@ -143,7 +158,8 @@ class LowRank(Method):
             wrong = sorted(set(header) ^ {"levels", "group_size", "max_count"})[0]
             raise (UnknownFieldError if wrong in header else MissingFieldError)(f"method.config: field {wrong!r}")
         levels, most, group = header["levels"], header["max_count"], header["group_size"]
-        if not isinstance(levels, list) or not levels or levels != [q for q in WIDTHS if q in levels]:
+        known = isinstance(levels, list) and all(type(q) is int for q in levels)
+        if not known or not levels or levels != [q for q in WIDTHS if q in levels]:
             raise JsonSyntaxError(
                 f"method.config.levels is {levels!r:.60}; widths of {WIDTHS}, widest first, are allowed"
             )
@@ -165,6 +181,8 @@ class LowRank(Method):
         for target, rank in zip(targets, config.ranks, strict=True):
             if rank > min(target.matrix_shape):
                 raise LimitError(f"target {target.name!r} has rank {rank}, more than its shape {target.matrix_shape}")
+        if config.group_size != _group_size(config.group_size, targets, config.levels, rows):
+            raise CanonicalError("method.config.group_size must be 0: no row or column with scales is longer")
         return config
 
     def specs(self, config: Config, targets: Sequence[Target]) -> tuple[TensorSpec, ...]:
@@ -216,7 +234,8 @@ class LowRank(Method):
             limits = [min(1, len(s)) for s in spectra]  # an all-zero adapter still makes a valid file
         if budget is None:
             q = 16 if options.bits == "auto" else int(options.bits)
-            return Config((q,), tuple((n,) for n in limits), options.group_size if q != 16 else 0)
+            counts = tuple((n,) for n in limits)
+            return Config((q,), counts, _group_size(options.group_size, lora.shapes(), (q,), counts))
         if options.bits != "auto":
             return _fill(lora, spectra, limits, (int(options.bits),), options, budget)
         mixed = _fill(lora, spectra, limits, WIDTHS, options, budget)
@@ -320,14 +339,14 @@ def _allocate(
         chosen[t][j] += 1
         push(t, j)
     widths = [sorted((hulls[t][n - 1][0] for n in row if n), reverse=True) for t, row in enumerate(chosen)]
-    return _config_of(widths, group_size)
+    return _config_of(lora.shapes(), widths, group_size)
 
 
-def _config_of(widths: Sequence[Sequence[int]], group_size: int) -> Config:
+def _config_of(targets: Sequence[Target], widths: Sequence[Sequence[int]], group_size: int) -> Config:
     """A Config with only the levels that are used."""
     levels = tuple(q for q in WIDTHS if any(q in row for row in widths))
     counts = tuple(tuple(sum(w == q for w in row) for q in levels) for row in widths)
-    return Config(levels, counts, group_size if levels != (16,) else 0)
+    return Config(levels, counts, _group_size(group_size, targets, levels, counts))
 
 
 def _hull(target: Target, levels: Sequence[int], group_size: int) -> list[tuple[int, int, float]]:
@@ -385,7 +404,7 @@ def _smallest(
         _component_bits(p.target, q, group_size) if n else 1 << 62 for p, n in zip(lora.targets, limits, strict=True)
     ]
     cheapest = int(np.argmin(costs))
-    return _config_of([[q] if t == cheapest else [] for t in range(len(limits))], group_size)
+    return _config_of(lora.shapes(), [[q] if t == cheapest else [] for t in range(len(limits))], group_size)
 
 
 # --- quantizing -----------------------------------------------------------------------------------------------------
