@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.0.1"
 __all__ = [
     "Conversion",
+    "Finding",
     "LrcError",
+    "check",
     "compare",
     "convert",
     "export",
@@ -32,6 +34,7 @@ __all__ = [
 if TYPE_CHECKING:
     from lrconvert.api import (
         Conversion,
+        check,
         compare,
         convert,
         export,
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
         validate,
         write,
     )
+    from lrconvert.consumers.base import Finding
     from lrconvert.errors import LrcError
 
 

@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 from lrconvert import dtypes, file, merging, report, strictjson, targets, validation
 from lrconvert.adapter import CompactAdapter, ExtraTensor, LoraAdapter, Provenance, Target
+from lrconvert.consumers import base as consumer_base
+from lrconvert.consumers.base import Finding
 from lrconvert.container import open_checkpoint
 from lrconvert.durable import atomic_directory, check_output
 from lrconvert.errors import BudgetError, EmptyAdapterError, LrcError, OptionError
@@ -39,18 +41,21 @@ def _silent(fraction: float, text: str) -> None:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def load_lora(path: AnyPath) -> LoraAdapter:
+def load_lora(path: AnyPath, *, allow_pickle: bool = False) -> LoraAdapter:
     """The LoRA at `path`: a folder or file in any layout that a reader knows.
 
-    Raises E-LAYOUT if none does, and the reader's own refusals (an `LrcError` with a stable code each).
+    `allow_pickle`, here and below: load ``.bin`` and ``.pt`` files too, with torch's loader that builds tensors only.
+    Raises E-LAYOUT if no reader knows the layout, and the reader's refusals (an `LrcError` with a stable code each).
     """
-    return readers.load(Path(path))
+    return readers.load(Path(path), readers.ReadOptions(allow_pickle=allow_pickle))
 
 
-def load(path: AnyPath) -> LoraAdapter | CompactAdapter:
+def load(path: AnyPath, *, allow_pickle: bool = False) -> LoraAdapter | CompactAdapter:
     """A LoRA in any known layout, or the compact adapter of an lrconvert file."""
     where = Path(path)
-    return file.read(where) if where.is_file() and file.is_lrconvert(where) else readers.load(where)
+    if where.is_file() and file.is_lrconvert(where):
+        return file.read(where)
+    return load_lora(where, allow_pickle=allow_pickle)
 
 
 def read(path: AnyPath) -> CompactAdapter:
@@ -63,15 +68,27 @@ def write(compact: CompactAdapter, path: AnyPath, *, overwrite: bool = False) ->
     return file.write(compact, Path(path), overwrite=overwrite)
 
 
-def inspect(path: AnyPath) -> dict[str, Any]:
+def inspect(path: AnyPath, *, allow_pickle: bool = False) -> dict[str, Any]:
     """What an adapter is, as JSON values: ``targets`` (shapes, ranks, spectra), bytes, extras, base hint, warnings."""
-    adapter = load(path)
+    adapter = load(path, allow_pickle=allow_pickle)
     return report.inspect_lora(adapter) if isinstance(adapter, LoraAdapter) else report.inspect_compact(adapter)
 
 
 def validate(path: AnyPath, *, base: AnyPath | None = None) -> Validation:
     """Check an lrconvert file, and against its base if one is given; every finding is in the result."""
     return validation.validate(Path(path), None if base is None else Path(base))
+
+
+def check(
+    path: AnyPath, consumers: Sequence[str] = ("all",), *, base: AnyPath | None = None, **options: Any
+) -> tuple[Finding, ...]:
+    """What `consumers` ("vllm", "sglang", "llamacpp", "mlx", "peft", or "all") would refuse, get wrong or warn of,
+    given the adapter at `path`: a folder or file of any kind. Nothing is run and no weight is read.
+
+    `base` (a model folder; its config.json is enough) decides what depends on the base. `options` are fields of the
+    consumers' ``Options``, such as `max_lora_rank`. Raises E-OPTION, E-LAYOUT, E-PATTERN and errors of broken files.
+    """
+    return consumer_base.check(Path(path), consumers, None if base is None else Path(base), options)
 
 
 # --- converting -----------------------------------------------------------------------------------------------------
@@ -253,12 +270,14 @@ def _with_captured(compact: CompactAdapter, captured: float) -> CompactAdapter:
 # --- comparing, exporting, merging ----------------------------------------------------------------------------------
 
 
-def compare(source: AnyPath | LoraAdapter, files: Sequence[AnyPath | CompactAdapter]) -> list[Fidelity]:
+def compare(
+    source: AnyPath | LoraAdapter, files: Sequence[AnyPath | CompactAdapter], *, allow_pickle: bool = False
+) -> list[Fidelity]:
     """Measure lrconvert files against the LoRA they came from: captured energy per target and in total, bytes, ratio.
 
     Raises E-BASE if a file's targets are not the source's.
     """
-    lora = source if isinstance(source, LoraAdapter) else load_lora(source)
+    lora = source if isinstance(source, LoraAdapter) else load_lora(source, allow_pickle=allow_pickle)
     found = []
     for item in files:
         try:
@@ -276,6 +295,7 @@ def export(
     source: AnyPath | LoraAdapter | None = None,
     keep_ranks: bool = False,
     dtype: str = "F32",
+    allow_pickle: bool = False,
     overwrite: bool = False,
     command: str = "",
 ) -> list[str]:
@@ -286,7 +306,7 @@ def export(
     """
     exporter = exporters.get(to)
     compact = adapter if isinstance(adapter, CompactAdapter) else read(adapter)
-    fidelity = None if source is None else compare(source, [compact])[0]
+    fidelity = None if source is None else compare(source, [compact], allow_pickle=allow_pickle)[0]
     check_output(Path(out), overwrite, directory=True)
     options = exporters.ExportOptions(keep_ranks=keep_ranks, dtype=dtype, command=command)
     files = exporter.files(compact, options, fidelity)
@@ -306,6 +326,7 @@ def merge(
     overwrite: bool = False,
     dry_run: bool = False,
     allow_no_op: bool = False,
+    allow_pickle: bool = False,
     progress: Progress = _silent,
 ) -> MergeReport:
     """Bake an adapter (lrconvert file, LoRA folder, or loaded) into a copy of a base at `out`, correctly rounded.
@@ -313,10 +334,11 @@ def merge(
     Every element of the result is the value of the base's dtype nearest to the exact ``W + scale * B @ A``. Raises
     E-BASE, E-ORIENT, E-PLACE, E-NO-EFFECT, E-OVERFLOW, E-BASE-QUANT, E-OUT-EXISTS, E-OUT-PATH, E-OUT-SPACE.
     """
-    loaded = adapter if isinstance(adapter, (LoraAdapter, CompactAdapter)) else load(adapter)
+    if not isinstance(adapter, (LoraAdapter, CompactAdapter)):
+        adapter = load(adapter, allow_pickle=allow_pickle)
     return merging.merge(
         Path(base),
-        [loaded],
+        [adapter],
         Path(out),
         overwrite=overwrite,
         dry_run=dry_run,

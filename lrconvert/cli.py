@@ -83,6 +83,9 @@ _overwrite = click.option("--overwrite", is_flag=True, help="Replace the output 
 _quiet = click.option("-q", "--quiet", is_flag=True, help="No progress bar, no report.")
 _verbose = click.option("-v", "--verbose", is_flag=True, help="One line per target.")
 _source = click.argument("source", type=click.Path(path_type=Path))
+_PICKLE = ["--allow-pickle"]
+_PICKLE_HELP = "Read .bin and .pt adapters too, with torch's tensors-only loader; only files that you trust."
+_pickle = click.option(*_PICKLE, is_flag=True, help=_PICKLE_HELP)
 
 
 def _emit(value: dict[str, Any]) -> None:
@@ -122,12 +125,13 @@ def _command_line() -> str:
 
 @cli.command()
 @_source
+@_pickle
 @_json
-def inspect(source: Path, as_json: bool) -> None:
+def inspect(source: Path, allow_pickle: bool, as_json: bool) -> None:
     """Show what an adapter is: targets, ranks, spectrum, bytes. Any LoRA layout, and lrconvert files."""
     from lrconvert import api, render
 
-    found = api.inspect(source)
+    found = api.inspect(source, allow_pickle=allow_pickle)
     if as_json:
         _emit({"path": str(source), **found})
         return
@@ -164,13 +168,14 @@ def validate(files: tuple[Path, ...], base: Path | None, as_json: bool) -> None:
 @cli.command()
 @_source
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@_pickle
 @_verbose
 @_json
-def compare(source: Path, files: tuple[Path, ...], verbose: bool, as_json: bool) -> None:
+def compare(source: Path, files: tuple[Path, ...], allow_pickle: bool, verbose: bool, as_json: bool) -> None:
     """Measure lrconvert FILES against the LoRA SOURCE they came from: captured energy, bytes, ratio."""
     from lrconvert import api, render
 
-    found = api.compare(source, files)
+    found = api.compare(source, files, allow_pickle=allow_pickle)
     if as_json:
         rows = [{"path": str(p), **render.fidelity_json(f)} for p, f in zip(files, found, strict=True)]
         _emit({"source": str(source), "files": rows})
@@ -230,6 +235,7 @@ def _common_options() -> list[click.Parameter]:
             show_default=True,
             help="Where the fit computes.",
         ),
+        click.Option(_PICKLE, is_flag=True, help=_PICKLE_HELP),
         click.Option(["--dry-run"], is_flag=True, help="Print the plan and the exact size; write nothing."),
         click.Option(["--overwrite"], is_flag=True, help="Replace the output if it exists."),
         click.Option(["-q", "--quiet"], is_flag=True, help="No progress bar, no report."),
@@ -258,6 +264,7 @@ def _convert(
     *,
     source: Path,
     output: Path | None,
+    allow_pickle: bool,
     dry_run: bool,
     overwrite: bool,
     quiet: bool,
@@ -275,7 +282,7 @@ def _convert(
         # A compact file beside the adapter is an earlier output, which --overwrite may replace.
         inputs = [p for p in source.iterdir() if p.suffix != ".lrc"] if source.is_dir() else [source]
         check_output(output, overwrite, inputs=inputs)
-    lora = api.load_lora(source)
+    lora = api.load_lora(source, allow_pickle=allow_pickle)
     with _progress(f"lora-to-{method}", quiet or as_json) as progress:
         done = api.convert(
             lora, method, dry_run=dry_run, device=_device(device), progress=progress, **common, **options
@@ -324,10 +331,19 @@ def _add_converters() -> None:
 @click.option(
     "--dtype", type=click.Choice(["F32", "F16", "BF16"]), default="F32", show_default=True, help="Of the factors."
 )
+@_pickle
 @_overwrite
 @_quiet
 def export(
-    file: Path, output: Path, to: str, source: Path | None, keep_ranks: bool, dtype: str, overwrite: bool, quiet: bool
+    file: Path,
+    output: Path,
+    to: str,
+    source: Path | None,
+    keep_ranks: bool,
+    dtype: str,
+    allow_pickle: bool,
+    overwrite: bool,
+    quiet: bool,
 ) -> None:
     """Write an lrconvert FILE as a folder that other tools load."""
     from lrconvert import api
@@ -339,11 +355,66 @@ def export(
         source=source,
         keep_ranks=keep_ranks,
         dtype=dtype,
+        allow_pickle=allow_pickle,
         overwrite=overwrite,
         command=_command_line(),
     )
     if not quiet:
         click.echo(f"wrote {output}: {', '.join(names)}")
+
+
+def _check(path: Path, consumers: tuple[str, ...], base: Path | None, as_json: bool, **given: Any) -> None:
+    from lrconvert import api
+    from lrconvert.consumers import base as known
+
+    options = {name: value for name, value in given.items() if value is not None}
+    findings = api.check(path, consumers, base=base, **options)
+    ok = all(finding.severity == "warns" for finding in findings)
+    used = known.chosen(consumers)
+    if as_json:
+        looked = [{"id": c.id, "title": c.title, "version": c.version} for c in used]
+        _emit(
+            {
+                "path": str(path),
+                "ok": ok,
+                "consumers": looked,
+                "findings": [dataclasses.asdict(finding) for finding in findings],
+            }
+        )
+    else:
+        for consumer in used:
+            lines = [str(finding) for finding in findings if finding.consumer == consumer.id]
+            click.echo("\n".join(lines or [f"{consumer.id} {consumer.version}: nothing found"]))
+    if not ok:
+        raise click.exceptions.Exit(EXIT_REFUSED)
+
+
+def _check_command() -> click.Command:
+    """The command `check`: its choices and options are those of the consumers."""
+    from lrconvert.consumers import base as known
+
+    path = click.Path(path_type=Path)
+    own = {o.name: o for c in known.chosen(["all"]) for o in _method_options(c.Options, {})}
+    return click.Command(
+        "check",
+        params=[
+            click.Argument(["path"], type=path),
+            click.Option(
+                ["--for", "consumers"],
+                multiple=True,
+                required=True,
+                type=click.Choice([*known.ids(), "all"]),
+                help="Who would load it; repeatable.",
+            ),
+            click.Option(["--base"], type=path, help="Base model folder; its config.json is enough."),
+            *own.values(),
+            click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object instead of text."),
+        ],
+        callback=_check,
+        help="Say what a server or library would refuse or silently get wrong in an adapter. Runs nothing, reads no "
+        "weights; exits 1 if there is such a finding.",
+        short_help="Say what a server would refuse or get wrong in an adapter.",
+    )
 
 
 @click.command("merge-into-base")
@@ -352,6 +423,7 @@ def export(
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The model folder to write.")
 @click.option("--dry-run", is_flag=True, help="Print what would be written; write nothing.")
 @click.option("--allow-no-op", is_flag=True, help="Write a copy of the base even if the adapter changes nothing.")
+@_pickle
 @_overwrite
 @_quiet
 @_verbose
@@ -362,6 +434,7 @@ def merge_into_base(
     output: Path,
     dry_run: bool,
     allow_no_op: bool,
+    allow_pickle: bool,
     overwrite: bool,
     quiet: bool,
     verbose: bool,
@@ -372,7 +445,14 @@ def merge_into_base(
 
     with _progress("merge", quiet or as_json) as progress:
         report = api.merge(
-            base, adapter, output, overwrite=overwrite, dry_run=dry_run, allow_no_op=allow_no_op, progress=progress
+            base,
+            adapter,
+            output,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            allow_no_op=allow_no_op,
+            allow_pickle=allow_pickle,
+            progress=progress,
         )
     if as_json:
         _emit({"base": str(base), "adapter": str(adapter), "output": str(output), **render.merge_json(report)})
@@ -392,7 +472,7 @@ def demo(output: Path | None) -> None:
 
 
 _add_converters()
-for _command in (export, merge_into_base, demo):
+for _command in (export, _check_command(), merge_into_base, demo):
     cli.add_command(_command)
 cli.add_command(merge_into_base, "merge")
 

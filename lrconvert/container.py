@@ -191,6 +191,9 @@ def parse_header(text: bytes, data_bytes: int, limits: Limits, file: Path) -> tu
     """
     if not text.startswith(b"{"):
         raise HeaderTextError("the header does not begin with '{'", fix="is this a safetensors file?")
+    # A tensor has three objects and lists. Millions more would take thirty times their bytes once they are parsed.
+    if text.count(b"{") + text.count(b"[") > 5 * limits.tensors:
+        raise LimitError(f"the header holds more objects and lists than {limits.tensors} tensors have")
     header = strictjson.parse(text.rstrip(b" "), depth=limits.json_depth)
     if not isinstance(header, dict):
         raise JsonSyntaxError("the header is not a JSON object")
@@ -363,7 +366,10 @@ class Checkpoint:
 
 def contained(root: Path, path: Path) -> bool:
     """Whether a (possibly linked) file stays in its folder, or in the blobs of the hub cache that the folder is in."""
-    real_root, real = root.resolve(), path.resolve()
+    try:
+        real_root, real = root.resolve(), path.resolve()
+    except (OSError, RuntimeError):  # a link that leads to itself
+        return False
     allowed = [real_root]
     if real_root.parent.name == "snapshots":
         allowed.append(real_root.parent.parent / "blobs")
@@ -389,6 +395,11 @@ def _shard_names(index: dict[str, Any], path: Path) -> list[str]:
     return sorted(names)
 
 
+def _present(path: Path) -> bool:
+    """Whether there is such a name; a link that leads nowhere is one, so that it is refused and not overlooked."""
+    return path.is_symlink() or path.exists()
+
+
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Open a Hugging Face model folder (``model.safetensors``, or an index and its shards), headers only.
 
@@ -397,13 +408,13 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     root = Path(path)
     if not root.is_dir():
         raise FileKindError("is not a model folder", fix="give the folder that holds config.json", path=root)
-    config = read_json(root / "config.json") if (root / "config.json").exists() else {}
+    config = read_json(root / "config.json") if _present(root / "config.json") else {}
     if config.get("quantization_config"):
         raise QuantizedBaseError(
             "the base is stored quantized", fix="use the unquantized parent of this checkpoint", path=root
         )
     index_path = root / INDEX_NAME
-    if not index_path.exists():
+    if not _present(index_path):
         single = root / SINGLE_NAME
         if not single.exists():
             pickles = sorted(p.name for p in root.glob("pytorch_model*.bin"))

@@ -6,19 +6,16 @@ spelling. `examine` is the one reading path: `read` stops at its first finding, 
 
 from __future__ import annotations
 
-import hashlib
-import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lrconvert import manifest as manifests
 from lrconvert import packing, strictjson
-from lrconvert.adapter import BaseFingerprint, CompactAdapter, ExtraTensor, Provenance, Target, View
+from lrconvert.adapter import BaseFingerprint, CompactAdapter, ExtraTensor, Target
 from lrconvert.container import ContainerFile, TensorInfo, encode_header, parse_header, tensor_digest
 from lrconvert.dtypes import STORAGE, Array, itemsize
 from lrconvert.durable import atomic_file
@@ -32,29 +29,18 @@ from lrconvert.errors import (
     LrcError,
     MissingFieldError,
     ShapeError,
-    TensorNameError,
     UnknownFieldError,
-    VersionError,
 )
 from lrconvert.fingerprint import names_digest
-from lrconvert.limits import MAX_DIM, MAX_EXPAND_BYTES, MAX_INT, OWN
+from lrconvert.limits import MAX_EXPAND_BYTES, MAX_INT, OWN
+from lrconvert.manifest import MANIFEST_BYTES, Digests, as_hex, as_object
 from lrconvert.methods import base as methods
 from lrconvert.methods.base import Method
 from lrconvert.packing import TensorSpec
 
-FORMAT = "lrconvert"
-VERSION = 1
 METADATA_KEY = "lrconvert"
-MANIFEST_BYTES = 1 << 20
 EXTRA_PREFIX = "extra."
 Report = Callable[[str, LrcError], None]  # (level, finding); levels: structure, semantics, values, base
-
-# In-memory upgrades of older manifests: UPGRADES[n] turns a version n manifest into version n + 1.
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
-
-_INTEGER_SEGMENT = re.compile(r"(?:(?<=\.)|^)(0|[1-9][0-9]{0,8})(?=\.|$)")
-_HEX64 = re.compile(r"[0-9a-f]{64}")
-_FIELD = re.compile(r"[a-z][a-z0-9_]{0,62}")
 
 
 # --- sizes ----------------------------------------------------------------------------------------------------------
@@ -93,23 +79,17 @@ def sizes(compact: CompactAdapter) -> Sizes:
 def _blank_header(compact: CompactAdapter, specs: Sequence[TensorSpec]) -> bytes:
     """The header as long as it will be, with zeros for digests and exponents."""
     blank = {name: "0" * 64 for name, _, _ in _entries(specs, compact.extras)}
-    return _header(compact, specs, _Digests("0" * 64, blank), "00" * sum(s.kind == "half" for s in specs))
+    return _header(compact, specs, Digests("0" * 64, blank), "00" * sum(s.kind == "half" for s in specs))
 
 
-def _header(compact: CompactAdapter, specs: Sequence[TensorSpec], digests: _Digests, exponents: str) -> bytes:
+def _header(compact: CompactAdapter, specs: Sequence[TensorSpec], digests: Digests, exponents: str) -> bytes:
     text = _manifest_text(compact, digests, exponents)
     if len(text.encode()) > MANIFEST_BYTES:
         raise LimitError(f"the manifest has {len(text.encode())} bytes; at most {MANIFEST_BYTES} are allowed")
     return encode_header(_entries(specs, compact.extras), {METADATA_KEY: text})
 
 
-# --- manifest out ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Digests:
-    content: str
-    tensors: Mapping[str, str]
+# --- what is stored ---------------------------------------------------------------------------------------------------
 
 
 def _all_specs(compact: CompactAdapter) -> list[TensorSpec]:
@@ -126,90 +106,8 @@ def _entries(specs: Sequence[TensorSpec], extras: Sequence[ExtraTensor]) -> list
     return sorted(entries, key=lambda entry: (-itemsize(entry[1]), entry[0]))
 
 
-def group_targets(targets: Sequence[Target]) -> list[dict[str, Any]]:
-    """The manifest's target list. Names are cut at their first integer segment into prefix, number, suffix; targets
-    with one prefix and one set of numbers share an entry, whose members differ in suffix, shape and view.
-
-    A function of the set of targets alone: entries and members sorted, ranges ascending, maximal and inclusive.
-    """
-    numbers: dict[tuple[str, str, tuple[int, ...], str], list[int]] = {}
-    entries: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    for target in targets:
-        found = _INTEGER_SEGMENT.search(target.name)
-        if found:
-            key = (target.name[: found.start()], target.name[found.end() :], target.shape, target.view.text)
-            numbers.setdefault(key, []).append(int(found[0]))
-        else:
-            entry = {"name": target.name, **_shape_and_view(target.shape, target.view.text)}
-            entries.append(((target.name, (), target.shape, target.view.text), entry))
-    groups: dict[tuple[str, tuple[int, ...]], list[dict[str, Any]]] = {}
-    for (prefix, suffix, shape, view), found_numbers in sorted(numbers.items()):
-        member = {"suffix": suffix, **_shape_and_view(shape, view)}
-        groups.setdefault((prefix, tuple(_ranges(found_numbers))), []).append(member)
-    for (prefix, ranges), members in groups.items():
-        entries.append(((prefix, ranges), {"prefix": prefix, "ranges": list(ranges), "members": members}))
-    return [entry for _, entry in sorted(entries, key=lambda e: e[0])]
-
-
-def _shape_and_view(shape: tuple[int, ...], view: str) -> dict[str, Any]:
-    return {"shape": list(shape)} if view == "matrix" else {"shape": list(shape), "view": view}
-
-
-def _ranges(numbers: Sequence[int]) -> list[int]:
-    """First and last of each maximal run of the sorted numbers: [0, 3, 7, 7]."""
-    ranges: list[int] = []
-    for n in sorted(numbers):
-        if ranges and ranges[-1] == n - 1:
-            ranges[-1] = n
-        else:
-            ranges += [n, n]
-    return ranges
-
-
-def _manifest(compact: CompactAdapter, digests: _Digests | None, exponents: str) -> dict[str, Any]:
-    method = methods.get(compact.method)
-    base = {"names": compact.base.names}
-    if compact.base.content:
-        base["content"] = compact.base.content
-    came = compact.provenance
-    named = {
-        "source": came.source,
-        "base_model": came.base_model,
-        "revision": came.revision,
-        "task_type": came.task_type,
-    }
-    provenance: dict[str, Any] = {key: value for key, value in named.items() if value}
-    if came.fields:
-        provenance["fields"] = dict(came.fields)
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "requires": [],
-        "method": {
-            "id": method.id,
-            "version": method.version,
-            "config": method.header(compact.config),
-            "exponents": exponents,
-        },
-        "targets": group_targets(compact.targets),
-        "extras": [{"name": e.name, "dtype": e.dtype, "shape": list(e.shape)} for e in compact.extras],
-        "base": base,
-        "provenance": provenance,
-        "digests": {} if digests is None else {"content": digests.content, "tensors": dict(digests.tensors)},
-    }
-
-
-def _manifest_text(compact: CompactAdapter, digests: _Digests, exponents: str) -> str:
-    return strictjson.dump_canonical(_manifest(compact, digests, exponents)).decode("utf-8")
-
-
-def content_digest(tensors: Mapping[str, str], manifest: Mapping[str, Any]) -> str:
-    """sha256 over the sorted tensor digests and the canonical manifest with empty ``digests``: the file's true name."""
-    digest = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
-        digest.update(name.encode() + b"\0" + bytes.fromhex(value))
-    digest.update(strictjson.dump_canonical({**manifest, "digests": {}}))
-    return digest.hexdigest()
+def _manifest_text(compact: CompactAdapter, digests: Digests, exponents: str) -> str:
+    return strictjson.dump_canonical(manifests.build(compact, digests, exponents)).decode("utf-8")
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -240,8 +138,8 @@ def encode(compact: CompactAdapter) -> Iterator[bytes]:
     method.check(compact.config, compact.targets, compact.tensors)
     entries = _entries(specs, compact.extras)
     digests = {name: tensor_digest(name, dtype, shape, [data[name]]) for name, dtype, shape in entries}
-    content = content_digest(digests, _manifest(compact, None, exponents))
-    yield _header(compact, specs, _Digests(content, digests), exponents)
+    content = manifests.content_digest(digests, manifests.build(compact, None, exponents))
+    yield _header(compact, specs, Digests(content, digests), exponents)
     for name, _, _ in entries:
         yield data[name]
 
@@ -249,14 +147,15 @@ def encode(compact: CompactAdapter) -> Iterator[bytes]:
 def check(compact: CompactAdapter) -> None:
     """Refuse what a reader would refuse of the file of `compact`, all but the contents of its payload tensors, which
     need not be there yet. The reader's own functions decide, and what they find must be what was given."""
-    text = strictjson.dump_canonical(_manifest(compact, None, ""))
+    text = strictjson.dump_canonical(manifests.build(compact, None, ""))
     manifest = strictjson.parse_canonical(text, depth=OWN.json_depth)
-    parsed = {key: parse(manifest[key]) for key, parse in _SECTIONS.items()}
+    parsed = {key: parse(manifest[key]) for key, parse in manifests.SECTIONS.items()}
     if parsed["targets"] != tuple(compact.targets):
         raise CanonicalError("the targets are not sorted")
     _check_names_digest(parsed["base"], parsed["targets"])
     for declared, extra in zip(parsed["extras"], compact.extras, strict=True):
-        _check_extra_bytes(declared, len(extra.data))
+        manifests.check_extra_bytes(declared, len(extra.data))
+        _check_row_indices(extra)
     _check_config(compact, manifest["method"]["config"])
     specs = _all_specs(compact)
     header = _blank_header(compact, specs)
@@ -287,203 +186,6 @@ def write(compact: CompactAdapter, path: Path, *, overwrite: bool = False) -> Si
         for piece in pieces:
             out.write(piece)
     return sizes(compact)
-
-
-# --- manifest in ----------------------------------------------------------------------------------------------------
-
-
-def _object(value: Any, what: str, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:
-    """`value` as an object with exactly these fields. Raises E-JSON-SYNTAX, E-MISSING, E-UNKNOWN."""
-    if not isinstance(value, dict):
-        raise JsonSyntaxError(f"{what} is not an object")
-    missing = [key for key in required if key not in value]
-    if missing:
-        raise MissingFieldError(f"{what} lacks the field {missing[0]!r}")
-    unknown = sorted(set(value) - set(required) - set(optional))
-    if unknown:
-        raise UnknownFieldError(f"{what} has the unknown field {unknown[0]!r}")
-    return value
-
-
-def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        raise JsonSyntaxError(f"{what} is not a string")
-    if len(value.encode()) > OWN.string_bytes:
-        raise LimitError(f"{what} has more than {OWN.string_bytes} bytes")
-    return value
-
-
-def _name(value: Any, what: str) -> str:
-    text = _text(value, what)
-    if not text:
-        raise TensorNameError(f"{what} is empty")
-    return text
-
-
-def _hex(value: Any, what: str) -> str:
-    if not isinstance(value, str) or not _HEX64.fullmatch(value):
-        raise DigestError(f"{what} is not 64 lower-case hexadecimal digits")
-    return value
-
-
-def _list(value: Any, what: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise JsonSyntaxError(f"{what} is not a list")
-    return value
-
-
-def _shape(value: Any, what: str) -> tuple[int, ...]:
-    """A shape of 1 to 4 dimensions, 1 to MAX_DIM each."""
-    items = _list(value, what)
-    if not 1 <= len(items) <= OWN.ndim or any(type(n) is not int or not 1 <= n <= MAX_DIM for n in items):
-        raise ShapeError(f"{what} is {items!s:.60}; 1 to {OWN.ndim} dimensions of 1 to {MAX_DIM} are allowed")
-    return tuple(items)
-
-
-def _targets(value: Any) -> tuple[Target, ...]:
-    """The expanded target list. Counts before it expands; refuses any grouping but the canonical one."""
-    groups = _list(value, "targets")
-    count = 0
-    for group in groups:
-        if isinstance(group, dict) and "name" in group:
-            _object(group, "a target entry", ["name", "shape"], ["view"])
-            count += 1
-            continue
-        _object(group, "a target entry", ["prefix", "ranges", "members"])
-        ranges = _list(group["ranges"], "ranges")
-        if len(ranges) % 2 or any(type(n) is not int or not 0 <= n < 10**9 for n in ranges):
-            raise JsonSyntaxError("the ranges of a target entry are not pairs of integers")
-        numbers = sum(max(b - a + 1, 0) for a, b in zip(ranges[::2], ranges[1::2], strict=True))
-        count += numbers * len(_list(group["members"], "members"))
-        if count > OWN.tensors:
-            break
-    if count > OWN.tensors:
-        raise LimitError(f"the file declares more than {OWN.tensors} targets")
-    targets = []
-    for group in groups:
-        if "name" in group:
-            targets.append(_target(group["name"], group))
-            continue
-        prefix = _text(group["prefix"], "a target prefix")
-        for member in group["members"]:
-            suffix = _text(_object(member, "a member", ["suffix", "shape"], ["view"])["suffix"], "a target suffix")
-            for first, last in zip(group["ranges"][::2], group["ranges"][1::2], strict=True):
-                targets += [_target(f"{prefix}{n}{suffix}", member) for n in range(first, last + 1)]
-    targets.sort()
-    if not targets:
-        raise MissingFieldError("the file has no targets")
-    for one, two in pairwise(targets):
-        whole = {"matrix", "transposed", "conv"} & {one.view.kind, two.view.kind}
-        if one.name == two.name and (whole or one.shape != two.shape or one.view == two.view):
-            raise IndexRangeError(f"the target {one.name!r} is declared twice")
-    if group_targets(targets) != groups:
-        raise CanonicalError("the target list is not grouped and sorted in the one canonical way")
-    return tuple(targets)
-
-
-def _target(name: Any, fields: Mapping[str, Any]) -> Target:
-    """A target of this name from the fields shape and view."""
-    shape = _shape(fields["shape"], "the shape of a target")
-    view = View(_text(fields.get("view", "matrix"), "a view"))
-    view.matrix_shape(shape)
-    return Target(_name(name, "a target name"), shape, view)
-
-
-def _extras(value: Any) -> tuple[ExtraTensor, ...]:
-    """Declared extras, still without data."""
-    found = []
-    for entry in _list(value, "extras"):
-        item = _object(entry, "an extra", ["name", "dtype", "shape"])
-        dtype = _text(item["dtype"], "the dtype of an extra")
-        shape = tuple(item["shape"]) if item["shape"] == [] else _shape(item["shape"], "the shape of an extra")
-        itemsize(dtype)
-        found.append(ExtraTensor(_name(item["name"], "the name of an extra"), dtype, shape, b""))
-    if [e.name for e in found] != sorted({e.name for e in found}):
-        raise CanonicalError("the extras are not sorted by name, or one is named twice")
-    return tuple(found)
-
-
-def _extra_bytes(extra: ExtraTensor) -> int:
-    return itemsize(extra.dtype) * math.prod(extra.shape)
-
-
-def _check_extra_bytes(declared: ExtraTensor, found: int) -> None:
-    if found != _extra_bytes(declared):
-        raise ShapeError(f"the extra {declared.name!r:.80} has {found} bytes, declared {_extra_bytes(declared)}")
-
-
-def _base(value: Any) -> BaseFingerprint:
-    item = _object(value, "base", ["names"], ["content"])
-    content = _hex(item["content"], "base.content") if "content" in item else ""
-    return BaseFingerprint(_hex(item["names"], "base.names"), content)
-
-
-def _check_names_digest(base: BaseFingerprint, targets: Sequence[Target]) -> None:
-    if base.names != names_digest(targets):
-        raise DigestError("base.names is not the digest of the names and shapes of the targets")
-
-
-def _provenance(value: Any) -> Provenance:
-    item = _object(value, "provenance", [], ["source", "base_model", "revision", "task_type", "fields"])
-    texts = {key: _text(item[key], f"provenance.{key}") for key in item if key != "fields"}
-    fields = item.get("fields", {})
-    if not isinstance(fields, dict) or ("fields" in item and not fields) or "" in texts.values():
-        raise CanonicalError("provenance holds an empty field or fields that are no object")
-    if "source" in texts:
-        _hex(texts["source"], "provenance.source")
-    for key, text in fields.items():
-        if not _FIELD.fullmatch(key):
-            raise TensorNameError(f"the provenance field {key!r} is not of [a-z][a-z0-9_]*")
-        _text(text, f"provenance.fields.{key}")
-    return Provenance(fields=fields, **texts)
-
-
-def _check_version(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest at the current version, upgraded in memory. Raises E-VER."""
-    if manifest.get("format") != FORMAT:
-        raise VersionError("the manifest does not say format lrconvert")
-    version = manifest.get("version")
-    if type(version) is not int or version < min([VERSION, *UPGRADES]):
-        raise VersionError(f"the container version {version!r:.40} is none")
-    if version > VERSION:
-        raise VersionError(f"the container version {version} is newer than {VERSION}", fix="update lrconvert")
-    for step in range(version, VERSION):
-        manifest = UPGRADES[step](manifest)
-    requires = manifest.get("requires")
-    if requires != []:
-        raise VersionError(f"the file requires features that are not known: {requires!r:.80}", fix="update lrconvert")
-    return manifest
-
-
-def _method(value: Any) -> tuple[Method, dict[str, Any], list[int]]:
-    """(method, header, exponents of the half tensors)."""
-    item = _object(value, "method", ["id", "version", "config", "exponents"])
-    method = methods.get(_text(item["id"], "method.id"))
-    if type(item["version"]) is not int or item["version"] != method.version:
-        raise VersionError(
-            f"method {method.id} has version {item['version']!r:.20} in the file, this program knows {method.version}",
-            fix="update lrconvert",
-        )
-    if not isinstance(item["config"], dict):
-        raise JsonSyntaxError("method.config is not an object")
-    text = _text(item["exponents"], "method.exponents")
-    if not re.fullmatch(r"(?:[0-9a-f]{2})*", text):
-        raise JsonSyntaxError("method.exponents is not pairs of lower-case hexadecimal digits")
-    exponents = [n - 256 if n > 127 else n for n in bytes.fromhex(text)]
-    low, high = packing.EXPONENT_RANGE
-    if any(not low <= n <= high for n in exponents):
-        raise LimitError(f"an exponent is outside {low} to {high}")
-    return method, item["config"], exponents
-
-
-# The sections of a manifest that stand for themselves; on the rest see `_examine`.
-_SECTIONS: dict[str, Callable[[Any], Any]] = {
-    "targets": _targets,
-    "extras": _extras,
-    "base": _base,
-    "provenance": _provenance,
-    "method": _method,
-}
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -537,13 +239,16 @@ def _examine(file: ContainerFile, report: Report) -> CompactAdapter | None:
             report(level, error)
             return None
 
-    manifest = attempt("structure", _read_manifest, file)
+    stated = attempt("structure", _read_manifest, file)
+    manifest = None if stated is None else attempt("structure", manifests.upgraded, stated)
     if manifest is None:
         return None
-    known = [*_SECTIONS, "format", "version", "requires", "digests"]
-    attempt("structure", _object, manifest, "the manifest", known)
-    parsed = {key: attempt("structure", parse, manifest[key]) for key, parse in _SECTIONS.items() if key in manifest}
-    digests = attempt("structure", _object, manifest.get("digests"), "digests", ["content", "tensors"]) or {}
+    known = [*manifests.SECTIONS, "format", "version", "requires", "digests"]
+    attempt("structure", as_object, manifest, "the manifest", known)
+    parsed = {
+        key: attempt("structure", parse, manifest[key]) for key, parse in manifests.SECTIONS.items() if key in manifest
+    }
+    digests = attempt("structure", as_object, manifest.get("digests"), "digests", ["content", "tensors"]) or {}
     declared = attempt("structure", _digest_table, digests.get("tensors")) or {}
 
     stored = {info.name: bytes(file.read(info)) for info in file.tensors}
@@ -551,8 +256,8 @@ def _examine(file: ContainerFile, report: Report) -> CompactAdapter | None:
         attempt("semantics", _check_digest, info, stored[info.name], declared.get(info.name))
     for name in sorted(set(declared) - set(stored)):
         attempt("semantics", _fail, MissingFieldError(f"the digest of {name!r:.80} belongs to no tensor"))
-    attempt("semantics", _check_content, digests, declared, manifest)
-    if any(parsed.get(key) is None for key in _SECTIONS):
+    attempt("semantics", _check_content, digests, declared, stated)
+    if any(parsed.get(key) is None for key in manifests.SECTIONS):
         return None
 
     method, header, exponents = parsed["method"]
@@ -572,10 +277,23 @@ def _examine(file: ContainerFile, report: Report) -> CompactAdapter | None:
         return None
     attempt("values", method.check, config, targets, tensors)
     compact = CompactAdapter(method.id, config, targets, tensors, full, parsed["provenance"], parsed["base"])
-    stated = _Digests(digests["content"], declared)
-    attempt("structure", _check_canonical, file, compact, stated, manifest["method"]["exponents"])
+    if stated["version"] == manifests.VERSION:
+        written = Digests(digests["content"], declared), manifest["method"]["exponents"]
+        attempt("structure", _check_canonical, file, compact, *written)
     attempt("structure", file.check_unchanged)
     return compact if sound else None
+
+
+def _check_row_indices(extra: ExtraTensor) -> None:
+    if extra.use == "row_indices":
+        rows = np.frombuffer(extra.data, "<i8")
+        if rows[0] < 0 or bool((np.diff(rows) <= 0).any()):
+            raise IndexRangeError(f"the row indices of {extra.name!r:.80} do not rise from 0 or more")
+
+
+def _check_names_digest(base: BaseFingerprint, targets: Sequence[Target]) -> None:
+    if base.names != names_digest(targets):
+        raise DigestError("base.names is not the digest of the names and shapes of the targets")
 
 
 def _digest_table(value: Any) -> dict[str, Any]:
@@ -590,7 +308,7 @@ def _fail(error: LrcError) -> None:
 
 
 def _read_manifest(file: ContainerFile) -> dict[str, Any]:
-    """The manifest, version-checked. Raises E-MISSING, E-UNKNOWN, E-LIMIT, E-VER and the JSON errors."""
+    """The manifest as it stands in the file. Raises E-MISSING, E-UNKNOWN, E-LIMIT and the JSON errors."""
     if METADATA_KEY not in file.metadata:
         raise MissingFieldError(
             "the file has no lrconvert manifest", fix="this is not an lrconvert file; try `inspect`"
@@ -603,20 +321,21 @@ def _read_manifest(file: ContainerFile) -> dict[str, Any]:
     manifest = strictjson.parse_canonical(text, depth=OWN.json_depth)
     if not isinstance(manifest, dict):
         raise JsonSyntaxError("the manifest is not an object")
-    return _check_version(manifest)
+    return manifest
 
 
 def _check_digest(info: TensorInfo, data: bytes, declared: Any) -> None:
     if declared is None:
         raise MissingFieldError(f"tensor {info.name!r} has no digest")
-    if tensor_digest(info.name, info.dtype, info.shape, [data]) != _hex(declared, f"the digest of {info.name!r}"):
+    if tensor_digest(info.name, info.dtype, info.shape, [data]) != as_hex(declared, f"the digest of {info.name!r}"):
         raise DigestError(f"tensor {info.name!r} does not match its digest", fix="the file is damaged; get it again")
 
 
 def _check_content(digests: dict[str, Any], declared: dict[str, Any], manifest: dict[str, Any]) -> None:
-    content = _hex(digests.get("content"), "digests.content")
-    tensors = {name: _hex(value, f"the digest of {name!r:.80}") for name, value in declared.items()}
-    if manifest["version"] == VERSION and content_digest(tensors, manifest) != content:
+    """The content digest is that of the file as it is, before any upgrade."""
+    content = as_hex(digests.get("content"), "digests.content")
+    tensors = {name: as_hex(value, f"the digest of {name!r:.80}") for name, value in declared.items()}
+    if manifests.content_digest(tensors, manifest) != content:
         raise DigestError("the manifest does not match the content digest", fix="the file is damaged; get it again")
 
 
@@ -641,7 +360,7 @@ def _checked_specs(method: Method, config: Any, targets: Sequence[Target]) -> tu
     return specs
 
 
-def _check_canonical(file: ContainerFile, compact: CompactAdapter, digests: _Digests, exponents: str) -> None:
+def _check_canonical(file: ContainerFile, compact: CompactAdapter, digests: Digests, exponents: str) -> None:
     """The header must be the one that the writer makes (E-CANON): order, spelling, padding, everything."""
     if _header(compact, _all_specs(compact), digests, exponents) != file.header_bytes:
         raise CanonicalError("the header is not the canonical one of its content")
@@ -684,8 +403,10 @@ class _TensorReader:
             raise MissingFieldError(f"the tensor {name!r} of the extra {declared.name!r} is missing")
         if info.dtype != "U8" or len(info.shape) != 1:
             raise ShapeError(f"tensor {name!r} is {info.dtype} {list(info.shape)}; an extra is stored as plain U8")
-        _check_extra_bytes(declared, info.nbytes)
-        return replace(declared, data=self._data[name])
+        manifests.check_extra_bytes(declared, info.nbytes)
+        extra = replace(declared, data=self._data[name])
+        _check_row_indices(extra)
+        return extra
 
     def check_nothing_left(self) -> None:
         if self._infos:

@@ -1,14 +1,15 @@
 """How a declared tensor becomes bytes and numbers: bit-packing, 16-bit payload, scale search.
 
-Three kinds of payload (normative text: ``formats/lrconvert-v1.md``, "Payload"):
+Four kinds of payload (normative text: ``formats/lrconvert-v1.md``, "Payload"):
 
 ``code``   q-bit codes c of a real tensor that is scaled elsewhere; the number is the odd integer ``2c + 1 - 2^q``
            (1 bit: a sign). q is 1, 2, 3, 4 or 8.
 ``index``  unsigned integers below `limit`, in ``ceil(log2 limit)`` bits (at least 1).
 ``half``   fp16 times one power of two per tensor: finer than bf16, and no range to fall out of.
+``single`` float32, for what comes from elsewhere and must not change.
 
 Codes and indices are packed without gaps, least significant bit first, and the bits that fill the last byte are zero.
-In memory they are plain numpy arrays: ``uint8`` codes, ``uint32`` indices, ``float32`` halves.
+In memory they are plain numpy arrays: ``uint8`` codes, ``uint32`` indices, ``float32`` halves and singles.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ CODE_BITS = (1, 2, 3, 4, 8)
 EXPONENT_RANGE = (-96, 96)  # keeps every half an exact float32, subnormals included
 _CHUNK = 1 << 20  # values packed at once; a multiple of 8, so that chunks meet at byte borders
 
-Kind = Literal["code", "index", "half"]
+Kind = Literal["code", "index", "half", "single"]
+_DTYPES: dict[Kind, str] = {"code": "U8", "index": "U8", "half": "F16", "single": "F32"}
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,11 @@ class TensorSpec:
     @property
     def dtype(self) -> str:
         """Safetensors dtype in the file."""
-        return "F16" if self.kind == "half" else "U8"
+        return _DTYPES[self.kind]
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        return (self.numel,) if self.kind == "half" else (self.nbytes,)
+        return (self.nbytes,) if self.dtype == "U8" else (self.numel,)
 
 
 def code(name: str, shape: tuple[int, ...], bits: int) -> TensorSpec:
@@ -72,6 +74,10 @@ def index(name: str, shape: tuple[int, ...], limit: int) -> TensorSpec:
 
 def half(name: str, shape: tuple[int, ...]) -> TensorSpec:
     return TensorSpec(name, "half", shape)
+
+
+def single(name: str, shape: tuple[int, ...]) -> TensorSpec:
+    return TensorSpec(name, "single", shape, bits=32)
 
 
 def index_bits(limit: int) -> int:
@@ -176,6 +182,10 @@ def encode(spec: TensorSpec, array: Array) -> tuple[Array, int]:
                 f"tensor {spec.name} holds numbers that 16 bits cannot", fix="round them with packing.round_half"
             )
         return stored.reshape(-1), exponent
+    if spec.kind == "single":
+        if array.dtype != np.float32 or not np.isfinite(array).all():
+            raise ValueRangeError(f"tensor {spec.name} is {array.dtype} or holds NaN or infinity; float32 is stored")
+        return (array + np.float32(0)).reshape(-1), 0  # -0 becomes +0: one spelling of zero
     limit = spec.limit if spec.kind == "index" else 1 << spec.bits
     if array.dtype.kind != "u":
         raise IndexRangeError(f"tensor {spec.name} is {array.dtype}; unsigned integers are stored")
@@ -186,12 +196,14 @@ def encode(spec: TensorSpec, array: Array) -> tuple[Array, int]:
 
 def decode(spec: TensorSpec, stored: Array, exponent: int) -> Array:
     """The inverse of `encode`. Raises E-CANON, E-INDEX or E-VALUE on contents that `encode` never writes."""
-    if spec.kind == "half":
+    if spec.dtype != "U8":
         if not np.isfinite(stored).all():
             raise ValueRangeError(f"tensor {spec.name} holds NaN or infinity")
-        values = decode_half(stored, exponent).reshape(spec.shape)
         if np.any((stored == 0) & np.signbit(stored)):
             raise CanonicalError(f"tensor {spec.name} holds a negative zero")
+        if spec.kind == "single":
+            return stored.astype(np.float32).reshape(spec.shape)
+        values = decode_half(stored, exponent).reshape(spec.shape)
         if half_exponent(values) != exponent:
             raise CanonicalError(f"tensor {spec.name} does not use the exponent that its values call for")
         return values

@@ -39,7 +39,6 @@ def test_dry_run_prints_the_exact_size_and_writes_nothing(tmp_path):
 REFUSED = {
     "no such input": (["lora-to-lowrank", "absent", "-o", "x.lrc"], "E-LAYOUT"),
     "impossible size": (["lora-to-lowrank", SOURCE, "-o", "x.lrc", "--target-size", "100"], "E-BUDGET"),
-    "DoRA": (["lora-to-lowrank", str(ADAPTERS / "llama-dora"), "-o", "x.lrc"], "E-LORA-FEATURE"),
     "no folder": (["lora-to-lowrank", SOURCE, "-o", "a/b/x.lrc"], "E-OUT-PATH"),
     "no target left": (["lora-to-lowrank", SOURCE, "-o", "x.lrc", "--include", "zzz"], "E-EMPTY"),
     "size and ratio": (

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+from conftest import FIXTURES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrconvert import container, errors
+from lrconvert import container, errors, testing
 from lrconvert.limits import FOREIGN
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "I64": np.int64, "U8": np.uint8}
@@ -55,29 +56,89 @@ def test_reads_what_the_library_writes_and_writes_the_same_bytes(tmp_path_factor
             assert header == data[: len(header)] == file.header_bytes
 
 
-MUTATIONS = [
-    lambda b, n, v: b[:n] + bytes([v]) + b[n + 1 :],
-    lambda b, n, v: b[:n],
-    lambda b, n, v: b + bytes([v]) * 3,
-    lambda b, n, v: b[:n] + b[n : n + 7] + b[n:],
-]
-
-
-@given(st.integers(0, 400), st.integers(0, 255), st.sampled_from(MUTATIONS))
-@settings(max_examples=400)
-def test_strict_subset_of_the_library(tmp_path_factory, position, value, mutate):
-    """Whatever happens to the bytes: our own error, or the library reads the same tensors."""
-    good = safetensors.numpy.save({"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b.c": np.ones(3, np.uint8)})
-    data = mutate(good, position % len(good), value)
-    path = tmp_path_factory.mktemp("mut") / "x.safetensors"
-    path.write_bytes(data)
+def ours(path, limits=FOREIGN):
+    """(metadata, {name: (dtype, shape, bytes)}) as we read a file, or None where we refuse it."""
     try:
-        with container.ContainerFile(path) as file:
-            ours = {t.name: (t.dtype, list(t.shape), bytes(file.read(t))) for t in file.tensors}
+        with container.ContainerFile(path, limits) as file:
+            found = {t.name: (t.dtype, list(t.shape), bytes(file.read(t))) for t in file.tensors}
+            return file.metadata, found
     except errors.LrcError:
-        return
-    theirs = {name: (info["dtype"], info["shape"], bytes(info["data"])) for name, info in safetensors.deserialize(data)}
-    assert ours == theirs
+        return None
+
+
+def check_against_the_library(path):
+    """What we accept, the library accepts from memory and from the file, and finds the same in it. Whether we did."""
+    found = ours(path)
+    if found is None:
+        return False
+    metadata, tensors = found
+    theirs = {n: (i["dtype"], i["shape"], bytes(i["data"])) for n, i in safetensors.deserialize(path.read_bytes())}
+    assert theirs == tensors
+    with safetensors.safe_open(path, "np") as opened:
+        assert (opened.metadata() or {}) == metadata
+        assert set(opened.keys()) == set(tensors)
+        for name, (dtype, shape, _) in tensors.items():
+            lazy = opened.get_slice(name)
+            assert (lazy.get_dtype(), lazy.get_shape()) == (dtype, shape)
+    return True
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_strict_subset_of_the_library(tmp_path_factory, data):
+    """One thing wrong with a file that both read: our own error, or the library reads the same tensors."""
+    good = data.draw(testing.safetensors_files())
+    path = tmp_path_factory.getbasetemp() / "differential.safetensors"
+    path.write_bytes(good)
+    assert check_against_the_library(path)
+    path.write_bytes(data.draw(testing.mutations(good)).data)
+    check_against_the_library(path)
+
+
+STORED = sorted(p for p in (FIXTURES / "hostile").rglob("*") if p.suffix in (".safetensors", ".lrc") and p.is_file())
+GOLDEN = sorted((FIXTURES / "golden").rglob("*.lrc")) + sorted((FIXTURES / "golden").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("path", STORED, ids=lambda p: str(p.relative_to(FIXTURES / "hostile")))
+def test_stored_hostile_files_against_the_library(path):
+    check_against_the_library(path)
+
+
+def test_the_comparison_compares():
+    """It accepts real files, and what the library reads in its own way is what we refuse."""
+    assert all(check_against_the_library(path) for path in GOLDEN)
+    looser = []
+    for path in STORED:
+        try:
+            safetensors.deserialize(path.read_bytes())
+        except safetensors.SafetensorError:
+            continue
+        if ours(path) is None:
+            looser.append(path.name)
+    assert {"H05-tensor-twice-other-dtype.safetensors", "H06-metadata-key-twice.safetensors"} <= set(looser)
+    assert {"H13-zero-size.safetensors", "H04-leading-space.safetensors"} <= set(looser)
+
+
+@pytest.mark.parametrize("length", [0x0280, 0x4B50, 0x0180, 0x2550])
+def test_a_header_may_be_as_long_as_a_magic_number(length, tmp_path):
+    """Lengths whose bytes begin a pickle, a zip, a PDF: a good file is told by its whole frame."""
+    text = json.dumps({"a": entry()}).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(build(text + b" " * (length - len(text)), b"1234"))
+    assert path.read_bytes()[:2] in (b"\x80\x02", b"PK", b"\x80\x01", b"P%")
+    assert check_against_the_library(path)
+
+
+def test_names_that_lead_nowhere_are_not_overlooked(tmp_path):
+    """A dangling config.json or index is an error and not a model without one."""
+    (tmp_path / container.SINGLE_NAME).write_bytes(safetensors.numpy.save({"a": np.ones(1, np.float32)}))
+    for name in ("config.json", container.INDEX_NAME):
+        (tmp_path / name).symlink_to("nowhere")
+        with pytest.raises(errors.FileKindError):
+            container.open_checkpoint(tmp_path)
+        (tmp_path / name).unlink()
+    with container.open_checkpoint(tmp_path) as base:
+        assert set(base.tensors) == {"a"}
 
 
 CASES = {

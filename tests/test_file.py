@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrconvert import api, container, errors, file, packing, strictjson
+from lrconvert import manifest as manifest_module
 from lrconvert.adapter import BaseFingerprint, CompactAdapter, ExtraTensor, LoraAdapter, Provenance, Target, View
 from lrconvert.dtypes import STORAGE
 from lrconvert.fingerprint import fingerprint
@@ -62,7 +63,7 @@ def resign(data: bytes, edit) -> bytes:
         AttributeError, KeyError, TypeError, ValueError
     ):  # digests too broken to be signed stay so
         if manifest["digests"]["content"] == content:
-            manifest["digests"]["content"] = file.content_digest(manifest["digests"]["tensors"], manifest)
+            manifest["digests"]["content"] = manifest_module.content_digest(manifest["digests"]["tensors"], manifest)
     header["__metadata__"]["lrconvert"] = strictjson.dump_canonical(manifest).decode()
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -506,10 +507,10 @@ names = st.from_regex(r"(layers\.[0-9]{1,2}|blocks\.[0-9]\.[0-9]|emb)\.(w|q\{\})
 )
 def test_target_grouping_is_a_bijection(items):
     targets = sorted({Target(n, shape, View(view)) for n, shape, view in items})
-    groups = file.group_targets(targets)
-    assert file.group_targets(targets[::-1]) == groups
+    groups = manifest_module.group_targets(targets)
+    assert manifest_module.group_targets(targets[::-1]) == groups
     try:
-        assert list(file._targets(json.loads(json.dumps(groups)))) == targets
+        assert list(manifest_module._targets(json.loads(json.dumps(groups)))) == targets
     except errors.IndexRangeError:  # one parameter claimed twice
         assert len({t.name for t in targets}) < len(targets)
 

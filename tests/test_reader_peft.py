@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import ADAPTERS, ASSETS, BASES, asset, dense
+from conftest import ADAPTERS, BASES, dense
 
-from lrconvert import errors
+from lrconvert import errors, targets
+from lrconvert.container import open_checkpoint
 from lrconvert.readers import peft as reader
 from lrconvert.readers.base import load
+from lrconvert.readers.peft import config
 
 READ = {
     "llama-plain": "tiny-llama",
@@ -112,40 +116,101 @@ def folder(tmp_path):
 FIRST = "base_model.model.model.layers.0.mlp.down_proj.lora_{}.weight"
 
 FEATURES = {
-    "use_dora": True,
-    "lora_bias": True,
-    "use_qalora": True,
-    "use_bdlora": {"nblocks": 2},
-    "alora_invocation_tokens": [1, 2],
-    "arrow_config": {"top_k": 2},
-    "kasa_config": {"beta": 1},
-    "layer_replication": [[0, 2]],
-    "target_parameters": ["experts.w1"],
-    "trainable_token_indices": [3],
-    "enable_lora": [True, False, True],
-    "init_lora_weights": "pissa",
-    "some_future_field": 3,
+    "use_qalora": (True, "QA-LoRA pools"),
+    "use_bdlora": ({"nblocks": 2}, "BD-LoRA"),
+    "alora_invocation_tokens": ([1, 2], "Activated LoRA"),
+    "arrow_config": ({"top_k": 2}, "Arrow routes"),
+    "kasa_config": ({"beta": 1}, "KaSA"),
+    "layer_replication": ([[0, 2]], "replicated"),
+    "some_future_field": (3, "not known"),
+    "another": ({"a": 1}, "not known"),
+    "rotation": ("on", "not known"),
 }
 
 
 @pytest.mark.parametrize("field", FEATURES)
 def test_features_are_refused_by_name(field, folder):
-    with pytest.raises(errors.UnsupportedLoraError, match=field):
-        load(folder.config(**{field: FEATURES[field]}))
+    value, text = FEATURES[field]
+    with pytest.raises(errors.UnsupportedLoraError, match=rf"{field}.*{text}") as caught:
+        load(folder.config(**{field: value}))
+    assert caught.value.fix and str(folder.root / "adapter_config.json") in str(caught.value)
 
 
-@pytest.mark.parametrize("init", ["olora", "corda", "loftq", "lora_ga", "pissa_niter_4"])
-def test_unconverted_initializations_are_refused(init, folder):
-    with pytest.raises(errors.UnsupportedLoraError, match="initialization"):
+INITS = {
+    "pissa": "PiSSA",
+    "pissa_niter_4": "PiSSA",
+    "PiSSA": "PiSSA",
+    "olora": "OLoRA",
+    "corda": "CorDA",
+    "lora_ga": "LoRA-GA",
+    "loftq": "LoftQ",
+    "future": "not known",
+    3: "not known",
+}
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_initializations_that_change_the_base_are_refused(init, folder):
+    with pytest.raises(errors.UnsupportedLoraError, match=rf"initialization.*{INITS[init]}|{INITS[init]}") as caught:
         load(folder.config(init_lora_weights=init))
+    assert "initialization" in caught.value.what and caught.value.fix
+
+
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "orthogonal", "eva", "mica", "MiCA"])
+def test_initializations_that_leave_the_base_alone_are_read(init, folder):
+    assert load(folder.config(init_lora_weights=init)).targets
 
 
 def test_unset_unknown_fields_are_harmless(folder):
-    assert load(folder.config(some_future_field=None, another=False)).targets
+    """What a newer PEFT writes for features that are not used: read without a word."""
+    assert (
+        load(folder.config(some_future_field=None, another=False, more={}, list=[], text="", number=0)).warnings == ()
+    )
 
 
-@pytest.mark.parametrize("kind", ["IA3", "ADALORA", "VBLORA", None, 7])
-def test_other_kinds_are_refused(kind, folder):
+def test_every_field_of_this_peft_is_known(folder):
+    """With all defaults that PEFT writes, and a version of its own."""
+    import peft
+
+    defaults = {**peft.LoraConfig(r=8, lora_alpha=16).to_dict(), "peft_type": "LORA", "peft_version": "0.99.0"}
+    plain = {k: v for k, v in defaults.items() if v is None or isinstance(v, (bool, int, float, str, list, dict))}
+    assert set(plain) >= set(defaults) - {"target_modules", "exclude_modules"}
+    assert load(folder.config(**plain)).targets
+
+
+CONTRADICTIONS = {
+    "DoRA without magnitudes": ({"use_dora": True}, errors.PairError, "use_dora.*lora_magnitude_vector"),
+    "a bias that is not there": ({"lora_bias": True}, errors.PairError, "lora_bias.*lora_B.bias"),
+    "tokens that are not there": ({"trainable_token_indices": [3]}, errors.ConfigError, "trainable_token_indices"),
+    "tokens beyond any row": ({"trainable_token_indices": [2**31]}, errors.ConfigError, "trainable_token_indices"),
+    "negative tokens": ({"trainable_token_indices": [-3]}, errors.ConfigError, "trainable_token_indices"),
+    "tokens that are true": ({"trainable_token_indices": {"a": True}}, errors.ConfigError, "trainable_token_indices"),
+    "slices of linear layers": ({"enable_lora": [True, False]}, errors.PairError, "enable_lora"),
+    "text for true": ({"use_rslora": "false"}, errors.ConfigError, "use_rslora is 'false'"),
+    "a number for true": ({"fan_in_fan_out": 1}, errors.ConfigError, "fan_in_fan_out is 1"),
+    "no r": ({"r": None}, errors.ConfigError, "r is None"),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_settings_that_contradict_the_file_are_refused(case, folder):
+    changes, error, text = CONTRADICTIONS[case]
+    with pytest.raises(error, match=text):
+        load(folder.config(**changes))
+
+
+def test_every_other_kind_of_peft_is_refused_by_name(folder):
+    import peft
+
+    for kind in sorted(k.value for k in peft.PeftType if k.value != "LORA"):
+        with pytest.raises(errors.NotLoraError, match=f"the adapter is {kind}, not LORA") as caught:
+            load(folder.config(peft_type=kind))
+        assert caught.value.fix
+    assert set(config.OTHER_KINDS) <= {k.value for k in peft.PeftType} | {"BONE"}
+
+
+@pytest.mark.parametrize("kind", ["LORAX", "", None, 7])
+def test_unknown_kinds_are_refused(kind, folder):
     with pytest.raises(errors.NotLoraError):
         load(folder.config(peft_type=kind))
 
@@ -160,6 +225,18 @@ def put(name, value):
 
 def nan(values):
     values[FIRST.format("A")][0, 0] = np.nan
+
+
+def swapped(values):
+    names = [FIRST.format(half) for half in "AB"]
+    return {**values, names[0]: values[names[1]], names[1]: values[names[0]]}
+
+
+def only(half):
+    return lambda values: {k: v for k, v in values.items() if f".lora_{half}." in k}
+
+
+ONE = np.ones(4, np.float32)
 
 
 TENSORS = {
@@ -178,29 +255,102 @@ TENSORS = {
     "NaN": (nan, errors.ValueRangeError, "down_proj"),
     "integers": (put(FIRST.format("A"), np.ones((8, 96), np.int64)), errors.DtypeError, "I64"),
     "other name": (put("unknown.weight", np.ones(1, np.float32)), errors.TensorUnknownError, "unknown.weight"),
-    "embedding": (
+    "A alone": (only("A"), errors.PairError, "lora_A.weight has no lora_B.weight"),
+    "B alone": (only("B"), errors.PairError, "lora_B.weight has no lora_A.weight"),
+    "scalars alone": (
+        lambda v: {k.replace(".weight", ".alpha").replace("lora_A", "q").replace("lora_B", "v"): ONE[:1] for k in v},
+        errors.EmptyAdapterError,
+        "no lora_A / lora_B pair",
+    ),
+    "swapped halves": (swapped, errors.PairError, "look swapped"),
+    "swapped halves of a square weight": (
+        lambda v: {
+            **v,
+            FIRST.format("A"): np.ones((64, 8), np.float32),
+            FIRST.format("B"): np.ones((8, 64), np.float32),
+        },
+        errors.PairError,
+        "look swapped",
+    ),
+    "half an embedding": (
         put("base_model.model.model.embed_tokens.lora_embedding_A", np.ones((8, 4), np.float32)),
-        errors.UnsupportedLoraError,
-        "embedding",
+        errors.PairError,
+        "lora_embedding_A has no lora_embedding_B",
     ),
-    "DoRA magnitude": (
-        put(FIRST.format("magnitude_vector"), np.ones(4, np.float32)),
-        errors.UnsupportedLoraError,
-        "magnitude",
+    "embedding and linear": (
+        put(FIRST.format("embedding_A").removesuffix(".weight"), np.ones((8, 4), np.float32)),
+        errors.PairError,
+        "down_proj",
     ),
+    "DoRA that is not announced": (put(FIRST.format("magnitude_vector"), ONE), errors.ConfigError, "use_dora"),
+    "a bias that is not announced": (
+        put(FIRST.format("B").replace(".weight", ".bias"), ONE),
+        errors.ConfigError,
+        "lora_bias",
+    ),
+    "two spellings": (
+        lambda v: {**v, FIRST.format("magnitude_vector"): ONE, FIRST.format("magnitude_vector")[:-7]: ONE},
+        errors.TensorUnknownError,
+        "mean the same",
+    ),
+    "another variant": (put(FIRST.format("diag"), ONE), errors.UnsupportedLoraError, "lora_diag"),
     "other adapter name": (
         put("base_model.model.x.lora_A.other.weight", np.ones((8, 4), np.float32)),
         errors.UnsupportedLoraError,
-        "another name",
+        "2 adapters: one without a name, 'other'",
     ),
-    "convolution": (
+    "adapter of the whole model": (
+        put("base_model.model.lora_A.weight", ONE),
+        errors.TensorUnknownError,
+        "whole model",
+    ),
+    "rows nobody announced": (
+        put("base_model.model.x.token_adapter.trainable_tokens_delta", np.ones((2, 4), np.float32)),
+        errors.ConfigError,
+        "rows were trained",
+    ),
+    "unknown part of a token adapter": (
+        put("base_model.model.x.token_adapter.scale", ONE),
+        errors.TensorUnknownError,
+        "trained tokens",
+    ),
+    "two trained modules": (
+        lambda v: {**v, "base_model.model.x.weight": ONE, "base_model.model.x.modules_to_save.weight": 2 * ONE},
+        errors.TensorUnknownError,
+        "differ",
+    ),
+    "kernel of B": (
         lambda v: {
             **v,
             FIRST.format("A"): np.ones((8, 3, 3, 3), np.float32),
-            FIRST.format("B"): np.ones((4, 8, 1, 1), np.float32),
+            FIRST.format("B"): np.ones((4, 8, 3, 3), np.float32),
         },
+        errors.PairError,
+        "do not fit",
+    ),
+    "giant kernel": (
+        lambda v: {
+            **v,
+            FIRST.format("A"): np.ones((8, 1, 10_000), np.float32),
+            FIRST.format("B"): np.ones((4, 8, 1), np.float32),
+        },
+        errors.LimitError,
+        "kernel",
+    ),
+    "giant rank": (
+        lambda v: {
+            **v,
+            FIRST.format("A"): np.ones((5000, 2), np.float32),
+            FIRST.format("B"): np.ones((3, 5000), np.float32),
+        },
+        errors.LimitError,
+        "5000",
+    ),
+    "a scalar": (put(FIRST.format("A"), np.array(1, np.float32)), errors.PairError, "down_proj"),
+    "wrapper inside": (
+        lambda v: {k.replace("down_proj", "down_proj.base_layer"): x for k, x in v.items()},
         errors.UnsupportedLoraError,
-        "convolution",
+        "wrapper",
     ),
     "empty": (lambda v: {"base_model.model.x.weight": np.ones(1, np.float32)}, errors.EmptyAdapterError, "no lora_A"),
 }
@@ -237,8 +387,48 @@ def test_no_config_no_guess(folder):
 
 def test_pickles_are_not_opened(folder):
     (folder.root / "adapter_model.safetensors").rename(folder.root / "adapter_model.bin")
-    with pytest.raises(errors.PickleError, match="run code"):
-        load(folder.root)
+    for path in (folder.root, folder.root / "adapter_model.bin"):
+        with pytest.raises(errors.PickleError, match="run code") as caught:
+            load(path)
+        assert "--allow-pickle" in caught.value.fix
+
+
+@pytest.mark.parametrize(("name", "base"), [("gpt2-conv1d", "tiny-gpt2"), ("llama-plain", "tiny-llama")])
+def test_the_base_settles_an_orientation_that_the_configuration_gets_wrong(name, base, tmp_path):
+    """`fan_in_fan_out` the wrong way round: the base has the last word, for square weights too."""
+    right = load(ADAPTERS / name)
+    shutil.copytree(ADAPTERS / name, tmp_path / "a")
+    path = tmp_path / "a" / "adapter_config.json"
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps({**said, "fan_in_fan_out": not said["fan_in_fan_out"]}))
+    wrong = load(tmp_path / "a")
+    assert wrong.shapes() != right.shapes()
+    with open_checkpoint(BASES / base) as checkpoint:
+        settled, expected = targets.resolve(wrong, checkpoint), targets.resolve(right, checkpoint)
+        assert settled.shapes() == expected.shapes() == right.shapes()
+        assert all(checkpoint.tensors[t.name].shape == t.shape for t in settled.shapes())
+    assert [(p.a, p.b, p.scale) for p in settled.targets] == [(p.a, p.b, p.scale) for p in right.targets]
+
+
+def test_a_refused_feature_on_the_command_line(folder, tmp_path):
+    words = ["lora-to-lowrank", str(folder.config(use_qalora=True)), "-o", str(tmp_path / "x.lrc")]
+    done = subprocess.run([sys.executable, "-m", "lrconvert.cli", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("E-LORA-FEATURE") and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "x.lrc").exists()
+
+
+def test_modules_of_an_older_wrapper(folder):
+    """The wrapper around a trained module left in the names, with and without the adapter's name."""
+    prefix = "base_model.model.score.modules_to_save."
+    for name in ("weight", "default.weight", "default.dense.weight", "dense.weight"):
+        path = folder.tensors(lambda v, n=name: {**{k: x for k, x in v.items() if prefix not in k}, prefix + n: ONE})
+        (extra,) = load(path).extras
+        assert extra.name == f"score.{name.removeprefix('default.')}" and extra.use == "replace"
+
+
+def test_state_of_the_training_is_left_out_with_a_warning(folder):
+    path = folder.tensors(put(FIRST.format("monteclora_sampler.std_prior").removesuffix(".weight"), ONE))
+    assert any("left out" in line and "std_prior" in line for line in load(path).warnings)
 
 
 @pytest.mark.parametrize("path", ["absent", "text"])
@@ -278,52 +468,3 @@ def test_patterns_match_as_in_peft(pattern):
 def test_hostile_patterns_never_reach_the_matcher(pattern, folder):
     with pytest.raises(errors.PatternError):
         load(folder.config(rank_pattern={pattern: 4}))
-
-
-# --- real adapters --------------------------------------------------------------------------------------------------
-
-REAL = {
-    "gpt2_tigrinya": 36,
-    "gemma3_270m_svg_adapter": 72,
-    "monteclora_roberta_mrpc_230": 24,
-    "distilbert_imdb": 12,
-    "deltacompression_poc": 24,
-    "phi1_5_r4": 48,
-    "ih_bloom560m_r10": 24,
-    "ih_gpt2_r4_a16_biaslora": 36,
-    "ih_tinygpt2_r4": 6,
-    "mountain_v1_binary": 36,
-    "bloom_lora": errors.UnsupportedLoraError,
-    "cloneofsimo_pt": errors.UnknownLayoutError,
-    "cloneofsimo_safetensors": errors.UnknownLayoutError,
-    "lerobot_bin": errors.NotLoraError,
-    "lycoris_lokr": errors.UnknownLayoutError,
-    "mlx_cli": errors.UnknownLayoutError,
-    "mlx_vtboyarc": errors.UnknownLayoutError,
-    "mt0_large_ia3": errors.NotLoraError,
-    "peft_regression_adalora_mlp": errors.NotLoraError,
-    "peft_regression_ia3_mlp": errors.NotLoraError,
-    "peft_regression_lora_conv2d": errors.PickleError,
-    "peft_regression_lora_mlp": errors.PickleError,
-    "peft_regression_lora_mlp_modules_to_save": errors.PickleError,
-    "peft_regression_lora_opt-125m_bnb_4bit": errors.PickleError,
-    "sam_lora": errors.UnknownLayoutError,
-    "sd_lora_pokemon": errors.UnknownLayoutError,
-    "t5_small_rec": errors.PickleError,
-}
-
-
-@pytest.mark.parametrize("name", REAL)
-def test_real_adapters(name):
-    path = asset(f"adapters/{name}")
-    expected = REAL[name]
-    if isinstance(expected, int):
-        assert len(load(path).targets) == expected
-    else:
-        with pytest.raises(expected):
-            load(path)
-
-
-def test_the_table_of_real_adapters_is_complete():
-    asset("adapters")
-    assert {p.name for p in (ASSETS / "adapters").iterdir() if p.is_dir()} == set(REAL)

@@ -18,8 +18,8 @@ ORDER = [
     {"strictjson", "dtypes", "container", "durable", "packing", "subvectors", "vectorbank", "exact"},
     {"adapter", "canonical", "targets", "fingerprint"},
     {"methods"},
-    {"file", "report", "validation", "modelcard"},
-    {"readers", "exporters"},
+    {"manifest", "file", "report", "validation", "modelcard"},
+    {"readers", "exporters", "consumers"},
     {"heads", "merging"},
     {"api"},
     {"render", "demo", "cli", "testing", "__main__"},
@@ -112,6 +112,7 @@ LIGHT = {
     "lora-to-lowrank": CLI.format(
         ["lora-to-lowrank", str(ROOT / "fixtures" / "adapters" / "llama-plain"), "--dry-run"]
     ),
+    "check": CLI.format(["check", str(ROOT / "fixtures" / "adapters" / "llama-dora"), "--for", "all"]),
     "methods": "from lrconvert.methods import base\nbase.all_methods()",
 }
 

@@ -57,14 +57,14 @@ def _bank(compact: CompactAdapter, form: Form) -> Array:
     """(h, b) in float32, as `expand` uses it."""
     numbers = methods.values(methods.get("vblora"), compact)
     bank: Array = numbers["bank"]
-    return bank if form.bits == 16 else bank * numbers["scales"][:, None]
+    return bank if form.bits >= 16 else bank * numbers["scales"][:, None]
 
 
 def _weights(compact: CompactAdapter, form: Form) -> Array:
     """(codes, k - 1): the weights of all but the last vector; PEFT takes the rest for the last."""
     if form.top_k == 1:
         return np.zeros((len(compact.tensors["indices"]), 0), np.float32)
-    small = compact.tensors["weights"].astype(np.float64) / form.denominator
+    small = compact.tensors["weights"].astype(np.float64) * form.weight_unit
     first = 1.0 - small.sum(axis=1, keepdims=True)
     return np.concatenate([first, small[:, :-1]], axis=1).astype(np.float32)
 

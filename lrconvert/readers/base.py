@@ -1,7 +1,7 @@
 """The contract of a reader, and the registry that finds readers by scanning this folder.
 
-A reader is one file here that binds ``READER``. It is chosen by content, never by file name alone, and accounts for
-every tensor: converted, carried as an extra, or refused by name.
+A reader is one module or package here that binds ``READER``. It is chosen by content, never by file name alone, and
+accounts for every tensor: converted, carried as an extra, named in a warning, or refused by name.
 """
 
 from __future__ import annotations
@@ -9,40 +9,73 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lrconvert.adapter import LoraAdapter
-from lrconvert.errors import LrcError, UnknownLayoutError
+from lrconvert.errors import ConfigError, LrcError, UnknownLayoutError
+
+CONFIG_NAME = "adapter_config.json"
+_NOT_READERS = ("base", "weights")
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What a user may ask of every reader. `allow_pickle`: load ``.bin`` and ``.pt`` files, with torch's loader that
+    builds tensors only."""
+
+    allow_pickle: bool = False
 
 
 @dataclass(frozen=True)
 class Reader:
-    """One foreign layout. `recognises(path)` looks at content cheaply and does not raise; `read(path)` converts."""
+    """One foreign layout. `recognises(path)` looks at content cheaply and does not raise; `read` converts."""
 
     id: str
     title: str
     recognises: Callable[[Path], bool]
-    read: Callable[[Path], LoraAdapter]
+    read: Callable[[Path, ReadOptions], LoraAdapter]
 
 
 def all_readers() -> list[Reader]:
     import lrconvert.readers as package
 
-    names = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base")
+    names = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in _NOT_READERS)
     return [importlib.import_module(f"lrconvert.readers.{name}").READER for name in names]
 
 
-def load(path: Path) -> LoraAdapter:
-    """The LoRA at `path` (a folder or a file), by the first reader that recognises it. Raises E-LAYOUT if none does."""
+def load(path: Path, options: ReadOptions | None = None) -> LoraAdapter:
+    """The LoRA at `path` (a folder or a file), by the first reader that recognises it. Raises E-LAYOUT if none does.
+
+    PEFT saves an adapter that is not called "default" into a folder of its name: where `path` holds nothing but one
+    such folder, that is read, with a warning. Raises E-CONFIG if there are several.
+    """
+    options = options or ReadOptions()
     readers = all_readers()
     for reader in readers:
         if reader.recognises(path):
             try:
-                return reader.read(path)
+                return reader.read(path, options)
             except LrcError as error:
                 raise error.at(path) from None
+    inner = _inner_folders(path)
+    if len(inner) == 1:
+        lora = load(inner[0], options)
+        return replace(lora, warnings=(*lora.warnings, f"read from the folder {inner[0].name!r:.80} inside"))
+    if inner:
+        names = ", ".join(repr(folder.name) for folder in inner)
+        raise ConfigError(f"the folder holds {len(inner)} adapters: {names:.400}", fix="give one of them", path=path)
     if not path.exists():
         raise UnknownLayoutError("there is no such file or folder", path=path)
     known = "; ".join(reader.title for reader in readers)
     raise UnknownLayoutError("no known adapter layout", fix=f"known: {known}", path=path)
+
+
+def _inner_folders(path: Path) -> list[Path]:
+    """Folders directly inside `path` that hold an adapter's configuration; none if `path` has one itself."""
+    try:
+        if not path.is_dir() or (path / CONFIG_NAME).exists():
+            return []
+        return sorted(folder for folder in path.iterdir() if (folder / CONFIG_NAME).is_file())
+    except OSError:  # not to be looked into
+        return []

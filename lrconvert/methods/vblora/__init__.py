@@ -19,10 +19,11 @@ Stored tensors, in declaration order (rows by target, A before B, largest compon
 =============  =====  ============================================================================================
 ``ranks``      index  (targets,): components of each target; only if they differ
 ``passes``     index  (rows,): passes of each row, less one; only if a row has more than one
-``bank``       half   (h, b) at 16 bit; or ``code`` at 8 or 4 bit, the odd integers times ``scales``
+``bank``       half   (h, b) at 16 bit; ``single`` at 32; ``code`` at 8 or 4, the odd integers times ``scales``
 ``scales``     half   (h,): one per vector; only at 8 or 4 bit
 ``indices``    index  (codes, k): heaviest vector first, lower index first among equals, no index twice
-``weights``    index  (codes, k - 1): the integers c of all but the first vector, m bit; only for k > 1
+``weights``    index  (codes, k - 1): the integers c of all but the first vector, m bit; only for k > 1;
+                      ``single`` if m is 32: the weights themselves
 ``gains``      half   (passes of all rows,); only with gains
 =============  =====  ============================================================================================
 
@@ -53,6 +54,7 @@ from lrconvert.methods.base import Budget, Command, FitContext, Method, Tensors
 from lrconvert.methods.vblora.fit import fit
 from lrconvert.methods.vblora.form import (
     BANK_BITS,
+    EXACT,
     MAX_PASSES,
     MAX_TOP_K,
     MAX_WEIGHT_BITS,
@@ -72,8 +74,8 @@ _FIELDS = {
     "vector_length": (1, MAX_DIM),
     "num_vectors": (1, MAX_VECTORS),
     "top_k": (1, MAX_TOP_K),
-    "bits": (4, 16),
-    "weight_bits": (0, MAX_WEIGHT_BITS),
+    "bits": (4, EXACT),
+    "weight_bits": (0, EXACT),
     "rank": (1, MAX_RANK),
     "passes": (1, MAX_PASSES),
     "rows": (2, 1 << 40),
@@ -127,7 +129,9 @@ class VBLora(Method):
             if type(header[name]) is not int or not least <= header[name] <= most:
                 raise LimitError(f"method.config.{name} is {header[name]!r:.40}; {least} to {most} are allowed")
         if header["bits"] not in BANK_BITS:
-            raise LimitError(f"method.config.bits is {header['bits']}; 16, 8 and 4 are allowed")
+            raise LimitError(f"method.config.bits is {header['bits']}; 32, 16, 8 and 4 are allowed")
+        if MAX_WEIGHT_BITS < header["weight_bits"] < EXACT:
+            raise LimitError(f"method.config.weight_bits is {header['weight_bits']}; 0 to 8 and 32 are allowed")
         if header["top_k"] > header["num_vectors"]:
             raise LimitError(f"method.config.top_k is {header['top_k']}, more than the {header['num_vectors']} vectors")
         if (header["weight_bits"] == 0) != (header["top_k"] == 1):
@@ -178,7 +182,7 @@ class VBLora(Method):
         form = config.form
         if form.bits < 16 and bool((tensors["scales"] < 0).any()):
             raise ValueRangeError("tensor scales: a vector has a negative scale")
-        largest = float(np.abs(tensors["bank"]).max()) if form.bits == 16 else float(2**form.bits - 1)
+        largest = float(np.abs(tensors["bank"]).max()) if form.bits >= 16 else float(2**form.bits - 1)
         for name in ("scales", "gains"):
             if name in tensors:
                 largest *= float(np.abs(tensors[name]).max(initial=0.0))
@@ -189,13 +193,17 @@ class VBLora(Method):
         step = 1 << 20
         for start in range(0, len(tensors["indices"]), step):
             indices = tensors["indices"][start : start + step].astype(np.int64)
-            units = tensors["weights"][start : start + step].astype(np.int64)
-            units = np.concatenate([form.denominator - units.sum(1, keepdims=True), units], axis=1)
+            small = tensors["weights"][start : start + step]
+            rest = _first_weight(small.astype(np.float64) * form.weight_unit)
+            if bool((small < 0).any()) or bool((rest < 0).any()):
+                raise ValueRangeError("tensor weights: a code has a negative weight")
+            if not form.exact_weights and bool((rest < small[:, 0] * form.weight_unit).any()):
+                raise ValueRangeError("tensor weights: the weights of a code leave too little for its first vector")
+            first = np.full(len(rest), np.inf) if form.exact_weights else rest / form.weight_unit
+            units = np.concatenate([first[:, None], small], axis=1)
             ordered = np.sort(indices, axis=1)
             if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
                 raise IndexRangeError("tensor indices: a code names one vector twice")
-            if bool((units[:, 0] < units[:, 1]).any()):
-                raise ValueRangeError("tensor weights: the weights of a code leave too little for its first vector")
             again = canonical_codes(indices, units)
             if not np.array_equal(again[0], indices) or not np.array_equal(again[1], units):
                 raise CanonicalError("tensor indices: a code is not in canonical order")
@@ -222,11 +230,8 @@ class VBLora(Method):
             indices = values["indices"][codes]
             vectors = bank[indices[:, 0]]
             if form.top_k > 1:
-                small = double(values["weights"][codes]) * (1.0 / form.denominator)
-                rest = 1.0 - small[:, 0]
-                for s in range(1, form.top_k - 1):
-                    rest = rest - small[:, s]
-                vectors = vectors * rest[:, None]
+                small = double(values["weights"][codes]) * form.weight_unit
+                vectors = vectors * _first_weight(small)[:, None]
                 for s in range(1, form.top_k):
                     vectors = vectors + bank[indices[:, s]] * small[:, s - 1, None]
             numbers = vectors.reshape(turns, cuts * form.vector_length)[:, :length]
@@ -256,6 +261,14 @@ class VBLora(Method):
 
 
 METHOD = VBLora()
+
+
+def _first_weight(small: Any) -> Any:
+    """1 less the weights of the other vectors (n, k - 1), one after the other."""
+    rest = 1.0 - small[:, 0]
+    for s in range(1, small.shape[1]):
+        rest = rest - small[:, s]
+    return rest
 
 
 def _add_passes(numbers: Any, passes: Sequence[int], xp: Any) -> Any:

@@ -11,13 +11,15 @@ import numpy as np
 
 from lrconvert import packing
 from lrconvert.adapter import Target
+from lrconvert.dtypes import Array
 from lrconvert.packing import TensorSpec
 from lrconvert.vectorbank import I64, Rows
 
 MAX_TOP_K = 16
 MAX_PASSES = 16
 MAX_WEIGHT_BITS = 8
-BANK_BITS = (16, 8, 4)
+EXACT = 32  # bits of numbers that came from elsewhere as float32
+BANK_BITS = (EXACT, 16, 8, 4)
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,16 @@ class Form:
     def denominator(self) -> int:
         """Weights are multiples of 1 / denominator."""
         return 2 << self.weight_bits
+
+    @property
+    def exact_weights(self) -> bool:
+        """Weights are float32 and not multiples of a unit; the first vector of a code need not be the heaviest."""
+        return self.weight_bits == EXACT
+
+    @property
+    def weight_unit(self) -> float:
+        """What a stored weight is multiplied with."""
+        return 1.0 if self.exact_weights else 1.0 / self.denominator
 
     @property
     def code_bits(self) -> int:
@@ -104,20 +116,22 @@ def specs(config: Config, targets: Sequence[Target]) -> tuple[TensorSpec, ...]:
     form = config.form
     _, passes, codes = starts(config, tuple(targets))[-1]
     shape = (form.num_vectors, form.vector_length)
-    found = [packing.half("bank", shape)]
+    found = [packing.single("bank", shape) if form.bits == EXACT else packing.half("bank", shape)]
     if form.bits < 16:
         found = [packing.code("bank", shape, form.bits), packing.half("scales", (form.num_vectors,))]
     found.append(packing.index("indices", (codes, form.top_k), form.num_vectors))
     if form.top_k > 1:
-        found.append(packing.index("weights", (codes, form.top_k - 1), 1 << form.weight_bits))
+        small = (codes, form.top_k - 1)
+        units = packing.index("weights", small, 1 << form.weight_bits)
+        found.append(packing.single("weights", small) if form.exact_weights else units)
     if form.gains:
         found.append(packing.half("gains", (passes,)))
     return tuple(found)
 
 
-def canonical_codes(indices: I64, units: I64) -> tuple[I64, I64]:
+def canonical_codes(indices: I64, units: Array) -> tuple[I64, Array]:
     """Codes (n, k) as the format spells them: heaviest first, lower index first among equals; a weight of zero has the
-    lowest index that is free."""
+    lowest index that is free. `units` are the weights, or multiples of them."""
     order = np.lexsort((indices, -units), axis=1)
     indices, units = np.take_along_axis(indices, order, 1), np.take_along_axis(units, order, 1)
     used = np.where(units > 0, indices, -1)

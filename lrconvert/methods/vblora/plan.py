@@ -15,7 +15,6 @@ from lrconvert.limits import MAX_DIM, MAX_RANK, MAX_VECTORS
 from lrconvert.methods.base import Budget, FitContext
 from lrconvert.methods.vblora.fit import Problem, top_components
 from lrconvert.methods.vblora.form import (
-    BANK_BITS,
     MAX_PASSES,
     MAX_TOP_K,
     MAX_WEIGHT_BITS,
@@ -28,6 +27,7 @@ from lrconvert.methods.vblora.form import (
 from lrconvert.vectorbank import I64
 
 _WEIGHT_BITS = 3  # 2 lose some percent of what is captured, 4 gain none per byte
+_FITTED_BITS = (16, 8, 4)
 _FEW = 1 << 14  # codes of a problem for which planning fits every hopeful form, not only the three best
 _MANY = 1 << 17  # codes above which it fits none, and relies on samples
 _SEARCH_WORK = 1e9  # codes times vectors: the search leaves out forms whose fit would take minutes
@@ -77,7 +77,7 @@ def check_options(lora: LoraAdapter, options: VBLoraOptions) -> None:
         value = getattr(options, name)
         if value is not None and not least <= value <= most:
             raise OptionError(f"--{name.replace('_', '-')} is {value}; {least} to {most} are allowed")
-    if options.bits not in (None, *BANK_BITS):
+    if options.bits not in (None, *_FITTED_BITS):
         raise OptionError(f"--bits is {options.bits}; the bank takes 16, 8 or 4")
     if options.gain not in ("auto", "on", "off"):
         raise OptionError(f"--gain is {options.gain!r}; auto, on and off are allowed")
@@ -207,7 +207,7 @@ class Search:
                 continue
             if b is None and top_k == 1 and not 0.3 <= np.log2(vectors) / length <= 3:
                 continue
-            for bits in BANK_BITS if options.bits is None else (options.bits,):
+            for bits in _FITTED_BITS if options.bits is None else (options.bits,):
                 if options.bits is None and length < {16: 0, 8: 4, 4: 32}[bits]:
                     continue  # the scales eat what the bits save
                 weight_bits = 0 if top_k == 1 else options.weight_bits or _WEIGHT_BITS

@@ -1,0 +1,34 @@
+"""Hypothesis strategies for the formats, for our tests and those of programs that use the library.
+
+    from hypothesis import given
+    from lrconvert import testing
+
+    @given(testing.lrconvert_files())
+    def test_reader(data): ...
+
+`safetensors_files`, `lrconvert_files`, `manifests`, `peft_configs`, `peft_folders` and `shard_indexes` draw valid
+material: bytes, JSON values, or folders as ``{name: bytes}``. `mutations` breaks one thing in any of it. hypothesis is
+loaded when the first of them is called; it comes with ``pip install 'lrconvert[test]'``.
+"""
+
+from lrconvert.testing.containers import safetensors_files
+from lrconvert.testing.indexes import shard_indexes
+from lrconvert.testing.loose import Loose, header_and_data, with_header
+from lrconvert.testing.manifests import lrconvert_files, manifests
+from lrconvert.testing.mutations import Mutation, folder_mutations, mutations
+from lrconvert.testing.peft import peft_configs, peft_folders
+
+__all__ = [
+    "Loose",
+    "Mutation",
+    "folder_mutations",
+    "header_and_data",
+    "lrconvert_files",
+    "manifests",
+    "mutations",
+    "peft_configs",
+    "peft_folders",
+    "safetensors_files",
+    "shard_indexes",
+    "with_header",
+]

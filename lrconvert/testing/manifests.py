@@ -1,0 +1,76 @@
+"""Valid lrconvert files of every method, and their manifests."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lrconvert import api, file
+from lrconvert.adapter import CompactAdapter, ExtraTensor, LoraAdapter, LoraTarget, Provenance, Target, View
+from lrconvert.dtypes import STORAGE, Stored
+from lrconvert.fingerprint import fingerprint
+from lrconvert.methods import base as methods
+from lrconvert.testing import lazy
+from lrconvert.testing.loose import Loose
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import DrawFn, SearchStrategy
+
+_PLACES = (
+    ("blocks.{}.w", "matrix"),
+    ("blocks.{}.w", "transposed"),
+    ("h.{}.q.weight", "matrix"),
+    ("lone{:02}", "matrix"),
+)
+
+
+@cache
+def _fitted(method: str, example: int) -> CompactAdapter:
+    """A tiny LoRA in the form of one of the method's examples."""
+    rng = np.random.default_rng(example)
+    pairs = []
+    for n, (out, inner) in enumerate(((24, 16), (16, 20))):
+        a, b = rng.standard_normal((3, inner)), rng.standard_normal((out, 3))
+        target = Target(f"t.{n}.weight", (out, inner))
+        factors = Stored("F32", a.astype(np.float32)), Stored("F32", b.astype(np.float32))
+        pairs.append(LoraTarget(target, factors[0], factors[1], 2.0))
+    return api.convert(LoraAdapter(tuple(pairs)), method, **methods.get(method).examples[example]).compact
+
+
+def lrconvert_files(method: str | None = None) -> SearchStrategy[bytes]:
+    """Bytes of small valid files, of one method or of any: other names, views, extras and notes around a few fits."""
+    st = lazy.st
+    words = st.text('ab.01 é"\\/<', min_size=1, max_size=8)
+
+    @st.composite
+    def files(draw: DrawFn) -> bytes:
+        chosen = method or draw(st.sampled_from(methods.module_names()))
+        fitted = _fitted(chosen, draw(st.integers(0, len(methods.get(chosen).examples) - 1)))
+        pattern, view = draw(st.sampled_from(_PLACES))
+        first = draw(st.integers(0, 12))
+        targets = []
+        for n, old in enumerate(fitted.targets):
+            shape = old.shape[::-1] if view == "transposed" else old.shape
+            targets.append(Target(pattern.format(first + n), shape, View(view)))
+        if targets != sorted(targets):  # 9 and 10 change places, and their tensors would have to
+            targets = list(fitted.targets)
+        extras = []
+        for name in sorted(draw(st.sets(words, max_size=2))):
+            dtype, length = draw(st.sampled_from(sorted(STORAGE))), draw(st.integers(1, 3))
+            size = STORAGE[dtype].itemsize * length
+            extras.append(ExtraTensor(name, dtype, (length,), draw(st.binary(min_size=size, max_size=size))))
+        notes = Provenance(base_model=draw(st.just("") | words), fields=draw(st.dictionaries(st.just("note"), words)))
+        dressed = replace(
+            fitted, targets=tuple(targets), base=fingerprint(targets), extras=tuple(extras), provenance=notes
+        )
+        return b"".join(file.encode(dressed))
+
+    return files()
+
+
+def manifests(method: str | None = None) -> SearchStrategy[dict[str, Any]]:
+    """The manifests of `lrconvert_files`, as JSON values."""
+    return lrconvert_files(method).map(lambda data: dict(Loose.of(data).manifest))

@@ -1,0 +1,200 @@
+"""A coverage-guided fuzz target over every reader of files, for atheris; without it, a replay of the corpus.
+
+    python tests/fuzz/fuzz_file.py --replay [PATH ...]         no atheris needed: the seeds, or these files
+    python tests/fuzz/fuzz_file.py CORPUS -max_total_time=600  atheris; finds are kept in the folder CORPUS
+
+See README.md in this folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import safetensors
+
+atheris: ModuleType | None
+try:
+    import atheris
+except ImportError:
+    atheris = None
+
+with atheris.instrument_imports(include=["lrconvert"]) if atheris else contextlib.nullcontext():
+    from lrconvert import file, validation
+    from lrconvert.container import INDEX_NAME, ContainerFile, open_checkpoint
+    from lrconvert.errors import LrcError
+    from lrconvert.methods import base as methods
+    from lrconvert.readers import base as readers
+    from lrconvert.testing.loose import Loose, spelled
+
+    methods.all_methods(), readers.all_readers()  # these are imported by name, when they are first needed
+
+FIXTURES = Path(__file__).resolve().parent.parent.parent / "fixtures"
+CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+
+# Two files in one input: a tag, the length of the first, the first, the second.
+LORA, BASE, SIGN = b"LORA", b"BASE", b"SIGN"
+
+
+def joined(tag: bytes, first: bytes, second: bytes) -> bytes:
+    return tag + len(first).to_bytes(4, "little") + first + second
+
+
+def parted(data: bytes) -> tuple[bytes, bytes]:
+    """The two files of an input, however long the first claims to be."""
+    size = int.from_bytes(data[4:8], "little")
+    return data[8 : 8 + size], data[8 + size :]
+
+
+def _folder() -> Path:
+    """A folder in memory where the system has one."""
+    shared = Path("/dev/shm")
+    return Path(tempfile.mkdtemp(prefix="lrconvert-fuzz-", dir=shared if os.access(shared, os.W_OK) else None))
+
+
+# --- what must hold -------------------------------------------------------------------------------------------------
+
+
+def check_container(path: Path, data: bytes) -> None:
+    """Refused by an error of ours, or the safetensors library finds the same tensors."""
+    try:
+        with ContainerFile(path) as opened:
+            ours = {t.name: (t.dtype, list(t.shape), bytes(opened.read(t))) for t in opened.tensors}
+    except LrcError as error:
+        assert str(error).isprintable()
+        return
+    theirs = {n: (i["dtype"], i["shape"], bytes(i["data"])) for n, i in safetensors.deserialize(data)}
+    assert ours == theirs
+
+
+def check_file(path: Path, data: bytes) -> None:
+    """Refused, by `read` and `validate` alike, or the writer gives the same bytes and every factor can be had."""
+    findings = validation.validate(path).findings
+    try:
+        compact = file.read(path)
+    except LrcError as error:
+        assert error.code in {f.code for f in findings}
+        return
+    assert not findings and b"".join(file.encode(compact)) == data
+    for target, a, b in methods.expand_all(compact):
+        assert (b.shape[0], a.shape[1]) == target.matrix_shape
+
+
+class Target:
+    """Runs one input. Files are written to a folder of its own, which `close` removes."""
+
+    def __init__(self) -> None:
+        self.root = _folder()
+
+    def close(self) -> None:
+        for path in self.root.iterdir():
+            path.unlink()
+        self.root.rmdir()
+
+    def __call__(self, data: bytes) -> None:
+        if data[:4] == LORA:
+            self.lora(*parted(data))
+        elif data[:4] == BASE:
+            self.base(*parted(data))
+        elif data[:4] == SIGN:
+            self.signed(*parted(data))
+        else:
+            path = self._put("x.lrc", data)
+            check_container(path, data)
+            check_file(path, data)
+
+    def _put(self, name: str, data: bytes) -> Path:
+        path = self.root / name
+        path.write_bytes(data)
+        return path
+
+    def signed(self, manifest: bytes, source: bytes) -> None:
+        """The lrconvert file `source` with another manifest and right digests, which guard all that lies behind."""
+        try:
+            loose = Loose.of(source)
+            loose.manifest = json.loads(manifest)
+            data = loose.sign().file()
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+            return  # nothing that can be signed
+        check_file(self._put("x.lrc", data), data)
+
+    def lora(self, config: bytes, weights: bytes) -> None:
+        """A PEFT folder: refused, or it has targets and finite scales."""
+        self._put(CONFIG_NAME, config)
+        self._put(WEIGHTS_NAME, weights)
+        with contextlib.suppress(LrcError):
+            lora = readers.load(self.root)
+            assert lora.targets and all(abs(p.scale) < float("inf") for p in lora.targets)
+
+    def base(self, index: bytes, shard: bytes) -> None:
+        """An index with one shard, m.safetensors: refused, or every tensor can be read."""
+        self._put(INDEX_NAME, index)
+        self._put("m.safetensors", shard)
+        with contextlib.suppress(LrcError), open_checkpoint(self.root) as checkpoint:
+            for info in checkpoint.tensors.values():
+                assert len(checkpoint.read(info)) == info.nbytes
+
+
+# --- seeds ----------------------------------------------------------------------------------------------------------
+
+
+def seeds() -> Iterator[tuple[str, bytes]]:
+    """(name, input) from the golden and the hostile files and the small adapters, as they lie in fixtures/."""
+    hostile = FIXTURES / "hostile"
+    for path in sorted([*(FIXTURES / "golden").rglob("*.lrc"), *hostile.glob("*.lrc"), *hostile.glob("*.safetensors")]):
+        yield f"{path.parent.name}-{path.name}", path.read_bytes()
+        if path.parent.parent.name == "v1":
+            text = spelled(Loose.of(path.read_bytes()).manifest, sort=True)
+            yield f"signed-{path.parent.name}-{path.name}", joined(SIGN, text, path.read_bytes())
+    folders = [*sorted(hostile.iterdir()), *(FIXTURES / "adapters" / name for name in ("vit-plain", "bert-classifier"))]
+    for folder in folders:
+        config, weights, index = folder / CONFIG_NAME, folder / WEIGHTS_NAME, folder / INDEX_NAME
+        if config.exists() and weights.exists():
+            yield folder.name, joined(LORA, config.read_bytes(), weights.read_bytes())
+        elif index.exists():
+            shard = folder / "m.safetensors"
+            yield folder.name, joined(BASE, index.read_bytes(), shard.read_bytes() if shard.exists() else b"")
+
+
+def replay(paths: list[Path]) -> int:
+    """Run the seeds, or the files at `paths` (folders: all in them). Returns how many; the first failure is raised."""
+    given = [p for path in paths for p in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    inputs = [(str(p), p.read_bytes()) for p in given] if paths else list(seeds())
+    target = Target()
+    try:
+        for name, data in inputs:
+            try:
+                target(data)
+            except BaseException as error:
+                error.add_note(f"input: {name}")
+                raise
+    finally:
+        target.close()
+    return len(inputs)
+
+
+def main(arguments: list[str]) -> None:
+    if arguments[:1] == ["--replay"]:
+        print(f"{replay([Path(a) for a in arguments[1:]])} inputs, no failure")
+        return
+    if atheris is None:
+        sys.exit("atheris is not installed; --replay runs without it")
+    corpus = next((Path(a) for a in arguments if not a.startswith("-")), None)
+    if corpus is None:
+        sys.exit("give a folder for the corpus: it is filled with the seeds, then with what is found")
+    corpus.mkdir(exist_ok=True)
+    for name, data in seeds():
+        (corpus / name).write_bytes(data)
+    target = Target()
+    atheris.Setup([sys.argv[0], *arguments], target)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

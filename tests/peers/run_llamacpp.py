@@ -1,0 +1,71 @@
+"""llama.cpp's own converter on adapters, the file read back: ``python run_llamacpp.py BASE < folders.json``.
+
+What the runtime does with the file (`src/llama-adapter.cpp`, C++, not built here) is repeated below in Python.
+"""
+
+from __future__ import annotations
+
+import logging
+import runpy
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import runner
+
+LIB = runner.library("llamacpp")
+BASE = runner.base()
+sys.path[:0] = [str(LIB), str(LIB / "gguf-py")]
+
+import gguf  # noqa: E402
+
+MODULES = {
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+WHOLE = {"token_embd": "model.embed_tokens", "output": "lm_head"}
+
+
+def load(folder: Path, base: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "adapter.gguf"
+        sys.argv = ["convert", "--base", str(BASE), "--outfile", str(out), str(folder)]
+        try:
+            runpy.run_path(str(LIB / "convert_lora_to_gguf.py"), run_name="__main__")
+        except SystemExit as end:
+            if end.code:
+                raise RuntimeError(f"the converter ended with {end.code}") from None
+        finally:
+            logging.getLogger().handlers.clear()
+        return _read(out)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    reader = gguf.GGUFReader(path)
+    alpha = reader.fields["adapter.lora.alpha"].contents()
+    stored = {tensor.name: tensor.data for tensor in reader.tensors}
+    norms, dropped, shapes = {}, [], {}
+    for name, a in stored.items():
+        if name.endswith("_norm.weight"):
+            dropped.append(name)  # llama_adapter_lora_init_impl skips them
+        if not name.endswith(".lora_a"):
+            continue
+        module = name.removesuffix(".weight.lora_a")
+        b = stored[f"{module}.weight.lora_b"]
+        if module == "token_embd":
+            a = a.T  # stored flipped, see build_inp_embd
+        rank = b.shape[1]
+        shapes[module] = [b.shape[0], a.shape[1]]
+        scale = alpha / rank if alpha else 1.0  # llama_adapter_lora_weight::get_scale
+        full = WHOLE.get(module)
+        if full is None:
+            _, block, kind = module.split(".")
+            full = f"model.layers.{block}.{MODULES.get(kind, kind)}"
+        norms[full] = runner.norm(scale, b, a)
+    return {"norms": norms, "dropped": dropped, "shapes": shapes}
+
+
+if __name__ == "__main__":
+    runner.serve(load)
