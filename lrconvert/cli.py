@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 from lrconvert import __version__
-from lrconvert.errors import EXIT_REFUSED, LrcError
+from lrconvert.errors import EXIT_REFUSED, LrcError, printable
 
 SCHEMA_VERSION = 1
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
@@ -89,12 +89,12 @@ _pickle = click.option(*_PICKLE, is_flag=True, help=_PICKLE_HELP)
 
 
 def _emit(value: dict[str, Any]) -> None:
-    click.echo(json.dumps({"schema": SCHEMA_VERSION, **value}, indent=1, ensure_ascii=False))
+    click.echo(json.dumps({"schema": SCHEMA_VERSION, **value}, indent=1))
 
 
 def _warn(warnings: typing.Iterable[str]) -> None:
     for line in warnings:
-        click.echo(f"warning: {line}", err=True)
+        click.echo(f"warning: {printable(line, 1000)}", err=True)
 
 
 @contextmanager

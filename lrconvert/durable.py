@@ -93,9 +93,16 @@ def _check_parent(path: Path) -> None:
         raise OutputPathError(f"the folder {str(parent)!r} {what}", fix="create it first: mkdir -p", path=path)
 
 
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):  # a link that leads to itself
+        raise OutputPathError("is a link that leads nowhere", fix="remove it, or choose another", path=path) from None
+
+
 def _check_apart(path: Path, source: Path) -> None:
     """Raise E-OUT-PATH if writing `path` would touch `source`."""
-    ours, theirs = path.resolve(), source.resolve()
+    ours, theirs = _resolved(path), _resolved(source)
     if ours == theirs:
         raise OutputPathError("is also the input", fix="choose another output", path=path)
     if ours in theirs.parents:
@@ -107,7 +114,7 @@ def _check_apart(path: Path, source: Path) -> None:
 def _check_folder(path: Path, info: os.stat_result, overwrite: bool) -> None:
     if not stat.S_ISDIR(info.st_mode):
         raise OutputPathError("is not a folder", fix="give the path of a folder", path=path)
-    real = path.resolve()
+    real = _resolved(path)
     if real in (Path.cwd(), Path.home().resolve()) or real in Path.cwd().parents or real.is_mount():
         raise OutputPathError("is a folder that must not be replaced", fix="choose another output", path=path)
     if not overwrite and any(path.iterdir()):

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,11 +24,25 @@ from lrconvert.report import Fidelity
 PREFIX = "base_model.model."
 
 
+_EMBEDDING = re.compile(r"embed|^wte$|^wpe$")
+_USE_NAMES = {
+    "add": "trained bias of its LoRA",
+    "magnitude": "DoRA magnitude",
+    "rows": "list of trained token rows",
+    "row_indices": "list of trained token rows",
+}
+
+
 def module_name(target: Target) -> str:
-    """The module that holds a target's weight. Raises E-EXPORT for parameters that PEFT cannot adapt as a module."""
-    if target.view.kind not in ("matrix", "transposed") or not target.name.endswith(".weight"):
-        raise ExportError(f"{target.name!r} ({target.view.text}) is not the weight of a linear layer")
-    return target.name.removesuffix(".weight")
+    """The module of a linear layer. Raises E-EXPORT for what PEFT stores in another way than lora_A and lora_B."""
+    module = target.name.removesuffix(".weight")
+    embedding = target.view.kind == "transposed" and _EMBEDDING.search(module.rpartition(".")[2])
+    if target.view.kind not in ("matrix", "transposed") or embedding or module == target.name:
+        raise ExportError(
+            f"{target.name!r} ({target.view.text}) is no linear layer; this export writes linear layers only",
+            fix="convert again with --exclude for these targets",
+        )
+    return module
 
 
 def base_config(compact: CompactAdapter, modules: list[str]) -> dict[str, Any]:
@@ -62,6 +77,13 @@ def _placed(owner: str, modules: list[str]) -> bool:
 
 
 def extra_tensors(compact: CompactAdapter) -> list[tuple[str, str, tuple[int, ...], bytes]]:
+    """The extras under PEFT's names. Raises E-EXPORT for parts of the update that stand beside the factors."""
+    for extra in compact.extras:
+        if extra.use != "replace":
+            raise ExportError(
+                f"{extra.name!r} has a {_USE_NAMES[extra.use]}, which this export does not write yet",
+                fix="keep the lrconvert file; without this tensor the model would answer otherwise",
+            )
     return [(PREFIX + e.name, e.dtype, e.shape, e.data) for e in compact.extras]
 
 
