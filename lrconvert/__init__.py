@@ -27,6 +27,7 @@ __all__ = [
     "load_lora",
     "merge",
     "read",
+    "upgrade",
     "validate",
     "write",
 ]
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
         load_lora,
         merge,
         read,
+        upgrade,
         validate,
         write,
     )

@@ -45,9 +45,13 @@ def load_lora(path: AnyPath, *, allow_pickle: bool = False) -> LoraAdapter:
     """The LoRA at `path`: a folder or file in any layout that a reader knows.
 
     `allow_pickle`, here and below: load ``.bin`` and ``.pt`` files too, with torch's loader that builds tensors only.
-    Raises E-LAYOUT if no reader knows the layout, and the reader's refusals (an `LrcError` with a stable code each).
+    An lrconvert file is expanded, with a warning: what is fitted to it is a second generation. Raises E-LAYOUT if no
+    reader knows the layout, and the reader's refusals (an `LrcError` with a stable code each).
     """
-    return readers.load(Path(path), readers.ReadOptions(allow_pickle=allow_pickle))
+    where = Path(path)
+    if where.is_file() and file.is_lrconvert(where):
+        return report.expanded(file.read(where))
+    return readers.load(where, readers.ReadOptions(allow_pickle=allow_pickle))
 
 
 def load(path: AnyPath, *, allow_pickle: bool = False) -> LoraAdapter | CompactAdapter:
@@ -66,6 +70,13 @@ def read(path: AnyPath) -> CompactAdapter:
 def write(compact: CompactAdapter, path: AnyPath, *, overwrite: bool = False) -> file.Sizes:
     """Write an lrconvert file, atomically. The same content gives the same bytes everywhere. Returns its sizes."""
     return file.write(compact, Path(path), overwrite=overwrite)
+
+
+def upgrade(path: AnyPath, out: AnyPath, *, overwrite: bool = False) -> file.Sizes:
+    """Write the file at `path`, of whatever container version, as one of the newest; every factor stays as it is.
+    A file of the newest version gives the same bytes again."""
+    check_output(Path(out), overwrite, inputs=[Path(path)])
+    return file.write(file.read(Path(path)), Path(out), overwrite=overwrite)
 
 
 def inspect(path: AnyPath, *, allow_pickle: bool = False) -> dict[str, Any]:
@@ -195,7 +206,14 @@ def _select(lora: LoraAdapter, include: Sequence[str], exclude: Sequence[str]) -
         left_out = next(pair.target.name for pair in lora.targets if pair not in kept)
         count = len(lora.targets) - len(kept)
         warnings += (f"{count} of {len(lora.targets)} targets are left out as asked, {left_out} for one",)
-    return replace(lora, targets=kept), warnings
+    gone = {pair.target.name for pair in lora.targets} - {pair.target.name for pair in kept}
+    extras = tuple(e for e in lora.extras if e.use == "replace" or _owner(e) not in gone)
+    return replace(lora, targets=kept, extras=extras), warnings
+
+
+def _owner(extra: ExtraTensor) -> str:
+    """The target that a part of an update belongs to: a LoRA's bias goes with its layer."""
+    return extra.name.removesuffix(".bias") + ".weight" if extra.use == "add" else extra.name
 
 
 def _settle(lora: LoraAdapter, base: Path) -> tuple[LoraAdapter, str]:

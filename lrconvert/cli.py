@@ -166,6 +166,18 @@ def validate(files: tuple[Path, ...], base: Path | None, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("path", metavar="FILE", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The file to write.")
+@_overwrite
+def upgrade(path: Path, output: Path, overwrite: bool) -> None:
+    """Write an lrconvert FILE in the newest version of the format."""
+    from lrconvert import api
+
+    sizes = api.upgrade(path, output, overwrite=overwrite)
+    click.echo(f"wrote {printable(str(output))}: {sizes.total:,} bytes, the update unchanged")
+
+
+@cli.command()
 @_source
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @_pickle

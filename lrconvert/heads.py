@@ -30,6 +30,7 @@ _CLASSES = {
     "QUESTION_ANS": "ForQuestionAnswering",
 }
 _STEM = re.compile(r"(.+?)(?:PreTrainedModel|Model|LMHeadModel|DoubleHeadsModel|For[A-Z]\w*)")
+_NAME_LENGTH = 256  # of a class; the patterns here take quadratic time
 _LANGUAGE_MODEL = re.compile(r".*(?:LMHeadModel|DoubleHeadsModel|ForCausalLM|ForConditionalGeneration)")
 _HEADLESS = re.compile(r".*(?:Model|ForSequenceClassification|ForTokenClassification|ForQuestionAnswering)")
 # First segments of names that are a head, where a checkpoint was saved without its architecture's prefix.
@@ -84,10 +85,11 @@ class _Planner:
     def __init__(self, adapters: Sequence[Adapter], resolved: Sequence[Adapter], checkpoint: Checkpoint) -> None:
         self.adapters, self.checkpoint, self.config = adapters, checkpoint, checkpoint.config
         self.extras = _gather(adapters)
+        self.index = targets.NameIndex(checkpoint)
         self.targets = {t.name for adapter in resolved for t in _targets(adapter)}
         self.updated = {name for adapter in resolved for name in _updated(adapter)}
         self.prefixes = {
-            _prefix(ours.name, theirs.name)
+            self._prefix(ours.name, theirs.name)
             for adapter, other in zip(adapters, resolved, strict=True)
             for ours, theirs in zip(_targets(adapter), _targets(other), strict=True)
             if theirs.name in checkpoint.tensors
@@ -127,7 +129,7 @@ class _Planner:
     def _place_base_layer(self, extra: ExtraTensor) -> None:
         """The base's own weight, which PEFT stores beside the LoRA of an embedding or head."""
         name = extra.name.replace("base_layer.", "")
-        stored = targets.resolve_name(name, self.checkpoint) or targets.tied_source(name, self.checkpoint)
+        stored = self.index.find(name) or targets.tied_source(name, self.checkpoint)
         if stored is None:
             raise _no_place(extra, f"the base has no {name!r}")
         info = self.checkpoint.tensors[stored]
@@ -138,11 +140,11 @@ class _Planner:
         if info.dtype not in FLOATS or extra.dtype not in FLOATS:
             raise _no_place(extra, f"it is {extra.dtype}, the base's {stored!r} {info.dtype}")
         if not _same_values(extra, info, self.checkpoint):
-            target = targets.resolve_name(name, self.checkpoint) or name
+            target = self.index.find(name) or name
             self.values[target] = _cast(extra, info.dtype)
 
     def _place_extra(self, extra: ExtraTensor) -> None:
-        stored = targets.resolve_name(extra.name, self.checkpoint)
+        stored = self.index.find(extra.name)
         if (stored or extra.name) in self.targets:
             raise _no_place(extra, "it is also a target of an update")
         if stored is not None:
@@ -151,6 +153,17 @@ class _Planner:
             self.added.append(extra)
 
     # --- the architecture ---
+
+    def _prefix(self, ours: str, stored: str) -> str | None:
+        """What the adapter's name has before the stored one, None if they differ otherwise. Of names that a release
+        renamed only those of a bare model lack a prefix: what others differ in at the front is renaming."""
+        if ours.endswith(stored):
+            return ours.removesuffix(stored)
+        ours, stored = self.index.canonical(ours), self.index.canonical(stored)
+        if not (ours.endswith(stored) or stored.endswith(ours)):
+            return None
+        bare = self._architecture.endswith("Model") and not _LANGUAGE_MODEL.fullmatch(self._architecture)
+        return ours.removesuffix(stored) if bare and ours.endswith(stored) else ""
 
     @property
     def _architecture(self) -> str:
@@ -187,7 +200,7 @@ class _Planner:
         if named:
             return named
         suffix = _CLASSES.get(adapter.provenance.task_type)
-        stem = _STEM.fullmatch(self._architecture)
+        stem = _STEM.fullmatch(self._architecture[:_NAME_LENGTH])
         return f"{stem[1]}{suffix}" if suffix and stem else ""
 
     def _check_added(self, architecture: str) -> None:
@@ -376,15 +389,12 @@ def _gather(adapters: Sequence[Adapter]) -> list[ExtraTensor]:
     """All extras by name. Raises E-PLACE if two adapters bring different tensors of one name."""
     found: dict[str, ExtraTensor] = {}
     for extra in (e for adapter in adapters for e in adapter.extras):
+        if extra.use != "replace":
+            raise _no_place(extra, f"its use is {extra.use!r}", "this part of an adapter cannot be merged yet")
         other = found.setdefault(extra.name, extra)
         if not _same_tensor(other, extra):
             raise _no_place(extra, "two adapters bring different ones", "merge one of them")
     return list(found.values())
-
-
-def _prefix(ours: str, stored: str) -> str | None:
-    """What the adapter's name has before the stored one: "" if they are equal, None if they differ otherwise."""
-    return ours.removesuffix(stored) if ours.endswith(stored) else None
 
 
 def _inside(name: str, prefix: str) -> bool:

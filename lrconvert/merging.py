@@ -345,14 +345,15 @@ def _compact_term(method: Method, adapter: CompactAdapter, values: Mapping[str, 
 
 def _oriented(target: Target, scale: float, a: Array, b: Array) -> Term:
     """``scale * B @ A`` or its transpose, as `target` is stored."""
-    return Term(scale, a.T, b.T) if target.view.kind == "transposed" else Term(scale, b, a)
+    turned = target.view.kind in ("transposed", "expert_transposed")
+    return Term(scale, a.T, b.T) if turned else Term(scale, b, a)
 
 
 def _extent(target: Target) -> tuple[int, int, int]:
     """(first row, end of rows, columns) of a target in its parameter, seen as the matrix (-1, columns) of its rows; a
     stack of experts is one tall matrix."""
     shape, kind = target.shape, target.view.kind
-    if kind == "expert":
+    if kind in ("expert", "expert_transposed"):
         which = int(target.view.text.split(":")[1])
         return which * shape[1], (which + 1) * shape[1], shape[2]
     if kind == "rows":

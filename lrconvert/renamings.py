@@ -3,8 +3,8 @@
 Hub checkpoints keep the names that they were first saved with, an adapter has those of the release that it was trained
 on. Neither is turned into the other: two names mean the same parameter if their canonical spellings are equal, so both
 directions are one rule, and a name that could be two is seen as such. The rules are those of transformers 5 that only
-rename (`transformers/conversion_mapping.py`; a test compares them); where it also fuses, splits or permutes weights, the
-parameters are others. A family's rules hold for bases whose config names the family, as a whole or as a part.
+rename (its `conversion_mapping.py`; a test compares them); where weights are also fused, split or permuted, they are
+other parameters. A family's rules hold for bases whose config names the family, as a whole or as a part.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ _DETR = """
 
 # In whatever architecture: text models and vision towers lost a level, multimodal models gained one.
 GENERAL = """
-    ^model.language_model.model -> model.language_model
-    ^language_model.model -> model.language_model
+    language_model.model -> language_model
     vision_tower.vision_model -> vision_tower
     image_tower.vision_model -> image_tower
+    video_tower.vision_model -> video_tower
     vision_model.vision_model -> vision_model
     text_model.text_model -> text_model
 """
@@ -56,7 +56,7 @@ FAMILIES: Mapping[str, str] = {
     "beit": _VIT + "backbone.layers -> backbone.beit.layers",
     "pixio": _VIT + "^encoder -> pixio",
     "dinov2 dinov2_with_registers": _DINO + "mlp.weights_out -> mlp.down_proj",
-    "lw_detr rf_detr": _DINO + "attention.output -> attention.o_proj \n self_attn.out_proj -> self_attn.o_proj",
+    "lw_detr": _DINO + "attention.output -> attention.o_proj \n self_attn.out_proj -> self_attn.o_proj",
     "swin": """
         attention.self.query -> attention.q_proj
         attention.self.key -> attention.k_proj
@@ -101,16 +101,29 @@ FAMILIES: Mapping[str, str] = {
         layers.#.fc2 -> layers.#.mlp.layers.1
         encoder.encoder.#.layers -> encoder.aifi.#.layers
     """,
-    "dinov3_vit": "^layer -> model.layer",
+    "dinov3_vit": "^layer -> model.layer \n backbone.layer -> backbone.model.layer",
     "dinov3_convnext": "^stages -> model.stages",
     "altclip": "encoder.layer -> encoder.layers",
     # --- text ---
     "gpt_neox": "^embed_out -> lm_head",
-    "nemotron_h": "^backbone -> model",
-    "mixtral minimax minimax_m2 kimi_linear": "block_sparse_moe -> mlp",
+    "nemotron_h": "^backbone -> model \n language_model.backbone -> language_model.model",
+    "mixtral minimax minimax_m2": "block_sparse_moe -> mlp",
     "phimoe": "block_sparse_moe -> mlp \n mlp.gate -> mlp.router",
     "granitemoe granitemoeshared granitemoehybrid": "block_sparse_moe.router.layer -> block_sparse_moe.router",
     "hy_v3": "mlp.shared_mlp -> mlp.shared_experts \n mlp.router.gate -> mlp.gate",
+    "hy_v4": "linear_gate -> gate_proj",
+    "lfm3": "self_attn.gate_proj -> self_attn.g_proj",
+    "glm5_next glm5_next_text kimi_linear": """
+        block_sparse_moe -> mlp
+        self_attn.f_a_proj -> self_attn.forget_gate.f_a_proj
+        self_attn.f_b_proj -> self_attn.forget_gate.f_b_proj
+    """,
+    "bailing_hybrid": """
+        model.word_embeddings -> model.embed_tokens
+        attention -> self_attn
+        self_attn.f_proj -> self_attn.forget_gate.f_proj
+        self_attn.dense -> self_attn.o_proj
+    """,
     "laguna": "mlp.shared_expert -> mlp.shared_experts",
     "nomic_bert": """
         encoder.layers -> layers
@@ -126,18 +139,20 @@ FAMILIES: Mapping[str, str] = {
     # --- more than one modality ---
     "qwen2_vl qwen2_5_vl": "^model -> model.language_model unless language_model visual",
     "qwen2_5_omni_thinker qwen3_omni_moe_thinker": """
-        ^thinker.model -> thinker.model.language_model unless language_model visual audio_tower
+        thinker.visual -> thinker.model.visual
+        thinker.audio_tower -> thinker.model.audio_tower
+        thinker.model -> thinker.model.language_model unless language_model visual audio_tower
         ^model -> model.language_model unless language_model visual audio_tower
     """,
     "paddleocr_vl": "^mlp_AR -> projector \n ^model -> model.language_model unless visual projector language_model",
-    "emu3": "^text_model.model -> model.text_model",
+    "emu3": "text_model.model -> text_model",
     "step3p7": """
         ^vit_large_projector -> multi_modal_projector
         ^model -> model.language_model unless language_model vision_model multi_modal_projector
         share_expert -> mlp.shared_experts
     """,
     "minimax_m3_vl": """
-        vision_tower.encoder -> vision_tower
+        vision_tower.vision_model.encoder -> vision_tower
         patch_merge_mlp.linear_1 -> multi_modal_projector.merge_linear_1
         patch_merge_mlp.linear_2 -> multi_modal_projector.merge_linear_2
         block_sparse_moe -> mlp
@@ -153,10 +168,10 @@ FAMILIES: Mapping[str, str] = {
         ^model.layers -> model.language_model.layers
         ^model.embed_tokens -> model.language_model.embed_tokens
     """,
-    "pi0": """
-        ^paligemma_with_expert.paligemma.model -> model.vlm
-        ^paligemma_with_expert.gemma_expert.model -> model.dit
-        vlm.language_model.model -> vlm.language_model
+    "colqwen2": "vlm.model -> vlm",
+    "t5gemma2": """
+        encoder.layers -> encoder.text_model.layers
+        encoder.embed_tokens -> encoder.text_model.embed_tokens
     """,
 }
 
@@ -189,7 +204,7 @@ def parse(text: str) -> tuple[Rule, ...]:
 @cache
 def _rules(families: tuple[str, ...]) -> tuple[Rule, ...]:
     chosen = [text for name in families for members, text in FAMILIES.items() if name in members.split()]
-    return parse("\n".join([GENERAL, *chosen]))
+    return parse("\n".join([*chosen, GENERAL]))
 
 
 def families(config: Mapping[str, Any], depth: int = 3) -> Iterable[str]:
@@ -197,8 +212,8 @@ def families(config: Mapping[str, Any], depth: int = 3) -> Iterable[str]:
     own = config.get("model_type")
     if isinstance(own, str):
         yield own
-    for key in sorted(config):
-        if depth and key.endswith("_config") and isinstance(config[key], dict):
+    for key in sorted(config) if depth else ():
+        if isinstance(config[key], dict):
             yield from families(config[key], depth - 1)
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from lrconvert import canonical, file
 from lrconvert.adapter import CompactAdapter, LoraAdapter, LoraTarget, Target
-from lrconvert.dtypes import Array
-from lrconvert.errors import BaseError
+from lrconvert.dtypes import Array, Stored
+from lrconvert.errors import BaseError, EmptyAdapterError
 from lrconvert.methods import base as methods
 
 
@@ -169,3 +169,18 @@ def _common(extras: Sequence[Any], base_model: str, task_type: str) -> dict[str,
         "base_model": base_model,
         "task_type": task_type,
     }
+
+
+def expanded(compact: CompactAdapter) -> LoraAdapter:
+    """A compact adapter as a plain LoRA, its factors in float32, targets of rank 0 left out."""
+    pairs = tuple(
+        LoraTarget(target, Stored("F32", np.ascontiguousarray(a)), Stored("F32", np.ascontiguousarray(b)), 1.0)
+        for target, a, b in methods.expand_all(compact)
+        if a.shape[0]
+    )
+    if not pairs:
+        raise EmptyAdapterError("every target of the file has rank 0")
+    captured = compact.provenance.fields.get("captured", "an unknown share")
+    warning = f"the source is a compact file that kept {captured} of its own source: what is measured is against it"
+    fields = {key: text for key, text in compact.provenance.fields.items() if key != "captured"}
+    return LoraAdapter(pairs, compact.extras, replace(compact.provenance, fields=fields), (warning,))

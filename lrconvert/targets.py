@@ -1,20 +1,22 @@
 """The one place that maps an adapter's targets onto a base.
 
 Names: a hub checkpoint may be saved with or without its architecture's prefix (``transformer.h.0`` / ``h.0``), and
-newer releases move modules (``language_model.model`` / ``model.language_model``). Orientation: Conv1D stores (in, out);
-configurations get that flag wrong, so the stored shape decides, and for square weights the architecture or the
-non-square siblings do. What stays undecided is refused.
+releases of transformers rename modules (`renamings`). Orientation: Conv1D stores (in, out); configurations get that
+flag wrong, so the stored shape decides, and for square weights the architecture or the non-square siblings do. What
+stays undecided is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, TypeVar
 
+from lrconvert import renamings
 from lrconvert.adapter import MATRIX, TRANSPOSED, CompactAdapter, LoraAdapter, Target, View
 from lrconvert.container import Checkpoint
-from lrconvert.errors import BaseError, OrientationError
+from lrconvert.errors import BaseError, LrcError, OrientationError, ShapeError
 
 Adapter = TypeVar("Adapter", LoraAdapter, CompactAdapter)
 
@@ -23,63 +25,101 @@ CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transfo
 # Modules of those families that are ordinary linear layers all the same.
 _LINEAR_IN_CONV1D = ("lm_head", "score", "classifier", "wte", "wpe")
 
-# Module renamings between releases of transformers: equal prefixes of parameter names.
-RENAMINGS = (
-    ("model.language_model.", "language_model.model."),
-    ("model.visual.", "visual."),
-    ("model.vision_tower.", "vision_tower."),
-    ("model.multi_modal_projector.", "multi_modal_projector."),
+# Layers that some checkpoints keep as one tensor and others as several, by the last segment of their module.
+_PARTS = frozenset(("q_proj", "k_proj", "v_proj", "query", "key", "value", "gate_proj", "up_proj", "q", "k", "v"))
+_FUSED = frozenset(
+    (
+        *("qkv", "qkv_proj", "Wqkv", "w_qkv", "wqkv", "query_key_value", "in_proj", "att_proj", "c_attn", "gqkv_proj"),
+        *("gate_up_proj", "up_gate_proj", "weights_in", "w12", "ff_proj"),
+    )
 )
 
 HEADS = ("lm_head.weight", "embed_out.weight")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "shared.weight")
-
-
-def _spellings(name: str) -> Iterable[str]:
-    """`name` and its declared renamings."""
-    yield name
-    for old, new in RENAMINGS:
-        for this, other in ((old, new), (new, old)):
-            if name.startswith(this):
-                yield other + name[len(this) :]
+# Layers that are stored in one way whatever their model does with the others.
+_OF_THEIR_OWN = (*EMBEDDINGS, *(f".{module}.weight" for module in _LINEAR_IN_CONV1D))
 
 
 class NameIndex:
-    """Look-up of parameter names in a base, up to one leading segment and the declared renamings."""
+    """Look-up of parameter names in a base, up to one leading segment and the renamings of its family."""
 
-    def __init__(self, names: Iterable[str]) -> None:
-        self._names = set(names)
-        self._without_prefix: dict[str, list[str]] = {}
-        for name in sorted(self._names):
-            self._without_prefix.setdefault(name.partition(".")[2], []).append(name)
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._names, self._root = checkpoint.tensors.keys(), checkpoint.root
+        self._rules = renamings.rules(checkpoint.config)
 
-    def candidates(self, name: str) -> list[str]:
+    def find(self, name: str) -> str | None:
+        """The stored name that `name` means, or None. Raises E-BASE if several are possible."""
+        found = self._candidates(name)
+        if len(found) > 1:
+            raise BaseError(f"{name!r} may be any of {', '.join(found[:5])}", path=self._root)
+        return found[0] if found else None
+
+    def canonical(self, name: str) -> str:
+        return renamings.canonical(name, self._rules)
+
+    @cached_property
+    def _plain(self) -> _Table:
+        return _Table((name, name) for name in self._names)
+
+    @cached_property
+    def _renamed(self) -> _Table:
+        return _Table((self.canonical(name), name) for name in self._names)
+
+    def _candidates(self, name: str) -> list[str]:
         """Stored names that `name` may mean; the exact name alone if it is stored."""
         if name in self._names:
             return [name]
-        found: set[str] = set()
-        for spelling in _spellings(name):
-            shorter = spelling.partition(".")[2]
-            found.update({spelling, shorter} & self._names)
-            found.update(self._without_prefix.get(spelling, []))
-        return sorted(found)
+        return sorted({*self._plain.matches(name), *self._renamed.matches(self.canonical(name))})
 
-    def similar(self, name: str) -> list[str]:
-        """Up to five stored names with the same last two segments, for messages."""
-        tail = ".".join(name.split(".")[-2:])
-        return sorted(n for n in self._names if n.endswith(tail))[:5]
+    def missing(self, name: str) -> BaseError:
+        """The error for a name that is not stored: with similar names, or how its layer is stored there."""
+        what = f"the target {name!r} is not in the base"
+        parts = self.canonical(name).split(".")
+        module = parts[-2] if len(parts) > 1 else ""
+        if "experts" in parts and (found := self._in_layer(name, lambda parts: "experts" in parts)):
+            what = f"{what}, which stores its experts in another form: {found}"
+        elif module in _PARTS and (found := self._in_layer(name, lambda parts: not _FUSED.isdisjoint(parts))):
+            what = f"{what}, which stores that layer fused with others: {found}"
+        elif module in _FUSED and (found := self._in_layer(name, lambda parts: not _PARTS.isdisjoint(parts))):
+            what = f"{what}, which stores that layer in parts: {found}"
+        else:
+            similar = sorted(n for n in self._names if n.endswith(".".join(name.split(".")[-2:])))[:5]
+            fix = f"similar names there: {', '.join(similar)}" if similar else "is this the adapter's own base?"
+            return BaseError(what, fix=fix, path=self._root)
+        return BaseError(what, fix="use a checkpoint in the form that the adapter was trained on", path=self._root)
+
+    def _in_layer(self, name: str, wanted: Callable[[list[str]], bool]) -> str:
+        """Up to three stored names of the same layer as `name` whose segments are `wanted`, or ""."""
+        layer = _layer(self.canonical(name))
+        found = (n for n in self._names if wanted(n.split(".")) and _layer(self.canonical(n)) == layer)
+        return ", ".join(sorted(found)[:3])
 
 
-def resolve_name(name: str, checkpoint: Checkpoint) -> str | None:
-    """The stored name that `name` means, or None. Raises E-BASE if several are possible."""
-    return _resolve_one(name, NameIndex(checkpoint.tensors), checkpoint)
+class _Table:
+    """Stored names by a spelling, and by what follows its first segment."""
+
+    def __init__(self, spelled: Iterable[tuple[str, str]]) -> None:
+        self._whole: dict[str, list[str]] = {}
+        self._tails: dict[str, list[str]] = {}
+        for spelling, name in spelled:
+            self._whole.setdefault(spelling, []).append(name)
+            self._tails.setdefault(spelling.partition(".")[2], []).append(name)
+
+    def matches(self, spelling: str) -> Iterable[str]:
+        """Names spelled like this, or with one leading segment more or less."""
+        shorter = spelling.partition(".")[2]
+        return (
+            *self._whole.get(spelling, ()),
+            *(self._whole.get(shorter, ()) if shorter else ()),
+            *self._tails.get(spelling, ()),
+        )
 
 
-def _resolve_one(name: str, index: NameIndex, checkpoint: Checkpoint) -> str | None:
-    found = index.candidates(name)
-    if len(found) > 1:
-        raise BaseError(f"{name!r} may be any of {', '.join(found[:5])}", path=checkpoint.root)
-    return found[0] if found else None
+def _layer(name: str) -> str:
+    """The layer of a model that a name lies in, whatever is above it: ``layers.3``."""
+    parts = name.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdecimal()), 0)
+    return ".".join(parts[max(0, at - 1) : at + 1])
 
 
 def tied_source(name: str, checkpoint: Checkpoint) -> str | None:
@@ -96,7 +136,13 @@ def ties_embeddings(config: Mapping[str, Any]) -> bool:
     text = config.get("text_config")
     nested = text.get("tie_word_embeddings") if isinstance(text, dict) else None
     value = config.get("tie_word_embeddings", nested)
-    return value if isinstance(value, bool) else config.get("model_type") in TIED_BY_DEFAULT
+    return value if isinstance(value, bool) else _family(config) in TIED_BY_DEFAULT
+
+
+def _family(config: Mapping[str, Any]) -> str:
+    """The model type of a config, or "" if it states none."""
+    family = config.get("model_type")
+    return family if isinstance(family, str) else ""
 
 
 # Families whose configuration class ties embeddings unless told otherwise, as their config.json may not say so.
@@ -115,14 +161,36 @@ def _orientation(target: Target, stored: tuple[int, ...]) -> View | None:
     return MATRIX if stored == wanted else TRANSPOSED
 
 
+def _fitting_view(target: Target, stored: tuple[int, ...]) -> View | None:
+    """The view with which `target` has its matrix in a parameter of shape `stored`; None for an undecided square one.
+
+    Experts keep the layout that they claim where it fits, and take the other one where only that does. Raises E-BASE.
+    """
+    kind, _, rest = target.view.text.partition(":")
+    if kind in ("matrix", "transposed"):
+        return _orientation(target, stored)
+    others = {"expert": "expert_transposed", "expert_transposed": "expert"}
+    views = [target.view, *([View(f"{others[kind]}:{rest}")] if kind in others else [])]
+    for view in views:
+        try:
+            if view.matrix_shape(stored) == target.matrix_shape and (kind in others or stored == target.shape):
+                return view
+        except ShapeError:
+            continue
+    raise BaseError(
+        f"{target.name!r} is {list(target.matrix_shape)} (out, in) as {target.view.text} in the adapter, "
+        f"{list(stored)} in the base"
+    )
+
+
 def _square_view(name: str, siblings: set[View], config: Mapping[str, Any]) -> View:
     """The view of a square parameter, from the architecture, else from what all non-square targets agree on."""
-    family = config.get("model_type")
+    family = _family(config)
     if family in CONV1D_FAMILIES:
         return MATRIX if name.split(".")[-2] in _LINEAR_IN_CONV1D else TRANSPOSED
-    if siblings == {MATRIX} or (isinstance(family, str) and "auto_map" not in config and not siblings - {MATRIX}):
+    if siblings == {MATRIX} or (family and "auto_map" not in config and not siblings - {MATRIX}):
         return MATRIX
-    if siblings == {TRANSPOSED} and not isinstance(family, str):
+    if siblings == {TRANSPOSED} and not family:
         return TRANSPOSED
     raise OrientationError(
         f"{name!r} is square, and neither the architecture nor other targets tell whether it is stored (out, in)",
@@ -131,34 +199,30 @@ def _square_view(name: str, siblings: set[View], config: Mapping[str, Any]) -> V
 
 
 def _resolve_targets(targets: Iterable[Target], checkpoint: Checkpoint) -> list[Target]:
-    index = NameIndex(checkpoint.tensors)
+    index = NameIndex(checkpoint)
     placed: list[tuple[Target, tuple[int, ...], View | None]] = []
     siblings: set[View] = set()
     for target in targets:
-        name = _resolve_one(target.name, index, checkpoint)
+        name = index.find(target.name)
         info = checkpoint.tensors.get(name or tied_source(target.name, checkpoint) or "")
         if info is None:
-            hint = index.similar(target.name)
-            raise BaseError(
-                f"the target {target.name!r} is not in the base",
-                fix=f"similar names there: {', '.join(hint)}" if hint else "is this the adapter's own base?",
-                path=checkpoint.root,
-            )
+            raise index.missing(target.name)
         named = replace(target, name=name or target.name)
-        if target.view.kind not in ("matrix", "transposed"):
-            target.view.matrix_shape(info.shape)
-            placed.append((named, info.shape, target.view))
-            continue
         try:
-            view = _orientation(target, info.shape)
-        except BaseError as error:
+            view = _fitting_view(target, info.shape)
+        except LrcError as error:
             raise error.at(checkpoint.root) from None
-        if view is not None and named.name.split(".")[-2:-1] not in [[n] for n in _LINEAR_IN_CONV1D]:
+        plain = not f".{named.name}".endswith(_OF_THEIR_OWN)
+        if view in (MATRIX, TRANSPOSED) and plain:
             siblings.add(view)
         placed.append((named, info.shape, view))
-    return [
-        Target(t.name, shape, view or _square_view(t.name, siblings, checkpoint.config)) for t, shape, view in placed
-    ]
+    try:
+        return [
+            Target(t.name, shape, view or _square_view(t.name, siblings, checkpoint.config))
+            for t, shape, view in placed
+        ]
+    except OrientationError as error:
+        raise error.at(checkpoint.root) from None
 
 
 def resolve(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:

@@ -541,3 +541,92 @@ def test_small_stays_small(options):
     )
     done = api.convert(lora, "lowrank", **options)
     assert done.sizes.overhead <= max(2048, 0.03 * done.sizes.payload), done.sizes
+
+
+# --- roles of extras, float32 payload, older versions ---------------------------------------------------------------
+
+
+def rows(indices) -> tuple[ExtraTensor, ExtraTensor]:
+    return (
+        ExtraTensor("embed.weight", "I64", (len(indices),), np.array(indices, "<i8").tobytes(), "row_indices"),
+        ExtraTensor("embed.weight", "F16", (len(indices), 3), bytes(6 * len(indices)), "rows"),
+    )
+
+
+def carrying(*extras) -> file.CompactAdapter:
+    return replace(sample(()), extras=tuple(sorted(extras, key=lambda e: (e.name, e.use))))
+
+
+def test_parts_of_an_update_keep_their_role(tmp_path):
+    bias = ExtraTensor("a.bias", "F32", (2,), bytes(8), "add")
+    compact = carrying(*EXTRAS, *rows([0, 7]), bias, ExtraTensor("a.weight", "F32", (2,), bytes(8), "magnitude"))
+    file.write(compact, tmp_path / "x.lrc")
+    assert same(file.read(tmp_path / "x.lrc"), compact)
+    assert [e.use for e in file.read(tmp_path / "x.lrc").extras if e.use != "replace"] == [
+        *("add", "magnitude", "row_indices", "rows")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("extras", "error"),
+    [
+        (rows([7, 0]), errors.IndexRangeError),
+        (rows([-1, 0]), errors.IndexRangeError),
+        (rows([1, 1]), errors.IndexRangeError),
+        (rows([1, 2])[:1], errors.ShapeError),
+        (rows([1, 2])[1:], errors.ShapeError),
+        ((rows([1, 2])[0], rows([1])[1]), errors.ShapeError),
+        ((ExtraTensor("a", "I8", (2,), b"12", "add"),), errors.DtypeError),
+        ((ExtraTensor("a", "F32", (), bytes(4), "magnitude"),), errors.DtypeError),
+        ((ExtraTensor("a", "F32", (1,), bytes(4), "other"),), errors.UnknownFieldError),
+    ],
+)
+def test_roles_without_sense_are_not_written(extras, error, tmp_path):
+    with pytest.raises(error):
+        file.write(carrying(*extras), tmp_path / "x.lrc")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_made_up_older_version_is_upgraded_in_memory(tmp_path, monkeypatch):
+    """Version 0 called `targets` otherwise; digests and spelling are checked against it, then one pure step follows."""
+    compact = sample()
+    data = b"".join(file.encode(compact))
+
+    def older(manifest):
+        manifest["version"] = 0
+        manifest["weights"] = manifest.pop("targets")
+
+    path = tmp_path / "old.lrc"
+    path.write_bytes(resign(data, older))
+    with pytest.raises(errors.VersionError):
+        file.read(path)
+    step = lambda m: {**{k: v for k, v in m.items() if k != "weights"}, "version": 1, "targets": m["weights"]}  # noqa: E731
+    monkeypatch.setitem(manifest_module.UPGRADES, 0, step)
+    assert same(file.read(path), compact)
+    assert api.upgrade(path, tmp_path / "new.lrc").total == len(data)
+    assert (tmp_path / "new.lrc").read_bytes() == data, "an upgraded file is the one that is written today"
+    assert path.read_bytes() != data, "the old file was changed"
+    broken = bytearray(path.read_bytes())
+    broken[-1] ^= 1
+    path.write_bytes(broken)
+    with pytest.raises(errors.DigestError):
+        file.read(path)
+
+
+def test_a_compact_file_is_a_source_of_the_second_generation(tmp_path):
+    first = sample()
+    file.write(first, tmp_path / "x.lrc")
+    lora = api.load_lora(tmp_path / "x.lrc")
+    assert "compact file" in lora.warnings[0] and lora.extras == first.extras
+    again = api.convert(lora, "lowrank")
+    assert again.fidelity.captured > 1 - 1e-5 and again.warnings == lora.warnings
+
+
+def test_leaving_out_a_target_leaves_out_what_belongs_to_it():
+    lora = random_lora()
+    names = [t.target.name for t in lora.targets]
+    extras = [ExtraTensor(n, "F32", (1,), bytes(4), "magnitude") for n in names]
+    extras += [ExtraTensor(n.replace("weight", "bias"), "F32", (1,), bytes(4), "add") for n in names]
+    lora = replace(lora, extras=tuple(sorted(extras, key=lambda e: (e.name, e.use))))
+    kept = api.convert(lora, "lowrank", exclude=[names[0]]).compact.extras
+    assert {e.name for e in kept} == {names[1], names[1].replace("weight", "bias")}

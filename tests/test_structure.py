@@ -16,7 +16,7 @@ PACKAGE = ROOT / "lrconvert"
 ORDER = [
     {"errors", "limits"},
     {"strictjson", "dtypes", "container", "durable", "packing", "subvectors", "vectorbank", "exact"},
-    {"adapter", "canonical", "targets", "fingerprint"},
+    {"adapter", "canonical", "renamings", "targets", "fingerprint"},
     {"methods"},
     {"manifest", "file", "report", "validation", "modelcard"},
     {"readers", "exporters", "consumers"},

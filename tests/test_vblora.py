@@ -447,6 +447,31 @@ def test_a_negative_scale_is_refused():
         METHOD.check(config, lora.shapes(), tensors)
 
 
+def test_float32_numbers_of_elsewhere_are_kept():
+    """The same numbers stored as multiples and as float32 mean the same; float32 ones may put any vector first."""
+    lora, config, tensors = example()
+    form = config.form
+    exact = replace(config, form=replace(form, weight_bits=32, bits=32))
+    bank = packing.code_values(tensors["bank"], form.bits) * tensors["scales"][:, None]
+    weights = (tensors["weights"] * form.weight_unit).astype(np.float32)
+    others = {k: v for k, v in tensors.items() if k != "scales"} | {"bank": bank, "weights": weights}
+    METHOD.check(exact, lora.shapes(), others)
+    for one, two in zip(
+        methods.expand_all(CompactAdapter("vblora", config, lora.shapes(), tensors)),
+        methods.expand_all(CompactAdapter("vblora", exact, lora.shapes(), others)),
+        strict=True,
+    ):
+        assert np.array_equal(one[1], two[1]) and np.array_equal(one[2], two[2])
+    spec = next(s for s in METHOD.specs(exact, lora.shapes()) if s.name == "weights")
+    assert spec.dtype == "F32" and np.array_equal(packing.decode(spec, *packing.encode(spec, weights)), weights)
+    turned = weights.copy()
+    turned[:, 0] = 0.75 * (1 - weights[:, 1:].sum(1))  # leaves the first vector the lighter one
+    METHOD.check(exact, lora.shapes(), others | {"weights": turned})
+    for bad in (-0.25, 1.25):
+        with pytest.raises(errors.ValueRangeError, match="negative weight"):
+            METHOD.check(exact, lora.shapes(), others | {"weights": np.full_like(weights, bad)})
+
+
 def test_no_file_expands_to_infinity():
     lora, config, tensors = example()
     tensors["gains"][0] = 2.0**100
