@@ -150,6 +150,13 @@ FAMILIES: Mapping[str, str] = {
         ^vit_large_projector -> multi_modal_projector
         ^model -> model.language_model unless language_model vision_model multi_modal_projector
         share_expert -> mlp.shared_experts
+        vision_model.transformer.resblocks -> vision_model.layers
+        vision_model.conv1 -> vision_model.embeddings.patch_embedding
+        vision_model.vit_downsampler1 -> vision_model.downsampler1
+        vision_model.vit_downsampler2 -> vision_model.downsampler2
+        attn -> self_attn
+        mlp.c_fc -> mlp.fc1
+        mlp.c_proj -> mlp.fc2
     """,
     "minimax_m3_vl": """
         vision_tower.vision_model.encoder -> vision_tower
