@@ -45,21 +45,19 @@ def load_lora(path: AnyPath, *, allow_pickle: bool = False) -> LoraAdapter:
     """The LoRA at `path`: a folder or file in any layout that a reader knows.
 
     `allow_pickle`, here and below: load ``.bin`` and ``.pt`` files too, with torch's loader that builds tensors only.
-    An lrconvert file is expanded, with a warning: what is fitted to it is a second generation. Raises E-LAYOUT if no
+    A compact adapter is expanded, with a warning: what is fitted to it is a second generation. Raises E-LAYOUT if no
     reader knows the layout, and the reader's refusals (an `LrcError` with a stable code each).
     """
-    where = Path(path)
-    if where.is_file() and file.is_lrconvert(where):
-        return report.expanded(file.read(where))
-    return readers.load(where, readers.ReadOptions(allow_pickle=allow_pickle))
+    found = load(path, allow_pickle=allow_pickle)
+    return found if isinstance(found, LoraAdapter) else report.expanded(found)
 
 
 def load(path: AnyPath, *, allow_pickle: bool = False) -> LoraAdapter | CompactAdapter:
-    """A LoRA in any known layout, or the compact adapter of an lrconvert file."""
+    """A LoRA in any known layout, or the compact adapter of an lrconvert file or of a compact layout (PEFT VB-LoRA)."""
     where = Path(path)
     if where.is_file() and file.is_lrconvert(where):
         return file.read(where)
-    return load_lora(where, allow_pickle=allow_pickle)
+    return readers.load(where, readers.ReadOptions(allow_pickle=allow_pickle))
 
 
 def read(path: AnyPath) -> CompactAdapter:

@@ -160,6 +160,7 @@ FAMILIES: Mapping[str, str] = {
     """,
     "minimax_m3_vl": """
         vision_tower.vision_model.encoder -> vision_tower
+        vision_tower.vision_model.embeddings.patch_embedding -> vision_tower.embeddings.proj
         patch_merge_mlp.linear_1 -> multi_modal_projector.merge_linear_1
         patch_merge_mlp.linear_2 -> multi_modal_projector.merge_linear_2
         block_sparse_moe -> mlp

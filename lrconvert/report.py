@@ -180,7 +180,8 @@ def expanded(compact: CompactAdapter) -> LoraAdapter:
     )
     if not pairs:
         raise EmptyAdapterError("every target of the file has rank 0")
-    captured = compact.provenance.fields.get("captured", "an unknown share")
-    warning = f"the source is a compact file that kept {captured} of its own source: what is measured is against it"
+    captured = compact.provenance.fields.get("captured")
+    kept = f"a compact file that kept {captured} of its own source" if captured else "a compact adapter"
+    warning = f"the source is {kept}: what is measured is against it"
     fields = {key: text for key, text in compact.provenance.fields.items() if key != "captured"}
     return LoraAdapter(pairs, compact.extras, replace(compact.provenance, fields=fields), (warning,))

@@ -64,6 +64,9 @@ def _weights(compact: CompactAdapter, form: Form) -> Array:
     """(codes, k - 1): the weights of all but the last vector; PEFT takes the rest for the last."""
     if form.top_k == 1:
         return np.zeros((len(compact.tensors["indices"]), 0), np.float32)
+    if form.exact_weights:
+        stored: Array = compact.tensors["weights"]
+        return stored
     small = compact.tensors["weights"].astype(np.float64) * form.weight_unit
     first = 1.0 - small.sum(axis=1, keepdims=True)
     return np.concatenate([first, small[:, :-1]], axis=1).astype(np.float32)
@@ -77,6 +80,8 @@ def files(compact: CompactAdapter, options: ExportOptions, fidelity: Fidelity | 
     form, rank = config.form, config.ranks[0]
     index_name, index_type = _index_type(form.num_vectors)
     indices, weights = compact.tensors["indices"].astype(index_type), _weights(compact, form)
+    if form.exact_weights:  # the first vector takes what the others leave; PEFT's last one does
+        indices = np.roll(indices, -1, axis=1)
     tensors = extra_tensors(compact)
     bank = np.ascontiguousarray(_bank(compact, form), "<f4")
     tensors.append(("base_model.vblora_vector_bank", "F32", bank.shape, bank.tobytes()))

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lrconvert.adapter import LoraAdapter
+from lrconvert.adapter import CompactAdapter, LoraAdapter
 from lrconvert.errors import ConfigError, LrcError, UnknownLayoutError
 
 CONFIG_NAME = "adapter_config.json"
@@ -29,12 +29,13 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class Reader:
-    """One foreign layout. `recognises(path)` looks at content cheaply and does not raise; `read` converts."""
+    """One foreign layout. `recognises(path)` looks at content cheaply and does not raise; `read` converts: to a plain
+    LoRA, or to a compact adapter if the layout is a compact form."""
 
     id: str
     title: str
     recognises: Callable[[Path], bool]
-    read: Callable[[Path, ReadOptions], LoraAdapter]
+    read: Callable[[Path, ReadOptions], LoraAdapter | CompactAdapter]
 
 
 def all_readers() -> list[Reader]:
@@ -44,8 +45,8 @@ def all_readers() -> list[Reader]:
     return [importlib.import_module(f"lrconvert.readers.{name}").READER for name in names]
 
 
-def load(path: Path, options: ReadOptions | None = None) -> LoraAdapter:
-    """The LoRA at `path` (a folder or a file), by the first reader that recognises it. Raises E-LAYOUT if none does.
+def load(path: Path, options: ReadOptions | None = None) -> LoraAdapter | CompactAdapter:
+    """The adapter at `path` (a folder or a file), by the first reader that recognises it. Raises E-LAYOUT if none does.
 
     PEFT saves an adapter that is not called "default" into a folder of its name: where `path` holds nothing but one
     such folder, that is read, with a warning. Raises E-CONFIG if there are several.
@@ -60,8 +61,10 @@ def load(path: Path, options: ReadOptions | None = None) -> LoraAdapter:
                 raise error.at(path) from None
     inner = _inner_folders(path)
     if len(inner) == 1:
-        lora = load(inner[0], options)
-        return replace(lora, warnings=(*lora.warnings, f"read from the folder {inner[0].name!r:.80} inside"))
+        found = load(inner[0], options)
+        if isinstance(found, CompactAdapter):
+            return found
+        return replace(found, warnings=(*found.warnings, f"read from the folder {inner[0].name!r:.80} inside"))
     if inner:
         names = ", ".join(repr(folder.name) for folder in inner)
         raise ConfigError(f"the folder holds {len(inner)} adapters: {names:.400}", fix="give one of them", path=path)

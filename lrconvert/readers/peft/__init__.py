@@ -38,10 +38,13 @@ def recognises(path: Path) -> bool:
             config = read_json(path / CONFIG_NAME)
         except LrcError:
             return (path / CONFIG_NAME).exists()
+        if config.get("peft_type") == "VBLORA":  # has a reader of its own
+            return False
         return "peft_type" in config or not {"fine_tune_type", "lora_parameters"} & set(config)
     try:
         with ContainerFile(path) as file:
-            return any(info.name.startswith(names.PREFIX) for info in file.tensors)
+            stored = [info.name for info in file.tensors]
+            return any(n.startswith(names.PREFIX) for n in stored) and "base_model.vblora_vector_bank" not in stored
     except LrcError:
         return path.name in (WEIGHTS_NAME, PICKLE_NAME)
 
