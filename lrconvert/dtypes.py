@@ -17,6 +17,11 @@ from lrconvert.errors import DtypeError
 Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
+U16 = npt.NDArray[np.uint16]
+U32 = npt.NDArray[np.uint32]
+Index = npt.NDArray[np.intp]
+
+_CHUNK = 1 << 16  # numbers that are rounded at a time: what is made on the way stays in the cache
 
 STORAGE: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -116,11 +121,58 @@ def round_to(x: npt.ArrayLike, dtype: str) -> Array:
             return values.astype("<f4")
     if dtype not in ("F16", "BF16"):
         raise DtypeError(f"{dtype} does not hold real numbers", fix=f"expected one of {', '.join(FLOATS)}")
-    single = values if values.dtype == np.float32 else _to_float32_odd(values.astype(np.float64, copy=False))
-    if dtype == "F16":
-        with np.errstate(over="ignore", under="ignore"):
-            return single.astype("<f2")
-    bits = np.ascontiguousarray(single).view(np.uint32)
+    flat = np.ascontiguousarray(values).reshape(-1)
+    codes = np.empty(flat.size, "<u2")
+    narrow = _to_f16 if dtype == "F16" else _to_bf16
+    for start in range(0, flat.size, _CHUNK):
+        some = flat[start : start + _CHUNK]
+        single = some if some.dtype == np.float32 else _to_float32_odd(some.astype(np.float64, copy=False))
+        narrow(single, codes[start : start + _CHUNK])
+    return codes.view(STORAGE[dtype]).reshape(values.shape)
+
+
+def _to_bf16(single: F32, out: U16) -> None:
+    bits = single.view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    quiet_nan = (bits >> np.uint32(16)) | np.uint32(0x40)
-    return np.where(np.isnan(single), quiet_nan, rounded).astype("<u2").reshape(values.shape)
+    np.copyto(out, rounded, casting="unsafe")
+    nan = np.flatnonzero(np.isnan(single))
+    out[nan] = (bits[nan] >> np.uint32(16)) | np.uint32(0x40)
+
+
+def _to_f16(single: F32, out: U16) -> None:
+    bits, word = single.view(np.uint32), np.empty(single.size, np.uint32)
+    small = f16_half_up(single, out, word)
+    ties = np.flatnonzero(np.equal(np.bitwise_and(bits, np.uint32(0x1FFF), out=word), np.uint32(0x1000)))
+    out[ties] -= out[ties] & np.uint16(1)  # a half that went up to an odd number belongs to the even one below
+    out[small] = f16_small(bits[small])
+    np.bitwise_and(bits, np.uint32(0x7FFFFFFF), out=word)
+    large = np.flatnonzero(np.greater_equal(word, np.uint32(0x47800000)))  # 2^16 and more, infinite, NaN
+    if large.size:
+        nan = np.uint32(0x200) | (bits[large] >> np.uint32(13) & np.uint32(0x3FF))
+        payload = np.where(word[large] > np.uint32(0x7F800000), nan, np.uint32(0))
+        out[large] = (bits[large] >> np.uint32(16) & np.uint32(0x8000)) | np.uint32(0x7C00) | payload
+
+
+def f16_half_up(single: F32, out: U16, word: U32) -> Index:
+    """Write the fp16 codes of `single`, halves rounded away from zero, and return where they are wrong because a number
+    is below 2^-14; those from 2^16 on are wrong as well. `word` is overwritten."""
+    bits = single.view(np.uint32)
+    np.bitwise_and(bits, np.uint32(0x7FFFFFFF), out=word)
+    small = np.flatnonzero(np.less(word, np.uint32(0x38800000)))
+    np.subtract(word, np.uint32(0x38000000 - 0x1000), out=word)  # another exponent bias, and half a unit
+    np.right_shift(word, np.uint32(13), out=word)
+    np.copyto(out, word, casting="unsafe")
+    np.right_shift(bits, np.uint32(16), out=word)
+    np.bitwise_and(word, np.uint32(0x8000), out=word)
+    np.bitwise_or(out, word, out=out, casting="unsafe")
+    return small
+
+
+def f16_small(bits: U32) -> U16:
+    """The fp16 codes of float32 `bits` of sizes up to 2^-14, ties to even.
+
+    Adding 1/2, whose unit in float32 is that of subnormal fp16, rounds to it: the difference in bits is the code.
+    """
+    sizes = (bits & np.uint32(0x7FFFFFFF)).view(np.float32) + np.float32(0.5)
+    codes = (sizes.view(np.uint32) - np.uint32(0x3F000000)) | (bits >> np.uint32(16) & np.uint32(0x8000))
+    return codes.astype(np.uint16)

@@ -44,13 +44,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lrconvert.dtypes import F32, F64, FLOATS, STORAGE, Array, decode, round_to
+from lrconvert.dtypes import F32, F64, FLOATS, STORAGE, U32, Array, Index, decode, f16_half_up, f16_small, round_to
 from lrconvert.errors import DtypeError, LimitError, LrcError, MergeOverflowError, ShapeError, ValueRangeError
 from lrconvert.limits import BLOCK_BYTES, MAX_RATIONAL
 
 Mask = npt.NDArray[np.bool_]
-Index = npt.NDArray[np.intp]
-U32 = npt.NDArray[np.uint32]
 U64 = npt.NDArray[np.uint64]
 
 _U = 2.0**-53
@@ -545,23 +543,11 @@ def _decode_half(w: Array, dtype: str, out: F32) -> F32:
 def _to_f16(f: F32, codes: Array, word: U32, undecided: Mask) -> None:
     """fp16 codes of `f`, rounding half up; subnormal ones that are near a boundary are added to `undecided`."""
     bits, out = f.view(np.uint32), codes.view(np.uint16)
-    np.bitwise_and(bits, np.uint32(0x7FFFFFFF), out=word)
-    small = np.flatnonzero(np.less(word, np.uint32(0x38800000)))  # below 2^-14
-    np.subtract(word, np.uint32(0x38000000 - 0x1000), out=word)  # another exponent bias, and half a unit
-    np.right_shift(word, np.uint32(13), out=word)
-    np.copyto(out, word, casting="unsafe")
-    np.right_shift(bits, np.uint32(16), out=word)
-    np.bitwise_and(word, np.uint32(0x8000), out=word)
-    np.bitwise_or(out, word, out=out, casting="unsafe")
+    small = f16_half_up(f, out, word)
     if small.size:
-        signed = bits[small]
-        around = np.maximum(signed & np.uint32(0x7FFFFFFF), np.uint32(1))
-        # Adding 1/2, whose unit in float32 is that of subnormal fp16, rounds to it: the difference in bits is the code.
-        below = ((around - np.uint32(1)).view(np.float32) + np.float32(0.5)).view(np.uint32)
-        above = ((around + np.uint32(1)).view(np.float32) + np.float32(0.5)).view(np.uint32)
-        code = above - np.uint32(0x3F000000) | (signed >> np.uint32(16) & np.uint32(0x8000))
-        out[small] = code.astype(np.uint16)
-        undecided[small] |= below != above
+        around = np.where(bits[small] << np.uint32(1) == 0, bits[small] | np.uint32(1), bits[small])
+        out[small] = f16_small(around + np.uint32(1))
+        undecided[small] |= out[small] != f16_small(around - np.uint32(1))
 
 
 def _multiply(left: F64, right: F64, out: F64) -> None:

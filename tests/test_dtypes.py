@@ -82,6 +82,28 @@ def test_float32_input_rounds_like_float64(dtype: str, x: float) -> None:
     assert np.array_equal(code(round_to(np.float32([x]), dtype)), code(round_to(np.float64([x]), dtype)))
 
 
+def test_fp16_equals_numpy() -> None:
+    """Every float32 whose last 13 bits, which fp16 does not have, are zero, a half, or next to that or to zero."""
+    high = np.arange(1 << 19, dtype=np.uint32) << 13
+    for low in (0, 1, 0xFFF, 0x1000, 0x1001, 0x1FFF):
+        values = (high | np.uint32(low)).view(np.float32)
+        with np.errstate(over="ignore", under="ignore"):
+            theirs = values.astype("<f2")
+        ours, number = round_to(values, "F16"), ~np.isnan(values)
+        assert np.array_equal(code(ours)[number], code(theirs)[number])
+        assert np.isnan(ours[~number]).all() and np.isnan(theirs[~number]).all()
+
+
+def test_layouts_and_lengths_do_not_matter() -> None:
+    """More numbers than are rounded at a time, in reverse, with gaps, in columns."""
+    x = np.random.default_rng(0).standard_normal((300, 500)) * 2.0 ** np.arange(-300, 200).clip(-30, 20)
+    for dtype in HALVES:
+        whole = round_to(x, dtype)
+        for view in (np.s_[::-1], np.s_[:, ::3], np.s_[7:7], np.s_[3, 4:5]):
+            assert np.array_equal(code(round_to(x[view], dtype)), code(whole[view]))
+        assert np.array_equal(code(round_to(x.T, dtype)), code(whole.T))
+
+
 @pytest.mark.parametrize("dtype", ("F32", "F16", "BF16"))
 def test_signs_overflow_and_nan(dtype: str) -> None:
     x = np.array([0.0, -0.0, 1e300, -1e300, np.inf, -np.inf, 1e-300, -1e-300])

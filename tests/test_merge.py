@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from conftest import ADAPTERS, BASES, random_lora
 
-from lrconvert import api, durable, exact, targets
+from lrconvert import api, durable, exact, renamings, targets
 from lrconvert.adapter import ExtraTensor, LoraAdapter, LoraTarget, Provenance, Target, View
 from lrconvert.container import ContainerFile, encode_header, open_checkpoint
 from lrconvert.dtypes import STORAGE, TORCH_NAMES, Stored, decode, round_to
@@ -346,6 +346,7 @@ MODELS = [
     ("gpt2-conv1d", "tiny-gpt2-hub", "CausalLM"),
     ("bert-classifier", "tiny-bert", "SequenceClassification"),
     ("vit-query-value", "tiny-vit", "ImageClassification"),
+    ("vit-plain", "tiny-vit", "ImageClassification"),
 ]
 
 
@@ -359,6 +360,48 @@ def test_fixture_models_give_the_stored_logits(tmp_path: Path, adapter: str, bas
     with torch.no_grad():
         found = load_clean(kind, tmp_path / "out")(**inputs).logits
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def renamed_vit(folder: Path, prefix: str = "") -> Path:
+    """The ViT fixture with the names of its modules, which transformers saves under those of before; `prefix` is taken
+    off, and what does not have it left out."""
+    stored, config = load_all(BASES / "tiny-vit"), config_of(BASES / "tiny-vit")
+    names = {name: renamings.canonical(name, renamings.rules(config)) for name in stored}
+    assert any(name != new for name, new in names.items())
+    kept = {new.removeprefix(prefix): stored[name] for name, new in names.items() if new.startswith(prefix)}
+    return save_base(folder, [kept], config | ({"architectures": ["ViTModel"]} if prefix else {}))
+
+
+@pytest.mark.parametrize("adapter", ("vit-plain", "vit-query-value"))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_renamed_modules_merge_as_in_peft(tmp_path: Path, adapter: str, dtype: str) -> None:
+    """Adapters and bases with the names before transformers 5 and after it, in all four ways. The two adapters differ
+    in their names alone; PEFT reads only the newer."""
+    new = cast_base(renamed_vit(tmp_path / "renamed"), tmp_path / "new", dtype)
+    old = cast_base(BASES / "tiny-vit", tmp_path / "old", dtype)
+    for base in (new, old):
+        api.merge(base, ADAPTERS / adapter, tmp_path / f"merged-{base.name}")
+        assert load_all(base).keys() == load_all(tmp_path / f"merged-{base.name}").keys()
+    ours, again = (load_clean("ImageClassification", tmp_path / f"merged-{n}").state_dict() for n in ("old", "new"))
+    theirs = peft_merged("ImageClassification", old, ADAPTERS / "vit-plain").state_dict()
+    unit = {"F32": 2.0**-22, "BF16": 2.0**-7, "F16": 2.0**-10}[dtype]
+    assert ours.keys() == again.keys() == theirs.keys()
+    for name, goal in theirs.items():
+        assert torch.equal(ours[name], again[name])
+        assert torch.allclose(ours[name].double(), goal.double(), rtol=unit, atol=1e-7)
+
+
+def test_renamed_names_get_their_prefix(tmp_path: Path) -> None:
+    """A ViT saved without head and prefix, with the names after transformers 5: the adapter brings both."""
+    base = renamed_vit(tmp_path / "base", prefix="vit.")
+    lora = api.load_lora(ADAPTERS / "vit-query-value")
+    named = replace(lora, provenance=replace(lora.provenance, fields={"base_model_class": "ViTForImageClassification"}))
+    report = merge(base, [named], tmp_path / "out")
+    assert report.config["architectures"] == ["ViTForImageClassification"]
+    assert {n.partition(".")[0] for n in load_all(tmp_path / "out")} == {"vit", "classifier"}
+    api.merge(BASES / "tiny-vit", ADAPTERS / "vit-query-value", tmp_path / "whole")
+    found, goal = (load_clean("ImageClassification", tmp_path / n).state_dict() for n in ("out", "whole"))
+    assert found.keys() == goal.keys() and all(torch.equal(found[n], goal[n]) for n in found)
 
 
 @pytest.mark.parametrize("adapter", ("llama-plain", "llama-bf16", "llama-tied-bf16"))
