@@ -38,13 +38,25 @@ _HEAD_MODULES = frozenset(
     (
         *("lm_head", "embed_out", "cls", "predictions", "final_logits_bias", "vocab_projector", "vocab_transform"),
         *("vocab_layer_norm", "generator_predictions", "generator_lm_head", "discriminator_predictions"),
-        *("classifier", "score", "qa_outputs", "classification_head", "multiple_choice_head"),
+        *("classifier", "score", "qa_outputs", "classification_head", "multiple_choice_head", "pre_classifier"),
+        *("sop_classifier", "lm_predictions", "mask_predictions", "logits_proj"),
     )
 )
+_TASK_HEADS = _HEAD_MODULES - {"lm_head", "embed_out"}
+# Parts of a task's class beside its base model and its last layer: those of the base serve, as they do for PEFT.
+_SEQUENCES = ("ForSequenceClassification",)
+_PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "bert": ("bert.pooler.", _SEQUENCES),
+    "albert": ("albert.pooler.", _SEQUENCES),
+    "deberta": ("pooler.", _SEQUENCES),
+    "deberta-v2": ("pooler.", _SEQUENCES),
+    "modernbert": ("head.", tuple(_CLASSES.values())),
+    **dict.fromkeys(("t5", "mt5", "umt5", "bart", "mbart"), ("classification_head.", _SEQUENCES)),
+}
 # The last layer of a head: its rows are the labels.
 _LAST_LAYERS = ("out_proj.weight", "classifier.weight", "score.weight", "qa_outputs.weight")
-# Families that compute differently when their embeddings are tied; untying them would change the model.
-_TIE_SCALES = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers"})
+# Families that compute differently when their embeddings are tied, so that untying them would change the model.
+_T5_LIKE = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers"})
 _BASE_LAYER = ".base_layer."
 _HEAD_NAME = "lm_head.weight"
 _COMPARE_BYTES = 1 << 22
@@ -111,14 +123,15 @@ class _Planner:
         dropped: tuple[str, ...] = ()
         if architecture:
             self.changes["architectures"] = [architecture]
+            if self._encodes(architecture):
+                self.changes.update(is_encoder_decoder=False, use_cache=False)
             dropped = tuple(self._old_head(architecture))
         else:
             self._settle_ties()
         if self.added or self.copies:
             self._check_added(architecture)
-        prefix = ""
-        if (architecture or self.added or self.copies) and len(self.prefixes) == 1:
-            prefix = next(iter(self.prefixes)) or ""
+        prefix = self._new_prefix if architecture or self.added or self.copies else ""
+        self._check_complete(architecture, dropped, prefix)
         effect = bool(self.added or self.values or any(map(self._changes, self.replaced)))
         config = self._config_changes()
         added = tuple(sorted(self.added, key=lambda extra: extra.name))
@@ -145,6 +158,8 @@ class _Planner:
 
     def _place_extra(self, extra: ExtraTensor) -> None:
         stored = self.index.find(extra.name)
+        if extra.name.partition(".")[0] in _TASK_HEADS and stored != extra.name:
+            stored = None  # a head of another name (`sop_classifier.classifier`) is another head
         if (stored or extra.name) in self.targets:
             raise _no_place(extra, "it is also a target of an update")
         if stored is not None:
@@ -164,6 +179,11 @@ class _Planner:
             return None
         bare = self._architecture.endswith("Model") and not _LANGUAGE_MODEL.fullmatch(self._architecture)
         return ours.removesuffix(stored) if bare and ours.endswith(stored) else ""
+
+    @property
+    def _new_prefix(self) -> str:
+        """What the names of the base lack in front, if it has to be added."""
+        return next(iter(self.prefixes)) or "" if len(self.prefixes) == 1 else ""
 
     @property
     def _architecture(self) -> str:
@@ -216,29 +236,57 @@ class _Planner:
                     "the base has no such tensor, and the adapter's task does not say which architecture has it",
                     "set task_type in adapter_config.json (SEQ_CLS, TOKEN_CLS, QUESTION_ANS)",
                 )
-            if extra.name.partition(".")[0] not in _HEAD_MODULES and _inside(extra.name, self._base_prefix()):
+            known = extra.name.partition(".")[0] in _HEAD_MODULES or extra.name.startswith(self._part(architecture))
+            if not known and _inside(extra.name, self._base_prefix()):
                 raise _no_place(extra, "the base has no such tensor")
         if architecture and len(self.prefixes) != 1:
             raise PlacementError("the names of the adapter's targets do not show how the base model is named")
+
+    def _encodes(self, architecture: str) -> bool:
+        """Whether the class has no decoder although others of its family do."""
+        return architecture.endswith("ForTokenClassification") and self.config.get("model_type") in _T5_LIKE
+
+    def _part(self, architecture: str) -> str:
+        """How names begin of what `architecture` has beside its base model and its last layer; "." for nothing."""
+        part, classes = _PARTS.get(str(self.config.get("model_type")), (".", ()))
+        return part if architecture.endswith(classes) else "."
+
+    def _check_complete(self, architecture: str, dropped: Sequence[str], prefix: str) -> None:
+        """Raise E-PLACE if the task needs what neither the base nor the adapter has. PEFT saves only the modules that
+        it is told to save; others it drew at random, and draws again."""
+        part = self._part(architecture)
+        names = [prefix + name for name in self.checkpoint.tensors if name not in dropped]
+        if part != "." and not any(name.startswith(part) for name in (*names, *(e.name for e in self.added))):
+            raise PlacementError(
+                f"{architecture} needs {part.strip('.')!r}, which neither the base nor the adapter has",
+                fix="train the adapter with it in modules_to_save",
+            )
+        tasks = [_CLASSES.get(adapter.provenance.task_type, "") for adapter in self.adapters]
+        task = next((t for t in tasks if t not in self._architecture), "")
+        if task and self._architecture and not self._heads():
+            raise PlacementError(
+                f"the adapter's task needs a model {task}, and neither it nor the base has the head",
+                fix="train it with the head in modules_to_save, or take task_type out of adapter_config.json",
+            )
 
     def _class_of_heads(self) -> str:
         return next((c for a in self.adapters if a.extras and (c := self._class_of(a))), "")
 
     def _old_head(self, architecture: str) -> Iterable[str]:
-        """Stored tensors that the new architecture does not have: another head, and a pooler that it does not use."""
-        prefix = self._base_prefix()
+        """Stored tensors that the new architecture does not have: another head, a pooler or decoder without use."""
+        prefix, part = self._base_prefix(), self._part(architecture)
         has_prefix = self.prefixes == {""}
         pooled = architecture.endswith("ForSequenceClassification") and not any(
             e.name.endswith("out_proj.weight") for e in self._heads()
         )
+        unused = (*(() if pooled else ("pooler.",)), *(("decoder.",) if self._encodes(architecture) else ()))
         for name in self.checkpoint.tensors:
-            if name in self.replaced:
+            if name in self.replaced or (self._new_prefix + name).startswith(part):
                 continue
             outside = not name.startswith(prefix) if has_prefix else name.partition(".")[0] in _HEAD_MODULES
-            unused = not pooled and name.removeprefix(prefix).startswith("pooler.")
-            if (outside or unused) and name in self.targets:
-                raise PlacementError(f"{name!r} is a target of the adapter, but {architecture} does not have it")
-            if outside or unused:
+            if outside or name.removeprefix(prefix).startswith(unused):
+                if name in self.targets:
+                    raise PlacementError(f"{name!r} is a target of the adapter, but {architecture} does not have it")
                 yield name
 
     # --- shapes ---
@@ -296,7 +344,7 @@ class _Planner:
         ends = (self.replaced.get(embedding or ""), self.replaced.get(head or ""))
         if ends[0] is not None and ends[1] is not None and _same_tensor(ends[0], ends[1]):
             return
-        if self.config.get("model_type") in _TIE_SCALES:
+        if self.config.get("model_type") in _T5_LIKE:
             raise PlacementError(
                 "only one of the tied embeddings is changed, and this family computes differently without the tie",
                 fix="use an adapter that changes both alike",

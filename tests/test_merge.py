@@ -369,6 +369,7 @@ def renamed_vit(folder: Path, prefix: str = "") -> Path:
     names = {name: renamings.canonical(name, renamings.rules(config)) for name in stored}
     assert any(name != new for name, new in names.items())
     kept = {new.removeprefix(prefix): stored[name] for name, new in names.items() if new.startswith(prefix)}
+    kept |= {"pooler.dense.bias": stored["vit.layernorm.bias"]} if prefix else {}
     return save_base(folder, [kept], config | ({"architectures": ["ViTModel"]} if prefix else {}))
 
 
@@ -392,12 +393,14 @@ def test_renamed_modules_merge_as_in_peft(tmp_path: Path, adapter: str, dtype: s
 
 
 def test_renamed_names_get_their_prefix(tmp_path: Path) -> None:
-    """A ViT saved without head and prefix, with the names after transformers 5: the adapter brings both."""
+    """A ViT saved without head and prefix, with the names after transformers 5: the adapter brings both, and the pooler
+    has no use any more."""
     base = renamed_vit(tmp_path / "base", prefix="vit.")
     lora = api.load_lora(ADAPTERS / "vit-query-value")
     named = replace(lora, provenance=replace(lora.provenance, fields={"base_model_class": "ViTForImageClassification"}))
     report = merge(base, [named], tmp_path / "out")
     assert report.config["architectures"] == ["ViTForImageClassification"]
+    assert report.dropped == ("pooler.dense.bias",)
     assert {n.partition(".")[0] for n in load_all(tmp_path / "out")} == {"vit", "classifier"}
     api.merge(BASES / "tiny-vit", ADAPTERS / "vit-query-value", tmp_path / "whole")
     found, goal = (load_clean("ImageClassification", tmp_path / n).state_dict() for n in ("out", "whole"))
@@ -451,19 +454,115 @@ def test_heads_of_other_tasks(
     source, options = BASES / base, {"num_labels": labels} if labels else {}
     adapter = saved_adapter(kind, source, tmp_path / "adapter", task_type=task, target_modules=modules, **options)
     report = api.merge(source, adapter, tmp_path / "out")
+    assert report.dropped == dropped
+    check_as_peft(tmp_path, source, adapter, kind, 2e-2 if base.endswith("bf16") else 1e-5, **options)
+
+
+def check_as_peft(tmp_path: Path, source: Path, adapter: Path, kind: str, limit: float = 1e-5, **options: Any) -> None:
+    """`tmp_path / "out"` is the model that PEFT merges and saves, in names, configuration and logits."""
     theirs = peft_merged(kind, source, adapter, **options)
     theirs.save_pretrained(tmp_path / "theirs")
-    assert report.dropped == dropped
     assert config_of(tmp_path / "out") == config_of(tmp_path / "theirs")
     names, expected = load_all(tmp_path / "out").keys(), load_all(tmp_path / "theirs").keys()
     assert {n for n in names if not n.endswith(".attn.bias")} == expected
     model = load_clean(kind, tmp_path / "out")
     ids = torch.randint(4, 100, (2, 20), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
+    ids[:, -1] = 2  # where some read the class
     with torch.no_grad():
-        found, goal = (m.float()(input_ids=ids, attention_mask=mask) for m in (model, theirs))
-    field = "start_logits" if task == "QUESTION_ANS" else "logits"
-    assert torch.allclose(found[field], goal[field], atol=2e-2 if base.endswith("bf16") else 1e-5)
+        found, goal = (m.float()(input_ids=ids, attention_mask=torch.ones_like(ids)) for m in (model, theirs))
+    field = "start_logits" if kind == "QuestionAnswering" else "logits"
+    assert torch.allclose(found[field], goal[field], atol=limit)
+
+
+_ENCODER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+# model type: its configuration, and a layer for the LoRA
+TINY: dict[str, tuple[dict[str, Any], str]] = {
+    "bert": (_ENCODER, "query"),
+    "roberta": (_ENCODER | {"max_position_embeddings": 64}, "query"),
+    "electra": (_ENCODER | {"embedding_size": 16}, "query"),
+    "albert": (_ENCODER | {"embedding_size": 16}, "query"),
+    "distilbert": ({"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 48}, "q_lin"),
+    "deberta": (_ENCODER, "in_proj"),
+    "deberta-v2": (_ENCODER, "query_proj"),
+    "modernbert": (_ENCODER | {"cls_token_id": 1, "sep_token_id": 2}, "Wqkv"),
+    "gpt_neox": (_ENCODER, "query_key_value"),
+    "opt": ({"hidden_size": 32, "word_embed_proj_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2}, "q_proj"),
+    "bloom": ({"hidden_size": 32, "n_layer": 1, "n_head": 2}, "query_key_value"),
+    "qwen2": (_ENCODER | {"num_key_value_heads": 1, "tie_word_embeddings": True}, "q_proj"),
+    "t5": ({"d_model": 32, "d_kv": 16, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}, "q"),
+    "bart": (
+        {
+            "d_model": 32,
+            **{
+                f"{side}_{what}": n
+                for side in ("encoder", "decoder")
+                for what, n in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 48))
+            },
+        },
+        "q_proj",
+    ),
+}
+TASKS = {"Seq": "SequenceClassification", "Token": "TokenClassification", "Q": "QuestionAnswering"}
+TASK_TYPES = {"Seq": "SEQ_CLS", "Token": "TOKEN_CLS", "Q": "QUESTION_ANS"}
+_NEEDS = "which neither the base nor the adapter has"
+# model type, class of the base, task, modules_to_save beside PEFT's own, and what is refused
+ARCHITECTURES: list[tuple[str, str, str, list[str], str]] = [
+    ("bert", "BertForMaskedLM", "Seq", [], f"BertForSequenceClassification needs 'bert.pooler', {_NEEDS}"),
+    ("bert", "BertForMaskedLM", "Seq", ["pooler"], ""),
+    ("bert", "BertForMaskedLM", "Token", [], ""),
+    ("bert", "BertForPreTraining", "Seq", [], ""),
+    ("roberta", "RobertaForMaskedLM", "Seq", [], ""),
+    ("roberta", "RobertaModel", "Q", [], ""),
+    ("electra", "ElectraForPreTraining", "Seq", [], ""),
+    ("albert", "AlbertForPreTraining", "Seq", [], ""),
+    ("albert", "AlbertForPreTraining", "Token", [], ""),
+    ("albert", "AlbertForMaskedLM", "Seq", [], f"needs 'albert.pooler', {_NEEDS}"),
+    ("distilbert", "DistilBertForMaskedLM", "Seq", [], ""),
+    ("distilbert", "DistilBertModel", "Q", [], ""),
+    ("deberta", "DebertaForMaskedLM", "Seq", ["pooler"], ""),
+    ("deberta", "DebertaModel", "Token", [], ""),
+    ("deberta-v2", "DebertaV2Model", "Seq", [], f"needs 'pooler', {_NEEDS}"),
+    ("deberta-v2", "DebertaV2ForMaskedLM", "Seq", ["pooler"], ""),
+    ("deberta-v2", "DebertaV2ForMaskedLM", "Q", [], ""),
+    ("modernbert", "ModernBertForMaskedLM", "Seq", [], ""),
+    ("modernbert", "ModernBertForMaskedLM", "Token", ["head"], ""),
+    ("modernbert", "ModernBertModel", "Token", [], f"needs 'head', {_NEEDS}"),
+    ("modernbert", "ModernBertForMaskedLM", "Q", ["classifier"], ""),
+    ("gpt_neox", "GPTNeoXForCausalLM", "Seq", [], ""),
+    ("opt", "OPTForCausalLM", "Seq", [], ""),
+    ("bloom", "BloomForCausalLM", "Token", [], ""),
+    ("qwen2", "Qwen2ForCausalLM", "Token", [], ""),
+    ("t5", "T5ForConditionalGeneration", "Seq", ["classification_head"], ""),
+    ("t5", "T5ForConditionalGeneration", "Token", [], ""),
+    ("t5", "T5Model", "Q", [], ""),
+    ("t5", "T5ForConditionalGeneration", "Seq", [], "the adapter's task needs a model ForSequenceClassification"),
+    ("bart", "BartForConditionalGeneration", "Seq", ["classification_head"], ""),
+    ("bart", "BartForConditionalGeneration", "Q", [], ""),
+    ("bart", "BartModel", "Seq", [], "the adapter's task needs a model ForSequenceClassification"),
+]
+
+
+@pytest.mark.parametrize(("family", "cls", "task", "saved", "refusal"), ARCHITECTURES)
+def test_heads_of_common_architectures(
+    tmp_path: Path, family: str, cls: str, task: str, saved: list[str], refusal: str
+) -> None:
+    """As PEFT's merged model; what PEFT would draw at random is refused."""
+    settings, module = TINY[family]
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, vocab_size=100, pad_token_id=0, eos_token_id=2, **settings)
+    getattr(transformers, cls)(config).save_pretrained(tmp_path / "base")
+    labels = {} if task == "Q" else {"num_labels": 3}
+    extra = {"modules_to_save": ["classifier", *saved]} if saved else {}
+    adapter = saved_adapter(
+        *(TASKS[task], tmp_path / "base", tmp_path / "adapter"),
+        **{"task_type": TASK_TYPES[task], "target_modules": [module], **labels, **extra},
+    )
+    if refusal:
+        with pytest.raises(PlacementError, match=f"E-PLACE: .*{refusal}"):
+            api.merge(tmp_path / "base", adapter, tmp_path / "out")
+    else:
+        api.merge(tmp_path / "base", adapter, tmp_path / "out")
+        check_as_peft(tmp_path, tmp_path / "base", adapter, TASKS[task], **labels)
 
 
 def test_classifier_of_another_size_is_replaced(tmp_path: Path) -> None:
