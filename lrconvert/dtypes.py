@@ -148,7 +148,7 @@ def _to_f16(single: F32, out: U16) -> None:
     np.bitwise_and(bits, np.uint32(0x7FFFFFFF), out=word)
     large = np.flatnonzero(np.greater_equal(word, np.uint32(0x47800000)))  # 2^16 and more, infinite, NaN
     if large.size:
-        nan = np.uint32(0x200) | (bits[large] >> np.uint32(13) & np.uint32(0x3FF))
+        nan = np.maximum(bits[large] >> np.uint32(13) & np.uint32(0x3FF), np.uint32(1))
         payload = np.where(word[large] > np.uint32(0x7F800000), nan, np.uint32(0))
         out[large] = (bits[large] >> np.uint32(16) & np.uint32(0x8000)) | np.uint32(0x7C00) | payload
 
