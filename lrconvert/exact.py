@@ -53,7 +53,7 @@ U64 = npt.NDArray[np.uint64]
 
 _U = 2.0**-53
 _K = 1 << 18  # float32 filter: units in the last place of float64 around a boundary that are not decided at once
-_TILE = 1 << 16  # elements of one pass of the filter
+_TILE = 1 << 17  # elements of one pass of the filter: what they need stays in the cache of a core
 _WIDTH = 1 << 11  # columns of a block
 _BLOCK = 1 << 21  # elements of a block
 _FACTOR = 1 << 20  # float64 numbers of one factor of a block
@@ -211,9 +211,9 @@ class Update:
             raise DtypeError(f"weights of dtype {dtype} stored as {stored.dtype} cannot take an update")
         if stored.ndim != 2 or stored.shape[1] != self.shape[1] or first_row + stored.shape[0] > self.shape[0]:
             raise ShapeError(f"rows of shape {list(stored.shape)} do not fit an update of shape {list(self.shape)}")
-        out = stored.copy()
         rows = _chosen(self._live_rows[first_row : first_row + stored.shape[0]])
         cols = _chosen(self._live_cols)
+        out = np.empty_like(stored) if (rows.size, cols.size) == stored.shape else stored.copy()
         if workspace is None:
             workspace = Workspace(threads=1)
         width = max(1, min(_WIDTH, cols.size, _FACTOR // max(1, self._rank)))
@@ -287,8 +287,8 @@ class _Block:
         self.rows, self.cols = first_row + rows, cols
 
     def run(self) -> Tally:
-        flat = self.stored[self.window].reshape(-1)
-        codes = np.empty_like(flat)
+        flat, goal = self.stored[self.window].reshape(-1), self.out[self.window]
+        codes = goal.reshape(-1)  # what the window shows of `out`, if it shows whole rows, else a copy
         if self.dtype == "F64":  # p has no digits to spare: everything is compensated
             tally, open_ = Tally(), np.arange(flat.size)
         else:
@@ -297,7 +297,8 @@ class _Block:
             tally += self._compensate(flat, codes, open_[start : start + _GATHER])
             if tally.rational > MAX_RATIONAL:
                 raise LimitError(f"more than {MAX_RATIONAL} elements need rational arithmetic to be rounded")
-        self.out[self.window] = codes.reshape(self.rows.size, self.cols.size)
+        if not np.shares_memory(codes, self.out):
+            self.out[self.window] = codes.reshape(goal.shape)
         return tally
 
     # --- stage 1 ---
@@ -308,26 +309,27 @@ class _Block:
         left = np.concatenate([t.left[self.rows].astype(np.float64) * t.scale for t in terms], axis=1)
         right = np.concatenate([t.right[:, self.cols] for t in terms]).astype(np.float64)
         tau, noise = self._thresholds(left, right)
+        decided = self._decided(tau)
         narrow = self._to_single if self.dtype == "F32" else self._to_half
         height = max(1, _TILE // width)
-        tally, parts = Tally(), []
-        for top in range(0, self.rows.size, height):
-            start, some = top * width, left[top : top + height]
-            sums = self.buffers.sums[: some.shape[0] * width]
-            _multiply(some, right, sums.reshape(-1, width))
-            piece = slice(start, start + sums.size)
-            w, codes = flat[piece], out[piece]
-            nonzero = np.not_equal(sums, 0, out=self.buffers.nonzero[: w.size])
-            doubtful = self._doubtful(sums, noise, nonzero)
-            open_ = np.flatnonzero(narrow(w, sums, codes, tau))
-            if doubtful.size:
-                open_ = np.union1d(open_, doubtful)
-            parts.append((open_ + start, self.buffers.double[open_], nonzero[open_], np.isin(open_, doubtful)))
-            tally += self._measure(w, codes, nonzero, open_)
+        done, parts = [], []
+        with np.errstate(over="ignore", invalid="ignore"):
+            for top in range(0, self.rows.size, height):
+                start, some = top * width, left[top : top + height]
+                sums = self.buffers.sums[: some.shape[0] * width]
+                _multiply(some, right, sums.reshape(-1, width))
+                piece = slice(start, start + sums.size)
+                nonzero, doubtful = self._effects(sums, noise)
+                open_ = narrow(flat[piece], sums, out[piece], *decided)
+                if doubtful.size:
+                    open_ = np.union1d(open_, doubtful)
+                doubt = np.isin(open_, doubtful) if doubtful.size else np.zeros(open_.size, np.bool_)
+                parts.append((open_ + start, self.buffers.double[open_], nonzero[open_], doubt))
+                done.append(self._measure(flat[piece], out[piece], nonzero, open_))
         index, p, nonzero, doubt = (np.concatenate(group) for group in zip(*parts, strict=True))
         bound = np.linalg.norm(left, axis=1)[index // width] * np.linalg.norm(right, axis=0)[index % width]
         found, sure = self._interval(flat, out, index, p, _gamma(left.shape[1]) * bound, nonzero, ~doubt)
-        return tally + found, index[~sure]
+        return sum(done, found), index[~sure]
 
     def _thresholds(self, left: F64, right: F64) -> tuple[float, float]:
         """tau of the module's docstring (results smaller than this are not decided at once), and the largest error of
@@ -337,60 +339,66 @@ class _Block:
         noise = float(_gamma(left.shape[1]) * min(norms, sums))
         return noise * (2.0**55 / _K if self.dtype == "F32" else 2.0**26), noise
 
-    def _doubtful(self, sums: F64, noise: float, nonzero: Mask) -> Index:
-        """Where the update may be zero although its float64 is not: terms cancel there."""
-        sizes = np.abs(sums, out=self.buffers.double[: sums.size])
-        small = np.less_equal(sizes, noise, out=self.buffers.flag[: sums.size])
-        return np.flatnonzero(np.logical_and(small, nonzero, out=small))
+    def _decided(self, tau: float) -> tuple[Any, Any]:
+        """(bits of the least |f| or |p| that is decided at once, how many follow before one rounds to infinity)."""
+        if self.dtype == "F32":
+            top, low = _bits64(2.0**128 - 2.0**103), _bits64(max(tau, 2.0**-125))
+            return min(low, top), top - min(low, top)
+        first = np.uint32(0x477FF000 if self.dtype == "F16" else 0x7F7F8000)
+        least = min(_bits32(max(tau, 2.0**-126)), first)
+        return least, first - least
 
-    def _to_half(self, w: Array, delta: F64, codes: Array, tau: float) -> Mask:
-        """Write ``w + delta`` as 16-bit `codes` and say which are undecided; leaves p and f in the workspace."""
+    def _effects(self, sums: F64, noise: float) -> tuple[Mask, Index]:
+        """Where the update is not zero, and where it may be zero although its float64 is not: terms cancel there."""
+        nonzero = self.buffers.nonzero[: sums.size]
+        sizes = np.abs(sums, out=self.buffers.double[: sums.size])
+        if sizes.min() > noise:  # as in nearly every tile
+            nonzero.fill(True)
+            return nonzero, np.empty(0, np.intp)
+        np.not_equal(sums, 0, out=nonzero)
+        small = np.less_equal(sizes, noise, out=self.buffers.flag[: sums.size])
+        return nonzero, np.flatnonzero(np.logical_and(small, nonzero, out=small))
+
+    def _to_half(self, w: Array, delta: F64, codes: Array, least: np.uint32, count: np.uint32) -> Index:
+        """Write ``w + delta`` as 16-bit `codes` and return which are undecided; leaves p and f in the workspace."""
         work, n = self.buffers, w.size
-        p, f, word = work.double[:n], work.single[:n], work.word[:n]
+        p, f, word, code = work.double[:n], work.single[:n], work.word[:n], work.value[:n].view(np.uint32)
         far, near = work.flag[:n], work.other_flag[:n]
-        with np.errstate(over="ignore", invalid="ignore"):
-            np.copyto(p, _decode_half(w, self.dtype, work.value[:n]))
-            np.add(delta, p, out=p)
-            np.copyto(f, p, casting="same_kind")
+        np.copyto(p, _decode_half(w, self.dtype, work.value[:n]))
+        np.add(delta, p, out=p)
+        np.copyto(f, p, casting="same_kind")
         bits = f.view(np.uint32)
-        top = np.uint32(0x477FF000 if self.dtype == "F16" else 0x7F7F8000)  # the first |f| that rounds to infinity
-        low = min(_bits32(max(tau, 2.0**-126)), top)
         np.bitwise_and(bits, np.uint32(0x7FFFFFFF), out=word)
-        np.subtract(word, low, out=word)
-        np.greater_equal(word, top - low, out=far)
+        np.subtract(word, least, out=word)
+        np.greater_equal(word, count, out=far)
         drop = np.uint32(13 if self.dtype == "F16" else 16)  # mantissa bits that go
         half = np.uint32(1) << (drop - np.uint32(1))
-        np.add(bits, half + np.uint32(1), out=word)  # half - 1, half and half + 1 become 0, 1 and 2
-        np.bitwise_and(word, half + half - np.uint32(1), out=word)
+        np.add(bits, half + np.uint32(1), out=word)
+        if self.dtype == "BF16":  # rounded half up; half - 1 goes up as well, but it is undecided
+            np.copyto(codes, np.right_shift(word, drop, out=code), casting="unsafe")
+        np.bitwise_and(word, half + half - np.uint32(1), out=word)  # half - 1, half and half + 1 are now 0, 1 and 2
         np.less_equal(word, np.uint32(2), out=near)
         np.logical_or(far, near, out=far)
         if self.dtype == "F16":
             _to_f16(f, codes, word, far)
-        else:
-            np.add(bits, half, out=word)
-            np.right_shift(word, drop, out=word)
-            np.copyto(codes, word, casting="unsafe")
-        return far
+        return _where(far)
 
-    def _to_single(self, w: Array, delta: F64, codes: Array, tau: float) -> Mask:
-        """Write ``w + delta`` as float32 `codes` and say which are undecided; leaves p in the workspace."""
+    def _to_single(self, w: Array, delta: F64, codes: Array, least: np.uint64, count: np.uint64) -> Index:
+        """Write ``w + delta`` as float32 `codes` and return which are undecided; leaves p in the workspace."""
         work, n = self.buffers, w.size
         p, word, far, near = work.double[:n], work.long[:n], work.flag[:n], work.other_flag[:n]
-        with np.errstate(over="ignore", invalid="ignore"):
-            np.copyto(p, w)
-            np.add(p, delta, out=p)
-            np.copyto(codes, p, casting="same_kind")
+        np.copyto(p, w)
+        np.add(p, delta, out=p)
+        np.copyto(codes, p, casting="same_kind")
         bits = p.view(np.uint64)
-        top = _bits64(2.0**128 - 2.0**103)  # the first |p| that rounds to infinity
-        low = min(_bits64(max(tau, 2.0**-125)), top)
         np.bitwise_and(bits, np.uint64(2**63 - 1), out=word)
-        np.subtract(word, low, out=word)
-        np.greater_equal(word, top - low, out=far)
+        np.subtract(word, least, out=word)
+        np.greater_equal(word, count, out=far)
         np.add(bits, np.uint64(2**28 + _K), out=word)
         np.bitwise_and(word, np.uint64(2**29 - 1), out=word)
         np.less_equal(word, np.uint64(2 * _K), out=near)
         np.logical_or(far, near, out=far)
-        return far
+        return _where(far)
 
     def _measure(self, w: Array, codes: Array, nonzero: Mask, open_: Index) -> Tally:
         """What happened to a tile, its elements `open_` left out; uses up p and f."""
@@ -398,19 +406,18 @@ class _Block:
         moved = np.not_equal(_bits(codes), _bits(w), out=work.flag[:n])
         moved[open_] = nonzero[open_] = False
         unmoved = np.greater(nonzero, moved, out=work.other_flag[:n])
-        with np.errstate(over="ignore", invalid="ignore"):
-            if self.dtype == "F32":
-                errors: Array = np.subtract(work.double[:n], codes, out=work.double[:n])
-            else:
-                value = _decode_half(codes, self.dtype, work.value[:n])
-                errors = np.subtract(work.single[:n], value, out=value)
+        if self.dtype == "F32":
+            errors: Array = np.subtract(work.double[:n], codes, out=work.double[:n])
+        else:
+            value = _decode_half(codes, self.dtype, work.value[:n])
+            errors = np.subtract(work.single[:n], value, out=value)
         np.abs(errors, out=errors)
         errors[open_] = 0
         return Tally(
             changed=int(np.count_nonzero(moved)),
             unmoved=int(np.count_nonzero(unmoved)),
             max_error=float(errors.max()),
-            sum_error=float(errors.sum(dtype=np.float64)),
+            sum_error=float(errors.sum()),  # numpy adds pairwise: float32 is good for an estimate
         )
 
     def _interval(
@@ -548,6 +555,16 @@ def _to_f16(f: F32, codes: Array, word: U32, undecided: Mask) -> None:
         around = np.where(bits[small] << np.uint32(1) == 0, bits[small] | np.uint32(1), bits[small])
         out[small] = f16_small(around + np.uint32(1))
         undecided[small] |= out[small] != f16_small(around - np.uint32(1))
+
+
+def _where(mask: Mask) -> Index:
+    """Positions of the few True of a mask that begins a buffer: eight at a time."""
+    whole = mask.size // 8 * 8
+    hot = np.flatnonzero(mask[:whole].view(np.uint64) != 0)
+    some = (hot[:, None] * 8 + np.arange(8)).reshape(-1)
+    some = np.concatenate((some, np.arange(whole, mask.size)))
+    found: Index = some[mask[some]]
+    return found
 
 
 def _multiply(left: F64, right: F64, out: F64) -> None:
