@@ -297,12 +297,19 @@ class ContainerFile:
 # --- digests --------------------------------------------------------------------------------------------------------
 
 
-def tensor_digest(name: str, dtype: str, shape: Sequence[int], chunks: Iterable[bytes | bytearray | memoryview]) -> str:
-    """sha256 over name, dtype, shape (each length-prefixed, 8 bytes little endian) and the raw bytes, in hex."""
+def tensor_hasher(name: str, dtype: str, shape: Sequence[int]) -> hashlib._Hash:
+    """A sha256 that has seen name, dtype and shape (each length-prefixed, 8 bytes little endian), to be given the raw
+    bytes of the tensor."""
     digest = hashlib.sha256()
     for part in (name.encode(), dtype.encode(), b"".join(n.to_bytes(8, "little") for n in shape)):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
+    return digest
+
+
+def tensor_digest(name: str, dtype: str, shape: Sequence[int], chunks: Iterable[bytes | bytearray | memoryview]) -> str:
+    """sha256 over name, dtype, shape and the raw bytes of a tensor, in hex."""
+    digest = tensor_hasher(name, dtype, shape)
     for chunk in chunks:
         digest.update(chunk)
     return digest.hexdigest()

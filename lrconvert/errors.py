@@ -326,6 +326,18 @@ class NoEffectError(LrcError):
     code = "E-NO-EFFECT"
 
 
+class UndoError(LrcError):
+    """The record of a merge is missing, incomplete or damaged, so the merge cannot be undone with it."""
+
+    code = "E-UNDO"
+
+
+class UndoOrderError(LrcError):
+    """Another merge was made on top of the one that is to be undone."""
+
+    code = "E-UNDO-ORDER"
+
+
 class MergeOverflowError(LrcError):
     """A merged value is beyond the range of the base's dtype."""
 

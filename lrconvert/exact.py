@@ -36,7 +36,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from types import TracebackType
 from typing import Any
@@ -224,6 +224,15 @@ class Update:
             for c in range(0, cols.size, width)
         ]
         return out, sum(workspace.map(_Block.run, blocks), Tally(elements=stored.size))
+
+    def negated(self) -> Update:
+        return Update([replace(t, scale=-t.scale) for t in self.terms]) if self.terms else self
+
+    def window(self, first_row: int, count: int) -> tuple[Any, Any] | None:
+        """What selects the elements that `add` may change in `count` rows from `first_row` on; None if there are none.
+        A function of the factors alone."""
+        rows, cols = _chosen(self._live_rows[first_row : first_row + count]), _chosen(self._live_cols)
+        return _window(rows, cols) if rows.size and cols.size else None
 
     def exact(self, row: int, col: int) -> Fraction:
         """One element of the update, as the rational number it is."""

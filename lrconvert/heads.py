@@ -208,7 +208,7 @@ class _Planner:
             return ""
         wanted = set()
         for adapter in self.adapters:
-            if adapter.extras:
+            if _whole(adapter):
                 wanted.add(self._class_of(adapter))
         wanted.discard("")
         if len(wanted) > 1:
@@ -270,7 +270,7 @@ class _Planner:
             )
 
     def _class_of_heads(self) -> str:
-        return next((c for a in self.adapters if a.extras and (c := self._class_of(a))), "")
+        return next((c for a in self.adapters if _whole(a) and (c := self._class_of(a))), "")
 
     def _old_head(self, architecture: str) -> Iterable[str]:
         """Stored tensors that the new architecture does not have: another head, a pooler or decoder without use."""
@@ -433,12 +433,15 @@ def _updated(adapter: Adapter) -> Iterable[str]:
     return (target.name for target in adapter.targets)
 
 
+def _whole(adapter: Adapter) -> list[ExtraTensor]:
+    """The extras that are whole tensors; the others are parts of an update."""
+    return [extra for extra in adapter.extras if extra.use == "replace"]
+
+
 def _gather(adapters: Sequence[Adapter]) -> list[ExtraTensor]:
-    """All extras by name. Raises E-PLACE if two adapters bring different tensors of one name."""
+    """All whole tensors by name. Raises E-PLACE if two adapters bring different tensors of one name."""
     found: dict[str, ExtraTensor] = {}
-    for extra in (e for adapter in adapters for e in adapter.extras):
-        if extra.use != "replace":
-            raise _no_place(extra, f"its use is {extra.use!r}", "this part of an adapter cannot be merged yet")
+    for extra in (e for adapter in adapters for e in _whole(adapter)):
         other = found.setdefault(extra.name, extra)
         if not _same_tensor(other, extra):
             raise _no_place(extra, "two adapters bring different ones", "merge one of them")

@@ -1,0 +1,120 @@
+"""What adapters add to stored parameters: pieces of matrices, whose factors are made when their turn comes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from lrconvert.adapter import CompactAdapter, ExtraTensor, LoraAdapter, Target
+from lrconvert.dtypes import STORAGE, Array, decode
+from lrconvert.exact import Term, Update
+from lrconvert.methods import base as methods
+
+Adapter = LoraAdapter | CompactAdapter
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """An adapter of a merge. Its update is multiplied by `scale`; `name` is how the user calls it."""
+
+    adapter: Adapter
+    scale: float = 1.0
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the factors of a piece come from, in words that a record can hold.
+
+    Target number `which` of adapter number `adapter` (or, for a bias, its extra tensor of that number), of which
+    rows `rows` count (all: None); `turned` if the parameter is stored transposed; times `scale`.
+    """
+
+    adapter: int
+    which: int
+    scale: float
+    turned: bool = False
+    bias: bool = False
+    rows: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """An update of rows `start` to `stop` of a stored parameter seen as a matrix with `cols` columns."""
+
+    start: int
+    stop: int
+    cols: int
+    origin: Origin
+    magnitude: ExtraTensor | None = None
+
+
+class Source:
+    """The factors of one adapter by number, made on demand."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+
+    @cached_property
+    def _values(self) -> Mapping[str, Any]:
+        assert isinstance(self.adapter, CompactAdapter)
+        return methods.values(methods.get(self.adapter.method), self.adapter)
+
+    def term(self, origin: Origin) -> Term:
+        """The update that `origin` names, in the orientation in which it is stored."""
+        if origin.bias:
+            values = _values(self.adapter.extras[origin.which]).reshape(1, -1)
+            return Term(origin.scale, np.ones((1, 1), np.float32), values)
+        if isinstance(self.adapter, LoraAdapter):
+            pair = self.adapter.targets[origin.which]
+            scale, a, b = origin.scale * pair.scale, pair.A, pair.B
+        else:
+            method, scale = methods.get(self.adapter.method), origin.scale
+            a, b = method.expand(self.adapter.config, self.adapter.targets, self._values, origin.which, np)
+        if origin.rows is not None:
+            b = b[origin.rows[0] : origin.rows[1]]
+        return Term(scale, a.T, b.T) if origin.turned else Term(scale, b, a)
+
+
+def _values(extra: ExtraTensor) -> Array:
+    return decode(np.frombuffer(extra.data, STORAGE[extra.dtype]), extra.dtype)
+
+
+def segment(pieces: Sequence[Piece], start: int, stop: int, sources: Sequence[Source]) -> Update | None:
+    """The sum of all updates of the rows `start` to `stop`, which no piece begins or ends between; None if none."""
+    terms = []
+    for piece in pieces:
+        if piece.start <= start and stop <= piece.stop:
+            term = sources[piece.origin.adapter].term(piece.origin)
+            terms.append(replace(term, left=term.left[start - piece.start : stop - piece.start]))
+    return Update(terms) if terms else None
+
+
+def cuts(pieces: Sequence[Piece], rows: int) -> list[int]:
+    """Where the set of updates may change, with both ends."""
+    return sorted({0, rows, *(p.start for p in pieces), *(p.stop for p in pieces)})
+
+
+def extent(target: Target) -> tuple[int, int, int]:
+    """(first row, end of rows, columns) of a target in its parameter, seen as the matrix (-1, columns) of its rows; a
+    stack of experts is one tall matrix."""
+    shape, kind = target.shape, target.view.kind
+    if kind in ("expert", "expert_transposed"):
+        which = int(target.view.text.split(":")[1])
+        return which * shape[1], (which + 1) * shape[1], shape[2]
+    if kind == "rows":
+        start, stop = target.view.text.split(":")[1:]
+        return int(start), int(stop), shape[1]
+    return 0, shape[0], int(np.prod(shape[1:]))
+
+
+def is_turned(target: Target) -> bool:
+    return target.view.kind in ("transposed", "expert_transposed")
+
+
+def targets_of(adapter: Adapter) -> tuple[Target, ...]:
+    return adapter.shapes() if isinstance(adapter, LoraAdapter) else adapter.targets

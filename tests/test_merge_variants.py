@@ -1,0 +1,139 @@
+"""Every kind of PEFT's LoRA merged into a stored base: as PEFT computes, verified, and undone to the last bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+
+import peft_oracle as oracle  # noqa: E402
+from models import load_all, save_base, tree  # noqa: E402
+from test_reader_variants import CASES, inputs  # noqa: E402
+
+from lrconvert import api  # noqa: E402
+from lrconvert.dtypes import Stored, decode, round_to  # noqa: E402
+from lrconvert.errors import LrcError  # noqa: E402
+from lrconvert.merging import merge, unmerge, verify  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's
+
+UNIT = {"F32": 2.0**-20, "BF16": 2.0**-7}
+TOLERANCE = {"F32": 1e-5, "BF16": 0.03}
+
+
+def save_model(model: Any, folder: Path, dtype: str = "F32") -> Path:
+    """A base as the module names it; tied weights once, as transformers stores them."""
+    state, seen = {}, set()
+    for name, value in model.state_dict().items():
+        if value.data_ptr() in seen:
+            continue
+        seen.add(value.data_ptr())
+        state[name] = Stored(dtype, round_to(value.numpy().astype(np.float64), dtype))
+    config = getattr(model, "config", None)
+    fields = {} if config is None else {k: v for k, v in config.to_dict().items() if k in KEPT}
+    if config is not None:
+        fields["architectures"] = [type(model).__name__]
+    names = sorted(state)
+    half = len(names) // 2
+    return save_base(folder, [{n: state[n] for n in part} for part in (names[:half], names[half:])], fields)
+
+
+KEPT = ("model_type", "tie_word_embeddings", "vocab_size")
+
+
+def loaded_with(folder: Path, make: Any) -> Any:
+    """The model with the weights of a folder; weights that are stored apart are not tied."""
+    model = make()
+    for name, stored in load_all(folder).items():
+        oracle._set(model, name, torch.from_numpy(stored.decode().astype(np.float32)).reshape(stored.shape))
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is not None and "lm_head.weight" not in load_all(folder):
+        head.weight = model.get_input_embeddings().weight
+    return model.eval()
+
+
+# PEFT merges an update of one end of a tie into both; the model with the adapter attached is the oracle there.
+SPLIT_TIES = {
+    "DoRA, Conv1D",
+    "embedding, tied",
+    "embedding and head, tied",
+    "embedding and head, tied adapters",
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", ("F32", "BF16"))
+def test_as_peft_and_back(name: str, dtype: str, tmp_path: Path) -> None:
+    make, config, _, _ = CASES[name]
+    oracle.train(make, tmp_path / "adapter", **{"init_lora_weights": False, **config})
+    base = save_model(make(), tmp_path / "base", dtype)
+    lora = api.load_lora(tmp_path / "adapter")
+    report = merge(base, [lora], tmp_path / "out")
+    assert report.can_undo and report.record
+
+    attached = peft.PeftModel.from_pretrained(loaded_with(base, make), str(tmp_path / "adapter")).eval()
+    x = inputs(make)
+    theirs = oracle.outputs(attached, x)
+    assert oracle.difference(oracle.outputs(loaded_with(tmp_path / "out", make), x), theirs) <= TOLERANCE[dtype]
+    if name not in SPLIT_TIES:
+        state = attached.merge_and_unload().state_dict()
+        for key, stored in load_all(tmp_path / "out").items():
+            goal = state[key].double().numpy()
+            assert np.abs(stored.decode() - goal).max() <= UNIT[dtype] * np.abs(goal).max() + 1e-9, key
+
+    assert verify(tmp_path / "out", base, [lora]).ok
+    undone = unmerge(tmp_path / "out", tmp_path / "back")
+    assert undone.verified and tree(tmp_path / "back") == tree(base)
+    assert not (tmp_path / "back" / ".lrconvert").exists()
+
+
+def test_dora_is_the_stated_formula(tmp_path: Path) -> None:
+    """float64 operations in the order of formats/merge-v1.md, one by one."""
+    make, config, _, _ = CASES["DoRA, Conv1D"]
+    oracle.train(make, tmp_path / "adapter", **config)
+    base = save_model(make(), tmp_path / "base")
+    lora = api.load_lora(tmp_path / "adapter")
+    merge(base, [lora], tmp_path / "out")
+    before, after = load_all(base), load_all(tmp_path / "out")
+    magnitudes = {e.name: decode(np.frombuffer(e.data, "<f4"), "F32") for e in lora.extras if e.use == "magnitude"}
+    for pair in lora.targets:
+        weight = before[pair.target.name].decode().astype(np.float64)
+        weight = weight.T if pair.target.view.kind == "transposed" else weight
+        a, b = pair.A.astype(np.float64), pair.B.astype(np.float64)
+        total = b[:, :1] * a[0]
+        for j in range(1, pair.rank):
+            total = total + b[:, j : j + 1] * a[j]
+        v = weight + total * pair.scale
+        lanes = np.zeros((v.shape[0], 64))
+        for i in range(v.shape[1]):
+            lanes[:, i % 64] += v[:, i] * v[:, i]
+        while lanes.shape[1] > 1:
+            lanes = lanes[:, : lanes.shape[1] // 2] + lanes[:, lanes.shape[1] // 2 :]
+        factor = magnitudes[pair.target.name].astype(np.float64) / np.sqrt(lanes[:, 0])
+        goal = round_to(v * factor[:, None], "F32")
+        found = after[pair.target.name].array
+        assert np.array_equal(goal, found.T if pair.target.view.kind == "transposed" else found)
+
+
+@pytest.mark.parametrize("what", ("two adapters", "scaled", "no bias"))
+def test_what_has_no_meaning_is_refused(what: str, tmp_path: Path) -> None:
+    from lrconvert.merging import Scaled
+
+    case = "lora_bias" if what == "no bias" else "DoRA"
+    make, config, _, _ = CASES[case]
+    oracle.train(make, tmp_path / "adapter", **config)
+    base = save_model(make(), tmp_path / "base")
+    lora = api.load_lora(tmp_path / "adapter")
+    inputs = {"two adapters": [lora, lora], "scaled": [Scaled(lora, 0.5)], "no bias": [lora]}[what]
+    if what == "no bias":
+        stored = {n: s for n, s in load_all(base).items() if not n.endswith("lin.bias")}
+        base = save_base(tmp_path / "bare", [stored], {})
+    with pytest.raises(LrcError) as caught:
+        merge(base, inputs, tmp_path / "out")
+    assert caught.value.code == {"two adapters": "E-PLACE", "scaled": "E-OPTION", "no bias": "E-PLACE"}[what]
+    assert not (tmp_path / "out").exists()
