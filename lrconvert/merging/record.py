@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,25 +92,27 @@ class Record:
     stored: Mapping[str, str]
 
     def encode(self) -> bytes:
-        """The bytes of record.json."""
-        return json.dumps(
-            {
-                "format": FORMAT,
-                "version": VERSION,
-                "number": self.number,
-                "can_undo": self.can_undo,
-                "content": self.content,
-                "adapters": list(self.adapters),
-                "tensors": [_tensor_json(t) for t in self.tensors],
-                "added": dict(self.added),
-                "files": [list(item) for item in self.files],
-                "texts": list(self.texts),
-                "others": dict(self.others),
-                "stored": dict(self.stored),
-            },
-            sort_keys=True,
-            separators=(",", ":"),
-        ).encode()
+        """The bytes of record.json: keys sorted, no spaces, `digest` the sha256 of the same text with an empty one."""
+        value = {
+            "format": FORMAT,
+            "version": VERSION,
+            "number": self.number,
+            "can_undo": self.can_undo,
+            "content": self.content,
+            "adapters": list(self.adapters),
+            "tensors": [_tensor_json(t) for t in self.tensors],
+            "added": dict(self.added),
+            "files": [list(item) for item in self.files],
+            "texts": list(self.texts),
+            "others": dict(self.others),
+            "stored": dict(self.stored),
+            "digest": "",
+        }
+        return _dump(value | {"digest": hashlib.sha256(_dump(value)).hexdigest()})
+
+
+def _dump(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
 def folder_name(number: int, adapters: Iterable[tuple[str, float]]) -> str:
@@ -194,8 +196,7 @@ class OpenRecord:
         if not self.path.is_file():
             raise UndoError(f"the record has no {RECORD_NAME}", fix="give the base: --from-base", path=folder)
         try:
-            value = strictjson.parse(read_small(self.path, MAX_INDEX_BYTES), depth=FOREIGN.json_depth)
-            self.record = _record(value)
+            self.record = _record(read_small(self.path, MAX_INDEX_BYTES))
             for name, wanted in self.record.stored.items():
                 self._check(name, wanted)
             self.headers = [self._header(n, name, size) for n, (name, size) in enumerate(self.record.files)]
@@ -307,13 +308,16 @@ def _piece_json(piece: Piece) -> dict[str, Any]:
     return value
 
 
-def _record(value: Any) -> Record:
+def _record(data: bytes) -> Record:
+    value = strictjson.parse(data, depth=FOREIGN.json_depth)
     fields = ("number", "can_undo", "content", "adapters", "tensors", "added", "files", "texts", "others", "stored")
     if isinstance(value, dict) and (value.get("format"), value.get("version")) != (FORMAT, VERSION):
         raise VersionError(
             f"the record is {value.get('format')!r} version {value.get('version')!r}", fix="update lrconvert"
         )
-    as_object(value, "the record", ["format", "version", *fields])
+    value = as_object(value, "the record", ["format", "version", "digest", *fields])
+    if _dump(value) != data or hashlib.sha256(_dump(value | {"digest": ""})).hexdigest() != value["digest"]:
+        raise DigestError("the record is not what the merge wrote", fix="give the base: --from-base")
     files, texts, stored = value["files"], value["texts"], value["stored"]
     files = [(name, _whole(nbytes)) for name, nbytes in files]
     if not all(_FILE.fullmatch(name) for name, _ in files) or len(dict(files)) < len(files):
@@ -401,12 +405,3 @@ def _piece(value: Any, adapters: int) -> Piece:
         rows=None if part is None else (part[0], part[1]),
     )
     return Piece(start, stop, _whole(value["cols"]), origin)
-
-
-def check_tensors(record: Record, names: Sequence[str]) -> None:
-    """Raise E-UNDO if a merged model lacks tensors of the record, or has ones that it does not know."""
-    known = {t.output for t in record.tensors if t.output} | set(record.added)
-    missing, strange = sorted(known - set(names)), sorted(set(names) - known)
-    if missing or strange:
-        what = f"lacks {missing[0]!r}" if missing else f"has {strange[0]!r}, which the merge did not write"
-        raise UndoError(f"the model {what}", fix="it was changed since the merge; give the base: --from-base")

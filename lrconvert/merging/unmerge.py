@@ -24,7 +24,7 @@ from lrconvert.merging.compute import read_rows
 from lrconvert.merging.merge import Progress, check_replaceable
 from lrconvert.merging.pipeline import Behind
 from lrconvert.merging.plan import CONFIG_NAME, RECORDS, other_files
-from lrconvert.merging.record import RESIDUAL, STORED, Code, OpenRecord, TensorRecord
+from lrconvert.merging.record import RESIDUAL, STORED, Code, OpenRecord, Record, TensorRecord
 from lrconvert.merging.report import UnmergeReport
 from lrconvert.merging.updates import cuts, segment
 
@@ -63,7 +63,7 @@ def unmerge(
                 path=opened.folder,
             )
         checkpoint = stack.enter_context(open_checkpoint(merged))
-        records.check_tensors(opened.record, list(checkpoint.tensors))
+        _check_tensors(opened.record, checkpoint)
         require_space(place, int(sum(size for _, size in opened.record.files) * _SPACE_MARGIN))
         folder = stack.enter_context(atomic_directory(place, overwrite=out is None or overwrite))
         with Workspace() as workspace, _Unmerger(opened, checkpoint, folder, workspace, report) as work:
@@ -207,7 +207,7 @@ class _Unmerger:
         copies, _ = other_files(self.checkpoint)
         warnings = []
         ours = f"{RECORDS}/{self.opened.folder.name}/"
-        for name, path in copies.items():
+        for name, path in sorted(copies.items()):
             if name in self.record.texts or name.startswith(ours):
                 continue
             self.files[name] = self.folder.copy_file(path, name)
@@ -280,7 +280,20 @@ def _check_alike(ours: Checkpoint, theirs: Checkpoint) -> None:
         raise BaseError("does not have the tensors of the merged model", fix="give its own base", path=theirs.root)
 
 
-# --- jobs -----------------------------------------------------------------------------------------------------------
+# --- checks and jobs ------------------------------------------------------------------------------------------------
+
+
+def _check_tensors(record: Record, checkpoint: Checkpoint) -> None:
+    """Raise E-UNDO if a merged model lacks tensors of the record, or has ones that it does not know."""
+    known = {t.output for t in record.tensors if t.output} | set(record.added)
+    missing, strange = sorted(known - set(checkpoint.tensors)), sorted(set(checkpoint.tensors) - known)
+    if missing or strange:
+        what = f"lacks {missing[0]!r}" if missing else f"has {strange[0]!r}, which the merge did not write"
+        raise UndoError(
+            f"the model {what}",
+            fix="it was changed since the merge; give the base: --from-base",
+            path=checkpoint.root,
+        )
 
 
 def _check_same(tensor: TensorRecord, info: TensorInfo) -> None:
