@@ -327,10 +327,10 @@ class _Planner:
         """Where input and output embeddings are tied and only one changes, the other becomes a tensor of its own."""
         if not targets.ties_embeddings(self.config):
             return
-        for name in sorted(self.updated - self.checkpoint.tensors.keys()):  # output heads that are not stored
+        for name in sorted(self.updated - self.checkpoint.tensors.keys()):
             source = targets.tied_source(name, self.checkpoint)
-            assert source is not None
-            self.copies[name] = source
+            if source is not None:  # an output head that is not stored, not a stack that is stored in parts
+                self.copies[name] = source
         embedding = self._embedding()
         if self._head_equals(embedding):
             return

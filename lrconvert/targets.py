@@ -9,8 +9,9 @@ stays undecided is refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, TypeVar
 
 from lrconvert import renamings
@@ -33,6 +34,12 @@ _FUSED = frozenset(
         *("gate_up_proj", "up_gate_proj", "weights_in", "w12", "ff_proj"),
     )
 )
+
+# Stacks of experts as models hold them, and what checkpoints keep for each expert; rows one after the other.
+_EXPERT_PARTS = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "down_proj": (("down_proj",), ("w2",)),
+}
 
 HEADS = ("lm_head.weight", "embed_out.weight")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "shared.weight")
@@ -198,6 +205,36 @@ def _square_view(name: str, siblings: set[View], config: Mapping[str, Any]) -> V
     )
 
 
+@dataclass(frozen=True)
+class Part:
+    """A stored parameter that is the rows `start` to `stop` of a target's matrix."""
+
+    target: Target
+    start: int
+    stop: int
+
+
+def parts(target: Target, index: NameIndex, checkpoint: Checkpoint) -> tuple[Part, ...]:
+    """The parameters of one expert that the base stores apart, while `target` is an entry of a stack: ``gate_up_proj``
+    of expert 3 is ``3.gate_proj.weight`` above ``3.up_proj.weight``. Empty if it does not. Raises E-BASE."""
+    if not target.view.kind.startswith("expert"):
+        return ()
+    stack, _, leaf = target.name.rpartition(".")
+    number = target.view.text.rpartition(":")[2]
+    for leaves in _EXPERT_PARTS.get(leaf, ()):
+        names = [index.find(f"{stack}.{number}.{part}.weight") for part in leaves]
+        found = [Target(name, checkpoint.tensors[name].shape) for name in names if name is not None]
+        if len(found) < len(leaves):
+            continue
+        rows, cols = target.matrix_shape
+        ends = [0, *accumulate(t.shape[0] for t in found)]
+        if ends[-1] != rows or any(len(t.shape) != 2 or t.shape[1] != cols for t in found):
+            shapes = " and ".join(str(list(t.shape)) for t in found)
+            raise BaseError(f"{target.name!r} is {[rows, cols]} (out, in) in the adapter, {shapes} in the base")
+        return tuple(Part(t, *ends[n : n + 2]) for n, t in enumerate(found))
+    return ()
+
+
 def _resolve_targets(targets: Iterable[Target], checkpoint: Checkpoint) -> list[Target]:
     index = NameIndex(checkpoint)
     placed: list[tuple[Target, tuple[int, ...], View | None]] = []
@@ -206,7 +243,10 @@ def _resolve_targets(targets: Iterable[Target], checkpoint: Checkpoint) -> list[
         name = index.find(target.name)
         info = checkpoint.tensors.get(name or tied_source(target.name, checkpoint) or "")
         if info is None:
-            raise index.missing(target.name)
+            if not parts(target, index, checkpoint):
+                raise index.missing(target.name)
+            placed.append((target, target.shape, target.view))
+            continue
         named = replace(target, name=name or target.name)
         try:
             view = _fitting_view(target, info.shape)
@@ -226,7 +266,8 @@ def _resolve_targets(targets: Iterable[Target], checkpoint: Checkpoint) -> list[
 
 
 def resolve(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
-    """`adapter` with every target named, shaped and viewed as the base stores it, in the order it had.
+    """`adapter` with every target named, shaped and viewed as the base stores it, in the order it had; entries of a
+    stack that the base stores in `parts` stay as they are.
 
     Raises E-BASE (missing, ambiguous, other shape, two targets on one matrix), E-ORIENT (an undecided square weight).
     """

@@ -16,6 +16,7 @@ from models import load_all, save_base, tree  # noqa: E402
 from test_reader_variants import CASES, inputs  # noqa: E402
 
 from lrconvert import api  # noqa: E402
+from lrconvert.container import open_checkpoint  # noqa: E402
 from lrconvert.dtypes import Stored, decode, round_to  # noqa: E402
 from lrconvert.errors import LrcError  # noqa: E402
 from lrconvert.merging import merge, unmerge, verify  # noqa: E402
@@ -137,3 +138,27 @@ def test_what_has_no_meaning_is_refused(what: str, tmp_path: Path) -> None:
         merge(base, inputs, tmp_path / "out")
     assert caught.value.code == {"two adapters": "E-PLACE", "scaled": "E-OPTION", "no bias": "E-PLACE"}[what]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ("experts, ranks by pattern", "one stack of mixtral"))
+def test_experts_that_the_base_stores_one_by_one(name: str, tmp_path: Path) -> None:
+    """Checkpoints on the hub hold each expert's layers apart; models since transformers 5 hold stacks of them, and the
+    adapters of those too."""
+    make, config, _, _ = CASES[name]
+    oracle.train(make, tmp_path / "adapter", **{"init_lora_weights": False, **config})
+    make().save_pretrained(tmp_path / "base")
+    with open_checkpoint(tmp_path / "base") as checkpoint:
+        apart = [n for n in checkpoint.tensors if ".experts.2." in n]
+        assert len(apart) == 3 and not any(n.endswith("experts.down_proj") for n in checkpoint.tensors)
+    report = api.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert set(apart) & {t.name for t in report.tensors}
+    x = inputs(make)
+    theirs = oracle.outputs(oracle.peft_model(make, tmp_path / "adapter"), x)
+    ours = oracle.outputs(type(make()).from_pretrained(tmp_path / "out").eval(), x)
+    assert oracle.difference(ours, theirs) <= 1e-5
+    api.unmerge(tmp_path / "out", tmp_path / "back")
+    assert tree(tmp_path / "back") == tree(tmp_path / "base")
+    made = api.convert(api.load_lora(tmp_path / "adapter"), "lowrank", bits=16, base=tmp_path / "base")
+    api.merge(tmp_path / "base", made.compact, tmp_path / "compact")
+    ours = oracle.outputs(type(make()).from_pretrained(tmp_path / "compact").eval(), x)
+    assert oracle.difference(ours, theirs) <= 2e-3

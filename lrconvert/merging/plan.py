@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lrconvert import heads, targets
-from lrconvert.adapter import ExtraTensor, LoraAdapter
+from lrconvert.adapter import ExtraTensor, LoraAdapter, Target
 from lrconvert.container import (
     INDEX_NAME,
     SINGLE_NAME,
@@ -182,9 +182,9 @@ def _pieces(
         if magnitudes and item.scale != 1:
             raise OptionError("a DoRA adapter cannot be scaled: its magnitudes hold for the whole of its update")
         for which, (ours, target) in enumerate(zip(targets_of(item.adapter), targets_of(there), strict=True)):
-            origin = Origin(number, which, item.scale, is_turned(target))
             magnitude = magnitudes.pop(ours.name, None)
-            found.setdefault(target.name, []).append(Piece(*extent(target), origin, magnitude))
+            for piece_of, origin in _origins(number, which, item.scale, target, index, checkpoint):
+                found.setdefault(piece_of.name, []).append(Piece(*extent(piece_of), origin, magnitude))
         if magnitudes:
             raise _no_place(next(iter(magnitudes.values())), "the adapter has no update of this parameter")
         for which, extra in enumerate(item.adapter.extras):
@@ -202,6 +202,17 @@ def _pieces(
             if piece.magnitude is not None and any(p is not piece and _meet(p, piece) for p in pieces):
                 raise _no_place(piece.magnitude, "another adapter updates it too", "merge one after the other")
     return {name: tuple(pieces) for name, pieces in found.items()}
+
+
+def _origins(
+    number: int, which: int, scale: float, target: Target, index: targets.NameIndex, checkpoint: Checkpoint
+) -> list[tuple[Target, Origin]]:
+    """The stored parameters that a target is, with where their updates come from: itself, or the parts of an expert."""
+    origin = Origin(number, which, scale, is_turned(target))
+    parts = () if target.name in checkpoint.tensors else targets.parts(target, index, checkpoint)
+    if not parts:
+        return [(target, origin)]
+    return [(part.target, replace(origin, turned=False, rows=(part.start, part.stop))) for part in parts]
 
 
 def _meet(one: Piece, other: Piece) -> bool:
