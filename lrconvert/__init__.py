@@ -18,6 +18,7 @@ __all__ = [
     "Conversion",
     "Finding",
     "LrcError",
+    "Scaled",
     "check",
     "compare",
     "convert",
@@ -27,8 +28,10 @@ __all__ = [
     "load_lora",
     "merge",
     "read",
+    "unmerge",
     "upgrade",
     "validate",
+    "verify",
     "write",
 ]
 
@@ -44,12 +47,15 @@ if TYPE_CHECKING:
         load_lora,
         merge,
         read,
+        unmerge,
         upgrade,
         validate,
+        verify,
         write,
     )
     from lrconvert.consumers.base import Finding
     from lrconvert.errors import LrcError
+    from lrconvert.merging import Scaled
 
 
 def __getattr__(name: str) -> Any:

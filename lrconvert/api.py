@@ -12,7 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-from lrconvert import dtypes, file, merging, report, strictjson, targets, validation
+from lrconvert import baking, dtypes, file, hub, merging, report, strictjson, targets, validation
 from lrconvert.adapter import CompactAdapter, ExtraTensor, LoraAdapter, Provenance, Target
 from lrconvert.consumers import base as consumer_base
 from lrconvert.consumers.base import Finding
@@ -22,7 +22,7 @@ from lrconvert.errors import BudgetError, EmptyAdapterError, LrcError, OptionErr
 from lrconvert.exporters import base as exporters
 from lrconvert.fingerprint import fingerprint
 from lrconvert.limits import OWN
-from lrconvert.merging import MergeReport
+from lrconvert.merging import MergeReport, Scaled, UnmergeReport, VerifyReport
 from lrconvert.methods import base as methods
 from lrconvert.methods.base import Budget, FitContext
 from lrconvert.readers import base as readers
@@ -53,8 +53,12 @@ def load_lora(path: AnyPath, *, allow_pickle: bool = False) -> LoraAdapter:
 
 
 def load(path: AnyPath, *, allow_pickle: bool = False) -> LoraAdapter | CompactAdapter:
-    """A LoRA in any known layout, or the compact adapter of an lrconvert file or of a compact layout (PEFT VB-LoRA)."""
-    where = Path(path)
+    """A LoRA in any known layout, or the compact adapter of an lrconvert file or of a compact layout (PEFT VB-LoRA).
+
+    Wherever an adapter or a base is asked for, `path` may be a hub id (``org/name``, ``org/name@revision``) that is in
+    the local Hugging Face cache; see `lrconvert.hub`.
+    """
+    where = hub.locate(path)
     if where.is_file() and file.is_lrconvert(where):
         return file.read(where)
     return readers.load(where, readers.ReadOptions(allow_pickle=allow_pickle))
@@ -67,13 +71,13 @@ def read(path: AnyPath) -> CompactAdapter:
 
 def write(compact: CompactAdapter, path: AnyPath, *, overwrite: bool = False) -> file.Sizes:
     """Write an lrconvert file, atomically. The same content gives the same bytes everywhere. Returns its sizes."""
-    return file.write(compact, Path(path), overwrite=overwrite)
+    return file.write(compact, hub.output(path), overwrite=overwrite)
 
 
 def upgrade(path: AnyPath, out: AnyPath, *, overwrite: bool = False) -> file.Sizes:
     """Write the file at `path`, of whatever container version, as one of the newest; every factor stays as it is.
     A file of the newest version gives the same bytes again."""
-    check_output(Path(out), overwrite, inputs=[Path(path)])
+    check_output(hub.output(out), overwrite, inputs=[Path(path)])
     return file.write(file.read(Path(path)), Path(out), overwrite=overwrite)
 
 
@@ -85,7 +89,7 @@ def inspect(path: AnyPath, *, allow_pickle: bool = False) -> dict[str, Any]:
 
 def validate(path: AnyPath, *, base: AnyPath | None = None) -> Validation:
     """Check an lrconvert file, and against its base if one is given; every finding is in the result."""
-    return validation.validate(Path(path), None if base is None else Path(base))
+    return validation.validate(Path(path), None if base is None else hub.locate(base))
 
 
 def check(
@@ -97,7 +101,7 @@ def check(
     `base` (a model folder; its config.json is enough) decides what depends on the base. `options` are fields of the
     consumers' ``Options``, such as `max_lora_rank`. Raises E-OPTION, E-LAYOUT, E-PATTERN and errors of broken files.
     """
-    return consumer_base.check(Path(path), consumers, None if base is None else Path(base), options)
+    return consumer_base.check(hub.locate(path), consumers, None if base is None else hub.locate(base), options)
 
 
 # --- converting -----------------------------------------------------------------------------------------------------
@@ -129,6 +133,7 @@ def convert(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     base: AnyPath | None = None,
+    bake_dora: int | None = None,
     extra_dtype: ExtraDtype | None = None,
     seed: int = 0,
     device: str = "cpu",
@@ -141,17 +146,21 @@ def convert(
     `target_size` (bytes) or `target_ratio` (factors at 16 bit over our bytes) bound the file without its extra tensors;
     without either, and without any of the method's own options, a method takes its default ratio. `include` and
     `exclude` are regular expressions searched in target names. `base` settles the orientation of square weights and
-    adds the digest of its contents. `options` are fields of the method's ``Options``.
+    adds the digest of its contents. `bake_dora` turns DoRA's magnitudes, which are carried along otherwise, into plain
+    updates of that rank; it needs `base`. `options` are fields of the method's ``Options``.
 
     Raises E-BUDGET (with the smallest possible size), E-OPTION, E-EMPTY, E-BASE, E-ORIENT.
     """
     form = methods.get(method)
     chosen = _options(form, options)
     lora, warnings = _select(lora, include, exclude)
-    content = ""
+    source_bytes, content = lora.half_bytes, ""
     if base is not None:
-        lora, content = _settle(lora, Path(base))
-    budget_bytes = _budget_bytes(lora, target_size, target_ratio, None if options else form.default_ratio)
+        lora, content, baked = _settle(lora, hub.locate(base), bake_dora)
+        warnings += baked
+    elif bake_dora is not None:
+        raise OptionError("baking DoRA needs the weights of the base", fix="give it with --base")
+    budget_bytes = _budget_bytes(source_bytes, target_size, target_ratio, None if options else form.default_ratio)
     skeleton = CompactAdapter(
         method=form.id,
         config=None,
@@ -170,11 +179,11 @@ def convert(
     sizes = file.sizes(planned)
     file.check(planned)  # before the work: a file that could not be written is not worth fitting
     if dry_run:
-        return Conversion(planned, sizes, lora.half_bytes, None, warnings)
+        return Conversion(planned, sizes, source_bytes, None, warnings)
     compact = replace(planned, tensors=form.fit(lora, config, context))
     fidelity = report.fidelity(lora, compact)
     compact = _with_captured(compact, fidelity.captured)
-    return Conversion(compact, sizes, lora.half_bytes, fidelity, warnings)
+    return Conversion(compact, sizes, source_bytes, fidelity, warnings)
 
 
 def _options(form: methods.Method, options: dict[str, Any]) -> Any:
@@ -182,7 +191,15 @@ def _options(form: methods.Method, options: dict[str, Any]) -> Any:
     unknown = sorted(set(options) - known)
     if unknown:
         raise OptionError(f"{form.id} has no option {unknown[0]!r}", fix=f"it has: {', '.join(sorted(known))}")
-    return form.Options(**options)
+    chosen = dict(options)
+    for field in dataclasses.fields(form.Options):
+        choices = field.metadata.get("choices")
+        if choices and field.name in options:
+            chosen[field.name] = str(options[field.name])
+            if chosen[field.name] not in choices:
+                what = f"{field.name} is {options[field.name]!r}"
+                raise OptionError(f"{what}; {form.id} takes {', '.join(choices)}")
+    return form.Options(**chosen)
 
 
 def _select(lora: LoraAdapter, include: Sequence[str], exclude: Sequence[str]) -> tuple[LoraAdapter, tuple[str, ...]]:
@@ -214,22 +231,26 @@ def _owner(extra: ExtraTensor) -> str:
     return extra.name.removesuffix(".bias") + ".weight" if extra.use == "add" else extra.name
 
 
-def _settle(lora: LoraAdapter, base: Path) -> tuple[LoraAdapter, str]:
-    """The LoRA with shapes and views as the base stores them, and the digest of the base's contents.
+def _settle(lora: LoraAdapter, base: Path, bake_dora: int | None) -> tuple[LoraAdapter, str, tuple[str, ...]]:
+    """The LoRA with shapes and views as the base stores them, the digest of the base's contents, and warnings.
 
     Names stay those of the adapter: they are what a model in memory uses, whatever prefix the base was saved with.
     """
     with open_checkpoint(base) as checkpoint:
         found = targets.resolve(lora, checkpoint)
+        pairs = [
+            replace(pair, target=Target(pair.target.name, there.target.shape, there.target.view))
+            for pair, there in zip(lora.targets, found.targets, strict=True)
+        ]
+        lora = replace(lora, targets=tuple(sorted(pairs, key=lambda pair: pair.target)))
         content = checkpoint.content_digest()
-    pairs = [
-        replace(pair, target=Target(pair.target.name, there.target.shape, there.target.view))
-        for pair, there in zip(lora.targets, found.targets, strict=True)
-    ]
-    return replace(lora, targets=tuple(sorted(pairs, key=lambda pair: pair.target))), content
+        if bake_dora is None:
+            return lora, content, ()
+        baked = baking.bake_dora(lora, checkpoint, bake_dora)
+        return baked.lora, content, (baked.note,)
 
 
-def _budget_bytes(lora: LoraAdapter, size: int | None, ratio: float | None, default_ratio: int | None) -> int | None:
+def _budget_bytes(source: int, size: int | None, ratio: float | None, default_ratio: int | None) -> int | None:
     if size is not None and ratio is not None:
         raise OptionError("--target-size and --target-ratio exclude each other")
     if (size is not None and size <= 0) or (ratio is not None and not ratio > 0):
@@ -237,7 +258,7 @@ def _budget_bytes(lora: LoraAdapter, size: int | None, ratio: float | None, defa
     if size is not None:
         return size
     wanted = ratio if ratio is not None else default_ratio
-    return None if wanted is None else int(lora.half_bytes / wanted)
+    return None if wanted is None else int(source / wanted)
 
 
 def _cast_extra(extra: ExtraTensor, dtype: ExtraDtype | None) -> ExtraTensor:
@@ -323,7 +344,7 @@ def export(
     exporter = exporters.get(to)
     compact = adapter if isinstance(adapter, CompactAdapter) else read(adapter)
     fidelity = None if source is None else compare(source, [compact], allow_pickle=allow_pickle)[0]
-    check_output(Path(out), overwrite, directory=True)
+    check_output(hub.output(out), overwrite, directory=True)
     options = exporters.ExportOptions(keep_ranks=keep_ranks, dtype=dtype, command=command)
     files = exporter.files(compact, options, fidelity)
     with atomic_directory(Path(out), overwrite=overwrite) as folder:
@@ -334,30 +355,90 @@ def export(
     return sorted(files)
 
 
+Mergeable = AnyPath | LoraAdapter | CompactAdapter | Scaled
+
+
 def merge(
     base: AnyPath,
-    adapter: AnyPath | LoraAdapter | CompactAdapter,
+    adapters: Mergeable | Sequence[Mergeable],
     out: AnyPath,
     *,
     overwrite: bool = False,
     dry_run: bool = False,
     allow_no_op: bool = False,
+    undo: bool = True,
+    shard_bytes: int | None = None,
     allow_pickle: bool = False,
     progress: Progress = _silent,
 ) -> MergeReport:
-    """Bake an adapter (lrconvert file, LoRA folder, or loaded) into a copy of a base at `out`, correctly rounded.
+    """Bake adapters (lrconvert files, LoRA folders, or loaded ones) into a copy of a base at `out`, correctly rounded.
 
-    Every element of the result is the value of the base's dtype nearest to the exact ``W + scale * B @ A``. Raises
-    E-BASE, E-ORIENT, E-PLACE, E-NO-EFFECT, E-OVERFLOW, E-BASE-QUANT, E-OUT-EXISTS, E-OUT-PATH, E-OUT-SPACE.
+    Every element of the result is the value of the base's dtype nearest to the exact ``W + scale * B @ A``, summed over
+    all adapters; give ``Scaled(adapter, 0.5)`` to weigh one. The output holds a record with which `unmerge` restores
+    every byte of the base; with `undo` False, only digests. `shard_bytes` bounds the weight files. Raises E-BASE,
+    E-ORIENT, E-FPR, E-PLACE, E-NO-EFFECT, E-OVERFLOW, E-BASE-QUANT, E-OPTION, E-OUT-EXISTS, E-OUT-PATH, E-OUT-SPACE.
     """
-    if not isinstance(adapter, (LoraAdapter, CompactAdapter)):
-        adapter = load(adapter, allow_pickle=allow_pickle)
     return merging.merge(
-        Path(base),
-        [adapter],
-        Path(out),
+        hub.locate(base),
+        _loaded(adapters, allow_pickle),
+        hub.output(out),
         overwrite=overwrite,
         dry_run=dry_run,
         allow_no_op=allow_no_op,
+        undo=undo,
+        shard_bytes=shard_bytes,
         progress=progress,
     )
+
+
+def _loaded(adapters: Mergeable | Sequence[Mergeable], allow_pickle: bool) -> list[Scaled]:
+    """What to merge, every path read."""
+    if isinstance(adapters, Sequence) and not isinstance(adapters, str):
+        return [_scaled(item, allow_pickle) for item in adapters]
+    return [_scaled(adapters, allow_pickle)]
+
+
+def _scaled(item: Mergeable, allow_pickle: bool) -> Scaled:
+    if isinstance(item, Scaled):
+        return item
+    if isinstance(item, (LoraAdapter, CompactAdapter)):
+        return Scaled(item)
+    return Scaled(load(item, allow_pickle=allow_pickle), name=hub.hint(item))
+
+
+def unmerge(
+    merged: AnyPath,
+    out: AnyPath | None = None,
+    *,
+    number: int | None = None,
+    from_base: AnyPath | None = None,
+    overwrite: bool = False,
+    progress: Progress = _silent,
+) -> UnmergeReport:
+    """Undo the last merge of a model: every byte of the base's weights comes back, verified by digest, in `out`, or in
+    place of `merged` in one step.
+
+    `number` insists on a certain merge, which must be the last. `from_base` takes the bytes from the base, where the
+    record is gone or was made without undo. Raises E-UNDO, E-UNDO-ORDER, E-DIGEST, E-FPR, E-OUT-*; nothing is changed
+    then.
+    """
+    return merging.unmerge(
+        hub.output(merged) if out is None else Path(merged),
+        None if out is None else hub.output(out),
+        number=number,
+        from_base=None if from_base is None else hub.locate(from_base),
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def verify(
+    merged: AnyPath,
+    base: AnyPath,
+    adapters: Mergeable | Sequence[Mergeable],
+    *,
+    allow_pickle: bool = False,
+    progress: Progress = _silent,
+) -> VerifyReport:
+    """Whether `merged` is the merge of `base` and `adapters`: every value is computed again, every bit compared."""
+    return merging.verify(hub.locate(merged), hub.locate(base), _loaded(adapters, allow_pickle), progress=progress)

@@ -115,8 +115,10 @@ def _progress(title: str, quiet: bool) -> Iterator[Callable[[float, str], None]]
 
 
 def _command_line() -> str:
-    """What the user typed, without private folders: only the last part of each path."""
-    words = [Path(w).name if "/" in w else w for w in sys.argv[1:]]
+    """What the user typed, without private folders: hub ids, and only the last part of each path."""
+    from lrconvert import hub
+
+    words = [hub.hint(w) if "/" in w else w for w in sys.argv[1:]]
     return shlex.join(["lrconvert", *words])
 
 
@@ -142,14 +144,16 @@ def inspect(source: Path, allow_pickle: bool, as_json: bool) -> None:
 @cli.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
-    "--base", type=click.Path(path_type=Path), help="Model folder; its names, shapes and contents are checked."
+    "--base",
+    type=click.Path(path_type=Path),
+    help="Model folder or hub id; its names, shapes and contents are checked.",
 )
 @_json
 def validate(files: tuple[Path, ...], base: Path | None, as_json: bool) -> None:
     """Check lrconvert files; prints every finding and exits 1 if there is any."""
-    from lrconvert.validation import validate as check
+    from lrconvert import api
 
-    results = [check(path, base) for path in files]
+    results = [api.validate(path, base=base) for path in files]
     if as_json:
         _emit({"ok": all(r.ok for r in results), "files": [{**dataclasses.asdict(r), "ok": r.ok} for r in results]})
     else:
@@ -233,7 +237,15 @@ def _common_options() -> list[click.Parameter]:
         ),
         click.Option(["--include"], multiple=True, help="Only targets whose name this pattern finds; repeatable."),
         click.Option(["--exclude"], multiple=True, help="No targets whose name this pattern finds; repeatable."),
-        click.Option(["--base"], type=path, help="Base model folder: settles orientations, records its digest."),
+        click.Option(
+            ["--base"], type=path, help="Base model folder or hub id: settles orientations, records its digest."
+        ),
+        click.Option(
+            ["--bake-dora"],
+            type=click.IntRange(min=1),
+            metavar="RANK",
+            help="Turn DoRA's magnitudes into plain updates of this rank (needs --base); default: carried along.",
+        ),
         click.Option(
             ["--extra-dtype"],
             type=click.Choice(["F32", "F16", "BF16"]),
@@ -285,16 +297,17 @@ def _convert(
     device: str,
     **common: Any,
 ) -> None:
-    from lrconvert import api, render
+    from lrconvert import api, hub, render
     from lrconvert.durable import check_output
 
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
+    where = hub.locate(source)
     if output is not None:
         # A compact file beside the adapter is an earlier output, which --overwrite may replace.
-        inputs = [p for p in source.iterdir() if p.suffix != ".lrc"] if source.is_dir() else [source]
-        check_output(output, overwrite, inputs=inputs)
-    lora = api.load_lora(source, allow_pickle=allow_pickle)
+        inputs = [p for p in where.iterdir() if p.suffix != ".lrc"] if where.is_dir() else [where]
+        check_output(hub.output(output), overwrite, inputs=inputs)
+    lora = api.load_lora(where, allow_pickle=allow_pickle)
     with _progress(f"lora-to-{method}", quiet or as_json) as progress:
         done = api.convert(
             lora, method, dry_run=dry_run, device=_device(device), progress=progress, **common, **options
@@ -418,7 +431,7 @@ def _check_command() -> click.Command:
                 type=click.Choice([*known.ids(), "all"]),
                 help="Who would load it; repeatable.",
             ),
-            click.Option(["--base"], type=path, help="Base model folder; its config.json is enough."),
+            click.Option(["--base"], type=path, help="Base model folder or hub id; its config.json is enough."),
             *own.values(),
             click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object instead of text."),
         ],
@@ -429,11 +442,29 @@ def _check_command() -> click.Command:
     )
 
 
+def _weighted(text: str, allow_pickle: bool) -> Any:
+    """The adapter that ``path`` or ``path=scale`` means, loaded."""
+    from lrconvert import api, hub
+    from lrconvert.merging import Scaled
+
+    name, equals, number = text.rpartition("=")
+    if equals and not Path(text).exists():
+        try:
+            scale = float(number)
+        except ValueError:
+            raise click.UsageError(f"{text!r}: what follows the last '=' is not a scale") from None
+    else:
+        name, scale = text, 1.0
+    return Scaled(api.load(name, allow_pickle=allow_pickle), scale, hub.hint(name))
+
+
 @click.command("merge-into-base")
 @click.argument("base", type=click.Path(path_type=Path))
-@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[=SCALE]...")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The model folder to write.")
 @click.option("--dry-run", is_flag=True, help="Print what would be written; write nothing.")
+@click.option("--no-undo", is_flag=True, help="Write no undo record: only the base itself can undo it then.")
+@click.option("--out-shard-size", type=ByteSize(), help="Largest weight file, as 5GB; default: cut as the base is.")
 @click.option("--allow-no-op", is_flag=True, help="Write a copy of the base even if the adapter changes nothing.")
 @_pickle
 @_overwrite
@@ -442,9 +473,11 @@ def _check_command() -> click.Command:
 @_json
 def merge_into_base(
     base: Path,
-    adapter: Path,
+    adapters: tuple[str, ...],
     output: Path,
     dry_run: bool,
+    no_undo: bool,
+    out_shard_size: int | None,
     allow_no_op: bool,
     allow_pickle: bool,
     overwrite: bool,
@@ -452,26 +485,84 @@ def merge_into_base(
     verbose: bool,
     as_json: bool,
 ) -> None:
-    """Bake ADAPTER (lrconvert file or LoRA folder) into a copy of the model folder BASE, correctly rounded."""
+    """Bake one or more ADAPTERs (lrconvert files, LoRA folders) into a copy of the model folder BASE.
+
+    Their sum, each times its SCALE, is added to the weights and rounded once, correctly. `unmerge` takes it out again.
+    """
     from lrconvert import api, render
 
     with _progress("merge", quiet or as_json) as progress:
         report = api.merge(
             base,
-            adapter,
+            [_weighted(text, allow_pickle) for text in adapters],
             output,
             overwrite=overwrite,
             dry_run=dry_run,
+            undo=not no_undo,
+            shard_bytes=out_shard_size,
             allow_no_op=allow_no_op,
-            allow_pickle=allow_pickle,
             progress=progress,
         )
     if as_json:
-        _emit({"base": str(base), "adapter": str(adapter), "output": str(output), **render.merge_json(report)})
+        _emit({"base": str(base), "adapters": list(adapters), "output": str(output), **render.merge_json(report)})
         return
     if not quiet:
         click.echo(render.merging(str(output), report, verbose))
     _warn(report.warnings)
+
+
+@click.command()
+@click.argument("merged", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The folder to write; default: in its place.")
+@click.option("--merge", "number", type=int, help="Insist on this merge; only the last one can be undone.")
+@click.option("--from-base", type=click.Path(path_type=Path), help="Take the bytes from this base.")
+@_overwrite
+@_quiet
+@_json
+def unmerge(
+    merged: Path,
+    output: Path | None,
+    number: int | None,
+    from_base: Path | None,
+    overwrite: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Undo the last merge of the model folder MERGED: every byte of the base comes back, verified."""
+    from lrconvert import api, render
+
+    with _progress("unmerge", quiet or as_json) as progress:
+        report = api.unmerge(merged, output, number=number, from_base=from_base, overwrite=overwrite, progress=progress)
+    place = str(output or merged)
+    if as_json:
+        _emit({"merged": str(merged), "output": place, **dataclasses.asdict(report)})
+        return
+    if not quiet:
+        click.echo(render.unmerging(place, report))
+    _warn(report.warnings)
+
+
+@click.command()
+@click.argument("merged", type=click.Path(path_type=Path))
+@click.option("--base", required=True, type=click.Path(path_type=Path), help="Model folder or hub id of the base.")
+@click.option(
+    "--adapter", "adapters", required=True, multiple=True, metavar="ADAPTER[=SCALE]", help="As merged; repeatable."
+)
+@_pickle
+@_quiet
+@_json
+def verify(merged: Path, base: Path, adapters: tuple[str, ...], allow_pickle: bool, quiet: bool, as_json: bool) -> None:
+    """Confirm that MERGED is BASE with the ADAPTERs merged in: computes it again and compares every bit."""
+    from lrconvert import api, render
+
+    with _progress("verify", quiet or as_json) as progress:
+        report = api.verify(merged, base, [_weighted(text, allow_pickle) for text in adapters], progress=progress)
+    if as_json:
+        _emit({"merged": str(merged), "base": str(base), "ok": report.ok, **dataclasses.asdict(report)})
+    elif not (quiet and report.ok):
+        click.echo(render.verification(str(merged), report))
+    if not report.ok:
+        raise click.exceptions.Exit(EXIT_REFUSED)
 
 
 @click.command()
@@ -484,7 +575,7 @@ def demo(output: Path | None) -> None:
 
 
 _add_converters()
-for _command in (export, _check_command(), merge_into_base, demo):
+for _command in (export, _check_command(), merge_into_base, unmerge, verify, demo):
     cli.add_command(_command)
 cli.add_command(merge_into_base, "merge")
 

@@ -48,6 +48,7 @@ from lrconvert.limits import FOREIGN, MAX_CONFIG_BYTES, MAX_INDEX_BYTES, MAX_SHA
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+_SHARED_BLOB = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}")
 _COPY_BYTES = 1 << 22
 
 
@@ -377,10 +378,13 @@ def contained(root: Path, path: Path) -> bool:
         real_root, real = root.resolve(), path.resolve()
     except (OSError, RuntimeError):  # a link that leads to itself
         return False
-    allowed = [real_root]
-    if real_root.parent.name == "snapshots":
-        allowed.append(real_root.parent.parent / "blobs")
-    return any(real.is_relative_to(folder) for folder in allowed)
+    if real_root.parent.name != "snapshots":
+        return real.is_relative_to(real_root)
+    model = real_root.parent.parent
+    shared = model.parent / "blobs"  # huggingface_hub 2: files of several models, named by their content
+    if real.is_relative_to(shared):
+        return _SHARED_BLOB.fullmatch(real.relative_to(shared).as_posix()) is not None
+    return real.is_relative_to(real_root) or real.is_relative_to(model / "blobs")
 
 
 def _shard_names(index: dict[str, Any], path: Path) -> list[str]:

@@ -12,7 +12,7 @@ from lrconvert.report import Fidelity
 if TYPE_CHECKING:
     from lrconvert.api import Conversion
     from lrconvert.file import Sizes
-    from lrconvert.merging import MergeReport
+    from lrconvert.merging import MergeReport, UnmergeReport, VerifyReport
 
 _ROWS = 12  # targets shown without --verbose
 
@@ -222,6 +222,10 @@ def merge_json(report: MergeReport) -> dict[str, Any]:
         "config": dict(report.config),
         "files": [{"name": name, "bytes": size} for name, size in report.files],
         "left_out": list(report.left_out),
+        "touched_bytes": report.touched_bytes,
+        "record": report.record,
+        "record_bytes": report.record_bytes,
+        "can_undo": report.can_undo,
         "warnings": list(report.warnings),
     }
 
@@ -238,6 +242,11 @@ def merging(output: str, report: MergeReport, verbose: bool) -> str:
         lines.append(
             f"rounding  at most {total.max_error:.3g}, on average {total.mean_error:.3g} from the exact result"
         )
+    if report.record:
+        share = 100 * report.record_bytes / max(1, report.touched_bytes)
+        size = f"{count_bytes(report.record_bytes)}, {share:.1f} % of the merged bytes"
+        how = "undoes the merge bit for bit" if report.can_undo else "has digests only; undoing needs the base itself"
+        lines.append(f"record    {size}: {how}")
     for what, names in (("replaced", report.placed), ("added", report.added), ("removed", report.dropped)):
         if names:
             lines.append(f"{what.ljust(9)} {', '.join(map(printable, names))}")
@@ -251,4 +260,32 @@ def merging(output: str, report: MergeReport, verbose: bool) -> str:
             for t in report.tensors
         ]
         lines += ["", table(["tensor", "dtype", "changed", "did not move", "largest rounding error"], rows)]
+    return "\n".join(lines)
+
+
+def unmerging(output: str, report: UnmergeReport) -> str:
+    lines = [f"wrote {printable(output)}: {len(report.files)} files, {count_bytes(report.total_bytes)}"]
+    if report.restored:
+        lines.append(f"restored  {len(report.restored)} tensors")
+    if report.removed:
+        lines.append(f"removed   {', '.join(map(printable, report.removed))}")
+    lines.append(
+        "verified  every tensor has the digest that it had before the merge"
+        if report.verified
+        else "verified  nothing: there is no record to compare with"
+    )
+    if report.remaining:
+        lines.append(f"remaining {report.remaining} earlier merges")
+    return "\n".join(lines)
+
+
+def verification(merged: str, report: VerifyReport) -> str:
+    if report.ok:
+        size = f"{report.tensors} tensors, {count_bytes(report.nbytes)}, {report.recomputed} of them computed again"
+        return f"{printable(merged)} is the merge, bit for bit: {size}"
+    lines = [f"{printable(merged)} is not the merge: {len(report.differences)} differences"]
+    shown = report.differences[:_ROWS]
+    lines += [f"  {printable(d.name)} {printable(d.what)}" for d in shown]
+    if len(shown) < len(report.differences):
+        lines.append(f"  ... and {len(report.differences) - len(shown)} more")
     return "\n".join(lines)

@@ -165,3 +165,8 @@ def test_extras_ride_along_and_do_not_count(method, tmp_path):
 def test_unknown_options_are_refused(method):
     with pytest.raises(errors.OptionError, match="no option 'colour'"):
         api.convert(source(), method, colour="red")
+
+
+def test_options_outside_their_choices_are_refused():
+    with pytest.raises(errors.OptionError, match="lowrank takes auto, 16"):
+        api.convert(source(), "lowrank", bits=5)

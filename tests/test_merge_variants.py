@@ -12,10 +12,12 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
 import peft_oracle as oracle  # noqa: E402
+from conftest import ADAPTERS, BASES  # noqa: E402
 from models import load_all, save_base, tree  # noqa: E402
 from test_reader_variants import CASES, inputs  # noqa: E402
 
-from lrconvert import api  # noqa: E402
+from lrconvert import api, targets  # noqa: E402
+from lrconvert.baking import bake_dora  # noqa: E402
 from lrconvert.container import open_checkpoint  # noqa: E402
 from lrconvert.dtypes import Stored, decode, round_to  # noqa: E402
 from lrconvert.errors import LrcError  # noqa: E402
@@ -162,3 +164,39 @@ def test_experts_that_the_base_stores_one_by_one(name: str, tmp_path: Path) -> N
     api.merge(tmp_path / "base", made.compact, tmp_path / "compact")
     ours = oracle.outputs(type(make()).from_pretrained(tmp_path / "compact").eval(), x)
     assert oracle.difference(ours, theirs) <= 2e-3
+
+
+# --- DoRA as a plain LoRA -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ("DoRA", "DoRA, Conv1D"))
+def test_baked_dora_of_full_rank_is_the_dora(name: str, tmp_path: Path) -> None:
+    """With enough rank the plain LoRA merges into the same model; with less, the share that the note states is that of
+    the best approximation."""
+    make, config, _, _ = CASES[name]
+    oracle.train(make, tmp_path / "adapter", **{"init_lora_weights": False, **config})
+    base = save_model(make(), tmp_path / "base")
+    lora = api.load_lora(tmp_path / "adapter")
+    merge(base, [lora], tmp_path / "goal")
+    goal, before = load_all(tmp_path / "goal"), load_all(base)
+    made = api.convert(lora, "lowrank", bits=16, base=base, bake_dora=64)
+    assert not [e for e in made.compact.extras if e.use == "magnitude"]
+    assert made.source_bytes == lora.half_bytes and "DoRA baked" in made.warnings[-1]
+    merge(base, [made.compact], tmp_path / "out")
+    for key, stored in load_all(tmp_path / "out").items():
+        assert np.abs(stored.decode() - goal[key].decode()).max() <= 2e-3 * np.abs(goal[key].decode()).max()
+    with open_checkpoint(base) as checkpoint:
+        baked = bake_dora(targets.resolve(lora, checkpoint), checkpoint, 2)
+    for pair, (key, share) in zip(baked.lora.targets, baked.shares, strict=True):
+        delta = goal[key].decode().astype(np.float64) - before[key].decode()
+        s = np.linalg.svd(delta.T if pair.target.view.kind == "transposed" else delta.reshape(len(delta), -1))[1]
+        assert pair.rank == 2 and share == pytest.approx(np.sum(s[:2] ** 2) / np.sum(s**2), abs=1e-3)
+
+
+def test_baking_needs_a_base_and_a_dora(tmp_path: Path) -> None:
+    lora = api.load_lora(ADAPTERS / "llama-dora")
+    with pytest.raises(LrcError, match="--base"):
+        api.convert(lora, "lowrank", bake_dora=4)
+    plain = api.load_lora(ADAPTERS / "llama-plain")
+    with pytest.raises(LrcError, match="no DoRA magnitudes"):
+        api.convert(plain, "lowrank", bake_dora=4, base=BASES / "tiny-llama")

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from conftest import ADAPTERS, BASES
-from peers import make, oracle
+from peers import make, oracle, table
 
 from lrconvert.consumers import base, llamacpp, sglang, vllm
 
@@ -46,6 +48,25 @@ def test_an_unfaithful_check_is_noticed(tmp_path):
     doubled = {module: 2 * value for module, value in right.items()}
     assert oracle.verdict({"outcome": "loads", "norms": doubled}, right, adapter) == "wrong"
     assert oracle.verdict({"outcome": "refuses"}, right, adapter) == "refuses"
+
+
+def test_what_cannot_be_had_is_skipped_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(make, "ENVS", tmp_path)
+    gone = subprocess.CalledProcessError(1, "pip", stderr="WARNING: slow\nERROR: nothing of that name\nhint: ask\n")
+    for error, why in ((gone, "nothing of that name"), (subprocess.TimeoutExpired("pip", 9), "pip took more than")):
+        monkeypatch.setattr(make, "_pip", lambda *words, error=error: (_ for _ in ()).throw(error))
+        for peer in make.peers():
+            assert why in table.reason(peer, ["all"])
+            assert table.reason(peer, ["another"]) == "not in LRCONVERT_PEERS"
+            assert make.environment(peer) is None
+
+
+def test_the_table_of_peers():
+    peer = make.peers()[0]
+    assert table.line(peer, "no network", Counter()).endswith(" skipped: no network")
+    counts = Counter({(peer, "passed"): 3, (peer, "failed"): 1})
+    assert table.line(peer, "", counts).split()[:2] == [peer, make.version(peer)]
+    assert table.line(peer, "", counts).endswith(" ran 4 tests, 1 FAILED")
 
 
 def test_llamacpp_transposes_conv1d():

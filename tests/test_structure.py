@@ -15,12 +15,12 @@ PACKAGE = ROOT / "lrconvert"
 # Each group may import from the groups before it, and from its own; nothing imports upward.
 ORDER = [
     {"errors", "limits"},
-    {"strictjson", "dtypes", "container", "durable", "packing", "subvectors", "vectorbank", "exact"},
+    {"strictjson", "dtypes", "container", "durable", "hub", "packing", "subvectors", "vectorbank", "exact"},
     {"adapter", "canonical", "renamings", "targets", "fingerprint"},
     {"methods"},
     {"manifest", "file", "report", "validation", "modelcard"},
     {"readers", "exporters", "consumers"},
-    {"heads", "merging"},
+    {"heads", "merging", "baking"},
     {"api"},
     {"render", "demo", "cli", "testing", "__main__"},
 ]

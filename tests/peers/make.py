@@ -1,7 +1,7 @@
 """Make the environments of the peers, from pinned lists: ``python tests/peers/make.py [PEER ...]``.
 
 A peer's environment is one folder of Python files in ``.envs/``, put before the packages that are installed already. It
-needs pip and a registry; without one it says so and changes nothing.
+needs pip and a registry; without one, or after `LIMIT` seconds, it says so and makes nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ENVS = HERE / ".envs"
+LIMIT = 180  # seconds for one peer; they take 1 to 15
 # What is kept of a large distribution (patterns of member names); a peer without an entry is installed as it is.
 KEEP = {
     "vllm": ("vllm/lora/*.py", "vllm/config/lora.py", "vllm/model_executor/models/*.py"),
@@ -52,9 +53,8 @@ def environment(peer: str) -> Path | None:
 
 
 def _pip(*words: str) -> None:
-    subprocess.run(
-        [sys.executable, "-m", "pip", *words, "--no-deps", "--quiet"], check=True, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "pip", *words, "--no-deps", "--quiet", "--retries", "1"]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=LIMIT)
 
 
 def _members(archive: Path) -> Iterator[tuple[str, bytes]]:
@@ -71,7 +71,7 @@ def _members(archive: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def make(peer: str) -> None:
-    """Make the environment of one peer. Raises CalledProcessError if pip cannot."""
+    """Make the environment of one peer. Raises CalledProcessError or TimeoutExpired if pip cannot."""
     folder = ENVS / peer
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -80,7 +80,8 @@ def make(peer: str) -> None:
         _pip("install", "--target", str(folder / "lib"), *requirements(peer))
     else:
         with tempfile.TemporaryDirectory() as scratch:
-            source = ("--no-binary", ":all:") if peer == "llamacpp" else ("--only-binary", ":all:")
+            # Its own source only: what pip needs to look into it would be built from source, too, for minutes.
+            source = ("--no-binary", "llama-cpp-python") if peer == "llamacpp" else ("--only-binary", ":all:")
             _pip("download", "--dest", scratch, *source, *requirements(peer))
             (archive,) = Path(scratch).iterdir()
             for name, data in _members(archive):
@@ -92,20 +93,25 @@ def make(peer: str) -> None:
     (folder / "requirements.txt").write_text("\n".join(requirements(peer)) + "\n")  # last: the environment is complete
 
 
+def attempt(peer: str) -> str:
+    """See that a peer has its environment; returns why it has none, or ""."""
+    if environment(peer):
+        return ""
+    try:
+        make(peer)
+    except subprocess.TimeoutExpired:
+        return f"pip took more than {LIMIT} seconds"
+    except subprocess.CalledProcessError as error:
+        lines = [line for line in error.stderr.splitlines() if line.startswith("ERROR: ")]
+        return (lines or ["pip failed"])[-1].removeprefix("ERROR: ")
+    return ""
+
+
 def main(names: list[str]) -> int:
-    failed = 0
-    for peer in names or peers():
-        if environment(peer):
-            print(f"{peer} {version(peer)}: is there")
-            continue
-        try:
-            make(peer)
-            print(f"{peer} {version(peer)}: made")
-        except subprocess.CalledProcessError as error:
-            failed += 1
-            reason = (error.stderr or "pip failed").strip().splitlines()[-1]
-            print(f"{peer} {version(peer)}: not made, {reason}")
-    return 1 if failed else 0
+    reasons = {peer: attempt(peer) for peer in names or peers()}
+    for peer, reason in reasons.items():
+        print(f"{peer} {version(peer)}: {f'not made, {reason}' if reason else 'is there'}")
+    return 1 if any(reasons.values()) else 0
 
 
 if __name__ == "__main__":

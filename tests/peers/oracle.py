@@ -36,6 +36,7 @@ def ask(peer: str, jobs: Sequence[tuple[Path, dict[str, Any]]], base: Path = BAS
         capture_output=True,
         text=True,
         check=False,
+        timeout=300,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
     if done.returncode:

@@ -1,0 +1,75 @@
+"""What CI runs: make the environments that can be made, run the peers' tests, and print which ran and which did not.
+
+    python tests/peers/table.py                          all peers
+    LRCONVERT_PEERS="vllm mlx" python tests/peers/table.py     these; LRCONVERT_PEERS=none for none
+
+A peer that cannot be had is skipped, with the reason; the exit status is 1 only if a test fails.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from xml.etree import ElementTree
+
+HERE = Path(__file__).resolve().parent
+if __name__ == "__main__":
+    sys.path.insert(0, str(HERE.parent))
+
+from peers import make  # noqa: E402
+
+
+def reason(peer: str, chosen: Sequence[str]) -> str:
+    """Why a peer does not run, or ""."""
+    return make.attempt(peer) if "all" in chosen or peer in chosen else "not in LRCONVERT_PEERS"
+
+
+def run(peers: Sequence[str]) -> tuple[int, Counter[tuple[str, str]]]:
+    """pytest's exit status, and how many tests of each peer ended how: (peer, "passed"), (peer, "failed"), ..."""
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch) / "report.xml"
+        words = ["-q", "-p", "no:cacheprovider", "-k", " or ".join(peers), f"--junitxml={report}"]
+        tests = HERE.parent / "test_peers.py"
+        status = subprocess.run([sys.executable, "-m", "pytest", *words, str(tests)], check=False).returncode
+        cases = ElementTree.parse(report).iter("testcase")
+        return status, Counter((p, outcome(case)) for case in cases for p in peers if p in case.attrib["name"])
+
+
+def outcome(case: ElementTree.Element) -> str:
+    kinds = {part.tag for part in case}
+    return "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
+
+
+def line(peer: str, why: str, counts: Counter[tuple[str, str]]) -> str:
+    passed, failed, skipped = (counts[peer, kind] for kind in ("passed", "failed", "skipped"))
+    bad = "".join(f", {count} {kind}" for kind, count in (("FAILED", failed), ("skipped", skipped)) if count)
+    return f"{peer:10} {make.version(peer):10} {f'skipped: {why}' if why else f'ran {passed + failed} tests{bad}'}"
+
+
+def peft() -> str:
+    """PEFT has no environment of its own: it is a test dependency, and the suite asks it everywhere."""
+    try:
+        return f"{'peft':10} {version('peft'):10} ran with the suite"
+    except PackageNotFoundError:
+        return f"{'peft':10} {'':10} skipped: not installed"
+
+
+def main() -> int:
+    chosen = os.environ.get("LRCONVERT_PEERS", "all").replace(",", " ").split()
+    why = {peer: reason(peer, chosen) for peer in make.peers()}
+    ready = [peer for peer, text in why.items() if not text]
+    status, counts = run(ready) if ready else (0, Counter())
+    print(
+        "peers:", *(f"  {line(peer, text, counts)}" for peer, text in why.items()), f"  {peft()}", sep="\n", flush=True
+    )
+    return 1 if status else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
