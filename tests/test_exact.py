@@ -6,7 +6,6 @@ import hashlib
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -281,6 +280,30 @@ print(hashlib.sha256(Update([Term(0.3, left, right)]).add(w, "F32")[0].tobytes()
     assert done.stdout.strip() == here
 
 
+def by_torch(left: Array, right: Array, out: Array) -> None:
+    torch = pytest.importorskip("torch")
+    torch.matmul(torch.from_numpy(left), torch.from_numpy(right), out=torch.from_numpy(out))
+
+
+def from_the_back(left: Array, right: Array, out: Array) -> None:
+    """The same products, added up in the opposite order and one by one."""
+    out[:] = 0
+    for j in reversed(range(left.shape[1])):
+        out += left[:, j : j + 1] * right[j]
+
+
+@pytest.mark.parametrize("multiply", (by_torch, from_the_back))
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_who_multiplies_changes_nothing(dtype: str, multiply: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(12)
+    terms = [Term(0.7, *factors(rng, 300, 48, 500, 0.003))]
+    stored = weights(rng, (300, 500), dtype, 2)
+    ours, _ = Update(terms).add(stored, dtype)
+    monkeypatch.setattr(exact, "_multiply", multiply)
+    theirs, _ = Update(terms).add(stored, dtype)
+    assert np.array_equal(bits(ours), bits(theirs))
+
+
 @pytest.mark.parametrize("dtype", ("BF16", "F16", "F32"))
 def test_a_million_ties(dtype: str) -> None:
     """Structured factors put half of all results exactly between two values; that must not reach slow code."""
@@ -290,11 +313,8 @@ def test_a_million_ties(dtype: str) -> None:
     stored = round_to(1 + unit * rng.integers(0, 60, (rows, cols)), dtype)
     left = rng.integers(-3, 4, (rows, 4)).astype(np.float32)
     right = rng.integers(-3, 4, (4, cols)).astype(np.float32) * np.float32(unit / 2)
-    start = time.perf_counter()
     out, tally = Update([Term(1.0, left, right)]).add(stored, dtype)
-    seconds = time.perf_counter() - start
     assert 900_000 < tally.recomputed < 1_200_000 and tally.rational == 0
-    assert seconds < 20  # a second or less; rational arithmetic would take a minute
     total = decode(stored, dtype).astype(np.float64) + left.astype(np.float64) @ right.astype(np.float64)
     assert np.array_equal(bits(out), bits(round_to(total, dtype)))  # the total is exact in float64 here
 

@@ -33,7 +33,8 @@ from lrconvert.merging import residual
 from lrconvert.merging.compute import Block, Computer
 from lrconvert.merging.pipeline import Behind
 from lrconvert.merging.plan import CONFIG_NAME, RECORDS, Output, Plan, plan
-from lrconvert.merging.record import CODES_NAME, RECORD_NAME, RESIDUAL, STORED, XOR, Code, Record, TensorRecord
+from lrconvert.merging.record import RECORD_NAME
+from lrconvert.merging.record_json import CODES_NAME, RESIDUAL, STORED, XOR, Code, Record, TensorRecord, encode
 from lrconvert.merging.report import MergedTensor, MergeReport
 from lrconvert.merging.updates import Adapter, Scaled
 
@@ -322,7 +323,7 @@ class _Merger:
             others=self.others,
             stored=dict(self.stored),
         )
-        text = record.encode()
+        text = encode(record)
         self.folder.write_bytes(f"{self.place}/{RECORD_NAME}", text)
         self.record_bytes += len(text)
 

@@ -24,7 +24,8 @@ from lrconvert.merging.compute import read_rows
 from lrconvert.merging.merge import Progress, check_replaceable
 from lrconvert.merging.pipeline import Behind
 from lrconvert.merging.plan import CONFIG_NAME, RECORDS, other_files
-from lrconvert.merging.record import RESIDUAL, STORED, Code, OpenRecord, Record, TensorRecord
+from lrconvert.merging.record import OpenRecord
+from lrconvert.merging.record_json import RESIDUAL, STORED, Code, Record, TensorRecord
 from lrconvert.merging.report import UnmergeReport
 from lrconvert.merging.updates import cuts, segment
 
@@ -181,15 +182,23 @@ class _Unmerger:
                     ((a, b) for a, b in pairwise(ends) if a <= code.first and code.first + code.count <= b), (0, 0)
                 )
                 if start not in updates:
-                    found = segment(tensor.pieces, start, stop, self.sources)
-                    if found is None or found.shape[1] != tensor.cols:
-                        raise UndoError(f"the record has no update for {tensor.name!r}", path=self.opened.path)
-                    updates = {start: found.negated()}
+                    updates = {start: self._update(tensor, start, stop)}
                 yield self._undone(present, updates[start], code.first - start, info.dtype, data), present
             else:
                 yield residual.decode_xor(data, present.reshape(-1)).reshape(present.shape), present
             at = code.first + code.count
         yield from unchanged(at, rows)
+
+    def _update(self, tensor: TensorRecord, start: int, stop: int) -> Update:
+        """What to add to the rows `start` to `stop` to predict those of the base."""
+        for piece in tensor.pieces:
+            adapter = self.sources[piece.origin.adapter].adapter
+            if piece.origin.which >= len(adapter.extras if piece.origin.bias else adapter.targets):
+                raise UndoError(f"an update of {tensor.name!r} is not in its adapter", path=self.opened.path)
+        found = segment(tensor.pieces, start, stop, self.sources)
+        if found is None or found.shape != (stop - start, tensor.cols):
+            raise UndoError(f"the record has no update for {tensor.name!r}", path=self.opened.path)
+        return found.negated()
 
     def _undone(self, present: Array, update: Update, row: int, dtype: str, data: bytes) -> Array:
         rows, _ = update.add(present, dtype, row, self.workspace)
