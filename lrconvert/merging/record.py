@@ -131,7 +131,10 @@ class OpenRecord:
             self.headers = [self._header(n, name, size) for n, (name, size) in enumerate(self.record.files)]
         except LrcError as error:
             raise error.at(self.path) from None
-        self._codes = open_regular(folder / CODES_NAME)[0] if self.record.can_undo else -1
+        self._codes, self._size = -1, 0
+        if self.record.can_undo:
+            self._codes, info = open_regular(folder / CODES_NAME)
+            self._size = info.st_size
 
     def _check(self, name: str, wanted: str) -> None:
         path = self.folder / name
@@ -157,6 +160,11 @@ class OpenRecord:
         return tuple(Source(load_adapter(self.folder, n, entry)) for n, entry in enumerate(self.record.adapters))
 
     def code(self, offset: int, nbytes: int) -> bytes:
+        """Bytes of undo.bin. Raises E-UNDO if it does not have them."""
+        if offset + nbytes > self._size:
+            raise UndoError(
+                f"{CODES_NAME} has {self._size} bytes, a code is to end at {offset + nbytes}", path=self.path
+            )
         return bytes(pread(self._codes, nbytes, offset, self.folder / CODES_NAME))
 
     def close(self) -> None:
