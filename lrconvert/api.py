@@ -34,6 +34,12 @@ Progress = Callable[[float, str], None]
 ExtraDtype = Literal["F32", "F16", "BF16"]
 
 
+_DORA_NOTE = (
+    "DoRA: the low-rank part is refitted; the magnitudes, to which its sum with the base is scaled, are carried along "
+    "(--bake-dora turns both into plain updates)"
+)
+
+
 def _silent(fraction: float, text: str) -> None:
     """The progress callback of a caller who wants none."""
 
@@ -160,6 +166,8 @@ def convert(
         warnings += baked
     elif bake_dora is not None:
         raise OptionError("baking DoRA needs the weights of the base", fix="give it with --base")
+    if any(extra.use == "magnitude" for extra in lora.extras):
+        warnings += (_DORA_NOTE,)
     budget_bytes = _budget_bytes(source_bytes, target_size, target_ratio, None if options else form.default_ratio)
     skeleton = CompactAdapter(
         method=form.id,

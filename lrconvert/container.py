@@ -199,6 +199,8 @@ def parse_header(text: bytes, data_bytes: int, limits: Limits, file: Path) -> tu
     if not isinstance(header, dict):
         raise JsonSyntaxError("the header is not a JSON object")
     metadata = header.pop("__metadata__", {})
+    if metadata is None and limits is FOREIGN:  # as mlx writes it, and the safetensors library reads it
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise JsonSyntaxError("__metadata__ is not an object of strings")
     if len(header) > limits.tensors:

@@ -268,7 +268,10 @@ def _examine(file: ContainerFile, report: Report) -> CompactAdapter | None:
     if config is None:
         return None
     tensors = {}
-    for spec in attempt("semantics", _checked_specs, method, config, targets) or ():
+    specs = attempt("semantics", _checked_specs, method, config, targets)
+    if specs is None:  # without them nothing tells which tensors belong here
+        return None
+    for spec in specs:
         if attempt("semantics", reader.has, spec):
             tensors[spec.name] = attempt("values", reader.decode, spec)
     full = tuple(attempt("semantics", reader.extra, i, extra) for i, extra in enumerate(extras))

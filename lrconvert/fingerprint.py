@@ -7,13 +7,18 @@ from collections.abc import Iterable
 
 from lrconvert.adapter import BaseFingerprint, Target
 from lrconvert.container import Checkpoint
+from lrconvert.errors import TensorNameError
 
 
 def names_digest(targets: Iterable[Target]) -> str:
-    """sha256 in hex over the sorted (name, stored shape) list of the targets' parameters."""
+    """sha256 in hex over the sorted (name, stored shape) list of the targets' parameters. Raises E-NAME for a name that
+    is no text."""
     digest = hashlib.sha256()
     for name, shape in sorted({(t.name, t.shape) for t in targets}):
-        encoded = name.encode()
+        try:
+            encoded = name.encode()
+        except UnicodeEncodeError:
+            raise TensorNameError(f"the target {name!r:.80} has half of a surrogate pair in its name") from None
         digest.update(len(encoded).to_bytes(8, "little") + encoded + len(shape).to_bytes(8, "little"))
         for n in shape:
             digest.update(n.to_bytes(8, "little"))

@@ -17,6 +17,9 @@ MAX_VECTORS = 1 << 20  # rows of a vector bank
 MAX_SHARDS = 10_000
 MAX_PATTERN_LENGTH = 1_000  # characters of one rank_pattern / alpha_pattern key
 MAX_PATTERNS = 4_096
+MAX_PATTERN_STEPS = 1 << 31  # of matching all patterns to all modules: a few seconds; real adapters take millions
+# Of one JSON text; a header of 2^20 tensors has 5, 9 and 3 of them each. A few seconds of parsing at most.
+MAX_JSON = {"strings": 6 << 20, "values": 10 << 20, "objects and lists": 13 << 18}
 MAX_CONFIG_BYTES = 4 * MIB  # adapter_config.json, config.json
 MAX_INDEX_BYTES = 256 * MIB  # model.safetensors.index.json of 2^20 tensors
 BLOCK_BYTES = 64 * MIB  # one block of a merge, in the dtype it is computed in

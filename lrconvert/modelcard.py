@@ -53,7 +53,10 @@ def _error_table(compact: CompactAdapter, fidelity: Fidelity | None) -> list[str
     if fidelity is None:
         if not total:
             return ["How much of a source adapter this keeps was not measured."]
-        return [f"Captured energy of the source's weight update, over all targets: **{total}** (1 is lossless)."]
+        return [
+            f"Captured energy of the source's update, over all targets, as the compact file states it: **{total}** "
+            "(1 is lossless). It was not measured again for this export."
+        ]
     rows = [
         f"Captured energy of the source's update, over all targets: **{fidelity.captured:.4f}** (1 is lossless).",
         "",

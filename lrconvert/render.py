@@ -256,10 +256,13 @@ def merging(output: str, report: MergeReport, verbose: bool) -> str:
         lines.append(f"left out  {', '.join(map(printable, report.left_out))}: weights of the unmerged base")
     if verbose:
         rows = [
-            [printable(t.name), t.dtype, f"{t.tally.changed:,}", f"{t.tally.unmoved:,}", f"{t.tally.max_error:.3g}"]
+            [
+                *(printable(t.name), t.dtype, f"{t.tally.changed:,}", f"{t.tally.unmoved:,}"),
+                *(f"{t.tally.max_error:.3g}", f"{t.tally.mean_error:.3g}"),
+            ]
             for t in report.tensors
         ]
-        lines += ["", table(["tensor", "dtype", "changed", "did not move", "largest rounding error"], rows)]
+        lines += ["", table(["tensor", "dtype", "changed", "did not move", "rounding error", "mean"], rows)]
     return "\n".join(lines)
 
 

@@ -20,29 +20,42 @@ from lrconvert.errors import (
     JsonDuplicateError,
     JsonNumberError,
     JsonSyntaxError,
+    LimitError,
 )
-from lrconvert.limits import MAX_INT
+from lrconvert.limits import MAX_INT, MAX_JSON
 
 Json = Any  # dict[str, Json] | list[Json] | str | int | bool, as canonical JSON allows
 
 _MAX_INT_DIGITS = 17  # 2^53 has 16; longer text is refused before Python converts it
 _KEY = re.compile(r"[A-Za-z0-9_.]+\Z")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-# An unterminated string runs to the end and nothing is tried twice: the scan stays linear on hostile text.
-_STRUCTURE = re.compile(rb'"(?:[^"\\]++|\\.?)*+(?:"|\Z)|[\[\]{}]', re.DOTALL)
+# A bracket, or the end, and all before it that is none. An unterminated string runs to the end and nothing is tried
+# twice: the scan stays linear on hostile text.
+_BRACKET = re.compile(rb'(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.?)*+(?:"|\Z))*+([\[\]{}]|\Z)', re.DOTALL)
+
+
+_STEPS = {b"[": 1, b"{": 1, b"]": -1, b"}": -1, b"": 0}
+
+
+def _check_size(data: bytes) -> None:
+    """Refuse text of more values than any real file has: what is cheap to write is not always cheap to read."""
+    counts = {
+        "strings": data.count(b'"') // 2,
+        "values": data.count(b",") + data.count(b":"),
+        "objects and lists": max(data.count(b"{") + data.count(b"["), data.count(b"}") + data.count(b"]")),
+    }
+    for what, count in counts.items():
+        if count > MAX_JSON[what]:
+            raise LimitError(f"the JSON text holds {count} {what}; at most {MAX_JSON[what]} are read")
 
 
 def _check_depth(data: bytes, limit: int) -> None:
     """Refuse nesting beyond `limit` by one scan over the bytes, before any recursive parser sees them."""
     depth = 0
-    for match in _STRUCTURE.finditer(data):
-        token = match.group()[:1]
-        if token in b"[{":
-            depth += 1
-            if depth > limit:
-                raise JsonDepthError(f"JSON is nested more than {limit} levels deep")
-        elif token in b"]}":
-            depth -= 1
+    for match in _BRACKET.finditer(data):
+        depth += _STEPS[match[1]]
+        if depth > limit:
+            raise JsonDepthError(f"JSON is nested more than {limit} levels deep")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -81,7 +94,7 @@ def parse(data: bytes, *, depth: int, floats: bool = False) -> Json:
     """The value of the JSON text `data` (UTF-8).
 
     Raises E-HDR-TEXT (not UTF-8, NUL, byte-order mark, half of a surrogate pair), E-JSON-DEPTH, E-JSON-DUP, E-JSON-NUM,
-    E-JSON-SYNTAX.
+    E-JSON-SYNTAX, E-LIMIT (millions of values).
     `floats` admits finite floats, as the configurations of other tools have them.
     """
     try:
@@ -90,6 +103,7 @@ def parse(data: bytes, *, depth: int, floats: bool = False) -> Json:
         raise HeaderTextError(f"the JSON text is not UTF-8 at byte {error.start}") from None
     if text.startswith("\ufeff") or "\0" in text:
         raise HeaderTextError("the JSON text has a byte-order mark or a NUL character")
+    _check_size(data)
     _check_depth(data, depth)
     try:
         value = json.loads(

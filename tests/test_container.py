@@ -13,7 +13,7 @@ from conftest import FIXTURES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrconvert import container, errors, testing
+from lrconvert import container, errors, limits, testing
 from lrconvert.limits import FOREIGN
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "I64": np.int64, "U8": np.uint8}
@@ -153,7 +153,6 @@ CASES = {
         errors.JsonDuplicateError,
     ),
     "unknown field": (build({"a": {**entry(), "x": 1}}, b"1234"), errors.UnknownFieldError),
-    "null metadata": (build({"__metadata__": None}), errors.JsonSyntaxError),
     "overlap": (build({"a": entry(), "b": entry(offsets=(2, 6))}, b"123456"), errors.OffsetError),
     "hole": (build({"a": entry(), "b": entry(offsets=(6, 10))}, b"1234567890"), errors.OffsetError),
     "trailing bytes": (build({"a": entry()}, b"12345"), errors.CoverageError),
@@ -181,6 +180,16 @@ def test_refusals(case, tmp_path):
     with pytest.raises(error) as caught:
         container.ContainerFile(path)
     assert str(path) in str(caught.value)
+
+
+def test_null_metadata_is_none_in_files_of_others(tmp_path):
+    """mlx writes it; our own files never have it."""
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(build({"__metadata__": None, "a": entry()}, b"1234"))
+    with container.ContainerFile(path) as file:
+        assert file.metadata == {} and list(file.by_name) == ["a"]
+    with pytest.raises(errors.JsonSyntaxError):
+        container.ContainerFile(path, limits.OWN)
 
 
 def test_no_special_files(tmp_path):

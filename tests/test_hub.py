@@ -375,6 +375,8 @@ def test_ids_cost_no_imports_and_no_network(adapter):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "[]", done.stderr
+
+
 def test_bases_in_the_store_that_models_share(cache, base):
     for n, link in enumerate(sorted(base.iterdir())):
         digest = f"{n:02x}" + "c" * 62

@@ -60,6 +60,12 @@ def loaded_with(folder: Path, make: Any) -> Any:
     return model.eval()
 
 
+PHI3 = oracle.transformer("Phi3ForCausalLM")
+ALL = {
+    **CASES,
+    "fused layers": (PHI3, {"target_modules": ["qkv_proj", "gate_up_proj", "o_proj", "down_proj"]}, 4, {}),
+}
+
 # PEFT merges an update of one end of a tie into both; the model with the adapter attached is the oracle there.
 SPLIT_TIES = {
     "DoRA, Conv1D",
@@ -69,10 +75,10 @@ SPLIT_TIES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("dtype", ("F32", "BF16"))
 def test_as_peft_and_back(name: str, dtype: str, tmp_path: Path) -> None:
-    make, config, _, _ = CASES[name]
+    make, config, _, _ = ALL[name]
     oracle.train(make, tmp_path / "adapter", **{"init_lora_weights": False, **config})
     base = save_model(make(), tmp_path / "base", dtype)
     lora = api.load_lora(tmp_path / "adapter")

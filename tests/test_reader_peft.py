@@ -438,6 +438,22 @@ def test_unknown_layouts(path, tmp_path):
         load(tmp_path / path)
 
 
+def test_names_of_a_compiled_model(tmp_path):
+    """torch.compile puts a module around the model, whose name PEFT saves; without it the adapter is the same."""
+    source = ADAPTERS / "llama-plain"
+    stored = safetensors.numpy.load_file(source / "adapter_model.safetensors")
+    prefix = "base_model.model."
+    renamed = {prefix + "_orig_mod." + name.removeprefix(prefix): value for name, value in stored.items()}
+    shutil.copy(source / "adapter_config.json", tmp_path)
+    safetensors.numpy.save_file(renamed, tmp_path / "adapter_model.safetensors")
+    ours, plain = load(tmp_path), load(source)
+    assert ours.targets == plain.targets and ours.extras == plain.extras
+    name = next(iter(stored))
+    safetensors.numpy.save_file(renamed | {name: stored[name]}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(errors.TensorUnknownError, match="mean the same"):
+        load(tmp_path)
+
+
 # --- patterns -------------------------------------------------------------------------------------------------------
 
 MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.11.mlp.down_proj", "q_proj", "lm_head", "xq_proj"]
@@ -459,6 +475,20 @@ def test_patterns_match_as_in_peft(pattern):
     for module in MODULES:
         theirs = get_pattern_key([pattern], module) == pattern
         assert bool(reader.compile_pattern(pattern).match(module)) == theirs or module == pattern
+
+
+def test_patterns_that_take_long_on_long_names_are_refused(tmp_path):
+    """Each is allowed, and fine on the names of models; on a name of thousands of characters it is not."""
+    reader.check_work([".*.*.*x"] * 20, ["model.layers.0.self_attn.q_proj"] * 500)
+    module = "." * 3000 + "m"
+    tensors = {f"base_model.model.{module}.lora_{h}.weight": np.ones((2, 2), np.float32) for h in "AB"}
+    safetensors.numpy.save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": [module]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "rank_pattern": {".*.*.*x": 2}}))
+    with pytest.raises(errors.PatternError, match="may take"):
+        load(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ".*.*.*x"}))
+    load(tmp_path)
 
 
 @pytest.mark.parametrize(

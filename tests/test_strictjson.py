@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrconvert import errors, strictjson
+from lrconvert import errors, limits, strictjson
 
 TEXT = st.text(st.characters(categories=["L", "N", "P", "Zs"]), max_size=12).map(strictjson.canonical_text)
 VALUES = st.recursive(
@@ -86,3 +86,28 @@ def test_hostile_text_is_scanned_once(unit):
     """Two million unterminated strings: a scan that starts over at each of them would not come back today."""
     with pytest.raises(errors.LrcError):
         strictjson.parse(b'{"k":' + unit * 2_000_000, depth=8)
+
+
+@pytest.mark.parametrize(
+    "part", (b'"",', b"1,", b"[],", b'{"":1},', b'{"a":[1,2]},'), ids=("strings", "numbers", "lists", "objects", "both")
+)
+def test_no_more_values_than_real_files_have(part):
+    """What is cheap to write is not always cheap to read: counted before anything is parsed."""
+    text = b"[" + part * (100_000_000 // len(part))
+    with pytest.raises(errors.LimitError):
+        strictjson.parse(text, depth=16)
+
+
+def test_a_header_of_the_most_tensors_is_read():
+    entry = '{"dtype":"F32","shape":[4096,4096],"data_offsets":[4,8]}'
+    text = "{" + ",".join(f'"{n}":{entry}' for n in range(1 << 14)) + "}"
+    counts = {"strings": text.count('"') // 2, "values": text.count(",") + text.count(":")}
+    assert all(count << 6 <= limits.MAX_JSON[what] for what, count in counts.items())
+    assert len(strictjson.parse(text.encode(), depth=16)) == 1 << 14
+
+
+def test_an_unterminated_string_is_looked_at_once():
+    """A scan that tries again at every place of 20 MB would not end."""
+    for text in (b'["' + b"x" * 20_000_000, b'["' + b"\\" * 20_000_000, b"[" * 3 + b'"' + b"]" * 3_000_000):
+        with pytest.raises(errors.LrcError):
+            strictjson.parse(text, depth=16)

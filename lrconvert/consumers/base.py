@@ -22,7 +22,7 @@ from lrconvert import file
 from lrconvert.container import INDEX_NAME, SINGLE_NAME, ContainerFile, TensorInfo, open_checkpoint, read_json
 from lrconvert.errors import FileKindError, LrcError, OptionError, UnknownLayoutError, printable
 from lrconvert.limits import MAX_PATTERNS
-from lrconvert.readers.peft import compile_pattern
+from lrconvert.readers.peft import check_work, compile_pattern
 
 Severity = Literal["refuses", "wrong", "warns"]
 Layout = Literal["peft", "mlx", "bare", "lrconvert"]  # bare: weights without a configuration
@@ -169,10 +169,12 @@ class Subject:
 
     @cached_property
     def _rules(self) -> dict[str, list[tuple[str, re.Pattern[str], float | None]]]:
-        return {
+        rules = {
             key: [(text, compile_pattern(text), as_number(value)) for text, value in self.pattern(key).items()]
             for key in ("rank_pattern", "alpha_pattern")
         }
+        check_work([text for found in rules.values() for text, _, _ in found], self.pairs)
+        return rules
 
     def _by_pattern(self, key: str, module: str, default: float | None) -> float | None:
         for text, rule, value in self._rules[key]:

@@ -10,7 +10,7 @@ from functools import partial
 from lrconvert.consumers import base
 from lrconvert.consumers.base import RESAVE, Consumer, Finding, Subject, example, leaf, words
 from lrconvert.errors import OptionError, PatternError
-from lrconvert.readers.peft import compile_pattern
+from lrconvert.readers.peft import check_work, compile_pattern
 
 VERSION = "0.21.2"
 refuses = partial(Finding, "refuses", "peft", VERSION)
@@ -181,7 +181,9 @@ def _targeted(subject: Subject, module: str) -> bool:
     if not isinstance(targets, str) or targets == "all-linear":
         return True
     try:
-        return compile_pattern(targets).match(module) is not None
+        found = compile_pattern(targets)
+        check_work([targets], subject.pairs)
+        return found.match(module) is not None
     except PatternError:
         return True
 

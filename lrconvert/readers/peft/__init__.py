@@ -21,10 +21,10 @@ from lrconvert.readers.base import CONFIG_NAME, Reader, ReadOptions
 from lrconvert.readers.peft import config as configs
 from lrconvert.readers.peft import experts, extras, layers, names
 from lrconvert.readers.peft.config import Settings, check_config
-from lrconvert.readers.peft.patterns import compile_pattern
+from lrconvert.readers.peft.patterns import check_work, compile_pattern
 from lrconvert.readers.weights import Weights, open_weights
 
-__all__ = ["CONFIG_NAME", "PICKLE_NAME", "READER", "WEIGHTS_NAME", "check_config", "compile_pattern"]
+__all__ = ["CONFIG_NAME", "PICKLE_NAME", "READER", "WEIGHTS_NAME", "check_config", "check_work", "compile_pattern"]
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
@@ -82,6 +82,7 @@ def _convert(found: names.Sorted, settings: Settings, weights: Weights) -> LoraA
             f"the file holds no lora_A / lora_B pair among its {len(weights.tensors)} tensors",
             fix="is it an adapter that was saved empty?",
         )
+    check_work([*settings.ranks.patterns, *settings.alphas.patterns], found.modules)
     parameters = experts.wrapped(found.modules, settings)
     _check_wrappers(found.modules.keys() - parameters.keys())
     experts.count(parameters, dict(found.modules), settings)
@@ -166,11 +167,6 @@ def _warnings(
     absent = [m for m in settings.saved if not any(f".{m}." in f".{name}" for name in owned)]
     if absent and len(absent) == len(settings.saved):
         lines.append(f"modules_to_save names {', '.join(absent)}, but the file holds no such tensors")
-    if settings.dora:
-        lines.append(
-            "DoRA: the updates are the low-rank part; the magnitudes, to which the sum with the base weight is scaled, "
-            "are carried along"
-        )
     if found.unused:
         lines.append(
             f"{len(found.unused)} tensors are not part of the model and are left out, {found.unused[0]} for one"

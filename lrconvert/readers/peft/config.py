@@ -12,7 +12,7 @@ from lrconvert.container import config_text
 from lrconvert.errors import ConfigError, NotLoraError, PairError, PatternError, UnsupportedLoraError
 from lrconvert.limits import MAX_DIM, MAX_PATTERNS
 from lrconvert.readers.base import CONFIG_NAME
-from lrconvert.readers.peft.patterns import Lookup, compile_pattern
+from lrconvert.readers.peft.patterns import Lookup, check_work, compile_pattern
 
 # Fields of LoraConfig that say how the adapter was trained or placed, and not what its update is.
 _NO_EFFECT = frozenset(
@@ -125,7 +125,9 @@ class Settings:
         if isinstance(self.modules, tuple):
             return any(module == name or module.endswith(f".{name}") for name in self.modules)
         try:
-            return bool(self.modules) and compile_pattern(self.modules).match(module) is not None
+            found = compile_pattern(self.modules)
+            check_work([self.modules], [module])
+            return bool(self.modules) and found.match(module) is not None
         except PatternError:
             return False
 

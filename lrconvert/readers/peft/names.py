@@ -6,6 +6,7 @@ keep it (``lora_A.default.weight``).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
@@ -26,6 +27,7 @@ _TITLES: dict[Part, str] = {
     "embedding_B": "lora_embedding_B",
     "magnitude": "lora_magnitude_vector",
 }
+_COMPILED = re.compile(r"(?<![^.])_orig_mod\.")  # torch.compile's wrapper, around the model or any module of it
 # State of a training that an evaluated model does not use: MonteCLoRA's sampler, VeLoRA's projection.
 _TRAINING = ("monteclora_sampler", "velora_embed")
 
@@ -73,7 +75,7 @@ def sort(tensors: Sequence[TensorInfo]) -> Sorted:
 def _local(info: TensorInfo) -> str:
     if not info.name.startswith(PREFIX) or info.name == PREFIX:
         raise TensorUnknownError(f"tensor {info.name!r} does not begin with {PREFIX!r}", fix="is this a PEFT file?")
-    name = info.name.removeprefix(PREFIX)
+    name = _COMPILED.sub("", info.name.removeprefix(PREFIX))
     if name.startswith("lora_"):
         raise TensorUnknownError(f"tensor {info.name!r} adapts the whole model, not a module of it")
     return name

@@ -8,12 +8,14 @@ from __future__ import annotations
 import re
 import re._constants as _sre  # type: ignore[import-not-found]
 import re._parser as _sre_parser  # type: ignore[import-not-found]
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import comb
 from typing import Any
 
 from lrconvert.errors import LrcError, PatternError
-from lrconvert.limits import MAX_PATTERN_LENGTH
+from lrconvert.limits import MAX_PATTERN_LENGTH, MAX_PATTERN_STEPS
 
 _ONE_CHARACTER = (_sre.LITERAL, _sre.NOT_LITERAL, _sre.ANY, _sre.IN)
 _MOST_REPEATS = 3
@@ -55,6 +57,24 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
         raise
 
 
+def check_work(patterns: Iterable[str], modules: Iterable[str]) -> None:
+    """Raise E-PATTERN if matching these (allowed) patterns to the names of these modules could take too long: k repeats
+    over n characters, and PEFT's own before them, are tried in some n^(k+1) / (k+1)! ways."""
+    names = Counter(map(len, modules))
+    by_repeats = Counter(_simple_repeats(_sre_parser.parse(pattern)) + 1 for pattern in patterns)
+    steps = sum(
+        many * count * comb(length + repeats, repeats)
+        for repeats, many in by_repeats.items()
+        for length, count in names.items()
+    )
+    if steps > MAX_PATTERN_STEPS:
+        raise PatternError(
+            f"matching {by_repeats.total()} patterns to {names.total()} modules may take {steps} steps; at most "
+            f"{MAX_PATTERN_STEPS} are taken",
+            fix="write the patterns with fewer repeats",
+        )
+
+
 @dataclass(frozen=True)
 class Lookup:
     """A number for every module: that of the first pattern that matches its name, else the default."""
@@ -66,6 +86,10 @@ class Lookup:
     def of(cls, table: Mapping[str, float], default: float) -> Lookup:
         """Raises E-PATTERN."""
         return cls(tuple((text, compile_pattern(text), value) for text, value in table.items()), default)
+
+    @property
+    def patterns(self) -> list[str]:
+        return [text for text, _, _ in self.rules]
 
     def _rule(self, module: str) -> tuple[str, float] | None:
         for text, rule, value in self.rules:
