@@ -12,7 +12,7 @@ from conftest import ADAPTERS, BASES, asset, random_lora
 from lrconvert import api, errors, report
 from lrconvert.adapter import ExtraTensor
 from lrconvert.exporters import base as exporters
-from lrconvert.exporters.peft_lora import saved_modules
+from lrconvert.exporters.peft_lora.extras import saved_modules
 
 
 def load_in_peft(base: str, folder, model_class: str = "AutoModelForCausalLM", **extra):
@@ -168,10 +168,10 @@ def test_unknown_layout_and_nothing_left_behind(tmp_path):
     odd = random_lora()
     from dataclasses import replace
 
-    from lrconvert.adapter import Target
+    from lrconvert.adapter import Target, View
 
-    first = replace(odd.targets[0], target=Target("layers.0.proj.bare", (24, 16)))
-    with pytest.raises(errors.ExportError, match="linear layer"):
+    first = replace(odd.targets[0], target=Target("layers.0.proj.weight", (48, 16), View("rows:0:24")))
+    with pytest.raises(errors.ExportError, match="in rows 0:24 only"):
         api.export(
             api.convert(replace(odd, targets=(first,)), "lowrank", bits="4").compact, tmp_path / "out", to="peft-lora"
         )
@@ -187,9 +187,9 @@ def test_extras_without_a_listed_module_are_saved_by_their_own():
         ExtraTensor("head.out.bias", "F32", (1,), b"\0" * 4),
     )
     compact = api.convert(replace(lora, extras=extras), "lowrank", bits="4").compact
-    assert saved_modules(compact) == ["head.dense", "head.out"]
+    assert saved_modules(compact, compact.extras) == ["head.dense", "head.out"]
     listed = replace(compact, provenance=replace(compact.provenance, fields={"modules_to_save": "head,score"}))
-    assert saved_modules(listed) == ["head", "score"]
+    assert saved_modules(listed, listed.extras) == ["head", "score"]
 
 
 def test_every_exporter_has_an_id_and_a_title():

@@ -9,18 +9,12 @@ from __future__ import annotations
 import numpy as np
 
 from lrconvert import __version__
-from lrconvert.adapter import CompactAdapter
+from lrconvert.adapter import CompactAdapter, Target
 from lrconvert.dtypes import Array
 from lrconvert.errors import ExportError
 from lrconvert.exporters.base import Exporter, ExportOptions, Files
-from lrconvert.exporters.peft_lora import (
-    PREFIX,
-    base_config,
-    config_file,
-    extra_tensors,
-    module_name,
-    weights_file,
-)
+from lrconvert.exporters.peft_lora import base_config, config_file, extras, weights_file
+from lrconvert.exporters.peft_lora.layers import PREFIX, is_embedding, module_name
 from lrconvert.methods import base as methods
 from lrconvert.methods.vblora.form import Config, Form
 from lrconvert.modelcard import model_card
@@ -40,10 +34,25 @@ def _check(compact: CompactAdapter) -> Config:
         "cut sub-vectors": config.padded,
         "targets of different ranks": len(set(config.ranks)) > 1,
     }
+    beside = [e.name for e in compact.extras if e.use != "replace" or e.name.endswith(".bias")]
+    if beside:
+        raise ExportError(
+            f"PEFT's VB-LoRA has no place for a part of the update: {beside[0]!r}", fix="export to peft-lora"
+        )
     found = [reason for reason, present in reasons.items() if present]
     if found:
         raise ExportError(f"PEFT's VB-LoRA has no {', no '.join(found)}", fix=_ADVICE)
     return config
+
+
+def _linear(compact: CompactAdapter, target: Target) -> str:
+    """The module of a linear layer. Raises E-EXPORT for any other target."""
+    if target.view.kind not in ("matrix", "transposed") or is_embedding(compact, target):
+        raise ExportError(
+            f"{target.name!r} ({target.view.text}) is no linear layer; PEFT's VB-LoRA has these only",
+            fix="export to peft-lora, or convert again with --exclude for these targets",
+        )
+    return module_name(target)
 
 
 def _index_type(num_vectors: int) -> tuple[str, np.dtype[np.generic]]:
@@ -82,13 +91,14 @@ def files(compact: CompactAdapter, options: ExportOptions, fidelity: Fidelity | 
     indices, weights = compact.tensors["indices"].astype(index_type), _weights(compact, form)
     if form.exact_weights:  # the first vector takes what the others leave; PEFT's last one does
         indices = np.roll(indices, -1, axis=1)
-    tensors = extra_tensors(compact)
+    placed = extras.place(compact, [])
+    tensors = list(placed.entries)
     bank = np.ascontiguousarray(_bank(compact, form), "<f4")
     tensors.append(("base_model.vblora_vector_bank", "F32", bank.shape, bank.tobytes()))
     at = 0
     modules = []
     for target in compact.targets:
-        module = module_name(target)
+        module = _linear(compact, target)
         modules.append(module)
         for half, length in (("A", target.in_features), ("B", target.out_features)):
             cuts = length // form.vector_length
@@ -102,6 +112,8 @@ def files(compact: CompactAdapter, options: ExportOptions, fidelity: Fidelity | 
                 )
     settings = {
         **base_config(compact, modules),
+        **placed.config,
+        "fan_in_fan_out": any(t.view.kind == "transposed" for t in compact.targets),
         "peft_type": "VBLORA",
         "r": rank,
         "num_vectors": form.num_vectors,

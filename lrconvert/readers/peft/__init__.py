@@ -65,14 +65,16 @@ def read(path: Path, options: ReadOptions) -> LoraAdapter:
     weights_path = _find_weights(path)
     with open_weights(weights_path, options) as weights:
         try:
-            lora = _convert(names.sort(weights.tensors), settings, weights)
+            found = names.sort(weights.tensors)
+            lora = _convert(found, settings, weights)
             source = combined_digest(
                 (i.name, tensor_digest(i.name, i.dtype, i.shape, [weights.read(i)])) for i in weights.tensors
             )
             weights.check_unchanged()
         except LrcError as error:
             raise error.at(weights_path) from None
-    came = Provenance(source, settings.base_model, settings.revision, settings.task_type, settings.fields)
+    fields = {**settings.fields, **_embeddings(found)}
+    came = Provenance(source, settings.base_model, settings.revision, settings.task_type, fields)
     return replace(lora, provenance=came)
 
 
@@ -104,6 +106,12 @@ def _convert(found: names.Sorted, settings: Settings, weights: Weights) -> LoraA
         extras=layers.sort_extras(carried),
         warnings=_warnings(targets, carried, settings, found, parameters),
     )
+
+
+def _embeddings(found: names.Sorted) -> dict[str, str]:
+    """A field that tells embeddings from layers that are stored transposed, as an export needs it."""
+    modules = [module for module, parts in sorted(found.modules.items()) if "embedding_A" in parts]
+    return {"embeddings": ",".join(modules)} if modules and all("," not in module for module in modules) else {}
 
 
 def _check_wrappers(modules: set[str]) -> None:

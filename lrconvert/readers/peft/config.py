@@ -142,6 +142,7 @@ def parse(config: Mapping[str, Any]) -> Settings:
     mapping = config.get("auto_mapping")
     mapped = mapping if isinstance(mapping, dict) else {}
     base_class = _string(mapped.get("base_model_class"))
+    library = _string(mapped.get("parent_library"))
     saved = _names(config, "modules_to_save")
     modules = config.get("target_modules")
     return Settings(
@@ -159,10 +160,10 @@ def parse(config: Mapping[str, Any]) -> Settings:
         version=_version(config.get("peft_version")),
         base_model=config_text(config, "base_model_name_or_path"),
         base_class=base_class,
-        base_library=_string(mapped.get("parent_library")),
+        base_library=library,
         revision=config_text(config, "revision"),
         task_type=config_text(config, "task_type"),
-        fields=_fields(config, base_class, saved),
+        fields=_fields(config, base_class, library, saved),
     )
 
 
@@ -276,7 +277,7 @@ def _version(value: Any) -> tuple[int, int]:
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
-def _fields(config: Mapping[str, Any], base_class: str, saved: Sequence[str]) -> dict[str, str]:
+def _fields(config: Mapping[str, Any], base_class: str, library: str, saved: Sequence[str]) -> dict[str, str]:
     """The few strings that an export needs."""
     fields = {"source_format": "peft"}
     if isinstance(config.get("peft_version"), str):
@@ -286,4 +287,9 @@ def _fields(config: Mapping[str, Any], base_class: str, saved: Sequence[str]) ->
     named = config.get("modules_to_save")
     if saved and saved == tuple(named or ()) and all("," not in name for name in saved):
         fields["modules_to_save"] = ",".join(saved)
+    parameters = _names(config, "target_parameters")
+    if parameters and all("," not in name for name in parameters):
+        fields["target_parameters"] = ",".join(parameters)
+        if library:
+            fields["parent_library"] = library
     return fields

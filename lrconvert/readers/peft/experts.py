@@ -146,8 +146,12 @@ def reads_in_out(settings: Settings) -> bool:
 
 
 def _says_transposed(settings: Settings) -> bool:
-    hint = settings.base_model.lower()
-    return settings.base_class.startswith(_TRANSPOSED_CLASSES) or any(name in hint for name in _TRANSPOSED_NAMES)
+    return says_transposed(settings.base_class, settings.base_model)
+
+
+def says_transposed(base_class: str, hint: str) -> bool:
+    """Whether the model tells PEFT that its experts are stored (experts, in, out), as far as its names show."""
+    return base_class.startswith(_TRANSPOSED_CLASSES) or any(name in hint.lower() for name in _TRANSPOSED_NAMES)
 
 
 def doubt(names: Sequence[str], settings: Settings) -> str:

@@ -1,0 +1,167 @@
+"""PEFT LoRA: the one form that every server loads. The scale is baked in, and all modules get one rank by default
+(alpha = r, zero-padded, no patterns), because several servers ignore rank_pattern, alpha_pattern or rsLoRA.
+
+Linear layers, Conv1D, convolutions, embeddings, stacks of experts and other parameters; DoRA's magnitudes, biases,
+trained tokens, saved modules. Which of it a server understands is for `check` to say.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from lrconvert import __version__
+from lrconvert.adapter import CompactAdapter
+from lrconvert.container import encode_header
+from lrconvert.dtypes import round_to
+from lrconvert.errors import ExportError
+from lrconvert.exporters.base import Exporter, ExportOptions, Files
+from lrconvert.exporters.peft_lora import extras
+from lrconvert.exporters.peft_lora.extras import Entry
+from lrconvert.exporters.peft_lora.layers import PREFIX, Factors, Layer, layers
+from lrconvert.methods import base as methods
+from lrconvert.modelcard import model_card
+from lrconvert.readers.peft.experts import says_transposed
+from lrconvert.report import Fidelity
+
+_READS_OUT_IN = "0.19.0"  # the PEFT whose meaning of a stack of experts is written
+
+
+def base_config(compact: CompactAdapter, modules: Sequence[str]) -> dict[str, Any]:
+    """Fields that every PEFT configuration has."""
+    came = compact.provenance
+    return {
+        "base_model_name_or_path": came.base_model or None,
+        "revision": came.revision or None,
+        "task_type": came.task_type or None,
+        "inference_mode": True,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": sorted(modules),
+        "modules_to_save": None,
+    }
+
+
+def weights_file(tensors: Sequence[Entry]) -> Iterator[bytes]:
+    """A safetensors file in pieces."""
+    yield encode_header([(name, dtype, shape) for name, dtype, shape, _ in tensors], {"format": "pt"})
+    for *_, data in tensors:
+        yield data
+
+
+def config_file(config: dict[str, Any]) -> bytes:
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+
+
+def files(compact: CompactAdapter, options: ExportOptions, fidelity: Fidelity | None) -> Files:
+    """See the module's docstring. Raises E-EXPORT if nothing is left, or for what PEFT cannot express."""
+    found = _layers(compact, options.keep_ranks)
+    top = max(layer.rank for layer in found)
+    modules = [layer.name for layer in found if not layer.is_parameter]
+    placed = extras.place(compact, modules)
+    uses = {e.use for e in compact.extras}
+    tensors = [*placed.entries, *_missing_biases(compact, found, uses)]
+    for layer in found:
+        for half in layer.halves:
+            data = round_to(half.values, options.dtype).tobytes()
+            tensors.append((half.name, options.dtype, half.values.shape, data))
+    ranks = {layer.name: layer.rank for layer in found if layer.rank != top}
+    config = {
+        **base_config(compact, modules),
+        "peft_type": "LORA",
+        "r": top,
+        "lora_alpha": top,
+        "lora_dropout": 0.0,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": "magnitude" in uses,
+        "lora_bias": "add" in uses,
+        "fan_in_fan_out": _turned(compact, found),
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,
+        **placed.config,
+        **_parameters(compact, found),
+    }
+    return {
+        "adapter_config.json": [config_file(config)],
+        "adapter_model.safetensors": weights_file(sorted(tensors)),
+        "README.md": [model_card(compact, "LoRA", options.command, fidelity)],
+        "lrconvert.json": [config_file({"tool": f"lrconvert {__version__}", "source": compact.provenance.source})],
+    }
+
+
+def _layers(compact: CompactAdapter, keep_ranks: bool) -> list[Layer]:
+    """Everything that is adapted. Modules that were pruned to rank 0 are left out, unless DoRA or a bias changes them
+    all the same."""
+    needed = {
+        e.name.removesuffix(".bias").removesuffix(".weight") for e in compact.extras if e.use in ("magnitude", "add")
+    }
+    factors: list[Factors] = []
+    for target, a, b in methods.expand_all(compact):
+        if a.shape[0] or target.name.removesuffix(".weight") in needed:
+            factors.append((target, a, b))
+    if not factors:
+        raise ExportError("every target has rank 0, there is nothing to export")
+    _check_dora(compact, factors)
+    top = max(1, *(a.shape[0] for _, a, _ in factors))
+    rank: Callable[[int], int] = (lambda own: max(own, 1)) if keep_ranks else (lambda own: top)
+    return layers(compact, factors, rank)
+
+
+def _check_dora(compact: CompactAdapter, factors: Sequence[Factors]) -> None:
+    """Raise E-EXPORT unless all targets or none have a magnitude: PEFT's use_dora holds for the whole adapter."""
+    owners = {e.name for e in compact.extras if e.use == "magnitude"}
+    without = [target.name for target, _, _ in factors if target.name not in owners]
+    if owners and without:
+        raise ExportError(
+            f"{without[0]!r} has no DoRA magnitude and others have; PEFT's use_dora holds for all or none",
+            fix="convert again with --bake-dora, or --exclude one of the two kinds",
+        )
+
+
+def _missing_biases(compact: CompactAdapter, found: Sequence[Layer], uses: Collection[str]) -> Iterator[Entry]:
+    """Zeros for the layers without a bias of their LoRA, where others have one."""
+    owners = {extras.owner(e.name) for e in compact.extras if e.use == "add"}
+    for layer in found if "add" in uses else ():
+        if layer.is_embedding or layer.is_parameter:
+            raise ExportError(
+                f"{layer.name!r} cannot be in one adapter with biases of LoRAs; PEFT refuses that",
+                fix="convert again with --exclude for it",
+            )
+        if layer.name not in owners:
+            out = layer.halves[1].values.shape[0]
+            yield f"{PREFIX}{layer.name}.lora_B.bias", "F32", (out,), np.zeros(out, "<f4").tobytes()
+
+
+def _turned(compact: CompactAdapter, found: Sequence[Layer]) -> bool:
+    """Whether a layer is stored (in, out): Conv1D. Embeddings always are."""
+    names = {layer.target for layer in found if not layer.is_embedding and not layer.is_parameter}
+    return any(t.view.kind == "transposed" for t in compact.targets if t.name in names)
+
+
+def _parameters(compact: CompactAdapter, found: Sequence[Layer]) -> dict[str, Any]:
+    """The fields for `target_parameters`. Raises E-EXPORT for stacks that PEFT would read in another layout."""
+    names = [layer.name for layer in found if layer.is_parameter]
+    if not names:
+        return {}
+    came = compact.provenance
+    base_class = came.fields.get("base_model_class", "")
+    turned = {t.view.kind == "expert_transposed" for t in compact.targets if t.view.kind.startswith("expert")}
+    says = says_transposed(base_class, came.base_model)
+    if turned and turned != {says}:
+        layout = "(experts, in, out)" if not says else "(experts, out, in)"
+        raise ExportError(
+            f"the experts are stored {layout}, and PEFT takes those of {base_class or 'this model'!s} otherwise",
+            fix="convert again with --base, or merge the adapter into the base",
+        )
+    fields: dict[str, Any] = {"target_parameters": sorted(names), "peft_version": _READS_OUT_IN}
+    library = came.fields.get("parent_library", "")
+    if base_class and library:
+        fields["auto_mapping"] = {"base_model_class": base_class, "parent_library": library}
+    return fields
+
+
+EXPORTER = Exporter("peft-lora", "PEFT LoRA folder, scale baked in, one rank", files)
