@@ -376,6 +376,7 @@ def merge(
     allow_no_op: bool = False,
     undo: bool = True,
     shard_bytes: int | None = None,
+    dequantize: bool = False,
     allow_pickle: bool = False,
     progress: Progress = _silent,
 ) -> MergeReport:
@@ -383,7 +384,8 @@ def merge(
 
     Every element of the result is the value of the base's dtype nearest to the exact ``W + scale * B @ A``, summed over
     all adapters; give ``Scaled(adapter, 0.5)`` to weigh one. The output holds a record with which `unmerge` restores
-    every byte of the base; with `undo` False, only digests. `shard_bytes` bounds the weight files. Raises E-BASE,
+    every byte of the base; with `undo` False, only digests. `shard_bytes` bounds the weight files;
+    `dequantize` takes a base that bitsandbytes has quantized as bf16. Raises E-BASE,
     E-ORIENT, E-FPR, E-PLACE, E-NO-EFFECT, E-OVERFLOW, E-BASE-QUANT, E-OPTION, E-OUT-EXISTS, E-OUT-PATH, E-OUT-SPACE.
     """
     return merging.merge(
@@ -395,6 +397,7 @@ def merge(
         allow_no_op=allow_no_op,
         undo=undo,
         shard_bytes=shard_bytes,
+        dequantize=dequantize,
         progress=progress,
     )
 
@@ -445,8 +448,10 @@ def verify(
     base: AnyPath,
     adapters: Mergeable | Sequence[Mergeable],
     *,
+    dequantize: bool = False,
     allow_pickle: bool = False,
     progress: Progress = _silent,
 ) -> VerifyReport:
     """Whether `merged` is the merge of `base` and `adapters`: every value is computed again, every bit compared."""
-    return merging.verify(hub.locate(merged), hub.locate(base), _loaded(adapters, allow_pickle), progress=progress)
+    inputs = _loaded(adapters, allow_pickle)
+    return merging.verify(hub.locate(merged), hub.locate(base), inputs, dequantize=dequantize, progress=progress)

@@ -458,6 +458,9 @@ def _weighted(text: str, allow_pickle: bool) -> Any:
     return Scaled(api.load(name, allow_pickle=allow_pickle), scale, hub.hint(name))
 
 
+_dequantize = click.option("--dequantize", is_flag=True, help="Take a base that bitsandbytes has quantized as bf16.")
+
+
 @click.command("merge-into-base")
 @click.argument("base", type=click.Path(path_type=Path))
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[=SCALE]...")
@@ -466,6 +469,7 @@ def _weighted(text: str, allow_pickle: bool) -> Any:
 @click.option("--no-undo", is_flag=True, help="Write no undo record: only the base itself can undo it then.")
 @click.option("--out-shard-size", type=ByteSize(), help="Largest weight file, as 5GB; default: cut as the base is.")
 @click.option("--allow-no-op", is_flag=True, help="Write a copy of the base even if the adapter changes nothing.")
+@_dequantize
 @_pickle
 @_overwrite
 @_quiet
@@ -479,6 +483,7 @@ def merge_into_base(
     no_undo: bool,
     out_shard_size: int | None,
     allow_no_op: bool,
+    dequantize: bool,
     allow_pickle: bool,
     overwrite: bool,
     quiet: bool,
@@ -501,6 +506,7 @@ def merge_into_base(
             undo=not no_undo,
             shard_bytes=out_shard_size,
             allow_no_op=allow_no_op,
+            dequantize=dequantize,
             progress=progress,
         )
     if as_json:
@@ -548,15 +554,25 @@ def unmerge(
 @click.option(
     "--adapter", "adapters", required=True, multiple=True, metavar="ADAPTER[=SCALE]", help="As merged; repeatable."
 )
+@_dequantize
 @_pickle
 @_quiet
 @_json
-def verify(merged: Path, base: Path, adapters: tuple[str, ...], allow_pickle: bool, quiet: bool, as_json: bool) -> None:
+def verify(
+    merged: Path,
+    base: Path,
+    adapters: tuple[str, ...],
+    dequantize: bool,
+    allow_pickle: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
     """Confirm that MERGED is BASE with the ADAPTERs merged in: computes it again and compares every bit."""
     from lrconvert import api, render
 
     with _progress("verify", quiet or as_json) as progress:
-        report = api.verify(merged, base, [_weighted(text, allow_pickle) for text in adapters], progress=progress)
+        inputs = [_weighted(text, allow_pickle) for text in adapters]
+        report = api.verify(merged, base, inputs, dequantize=dequantize, progress=progress)
     if as_json:
         _emit({"merged": str(merged), "base": str(base), "ok": report.ok, **dataclasses.asdict(report)})
     elif not (quiet and report.ok):

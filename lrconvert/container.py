@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -223,6 +223,14 @@ def parse_header(text: bytes, data_bytes: int, limits: Limits, file: Path) -> tu
     return metadata, tensors
 
 
+class Appendable(Protocol):
+    """What tensors are copied to."""
+
+    def write(self, data: bytes | bytearray | memoryview) -> int: ...
+
+    def copy(self, source: int, offset: int, nbytes: int) -> None: ...
+
+
 class ContainerFile:
     """One open safetensors file. A context manager; `read` gives owned memory.
 
@@ -272,6 +280,10 @@ class ContainerFile:
         """A tensor with its stored bits."""
         array = np.frombuffer(self.read(info), STORAGE[info.dtype]).reshape(info.shape)
         return Stored(info.dtype, array)
+
+    def copy(self, info: TensorInfo, writer: Appendable) -> None:
+        """Append the bytes of a tensor to `writer`, inside the kernel where it can."""
+        writer.copy(self._descriptor, info.start, info.nbytes)
 
     def fileno(self) -> int:
         """The open descriptor, for copies inside the kernel."""
@@ -339,6 +351,11 @@ class Checkpoint:
     files: tuple[ContainerFile, ...]
     index_path: Path | None
     index: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_derived(self) -> bool:
+        """Whether headers and configuration are others than those on the disk."""
+        return False
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -413,19 +430,33 @@ def _present(path: Path) -> bool:
     return path.is_symlink() or path.exists()
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def _check_quantization(settings: Any, allowed: bool, root: Path) -> None:
+    """Raise E-BASE-QUANT for a quantized base, by the name of how it was quantized."""
+    if not settings:
+        return
+    table = settings if isinstance(settings, dict) else {}
+    method = table.get("quant_method")
+    is_bnb = method == "bitsandbytes" or (method is None and (table.get("load_in_4bit") or table.get("load_in_8bit")))
+    if is_bnb and allowed:
+        return
+    named = "bitsandbytes" if is_bnb else method if isinstance(method, str) else "a method that is not named"
+    advice = "use the unquantized parent of this checkpoint"
+    if is_bnb:
+        advice += ", so that the error of quantizing stays out; or pass --dequantize to merge into what it stands for"
+    raise QuantizedBaseError(f"the base is stored quantized, by {named:.60}", fix=advice, path=root)
+
+
+def open_checkpoint(path: str | os.PathLike[str], *, quantized: bool = False) -> Checkpoint:
     """Open a Hugging Face model folder (``model.safetensors``, or an index and its shards), headers only.
 
-    Raises E-IO-KIND, E-PATH, E-INDEX-MAP, E-BASE-QUANT (a quantized checkpoint), and the container's errors.
+    With `quantized` also one that bitsandbytes has quantized, its tensors as they are stored. Raises E-IO-KIND, E-PATH,
+    E-INDEX-MAP, E-BASE-QUANT (another quantized checkpoint), and the container's errors.
     """
     root = Path(path)
     if not root.is_dir():
         raise FileKindError("is not a model folder", fix="give the folder that holds config.json", path=root)
     config = read_json(root / "config.json") if _present(root / "config.json") else {}
-    if config.get("quantization_config"):
-        raise QuantizedBaseError(
-            "the base is stored quantized", fix="use the unquantized parent of this checkpoint", path=root
-        )
+    _check_quantization(config.get("quantization_config"), quantized, root)
     index_path = root / INDEX_NAME
     if not _present(index_path):
         single = root / SINGLE_NAME

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "lrconvert"
 ORDER = [
     {"errors", "limits"},
     {"strictjson", "dtypes", "container", "durable", "hub", "packing", "subvectors", "vectorbank", "exact"},
-    {"adapter", "canonical", "renamings", "targets", "fingerprint"},
+    {"adapter", "canonical", "renamings", "targets", "fingerprint", "quantized"},
     {"methods"},
     {"manifest", "file", "report", "validation", "modelcard"},
     {"readers", "exporters", "consumers"},

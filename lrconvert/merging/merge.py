@@ -20,23 +20,21 @@ from lrconvert.container import (
     Checkpoint,
     TensorInfo,
     combined_digest,
-    open_checkpoint,
-    read_small,
     tensor_hasher,
 )
 from lrconvert.durable import StagedDirectory, Writer, atomic_directory, check_output, require_space
 from lrconvert.errors import FingerprintError, LimitError, MergeOverflowError, NoEffectError, OutputPathError
 from lrconvert.exact import Tally, Workspace
-from lrconvert.limits import MAX_INDEX_BYTES
 from lrconvert.merging import record as records
 from lrconvert.merging import residual
 from lrconvert.merging.compute import Block, Computer
 from lrconvert.merging.pipeline import Behind
-from lrconvert.merging.plan import CONFIG_NAME, RECORDS, Output, Plan, plan
+from lrconvert.merging.plan import CONFIG_NAME, RECORDS, Output, Plan, base_texts, plan
 from lrconvert.merging.record import RECORD_NAME
 from lrconvert.merging.record_json import CODES_NAME, RESIDUAL, STORED, XOR, Code, Record, TensorRecord, encode
 from lrconvert.merging.report import MergedTensor, MergeReport
 from lrconvert.merging.updates import Adapter, Scaled
+from lrconvert.quantized import DequantizedCheckpoint, open_base
 
 Progress = Callable[[float, str], None]
 
@@ -56,20 +54,21 @@ def merge(
     allow_no_op: bool = False,
     undo: bool = True,
     shard_bytes: int | None = None,
+    dequantize: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Write the folder `out`: `base` with all `adapters` added in one sum and rounded once, and the record that undoes
     it (with `undo`; otherwise digests only).
 
-    `shard_bytes` bounds the weight files of the output; without it they are cut as the base's. `progress(fraction,
-    text)` is called as bytes are written. Raises E-BASE, E-ORIENT, E-FPR, E-PLACE, E-NO-EFFECT (nothing to merge, all
-    updates zero, or no element moved), E-OVERFLOW, E-VALUE, E-BASE-QUANT, E-OUT-*, E-IO-*, and what `open_checkpoint`
-    raises; nothing is left behind then.
+    `dequantize` takes a base that bitsandbytes has quantized as bf16. `shard_bytes` bounds the weight files of the
+    output; without it they are cut as the base's. `progress(fraction, text)` is called as bytes are written. Raises
+    E-BASE, E-ORIENT, E-FPR, E-PLACE, E-NO-EFFECT (nothing to merge, all updates zero, or no element moved), E-OVERFLOW,
+    E-VALUE, E-BASE-QUANT, E-OUT-*, E-IO-*, and what `open_base` raises; nothing is left behind then.
     """
     inputs = [item if isinstance(item, Scaled) else Scaled(item) for item in adapters]
     check_output(out, overwrite, [base], directory=True)
     check_replaceable(out)
-    with open_checkpoint(base) as checkpoint:
+    with open_base(base, dequantize=dequantize) as checkpoint:
         planned = plan(inputs, checkpoint, shard_bytes)
         if not allow_no_op:
             _check_effect(inputs, planned)
@@ -94,10 +93,16 @@ def merge(
                 record=merger.place,
                 record_bytes=merger.record_bytes,
                 can_undo=undo,
+                warnings=(*report.warnings, *notes(checkpoint)),
             )
             if not allow_no_op and not planned.placement.has_effect:
                 _check_moved(report)
     return report
+
+
+def notes(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What the user should know of a base after all of it was read."""
+    return (checkpoint.note,) if isinstance(checkpoint, DequantizedCheckpoint) else ()
 
 
 def _silent(fraction: float, text: str) -> None:
@@ -304,11 +309,10 @@ class _Merger:
         checkpoint = self.plan.checkpoint
         for n, file in enumerate(checkpoint.files):
             self._write(f"base/{n}.header", [file.header_bytes])
-        small = [checkpoint.root / CONFIG_NAME, *([checkpoint.index_path] if checkpoint.index_path else [])]
-        texts = [path for path in small if path.exists()]
-        for path in texts:
-            self._write(f"base/{path.name}", [read_small(path, MAX_INDEX_BYTES)])
-            self.others.pop(path.name, None)
+        texts = base_texts(checkpoint)
+        for name, text in texts.items():
+            self._write(f"base/{name}", [text])
+            self.others.pop(name, None)
         tensors = [self.tensors[name] for name in checkpoint.tensors]
         self.content = combined_digest((t.name, t.before) for t in tensors)
         record = Record(
@@ -319,7 +323,7 @@ class _Merger:
             tensors=tuple(tensors),
             added=self.added,
             files=tuple((f.path.name, f.size - len(f.header_bytes)) for f in checkpoint.files),
-            texts=tuple(sorted(path.name for path in texts)),
+            texts=tuple(sorted(texts)),
             others=self.others,
             stored=dict(self.stored),
         )
@@ -372,7 +376,7 @@ class _Merger:
         assert info is not None
         for data in _chunks(self.plan.checkpoint, info):
             digests.unchanged(data)
-        file.copy(self.plan.checkpoint.file_of(info).fileno(), info.start, info.nbytes)
+        self.plan.checkpoint.file_of(info).copy(info, file)
 
     def _bring(self, output: Output, file: Writer, digests: _Digests, codes: _Codes) -> None:
         """A tensor as the adapter brings it."""

@@ -21,10 +21,12 @@ from lrconvert.container import (
     TensorInfo,
     contained,
     encode_header,
+    read_small,
 )
 from lrconvert.dtypes import FLOATS, STORAGE, Array, decode, round_to
 from lrconvert.errors import BaseError, FingerprintError, OptionError, PlacementError, QuantizedBaseError
 from lrconvert.heads import Placement
+from lrconvert.limits import MAX_INDEX_BYTES
 from lrconvert.merging.updates import Adapter, Origin, Piece, Scaled, Source, extent, is_turned, targets_of
 
 CONFIG_NAME = "config.json"
@@ -143,9 +145,10 @@ def plan(inputs: Sequence[Scaled], checkpoint: Checkpoint, shard_bytes: int | No
     shards = _shards(checkpoint, placement, pieces, rows, shard_bytes)
     copies, left_out = other_files(checkpoint)
     texts = {}
-    if placement.config:
+    if placement.config or checkpoint.is_derived:
         texts[CONFIG_NAME] = _config_text(checkpoint.config, placement.config)
-    if checkpoint.index_path is not None and all(s.file and s.header == s.file.header_bytes for s in shards):
+    same = all(shard.file and shard.header == shard.file.header_bytes for shard in shards)
+    if checkpoint.index_path is not None and same and not checkpoint.is_derived:
         copies[INDEX_NAME] = checkpoint.index_path
     elif len(shards) > 1 or (checkpoint.index_path is not None and shard_bytes is None):
         texts[INDEX_NAME] = _json(_index(checkpoint, shards), sort=True)
@@ -372,6 +375,15 @@ def _config_text(config: Mapping[str, Any], changes: Mapping[str, Any]) -> bytes
     """config.json with fields set, or removed where the change is None; keys stay sorted if they were."""
     merged = {key: value for key, value in {**config, **changes}.items() if changes.get(key, ...) is not None}
     return _json(merged, sort=list(config) == sorted(config))
+
+
+def base_texts(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """config.json and index of a base, as they are or as they would be."""
+    if checkpoint.is_derived:
+        texts = {CONFIG_NAME: _config_text(checkpoint.config, {})}
+        return texts | ({INDEX_NAME: _json(checkpoint.index, sort=True)} if checkpoint.index_path else {})
+    paths = [checkpoint.root / CONFIG_NAME, *([checkpoint.index_path] if checkpoint.index_path else [])]
+    return {path.name: read_small(path, MAX_INDEX_BYTES) for path in paths if path.exists()}
 
 
 def _json(value: Any, *, sort: bool) -> bytes:

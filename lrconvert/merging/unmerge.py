@@ -326,7 +326,7 @@ def _digest(checkpoint: Checkpoint, info: TensorInfo, *digests: object) -> None:
 def _copy(checkpoint: Checkpoint, info: TensorInfo, file: Writer, *digests: object) -> None:
     """A tensor that the merge did not change."""
     _digest(checkpoint, info, *(d for d in digests if d is not None))
-    file.copy(checkpoint.file_of(info).fileno(), info.start, info.nbytes)
+    checkpoint.file_of(info).copy(info, file)
 
 
 def _compare(digest: object, wanted: str, what: str) -> None:

@@ -17,6 +17,7 @@ from lrconvert.merging.compute import Computer, read_rows
 from lrconvert.merging.plan import Output, Plan, plan
 from lrconvert.merging.report import Difference, VerifyReport
 from lrconvert.merging.updates import Adapter, Scaled
+from lrconvert.quantized import open_base
 
 _CHUNK = 1 << 24
 
@@ -26,12 +27,19 @@ def verify(
     base: Path,
     adapters: Sequence[Adapter | Scaled],
     *,
+    dequantize: bool = False,
     progress: Callable[[float, str], None] | None = None,
 ) -> VerifyReport:
     """Compare the tensors and the configuration of `merged` with what merging `adapters` into `base` gives, however
-    either is cut into files. Reads all of both; writes nothing. Raises what a merge raises before it writes."""
+    either is cut into files; `dequantize` as for `merge`. Reads all of both; writes nothing. Raises what a merge raises
+    before it writes.
+    """
     inputs = [item if isinstance(item, Scaled) else Scaled(item) for item in adapters]
-    with open_checkpoint(merged) as found, open_checkpoint(base) as checkpoint, Workspace() as workspace:
+    with (
+        open_checkpoint(merged) as found,
+        open_base(base, dequantize=dequantize) as checkpoint,
+        Workspace() as workspace,
+    ):
         planned = plan(inputs, checkpoint)
         computer = Computer(planned, workspace)
         differences = list(_structure(planned, found))

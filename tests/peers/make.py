@@ -19,8 +19,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ENVS = HERE / ".envs"
 LIMIT = 180  # seconds for one peer; they take 1 to 15
+MERGERS = ("axolotl", "mergekit")  # peers that merge, or take merges apart; the others load adapters
 # What is kept of a large distribution (patterns of member names); a peer without an entry is installed as it is.
 KEEP = {
+    "axolotl": ("axolotl/cli/utils/lora_merge.py",),
     "vllm": ("vllm/lora/*.py", "vllm/config/lora.py", "vllm/model_executor/models/*.py"),
     "sglang": ("sglang/srt/lora/*.py", "sglang/srt/layers/utils/*.py"),
     "llamacpp": (
@@ -33,6 +35,10 @@ KEEP = {
 
 def peers() -> list[str]:
     return sorted(path.stem for path in (HERE / "requirements").glob("*.txt"))
+
+
+def loaders() -> list[str]:
+    return [peer for peer in peers() if peer not in MERGERS]
 
 
 def requirements(peer: str) -> list[str]:
