@@ -1,0 +1,5 @@
+"""``python -m lrconvert.cli``."""
+
+from lrconvert.cli import main
+
+main()

@@ -1,0 +1,152 @@
+"""The converters ``lora-to-...``: found by scanning the methods, their options made from the methods' own."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lrconvert.cli.shared import PICKLE, PICKLE_HELP, ByteSize, emit, progress_bar, warn
+
+
+def method_options(options: type[Any], fixed: typing.Mapping[str, Any]) -> list[click.Option]:
+    """Click options from the fields of a method's Options. All default to "not given": the method's own default."""
+    found = []
+    hints = typing.get_type_hints(options)
+    for field in dataclasses.fields(options):
+        if field.name in fixed:
+            continue
+        kinds = [k for k in _members(hints[field.name]) if k is not type(None)]
+        choices = field.metadata.get("choices")
+        flag = "--" + field.name.replace("_", "-")
+        shown = field.metadata["help"] + ("" if field.default is None else f"  [default: {field.default}]")
+        if kinds == [bool]:
+            found.append(click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=shown))
+        else:
+            found.append(click.Option([flag], type=click.Choice(choices) if choices else kinds[0], help=shown))
+    return found
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _common_options() -> list[click.Parameter]:
+    path = click.Path(path_type=Path)
+    return [
+        click.Argument(["source"], type=path),
+        click.Option(["-o", "--output"], type=path, help="The file to write (required unless --dry-run)."),
+        click.Option(
+            ["--target-size"], type=ByteSize(), help="At most this many bytes without extra tensors, e.g. 200KB."
+        ),
+        click.Option(
+            ["--target-ratio"], type=float, help="At least this many times smaller than the factors at 16 bit."
+        ),
+        click.Option(["--include"], multiple=True, help="Only targets whose name this pattern finds; repeatable."),
+        click.Option(["--exclude"], multiple=True, help="No targets whose name this pattern finds; repeatable."),
+        click.Option(
+            ["--base"], type=path, help="Base model folder or hub id: settles orientations, records its digest."
+        ),
+        click.Option(
+            ["--bake-dora"],
+            type=click.IntRange(min=1),
+            metavar="RANK",
+            help="Turn DoRA's magnitudes into plain updates of this rank (needs --base); default: carried along.",
+        ),
+        click.Option(
+            ["--extra-dtype"],
+            type=click.Choice(["F32", "F16", "BF16"]),
+            help="Narrow extra tensors (heads) to this dtype; carried byte for byte otherwise.",
+        ),
+        click.Option(["--seed"], type=int, default=0, show_default=True, help="Seed of the fit."),
+        click.Option(
+            ["--device"],
+            type=click.Choice(["auto", "cpu", "cuda"]),
+            default="auto",
+            show_default=True,
+            help="Where the fit computes.",
+        ),
+        click.Option(PICKLE, is_flag=True, help=PICKLE_HELP),
+        click.Option(["--dry-run"], is_flag=True, help="Print the plan and the exact size; write nothing."),
+        click.Option(["--overwrite"], is_flag=True, help="Replace the output if it exists."),
+        click.Option(["-q", "--quiet"], is_flag=True, help="No progress bar, no report."),
+        click.Option(["-v", "--verbose"], is_flag=True, help="One line per target."),
+        click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object instead of text."),
+    ]
+
+
+def _converter(method_id: str, command: Any, options: type[Any]) -> click.Command:
+    """The command of a method."""
+    own = method_options(options, command.fixed)
+    own_names = [option.name for option in own]
+
+    def run(**given: Any) -> None:
+        chosen = {name: value for name in own_names if name and (value := given.pop(name)) is not None}
+        _convert(method_id, {**command.fixed, **chosen}, **given)
+
+    params = _common_options()
+    params[2:2] = own  # after source and output
+    return click.Command(command.name, params=params, callback=run, help=command.help, short_help=command.help)
+
+
+def _convert(
+    method: str,
+    options: dict[str, Any],
+    *,
+    source: Path,
+    output: Path | None,
+    allow_pickle: bool,
+    dry_run: bool,
+    overwrite: bool,
+    quiet: bool,
+    verbose: bool,
+    as_json: bool,
+    device: str,
+    **common: Any,
+) -> None:
+    from lrconvert import api, hub, render
+    from lrconvert.durable import check_output
+
+    if output is None and not dry_run:
+        raise click.UsageError("Missing option '-o' / '--output'.")
+    where = hub.locate(source)
+    if output is not None:
+        # A compact file beside the adapter is an earlier output, which --overwrite may replace.
+        inputs = [p for p in where.iterdir() if p.suffix != ".lrc"] if where.is_dir() else [where]
+        check_output(hub.output(output), overwrite, inputs=inputs)
+    lora = api.load_lora(where, allow_pickle=allow_pickle)
+    with progress_bar(f"lora-to-{method}", quiet or as_json) as progress:
+        done = api.convert(
+            lora, method, dry_run=dry_run, device=_device(device), progress=progress, **common, **options
+        )
+    if output is not None and not dry_run:
+        api.write(done.compact, output, overwrite=overwrite)
+    if as_json:
+        emit({"source": str(source), "output": None if dry_run else str(output), **render.conversion_json(done)})
+        return
+    warn(done.warnings)
+    if not quiet:
+        click.echo(render.conversion(str(source), None if dry_run else str(output), done, verbose))
+
+
+def _device(name: str) -> str:
+    """`auto` means CUDA if torch has been asked for and sees a GPU; plain CPU fits need no torch, so it is not loaded
+    to find out where no driver is installed."""
+    if name != "auto":
+        return name
+    if not (Path("/proc/driver/nvidia").exists() or Path("/dev/nvidia0").exists()):
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def commands() -> list[click.Command]:
+    """A command for every way to a compact form."""
+    from lrconvert.methods import base as methods
+
+    return [_converter(m.id, command, m.Options) for m in methods.all_methods() for command in m.commands]

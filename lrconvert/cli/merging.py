@@ -1,0 +1,161 @@
+"""Commands that bake adapters into a base, take them out again, and check that a model is such a merge."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lrconvert.cli.shared import (
+    ByteSize,
+    as_json_option,
+    emit,
+    overwrite_option,
+    pickle_option,
+    progress_bar,
+    quiet_option,
+    verbose_option,
+    warn,
+)
+from lrconvert.errors import EXIT_REFUSED
+
+
+def _weighted(text: str, allow_pickle: bool) -> Any:
+    """The adapter that ``path`` or ``path=scale`` means, loaded."""
+    from lrconvert import api, hub
+    from lrconvert.merging import Scaled
+
+    name, equals, number = text.rpartition("=")
+    if equals and not Path(text).exists():
+        try:
+            scale = float(number)
+        except ValueError:
+            raise click.UsageError(f"{text!r}: what follows the last '=' is not a scale") from None
+    else:
+        name, scale = text, 1.0
+    return Scaled(api.load(name, allow_pickle=allow_pickle), scale, hub.hint(name))
+
+
+_dequantize = click.option("--dequantize", is_flag=True, help="Take a base that bitsandbytes has quantized as bf16.")
+
+
+@click.command("merge-into-base")
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[=SCALE]...")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The model folder to write.")
+@click.option("--dry-run", is_flag=True, help="Print what would be written; write nothing.")
+@click.option("--no-undo", is_flag=True, help="Write no undo record: only the base itself can undo it then.")
+@click.option("--out-shard-size", type=ByteSize(), help="Largest weight file, as 5GB; default: cut as the base is.")
+@click.option("--allow-no-op", is_flag=True, help="Write a copy of the base even if the adapter changes nothing.")
+@_dequantize
+@pickle_option
+@overwrite_option
+@quiet_option
+@verbose_option
+@as_json_option
+def merge_into_base(
+    base: Path,
+    adapters: tuple[str, ...],
+    output: Path,
+    dry_run: bool,
+    no_undo: bool,
+    out_shard_size: int | None,
+    allow_no_op: bool,
+    dequantize: bool,
+    allow_pickle: bool,
+    overwrite: bool,
+    quiet: bool,
+    verbose: bool,
+    as_json: bool,
+) -> None:
+    """Bake one or more ADAPTERs (lrconvert files, LoRA folders) into a copy of the model folder BASE.
+
+    Their sum, each times its SCALE, is added to the weights and rounded once, correctly. `unmerge` takes it out again.
+    """
+    from lrconvert import api, render
+
+    with progress_bar("merge", quiet or as_json) as progress:
+        report = api.merge(
+            base,
+            [_weighted(text, allow_pickle) for text in adapters],
+            output,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            undo=not no_undo,
+            shard_bytes=out_shard_size,
+            allow_no_op=allow_no_op,
+            dequantize=dequantize,
+            progress=progress,
+        )
+    if as_json:
+        emit({"base": str(base), "adapters": list(adapters), "output": str(output), **render.merge_json(report)})
+        return
+    if not quiet:
+        click.echo(render.merging(str(output), report, verbose))
+    warn(report.warnings)
+
+
+@click.command()
+@click.argument("merged", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The folder to write; default: in its place.")
+@click.option("--merge", "number", type=int, help="Insist on this merge; only the last one can be undone.")
+@click.option("--from-base", type=click.Path(path_type=Path), help="Take the bytes from this base.")
+@overwrite_option
+@quiet_option
+@as_json_option
+def unmerge(
+    merged: Path,
+    output: Path | None,
+    number: int | None,
+    from_base: Path | None,
+    overwrite: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Undo the last merge of the model folder MERGED: every byte of the base comes back, verified."""
+    from lrconvert import api, render
+
+    with progress_bar("unmerge", quiet or as_json) as progress:
+        report = api.unmerge(merged, output, number=number, from_base=from_base, overwrite=overwrite, progress=progress)
+    place = str(output or merged)
+    if as_json:
+        emit({"merged": str(merged), "output": place, **dataclasses.asdict(report)})
+        return
+    if not quiet:
+        click.echo(render.unmerging(place, report))
+    warn(report.warnings)
+
+
+@click.command()
+@click.argument("merged", type=click.Path(path_type=Path))
+@click.option("--base", required=True, type=click.Path(path_type=Path), help="Model folder or hub id of the base.")
+@click.option(
+    "--adapter", "adapters", required=True, multiple=True, metavar="ADAPTER[=SCALE]", help="As merged; repeatable."
+)
+@_dequantize
+@pickle_option
+@quiet_option
+@as_json_option
+def verify(
+    merged: Path,
+    base: Path,
+    adapters: tuple[str, ...],
+    dequantize: bool,
+    allow_pickle: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Confirm that MERGED is BASE with the ADAPTERs merged in: computes it again and compares every bit."""
+    from lrconvert import api, render
+
+    with progress_bar("verify", quiet or as_json) as progress:
+        inputs = [_weighted(text, allow_pickle) for text in adapters]
+        report = api.verify(merged, base, inputs, dequantize=dequantize, progress=progress)
+    if as_json:
+        emit({"merged": str(merged), "base": str(base), "ok": report.ok, **dataclasses.asdict(report)})
+    elif not (quiet and report.ok):
+        click.echo(render.verification(str(merged), report))
+    if not report.ok:
+        raise click.exceptions.Exit(EXIT_REFUSED)

@@ -1,0 +1,79 @@
+"""What the commands have in common: sizes, options, output."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lrconvert.errors import printable
+
+SCHEMA_VERSION = 1
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+
+
+class ByteSize(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A size such as 200KB, 1.5MiB or 4096. KB = 1000 bytes, KiB = 1024."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        text = str(value).strip().lower()
+        number = text.rstrip("bikmg")
+        try:
+            return int(float(number) * _UNITS[text[len(number) :].strip()])
+        except (ValueError, KeyError, OverflowError):
+            self.fail(f"{value!r} is not a size; write 200KB, 1.5MiB or 4096", param, ctx)
+
+
+as_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress bar, no report.")
+verbose_option = click.option("-v", "--verbose", is_flag=True, help="One line per target.")
+source_argument = click.argument("source", type=click.Path(path_type=Path))
+PICKLE = ["--allow-pickle"]
+PICKLE_HELP = "Read .bin and .pt adapters too, with torch's tensors-only loader; only files that you trust."
+pickle_option = click.option(*PICKLE, is_flag=True, help=PICKLE_HELP)
+
+
+def emit(value: dict[str, Any]) -> None:
+    click.echo(json.dumps({"schema": SCHEMA_VERSION, **value}, indent=1))
+
+
+def warn(warnings: typing.Iterable[str]) -> None:
+    for line in warnings:
+        click.echo(f"warning: {printable(line, 1000)}", err=True)
+
+
+@contextmanager
+def progress_bar(title: str, quiet: bool) -> Iterator[Callable[[float, str], None]]:
+    """A progress callback drawn by tqdm on stderr; silent when quiet or not on a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda fraction, text: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=100, desc=title, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
+
+        def update(fraction: float, text: str) -> None:
+            bar.set_postfix_str(text[-40:], refresh=False)
+            bar.update(min(int(100 * fraction), 100) - bar.n)
+
+        yield update
+
+
+def command_line() -> str:
+    """What the user typed, without private folders: hub ids, and only the last part of each path."""
+    from lrconvert import hub
+
+    words = [hub.hint(w) if "/" in w else w for w in sys.argv[1:]]
+    return shlex.join(["lrconvert", *words])
