@@ -7,10 +7,11 @@ import ntpath
 import posixpath
 import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lrconvert import baking, dtypes, file, hub, merging, report, strictjson, targets, validation
 from lrconvert.adapter import CompactAdapter, ExtraTensor, LoraAdapter, Provenance, Target
@@ -28,6 +29,12 @@ from lrconvert.methods.base import Budget, FitContext
 from lrconvert.readers import base as readers
 from lrconvert.report import Fidelity
 from lrconvert.validation import Validation
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from lrconvert.attaching import AttachedAdapter
 
 AnyPath = str | PathLike[str]
 Progress = Callable[[float, str], None]
@@ -455,3 +462,52 @@ def verify(
     """Whether `merged` is the merge of `base` and `adapters`: every value is computed again, every bit compared."""
     inputs = _loaded(adapters, allow_pickle)
     return merging.verify(hub.locate(merged), hub.locate(base), inputs, dequantize=dequantize, progress=progress)
+
+
+# --- live models ----------------------------------------------------------------------------------------------------
+
+
+def attach(
+    model: nn.Module,
+    adapter: AnyPath | LoraAdapter | CompactAdapter,
+    *,
+    name: str = "default",
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+    trainable: bool = False,
+    allow_pickle: bool = False,
+) -> AttachedAdapter:
+    """Put an adapter (lrconvert file, LoRA folder, or loaded) on a live torch model, unmerged, beside those it has.
+
+    Its numbers are held in `dtype` (float32 without it), in a module of their own that is returned; `trainable` takes
+    their gradients. Heads, biases and token rows are installed. Raises E-ATTACH, E-BASE, E-PLACE; the model is
+    untouched then.
+    """
+    import torch
+
+    from lrconvert import attaching
+
+    if not isinstance(adapter, (LoraAdapter, CompactAdapter)):
+        adapter = load(adapter, allow_pickle=allow_pickle)
+    return attaching.attach(model, adapter, name=name, scale=scale, dtype=dtype or torch.float32, trainable=trainable)
+
+
+def detach(model: nn.Module, name: str | None = None) -> None:
+    """Take one adapter, or all, off a live model; without adapters it is the object that it was. Raises E-ATTACH."""
+    from lrconvert import attaching
+
+    attaching.detach(model, name)
+
+
+def set_active(model: nn.Module, names: str | Sequence[str]) -> None:
+    """Choose which attached adapters a live model uses; their updates add up. Raises E-ATTACH."""
+    from lrconvert import attaching
+
+    attaching.set_active(model, names)
+
+
+def disabled(model: nn.Module) -> AbstractContextManager[None]:
+    """A context in which a live model computes without its adapters."""
+    from lrconvert import attaching
+
+    return attaching.disabled(model)

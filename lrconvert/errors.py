@@ -326,6 +326,12 @@ class NoEffectError(LrcError):
     code = "E-NO-EFFECT"
 
 
+class AttachError(LrcError):
+    """A live model cannot take the adapter, or has none of that name."""
+
+    code = "E-ATTACH"
+
+
 class UndoError(LrcError):
     """The record of a merge is missing, incomplete or damaged, so the merge cannot be undone with it."""
 

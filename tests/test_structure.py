@@ -20,7 +20,7 @@ ORDER = [
     {"methods"},
     {"manifest", "file", "report", "validation", "modelcard"},
     {"readers", "exporters", "consumers"},
-    {"heads", "merging", "baking"},
+    {"heads", "merging", "baking", "attaching"},
     {"api"},
     {"render", "demo", "cli", "testing", "__main__"},
 ]

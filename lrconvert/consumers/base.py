@@ -261,8 +261,18 @@ def ranks_at_odds(subject: Subject) -> list[str]:
     """Modules whose factors have another rank than the configuration says."""
     odd = [m for m, pair in subject.pairs.items() if pair.rank and subject.rank(m) not in (None, pair.rank)]
     # PEFT stores the factors of all experts of a stack as one, of rank r * experts.
-    stacked = subject.flag("target_parameters")
-    return [m for m in odd if not (stacked and (subject.pairs[m].rank or 0) % (subject.rank(m) or 1) == 0)]
+    return [m for m in odd if all((subject.pairs[m].rank or 0) % rank for rank in _stack_ranks(subject, m))]
+
+
+def _stack_ranks(subject: Subject, module: str) -> list[int]:
+    """The ranks that one expert may have, if target_parameters adapts a stack in `module`. Patterns go by the names of
+    parameters, and which of several a pair of factors is for does not show here."""
+    while module.endswith(".base_layer"):
+        module = module.removesuffix(".base_layer")
+    names = [name.rpartition(".") for name in subject.names("target_parameters")]
+    held = [leaf for holder, _, leaf in names if not holder or f".{module}".endswith(f".{holder}")]
+    ranks = {subject.rank(f"{module}.{leaf}") for leaf in held}
+    return [int(rank) for rank in ranks if rank is not None and rank >= 1 and rank == int(rank)]
 
 
 def incomplete(subject: Subject) -> list[str]:

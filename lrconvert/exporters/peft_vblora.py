@@ -34,7 +34,7 @@ def _check(compact: CompactAdapter) -> Config:
         "cut sub-vectors": config.padded,
         "targets of different ranks": len(set(config.ranks)) > 1,
     }
-    beside = [e.name for e in compact.extras if e.use != "replace" or e.name.endswith(".bias")]
+    beside = [e.name for e in compact.extras if e.use != "replace"]
     if beside:
         raise ExportError(
             f"PEFT's VB-LoRA has no place for a part of the update: {beside[0]!r}", fix="export to peft-lora"
@@ -91,15 +91,13 @@ def files(compact: CompactAdapter, options: ExportOptions, fidelity: Fidelity | 
     indices, weights = compact.tensors["indices"].astype(index_type), _weights(compact, form)
     if form.exact_weights:  # the first vector takes what the others leave; PEFT's last one does
         indices = np.roll(indices, -1, axis=1)
-    placed = extras.place(compact, [])
+    modules = [_linear(compact, target) for target in compact.targets]
+    placed = extras.place(compact, modules, "vblora_only")
     tensors = list(placed.entries)
     bank = np.ascontiguousarray(_bank(compact, form), "<f4")
     tensors.append(("base_model.vblora_vector_bank", "F32", bank.shape, bank.tobytes()))
     at = 0
-    modules = []
-    for target in compact.targets:
-        module = _linear(compact, target)
-        modules.append(module)
+    for target, module in zip(compact.targets, modules, strict=True):
         for half, length in (("A", target.in_features), ("B", target.out_features)):
             cuts = length // form.vector_length
             codes = slice(at, at + rank * cuts)

@@ -8,6 +8,7 @@ trained tokens, saved modules. Which of it a server understands is for `check` t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from lrconvert.errors import ExportError
 from lrconvert.exporters.base import Exporter, ExportOptions, Files
 from lrconvert.exporters.peft_lora import extras
 from lrconvert.exporters.peft_lora.extras import Entry
-from lrconvert.exporters.peft_lora.layers import PREFIX, Factors, Layer, layers
+from lrconvert.exporters.peft_lora.layers import PREFIX, Factors, Layer, endings, layers
 from lrconvert.methods import base as methods
 from lrconvert.modelcard import model_card
 from lrconvert.readers.peft.experts import says_transposed
@@ -63,12 +64,14 @@ def files(compact: CompactAdapter, options: ExportOptions, fidelity: Fidelity | 
     modules = [layer.name for layer in found if not layer.is_parameter]
     placed = extras.place(compact, modules)
     uses = {e.use for e in compact.extras}
+    turned = _turned(compact, found)
+    _check_together(found, uses, turned)
     tensors = [*placed.entries, *_missing_biases(compact, found, uses)]
     for layer in found:
         for half in layer.halves:
             data = round_to(half.values, options.dtype).tobytes()
             tensors.append((half.name, options.dtype, half.values.shape, data))
-    ranks = {layer.name: layer.rank for layer in found if layer.rank != top}
+    ranks = _patterns(found, top)
     config = {
         **base_config(compact, modules),
         "peft_type": "LORA",
@@ -79,7 +82,7 @@ def files(compact: CompactAdapter, options: ExportOptions, fidelity: Fidelity | 
         "use_rslora": False,
         "use_dora": "magnitude" in uses,
         "lora_bias": "add" in uses,
-        "fan_in_fan_out": _turned(compact, found),
+        "fan_in_fan_out": turned,
         "rank_pattern": ranks,
         "alpha_pattern": ranks,
         **placed.config,
@@ -95,13 +98,14 @@ def files(compact: CompactAdapter, options: ExportOptions, fidelity: Fidelity | 
 
 def _layers(compact: CompactAdapter, keep_ranks: bool) -> list[Layer]:
     """Everything that is adapted. Modules that were pruned to rank 0 are left out, unless DoRA or a bias changes them
-    all the same."""
-    needed = {
-        e.name.removesuffix(".bias").removesuffix(".weight") for e in compact.extras if e.use in ("magnitude", "add")
-    }
+    all the same, or PEFT would adapt them because their name ends with one that is listed."""
+    expanded = list(methods.expand_all(compact))
+    kept = {target.name.removesuffix(".weight") for target, a, _ in expanded if a.shape[0]}
+    kept |= {extras.owner(e.name) for e in compact.extras if e.use in ("magnitude", "add")}
     factors: list[Factors] = []
-    for target, a, b in methods.expand_all(compact):
-        if a.shape[0] or target.name.removesuffix(".weight") in needed:
+    for target, a, b in expanded:
+        module = target.name.removesuffix(".weight")
+        if module in kept or not kept.isdisjoint(endings(module)):
             factors.append((target, a, b))
     if not factors:
         raise ExportError("every target has rank 0, there is nothing to export")
@@ -122,15 +126,49 @@ def _check_dora(compact: CompactAdapter, factors: Sequence[Factors]) -> None:
         )
 
 
+def _check_together(found: Sequence[Layer], uses: Collection[str], turned: bool) -> None:
+    """Raise E-EXPORT for what PEFT refuses to have in one adapter, since each is one switch for all of it."""
+    switches = {
+        "DoRA magnitudes": "magnitude" in uses,
+        "biases of LoRAs": "add" in uses,
+        "layers that are stored transposed": turned,
+    }
+    present = [name for name, on in switches.items() if on]
+    advice = "convert again with --exclude for one of the two kinds"
+    parameter = next((layer.name for layer in found if layer.is_parameter), "")
+    if parameter and present:
+        raise ExportError(f"{parameter!r} cannot be in one adapter with {present[0]}; PEFT refuses that", fix=advice)
+    if "add" not in uses:
+        return
+    if "magnitude" in uses:
+        raise ExportError(
+            "DoRA magnitudes cannot be in one adapter with biases of LoRAs; PEFT refuses that",
+            fix="convert again with --bake-dora",
+        )
+    for layer in found:
+        if layer.is_embedding:
+            raise ExportError(
+                f"{layer.name!r} is an embedding, which cannot be in one adapter with biases of LoRAs; "
+                "PEFT refuses that",
+                fix=advice,
+            )
+
+
+def _patterns(found: Sequence[Layer], top: int) -> dict[str, int]:
+    """Ranks below `top` by name. PEFT takes a key for a regular expression on the end of a name, so one that another
+    name ends with is anchored."""
+    inner = {ending for layer in found for ending in endings(layer.name)}
+    return {
+        f"^{re.escape(layer.name)}" if layer.name in inner else layer.name: layer.rank
+        for layer in found
+        if layer.rank != top
+    }
+
+
 def _missing_biases(compact: CompactAdapter, found: Sequence[Layer], uses: Collection[str]) -> Iterator[Entry]:
     """Zeros for the layers without a bias of their LoRA, where others have one."""
     owners = {extras.owner(e.name) for e in compact.extras if e.use == "add"}
     for layer in found if "add" in uses else ():
-        if layer.is_embedding or layer.is_parameter:
-            raise ExportError(
-                f"{layer.name!r} cannot be in one adapter with biases of LoRAs; PEFT refuses that",
-                fix="convert again with --exclude for it",
-            )
         if layer.name not in owners:
             out = layer.halves[1].values.shape[0]
             yield f"{PREFIX}{layer.name}.lora_B.bias", "F32", (out,), np.zeros(out, "<f4").tobytes()

@@ -24,18 +24,26 @@ class Placed:
     config: dict[str, Any] = field(default_factory=dict)
 
 
-def place(compact: CompactAdapter, adapted: Collection[str]) -> Placed:
-    """The extras of `compact`; `adapted` are the modules that have a LoRA. Raises E-EXPORT for what has no place."""
+def place(compact: CompactAdapter, adapted: Collection[str], only: str = "lora_only") -> Placed:
+    """The extras of `compact`; `adapted` are the modules that have an update, `only` is what PEFT's option `bias` calls
+    theirs. Raises E-EXPORT for what has no place."""
     whole = [e for e in compact.extras if e.use == "replace"]
     biases = [e for e in whole if _is_bias(e, whole)]
     kept = [e for e in whole if e not in biases and f"{BASE_LAYER}." not in e.name]
     entries = [(PREFIX + e.name, e.dtype, e.shape, e.data) for e in whole if e not in biases]
     entries += [(PREFIX + _bias_name(e, adapted), e.dtype, e.shape, e.data) for e in biases]
     entries += list(_parts(compact.extras))
-    config: dict[str, Any] = {"modules_to_save": saved_modules(compact, kept) or None}
+    saved = saved_modules(compact, kept)
+    both = next((module for module in sorted(adapted) if _placed(module, saved)), "")
+    if both:
+        raise ExportError(
+            f"{both!r} has an update, and PEFT would save it whole because of modules_to_save {saved}",
+            fix="convert again with --exclude for it, or merge the adapter into the base",
+        )
+    config: dict[str, Any] = {"modules_to_save": saved or None}
     if biases:
         own = all(owner(e.name) in adapted for e in biases)
-        config["bias"] = "lora_only" if own else "all"
+        config["bias"] = only if own else "all"
     rows = {owner(e.name): _integers(e) for e in compact.extras if e.use == "row_indices"}
     if rows:
         config["trainable_token_indices"] = rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +50,12 @@ class Layer:
     is_parameter: bool = False
     is_embedding: bool = False
     target: str = ""  # the parameter's name
+
+
+def endings(name: str) -> Iterator[str]:
+    """What PEFT takes for a shorter spelling of a name: ``a.b.c`` ends with ``b.c`` and ``c``."""
+    parts = name.split(".")
+    return (".".join(parts[n:]) for n in range(1, len(parts)))
 
 
 def module_name(target: Target) -> str:
