@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import cast_base, extra, load_all, one_target, random_base, save_base, tree
 
-from lrconvert import api, exact
+from lrconvert import api, durable, exact
 from lrconvert.adapter import LoraAdapter, Target, View
 from lrconvert.dtypes import FLOATS, STORAGE, Stored, round_to
 from lrconvert.errors import (
@@ -253,6 +253,24 @@ def test_a_compact_file_for_the_first_base_goes_on_top(tmp_path: Path) -> None:
 
 
 # --- without a record -----------------------------------------------------------------------------------------------
+
+
+def test_the_index_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that is broken off while it is written is not taken for a model."""
+    written: list[str] = []
+    real = durable.StagedDirectory.create
+
+    def create(folder: durable.StagedDirectory, name: str) -> object:
+        written.append(name)
+        return real(folder, name)
+
+    monkeypatch.setattr(durable.StagedDirectory, "create", create)
+    lora = random_lora(((48, 32), (32, 40)))
+    merge(random_base(tmp_path / "base", lora, shards=2), [lora], tmp_path / "out")
+    assert written[-2:] == ["config.json", "model.safetensors.index.json"]
+    written.clear()
+    unmerge(tmp_path / "out", tmp_path / "back")
+    assert written[-2:] == ["config.json", "model.safetensors.index.json"]
 
 
 def test_without_undo_the_base_is_needed(tmp_path: Path) -> None:

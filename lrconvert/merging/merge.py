@@ -17,6 +17,7 @@ import numpy as np
 from lrconvert import heads
 from lrconvert.adapter import LoraAdapter
 from lrconvert.container import (
+    INDEX_NAME,
     Checkpoint,
     TensorInfo,
     combined_digest,
@@ -262,14 +263,23 @@ class _Merger:
             self._weights()
             self._left_out()
             self.behind.flush()
+        late = (CONFIG_NAME, INDEX_NAME)  # last, so that what is broken off is no model
         for name, path in self.plan.copies.items():
-            self._advance(self.folder.copy_file(path, name), name)
-            if not name.startswith(f"{RECORDS}/"):
-                self.others[name] = records.file_digest(path)
-        for name, text in self.plan.texts.items():
-            self.folder.write_bytes(name, text)
-            self._advance(len(text), name)
+            if name not in late:
+                self._other(name, path)
         self._record(entries)
+        for name in late:
+            if name in self.plan.copies:
+                self._advance(self.folder.copy_file(self.plan.copies[name], name), name)
+            elif name in self.plan.texts:
+                self.folder.write_bytes(name, self.plan.texts[name])
+                self._advance(len(self.plan.texts[name]), name)
+
+    def _other(self, name: str, path: Path) -> None:
+        """A file beside the weights, or of an earlier merge."""
+        self._advance(self.folder.copy_file(path, name), name)
+        if not name.startswith(f"{RECORDS}/"):
+            self.others[name] = records.file_digest(path)
 
     # --- the record ---
 
@@ -312,7 +322,6 @@ class _Merger:
         texts = base_texts(checkpoint)
         for name, text in texts.items():
             self._write(f"base/{name}", [text])
-            self.others.pop(name, None)
         tensors = [self.tensors[name] for name in checkpoint.tensors]
         self.content = combined_digest((t.name, t.before) for t in tensors)
         record = Record(
