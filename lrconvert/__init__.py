@@ -41,7 +41,6 @@ __all__ = [
 
 if TYPE_CHECKING:
     from lrconvert.api import (
-        Conversion,
         attach,
         check,
         compare,
@@ -62,6 +61,7 @@ if TYPE_CHECKING:
         write,
     )
     from lrconvert.consumers.base import Finding
+    from lrconvert.converting import Conversion
     from lrconvert.errors import LrcError
     from lrconvert.merging import Scaled
 

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-import ntpath
-import posixpath
-import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from lrconvert import baking, dtypes, file, hub, merging, report, strictjson, targets, validation
-from lrconvert.adapter import CompactAdapter, ExtraTensor, LoraAdapter, Provenance, Target
+from lrconvert import converting, file, hub, merging, report, validation
+from lrconvert.adapter import CompactAdapter, LoraAdapter
 from lrconvert.consumers import base as consumer_base
 from lrconvert.consumers.base import Finding
-from lrconvert.container import open_checkpoint
+from lrconvert.converting import Conversion, ExtraDtype
 from lrconvert.durable import atomic_directory, check_output
-from lrconvert.errors import BudgetError, EmptyAdapterError, LrcError, OptionError
+from lrconvert.errors import LrcError
 from lrconvert.exporters import base as exporters
-from lrconvert.fingerprint import fingerprint
-from lrconvert.limits import OWN
 from lrconvert.merging import MergeReport, Scaled, UnmergeReport, VerifyReport
-from lrconvert.methods import base as methods
-from lrconvert.methods.base import Budget, FitContext
 from lrconvert.readers import base as readers
 from lrconvert.report import Fidelity
 from lrconvert.validation import Validation
@@ -38,13 +29,6 @@ if TYPE_CHECKING:
 
 AnyPath = str | PathLike[str]
 Progress = Callable[[float, str], None]
-ExtraDtype = Literal["F32", "F16", "BF16"]
-
-
-_DORA_NOTE = (
-    "DoRA: the low-rank part is refitted; the magnitudes, to which its sum with the base is scaled, are carried along "
-    "(--bake-dora turns both into plain updates)"
-)
 
 
 def _silent(fraction: float, text: str) -> None:
@@ -120,23 +104,6 @@ def check(
 # --- converting -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """A planned or finished conversion. `compact` has no tensors and `fidelity` is None after a dry run; `sizes` are
-    exact either way."""
-
-    compact: CompactAdapter
-    sizes: file.Sizes
-    source_bytes: int
-    fidelity: Fidelity | None
-    warnings: tuple[str, ...]
-
-    @property
-    def ratio(self) -> float:
-        """Source factors at 16 bit over the file's bytes, extras counted on neither side."""
-        return self.source_bytes / self.sizes.adapter
-
-
 def convert(
     lora: LoraAdapter,
     method: str,
@@ -164,159 +131,22 @@ def convert(
 
     Raises E-BUDGET (with the smallest possible size), E-OPTION, E-EMPTY, E-BASE, E-ORIENT.
     """
-    form = methods.get(method)
-    chosen = _options(form, options)
-    lora, warnings = _select(lora, include, exclude)
-    source_bytes, content = lora.half_bytes, ""
-    if base is not None:
-        lora, content, baked = _settle(lora, hub.locate(base), bake_dora)
-        warnings += baked
-    elif bake_dora is not None:
-        raise OptionError("baking DoRA needs the weights of the base", fix="give it with --base")
-    if any(extra.use == "magnitude" for extra in lora.extras):
-        warnings += (_DORA_NOTE,)
-    budget_bytes = _budget_bytes(source_bytes, target_size, target_ratio, None if options else form.default_ratio)
-    skeleton = CompactAdapter(
-        method=form.id,
-        config=None,
-        targets=lora.shapes(),
-        tensors={},
-        extras=tuple(_cast_extra(extra, extra_dtype) for extra in lora.extras),
-        provenance=_provenance(lora.provenance),
-        base=replace(fingerprint(lora.shapes()), content=content),
+    return converting.convert(
+        lora,
+        method,
+        target_size=target_size,
+        target_ratio=target_ratio,
+        include=include,
+        exclude=exclude,
+        base=None if base is None else hub.locate(base),
+        bake_dora=bake_dora,
+        extra_dtype=extra_dtype,
+        seed=seed,
+        device=device,
+        dry_run=dry_run,
+        progress=progress,
+        **options,
     )
-    context = FitContext(seed, device, progress)
-    budget = None
-    if budget_bytes is not None:
-        budget = Budget(budget_bytes, lambda config: file.sizes(replace(skeleton, config=config)).adapter)
-    config = form.plan(lora, chosen, budget, context)
-    planned = replace(skeleton, config=config)
-    sizes = file.sizes(planned)
-    file.check(planned)  # before the work: a file that could not be written is not worth fitting
-    if dry_run:
-        return Conversion(planned, sizes, source_bytes, None, warnings)
-    compact = replace(planned, tensors=form.fit(lora, config, context))
-    fidelity = report.fidelity(lora, compact)
-    compact = _with_captured(compact, fidelity.captured)
-    return Conversion(compact, sizes, source_bytes, fidelity, warnings)
-
-
-def _options(form: methods.Method, options: dict[str, Any]) -> Any:
-    known = {field.name for field in dataclasses.fields(form.Options)}
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise OptionError(f"{form.id} has no option {unknown[0]!r}", fix=f"it has: {', '.join(sorted(known))}")
-    chosen = dict(options)
-    for field in dataclasses.fields(form.Options):
-        choices = field.metadata.get("choices")
-        if choices and field.name in options:
-            chosen[field.name] = str(options[field.name])
-            if chosen[field.name] not in choices:
-                what = f"{field.name} is {options[field.name]!r}"
-                raise OptionError(f"{what}; {form.id} takes {', '.join(choices)}")
-    return form.Options(**chosen)
-
-
-def _select(lora: LoraAdapter, include: Sequence[str], exclude: Sequence[str]) -> tuple[LoraAdapter, tuple[str, ...]]:
-    """The LoRA with the targets that the patterns choose, and its warnings, the left-out targets named."""
-    try:
-        wanted, unwanted = [[re.compile(p) for p in patterns] for patterns in (include, exclude)]
-    except re.error as error:
-        raise OptionError(f"--include / --exclude: {error.pattern!r} is not a regular expression: {error}") from None
-    kept = tuple(
-        pair
-        for pair in lora.targets
-        if (not wanted or any(p.search(pair.target.name) for p in wanted))
-        and not any(p.search(pair.target.name) for p in unwanted)
-    )
-    if not kept:
-        raise EmptyAdapterError("--include and --exclude leave no target")
-    warnings = lora.warnings
-    if len(kept) < len(lora.targets):
-        left_out = next(pair.target.name for pair in lora.targets if pair not in kept)
-        count = len(lora.targets) - len(kept)
-        warnings += (f"{count} of {len(lora.targets)} targets are left out as asked, {left_out} for one",)
-    gone = {pair.target.name for pair in lora.targets} - {pair.target.name for pair in kept}
-    extras = tuple(e for e in lora.extras if e.use == "replace" or _owner(e) not in gone)
-    return replace(lora, targets=kept, extras=extras), warnings
-
-
-def _owner(extra: ExtraTensor) -> str:
-    """The target that a part of an update belongs to: a LoRA's bias goes with its layer."""
-    return extra.name.removesuffix(".bias") + ".weight" if extra.use == "add" else extra.name
-
-
-def _settle(lora: LoraAdapter, base: Path, bake_dora: int | None) -> tuple[LoraAdapter, str, tuple[str, ...]]:
-    """The LoRA with shapes and views as the base stores them, the digest of the base's contents, and warnings.
-
-    Names stay those of the adapter: they are what a model in memory uses, whatever prefix the base was saved with.
-    """
-    with open_checkpoint(base) as checkpoint:
-        found = targets.resolve(lora, checkpoint)
-        pairs = [
-            replace(pair, target=Target(pair.target.name, there.target.shape, there.target.view))
-            for pair, there in zip(lora.targets, found.targets, strict=True)
-        ]
-        lora = replace(lora, targets=tuple(sorted(pairs, key=lambda pair: pair.target)))
-        content = checkpoint.content_digest()
-        if bake_dora is None:
-            return lora, content, ()
-        baked = baking.bake_dora(lora, checkpoint, bake_dora)
-        return baked.lora, content, (baked.note,)
-
-
-def _budget_bytes(source: int, size: int | None, ratio: float | None, default_ratio: int | None) -> int | None:
-    if size is not None and ratio is not None:
-        raise OptionError("--target-size and --target-ratio exclude each other")
-    if (size is not None and size <= 0) or (ratio is not None and not ratio > 0):
-        raise BudgetError("a size or ratio of zero or less cannot be reached")
-    if size is not None:
-        return size
-    wanted = ratio if ratio is not None else default_ratio
-    return None if wanted is None else int(source / wanted)
-
-
-def _cast_extra(extra: ExtraTensor, dtype: ExtraDtype | None) -> ExtraTensor:
-    """An extra in a narrower float dtype; untouched without `dtype`, or if it is not wider than that."""
-    if dtype is None or extra.dtype not in dtypes.FLOATS or dtypes.itemsize(extra.dtype) <= dtypes.itemsize(dtype):
-        return extra
-    import numpy as np
-
-    values = dtypes.decode(np.frombuffer(extra.data, dtypes.STORAGE[extra.dtype]), extra.dtype)
-    return replace(extra, dtype=dtype, data=dtypes.round_to(values, dtype).tobytes())
-
-
-def _provenance(source: Provenance) -> Provenance:
-    """The source's provenance without private paths, with room for the captured share (filled in after the fit).
-
-    Its texts are notes from a configuration: they are brought into the form that a file holds rather than refused.
-    """
-    hint = source.base_model
-    if posixpath.isabs(hint) or ntpath.isabs(hint):
-        hint = ntpath.basename(hint.rstrip("/\\"))
-    return Provenance(
-        source=source.source,
-        base_model=_note(hint),
-        revision=_note(source.revision),
-        task_type=_note(source.task_type),
-        fields={**{key: _note(text) for key, text in source.fields.items()}, "captured": _share(0.0)},
-    )
-
-
-def _note(text: str) -> str:
-    """`text` as a file can hold it; nothing if it is too long, since a part of a name is another name."""
-    clean = strictjson.canonical_text(text)
-    return clean if len(clean.encode()) <= OWN.string_bytes else ""
-
-
-def _share(value: float) -> str:
-    """A share as text of fixed width, so that sizes are known before it is."""
-    return f"{min(max(value, 0.0), 1.0):.4f}"
-
-
-def _with_captured(compact: CompactAdapter, captured: float) -> CompactAdapter:
-    came = compact.provenance
-    return replace(compact, provenance=replace(came, fields={**came.fields, "captured": _share(captured)}))
 
 
 # --- comparing, exporting, merging ----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ does.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,39 +38,50 @@ _DTYPES = {name: getattr(torch, torch_name) for name, torch_name in TORCH_NAMES.
 
 
 class AttachedAdapter(nn.Module):
-    """One adapter's numbers: what a fit or a training changes as parameters, codes and indices as buffers.
+    """One adapter's numbers: parameters, and for a compact form that is trained, its codes and indices as buffers.
 
-    `factors(which)` gives A (r, in) and B (out, r) of a target; the update is ``scale * B @ A``.
+    `factors(which)` gives A (r, in) and B (out, r) of a target; the update is ``scale * B @ A``. A compact adapter that
+    is not trained is expanded once.
     """
 
-    def __init__(self, adapter: Adapter, scale: float, dtype: torch.dtype) -> None:
+    def __init__(self, adapter: Adapter, scale: float, dtype: torch.dtype, trainable: bool) -> None:
         super().__init__()
-        self.adapter, self.scale = adapter, scale
-        if isinstance(adapter, LoraAdapter):
+        self.scale = scale
+        self._compact = adapter if isinstance(adapter, CompactAdapter) and trainable else None
+        self._own_scales = [1.0] * len(_targets(adapter))
+        if self._compact is not None:
+            self._hold(self._compact, dtype)
+        elif isinstance(adapter, LoraAdapter):
             self._own_scales = [pair.scale for pair in adapter.targets]
             for n, pair in enumerate(adapter.targets):
-                self.register_parameter(f"A_{n}", nn.Parameter(torch.from_numpy(pair.A.copy()).to(dtype)))
-                self.register_parameter(f"B_{n}", nn.Parameter(torch.from_numpy(pair.B.copy()).to(dtype)))
-            return
-        method = methods.get(adapter.method)
-        self._own_scales = [1.0] * len(adapter.targets)
-        self.kinds = {spec.name: spec.kind for spec in method.specs(adapter.config, adapter.targets)}
-        for name, value in methods.values(method, adapter, torch).items():
-            if self.kinds[name] in ("half", "single"):
+                self._hold_factors(n, torch.from_numpy(pair.A.copy()), torch.from_numpy(pair.B.copy()), dtype)
+        else:
+            for n, (_, a, b) in enumerate(methods.expand_all(adapter, torch)):
+                self._hold_factors(n, a, b, dtype)
+        self.requires_grad_(trainable)
+
+    def _hold_factors(self, n: int, a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
+        self.register_parameter(f"A_{n}", nn.Parameter(a.to(dtype)))
+        self.register_parameter(f"B_{n}", nn.Parameter(b.to(dtype)))
+
+    def _hold(self, compact: CompactAdapter, dtype: torch.dtype) -> None:
+        """The payload: numbers of finite precision as parameters, codes and indices as buffers."""
+        method = methods.get(compact.method)
+        kinds = {spec.name: spec.kind for spec in method.specs(compact.config, compact.targets)}
+        self._names = tuple(kinds)
+        for name, value in methods.values(method, compact, torch).items():
+            if kinds[name] in ("half", "single"):
                 self.register_parameter(_plain(name), nn.Parameter(value.to(dtype)))
             else:
                 fixed = value if value.dtype == torch.int64 else value.to(dtype)
                 self.register_buffer(_plain(name), fixed, persistent=False)
 
-    def values(self) -> Mapping[str, Tensor]:
-        """The payload tensors as `Method.expand` takes them."""
-        return {name: getattr(self, _plain(name)) for name in self.kinds}
-
     def factors(self, which: int) -> tuple[Tensor, Tensor]:
-        if isinstance(self.adapter, LoraAdapter):
+        if self._compact is None:
             return getattr(self, f"A_{which}"), getattr(self, f"B_{which}")
-        method = methods.get(self.adapter.method)
-        a, b = method.expand(self.adapter.config, self.adapter.targets, self.values(), which, torch)
+        method, compact = methods.get(self._compact.method), self._compact
+        values = {name: getattr(self, _plain(name)) for name in self._names}
+        a, b = method.expand(compact.config, compact.targets, values, which, torch)
         return a, b
 
     def factor_of(self, which: int) -> float:
@@ -278,7 +289,7 @@ def attach(
     except LrcError:
         _drop_empty(model, state)
         raise
-    source = AttachedAdapter(adapter, scale, dtype).requires_grad_(trainable)
+    source = AttachedAdapter(adapter, scale, dtype, trainable)
     if found:
         source.to(found[0][2].device)
     state.adapters[name] = source

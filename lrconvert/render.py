@@ -10,7 +10,7 @@ from lrconvert.methods import base as methods
 from lrconvert.report import Fidelity
 
 if TYPE_CHECKING:
-    from lrconvert.api import Conversion
+    from lrconvert.converting import Conversion
     from lrconvert.file import Sizes
     from lrconvert.merging import MergeReport, UnmergeReport, VerifyReport
 

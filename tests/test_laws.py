@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -170,3 +171,13 @@ def test_unknown_options_are_refused(method):
 def test_options_outside_their_choices_are_refused():
     with pytest.raises(errors.OptionError, match="lowrank takes auto, 16"):
         api.convert(source(), "lowrank", bits=5)
+
+
+def test_the_smallest_lowrank_file_holds_the_largest_of_equal_components():
+    lora = random_lora(((24, 16), (24, 16), (24, 16)))
+    small = [replace(p, scale=p.scale * f) for p, f in zip(lora.targets, (1e-6, 1.0, 1e-3), strict=True)]
+    lora = replace(lora, targets=tuple(small))
+    with pytest.raises(errors.BudgetError) as caught:
+        api.convert(lora, "lowrank", target_size=10)
+    least = int(re.search(r"smallest possible file has (\d+)", str(caught.value))[1])
+    assert api.convert(lora, "lowrank", target_size=least).fidelity.captured > 0.2

@@ -21,6 +21,7 @@ ORDER = [
     {"manifest", "file", "report", "validation", "modelcard"},
     {"readers", "exporters", "consumers"},
     {"heads", "merging", "baking", "attaching"},
+    {"converting"},
     {"api"},
     {"render", "demo", "cli", "testing", "__main__"},
 ]

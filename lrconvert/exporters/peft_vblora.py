@@ -1,7 +1,8 @@
 """PEFT VB-LoRA: the bank and the top-k codes as PEFT's ``save_only_topk_weights`` has them, in fp32.
 
 PEFT's form has one rank, no gains, one pass, no cut sub-vectors, and linear layers only; `--peft-compatible` of the
-converter keeps to that. fp32 because PEFT cannot load a bf16 top-k file.
+converter keeps to that. Trained biases and saved modules go along; DoRA, biases of LoRAs and trained tokens have no
+place. fp32 because PEFT cannot load a bf16 top-k file.
 """
 
 from __future__ import annotations

@@ -398,12 +398,12 @@ def _fill(
 def _smallest(
     lora: LoraAdapter, spectra: Sequence[F64], limits: Sequence[int], levels: Sequence[int], group_size: int
 ) -> Config:
-    """One component at the least width, in the target where it is cheapest."""
+    """One component at the least width, in the target where it is cheapest; of equal ones, where it holds most."""
     q = min(levels)
     costs = [
         _component_bits(p.target, q, group_size) if n else 1 << 62 for p, n in zip(lora.targets, limits, strict=True)
     ]
-    cheapest = int(np.argmin(costs))
+    cheapest = min(range(len(costs)), key=lambda t: (costs[t], -spectra[t][0] if limits[t] else 0.0))
     return _config_of(lora.shapes(), [[q] if t == cheapest else [] for t in range(len(limits))], group_size)
 
 

@@ -22,7 +22,7 @@ from lrconvert.errors import ExportError
 from lrconvert.exporters.base import Exporter, ExportOptions, Files
 from lrconvert.exporters.peft_lora import extras
 from lrconvert.exporters.peft_lora.extras import Entry
-from lrconvert.exporters.peft_lora.layers import PREFIX, Factors, Layer, endings, layers
+from lrconvert.exporters.peft_lora.layers import PREFIX, Factors, Layer, adapted_layers, endings
 from lrconvert.methods import base as methods
 from lrconvert.modelcard import model_card
 from lrconvert.readers.peft.experts import says_transposed
@@ -112,7 +112,7 @@ def _layers(compact: CompactAdapter, keep_ranks: bool) -> list[Layer]:
     _check_dora(compact, factors)
     top = max(1, *(a.shape[0] for _, a, _ in factors))
     rank: Callable[[int], int] = (lambda own: max(own, 1)) if keep_ranks else (lambda own: top)
-    return layers(compact, factors, rank)
+    return adapted_layers(compact, factors, rank)
 
 
 def _check_dora(compact: CompactAdapter, factors: Sequence[Factors]) -> None:

@@ -27,6 +27,7 @@ class Placed:
 def place(compact: CompactAdapter, adapted: Collection[str], only: str = "lora_only") -> Placed:
     """The extras of `compact`; `adapted` are the modules that have an update, `only` is what PEFT's option `bias` calls
     theirs. Raises E-EXPORT for what has no place."""
+    _check_owners(compact.extras, adapted)
     whole = [e for e in compact.extras if e.use == "replace"]
     biases = [e for e in whole if _is_bias(e, whole)]
     kept = [e for e in whole if e not in biases and f"{BASE_LAYER}." not in e.name]
@@ -48,6 +49,22 @@ def place(compact: CompactAdapter, adapted: Collection[str], only: str = "lora_o
     if rows:
         config["trainable_token_indices"] = rows
     return Placed(tuple(entries), config)
+
+
+def _check_owners(extras: Iterable[ExtraTensor], adapted: Collection[str]) -> None:
+    """Raise E-EXPORT for parts of an update that PEFT would look for in another wrapper than the one it makes."""
+    for e in extras:
+        module = owner(e.name)
+        if e.use in ("add", "magnitude") and module not in adapted:
+            raise ExportError(
+                f"{e.name!r} is a part of the update of {module!r}, which has no factors",
+                fix="convert the adapter again: its file lacks a target",
+            )
+        if e.use == "rows" and module in adapted:
+            raise ExportError(
+                f"{module!r} has factors and trained rows; PEFT has one of them in a layer",
+                fix="convert again with --exclude for it, or merge the adapter into the base",
+            )
 
 
 def _parts(extras: Iterable[ExtraTensor]) -> Iterable[Entry]:

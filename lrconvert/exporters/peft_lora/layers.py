@@ -84,7 +84,7 @@ def is_parameter(compact: CompactAdapter, target: Target) -> bool:
     return target.view.kind in _EXPERTS or (target.view.kind == "matrix" and alone)
 
 
-def layers(compact: CompactAdapter, factors: Iterable[Factors], rank: Callable[[int], int]) -> list[Layer]:
+def adapted_layers(compact: CompactAdapter, factors: Iterable[Factors], rank: Callable[[int], int]) -> list[Layer]:
     """Every target with its factors as PEFT stores them, padded with zeros to ``rank(their own rank)``.
 
     Raises E-EXPORT for slices of fused layers and convolutions in groups.
