@@ -278,7 +278,7 @@ def unmerging(output: str, report: UnmergeReport) -> str:
         else "verified  nothing: there is no record to compare with"
     )
     if report.remaining:
-        lines.append(f"remaining {report.remaining} earlier merges")
+        lines.append(f"remaining {report.remaining} earlier merge{'s' if report.remaining > 1 else ''}")
     return "\n".join(lines)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -47,23 +49,29 @@ class Computer:
         cols = output.pieces[0].cols if output.pieces else output.shape[-1]
         rows = int(np.prod(output.shape)) // cols
         height = exact.rows_per_block(cols)
-        for start, stop in pairwise(cuts(output.pieces, rows)):
-            try:
-                add = self._adder(output, start, stop, cols)
-            except LrcError as error:
-                raise self._named(error, output) from None
-            for top in range(start, stop, height):
-                count = min(height, stop - top)
-                present = self._read(output, top, count, cols)
-                try:
-                    after, tally, update = add(present, top)
-                except LrcError as error:
-                    raise self._named(error, output) from None
-                self._bound(tally, output)
-                before: Array | None = present
-                if output.data is not None:
-                    before = None if output.base is None else self._stored(output.base, top, count, cols)
-                yield Block(top, before, after, update, top - start, tally)
+        segments = list(pairwise(cuts(output.pieces, rows)))
+        tops = [(top, min(height, stop - top)) for start, stop in segments for top in range(start, stop, height)]
+        with ThreadPoolExecutor(1) as reader:  # reads a block while the one before it is computed
+            ahead = (reader.submit(self._read, output, top, count, cols) for top, count in tops)
+            coming = next(ahead)
+            for start, stop in segments:
+                add = self._named_step(output, self._adder, output, start, stop, cols)
+                for top in range(start, stop, height):
+                    present, coming = coming.result(), next(ahead, coming)
+                    after, tally, update = self._named_step(output, add, present, top)
+                    self._bound(tally, output)
+                    before: Array | None = present
+                    if output.data is not None:
+                        count = present.shape[0]
+                        before = None if output.base is None else self._stored(output.base, top, count, cols)
+                    yield Block(top, before, after, update, top - start, tally)
+
+    def _named_step(self, output: Output, step: Callable[..., Any], *arguments: Any) -> Any:
+        """What `step` gives; its errors name the tensor."""
+        try:
+            return step(*arguments)
+        except LrcError as error:
+            raise self._named(error, output) from None
 
     def _adder(self, output: Output, start: int, stop: int, cols: int) -> _Change:
         """What is done to the rows `start` to `stop`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,7 @@ class _Digests:
     """The hashes of one tensor as it is read and written; one where both are the same."""
 
     output: Output
+    pending: Future[Any] | None = None
 
     def __post_init__(self) -> None:
         output, base = self.output, self.output.base
@@ -232,7 +234,7 @@ class _Merger:
         self.plan, self.inputs, self.folder, self.undo, self.progress = planned, inputs, folder, undo, progress
         self.computer = Computer(planned, workspace)
         self.workspace, self.number = workspace, number
-        self.behind = Behind()
+        self.behind, self.hashing = Behind(), Behind()
         self.total = max(1, sum(planned.files.values()))
         self.done = 0
         self.tallies: dict[str, Tally] = {}
@@ -247,7 +249,10 @@ class _Merger:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self.behind.__exit__(kind, error, trace)
+        try:
+            self.hashing.__exit__(kind, error, trace)
+        finally:
+            self.behind.__exit__(kind, error, trace)
 
     def run(self) -> None:
         """Write everything."""
@@ -372,6 +377,8 @@ class _Merger:
             self.added[output.name] = after
             return
         base = output.base
+        if digests.pending is not None:  # the last of its hashing, which is done in order
+            digests.pending.result()
         before = after if digests.before is None else digests.before.hexdigest()
         pieces = output.pieces if any(code.mode == RESIDUAL for code in codes.codes) else ()
         place = (codes.cols, codes.offset, tuple(codes.codes)) if codes.codes else (0, 0, ())
@@ -431,6 +438,8 @@ class _Merger:
         tally = Tally()
         for block in self.computer.blocks(output):
             tally += block.tally
+            if block.before is not None and digests.before is not None:
+                digests.pending = self.hashing.submit(digests.before.update, np.ascontiguousarray(block.before))
             predicted = self._predict(block, output.dtype)
             self.behind.submit(self._finish, block, predicted, file, digests, codes)
             self._advance(block.after.nbytes, output.name)
@@ -449,10 +458,9 @@ class _Merger:
         after = np.ascontiguousarray(block.after)
         file.write(after.data.cast("B"))
         digests.after.update(after.data.cast("B"))
-        if block.before is None or digests.before is None:
+        if block.before is None:
             return
         before = np.ascontiguousarray(block.before)
-        digests.before.update(before.data.cast("B"))
         if not self.undo or np.array_equal(_bits(before), _bits(after)):
             return
         codes.cols = before.shape[1]

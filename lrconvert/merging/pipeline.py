@@ -1,4 +1,4 @@
-"""One thread that hashes, compresses and writes what another has computed, in order."""
+"""Threads that hash, compress and write what another has computed, each in order."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ class Behind:
         self._pool = ThreadPoolExecutor(1)
         self._pending: deque[Future[Any]] = deque()
 
-    def submit(self, job: Callable[..., Any], *arguments: Any) -> None:
+    def submit(self, job: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """Raises what an earlier job raised."""
         while len(self._pending) > _DEPTH:
             self._pending.popleft().result()
         self._pending.append(self._pool.submit(job, *arguments))
+        return self._pending[-1]
 
     def flush(self) -> None:
         while self._pending:

@@ -24,7 +24,14 @@ from lrconvert.container import (
     read_small,
 )
 from lrconvert.dtypes import FLOATS, STORAGE, Array, decode, round_to
-from lrconvert.errors import BaseError, FingerprintError, OptionError, PlacementError, QuantizedBaseError
+from lrconvert.errors import (
+    BaseError,
+    FingerprintError,
+    LrcError,
+    OptionError,
+    PlacementError,
+    QuantizedBaseError,
+)
 from lrconvert.heads import Placement
 from lrconvert.limits import MAX_INDEX_BYTES
 from lrconvert.merging.updates import Adapter, Origin, Piece, Scaled, Source, extent, is_turned, targets_of
@@ -131,9 +138,12 @@ def plan(inputs: Sequence[Scaled], checkpoint: Checkpoint, shard_bytes: int | No
     resolved = [_resolve(adapter, checkpoint) for adapter in adapters]
     placement = heads.place(adapters, resolved, checkpoint)
     placed = checkpoint.tensors.keys() | placement.copies.keys()
-    found = _pieces(inputs, resolved, checkpoint)
-    pieces = {name: some for name, some in found.items() if name in placed}  # the rest is zero
-    rows = _rows(adapters, placement, pieces, checkpoint)
+    try:
+        found = _pieces(inputs, resolved, checkpoint)
+        pieces = {name: some for name, some in found.items() if name in placed}  # the rest is zero
+        rows = _rows(adapters, placement, pieces, checkpoint)
+    except LrcError as error:
+        raise error.at(checkpoint.root) from None
     for name in (*pieces, *rows):
         dtype = checkpoint.tensors[placement.copies.get(name, name)].dtype
         if dtype not in FLOATS:

@@ -5,10 +5,12 @@ Normative text: ``formats/undo-v1.md``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -67,8 +69,11 @@ def unmerge(
         _check_tensors(opened.record, checkpoint)
         require_space(place, int(sum(size for _, size in opened.record.files) * _SPACE_MARGIN))
         folder = stack.enter_context(atomic_directory(place, overwrite=out is None or overwrite))
-        with Workspace() as workspace, _Unmerger(opened, checkpoint, folder, workspace, report) as work:
-            done = work.run()
+        try:
+            with Workspace() as workspace, _Unmerger(opened, checkpoint, folder, workspace, report) as work:
+                done = work.run()
+        except LrcError as error:
+            raise error.at(merged) from None
         for file in checkpoint.files:
             file.check_unchanged()
     return done
@@ -88,7 +93,7 @@ class _Unmerger:
         self.opened, self.checkpoint, self.folder, self.progress = opened, checkpoint, folder, progress
         self.record, self.workspace = opened.record, workspace
         self.sources = opened.sources()
-        self.behind = Behind()
+        self.behind, self.hashing = Behind(), Behind()
         self.total = max(1, sum(size for _, size in self.record.files))
         self.done = 0
         self.files: dict[str, int] = {}
@@ -97,7 +102,10 @@ class _Unmerger:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self.behind.__exit__(kind, error, None)
+        try:
+            self.hashing.__exit__(kind, error, None)
+        finally:
+            self.behind.__exit__(kind, error, None)
 
     def run(self) -> UnmergeReport:
         known = {t.name: t for t in self.record.tensors}
@@ -105,12 +113,10 @@ class _Unmerger:
             with self.folder.create(name) as file:
                 self.behind.submit(file.write, header)
                 for info in infos:
-                    try:
-                        self._tensor(known[info.name], file)
-                    except LrcError as error:
-                        raise error.at(self.checkpoint.root) from None
+                    self._tensor(known[info.name], file)
                     self.done += info.nbytes
                     self.progress(min(1.0, self.done / self.total), info.name)
+                self.hashing.flush()
                 self.behind.flush()
                 self.files[name] = file.position
         if combined_digest((t.name, t.before) for t in self.record.tensors) != self.record.content:
@@ -143,9 +149,12 @@ class _Unmerger:
                 self.behind.submit(_emit, file, residual.decode_bytes(data, code.count), before)
         elif tensor.codes:
             _check_same(tensor, info)
-            for rows, present in self._restored(tensor, info):
-                self.behind.submit(after.update, present.data.cast("B"))
-                self.behind.submit(_emit, file, rows, before)
+            for present, restore in self._restored(tensor, info):
+                self.hashing.submit(after.update, present.data.cast("B"))
+                self.behind.submit(_emit_restored, file, restore, before)
+            self.hashing.submit(_compare, after, tensor.after, f"{tensor.output!r} was changed since the merge")
+            self.behind.submit(_compare, before, tensor.before, f"{tensor.name!r} would not be that of the base")
+            return
         else:
             _check_same(tensor, info)
             twin = None if tensor.name == tensor.output else before
@@ -161,18 +170,18 @@ class _Unmerger:
             yield code, self.opened.code(offset, code.nbytes)
             offset += code.nbytes
 
-    def _restored(self, tensor: TensorRecord, info: TensorInfo) -> Iterator[tuple[Array, Array]]:
-        """(rows of the base, the same rows now), in order; what no code covers did not change."""
+    def _restored(self, tensor: TensorRecord, info: TensorInfo) -> Iterator[tuple[Array, Callable[[], Array]]]:
+        """(rows as they are now, what makes those of the base), in order; what no code covers did not change."""
         rows = int(np.prod(tensor.shape)) // tensor.cols
         height = exact.rows_per_block(tensor.cols)
         ends = cuts(tensor.pieces, rows)
         updates: dict[int, Update] = {}
         at = 0
 
-        def unchanged(start: int, stop: int) -> Iterator[tuple[Array, Array]]:
+        def unchanged(start: int, stop: int) -> Iterator[tuple[Array, Callable[[], Array]]]:
             for top in range(start, stop, height):
                 some = read_rows(self.checkpoint, info, top, min(height, stop - top), tensor.cols)
-                yield some, some
+                yield some, partial(_same, some)
 
         for code, data in self._stored(tensor):
             yield from unchanged(at, code.first)
@@ -183,9 +192,11 @@ class _Unmerger:
                 )
                 if start not in updates:
                     updates = {start: self._update(tensor, start, stop)}
-                yield self._undone(present, updates[start], code.first - start, info.dtype, data), present
+                update, row = updates[start], code.first - start
+                guess, _ = update.add(present, info.dtype, row, self.workspace)
+                yield present, partial(_corrected, guess, update.window(row, code.count), data)
             else:
-                yield residual.decode_xor(data, present.reshape(-1)).reshape(present.shape), present
+                yield present, partial(_unmasked, present, data)
             at = code.first + code.count
         yield from unchanged(at, rows)
 
@@ -199,15 +210,6 @@ class _Unmerger:
         if found is None or found.shape != (stop - start, tensor.cols):
             raise UndoError(f"the record has no update for {tensor.name!r}", path=self.opened.path)
         return found.negated()
-
-    def _undone(self, present: Array, update: Update, row: int, dtype: str, data: bytes) -> Array:
-        rows, _ = update.add(present, dtype, row, self.workspace)
-        window = update.window(row, present.shape[0])
-        if window is None:
-            return present
-        guess = rows[window]
-        rows[window] = residual.decode_residual(data, guess.reshape(-1)).reshape(guess.shape)
-        return rows
 
     # --- other files ---
 
@@ -314,6 +316,26 @@ def _emit(file: Writer, data: Array | bytes, digest: object) -> None:
     view = data if isinstance(data, bytes) else np.ascontiguousarray(data).data.cast("B")
     digest.update(view)  # type: ignore[attr-defined]
     file.write(view)
+
+
+def _emit_restored(file: Writer, restore: Callable[[], Array], digest: object) -> None:
+    _emit(file, restore(), digest)
+
+
+def _same(rows: Array) -> Array:
+    return rows
+
+
+def _corrected(guess: Array, window: tuple[Any, Any] | None, data: bytes) -> Array:
+    """The rows that a residual makes of a prediction."""
+    if window is not None:
+        some = guess[window]
+        guess[window] = residual.decode_residual(data, some.reshape(-1)).reshape(some.shape)
+    return guess
+
+
+def _unmasked(present: Array, data: bytes) -> Array:
+    return residual.decode_xor(data, present.reshape(-1)).reshape(present.shape)
 
 
 def _digest(checkpoint: Checkpoint, info: TensorInfo, *digests: object) -> None:
