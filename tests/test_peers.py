@@ -25,7 +25,7 @@ def environment(peer: str) -> Path:
     return found / "lib"
 
 
-@pytest.mark.parametrize("peer", make.peers())
+@pytest.mark.parametrize("peer", make.loaders())
 def test_the_peer_does_what_check_says(peer):
     environment(peer)
     count, lines = oracle.disagreements(peer)
@@ -33,7 +33,7 @@ def test_the_peer_does_what_check_says(peer):
     assert not lines
 
 
-@pytest.mark.parametrize("peer", make.peers())
+@pytest.mark.parametrize("peer", make.loaders())
 def test_the_facts_are_of_the_version_that_runs(peer):
     assert base.get(peer).version.split()[-1] == make.version(peer)
 

@@ -125,7 +125,7 @@ def disagreements(peer: str) -> tuple[int, list[str]]:
 
 def main(names: list[str]) -> int:
     failed = 0
-    for peer in names or make.peers():
+    for peer in names or make.loaders():
         if make.environment(peer) is None:
             print(f"{peer} {make.version(peer)}: skipped, no environment (python tests/peers/make.py {peer})")
             continue

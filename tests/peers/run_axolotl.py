@@ -1,4 +1,4 @@
-"""axolotl's own merge, shard by shard: ``python run_axolotl.py BASE ADAPTER OUT``. Its training part is not there."""
+"""axolotl's own merge, shard by shard: ``python run_axolotl.py [BASE ADAPTER OUT]...``; none of its training part."""
 
 from __future__ import annotations
 
@@ -18,4 +18,5 @@ def merge(base: Path | str, adapter: Path | str, out: Path | str) -> None:
 
 
 if __name__ == "__main__":
-    merge(*map(Path, sys.argv[1:4]))
+    for job in zip(*[iter(sys.argv[1:])] * 3, strict=True):
+        merge(*job)

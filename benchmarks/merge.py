@@ -1,0 +1,503 @@
+"""Merging into a base, taking it out again and confirming it, beside a plain copy and the programs that merge too.
+
+    python benchmarks/merge.py                       measures what is missing, on a base of 4 GB in bf16
+    python benchmarks/merge.py --large               the same on 16 GB
+    python benchmarks/merge.py --budget-minutes 10   starts no cell after that
+    python benchmarks/merge.py --render              writes the README table
+
+The base is shaped like Llama-3-8B with fewer layers, random; the LoRA has rank 16 on all linear layers and the output
+head, its update some 8 % of the size of the weights. The yardstick is what anyone does who copies a model with care:
+`cp`, then `sha256sum` of both.
+
+Every command is a process of its own, timed whole, imports included; what it reads is in the page cache where it fits,
+and nothing waits to be written. Each syncs as it does: lrconvert returns when its output is on the disk, the others
+before. sha256sum may do without the processor's instructions for it, which OpenSSL and Python use; so a copy that is
+synced, and hashed with those, is measured too. Memory is the peak resident size above that after the imports. A run
+under a minute is done three times, the median counts; one that other processes took part of a core from is repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cells
+import numpy as np
+
+sys.path.insert(0, str(cells.ROOT / "tests"))
+
+from peers import make
+
+from lrconvert.container import encode_header, open_checkpoint
+from lrconvert.dtypes import round_to
+
+PEERS = cells.ROOT / "tests" / "peers"
+HIDDEN, INNER, KV, VOCABULARY, RANK = 4096, 14336, 1024, 128256, 16
+SHAPES = {
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (KV, HIDDEN),
+    "self_attn.v_proj": (KV, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (INNER, HIDDEN),
+    "mlp.up_proj": (INNER, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INNER),
+}
+SHARD_BYTES = 2_000_000_000
+RUNS, SHORT = 3, 60.0  # runs of a command that takes less than so many seconds
+QUIET = 0.15  # cores that others may use while a command is timed
+PATIENCE = 5  # runs that are thrown away for that
+
+
+@dataclass(frozen=True)
+class Size:
+    """A base of `nbytes`, as far as whole layers go."""
+
+    name: str
+    nbytes: int
+
+    @property
+    def layers(self) -> int:
+        per_layer = 2 * sum(out * inner for out, inner in SHAPES.values())
+        return (self.nbytes - 4 * VOCABULARY * HIDDEN) // per_layer
+
+
+SMALL, LARGE = Size("4 GB", 4 * 10**9), Size("16 GB", 16 * 10**9)
+
+
+# --- what is merged -------------------------------------------------------------------------------------------------
+
+
+def shapes(layers: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of the base, in the order of its files."""
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}"
+        found |= {f"{prefix}.{name}.weight": shape for name, shape in SHAPES.items()}
+        found |= {f"{prefix}.{name}_layernorm.weight": (HIDDEN,) for name in ("input", "post_attention")}
+    return found | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
+
+
+def cut(tensors: dict[str, tuple[int, ...]]) -> list[list[str]]:
+    """Names of the tensors of each file."""
+    shards: list[list[str]] = [[]]
+    room = SHARD_BYTES
+    for name, shape in tensors.items():
+        room -= 2 * int(np.prod(shape))
+        if room < 0 and shards[-1]:
+            shards.append([])
+            room = SHARD_BYTES - 2 * int(np.prod(shape))
+        shards[-1].append(name)
+    return shards
+
+
+def make_base(folder: Path, layers: int) -> None:
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    tensors = shapes(layers)
+    shards = cut(tensors)
+    names = [f"model-{n + 1:05}-of-{len(shards):05}.safetensors" for n in range(len(shards))]
+    for file, keys in zip(names, shards, strict=True):
+        with (folder / file).open("wb") as out:
+            out.write(encode_header([(key, "BF16", tensors[key]) for key in keys], {"format": "pt"}))
+            for key in keys:
+                width = tensors[key][-1]
+                rows = int(np.prod(tensors[key])) // width
+                for top in range(0, rows, 1024):
+                    values = rng.standard_normal((min(1024, rows - top), width), np.float32) * np.float32(0.02)
+                    out.write(round_to(values if rows > 1 else 1 + values, "BF16").tobytes())
+    weight_map = {key: file for file, keys in zip(names, shards, strict=True) for key in keys}
+    total = sum(2 * int(np.prod(shape)) for shape in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-05,
+        "tie_word_embeddings": False,
+        "vocab_size": VOCABULARY,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def make_adapter(folder: Path, layers: int) -> None:
+    """B A has elements of size 0.02 * 0.01 * sqrt(16), twice that with alpha: 0.0016."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir()
+    rng = np.random.default_rng(1)
+    tensors = {}
+    for name, shape in shapes(layers).items():
+        if "norm" not in name and "embed" not in name:
+            prefix = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{prefix}.lora_A.weight"] = rng.standard_normal((RANK, shape[1]), np.float32) * np.float32(0.02)
+            tensors[f"{prefix}.lora_B.weight"] = rng.standard_normal((shape[0], RANK), np.float32) * np.float32(0.01)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": 2 * RANK,
+        "target_modules": sorted({name.split(".")[-1] for name in SHAPES} | {"lm_head"}),
+        "base_model_name_or_path": "llama-3-8b-shaped",
+        "task_type": "CAUSAL_LM",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+# --- running --------------------------------------------------------------------------------------------------------
+
+# VmHWM, not getrusage: that of a child starts with the peak of the process that started it.
+_CHILD = """
+import json, pathlib, sys
+def peak():
+    return int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+imports, work, report = sys.argv[1:4]
+sys.argv[1:] = sys.argv[4:]
+given = sys.argv[1:]
+exec(imports)
+idle = peak()
+exec(work)
+pathlib.Path(report).write_text(json.dumps({"idle_kib": idle, "peak_kib": peak()}))
+"""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A program to time: Python statements, of which the `imports` do not count as memory, or with `shell` a line of
+    it. `given` are its arguments, `creates` what is removed before each run."""
+
+    given: Sequence[Path | str] = ()
+    imports: str = ""
+    work: str = ""
+    shell: str = ""
+    creates: Sequence[Path] = ()
+    path: Sequence[Path] = ()
+
+    def words(self, report: Path) -> list[str]:
+        given = [str(word) for word in self.given]
+        if self.shell:
+            return ["sh", "-c", self.shell, "sh", *given]
+        return [sys.executable, "-c", _CHILD, self.imports, self.work, str(report), *given]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: seconds, memory, what it printed, and how many cores others had meanwhile."""
+
+    seconds: float
+    report: dict[str, int]
+    printed: str
+    others: float
+
+
+def busy() -> float:
+    """Processor seconds that this machine has spent since it started."""
+    user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def ours() -> float:
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
+
+
+def once(command: Command, folder: Path, read: Sequence[Path]) -> Run:
+    """One run, from the same start: no output there, nothing to be written, inputs in the page cache."""
+    for path in command.creates:
+        shutil.rmtree(path, ignore_errors=True)
+    os.sync()
+    for path in read:
+        warm(path)
+    await_quiet()
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, command.path))
+    report = folder / "report.json"
+    report.unlink(missing_ok=True)
+    before, mine, start = busy(), ours(), time.perf_counter()
+    done = subprocess.run(command.words(report), capture_output=True, text=True, check=False, env=environment)
+    seconds = time.perf_counter() - start
+    others = (busy() - before - (ours() - mine)) / seconds
+    if done.returncode:
+        raise RuntimeError(f"{done.stderr.strip()[-1500:]}")
+    found = json.loads(report.read_text()) if report.exists() else {}
+    return Run(seconds, found, done.stdout, others)
+
+
+def warm(folder: Path) -> None:
+    for path in folder.rglob("*.safetensors"):
+        with path.open("rb") as file:
+            while file.read(1 << 24):
+                pass
+
+
+def await_quiet() -> None:
+    """Wait up to five minutes until other processes leave the machine alone."""
+    for _ in range(100):
+        start = busy()
+        time.sleep(3)
+        if (busy() - start) / 3 < QUIET:
+            return
+
+
+def timed(command: Command, folder: Path, read: Sequence[Path], nbytes: int) -> tuple[dict[str, Any], str]:
+    """(the median run as a row, what it printed)."""
+    runs: list[Run] = []
+    spoiled: list[Run] = []
+    while len(runs) < RUNS:
+        run = once(command, folder, read)
+        if run.others > QUIET and len(spoiled) < PATIENCE:
+            spoiled.append(run)
+            continue
+        runs.append(run)
+        if run.seconds >= SHORT:
+            break
+    middle = sorted(runs, key=lambda run: run.seconds)[(len(runs) - 1) // 2]
+    row: dict[str, Any] = {
+        "seconds": round(middle.seconds, 2),
+        "gb_per_second": round(nbytes / middle.seconds / 1e9, 3),
+        "runs": [round(run.seconds, 2) for run in runs],
+        "others": round(statistics.mean(run.others for run in runs), 2),
+    }
+    if middle.report:
+        row["peak_mib"] = round((max(run.report["peak_kib"] - run.report["idle_kib"] for run in runs)) / 1024)
+        row["idle_mib"] = round(middle.report["idle_kib"] / 1024)
+    return row, middle.printed
+
+
+# --- cells ----------------------------------------------------------------------------------------------------------
+
+_HASH = "import hashlib, sys; [hashlib.file_digest(open(path, 'rb'), 'sha256') for path in sys.argv[1:]]"
+_CLI = "import lrconvert.api, lrconvert.cli"
+_CALL = "lrconvert.cli.cli.main(args=given, standalone_mode=False)"
+_PEFT_IMPORTS = "import peft, torch, transformers\nfrom transformers import AutoModelForCausalLM"
+_PEFT = """
+base, adapter, out = given
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
+"""
+
+
+@dataclass
+class Bench:
+    """One base, its adapter, and what the commands make of them, in a folder that goes away."""
+
+    size: Size
+    folder: Path
+
+    def __post_init__(self) -> None:
+        names = ("base", "adapter", "merged", "copy", "other")
+        self.base, self.adapter, self.merged, self.copy, self.other = (self.folder / name for name in names)
+
+    def prepare(self) -> None:
+        if not self.base.exists():
+            make_base(self.base, self.size.layers)
+            make_adapter(self.adapter, self.size.layers)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(path.stat().st_size for path in self.base.glob("*.safetensors"))
+
+    def time(self, command: Command, *read: Path) -> tuple[dict[str, Any], str]:
+        self.prepare()
+        row, printed = timed(command, self.folder, read, self.nbytes)
+        return {"base_bytes": self.nbytes, **row}, printed
+
+    def need_merged(self) -> None:
+        self.prepare()
+        if not any(self.merged.glob(".lrconvert/*")):
+            once(self.merge_command(), self.folder, ())
+
+    # --- the yardstick ---
+
+    def plain_copy(self, line: str) -> dict[str, Any]:
+        self.prepare()
+        given = [self.base, self.copy, sys.executable, _HASH]
+        row, _ = self.time(Command(given, shell=f'cp -r "$1" "$2" && {line}', creates=[self.copy]), self.base)
+        shutil.rmtree(self.copy)
+        return row
+
+    # --- ours ---
+
+    def merge_command(self, *options: str, to: Path | None = None) -> Command:
+        out = to or self.merged
+        words = ["merge-into-base", self.base, self.adapter, "-o", out, "--json", *options]
+        return Command(words, _CLI, _CALL, creates=[out], path=[cells.ROOT])
+
+    def merge(self) -> dict[str, Any]:
+        row, printed = self.time(self.merge_command(), self.base)
+        said = json.loads(printed)
+        share = said["record_bytes"] / said["touched_bytes"]
+        return {**row, "record_bytes": said["record_bytes"], "record_share": round(share, 4)}
+
+    def merge_without(self) -> dict[str, Any]:
+        row, _ = self.time(self.merge_command("--no-undo", to=self.copy), self.base)
+        shutil.rmtree(self.copy)
+        return row
+
+    def unmerge(self) -> dict[str, Any]:
+        self.need_merged()
+        words = ["unmerge", self.merged, "-o", self.copy, "--json"]
+        row, _ = self.time(Command(words, _CLI, _CALL, creates=[self.copy], path=[cells.ROOT]), self.merged)
+        exact = digests(self.copy) == digests(self.base)
+        shutil.rmtree(self.copy)
+        return {**row, "exact": exact}
+
+    def verify(self) -> dict[str, Any]:
+        self.need_merged()
+        words = ["verify", self.merged, "--base", self.base, "--adapter", self.adapter, "--json"]
+        row, printed = self.time(Command(words, _CLI, _CALL, path=[cells.ROOT]), self.base, self.merged)
+        return {**row, "ok": json.loads(printed)["ok"]}
+
+    # --- others ---
+
+    def against(self, command: Command) -> dict[str, Any]:
+        """Time another program, and see how many weights of one matrix it gives as we do."""
+        self.need_merged()
+        row, _ = self.time(command, self.base)
+        row["same"] = round(same(self.other, self.merged), 4)
+        for path in command.creates:
+            shutil.rmtree(path, ignore_errors=True)
+        return row
+
+    def peft(self) -> dict[str, Any]:
+        given = [self.base, self.adapter, self.other]
+        return self.against(Command(given, _PEFT_IMPORTS, _PEFT, creates=[self.other]))
+
+    def axolotl(self) -> dict[str, Any]:
+        given = [self.base, self.adapter, self.other]
+        work = "run_axolotl.merge(*given)"
+        return self.against(Command(given, "import run_axolotl", work, creates=[self.other], path=[PEERS]))
+
+    def mergekit(self) -> dict[str, Any]:
+        """Its way: PEFT merges into a cache, which is then passed through."""
+        lib = make.environment("mergekit")
+        assert lib is not None
+        self.prepare()
+        config, scratch = self.folder / "mergekit.json", self.folder / "scratch"
+        asked = {
+            "merge_method": "passthrough",
+            "models": [{"model": f"{self.base}+{self.adapter}"}],
+            "dtype": "bfloat16",
+        }
+        config.write_text(json.dumps(asked))  # JSON is YAML
+        given = [config, self.other, "--lora-merge-cache", scratch, "--lora-merge-dtype", "bfloat16"]
+        given += ["--no-copy-tokenizer", "--no-write-model-card", "--quiet"]
+        work = "mergekit.scripts.run_yaml.main(args=given, standalone_mode=False)"
+        creates = [self.other, scratch]
+        return self.against(
+            Command(given, "import mergekit.scripts.run_yaml", work, creates=creates, path=[lib / "lib"])
+        )
+
+    def cells(self) -> dict[str, Callable[[], dict[str, Any]]]:
+        return {
+            "cp, sha256sum of both": lambda: self.plain_copy('sha256sum "$1"/* "$2"/*'),
+            "cp, sync, OpenSSL's sha256 of both": lambda: self.plain_copy('sync "$2"/* && "$3" -c "$4" "$1"/* "$2"/*'),
+            "merge-into-base": self.merge,
+            "merge-into-base --no-undo": self.merge_without,
+            "unmerge": self.unmerge,
+            "verify": self.verify,
+            "peft merge_and_unload, save_pretrained": self.peft,
+            "axolotl merge_lora_sharded_efficient": self.axolotl,
+            "mergekit-yaml passthrough": self.mergekit,
+        }
+
+
+def digests(folder: Path) -> dict[str, str]:
+    found = {}
+    for path in sorted(folder.glob("*.safetensors*")):
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def same(theirs: Path, ours: Path) -> float:
+    """Share of the weights of one matrix that have the same bits."""
+    name = "model.layers.0.self_attn.q_proj.weight"
+    with open_checkpoint(theirs) as one, open_checkpoint(ours) as other:
+        first, second = (c.file_of(c.tensors[name]).load(c.tensors[name]).array for c in (one, other))
+    return float(np.mean(first.view("u2") == second.view("u2")))
+
+
+def all_cells(size: Size, folder: Path, minutes: float) -> Iterator[cells.Cell]:
+    start = time.monotonic()
+    for name, run in Bench(size, folder).cells().items():
+        if time.monotonic() - start > 60 * minutes:
+            print(f"{minutes:g} minutes are over; the rest is left for another run")
+            return
+        peer = name.split()[0].partition("-")[0]
+        if peer in make.peers() and make.environment(peer) is None:
+            print(f"{name}: not installed (python tests/peers/make.py {peer})")
+            continue
+        yield f"{size.name}: {name}", run
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+
+def table() -> str:
+    done = cells.read("merge")
+    rows = []
+    for size in (SMALL, LARGE):
+        names = [f"{size.name}: {name}" for name in Bench(size, Path()).cells()]
+        if not any(name in done for name in names):
+            continue
+        yardstick = done.get(names[0], {}).get("seconds")
+        rows += [line(name, done.get(name), yardstick) for name in names]
+    return cells.markdown(["base: command", "time", "GB/s", "speed", "peak memory", ""], rows)
+
+
+def line(name: str, cell: dict[str, Any] | None, yardstick: float | None) -> list[Any]:
+    if cell is None:
+        return [name, "not run", "", "", "", ""]
+    speed = f"{yardstick / cell['seconds']:.2f}x" if yardstick else ""
+    memory = f"{cell['peak_mib']} MiB" if "peak_mib" in cell else ""
+    return [name, f"{cell['seconds']:.1f} s", f"{cell['gb_per_second']:.2f}", speed, memory, remark(cell)]
+
+
+def remark(cell: dict[str, Any]) -> str:
+    if "record_share" in cell:
+        return f"record {cell['record_share']:.1%} of the touched bytes"
+    if "exact" in cell:
+        return "every byte as in the base" if cell["exact"] else "NOT the bytes of the base"
+    if "ok" in cell:
+        return "every bit as computed again" if cell["ok"] else "NOT confirmed"
+    return f"{cell['same']:.2%} of weights as ours" if "same" in cell else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="a pattern that cell names must contain")
+    parser.add_argument("--again", action="store_true", help="measure cells that are there, too")
+    parser.add_argument("--render", action="store_true", help="write the README table and measure nothing")
+    parser.add_argument("--large", action="store_true", help="a base of 16 GB; needs 70 GB of disk")
+    parser.add_argument("--budget-minutes", type=float, default=float("inf"), help="start no cell after that")
+    given = parser.parse_args()
+    if given.render:
+        cells.render("merge", table())
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        found = all_cells(LARGE if given.large else SMALL, Path(folder), given.budget_minutes)
+        cells.measure("merge", found, only=given.only, again=given.again)
+
+
+if __name__ == "__main__":
+    main()
