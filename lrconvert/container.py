@@ -50,6 +50,7 @@ SINGLE_NAME = "model.safetensors"
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 _SHARED_BLOB = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}")
 _COPY_BYTES = 1 << 22
+_BITSANDBYTES = "bitsandbytes"
 
 
 @dataclass(frozen=True)
@@ -430,20 +431,29 @@ def _present(path: Path) -> bool:
     return path.is_symlink() or path.exists()
 
 
-def _check_quantization(settings: Any, allowed: bool, root: Path) -> None:
-    """Raise E-BASE-QUANT for a quantized base, by the name of how it was quantized."""
+def quantization_name(config: Mapping[str, Any]) -> str:
+    """How a configuration says that its weights are quantized (``bitsandbytes 4 bit``, ``gptq``), or ""."""
+    settings = config.get("quantization_config")
     if not settings:
-        return
+        return ""
     table = settings if isinstance(settings, dict) else {}
-    method = table.get("quant_method")
-    is_bnb = method == "bitsandbytes" or (method is None and (table.get("load_in_4bit") or table.get("load_in_8bit")))
-    if is_bnb and allowed:
+    bits = next((f" {n} bit" for n in (4, 8) if table.get(f"load_in_{n}bit")), "")
+    method = table.get("quant_method") or (_BITSANDBYTES if bits else None)
+    if method == _BITSANDBYTES:
+        return f"{_BITSANDBYTES}{bits}"
+    return method if isinstance(method, str) else "a method that is not named"
+
+
+def _check_quantization(config: Mapping[str, Any], allowed: bool, root: Path) -> None:
+    """Raise E-BASE-QUANT for a quantized base, by the name of how it is; but for bitsandbytes if that is `allowed`."""
+    name = quantization_name(config)
+    known = name.startswith(_BITSANDBYTES)
+    if not name or (known and allowed):
         return
-    named = "bitsandbytes" if is_bnb else method if isinstance(method, str) else "a method that is not named"
     advice = "use the unquantized parent of this checkpoint"
-    if is_bnb:
+    if known:
         advice += ", so that the error of quantizing stays out; or pass --dequantize to merge into what it stands for"
-    raise QuantizedBaseError(f"the base is stored quantized, by {named:.60}", fix=advice, path=root)
+    raise QuantizedBaseError(f"the base is stored quantized, by {name:.60}", fix=advice, path=root)
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, quantized: bool = False) -> Checkpoint:
@@ -456,7 +466,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, quantized: bool = False) ->
     if not root.is_dir():
         raise FileKindError("is not a model folder", fix="give the folder that holds config.json", path=root)
     config = read_json(root / "config.json") if _present(root / "config.json") else {}
-    _check_quantization(config.get("quantization_config"), quantized, root)
+    _check_quantization(config, quantized, root)
     index_path = root / INDEX_NAME
     if not _present(index_path):
         single = root / SINGLE_NAME

@@ -79,7 +79,7 @@ def merge(
         if dry_run:
             if planned.contents:
                 _check_content(checkpoint.content_digest(), planned, earlier)
-            return replace(report, dry_run=True)
+            return replace(report, dry_run=True, warnings=(*report.warnings, *notes(checkpoint)))
         needed = sum(planned.files.values()) + (report.touched_bytes * _RECORD_SHARE if undo else 0)
         require_space(out, int(needed * _SPACE_MARGIN))
         with atomic_directory(out, overwrite=overwrite) as folder, Workspace() as workspace:
@@ -103,7 +103,7 @@ def merge(
 
 
 def notes(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """What the user should know of a base after all of it was read."""
+    """What the user should know of a base, with what was measured if all of it was read."""
     return (checkpoint.note,) if isinstance(checkpoint, DequantizedCheckpoint) else ()
 
 
