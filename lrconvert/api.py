@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrconvert import converting, file, hub, merging, report, validation
+from lrconvert import converting, file, hub, merging, report, statistics_file, validation
 from lrconvert.adapter import CompactAdapter, LoraAdapter
 from lrconvert.consumers import base as consumer_base
 from lrconvert.consumers.base import Finding
 from lrconvert.converting import Conversion, ExtraDtype
 from lrconvert.durable import atomic_directory, check_output
-from lrconvert.errors import LrcError
+from lrconvert.errors import LrcError, OptionError
 from lrconvert.exporters import base as exporters
 from lrconvert.merging import MergeReport, Scaled, UnmergeReport, VerifyReport
+from lrconvert.moments import InputStatistics
 from lrconvert.readers import base as readers
 from lrconvert.report import Fidelity
 from lrconvert.validation import Validation
@@ -113,6 +114,7 @@ def convert(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     base: AnyPath | None = None,
+    statistics: AnyPath | InputStatistics | None = None,
     bake_dora: int | None = None,
     extra_dtype: ExtraDtype | None = None,
     seed: int = 0,
@@ -126,10 +128,11 @@ def convert(
     `target_size` (bytes) or `target_ratio` (factors at 16 bit over our bytes) bound the file without its extra tensors;
     without either, and without any of the method's own options, a method takes its default ratio. `include` and
     `exclude` are regular expressions searched in target names. `base` settles the orientation of square weights and
-    adds the digest of its contents. `bake_dora` turns DoRA's magnitudes, which are carried along otherwise, into plain
-    updates of that rank; it needs `base`. `options` are fields of the method's ``Options``.
+    adds the digest of its contents. `statistics` (see the verb of that name) makes the fit minimize the mean squared
+    error of the layers' outputs, not of their weights. `bake_dora` turns DoRA's magnitudes, which are carried along
+    otherwise, into plain updates of that rank; it needs `base`. `options` are fields of the method's ``Options``.
 
-    Raises E-BUDGET (with the smallest possible size), E-OPTION, E-EMPTY, E-BASE, E-ORIENT.
+    Raises E-BUDGET (with the smallest possible size), E-OPTION, E-EMPTY, E-BASE, E-ORIENT, E-STATS, E-FPR.
     """
     return converting.convert(
         lora,
@@ -139,6 +142,7 @@ def convert(
         include=include,
         exclude=exclude,
         base=None if base is None else hub.locate(base),
+        statistics=_statistics(statistics),
         bake_dora=bake_dora,
         extra_dtype=extra_dtype,
         seed=seed,
@@ -149,24 +153,60 @@ def convert(
     )
 
 
+def _statistics(given: AnyPath | InputStatistics | None) -> InputStatistics | None:
+    return statistics_file.read(Path(given)) if isinstance(given, (str, PathLike)) else given
+
+
 # --- comparing, exporting, merging ----------------------------------------------------------------------------------
 
 
 def compare(
-    source: AnyPath | LoraAdapter, files: Sequence[AnyPath | CompactAdapter], *, allow_pickle: bool = False
+    source: AnyPath | LoraAdapter,
+    files: Sequence[AnyPath | CompactAdapter],
+    *,
+    statistics: AnyPath | InputStatistics | None = None,
+    base: AnyPath | nn.Module | None = None,
+    data: AnyPath | Sequence[AnyPath] | Iterable[Mapping[str, Any]] | None = None,
+    length: int = 512,
+    batch_tokens: int = 1024,
+    max_tokens: int = 1 << 15,
+    device: str = "cpu",
+    allow_pickle: bool = False,
+    progress: Progress = _silent,
 ) -> list[Fidelity]:
     """Measure lrconvert files against the LoRA they came from: captured energy per target and in total, bytes, ratio.
 
-    Raises E-BASE if a file's targets are not the source's.
+    `statistics` adds the captured energy of the layers' outputs. `base` and `data` (as in `statistics`; better not the
+    data of the fit) add what is true on it: the error of each layer's output, the KL distance of the logits from the
+    LoRA's own, agreement. Raises E-STATS, E-DATA, and E-BASE for targets that are not the source's.
     """
+    known = _statistics(statistics)
     lora = source if isinstance(source, LoraAdapter) else load_lora(source, allow_pickle=allow_pickle)
-    found = []
+    compacts, found = [], []
     for item in files:
         try:
-            found.append(report.fidelity(lora, item if isinstance(item, CompactAdapter) else read(item)))
+            compacts.append(item if isinstance(item, CompactAdapter) else read(item))
+            found.append(report.fidelity(lora, compacts[-1], known))
         except LrcError as error:
             raise (error if isinstance(item, CompactAdapter) else error.at(item)) from None
-    return found
+    if base is None and data is None:
+        return found
+    if base is None or data is None:
+        raise OptionError("base and data go together", fix="give both")
+    from lrconvert import gathering
+
+    measured = gathering.measured(
+        lora,
+        compacts,
+        hub.locate(base) if isinstance(base, (str, PathLike)) else base,
+        data,
+        length=length,
+        batch_tokens=batch_tokens,
+        max_tokens=max_tokens,
+        device=device,
+        progress=progress,
+    )
+    return [measured.told(n, fidelity) for n, fidelity in enumerate(found)]
 
 
 def export(
@@ -341,3 +381,62 @@ def disabled(model: nn.Module) -> AbstractContextManager[None]:
     from lrconvert import attaching
 
     return attaching.disabled(model)
+
+
+# --- input statistics -----------------------------------------------------------------------------------------------
+
+
+def statistics(
+    base: AnyPath | nn.Module,
+    data: AnyPath | Sequence[AnyPath] | Iterable[Mapping[str, Any]],
+    out: AnyPath | None = None,
+    *,
+    adapter: AnyPath | LoraAdapter | CompactAdapter | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    length: int = 512,
+    batch_tokens: int = 4096,
+    max_tokens: int = 1 << 18,
+    exact_width: int = 1024,
+    rank: int = 256,
+    seed: int = 0,
+    device: str = "cpu",
+    checkpoint_seconds: float = 600.0,
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+    progress: Progress = _silent,
+) -> InputStatistics:
+    """Second moments E[x x^T] of the inputs of a base's layers, the metric for fits and for `compare`.
+
+    `base`: a model folder, hub id, or live model. `data`: files of texts (``.txt``, ``.jsonl``), or any iterable of
+    model inputs (dicts of tensors; the way for vision models). Texts are cut to `length` tokens, `batch_tokens` of them
+    at a time, `max_tokens` in all (0: everything). All layers, or those of `adapter`, or those that `include` and
+    `exclude` choose. Inputs wider than `exact_width` keep a sketch of `rank` rows. With `out` the statistics are
+    written there, and unfinished work beside it every `checkpoint_seconds`: the same call goes on with it.
+    Raises E-DATA, E-STATS, E-BASE, E-VALUE, E-OUT-*.
+    """
+    from lrconvert import gathering
+
+    return gathering.statistics(
+        base if not isinstance(base, (str, PathLike)) else hub.locate(base),
+        data,
+        None if out is None else hub.output(out),
+        adapter=load(adapter, allow_pickle=allow_pickle) if isinstance(adapter, (str, PathLike)) else adapter,
+        include=include,
+        exclude=exclude,
+        length=length,
+        batch_tokens=batch_tokens,
+        max_tokens=max_tokens,
+        exact_width=exact_width,
+        rank=rank,
+        seed=seed,
+        device=device,
+        checkpoint_seconds=checkpoint_seconds,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def load_statistics(path: AnyPath) -> InputStatistics:
+    """The statistics of a file; moments are read when they are needed. Raises E-MISSING, E-DIGEST, ..."""
+    return statistics_file.read(Path(path))

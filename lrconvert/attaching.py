@@ -347,6 +347,12 @@ def disabled(model: nn.Module) -> Iterator[None]:
         set_active(model, before)
 
 
+def layers_of(model: nn.Module, name: str) -> dict[int, AdaptedLayer]:
+    """The layers that the adapter `name` updates, by the number of the target in it; stacks of experts are none."""
+    layers = _attachments(model).layers.values()
+    return {update.which: layer for layer in layers for update in layer.updates if update.name == name}
+
+
 # --- installing -----------------------------------------------------------------------------------------------------
 
 

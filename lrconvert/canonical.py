@@ -13,6 +13,7 @@ import numpy as np
 
 from lrconvert.adapter import LoraAdapter, LoraTarget
 from lrconvert.dtypes import F64, Array, Stored, round_to
+from lrconvert.moments import Moment
 
 
 @dataclass(frozen=True)
@@ -72,23 +73,50 @@ def _r_factor(x: F64) -> F64:
     return _householder(x)[1] if root is None else root
 
 
-def svd(pair: LoraTarget) -> Factors:
-    """The SVD of ``scale * B @ A`` from its factors: two thin QRs and an SVD of r x r."""
-    q_out, r_out = _qr(pair.B.astype(np.float64))
-    q_in, r_in = _qr(pair.A.T.astype(np.float64))
-    u, s, vt = np.linalg.svd(pair.scale * (r_out @ r_in.T))
-    rank = len(s)
-    left = q_out @ u[:, :rank]
-    right = vt[:rank] @ q_in.T
+def svd(pair: LoraTarget, moment: Moment | None = None) -> Factors:
+    """The SVD of ``scale * B @ A`` from its factors: two thin QRs and an SVD of r x r.
+
+    With the `moment` M of the target's input, in the metric of the output: Vt M Vt^T is the identity, s^2 the mean
+    squared size of the outputs along U, and cutting at any rank has the least mean squared error of the output.
+    """
+    q_out, core, r_in = _core(pair, moment)
+    u, s, vt = np.linalg.svd(core)
+    rank = min(len(s), r_in.shape[1])
+    u, s = u[:, :rank], s[:rank]
+    left = q_out @ u
+    if moment is None:
+        right = vt[:rank] @ r_in
+    else:
+        known = s > 1e-14 * s.max(initial=0.0)
+        right = np.where(known, 1 / np.where(known, s, 1), 0)[:, None] * (u.T @ r_in)
     peak = np.argmax(np.abs(left), axis=0)
     sign = np.where(left[peak, np.arange(rank)] < 0, -1.0, 1.0)
     return Factors(left * sign, s, right * sign[:, None])
 
 
-def singular_values(pair: LoraTarget) -> F64:
-    """Singular values of ``scale * B @ A``, descending, without forming U and Vt."""
-    r_out, r_in = _r_factor(pair.B.astype(np.float64)), _r_factor(pair.A.T.astype(np.float64))
-    return np.asarray(np.linalg.svd(pair.scale * (r_out @ r_in.T), compute_uv=False), np.float64)
+def _core(pair: LoraTarget, moment: Moment | None) -> tuple[F64, F64, F64]:
+    """(Q (out, k), core, R): Q orthonormal; without a moment R (k, in) is orthonormal too and the update is
+    ``Q @ core @ R``; with one it is ``Q @ R``, and ``core @ core^T = R M R^T``."""
+    q_out, r_out = _qr(pair.B.astype(np.float64))
+    if moment is None:
+        q_in, r_in = _qr(pair.A.T.astype(np.float64))
+        return q_out, pair.scale * (r_out @ r_in.T), q_in.T
+    left = pair.scale * r_out
+    return q_out, left @ _root(moment.gram(pair.A)), left @ pair.A.astype(np.float64)
+
+
+def _root(gram: F64) -> F64:
+    """Z with ``Z @ Z^T = gram`` for a symmetric matrix without negative eigenvalues, but for rounding."""
+    values, vectors = np.linalg.eigh(gram)
+    found: F64 = vectors * np.sqrt(np.maximum(values, 0))
+    return found
+
+
+def singular_values(pair: LoraTarget, moment: Moment | None = None) -> F64:
+    """Singular values of ``scale * B @ A``, descending, without forming U and Vt; see `svd`."""
+    r_out = _r_factor(pair.B.astype(np.float64))
+    right = _r_factor(pair.A.T.astype(np.float64)).T if moment is None else _root(moment.gram(pair.A))
+    return np.asarray(np.linalg.svd(pair.scale * (r_out @ right), compute_uv=False), np.float64)
 
 
 def energy_rank(s: F64, share: float) -> int:
@@ -116,18 +144,34 @@ def canonicalize(lora: LoraAdapter) -> LoraAdapter:
     return replace(lora, targets=tuple(targets))
 
 
-def distance(pair: LoraTarget, a: Array, b: Array) -> tuple[float, float]:
-    """(||delta - b @ a||^2, ||delta||^2) for delta = scale * B @ A in the Frobenius norm; `a` (k, in), `b` (out, k).
+def distance(pair: LoraTarget, a: Array, b: Array, moment: Moment | None = None) -> tuple[float, float]:
+    """(||delta - b @ a||^2, ||delta||^2) for delta = scale * B @ A; `a` (k, in), `b` (out, k). In the Frobenius norm,
+    or with the `moment` M of the input as mean squares of the output: tr(E M E^T).
 
     By Gram matrices of the stacked factors; where the two agree so closely that this would be a difference of large
     numbers, by thin QRs of the stacks, whose core holds the difference itself.
     """
     left = np.concatenate([pair.scale * pair.B.astype(np.float64), -b.astype(np.float64)], axis=1)
-    right = np.concatenate([pair.A.astype(np.float64), a.astype(np.float64)], axis=0).T
-    rank = pair.rank
-    products = (left.T @ left) * (right.T @ right)
-    error, energy = float(products.sum()), float(products[:rank, :rank].sum())
+    right = np.concatenate([pair.A.astype(np.float64), a.astype(np.float64)], axis=0)
+    gram = right @ right.T if moment is None else moment.gram(right)
+    products = (left.T @ left) * gram
+    error, energy = float(products.sum()), float(products[: pair.rank, : pair.rank].sum())
     if error < 1e-6 * energy:
-        core = _householder(left)[1] @ _householder(right)[1].T
-        error = float(np.sum(core**2))
+        root = _householder(right.T)[1].T if moment is None else _root(gram)
+        error = float(np.sum((_householder(left)[1] @ root) ** 2))
     return error, energy
+
+
+def fit_metric(pair: LoraTarget, moment: Moment) -> Moment:
+    """The metric in which fits measure the error of a target, from the `moment` M of its input.
+
+    ``(M + m I) / sqrt(m e)`` with the mean square m of an input and the update's energy e in that numerator. What
+    flows into layers differs by orders of magnitude, and so do updates, so that the plain sum of the output errors is
+    that of a few layers; weighing a target by the root of its energy was measured to come nearest to the LoRA's own
+    answers, and M alone to forget what little data never shows.
+    """
+    whole = moment.damped()
+    out, inner = pair.target.matrix_shape
+    energy = distance(pair, np.zeros((0, inner)), np.zeros((out, 0)), whole)[1]
+    mean = float(moment.squares.mean(dtype=np.float64)) or 1.0
+    return whole.scaled((mean * energy) ** -0.5) if energy > 0 else whole.scaled(1 / mean)

@@ -16,11 +16,12 @@ import numpy as np
 from lrconvert import baking, dtypes, file, report, strictjson, targets
 from lrconvert.adapter import CompactAdapter, ExtraTensor, LoraAdapter, Provenance, Target
 from lrconvert.container import open_checkpoint
-from lrconvert.errors import BudgetError, EmptyAdapterError, OptionError
+from lrconvert.errors import BudgetError, EmptyAdapterError, FingerprintError, OptionError
 from lrconvert.fingerprint import fingerprint
 from lrconvert.limits import OWN
 from lrconvert.methods import base as methods
 from lrconvert.methods.base import Budget, FitContext
+from lrconvert.moments import InputStatistics
 from lrconvert.report import Fidelity
 
 ExtraDtype = Literal["F32", "F16", "BF16"]
@@ -57,6 +58,7 @@ def convert(
     include: Sequence[str],
     exclude: Sequence[str],
     base: Path | None,
+    statistics: InputStatistics | None,
     bake_dora: int | None,
     extra_dtype: ExtraDtype | None,
     seed: int,
@@ -77,6 +79,10 @@ def convert(
         raise OptionError("baking DoRA needs the weights of the base", fix="give it with --base")
     if any(extra.use == "magnitude" for extra in lora.extras):
         warnings += (_DORA_NOTE,)
+    if statistics is not None and content and statistics.content not in ("", content):
+        raise FingerprintError(
+            "the statistics are of a base with other contents", fix="collect them from this base", path=base
+        )
     budget_bytes = _budget_bytes(source_bytes, target_size, target_ratio, None if options else form.default_ratio)
     skeleton = CompactAdapter(
         method=form.id,
@@ -87,7 +93,7 @@ def convert(
         provenance=_provenance(lora.provenance),
         base=replace(fingerprint(lora.shapes()), content=content),
     )
-    context = FitContext(seed, device, progress)
+    context = FitContext(seed, device, progress, statistics)
     budget = None
     if budget_bytes is not None:
         budget = Budget(budget_bytes, lambda config: file.sizes(replace(skeleton, config=config)).adapter)
@@ -98,7 +104,7 @@ def convert(
     if dry_run:
         return Conversion(planned, sizes, source_bytes, None, warnings)
     compact = replace(planned, tensors=form.fit(lora, config, context))
-    fidelity = report.fidelity(lora, compact)
+    fidelity = report.fidelity(lora, compact, statistics)
     compact = _with_captured(compact, fidelity.captured)
     return Conversion(compact, sizes, source_bytes, fidelity, warnings)
 
@@ -121,16 +127,8 @@ def _options(form: methods.Method, options: dict[str, Any]) -> Any:
 
 def _select(lora: LoraAdapter, include: Sequence[str], exclude: Sequence[str]) -> tuple[LoraAdapter, tuple[str, ...]]:
     """The LoRA with the targets that the patterns choose, and its warnings, the left-out targets named."""
-    try:
-        wanted, unwanted = [[re.compile(p) for p in patterns] for patterns in (include, exclude)]
-    except re.error as error:
-        raise OptionError(f"--include / --exclude: {error.pattern!r} is not a regular expression: {error}") from None
-    kept = tuple(
-        pair
-        for pair in lora.targets
-        if (not wanted or any(p.search(pair.target.name) for p in wanted))
-        and not any(p.search(pair.target.name) for p in unwanted)
-    )
+    keeps = name_filter(include, exclude)
+    kept = tuple(pair for pair in lora.targets if keeps(pair.target.name))
     if not kept:
         raise EmptyAdapterError("--include and --exclude leave no target")
     warnings = lora.warnings
@@ -141,6 +139,17 @@ def _select(lora: LoraAdapter, include: Sequence[str], exclude: Sequence[str]) -
     gone = {pair.target.name for pair in lora.targets} - {pair.target.name for pair in kept}
     extras = tuple(e for e in lora.extras if e.use == "replace" or _owner(e) not in gone)
     return replace(lora, targets=kept, extras=extras), warnings
+
+
+def name_filter(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a name is one of those that patterns choose. Raises E-OPTION for what is no pattern."""
+    try:
+        wanted, unwanted = [[re.compile(p) for p in patterns] for patterns in (include, exclude)]
+    except re.error as error:
+        raise OptionError(f"--include / --exclude: {error.pattern!r} is not a regular expression: {error}") from None
+    return lambda name: (
+        (not wanted or any(p.search(name) for p in wanted)) and not any(p.search(name) for p in unwanted)
+    )
 
 
 def _owner(extra: ExtraTensor) -> str:

@@ -272,6 +272,14 @@ def atomic_file(path: StrPath, *, overwrite: bool) -> Iterator[Writer]:
     _confirm(path)
 
 
+def discard(path: StrPath) -> None:
+    """Remove a file of our own that has served its purpose; it may be gone already. Raises E-IO-WRITE."""
+    try:
+        Path(path).unlink(missing_ok=True)
+    except OSError as error:
+        raise FileWriteError(f"cannot be removed: {error.strerror}", path=path) from None
+
+
 def _put_file(temporary: Path, path: Path, overwrite: bool) -> None:
     """Commit: give the file its name. Without `overwrite` a link is made, which never replaces a file."""
     try:

@@ -344,6 +344,18 @@ class UndoOrderError(LrcError):
     code = "E-UNDO-ORDER"
 
 
+class StatisticsError(LrcError):
+    """Input statistics do not fit the adapter, the base or the data."""
+
+    code = "E-STATS"
+
+
+class DataError(LrcError):
+    """Texts or batches that a model cannot read, or from which nothing can be measured."""
+
+    code = "E-DATA"
+
+
 class MergeOverflowError(LrcError):
     """A merged value is beyond the range of the base's dtype."""
 

@@ -97,7 +97,7 @@ class _Planner:
     def __init__(self, adapters: Sequence[Adapter], resolved: Sequence[Adapter], checkpoint: Checkpoint) -> None:
         self.adapters, self.checkpoint, self.config = adapters, checkpoint, checkpoint.config
         self.extras = _gather(adapters)
-        self.index = targets.NameIndex(checkpoint)
+        self.index = targets.NameIndex.of(checkpoint)
         self.targets = {t.name for adapter in resolved for t in _targets(adapter)}
         self.updated = {name for adapter in resolved for name in _updated(adapter)}
         self.prefixes = {

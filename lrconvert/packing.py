@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from lrconvert.dtypes import F32, Array
+from lrconvert.dtypes import F32, F64, Array
 from lrconvert.errors import CanonicalError, IndexRangeError, ShapeError, ValueRangeError
 
 CODE_BITS = (1, 2, 3, 4, 8)
@@ -225,19 +225,21 @@ def code_values(codes: Array, bits: int) -> F32:
 # --- choosing scales ------------------------------------------------------------------------------------------------
 
 
-def quantize_rows(rows: Array, bits: int) -> tuple[Array, F32]:
+def quantize_rows(rows: Array, bits: int, weights: Array | None = None) -> tuple[Array, F32]:
     """Codes and scales that minimize the squared error of each row: ``row ~ scale * (2c + 1 - 2^bits)``.
 
-    `rows` is (n, d); returns uint8 codes (n, d) and float32 scales (n,). One bit has the closed form (the mean
-    magnitude); more bits take the best of a grid of clipping points, polished by alternating codes and scale.
-    A zero row gets scale 0.
+    `rows` is (n, d); returns uint8 codes (n, d) and float32 scales (n,). `weights`, (d,) or (n, d), say how much the
+    squared error of each number counts. One bit has the closed form (the mean magnitude); more bits take the best of a
+    grid of clipping points, polished by alternating codes and scale. A zero row gets scale 0.
     """
     x = np.asarray(rows, np.float32)
+    w = np.broadcast_to(np.float32(1) if weights is None else np.asarray(weights, np.float32), x.shape)
     if bits == 1:
-        return (x > 0).astype(np.uint8), np.abs(x).mean(axis=1, dtype=np.float64).astype(np.float32)
+        total = np.maximum(w.sum(axis=1, dtype=np.float64), 1e-300)
+        return (x > 0).astype(np.uint8), (_dots(w, np.abs(x)) / total).astype(np.float32)
     levels = 1 << bits
     peak = np.abs(x).max(axis=1)
-    energy = np.einsum("nd,nd->n", x, x, dtype=np.float64)
+    energy = _dots(w * x, x)
 
     def codes_for(scale: F32) -> Array:
         safe = np.where(scale > 0, scale, 1).astype(np.float32)
@@ -248,8 +250,8 @@ def quantize_rows(rows: Array, bits: int) -> tuple[Array, F32]:
     def solve(scale: F32) -> tuple[F32, Array]:
         """Least-squares scale for the codes of `scale`, and the squared error it reaches."""
         q = codes_for(scale) * 2 + np.float32(1 - levels)
-        dot = np.einsum("nd,nd->n", x, q, dtype=np.float64)
-        square = np.einsum("nd,nd->n", q, q, dtype=np.float64)
+        weighted = q if weights is None else w * q
+        dot, square = _dots(x, weighted), np.maximum(_dots(q, weighted), 1e-300)
         return (dot / square).astype(np.float32), energy - dot * dot / square
 
     grid = np.array([1.0, 0.9, 0.8] if bits == 8 else [1.0, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3], np.float32)
@@ -264,3 +266,9 @@ def quantize_rows(rows: Array, bits: int) -> tuple[Array, F32]:
             best_error = np.where(better, error, best_error)
     best = np.where(peak > 0, np.maximum(best, 0), 0).astype(np.float32)
     return codes_for(best).astype(np.uint8), best
+
+
+def _dots(x: Array, y: Array) -> F64:
+    """Row-wise inner products in float64."""
+    found: F64 = np.einsum("nd,nd->n", x, y, dtype=np.float64)
+    return found

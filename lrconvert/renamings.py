@@ -227,7 +227,12 @@ def families(config: Mapping[str, Any], depth: int = 3) -> Iterable[str]:
 
 def rules(config: Mapping[str, Any]) -> tuple[Rule, ...]:
     """The rules that hold for a base of this configuration."""
-    return _rules(tuple(dict.fromkeys(families(config))))
+    return rules_of(families(config))
+
+
+def rules_of(names: Iterable[str]) -> tuple[Rule, ...]:
+    """The rules of model types."""
+    return _rules(tuple(dict.fromkeys(names)))
 
 
 def canonical(name: str, rules: Iterable[Rule]) -> str:

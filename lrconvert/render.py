@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from lrconvert.errors import printable
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from lrconvert.converting import Conversion
     from lrconvert.file import Sizes
     from lrconvert.merging import MergeReport, UnmergeReport, VerifyReport
+    from lrconvert.moments import InputStatistics
 
 _ROWS = 12  # targets shown without --verbose
 
@@ -141,6 +143,8 @@ def conversion(source: str, output: str | None, done: Conversion, verbose: bool)
         )
     if done.fidelity is not None:
         lines.append(f"captured  {done.fidelity.captured:.4f} of the update's energy (weight norm; 1 is lossless)")
+        if done.fidelity.output_captured is not None:
+            lines.append(f"          {done.fidelity.output_captured:.4f} of the outputs' energy (under the statistics)")
         worst = min(done.fidelity.targets, key=lambda t: t.captured)
         lines.append(f"worst     {worst.captured:.4f} {printable(worst.name)}")
         if verbose:
@@ -152,6 +156,9 @@ def fidelity_json(found: Fidelity) -> dict[str, Any]:
     return {
         "method": found.method,
         "captured": found.captured,
+        "output_captured": found.output_captured,
+        "data_captured": found.data_captured,
+        "answers": None if found.answers is None else {**asdict(found.answers), "closed": found.answers.closed},
         "ratio": found.ratio,
         "source_bytes_at_16_bit": found.source_bytes,
         "bytes": {
@@ -167,6 +174,8 @@ def fidelity_json(found: Fidelity) -> dict[str, Any]:
                 "rank_before": t.rank_before,
                 "rank_after": t.rank_after,
                 "captured": t.captured,
+                "output_captured": t.output_captured,
+                "data_captured": t.data_captured,
                 "norm": t.energy**0.5,
             }
             for t in found.targets
@@ -176,24 +185,86 @@ def fidelity_json(found: Fidelity) -> dict[str, Any]:
 
 def _fidelity_table(found: Fidelity, rows: int) -> str:
     worst_first = sorted(found.targets, key=lambda t: t.captured)[:rows]
+    shown = [name for name in _CAPTURED if getattr(found, name) is not None]
     return table(
-        ["target (worst first)", "rank before", "after", "captured"],
-        [[printable(t.name), t.rank_before, t.rank_after, f"{t.captured:.4f}"] for t in worst_first],
+        ["target (worst first)", "rank before", "after", *(_CAPTURED[name] for name in shown)],
+        [
+            [printable(t.name), t.rank_before, t.rank_after, *(_share(getattr(t, name)) for name in shown)]
+            for t in worst_first
+        ],
     )
 
 
+# What was captured: in the weight norm, of the outputs under statistics, of the outputs on data.
+_CAPTURED = {"captured": "captured", "output_captured": "of outputs", "data_captured": "on the data"}
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
 def comparison(found: Sequence[tuple[str, Fidelity]], verbose: bool) -> str:
+    shown = [name for name in _CAPTURED if any(getattr(f, name) is not None for _, f in found)]
     rows = [
         [printable(name), f.method, f"{f.adapter_bytes:,}", f"{f.overhead_bytes:,}", f"{f.extras_bytes:,}",
-         f"{f.ratio:.1f}", f"{f.captured:.4f}"]
+         f"{f.ratio:.1f}", *(_share(getattr(f, which)) for which in shown)]
         for name, f in found
     ]  # fmt: skip
-    parts = [table(["file", "method", "bytes", "of it overhead", "extras", "ratio", "captured"], rows)]
+    head = ["file", "method", "bytes", "of it overhead", "extras", "ratio", *(_CAPTURED[name] for name in shown)]
+    parts = [table(head, rows)]
+    if any(f.answers is not None for _, f in found):
+        parts.append(_answers(found))
     for name, f in found:
         parts.append(f"{printable(name)}\n{_fidelity_table(f, len(f.targets) if verbose else _ROWS)}")
         if not verbose and len(f.targets) > _ROWS:
             parts[-1] += f"\n... and {len(f.targets) - _ROWS} more (-v shows all)"
     return "\n\n".join(parts)
+
+
+def _answers(found: Sequence[tuple[str, Fidelity]]) -> str:
+    """How far the models' answers are from the LoRA's."""
+    known = [(name, f.answers) for name, f in found if f.answers is not None]
+    first = known[0][1]
+    rows = [["(no adapter)", f"{first.base_distance:.4g}", "0.0%", _percent(first.base_agreement)]]
+    rows += [[printable(name), f"{a.distance:.4g}", f"{a.closed:.1%}", _percent(a.agreement)] for name, a in known]
+    unit = "KL, nats" if first.kind == "KL" else "error of hidden states"
+    head = [f"answers on {first.items:,} items", unit, "of it closed", "agrees with the LoRA"]
+    return table(head, rows)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+# --- statistics -----------------------------------------------------------------------------------------------------
+
+
+def statistics_json(found: InputStatistics, nbytes: int) -> dict[str, Any]:
+    return {
+        "tokens": found.tokens,
+        "bytes": nbytes,
+        "base": found.content,
+        "data": found.data,
+        "inputs": [
+            {"names": list(i.names), "expert": i.expert, "width": i.width, "tokens": i.tokens} for i in found.inputs
+        ],
+    }
+
+
+def statistics(output: str, found: InputStatistics, nbytes: int) -> str:
+    layers = sum(len(i.names) for i in found.inputs)
+    widths = sorted({i.width for i in found.inputs})
+    lines = [
+        f"wrote {printable(output)}: {nbytes:,} bytes",
+        f"tokens  {found.tokens:,}",
+        f"inputs  {len(found.inputs)} of {layers} layers, {_range(widths)} wide",
+    ]
+    few = [i for i in found.inputs if i.tokens < i.width]
+    if few:
+        lines.append(
+            f"warning: {len(few)} inputs saw fewer tokens than they are wide, {printable(few[0].names[0])} for one"
+        )
+    return "\n".join(lines)
 
 
 # --- merge ----------------------------------------------------------------------------------------------------------

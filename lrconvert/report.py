@@ -14,21 +14,62 @@ from lrconvert.adapter import CompactAdapter, LoraAdapter, LoraTarget, Target
 from lrconvert.dtypes import Array, Stored
 from lrconvert.errors import BaseError, EmptyAdapterError
 from lrconvert.methods import base as methods
+from lrconvert.moments import InputStatistics
 
 
 @dataclass(frozen=True)
 class TargetFidelity:
-    """One target: ranks before and after, ||delta||^2, ||delta - delta_hat||^2, and the share of energy captured."""
+    """One target: ranks before and after, ||delta||^2, ||delta - delta_hat||^2, and the share of energy captured. The
+    same of the outputs under input statistics (`output`) and on data (`data`): E||delta x||^2 and so on."""
 
     name: str
     rank_before: int
     rank_after: int
     energy: float
     error: float
+    output_energy: float | None = None
+    output_error: float | None = None
+    data_energy: float | None = None
+    data_error: float | None = None
 
     @property
     def captured(self) -> float:
-        return 1.0 - self.error / self.energy if self.energy else 1.0
+        return _captured(self.error, self.energy)
+
+    @property
+    def output_captured(self) -> float | None:
+        if self.output_energy is None or self.output_error is None:
+            return None
+        return _captured(self.output_error, self.output_energy)
+
+    @property
+    def data_captured(self) -> float | None:
+        if self.data_energy is None or self.data_error is None:
+            return None
+        return _captured(self.data_error, self.data_energy)
+
+
+def _captured(error: float, energy: float) -> float:
+    return 1.0 - error / energy if energy else 1.0
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How far a model's answers are from those of the LoRA, on data. `kind`: "KL" of the logits in nats per item, or
+    the relative squared error of "hidden states" where a model has no logits. `agreement`: the share of items with the
+    same first choice. `base_...`: the same of the base without an adapter."""
+
+    kind: str
+    items: int
+    distance: float
+    base_distance: float
+    agreement: float | None = None
+    base_agreement: float | None = None
+
+    @property
+    def closed(self) -> float:
+        """The share of the distance between base and LoRA that is gone."""
+        return _captured(self.distance, self.base_distance)
 
 
 @dataclass(frozen=True)
@@ -44,12 +85,22 @@ class Fidelity:
     payload_bytes: int
     overhead_bytes: int
     extras_bytes: int
+    answers: Answers | None = None
 
     @property
     def captured(self) -> float:
         """1 - sum of squared errors / sum of squared norms, over all targets."""
-        energy = sum(t.energy for t in self.targets)
-        return 1.0 - sum(t.error for t in self.targets) / energy if energy else 1.0
+        return _captured(sum(t.error for t in self.targets), sum(t.energy for t in self.targets))
+
+    @property
+    def output_captured(self) -> float | None:
+        """The same of the outputs, under the input statistics; None without them."""
+        return _total([(t.output_error, t.output_energy) for t in self.targets])
+
+    @property
+    def data_captured(self) -> float | None:
+        """The same of the outputs on data; None without. Experts and what else is no layer of its own are not in it."""
+        return _total([(t.data_error, t.data_energy) for t in self.targets])
 
     @property
     def adapter_bytes(self) -> int:
@@ -65,32 +116,43 @@ class Fidelity:
         return self.source_bytes / self.adapter_bytes
 
 
-def _name_key(target: Target) -> tuple[str, str]:
+def _total(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
+    known = [(error, energy) for error, energy in pairs if error is not None and energy is not None]
+    return _captured(sum(e for e, _ in known), sum(e for _, e in known)) if known else None
+
+
+def target_key(target: Target) -> tuple[str, str]:
     """What identifies a target in both adapters: the view may have been corrected by a base, names keep their order."""
     kind = target.view.text if target.view.kind not in ("matrix", "transposed") else ""
     return target.name, kind
 
 
-def fidelity(lora: LoraAdapter, compact: CompactAdapter) -> Fidelity:
-    """Measure `compact` against the LoRA it came from. Raises E-BASE if their targets differ.
+def fidelity(lora: LoraAdapter, compact: CompactAdapter, statistics: InputStatistics | None = None) -> Fidelity:
+    """Measure `compact` against the LoRA it came from. Raises E-BASE if their targets differ, E-STATS.
 
     Targets of the LoRA that the compact adapter lacks (an `--exclude`) count as lost.
     """
-    ours = {_name_key(t): (a, b) for t, a, b in methods.expand_all(compact)}
-    rows = [_target_fidelity(pair, ours.pop(_name_key(pair.target), None)) for pair in lora.targets]
+    ours = {target_key(t): (a, b) for t, a, b in methods.expand_all(compact)}
+    rows = [_target_fidelity(pair, ours.pop(target_key(pair.target), None), statistics) for pair in lora.targets]
     if ours:
         raise BaseError(f"the target {next(iter(ours))[0]!r} is not one of the source's", fix="is this its source?")
     size = file.sizes(compact)
     return Fidelity(tuple(rows), compact.method, lora.half_bytes, size.payload, size.overhead, size.extras)
 
 
-def _target_fidelity(pair: LoraTarget, ours: tuple[Any, Any] | None) -> TargetFidelity:
+def _target_fidelity(
+    pair: LoraTarget, ours: tuple[Any, Any] | None, statistics: InputStatistics | None
+) -> TargetFidelity:
     out, inner = pair.target.matrix_shape
     a, b = ours if ours is not None else (np.zeros((0, inner)), np.zeros((out, 0)))
     if a.shape[1] != inner or b.shape[0] != out:
         raise BaseError(f"the target {pair.target.name!r} has other shapes in the two adapters")
     error, energy = canonical.distance(pair, a, b)
-    return TargetFidelity(pair.target.name, pair.rank, a.shape[0], energy, error)
+    found = TargetFidelity(pair.target.name, pair.rank, a.shape[0], energy, error)
+    if statistics is None:
+        return found
+    error, energy = canonical.distance(pair, a, b, statistics.of(pair.target))
+    return replace(found, output_energy=energy, output_error=error)
 
 
 # --- inspection -----------------------------------------------------------------------------------------------------

@@ -24,11 +24,13 @@ def encode(
     previous: tuple[Tensor, Tensor] | None = None,
     exact: bool = True,
     mixer: Mixer | None = None,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Codes of sub-vectors x (n, b): indices (n, k), distinct, and weights (n, k), multiples of 1 / denominator.
 
     Never worse than `previous`. `exact` asks for the best of all pairs (k = 2, up to `PAIR_LIMIT` vectors; up to the
-    rounding of the weight). `mixer`: a ready ``Mixer(bank, exact)``.
+    rounding of the weight). `mixer`: a ready ``Mixer(bank, exact)``. `weight` (n, b): how much the squared
+    error of each number counts; for k = 1 alone.
     """
     import torch
 
@@ -40,7 +42,10 @@ def encode(
     step = max(1, CHUNK // len(bank))
     for start in range(0, len(x), step):
         part = slice(start, min(start + step, len(x)))
-        if mixer is None:
+        if mixer is None and weight is not None:
+            scores = (x[part] * weight[part]) @ bank.T
+            indices[part, 0] = scores.sub_(weight[part] @ (0.5 * bank * bank).T).argmax(1)
+        elif mixer is None:
             indices[part, 0] = torch.addmm(half_squares, x[part], bank.T).argmax(1)
         else:
             old = None if previous is None else (previous[0][part], previous[1][part])
@@ -203,8 +208,11 @@ def round_weights(indices: Tensor, weights: Tensor, denominator: int) -> tuple[T
     return indices, weights
 
 
-def beam_search(x: Tensor, bank: Tensor, gains: Tensor, previous: Tensor, beam: int) -> Tensor:
-    """Indices (n, passes) with sum_p gains[:, p] * bank[index p] near x (n, b); never worse than `previous`.
+def beam_search(
+    x: Tensor, bank: Tensor, gains: Tensor, previous: Tensor, beam: int, weight: Tensor | None = None
+) -> Tensor:
+    """Indices (n, passes) with sum_p gains[:, p] * bank[index p] near x (n, b); never worse than `previous`. `weight`
+    (n, b): how much the squared error of each number counts.
 
     Keeps the `beam` best partial sums after each pass. Coding greedily, pass after pass, has up to half more error.
     """
@@ -217,11 +225,14 @@ def beam_search(x: Tensor, bank: Tensor, gains: Tensor, previous: Tensor, beam: 
     for start in range(0, len(x), step):
         part = slice(start, min(start + step, len(x)))
         left, gain = x[part][:, None, :], gains[part]
-        error = (x[part] * x[part]).sum(1, keepdim=True)
+        some = None if weight is None else weight[part]
+        sizes = squares if some is None else (some @ (bank * bank).T)[:, None, :]
+        error = _size(x[part], some)[:, None]
         codes = torch.zeros((len(left), 1, 0), dtype=torch.int64, device=x.device)
         for p in range(depth):
             g = gain[:, p, None, None]
-            scores = torch.matmul(left, bank.T).mul_(-2 * g).add_(g * g * squares).add_(error[:, :, None]).flatten(1)
+            seen = left if some is None else left * some[:, None, :]
+            scores = torch.matmul(seen, bank.T).mul_(-2 * g).add_(g * g * sizes).add_(error[:, :, None]).flatten(1)
             if p == depth - 1:
                 error, best = scores.min(1, keepdim=True)
             else:
@@ -230,6 +241,11 @@ def beam_search(x: Tensor, bank: Tensor, gains: Tensor, previous: Tensor, beam: 
             codes = torch.cat([codes.gather(1, parent[:, :, None].expand(-1, -1, p)), code[:, :, None]], 2)
             left = left.gather(1, parent[:, :, None].expand(-1, -1, x.shape[1])) - g * bank[code]
         old = x[part] - (gain[:, :, None] * bank[previous[part]]).sum(1)
-        better = (left[:, 0] * left[:, 0]).sum(1) < (old * old).sum(1)
+        better = _size(left[:, 0], some) < _size(old, some)
         result[part] = torch.where(better[:, None], codes[:, 0], previous[part])
     return result
+
+
+def _size(x: Tensor, weight: Tensor | None) -> Tensor:
+    """The squared length of the rows of x (n, b), each number weighted."""
+    return (x * x if weight is None else x * x * weight).sum(1)

@@ -8,10 +8,11 @@ stays undecided is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, TypeVar
 
 from lrconvert import renamings
@@ -48,11 +49,15 @@ _OF_THEIR_OWN = (*EMBEDDINGS, *(f".{module}.weight" for module in _LINEAR_IN_CON
 
 
 class NameIndex:
-    """Look-up of parameter names in a base, up to one leading segment and the renamings of its family."""
+    """Look-up of parameter names in a base, up to one leading segment and the renamings of its families."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._names, self._root = checkpoint.tensors.keys(), checkpoint.root
-        self._rules = renamings.rules(checkpoint.config)
+    def __init__(self, names: Collection[str], families: Iterable[str], root: Path | None = None) -> None:
+        self._names, self._root = names, root
+        self._rules = renamings.rules_of(families)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> NameIndex:
+        return cls(checkpoint.tensors.keys(), renamings.families(checkpoint.config), checkpoint.root)
 
     def find(self, name: str) -> str | None:
         """The stored name that `name` means, or None. Raises E-BASE if several are possible."""
@@ -236,7 +241,7 @@ def parts(target: Target, index: NameIndex, checkpoint: Checkpoint) -> tuple[Par
 
 
 def _resolve_targets(targets: Iterable[Target], checkpoint: Checkpoint) -> list[Target]:
-    index = NameIndex(checkpoint)
+    index = NameIndex.of(checkpoint)
     placed: list[tuple[Target, tuple[int, ...], View | None]] = []
     siblings: set[View] = set()
     for target in targets:

@@ -17,7 +17,7 @@ over sub-vectors run in scipy on the CPU, since the order of scatter-adds on a G
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,8 @@ from lrconvert.subvectors import CHUNK, Mixer, beam_search, combine, encode
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from lrconvert.moments import Moment
 
 I64 = npt.NDArray[np.int64]
 
@@ -137,8 +139,9 @@ def _mask(x: Tensor, valid: Tensor | None) -> Tensor:
 @dataclass(eq=False)
 class Coder:
     """A bank (replaced, never changed in place), and the codes of rows in it: `indices` and `weights` (codes, k),
-    `gains` (passes,), all 1 unless `scaled`. `exact`: see `encode`; `beam`: see `beam_search`. `trace`: the weighted
-    squared error after each round of `alternate`."""
+    `gains` (passes,), all 1 unless `scaled`. `importance` (sub-vectors, b): how much the squared error of each number
+    counts, besides that of its row; codes of mixtures (k > 1) do without. `exact`: see `encode`; `beam`: see
+    `beam_search`. `trace`: the weighted squared error after each round of `alternate`."""
 
     rows: Rows
     bank: Tensor
@@ -148,6 +151,7 @@ class Coder:
     indices: Tensor
     weights: Tensor
     gains: F64
+    importance: Tensor | None = None
     exact: bool = False
     beam: int = 8
     trace: list[float] = field(default_factory=list)
@@ -155,7 +159,9 @@ class Coder:
     _cuts_of: tuple[Tensor | None, bool] = (None, False)
 
     @classmethod
-    def new(cls, rows: Rows, bank: Tensor, k: int, denominator: int, scaled: bool) -> Coder:
+    def new(
+        cls, rows: Rows, bank: Tensor, k: int, denominator: int, scaled: bool, importance: Tensor | None = None
+    ) -> Coder:
         """All codes empty."""
         import torch
 
@@ -163,12 +169,31 @@ class Coder:
         weights = torch.zeros((rows.codes, k), dtype=bank.dtype, device=bank.device)
         passes = len(rows.code_starts) - 1
         gains = np.zeros(passes) if scaled else np.ones(passes)
-        return cls(rows, bank, k, denominator, scaled, indices, weights, gains)
+        return cls(rows, bank, k, denominator, scaled, indices, weights, gains, importance)
 
     def tensor(self, array: Array) -> Tensor:
         import torch
 
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.bank.device)
+
+    def codes(self) -> tuple[Tensor, Tensor, Tensor, F64]:
+        """Bank and codes as they are, for `restore`."""
+        return self.bank, self.indices.clone(), self.weights.clone(), self.gains.copy()
+
+    def restore(self, kept: tuple[Tensor, Tensor, Tensor, F64]) -> None:
+        self.bank, self.indices, self.weights, self.gains = kept
+
+    def squares(self, x: Tensor, which: I64 | None = None, y: Tensor | None = None) -> Tensor:
+        """The squared size of sub-vectors (n,), or their inner products with y, by `importance`: of all rows, or of
+        the rows `which`."""
+        product = x * (x if y is None else y)
+        important = self.importance if which is None else self._important(which)
+        return (product if important is None else product * important).sum(1)
+
+    def _important(self, which: I64) -> Tensor | None:
+        if self.importance is None:
+            return None
+        return self.importance[self.tensor(spans(self.rows.starts[which], self.rows.counts[which]))]
 
     def recode(self, which: I64, x: Tensor, *, fresh: bool = False) -> Tensor:
         """Code the rows `which` anew for the numbers x (their sub-vectors, b; invalid entries zero), and solve their
@@ -195,7 +220,7 @@ class Coder:
 
     def _recode(self, which: I64, x: Tensor, fresh: bool) -> Tensor:
         """`recode` of rows with equally many passes."""
-        valid, places = self._valid(which), self._places(which)
+        valid, places, important = self._valid(which), self._places(which), self._important(which)
         if self.k == 1 and len(places) > 1 and not fresh:
             self._recode_jointly(which, x, valid, places)
             return self._stands_for(which)
@@ -214,7 +239,8 @@ class Coder:
                 before = None if old is None else (old[0][here], old[1][here])
                 bank, mixer = self._cut(width)
                 part = y[here, :width].contiguous()
-                found = encode(part, bank, self.k, self.denominator, before, self.exact, mixer)
+                weight = None if important is None else important[here, :width].contiguous()
+                found = encode(part, bank, self.k, self.denominator, before, self.exact, mixer, weight)
                 self.indices[at[here]], self.weights[at[here]] = found
             units[p : p + 1] = [self._unit(at, valid)]
             if self.scaled:
@@ -227,10 +253,11 @@ class Coder:
 
         gains = torch.cat([self._spread(which, p) for p in range(len(places))], 1)
         old = torch.stack([self.indices[at][:, 0] for at in places], 1)
-        new = torch.empty_like(old)
+        new, important = torch.empty_like(old), self._important(which)
         for here, width in _groups(valid, x.shape[1], len(x)):
             bank, _ = self._cut(width)
-            new[here] = beam_search(x[here, :width], bank, gains[here], old[here], self.beam)
+            weight = None if important is None else important[here, :width].contiguous()
+            new[here] = beam_search(x[here, :width], bank, gains[here], old[here], self.beam, weight)
         for p, at in enumerate(places):
             self.indices[at, 0] = new[:, p]
         if self.scaled:
@@ -294,9 +321,9 @@ class Coder:
         lengths, depth = self.rows.counts[which], len(units)
         gram, right = np.zeros((len(which), depth, depth)), np.zeros((len(which), depth))
         for p in range(depth):
-            right[:, p] = row_sums((x * units[p]).sum(1), lengths)
+            right[:, p] = row_sums(self.squares(x, which, units[p]), lengths)
             for q in range(p + 1):
-                gram[:, p, q] = gram[:, q, p] = row_sums((units[p] * units[q]).sum(1), lengths)
+                gram[:, p, q] = gram[:, q, p] = row_sums(self.squares(units[p], which, units[q]), lengths)
         gains = solve_scaled(gram, right)
         for p in range(depth):
             self.gains[self.rows.first_pass[which] + p] = gains[:, p]
@@ -351,7 +378,10 @@ def solve_bank(coder: Coder, x: F32, weight: F64) -> F32:
     index = coder.indices.cpu().numpy()
     code = scipy.sparse.csr_matrix((factor.reshape(-1), (where, index.reshape(-1))), shape=(len(x), len(coder.bank)))
     weighted = code.copy()
-    weighted.data *= np.repeat(np.repeat(weight / max(float(weight.max()), 1e-300), rows.counts), np.diff(code.indptr))
+    counted = np.repeat(weight / max(float(weight.max()), 1e-300), rows.counts)
+    if coder.importance is not None:  # of each sub-vector as a whole: one Gram matrix serves all columns
+        counted = counted * coder.importance.mean(1).cpu().numpy()
+    weighted.data *= np.repeat(counted, np.diff(code.indptr))
     start = coder.bank.cpu().numpy().astype(np.float64)
     asked = np.zeros_like(start)
     step = max(1, CHUNK // b)
@@ -405,7 +435,7 @@ def reseed(coder: Coder, x: Tensor, value: Tensor, weight: F64) -> None:
     importance = coder.tensor(
         np.repeat(weight / max(float(weight.max()), 1e-300), coder.rows.counts).astype(np.float32)
     )
-    worst = (importance * (x - value).square_().sum(1)).topk(min(len(dead), len(x))).indices
+    worst = (importance * coder.squares(x - value)).topk(min(len(dead), len(x))).indices
     gains = coder.gains[
         coder.rows.first_pass[np.searchsorted(coder.rows.starts, worst.cpu().numpy(), side="right") - 1]
     ]
@@ -423,7 +453,7 @@ def alternate(
     error = before = np.inf
     for turn in range(rounds + 1):
         value = coder.recode(everything, x, fresh=fresh and turn == 0)
-        error = float(row_sums((x - value).square_().sum(1), coder.rows.counts) @ weight)
+        error = float(row_sums(coder.squares(x - value), coder.rows.counts) @ weight)
         coder.trace.append(error)
         if turn == rounds or error > before * (1 - settled):
             break
@@ -442,24 +472,27 @@ def train_bank(
     rng: np.random.Generator,
     rounds: int,
     restarts: int = 2,
+    importance: Tensor | None = None,
 ) -> Coder:
     """A bank for the sub-vectors x of `rows`, whose squared errors count `weight` (R,), with codes. `shape`: number of
-    vectors, k, denominator, scaled.
+    vectors, k, denominator, scaled. `importance`: see `Coder`.
 
     Restarts run a few rounds on one pass; the best bank goes on with all of them.
     """
     h, k, denominator, scaled = shape
     single = Rows(rows.counts, np.ones_like(rows.passes), rows.valid)
     flat = np.repeat(weight, rows.counts)
+    if importance is not None:
+        flat = flat * importance.mean(1).cpu().numpy()
     best: Coder | None = None
     for _ in range(restarts):
-        trial = Coder.new(single, seed_bank(x, flat, h, rng), k, denominator, scaled)
+        trial = Coder.new(single, seed_bank(x, flat, h, rng), k, denominator, scaled, importance)
         alternate(trial, x, weight, 3, fresh=True)
         if best is None or trial.trace[-1] < best.trace[-1]:
             best = trial
     assert best is not None
     if int(rows.passes.max(initial=1)) > 1:
-        best = Coder.new(rows, best.bank, k, denominator, scaled)
+        best = Coder.new(rows, best.bank, k, denominator, scaled, importance)
         alternate(best, x, weight, rounds, fresh=True)
     else:
         alternate(best, x, weight, rounds)
@@ -472,17 +505,28 @@ def train_bank(
 @dataclass(frozen=True, eq=False)
 class Update:
     """One target of a fit: the source ``scale * left @ right`` (left (out, r), right (r, in); any factors do),
-    and where its rows are: rows ``first .. first + rank - 1`` code A, the next ``rank`` rows code the columns of B."""
+    and where its rows are: rows ``first .. first + rank - 1`` code A, the next ``rank`` rows code the columns of B.
+    `metric` gives the metric of its inputs, in which its error is measured; None for the plain norm."""
 
     left: Tensor
     right: Tensor
     scale: float
     first: int
     rank: int
+    metric: Callable[[], Moment] | None = None
+
+    def seen(self, rows: Tensor) -> Tensor:
+        """``rows @ M`` (k, in), float64; the rows themselves without a metric."""
+        import torch
+
+        if self.metric is None:
+            return rows.double()
+        return torch.from_numpy(self.metric().times(rows.cpu().numpy())).to(rows.device)
 
 
 class Refit:
-    """Coding measured by what it is for, the error of the update: ``sum over targets ||source - B @ A||^2``.
+    """Coding measured by what it is for, the error of the update: ``sum over targets ||source - B @ A||^2``, each in
+    its metric.
 
     With all other rows fixed, this is a constant plus a weighted squared distance of a row to a known goal, so that
     recoding row by row never raises it. Gains enter linearly and are solved per target and side.
@@ -495,7 +539,7 @@ class Refit:
         self.energy = 0.0
         for u in updates:
             left, right = u.left.double(), u.right.double()
-            self.energy += u.scale**2 * float(((left.T @ left) * (right @ right.T)).sum())
+            self.energy += u.scale**2 * float(((left.T @ left) * (u.seen(u.right) @ right.T)).sum())
         self.value = torch.empty((int(coder.rows.starts[-1]), coder.bank.shape[1]), device=coder.bank.device)
         self.goal = torch.zeros_like(self.value)
         self.weight = np.zeros(len(coder.rows.counts))
@@ -516,9 +560,10 @@ class Refit:
         """The squared error of all targets."""
         total = self.energy
         for u in self.updates:
-            a, b = self._side(self.value, u, 0).double(), self._side(self.value, u, 1).double()
-            cross = ((b @ u.left.double()) * (a @ u.right.double().T)).sum()
-            total += float(((a @ a.T) * (b @ b.T)).sum() - 2 * u.scale * cross)
+            a, b = self._side(self.value, u, 0), self._side(self.value, u, 1).double()
+            seen = u.seen(a)
+            cross = ((b @ u.left.double()) * (seen @ u.right.double().T)).sum()
+            total += float(((seen @ a.double().T) * (b @ b.T)).sum() - 2 * u.scale * cross)
         return total
 
     def sweep(self, side: int, *, codes: bool = True) -> None:
@@ -526,10 +571,11 @@ class Refit:
         grams: list[F64] = []
         free: list[Tensor] = []  # what B^T delta (or its mirror image) asks for
         for u in self.updates:
-            other = self._side(self.value, u, 1 - side).double()
+            other = self._side(self.value, u, 1 - side)
             near, far = (u.left, u.right) if side == 0 else (u.right.T, u.left.T)
-            free.append((other @ near.double() * u.scale).float() @ far)
-            grams.append((other @ other.T).cpu().numpy())
+            seen = other.double() if side == 0 else u.seen(other)
+            free.append((seen @ near.double() * u.scale).float() @ far)
+            grams.append((seen @ other.double().T).cpu().numpy())
         rows = self.coder.rows
         for j in range(max((u.rank for u in self.updates), default=0) if codes else 0):
             chosen = []
@@ -560,8 +606,9 @@ class Refit:
             units = combine(coder.bank, coder.indices[codes], coder.weights[codes]).view(end - begin, -1)
             units = units[:, : goal.shape[1]]
             owner = np.repeat(np.arange(u.rank), rows.passes[first : first + u.rank])
-            dots = (units @ units.T).double().cpu().numpy()
-            asked = (units @ goal.T).double().cpu().numpy()[np.arange(len(owner)), owner]
+            seen = units if side or u.metric is None else u.seen(units).float()
+            dots = (seen @ units.T).double().cpu().numpy()
+            asked = (seen @ goal.T).double().cpu().numpy()[np.arange(len(owner)), owner]
             coder.gains[begin:end] = solve_scaled(gram[np.ix_(owner, owner)] * dots, asked)
             mix = np.zeros((u.rank, len(owner)), np.float32)
             mix[owner, np.arange(len(owner))] = coder.gains[begin:end]

@@ -15,19 +15,20 @@ PACKAGE = ROOT / "lrconvert"
 # Each group may import from the groups before it, and from its own; nothing imports upward.
 ORDER = [
     {"errors", "limits"},
-    {"strictjson", "dtypes", "container", "durable", "hub", "packing", "subvectors", "vectorbank", "exact"},
-    {"adapter", "canonical", "renamings", "targets", "fingerprint", "quantized"},
+    {"strictjson", "dtypes", "container", "durable", "hub", "packing", "subvectors", "vectorbank", "exact", "prng"},
+    {"adapter", "canonical", "renamings", "targets", "fingerprint", "quantized", "moments"},
     {"methods"},
-    {"manifest", "file", "report", "validation", "modelcard"},
+    {"manifest", "file", "report", "validation", "modelcard", "statistics_file"},
     {"readers", "exporters", "consumers"},
-    {"heads", "merging", "baking", "attaching"},
+    {"heads", "merging", "baking", "attaching", "live", "texts", "collecting", "measuring"},
     {"converting"},
+    {"gathering"},
     {"api"},
     {"render", "demo", "cli", "testing", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # Lower-level numerics may use the plain nouns of the next group.
-ALLOWED = {("vectorbank", "adapter"), ("vectorbank", "canonical"), ("exact", "adapter")}
+ALLOWED = {("vectorbank", "adapter"), ("vectorbank", "moments"), ("exact", "adapter")}
 
 
 def room(path: Path) -> str:

@@ -196,7 +196,7 @@ def test_unused_vectors_come_back():
 def test_no_sweep_raises_the_error_of_the_update(options):
     lora = random_lora([(40, 24), (24, 36)], rank=4, decay=0.6)
     config = METHOD.plan(lora, VBLoraOptions(vector_length=5, num_vectors=12, **options), None, FitContext())
-    problem = Problem(lora, config, "cpu")
+    problem = Problem(lora, config, FitContext())
     refit: Refit = problem.refit(problem.train(0, 2, 1)[0])
     errors_seen = [refit.error()]
     for _ in range(4):
@@ -231,7 +231,7 @@ def test_it_recovers_its_own_expansion():
 def test_it_beats_a_random_bank():
     lora = random_lora([(96, 64), (64, 96)], rank=4, decay=0.6)
     config, tensors = convert(lora, vector_length=8, num_vectors=64, rank=2)
-    problem = Problem(lora, config, "cpu")
+    problem = Problem(lora, config, FitContext())
     coder = Coder.new(problem.rows, normal(64, 8, seed=9), 1, 2, True)
     coder.recode(np.arange(len(problem.rows.counts)), problem.x, fresh=True)
     refit = problem.refit(coder)

@@ -17,7 +17,6 @@ from lrconvert.cli.shared import (
     pickle_option,
     quiet_option,
     source_argument,
-    verbose_option,
     warn,
 )
 from lrconvert.errors import EXIT_REFUSED, printable
@@ -77,24 +76,6 @@ def upgrade(path: Path, output: Path, overwrite: bool) -> None:
 
     sizes = api.upgrade(path, output, overwrite=overwrite)
     click.echo(f"wrote {printable(str(output))}: {sizes.total:,} bytes, the update unchanged")
-
-
-@click.command()
-@source_argument
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
-@pickle_option
-@verbose_option
-@as_json_option
-def compare(source: Path, files: tuple[Path, ...], allow_pickle: bool, verbose: bool, as_json: bool) -> None:
-    """Measure lrconvert FILES against the LoRA SOURCE they came from: captured energy, bytes, ratio."""
-    from lrconvert import api, render
-
-    found = api.compare(source, files, allow_pickle=allow_pickle)
-    if as_json:
-        rows = [{"path": str(p), **render.fidelity_json(f)} for p, f in zip(files, found, strict=True)]
-        emit({"source": str(source), "files": rows})
-        return
-    click.echo(render.comparison([(p.name, f) for p, f in zip(files, found, strict=True)], verbose))
 
 
 @click.command()

@@ -10,7 +10,17 @@ from typing import Any
 
 import click
 
-from lrconvert.cli.shared import PICKLE, PICKLE_HELP, ByteSize, emit, progress_bar, warn
+from lrconvert.cli.shared import (
+    DEVICE,
+    DEVICE_OPTION,
+    PICKLE,
+    PICKLE_HELP,
+    ByteSize,
+    device_of,
+    emit,
+    progress_bar,
+    warn,
+)
 
 
 def method_options(options: type[Any], fixed: typing.Mapping[str, Any]) -> list[click.Option]:
@@ -52,6 +62,11 @@ def _common_options() -> list[click.Parameter]:
             ["--base"], type=path, help="Base model folder or hub id: settles orientations, records its digest."
         ),
         click.Option(
+            ["--statistics"],
+            type=path,
+            help="Input statistics of the base (see `statistics`): the fit then minimizes the error of outputs.",
+        ),
+        click.Option(
             ["--bake-dora"],
             type=click.IntRange(min=1),
             metavar="RANK",
@@ -63,13 +78,7 @@ def _common_options() -> list[click.Parameter]:
             help="Narrow extra tensors (heads) to this dtype; carried byte for byte otherwise.",
         ),
         click.Option(["--seed"], type=int, default=0, show_default=True, help="Seed of the fit."),
-        click.Option(
-            ["--device"],
-            type=click.Choice(["auto", "cpu", "cuda"]),
-            default="auto",
-            show_default=True,
-            help="Where the fit computes.",
-        ),
+        click.Option(DEVICE, help="Where the fit computes.", **DEVICE_OPTION),
         click.Option(PICKLE, is_flag=True, help=PICKLE_HELP),
         click.Option(["--dry-run"], is_flag=True, help="Print the plan and the exact size; write nothing."),
         click.Option(["--overwrite"], is_flag=True, help="Replace the output if it exists."),
@@ -121,7 +130,7 @@ def _convert(
     lora = api.load_lora(where, allow_pickle=allow_pickle)
     with progress_bar(f"lora-to-{method}", quiet or as_json) as progress:
         done = api.convert(
-            lora, method, dry_run=dry_run, device=_device(device), progress=progress, **common, **options
+            lora, method, dry_run=dry_run, device=device_of(device), progress=progress, **common, **options
         )
     if output is not None and not dry_run:
         api.write(done.compact, output, overwrite=overwrite)
@@ -131,18 +140,6 @@ def _convert(
     warn(done.warnings)
     if not quiet:
         click.echo(render.conversion(str(source), None if dry_run else str(output), done, verbose))
-
-
-def _device(name: str) -> str:
-    """`auto` means CUDA if torch has been asked for and sees a GPU; plain CPU fits need no torch, so it is not loaded
-    to find out where no driver is installed."""
-    if name != "auto":
-        return name
-    if not (Path("/proc/driver/nvidia").exists() or Path("/dev/nvidia0").exists()):
-        return "cpu"
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def commands() -> list[click.Command]:

@@ -45,6 +45,27 @@ PICKLE_HELP = "Read .bin and .pt adapters too, with torch's tensors-only loader;
 pickle_option = click.option(*PICKLE, is_flag=True, help=PICKLE_HELP)
 
 
+DEVICE = ["--device"]
+DEVICE_OPTION: dict[str, Any] = {
+    "type": click.Choice(["auto", "cpu", "cuda"]),
+    "default": "auto",
+    "show_default": True,
+}
+device_option = click.option(*DEVICE, help="Where the model runs.", **DEVICE_OPTION)
+
+
+def device_of(name: str) -> str:
+    """`auto` means CUDA if torch has been asked for and sees a GPU; plain CPU fits need no torch, so it is not loaded
+    to find out where no driver is installed."""
+    if name != "auto":
+        return name
+    if not (Path("/proc/driver/nvidia").exists() or Path("/dev/nvidia0").exists()):
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def emit(value: dict[str, Any]) -> None:
     click.echo(json.dumps({"schema": SCHEMA_VERSION, **value}, indent=1))
 

@@ -189,7 +189,7 @@ def _pieces(
 ) -> dict[str, tuple[Piece, ...]]:
     """The updates of every parameter, by its name in the base."""
     found: dict[str, list[Piece]] = {}
-    index = targets.NameIndex(checkpoint)
+    index = targets.NameIndex.of(checkpoint)
     for number, (item, there) in enumerate(zip(inputs, resolved, strict=True)):
         magnitudes = {e.name: e for e in item.adapter.extras if e.use == "magnitude"}
         if magnitudes and item.scale != 1:
@@ -240,7 +240,7 @@ def _rows(
     adapters: Sequence[Adapter], placement: Placement, pieces: Mapping[str, Any], checkpoint: Checkpoint
 ) -> dict[str, Rows]:
     """Trained token rows by the stored embedding that they go into; both ends of a tie that is stored twice."""
-    index = targets.NameIndex(checkpoint)
+    index = targets.NameIndex.of(checkpoint)
     found: dict[str, Rows] = {}
     for adapter in adapters:
         places = {e.name: e for e in adapter.extras if e.use == "row_indices"}

@@ -17,10 +17,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from lrconvert import packing
-from lrconvert.adapter import CompactAdapter, LoraAdapter, Target
+from lrconvert import canonical, packing
+from lrconvert.adapter import CompactAdapter, LoraAdapter, LoraTarget, Target
 from lrconvert.dtypes import Array
 from lrconvert.errors import VersionError
+from lrconvert.moments import InputStatistics, Moment
 from lrconvert.packing import TensorSpec
 
 Tensors = Mapping[str, Array]
@@ -28,11 +29,17 @@ Tensors = Mapping[str, Array]
 
 @dataclass(frozen=True)
 class FitContext:
-    """What a fit may use besides the LoRA: a seed, a torch device name, and a progress callback (fraction, text)."""
+    """What a fit may use besides the LoRA: a seed, a torch device name, a progress callback (fraction, text), and
+    input statistics, in whose metric it then works."""
 
     seed: int = 0
     device: str = "cpu"
     progress: Callable[[float, str], None] = field(default=lambda fraction, text: None)
+    statistics: InputStatistics | None = None
+
+    def metric(self, pair: LoraTarget) -> Moment | None:
+        """What a fit measures the error of a target in, None without statistics: the plain norm. Raises E-STATS."""
+        return None if self.statistics is None else canonical.fit_metric(pair, self.statistics.of(pair.target))
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ from lrconvert.errors import (
 )
 from lrconvert.limits import MAX_DIM, MAX_RANK
 from lrconvert.methods.base import Budget, Command, FitContext, Method, Tensors
+from lrconvert.moments import Moment
 from lrconvert.packing import TensorSpec
 
 WIDTHS = (16, 8, 4, 3, 2, 1)
@@ -228,7 +229,7 @@ class LowRank(Method):
     # --- making it ---
 
     def plan(self, lora: LoraAdapter, options: LowRankOptions, budget: Budget | None, context: FitContext) -> Config:
-        spectra = [canonical.singular_values(pair) for pair in lora.targets]
+        spectra = [canonical.singular_values(pair, context.metric(pair)) for pair in lora.targets]
         limits = _rank_limits(spectra, options)
         if not any(limits):
             limits = [min(1, len(s)) for s in spectra]  # an all-zero adapter still makes a valid file
@@ -254,7 +255,7 @@ class LowRank(Method):
         starts = _starts(config, targets)
         for which, pair in enumerate(lora.targets):
             at, scale_at = starts[which]
-            for q, (rows, scales) in _fit_target(pair, config, which).items():
+            for q, (rows, scales) in _fit_target(pair, config, which, context.metric(pair)).items():
                 name = "half" if q == 16 else f"codes.{q}"
                 arrays[name][at[q] : at[q] + rows.size] = rows.reshape(-1)
                 if q != 16:
@@ -418,8 +419,9 @@ def _spread(scales: Any, length: int, group_size: int, xp: Any) -> Any:
     return scales[:, which]
 
 
-def _quantize(rows: F64, q: int, group_size: int) -> tuple[Array, F32, F64]:
-    """(codes or numbers (n, d), scales (n, groups), the numbers they stand for) of rows at width q."""
+def _quantize(rows: F64, q: int, group_size: int, weights: Array | None) -> tuple[Array, F32, F64]:
+    """(codes or numbers (n, d), scales (n, groups), the numbers they stand for) of rows at width q; `weights` (d,) say
+    how much each column counts."""
     n, d = rows.shape
     if q == 16:
         numbers = rows.astype(np.float32)
@@ -430,18 +432,23 @@ def _quantize(rows: F64, q: int, group_size: int) -> tuple[Array, F32, F64]:
     padded[:, :d] = rows
     if groups * size != d:  # repeat the row's end, so that the fill does not pull the last scale down
         padded[:, d:] = padded[:, d - 1 : d]
-    codes, scales = packing.quantize_rows(padded.reshape(n * groups, size), q)
+    if weights is not None:
+        fill = np.pad(weights, (0, groups * size - d), constant_values=1e-30)
+        weights = np.tile(fill.reshape(groups, size), (n, 1))
+    codes, scales = packing.quantize_rows(padded.reshape(n * groups, size), q, weights)
     codes, scales = codes.reshape(n, -1)[:, :d], scales.reshape(n, groups)
     values = packing.code_values(codes, q).astype(np.float64) * _spread(scales, d, size, np)
     return codes, scales, values
 
 
-def _quantize_all(rows: F64, widths: Sequence[int], group_size: int) -> tuple[dict[int, tuple[Array, F32]], F64]:
+def _quantize_all(
+    rows: F64, widths: Sequence[int], group_size: int, weights: Array | None = None
+) -> tuple[dict[int, tuple[Array, F32]], F64]:
     """`_quantize` of rows whose widths differ: stored parts by width, and all values."""
     parts, values = {}, np.empty_like(rows)
     for q in dict.fromkeys(widths):
         mask = np.array(widths) == q
-        codes, scales, values[mask] = _quantize(rows[mask], q, group_size)
+        codes, scales, values[mask] = _quantize(rows[mask], q, group_size, weights)
         parts[q] = (codes, scales)
     return parts, values
 
@@ -451,28 +458,32 @@ def _solve(gram: F64, right: F64) -> F64:
     return np.asarray(np.linalg.lstsq(gram, right, rcond=1e-9)[0], np.float64)
 
 
-def _fit_target(pair: LoraTarget, config: Config, which: int) -> dict[int, tuple[Array, F32]]:
+def _fit_target(pair: LoraTarget, config: Config, which: int, metric: Moment | None) -> dict[int, tuple[Array, F32]]:
     """{width: (numbers (n, in + out), scales (n, groups))} of one target.
 
     Alternates: quantize A; solve B for it (the exact minimizer) and quantize it; solve A for that; and keeps the best.
-    All in the r-dimensional coordinates of the source: the dense update never appears.
+    All in the r-dimensional coordinates of the source: the dense update never appears. With a `metric` everything is
+    measured in it; the scales of A see its diagonal.
     """
     widths = config.widths(which)
     rank = len(widths)
     if rank == 0:
         return {}
-    factors = canonical.svd(pair)
+    factors = canonical.svd(pair, metric)
     A, B = canonical.balanced(factors, rank)  # (k, in), (out, k)
     full_left, full_right = factors.U * factors.s, factors.Vt  # delta = full_left @ full_right
+    squares = None if metric is None else metric.squares
     total = float(np.sum(factors.s**2))
     best_error, best = np.inf, None
     stuck = 0
     for _ in range(_ROUNDS if any(q != 16 for q in widths) else 1):
-        parts_a, values_a = _quantize_all(A, widths, config.group_size)
+        parts_a, values_a = _quantize_all(A, widths, config.group_size, squares)
+        seen = values_a if metric is None else metric.times(values_a)
         if best is not None:
-            B = full_left @ _solve(values_a @ values_a.T, values_a @ full_right.T).T
+            B = full_left @ _solve(seen @ values_a.T, seen @ full_right.T).T
         parts_b, values_b = _quantize_all(B.T, widths, config.group_size)
-        error = _error(total, full_left, full_right, values_a, values_b)
+        cross = np.sum((values_b @ full_left) * (seen @ full_right.T))
+        error = total - 2 * float(cross) + float(np.sum((seen @ values_a.T) * (values_b @ values_b.T)))
         if error < best_error * (1 - 1e-4):
             best_error, best, stuck = error, (parts_a, parts_b), 0
         else:
@@ -490,9 +501,3 @@ def _fit_target(pair: LoraTarget, config: Config, which: int) -> dict[int, tuple
         )
         for q in parts_a
     }
-
-
-def _error(total: float, left: F64, right: F64, a: F64, b: F64) -> float:
-    """||left @ right - b.T @ a||^2 by inner products of k x k size."""
-    cross = np.sum((b @ left) * (a @ right.T))
-    return total - 2 * float(cross) + float(np.sum((a @ a.T) * (b @ b.T)))

@@ -247,7 +247,7 @@ class VBLora(Method):
     def plan(self, lora: LoraAdapter, options: VBLoraOptions, budget: Budget | None, context: FitContext) -> Config:
         check_options(lora, options)
         targets = lora.shapes()
-        spectra = [canonical.singular_values(pair) for pair in lora.targets]
+        spectra = [canonical.singular_values(pair, context.metric(pair)) for pair in lora.targets]
         limits = [min(len(s), options.rank or MAX_RANK) for s in spectra]
         if options.peft_compatible:
             limits = [min(limits)] * len(limits)

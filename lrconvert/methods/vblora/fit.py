@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lrconvert import canonical, packing, vectorbank
 from lrconvert.adapter import LoraAdapter, LoraTarget
-from lrconvert.dtypes import Array
+from lrconvert.dtypes import F64, Array
 from lrconvert.limits import MAX_DIM
 from lrconvert.methods.base import FitContext
 from lrconvert.methods.vblora.form import Config, Form, canonical_codes, coded_rows
+from lrconvert.moments import Moment
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,51 +30,71 @@ _RESTART_WORK = 5e7  # scores per round up to which a second start is worth its 
 _SETTLED = 5e-4  # relative fall of the error below which a sweep was the last
 
 
+@dataclass(frozen=True)
+class Components:
+    """The largest components of an update, ``U @ diag(s) @ Vt`` with rows of Vt (k, in) and columns of U (out, k) of
+    length 1; `seen` (k,): the square of each row of Vt in the metric of the fit."""
+
+    U: F64
+    s: F64
+    Vt: F64
+    seen: F64
+
+
 class Problem:
     """What a fit works on: the rows to code as sub-vectors `x` (n, b), scaled to mean square 1 if there are gains; what
-    a squared error of each row costs in the update (`weight`); and the sources (`updates`)."""
+    a squared error of each row costs in the update (`weight`), and under statistics of each number (`importance`); and
+    the sources (`updates`)."""
 
     def __init__(
-        self, lora: LoraAdapter, config: Config, device: str, factors: Sequence[canonical.Factors] | None = None
+        self, lora: LoraAdapter, config: Config, context: FitContext, factors: Sequence[Components] | None = None
     ) -> None:
         import torch
 
         self.form, self.rows = config.form, coded_rows(config, lora.shapes())
-        b, gains = self.form.vector_length, self.form.gains
+        b, gains, device = self.form.vector_length, self.form.gains, context.device
         x = np.zeros((int(self.rows.starts[-1]), b), np.float32)
         self.weight = np.zeros(len(self.rows.counts))
         self.scale = np.ones(len(self.rows.counts))  # what a row of x must be multiplied with
         self.updates: list[vectorbank.Update] = []
+        importance = None if context.statistics is None else np.ones_like(x)
         row = 0
         for which, (pair, rank) in enumerate(zip(lora.targets, config.ranks, strict=True)):
             left, right = _tensor(pair.B, device), _tensor(pair.A, device)
-            self.updates.append(vectorbank.Update(left, right, pair.scale, row, rank))
+            metric = None if context.statistics is None else partial(_metric, pair, context)
+            self.updates.append(vectorbank.Update(left, right, pair.scale, row, rank, metric))
             if rank == 0:
                 continue
-            top = top_components(pair, rank) if factors is None else factors[which]
+            top = top_components(pair, rank, context) if factors is None else factors[which]
             s = top.s[:rank]
-            for side in (top.Vt[:rank], top.U[:, :rank].T):
+            costs = np.ones(len(s)), top.seen[:rank]
+            for n, side in enumerate((top.Vt[:rank], top.U[:, :rank].T)):
                 length = side.shape[1]
-                here = x[int(self.rows.starts[row]) : int(self.rows.starts[row + rank])].reshape(rank, -1)
+                span = slice(int(self.rows.starts[row]), int(self.rows.starts[row + rank]))
+                here = x[span].reshape(rank, -1)
                 here[: len(s), :length] = side * (np.sqrt(length) if gains else np.sqrt(s)[:, None])
                 some = slice(row, row + len(s))
-                self.weight[some] = s * s / length if gains else s
+                self.weight[some] = costs[n] * (s * s / length if gains else s)
                 self.scale[some] = np.sqrt(s / length) if gains else 1.0
+                if importance is not None and metric is not None and n == 0:
+                    importance[span].reshape(rank, -1)[:, :length] = metric().squares
                 row += rank
+        self.importance = None if importance is None else torch.from_numpy(importance).to(device)
         self.x = torch.from_numpy(x).to(device)
 
     def train(self, seed: int, rounds: int, restarts: int, sample: int = MAX_DIM) -> tuple[vectorbank.Coder, Tensor]:
         """A bank for at most about `sample` sub-vectors, with the codes of these; and these."""
         form = self.form
-        rows, x = self.rows, self.x
+        rows, x, importance = self.rows, self.x, self.importance
         if len(x) > 2 * sample:
             rows, kept = rows.thinned(len(x) // sample)
-            x = x[_tensor(kept, str(x.device))]
+            here = _tensor(kept, str(x.device))
+            x, importance = x[here], None if importance is None else importance[here]
         if rows.codes * form.num_vectors > _RESTART_WORK:
             restarts = 1
         shape = (form.num_vectors, form.top_k, form.denominator, form.gains)
         rng = np.random.default_rng(seed)
-        return vectorbank.train_bank(x, rows, self.weight, shape, rng, rounds, restarts), x
+        return vectorbank.train_bank(x, rows, self.weight, shape, rng, rounds, restarts, importance), x
 
     def refit(self, coder: vectorbank.Coder) -> vectorbank.Refit:
         """The codes of all rows, at the size that the update needs."""
@@ -80,13 +103,23 @@ class Problem:
         return vectorbank.Refit(coder, self.updates)
 
 
-def top_components(pair: LoraTarget, rank: int) -> canonical.Factors:
+def top_components(pair: LoraTarget, rank: int, context: FitContext) -> Components:
     """The largest `rank` components of a target."""
     if rank == 0:
         out, inner = pair.target.matrix_shape
-        return canonical.Factors(np.zeros((out, 0)), np.zeros(0), np.zeros((0, inner)))
-    whole = canonical.svd(pair)
-    return canonical.Factors(whole.U[:, :rank].copy(), whole.s[:rank], whole.Vt[:rank].copy())
+        return Components(np.zeros((out, 0)), np.zeros(0), np.zeros((0, inner)), np.zeros(0))
+    whole = canonical.svd(pair, context.metric(pair))
+    U, s, Vt = whole.U[:, :rank].copy(), whole.s[:rank], whole.Vt[:rank].copy()
+    if context.statistics is None:
+        return Components(U, s, Vt, np.ones(len(s)))
+    lengths = np.maximum(np.linalg.norm(Vt, axis=1), 1e-300)
+    return Components(U, s * lengths, Vt / lengths[:, None], lengths**-2)
+
+
+def _metric(pair: LoraTarget, context: FitContext) -> Moment:
+    found = context.metric(pair)
+    assert found is not None  # asked for under statistics only
+    return found
 
 
 def _tensor(array: Array, device: str) -> Tensor:
@@ -103,11 +136,12 @@ def fit(lora: LoraAdapter, config: Config, context: FitContext) -> dict[str, Arr
     """Trains a bank on the canonical rows (a sample if there are many), codes all rows, and refits codes, gains and
     bank on the update itself; the last sweeps run on the bank as it will be stored."""
     form = config.form
-    problem = Problem(lora, config, context.device)
+    problem = Problem(lora, config, context)
     context.progress(0.1, "training the bank")
     coder, x = problem.train(context.seed, _ROUNDS, 2, max(_SAMPLE, 32 * form.num_vectors))
     if len(x) < len(problem.x):
-        coder = vectorbank.Coder.new(problem.rows, coder.bank, form.top_k, form.denominator, form.gains)
+        shape = form.top_k, form.denominator, form.gains
+        coder = vectorbank.Coder.new(problem.rows, coder.bank, *shape, problem.importance)
         coder.recode(np.arange(len(problem.rows.counts)), problem.x, fresh=True)
     refit = problem.refit(coder)
     del problem, x
@@ -119,19 +153,26 @@ def fit(lora: LoraAdapter, config: Config, context: FitContext) -> dict[str, Arr
     sweeps = int(min(_SWEEPS, max(1, _SWEEP_WORK / (coder.beam * work + 1))))
     error = refit.error()
     for turn in range(sweeps):
-        before = error
+        before, kept = error, coder.codes()
         refit.sweep(0)
         refit.sweep(1)
         error = refit.improve_bank(refit.error())
         context.progress(0.4 + 0.4 * (turn + 1) / sweeps, "refitting")
+        if error > before:  # codes see only the diagonal of a metric
+            coder.restore(kept)
+            refit.refresh()
         if error > before * (1 - _SETTLED):
             break
     tensors = _store_bank(coder, form)
     coder.exact = True
     refit.refresh()
+    best, kept = refit.error(), coder.codes()
     for _ in range(2 if sweeps > 1 else 1):
         refit.sweep(0)
         refit.sweep(1)
+        if (error := refit.error()) < best:
+            best, kept = error, coder.codes()
+    coder.restore(kept)
     return {**tensors, **_store_codes(coder, form)}
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lrconvert import canonical, vectorbank
+from lrconvert import vectorbank
 from lrconvert.adapter import LoraAdapter, Target
 from lrconvert.dtypes import F64
 from lrconvert.errors import BudgetError, OptionError
 from lrconvert.limits import MAX_DIM, MAX_RANK, MAX_VECTORS
 from lrconvert.methods.base import Budget, FitContext
-from lrconvert.methods.vblora.fit import Problem, top_components
+from lrconvert.methods.vblora.fit import Components, Problem, top_components
 from lrconvert.methods.vblora.form import (
     MAX_PASSES,
     MAX_TOP_K,
@@ -186,7 +186,8 @@ class Search:
         found = [filled for form in forms if (filled := self._fill(form, self._rule_of_thumb(form))) is not None]
         if len(found) > 1:
             most = np.array([config.ranks for _, config in found]).max(0)
-            factors = [top_components(pair, int(rank)) for pair, rank in zip(self.lora.targets, most, strict=True)]
+            pairs = zip(self.lora.targets, most, strict=True)
+            factors = [top_components(pair, int(rank), self.context) for pair, rank in pairs]
             codes = max(starts(config, self.targets)[-1][2] for _, config in found)
             if codes > _FEW:
                 found = sorted((self._sample(config, factors) for _, config in found), key=lambda entry: -entry[0])[:3]
@@ -296,9 +297,9 @@ class Search:
         kept = float(self.energy[number < rank].sum()) * (1 - loss) ** 2
         return _Choice(kept, (rank,) * len(self.limits), (1,) * (2 * rank * len(self.limits)))
 
-    def _try(self, config: Config, factors: Sequence[canonical.Factors]) -> tuple[float, Config]:
+    def _try(self, config: Config, factors: Sequence[Components]) -> tuple[float, Config]:
         """(energy kept, Config) by a short fit."""
-        problem = Problem(self.lora, config, "cpu", factors)
+        problem = Problem(self.lora, config, replace(self.context, device="cpu"), factors)
         refit = problem.refit(problem.train(self.context.seed, 3, 1)[0])
         for _ in range(3):
             refit.sweep(0)
@@ -306,13 +307,13 @@ class Search:
             error = refit.improve_bank(refit.error())
         return refit.energy - error, config
 
-    def _sample(self, config: Config, factors: Sequence[canonical.Factors]) -> tuple[float, Config]:
+    def _sample(self, config: Config, factors: Sequence[Components]) -> tuple[float, Config]:
         """(energy kept, Config) for the loss per pass of a bank trained on a sample of the rows."""
-        problem = Problem(self.lora, config, "cpu", factors)
+        problem = Problem(self.lora, config, replace(self.context, device="cpu"), factors)
         h, everything = config.form.num_vectors, int(problem.rows.starts[-1])
         enough = max(16 * h, 128 * len(problem.rows.counts) // config.form.vector_length)  # for bank, and gains
         coder, x = problem.train(self.context.seed, 4, 1, max(_FEW // 2, enough))
-        power = vectorbank.row_sums((x * x).sum(1), coder.rows.counts) * problem.weight
+        power = vectorbank.row_sums(coder.squares(x), coder.rows.counts) * problem.weight
         lost = coder.trace[-1] / max(power.sum(), 1e-300)
         low, high = 0.0, 1.0  # bisection: the loss per pass that explains what all passes together leave
         for _ in range(30):
