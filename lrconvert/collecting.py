@@ -75,7 +75,7 @@ class Sum:
             if omega is None:
                 self.square = _plus(self.square, (some.T @ some).double())
                 continue
-            self.diagonal = _plus(self.diagonal, some.square().sum(0, dtype=torch.float64))
+            self.diagonal = _plus(self.diagonal, (some * some).sum(0).double())
             self.sketch = _plus(self.sketch, some.T @ (some @ omega))
 
     def count(self, ids: Tensor) -> None:
@@ -202,11 +202,11 @@ class Collector:
 
     def omega(self, width: int, device: torch.device) -> Tensor | None:
         """The random signs (width, m) of a sketch; None if the width is kept exactly."""
-        if width <= self.settings.exact_width:
+        if width <= max(self.settings.exact_width, self.settings.rank):  # a sketch as wide as its input saves nothing
             return None
         if (width, device) not in self._omegas:
             rng = np.random.default_rng((self.settings.seed, width))
-            signs = rng.integers(0, 2, (width, min(self.settings.rank, width)), np.int8).astype(np.float32) * 2 - 1
+            signs = rng.integers(0, 2, (width, self.settings.rank), np.int8).astype(np.float32) * 2 - 1
             self._omegas[width, device] = torch.from_numpy(signs).to(device)
         return self._omegas[width, device]
 
@@ -284,6 +284,7 @@ class Collector:
 
 
 def _order(key: Key) -> tuple[str, int]:
+    """By name, then by expert; also how half-done work spells a key."""
     return key[0], -1 if key[1] is None else key[1]
 
 
@@ -531,9 +532,10 @@ _Kept = tuple[dict[str, Any], dict[str, Array]]
 def _keep(collector: Collector, about: Mapping[str, Any], path: Path) -> None:
     keys = sorted(collector.sums, key=_order)
     numbers = {key: n for n, key in enumerate(keys)}
-    sums = [[*key, collector.sums[key].width, collector.sums[key].tokens] for key in keys]
+    sums = [[*_order(key), collector.sums[key].width, collector.sums[key].tokens] for key in keys]
     leaders = [
-        [*key, numbers[leader]] for key, leader in sorted(collector.leaders.items(), key=lambda kv: _order(kv[0]))
+        [*_order(key), numbers[leader]]
+        for key, leader in sorted(collector.leaders.items(), key=lambda kv: _order(kv[0]))
     ]
     dtypes = {torch.float64: "F64", torch.float32: "F32"}
     arrays = [
@@ -576,8 +578,8 @@ def _resume(
             for p in ("square", "diagonal", "sketch")
             if f"{p}.{n}" in arrays
         }
-        keys.append((name, expert))
-        collector.sums[name, expert] = Sum(width, tokens, **parts)
+        keys.append((name, None if expert < 0 else expert))
+        collector.sums[keys[-1]] = Sum(width, tokens, **parts)
     for name, expert, leader in fields["leaders"]:
-        collector.leaders[name, expert] = keys[leader]
+        collector.leaders[name, None if expert < 0 else expert] = keys[leader]
     return int(fields["tokens"])

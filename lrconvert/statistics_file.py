@@ -33,7 +33,7 @@ from lrconvert.errors import (
     VersionError,
 )
 from lrconvert.limits import GIB, MAX_DIM, MAX_INT, MIB, Limits
-from lrconvert.manifest import as_hex, as_object
+from lrconvert.manifest import as_hex, as_object, content_digest
 from lrconvert.moments import Input, InputStatistics, Moment
 
 METADATA_KEY = "lrconvert-statistics"
@@ -79,8 +79,7 @@ class _Opened:
 
     def _checked(self, info: TensorInfo) -> bytearray:
         data = self.file.read(info)
-        stated = as_hex(self.digests.get(info.name), f"the digest of {info.name!r}")
-        if tensor_digest(info.name, info.dtype, info.shape, [data]) != stated:
+        if tensor_digest(info.name, info.dtype, info.shape, [data]) != self.digests[info.name]:
             raise DigestError(
                 f"tensor {info.name!r} does not match its digest", fix="the file is damaged", path=self.file.path
             )
@@ -89,7 +88,8 @@ class _Opened:
 
 def _header(key: str, fields: Mapping[str, Any], arrays: Sequence[tuple[str, str, Array]]) -> bytes:
     """The header of a file: tensors in the given order, `fields` with their digests as its only metadata."""
-    digests = {name: tensor_digest(name, dtype, a.shape, [_bytes(a, dtype)]) for name, dtype, a in arrays}
+    tensors = {name: tensor_digest(name, dtype, a.shape, [_bytes(a, dtype)]) for name, dtype, a in arrays}
+    digests = {"content": content_digest(tensors, fields), "tensors": tensors}
     text = strictjson.dump_canonical({**fields, "digests": digests}).decode()
     return encode_header([(name, dtype, a.shape) for name, dtype, a in arrays], {key: text})
 
@@ -122,12 +122,15 @@ def _open(key: str, path: Path) -> _Opened:
                 raise JsonSyntaxError("the manifest is not an object")
             if manifest.get("version") != VERSION:
                 raise VersionError(f"version {manifest.get('version')!r:.40} is not known", fix="is lrconvert too old?")
-            digests = manifest.pop("digests", None)
-            if not isinstance(digests, dict):
-                raise MissingFieldError("the manifest has no digests")
+            stated = as_object(manifest.pop("digests", None), "digests", ["content", "tensors"])
+            digests = stated["tensors"] if isinstance(stated["tensors"], dict) else {}
             unknown = sorted(digests.keys() ^ file.by_name.keys())
             if unknown:
                 raise UnknownFieldError(f"{unknown[0]!r:.80} is not both a tensor and a digest")
+            for name, value in digests.items():
+                as_hex(value, f"the digest of {name!r:.80}")
+            if content_digest(digests, manifest) != stated["content"]:
+                raise DigestError("digests.content is not that of the manifest", fix="the file is damaged")
             if encode_header([(t.name, t.dtype, t.shape) for t in file.tensors], file.metadata) != file.header_bytes:
                 raise CanonicalError("the header is not the canonical one of its content")
         except LrcError as error:

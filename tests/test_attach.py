@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,39 @@ def test_four_bit_layers(tmp_path: Path) -> None:
         attach(model, lora)
         attach(plain, lora)
         assert oracle.difference(oracle.outputs(model, x), oracle.outputs(plain, x)) <= 1e-4
+
+
+def test_accelerate() -> None:
+    """Under accelerate (prepare, accumulate, clip) a model with an adapter trains as without."""
+    accelerate = pytest.importorskip("accelerate")
+    lora = random_lora([(24, 16), (40, 24)])
+    pairs = [replace(pair, target=replace(pair.target, name=f"{2 * n}.weight")) for n, pair in enumerate(lora.targets)]
+    halves = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(3)).double()
+    trained = []
+    for accelerator in (None, accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 40)).double().requires_grad_(False)
+        source = attach(model, replace(lora, targets=tuple(pairs)), dtype=torch.float64, trainable=True)
+        step: Any = torch.optim.SGD(source.parameters(), lr=0.1)
+        if accelerator is None:
+            for _ in range(3):
+                step.zero_grad()
+                sum(model(half).square().mean() / 2 for half in halves).backward()
+                nn.utils.clip_grad_norm_(source.parameters(), 0.5)
+                step.step()
+        else:
+            whole, step = accelerator.prepare(model, step)
+            for half in [half for _ in range(3) for half in halves]:
+                with accelerator.accumulate(whole):
+                    accelerator.backward(whole(half).square().mean())
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(source.parameters(), 0.5)
+                    step.step()
+                    step.zero_grad()
+            assert accelerator.unwrap_model(whole) is model
+        trained.append([p.detach().clone() for p in source.parameters()])
+    for a, b in zip(*trained, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
 def wide() -> nn.Module:

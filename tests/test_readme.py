@@ -24,6 +24,8 @@ def block(language: str) -> str:
 def folder(tmp_path):
     shutil.copytree(ADAPTERS / "llama-plain", tmp_path / "my-adapter")
     shutil.copytree(BASES / "tiny-llama", tmp_path / "base-model")
+    for name in ("texts", "other-texts"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(f'{{"text": "{name} {n}: a line."}}' for n in range(9)))
     return tmp_path
 
 

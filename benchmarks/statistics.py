@@ -1,0 +1,165 @@
+"""What input statistics cost, and what they bring.
+
+Collecting them beside a plain forward pass of the same model over the same tokens; and, on the bundled pair, the
+answers of refitted adapters with and without them, at equal bytes, on texts that neither the LoRA nor the statistics
+have seen.
+
+    python benchmarks/statistics.py             measures what is missing, each cell in a process of its own
+    python benchmarks/statistics.py --render    writes the README table
+
+Models are random, shaped like Llama-3 with fewer layers; the narrow one keeps most moments exactly, the wide ones
+sketch them. Each way runs once unmeasured and three times measured, in turn; the medians count. Memory is the peak
+resident size above that of the process with the model loaded and the plain pass done.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import cells
+
+# hidden, intermediate, heads, key-value heads, layers, batch rows, batch length, batches
+SHAPES = {
+    "512 wide": (512, 1376, 8, 4, 8, 8, 512, 4),
+    "2048 wide": (2048, 8192, 32, 8, 4, 4, 512, 2),
+    "4096 wide": (4096, 14336, 32, 8, 2, 4, 512, 2),
+}
+
+_CHILD = """
+import json, resource, statistics, sys, time
+import torch, transformers
+from lrconvert import collecting, statistics_file
+hidden, inner, heads, kv, layers, rows, length, count = json.loads(sys.argv[1])
+torch.manual_seed(0)
+config = transformers.LlamaConfig(
+    hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads, num_key_value_heads=kv,
+    num_hidden_layers=layers, vocab_size=32000, max_position_embeddings=length,
+)
+model = transformers.LlamaForCausalLM(config).float().eval().to(sys.argv[2])
+batches = [{"input_ids": torch.randint(0, 32000, (rows, length))} for _ in range(count)]
+
+def plain():
+    with torch.no_grad():
+        for batch in batches:
+            model(**{k: v.to(sys.argv[2]) for k, v in batch.items()})
+    if sys.argv[2] == "cuda":
+        torch.cuda.synchronize()
+
+def ours():
+    return collecting.collect(model, batches)
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+plain()
+before = peak()
+found = ours()
+above = peak() - before
+times = {plain: [], ours: []}
+for _ in range(3):
+    for way in times:
+        start = time.perf_counter()
+        way()
+        times[way].append(time.perf_counter() - start)
+tokens = rows * length * count
+values = sum(m.matrix.nbytes if m.matrix is not None else m.diagonal.nbytes + (0 if m.rows is None else m.rows.nbytes)
+             for m in map(found.load, range(len(found.inputs))))
+print(json.dumps({
+    "plain": tokens / statistics.median(times[plain]), "ours": tokens / statistics.median(times[ours]),
+    "above_mib": above, "held_mib": values / 2**20, "inputs": len(found.inputs),
+}))
+"""
+
+
+def _cells(device: str) -> Iterator[cells.Cell]:
+    for name, shape in SHAPES.items():
+        yield f"{name}, {device}", lambda shape=shape: _run(shape, device)
+
+
+def _run(shape: tuple[int, ...], device: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-c", _CHILD, json.dumps(shape), device], capture_output=True, text=True, check=True
+    )
+    return {k: round(v, 1) for k, v in json.loads(done.stdout.splitlines()[-1]).items()}
+
+
+ANSWERS = [(method, ratio) for method in ("lowrank", "vblora") for ratio in (10, 20, 50)]
+
+
+def _answers(method: str, ratio: int) -> dict[str, Any]:
+    """Share of the KL distance between base and LoRA that an adapter closes, agreement, captured: without, with."""
+    import tempfile
+    from pathlib import Path
+
+    import lrconvert
+    from lrconvert import api
+
+    demo = Path(lrconvert.__file__).parent / "demo"
+    with tempfile.TemporaryDirectory() as folder:
+        known = api.statistics(demo / "base", demo / "train.jsonl", Path(folder) / "demo.stats")
+        lora = api.load_lora(demo / "adapter")
+        made = [api.convert(lora, method, target_ratio=ratio, statistics=some) for some in (None, known)]
+        files = [done.compact for done in made]
+        told = api.compare(lora, files, statistics=known, base=demo / "base", data=demo / "heldout.jsonl")
+    found: dict[str, Any] = {"items": told[0].answers.items}
+    for name, done, some in zip(("without", "with"), made, told, strict=True):
+        found[name] = {
+            "bytes": done.sizes.adapter,
+            "captured": round(some.captured, 4),
+            "output_captured": round(some.output_captured, 4),
+            "closed": round(some.answers.closed, 4),
+            "agreement": round(some.answers.agreement, 4),
+        }
+    return found
+
+
+def all_cells() -> Iterator[cells.Cell]:
+    import torch
+
+    for method, ratio in ANSWERS:
+        yield f"answers, {method}, ratio {ratio}", lambda m=method, r=ratio: _answers(m, r)
+    yield from _cells("cpu")
+    if torch.cuda.is_available():
+        yield from _cells("cuda")
+
+
+def table() -> str:
+    found = cells.read("statistics")
+    rows = []
+    for device in ("cpu", "cuda"):
+        for name, shape in SHAPES.items():
+            cell = found.get(f"{name}, {device}")
+            if cell is None:
+                rows.append([f"{name}, {shape[4]} layers, {device}", *["not run"] * 3, "", ""])
+                continue
+            rows.append([
+                f"{name}, {shape[4]} layers, {device}", f"{cell['plain']:,.0f}", f"{cell['ours']:,.0f}",
+                f"{cell['plain'] / cell['ours']:.2f}x", f"{cell['above_mib']:,.0f} MiB", f"{cell['held_mib']:,.0f} MiB",
+            ])  # fmt: skip
+    head = ["model", "tokens/s, plain pass", "with statistics", "time", "peak memory above", "moments"]
+    return f"{cells.markdown(head, rows)}\n\n{_answer_table(found)}"
+
+
+def _answer_table(found: dict[str, Any]) -> str:
+    rows = []
+    for method, ratio in ANSWERS:
+        cell = found.get(f"answers, {method}, ratio {ratio}")
+        if cell is None:
+            rows.append([f"{method}, {ratio} times smaller", *["not run"] * 4, "", ""])
+            continue
+        one, two = cell["without"], cell["with"]
+        rows.append([
+            f"{method}, {ratio} times smaller", f"{one['closed']:.1%}", f"{two['closed']:.1%}",
+            f"{one['agreement']:.1%}", f"{two['agreement']:.1%}", f"{one['captured']:.3f}", f"{two['captured']:.3f}",
+        ])  # fmt: skip
+    head = ["bundled pair", "KL closed, without", "with statistics", "agreement, without", "with",
+            "captured, without", "with"]  # fmt: skip
+    return cells.markdown(head, rows)
+
+
+if __name__ == "__main__":
+    cells.main("statistics", __doc__, all_cells, table)
