@@ -8,8 +8,9 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrconvert import converting, file, hub, merging, report, statistics_file, validation
+from lrconvert import compressing, converting, file, hub, merging, report, statistics_file, validation
 from lrconvert.adapter import CompactAdapter, LoraAdapter
+from lrconvert.compressing import Compression
 from lrconvert.consumers import base as consumer_base
 from lrconvert.consumers.base import Finding
 from lrconvert.converting import Conversion, ExtraDtype
@@ -150,6 +151,47 @@ def convert(
         dry_run=dry_run,
         progress=progress,
         **options,
+    )
+
+
+def compress(
+    lora: LoraAdapter,
+    *,
+    target_size: int | None = None,
+    target_ratio: float | None = None,
+    min_captured: float | None = None,
+    forms: Sequence[str] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    base: AnyPath | None = None,
+    statistics: AnyPath | InputStatistics | None = None,
+    bake_dora: int | None = None,
+    extra_dtype: ExtraDtype | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Progress = _silent,
+) -> Compression:
+    """Try `forms` (all without) and take the one that keeps most under `target_size` or `target_ratio`, or the smallest
+    that keeps `min_captured`: of the outputs' energy if there are `statistics`, else of the weights'. `chosen` of the
+    result is the winner's conversion. The other options are those of `convert`.
+
+    Raises E-BUDGET, saying what would do, if nothing meets the request, E-OPTION, and what `convert` raises.
+    """
+    return compressing.compress(
+        lora,
+        target_size=target_size,
+        target_ratio=target_ratio,
+        min_captured=min_captured,
+        forms=forms,
+        include=include,
+        exclude=exclude,
+        base=None if base is None else hub.locate(base),
+        statistics=_statistics(statistics),
+        bake_dora=bake_dora,
+        extra_dtype=extra_dtype,
+        seed=seed,
+        device=device,
+        progress=progress,
     )
 
 

@@ -11,6 +11,7 @@ from lrconvert.methods import base as methods
 from lrconvert.report import Fidelity
 
 if TYPE_CHECKING:
+    from lrconvert.compressing import Compression
     from lrconvert.converting import Conversion
     from lrconvert.file import Sizes
     from lrconvert.merging import MergeReport, UnmergeReport, VerifyReport
@@ -150,6 +151,46 @@ def conversion(source: str, output: str | None, done: Conversion, verbose: bool)
         if verbose:
             lines += ["", _fidelity_table(done.fidelity, len(done.fidelity.targets))]
     return "\n".join(lines)
+
+
+def compression_json(done: Compression) -> dict[str, Any]:
+    rows = []
+    for n, some in enumerate(done.candidates):
+        row: dict[str, Any] = {"method": some.method, "options": dict(some.options), "winner": n == done.winner}
+        if some.conversion is None:
+            row["refused"] = str(some.refused)
+        else:
+            fidelity = some.conversion.fidelity
+            assert fidelity is not None
+            row |= {"bytes": some.nbytes, "ratio": some.conversion.ratio, "captured": fidelity.captured}
+            row |= {"output_captured": fidelity.output_captured, "score": some.score}
+        rows.append(row)
+    return {"candidates": rows, **conversion_json(done.chosen)}
+
+
+def compression(source: str, output: str, done: Compression) -> str:
+    """Every candidate on a line, smallest first, the winner marked."""
+    made = [(some, some.conversion) for some in done.candidates if some.conversion is not None]
+    weighted = any(c.fidelity is not None and c.fidelity.output_captured is not None for _, c in made)
+    rows = []
+    for some, found in sorted(made, key=lambda entry: (entry[0].nbytes, -entry[0].score)):
+        fidelity = found.fidelity
+        assert fidelity is not None
+        mark = "* " if some is done.candidates[done.winner] else "  "
+        told = ", ".join(f"{key} {value}" for key, value in some.options.items())
+        captured = [_share(fidelity.captured)]
+        captured += [_share(fidelity.output_captured), _share(fidelity.fit_captured)] if weighted else []
+        name = f"{mark}{some.method}{f' ({told})' if told else ''}"
+        rows.append([name, f"{some.nbytes:,}", f"{found.ratio:.1f}", *captured])
+    head = ["  form", "bytes", "ratio", "captured", *(["of outputs", "score"] if weighted else [])]
+    lines = [f"{printable(source)} -> {printable(output)}", "", table(head, rows)]
+    lines += [f"  {c.method}: {printable(c.refused.what)}" for c in done.candidates if c.refused is not None]
+    note = (
+        "The score is what the fits work on: errors of outputs, each target by the root of its energy."
+        if weighted
+        else "Captured energy of the weights alone favours low rank; --statistics ranks by what layers put out."
+    )
+    return "\n".join([*lines, "", note])
 
 
 def fidelity_json(found: Fidelity) -> dict[str, Any]:

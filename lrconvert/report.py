@@ -20,7 +20,8 @@ from lrconvert.moments import InputStatistics
 @dataclass(frozen=True)
 class TargetFidelity:
     """One target: ranks before and after, ||delta||^2, ||delta - delta_hat||^2, and the share of energy captured. The
-    same of the outputs under input statistics (`output`) and on data (`data`): E||delta x||^2 and so on."""
+    same of the outputs under input statistics (`output`) and on data (`data`): E||delta x||^2 and so on; and in the
+    metric of the fits (`fit`)."""
 
     name: str
     rank_before: int
@@ -29,6 +30,8 @@ class TargetFidelity:
     error: float
     output_energy: float | None = None
     output_error: float | None = None
+    fit_energy: float | None = None
+    fit_error: float | None = None
     data_energy: float | None = None
     data_error: float | None = None
 
@@ -98,6 +101,11 @@ class Fidelity:
         return _total([(t.output_error, t.output_energy) for t in self.targets])
 
     @property
+    def fit_captured(self) -> float | None:
+        """The same in the metric of the fits, `canonical.fit_metric`; None without statistics."""
+        return _total([(t.fit_error, t.fit_energy) for t in self.targets])
+
+    @property
     def data_captured(self) -> float | None:
         """The same of the outputs on data; None without. Experts and what else is no layer of its own are not in it."""
         return _total([(t.data_error, t.data_energy) for t in self.targets])
@@ -151,8 +159,10 @@ def _target_fidelity(
     found = TargetFidelity(pair.target.name, pair.rank, a.shape[0], energy, error)
     if statistics is None:
         return found
-    error, energy = canonical.distance(pair, a, b, statistics.of(pair.target))
-    return replace(found, output_energy=energy, output_error=error)
+    moment = statistics.of(pair.target)
+    error, energy = canonical.distance(pair, a, b, moment)
+    fit_error, fit_energy = canonical.distance(pair, a, b, canonical.fit_metric(pair, moment))
+    return replace(found, output_energy=energy, output_error=error, fit_energy=fit_energy, fit_error=fit_error)
 
 
 # --- inspection -----------------------------------------------------------------------------------------------------

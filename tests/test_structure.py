@@ -22,7 +22,7 @@ ORDER = [
     {"readers", "exporters", "consumers"},
     {"heads", "merging", "baking", "attaching", "live", "texts", "collecting", "measuring"},
     {"converting"},
-    {"gathering"},
+    {"gathering", "compressing"},
     {"api"},
     {"render", "demo", "cli", "testing", "__main__"},
 ]

@@ -117,16 +117,9 @@ def _convert(
     device: str,
     **common: Any,
 ) -> None:
-    from lrconvert import api, hub, render
-    from lrconvert.durable import check_output
+    from lrconvert import api, render
 
-    if output is None and not dry_run:
-        raise click.UsageError("Missing option '-o' / '--output'.")
-    where = hub.locate(source)
-    if output is not None:
-        # A compact file beside the adapter is an earlier output, which --overwrite may replace.
-        inputs = [p for p in where.iterdir() if p.suffix != ".lrc"] if where.is_dir() else [where]
-        check_output(hub.output(output), overwrite, inputs=inputs)
+    where = _check_paths(source, output, overwrite, needed=not dry_run)
     lora = api.load_lora(where, allow_pickle=allow_pickle)
     with progress_bar(f"lora-to-{method}", quiet or as_json) as progress:
         done = api.convert(
@@ -140,6 +133,70 @@ def _convert(
     warn(done.warnings)
     if not quiet:
         click.echo(render.conversion(str(source), None if dry_run else str(output), done, verbose))
+
+
+def _check_paths(source: Path, output: Path | None, overwrite: bool, needed: bool) -> Path:
+    """Where the source is. Raises a usage error without an output that is `needed`, E-OUT-* for a bad one."""
+    from lrconvert import hub
+    from lrconvert.durable import check_output
+
+    if output is None and needed:
+        raise click.UsageError("Missing option '-o' / '--output'.")
+    where = hub.locate(source)
+    if output is not None:
+        # A compact file beside the adapter is an earlier output, which --overwrite may replace.
+        inputs = [p for p in where.iterdir() if p.suffix != ".lrc"] if where.is_dir() else [where]
+        check_output(hub.output(output), overwrite, inputs=inputs)
+    return where
+
+
+_NOT_FOR_ALL = ("dry_run", "verbose")
+
+
+def compress_command() -> click.Command:
+    """The command `compress`: the converters' options, and what is asked of the winner."""
+    params = [p for p in _common_options() if p.name not in _NOT_FOR_ALL]
+    params[4:4] = [
+        click.Option(
+            ["--min-captured"],
+            type=float,
+            help="The smallest file that keeps this share: of outputs with --statistics, else of weights.",
+        ),
+        click.Option(
+            ["--methods"], help="Forms to try, with commas between; default: all. For instance lowrank,vblora."
+        ),
+    ]
+    about = "Try every form that can meet a size, a ratio or a share to keep; print them all, write the best."
+    return click.Command("compress", params=params, callback=_compress, help=about, short_help=about)
+
+
+def _compress(
+    *,
+    source: Path,
+    output: Path | None,
+    methods: str | None,
+    allow_pickle: bool,
+    overwrite: bool,
+    quiet: bool,
+    as_json: bool,
+    device: str,
+    **common: Any,
+) -> None:
+    from lrconvert import api, render
+
+    where = _check_paths(source, output, overwrite, needed=True)
+    assert output is not None
+    lora = api.load_lora(where, allow_pickle=allow_pickle)
+    forms = [name.strip() for name in (methods or "").split(",") if name.strip()]
+    with progress_bar("compress", quiet or as_json) as progress:
+        done = api.compress(lora, forms=forms, device=device_of(device), progress=progress, **common)
+    api.write(done.chosen.compact, output, overwrite=overwrite)
+    if as_json:
+        emit({"source": str(source), "output": str(output), **render.compression_json(done)})
+        return
+    warn(done.chosen.warnings)
+    if not quiet:
+        click.echo(render.compression(str(source), str(output), done))
 
 
 def commands() -> list[click.Command]:

@@ -76,6 +76,7 @@ class Method(ABC):
     commands: ClassVar[tuple[Command, ...]]
     Options: ClassVar[type[Any]]
     examples: ClassVar[tuple[Mapping[str, Any], ...]]  # option sets that the law tests and golden files run over
+    searches: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)  # option sets that `compress` tries under a budget
     default_ratio: ClassVar[int | None] = 50  # --target-ratio when no size is asked for; None: no budget
 
     # --- what the file holds ---
