@@ -40,19 +40,20 @@ def _silent(fraction: float, text: str) -> None:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def load_lora(path: AnyPath, *, allow_pickle: bool = False) -> LoraAdapter:
+def load_lora(path: AnyPath, *, allow_pickle: bool = False, base: AnyPath | None = None) -> LoraAdapter:
     """The LoRA at `path`: a folder or file in any layout that a reader knows.
 
     `allow_pickle`, here and below: load ``.bin`` and ``.pt`` files too, with torch's loader that builds tensors only.
     A compact adapter is expanded, with a warning: what is fitted to it is a second generation. Raises E-LAYOUT if no
     reader knows the layout, and the reader's refusals (an `LrcError` with a stable code each).
     """
-    found = load(path, allow_pickle=allow_pickle)
+    found = load(path, allow_pickle=allow_pickle, base=base)
     return found if isinstance(found, LoraAdapter) else report.expanded(found)
 
 
-def load(path: AnyPath, *, allow_pickle: bool = False) -> LoraAdapter | CompactAdapter:
-    """A LoRA in any known layout, or the compact adapter of an lrconvert file or of a compact layout (PEFT VB-LoRA).
+def load(path: AnyPath, *, allow_pickle: bool = False, base: AnyPath | None = None) -> LoraAdapter | CompactAdapter:
+    """A LoRA in any known layout, or the compact adapter of an lrconvert file or of a compact layout (PEFT VB-LoRA,
+    PEFT MiSS). `base` is needed for a MiSS, whose file does not say how wide layers are; its headers are read.
 
     Wherever an adapter or a base is asked for, `path` may be a hub id (``org/name``, ``org/name@revision``) that is in
     the local Hugging Face cache; see `lrconvert.hub`.
@@ -60,7 +61,8 @@ def load(path: AnyPath, *, allow_pickle: bool = False) -> LoraAdapter | CompactA
     where = hub.locate(path)
     if where.is_file() and file.is_lrconvert(where):
         return file.read(where)
-    return readers.load(where, readers.ReadOptions(allow_pickle=allow_pickle))
+    there = None if base is None else hub.locate(base)
+    return readers.load(where, readers.ReadOptions(allow_pickle=allow_pickle, base=there))
 
 
 def read(path: AnyPath) -> CompactAdapter:
@@ -80,9 +82,9 @@ def upgrade(path: AnyPath, out: AnyPath, *, overwrite: bool = False) -> file.Siz
     return file.write(file.read(Path(path)), Path(out), overwrite=overwrite)
 
 
-def inspect(path: AnyPath, *, allow_pickle: bool = False) -> dict[str, Any]:
+def inspect(path: AnyPath, *, allow_pickle: bool = False, base: AnyPath | None = None) -> dict[str, Any]:
     """What an adapter is, as JSON values: ``targets`` (shapes, ranks, spectra), bytes, extras, base hint, warnings."""
-    adapter = load(path, allow_pickle=allow_pickle)
+    adapter = load(path, allow_pickle=allow_pickle, base=base)
     return report.inspect_lora(adapter) if isinstance(adapter, LoraAdapter) else report.inspect_compact(adapter)
 
 
@@ -223,7 +225,8 @@ def compare(
     LoRA's own, agreement. Raises E-STATS, E-DATA, and E-BASE for targets that are not the source's.
     """
     known = _statistics(statistics)
-    lora = source if isinstance(source, LoraAdapter) else load_lora(source, allow_pickle=allow_pickle)
+    where = base if isinstance(base, (str, PathLike)) else None
+    lora = source if isinstance(source, LoraAdapter) else load_lora(source, allow_pickle=allow_pickle, base=where)
     compacts, found = [], []
     for item in files:
         try:
@@ -309,7 +312,7 @@ def merge(
     """
     return merging.merge(
         hub.locate(base),
-        _loaded(adapters, allow_pickle),
+        _loaded(adapters, base, allow_pickle),
         hub.output(out),
         overwrite=overwrite,
         dry_run=dry_run,
@@ -321,19 +324,19 @@ def merge(
     )
 
 
-def _loaded(adapters: Mergeable | Sequence[Mergeable], allow_pickle: bool) -> list[Scaled]:
-    """What to merge, every path read."""
+def _loaded(adapters: Mergeable | Sequence[Mergeable], base: AnyPath, allow_pickle: bool) -> list[Scaled]:
+    """What to merge into `base`, every path read."""
     if isinstance(adapters, Sequence) and not isinstance(adapters, str):
-        return [_scaled(item, allow_pickle) for item in adapters]
-    return [_scaled(adapters, allow_pickle)]
+        return [_scaled(item, base, allow_pickle) for item in adapters]
+    return [_scaled(adapters, base, allow_pickle)]
 
 
-def _scaled(item: Mergeable, allow_pickle: bool) -> Scaled:
+def _scaled(item: Mergeable, base: AnyPath, allow_pickle: bool) -> Scaled:
     if isinstance(item, Scaled):
         return item
     if isinstance(item, (LoraAdapter, CompactAdapter)):
         return Scaled(item)
-    return Scaled(load(item, allow_pickle=allow_pickle), name=hub.hint(item))
+    return Scaled(load(item, allow_pickle=allow_pickle, base=base), name=hub.hint(item))
 
 
 def unmerge(
@@ -372,7 +375,7 @@ def verify(
     progress: Progress = _silent,
 ) -> VerifyReport:
     """Whether `merged` is the merge of `base` and `adapters`: every value is computed again, every bit compared."""
-    inputs = _loaded(adapters, allow_pickle)
+    inputs = _loaded(adapters, base, allow_pickle)
     return merging.verify(hub.locate(merged), hub.locate(base), inputs, dequantize=dequantize, progress=progress)
 
 

@@ -140,10 +140,14 @@ def fidelity(lora: LoraAdapter, compact: CompactAdapter, statistics: InputStatis
 
     Targets of the LoRA that the compact adapter lacks (an `--exclude`) count as lost.
     """
-    ours = {target_key(t): (a, b) for t, a, b in methods.expand_all(compact)}
-    rows = [_target_fidelity(pair, ours.pop(target_key(pair.target), None), statistics) for pair in lora.targets]
-    if ours:
-        raise BaseError(f"the target {next(iter(ours))[0]!r} is not one of the source's", fix="is this its source?")
+    pairs = {target_key(pair.target): pair for pair in lora.targets}
+    found: dict[tuple[str, str], TargetFidelity] = {}
+    for target, a, b in methods.expand_all(compact):  # one target at a time: some forms expand to many times their size
+        pair = pairs.get(target_key(target))
+        if pair is None:
+            raise BaseError(f"the target {target.name!r} is not one of the source's", fix="is this its source?")
+        found[target_key(target)] = _target_fidelity(pair, (a, b), statistics)
+    rows = [found.get(key) or _target_fidelity(pair, None, statistics) for key, pair in pairs.items()]
     size = file.sizes(compact)
     return Fidelity(tuple(rows), compact.method, lora.half_bytes, size.payload, size.overhead, size.extras)
 

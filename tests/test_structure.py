@@ -22,9 +22,9 @@ ORDER = [
     {"readers", "exporters", "consumers"},
     {"heads", "merging", "baking", "attaching", "live", "texts", "collecting", "measuring"},
     {"converting"},
-    {"gathering", "compressing"},
+    {"gathering", "compressing", "ablating", "allocating"},
     {"api"},
-    {"render", "demo", "cli", "testing", "__main__"},
+    {"render", "page", "demo", "cli", "testing", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # Lower-level numerics may use the plain nouns of the next group.

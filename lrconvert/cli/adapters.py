@@ -24,13 +24,16 @@ from lrconvert.errors import EXIT_REFUSED, printable
 
 @click.command()
 @source_argument
+@click.option(
+    "--base", type=click.Path(path_type=Path), help="Base model folder or hub id, for layouts that do not say shapes."
+)
 @pickle_option
 @as_json_option
-def inspect(source: Path, allow_pickle: bool, as_json: bool) -> None:
+def inspect(source: Path, base: Path | None, allow_pickle: bool, as_json: bool) -> None:
     """Show what an adapter is: targets, ranks, spectrum, bytes. Any LoRA layout, and lrconvert files."""
     from lrconvert import api, render
 
-    found = api.inspect(source, allow_pickle=allow_pickle)
+    found = api.inspect(source, allow_pickle=allow_pickle, base=base)
     if as_json:
         emit({"path": str(source), **found})
         return

@@ -120,7 +120,7 @@ def _convert(
     from lrconvert import api, render
 
     where = _check_paths(source, output, overwrite, needed=not dry_run)
-    lora = api.load_lora(where, allow_pickle=allow_pickle)
+    lora = api.load_lora(where, allow_pickle=allow_pickle, base=common["base"])
     with progress_bar(f"lora-to-{method}", quiet or as_json) as progress:
         done = api.convert(
             lora, method, dry_run=dry_run, device=device_of(device), progress=progress, **common, **options
@@ -186,7 +186,7 @@ def _compress(
 
     where = _check_paths(source, output, overwrite, needed=True)
     assert output is not None
-    lora = api.load_lora(where, allow_pickle=allow_pickle)
+    lora = api.load_lora(where, allow_pickle=allow_pickle, base=common["base"])
     forms = [name.strip() for name in (methods or "").split(",") if name.strip()]
     with progress_bar("compress", quiet or as_json) as progress:
         done = api.compress(lora, forms=forms, device=device_of(device), progress=progress, **common)

@@ -22,7 +22,7 @@ from lrconvert.cli.shared import (
 from lrconvert.errors import EXIT_REFUSED
 
 
-def _weighted(text: str, allow_pickle: bool) -> Any:
+def _weighted(text: str, base: Path, allow_pickle: bool) -> Any:
     """The adapter that ``path`` or ``path=scale`` means, loaded."""
     from lrconvert import api, hub
     from lrconvert.merging import Scaled
@@ -35,7 +35,7 @@ def _weighted(text: str, allow_pickle: bool) -> Any:
             raise click.UsageError(f"{text!r}: what follows the last '=' is not a scale") from None
     else:
         name, scale = text, 1.0
-    return Scaled(api.load(name, allow_pickle=allow_pickle), scale, hub.hint(name))
+    return Scaled(api.load(name, allow_pickle=allow_pickle, base=base), scale, hub.hint(name))
 
 
 _dequantize = click.option("--dequantize", is_flag=True, help="Take a base that bitsandbytes has quantized as bf16.")
@@ -79,7 +79,7 @@ def merge_into_base(
     with progress_bar("merge", quiet or as_json) as progress:
         report = api.merge(
             base,
-            [_weighted(text, allow_pickle) for text in adapters],
+            [_weighted(text, base, allow_pickle) for text in adapters],
             output,
             overwrite=overwrite,
             dry_run=dry_run,
@@ -151,7 +151,7 @@ def verify(
     from lrconvert import api, render
 
     with progress_bar("verify", quiet or as_json) as progress:
-        inputs = [_weighted(text, allow_pickle) for text in adapters]
+        inputs = [_weighted(text, base, allow_pickle) for text in adapters]
         report = api.verify(merged, base, inputs, dequantize=dequantize, progress=progress)
     if as_json:
         emit({"merged": str(merged), "base": str(base), "ok": report.ok, **dataclasses.asdict(report)})

@@ -22,9 +22,10 @@ _NOT_READERS = ("base", "weights")
 @dataclass(frozen=True)
 class ReadOptions:
     """What a user may ask of every reader. `allow_pickle`: load ``.bin`` and ``.pt`` files, with torch's loader that
-    builds tensors only."""
+    builds tensors only. `base`: the folder of the base, for layouts that do not say how wide its layers are."""
 
     allow_pickle: bool = False
+    base: Path | None = None
 
 
 @dataclass(frozen=True)

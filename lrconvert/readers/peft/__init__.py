@@ -38,13 +38,14 @@ def recognises(path: Path) -> bool:
             config = read_json(path / CONFIG_NAME)
         except LrcError:
             return (path / CONFIG_NAME).exists()
-        if config.get("peft_type") == "VBLORA":  # has a reader of its own
+        if config.get("peft_type") in ("VBLORA", "MISS", "BONE"):  # have readers of their own
             return False
         return "peft_type" in config or not {"fine_tune_type", "lora_parameters"} & set(config)
     try:
         with ContainerFile(path) as file:
             stored = [info.name for info in file.tensors]
-            return any(n.startswith(names.PREFIX) for n in stored) and "base_model.vblora_vector_bank" not in stored
+            other = any(n.endswith((".miss_block", ".bone_block", "base_model.vblora_vector_bank")) for n in stored)
+            return any(n.startswith(names.PREFIX) for n in stored) and not other
     except LrcError:
         return path.name in (WEIGHTS_NAME, PICKLE_NAME)
 

@@ -65,9 +65,8 @@ _AS_LORA = "PEFT's save_as_lora writes an approximation of it as a LoRA; convert
 _NO_WEIGHTS = "it changes no weight of the base, so there is nothing to convert"
 _SCALES = "merge it into its base with PEFT and use the merged model"
 OTHER_KINDS = {
-    **dict.fromkeys(("LOHA", "LOKR", "MISS", "VERA", "RANDLORA", "FOURIERFT", "C3A", "UNILORA", "TINYLORA"), _AS_LORA),
+    **dict.fromkeys(("LOHA", "LOKR", "VERA", "RANDLORA", "FOURIERFT", "C3A", "UNILORA", "TINYLORA"), _AS_LORA),
     **dict.fromkeys(("ADALORA", "IA3", "OFT", "BOFT", "HRA", "HIRA", "LN_TUNING", "XLORA"), _SCALES),
-    "BONE": "PEFT's scripts/convert-bone-to-miss.py makes a MISS of it, and save_as_lora a LoRA of that",
     **dict.fromkeys(("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"), _NO_WEIGHTS),
     **dict.fromkeys(("ADAPTION_PROMPT", "CPT", "CARTRIDGE"), _NO_WEIGHTS),
 }

@@ -1,0 +1,183 @@
+"""Bone (PEFT's MiSS): one small block, repeated along one side of the weight.
+
+    in shards    delta_W[o, i] = D[i mod r, o]              D (r, out)        PEFT's MiSS
+    out shards   delta_W[o, i] = D[o mod r, i]              D (r, in)
+    mini         delta_W[o, i] = D[i mod r, o mod m]        D (r, m), m divides out
+
+With the tiling T (r, in), T[k, i] = 1 where i mod r = k, the update is ``D^T T``: a LoRA of rank r whose A is fixed and
+never stored. r need not divide in: the last copy of the block is cut, which is PEFT's padding of x with zeros. Papers:
+Bone, DiSHA, MiSS, arXiv 2409.15371 (v1 to v12); shards along either side are DiSHA's design space.
+
+The best D has a closed form. Under the moment M of the inputs (the identity without statistics),
+``D^T = delta M T^T (T M T^T)^-1``: sums of M and of the LoRA's factors over residue classes, never a dense update.
+Along outputs M cancels and D holds the means of delta's rows over their classes. A row space of r fixed directions
+holds about r / in of an update. What makes the form worth its bytes is M, which says which directions matter, one bit
+per number rather than sixteen, with what rounding loses fed back into the other rows, and ranks by what a bit buys.
+
+Stored tensors, in the order of their declaration:
+
+===========  ======  ==============================================================================================
+``ranks``    index   (targets,): r of each target; only if they differ
+``shards``   index   (targets,): 0 along inputs, 1 along outputs; only if both are in use
+``blocks``   half    (n,): the rows of all D; ``single`` at 32 bits; ``code`` below 16, odd integers times ``scales``
+``scales``   half    (n,): one per row of D and group; only below 16 bits
+===========  ======  ==============================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lrconvert import packing
+from lrconvert.adapter import LoraAdapter, Target
+from lrconvert.dtypes import Array
+from lrconvert.errors import CanonicalError, JsonSyntaxError, LimitError, MissingFieldError, UnknownFieldError
+from lrconvert.limits import MAX_DIM, MAX_RANK
+from lrconvert.methods.base import Budget, Command, FitContext, Method, Tensors
+from lrconvert.methods.bone.fit import fit_target, tiling
+from lrconvert.methods.bone.form import EXACT, SHARDS, VARIANTS, WIDTHS, Config, complete, groups_of, starts_of
+from lrconvert.methods.bone.plan import BoneOptions, Plan
+from lrconvert.packing import TensorSpec
+
+_FIELDS = ("variant", "shard", "bits", "group_size", "mini_rank", "rank", "uniform")
+
+
+class Bone(Method):
+    """See the module's docstring."""
+
+    id = "bone"
+    version = 1
+    title = "Bone / MiSS: one block, repeated"
+    commands = (Command("lora-to-bone", "Fit one block per target that repeats along a side (Bone, PEFT's MiSS)."),)
+    Options = BoneOptions
+    examples = (
+        {"rank": 7},
+        {"rank": 8, "bits": "4", "group_size": 24, "shard": "auto"},
+        {"rank": 5, "shard": "out", "bits": "8"},
+        {"variant": "mini", "rank": 9, "mini_rank": 4, "bits": "2"},
+        {"variant": "mini", "target_size": 1500},
+        {"target_size": 2500, "shard": "auto"},
+        {"peft_compatible": True, "target_size": 3000},
+    )
+
+    # --- what the file holds ---
+
+    def header(self, config: Config) -> dict[str, Any]:
+        return {
+            "variant": config.variant,
+            "shard": config.shard,
+            "bits": config.bits,
+            "group_size": config.group_size,
+            "mini_rank": config.mini_rank,
+            "rank": max(config.ranks),
+            "uniform": config.uniform,
+        }
+
+    def layout_specs(self, header: Mapping[str, Any], targets: Sequence[Target]) -> tuple[TensorSpec, ...]:
+        if set(header) != set(_FIELDS):
+            wrong = sorted(set(header) ^ set(_FIELDS))[0]
+            raise (UnknownFieldError if wrong in header else MissingFieldError)(f"method.config: field {wrong!r}")
+        for name, allowed in (("variant", VARIANTS), ("shard", SHARDS)):
+            if not isinstance(header[name], str) or header[name] not in allowed:
+                raise JsonSyntaxError(f"method.config.{name} is {header[name]!r:.60}; {', '.join(allowed)} are allowed")
+        if type(header["uniform"]) is not bool:
+            raise JsonSyntaxError(f"method.config.uniform is {header['uniform']!r:.40}; true or false is allowed")
+        mini = header["variant"] == "mini"
+        bounds = {"rank": (1, MAX_RANK), "group_size": (0, MAX_DIM), "mini_rank": (mini, MAX_DIM * mini)}
+        for name, (least, most) in bounds.items():
+            if type(header[name]) is not int or not least <= header[name] <= most:
+                raise LimitError(f"method.config.{name} is {header[name]!r:.40}; {int(least)} to {most} are allowed")
+        if type(header["bits"]) is not int or header["bits"] not in (EXACT, *WIDTHS):
+            raise LimitError(f"method.config.bits is {header['bits']!r:.40}; {EXACT} and {WIDTHS} are allowed")
+        if mini and header["shard"] != "in":
+            raise CanonicalError("method.config.shard of variant mini is not 'in'")
+        ranks = () if header["uniform"] else (packing.index("ranks", (len(targets),), header["rank"] + 1),)
+        return ranks if header["shard"] != "mixed" else (*ranks, packing.index("shards", (len(targets),), 2))
+
+    def layout(self, config: Config) -> dict[str, Array]:
+        tensors: dict[str, Array] = {} if config.uniform else {"ranks": np.array(config.ranks, np.uint32)}
+        return tensors | ({"shards": np.array(config.turned, np.uint32)} if config.shard == "mixed" else {})
+
+    def config(self, header: Mapping[str, Any], layout: Tensors, targets: Sequence[Target]) -> Config:
+        ranks = (header["rank"],) * len(targets) if header["uniform"] else tuple(layout["ranks"].tolist())
+        if max(ranks) != header["rank"] or (min(ranks) == max(ranks)) != header["uniform"]:
+            raise CanonicalError("method.config: rank and uniform do not describe the tensor 'ranks'")
+        turned = [header["shard"] == "out"] * len(targets)
+        if header["shard"] == "mixed":
+            turned = [bool(n) for n in layout["shards"].tolist()]
+            if any(side and not rank for side, rank in zip(turned, ranks, strict=True)):
+                raise CanonicalError("tensor shards: a target without a block has no shards along outputs")
+        settings = {name: header[name] for name in ("bits", "mini_rank", "group_size")}
+        config = complete(targets, ranks, turned, **settings)
+        for which, (target, rank) in enumerate(zip(targets, ranks, strict=True)):
+            out, inner = target.matrix_shape
+            if rank > (out if config.turned[which] else inner):
+                raise LimitError(f"target {target.name!r} has rank {rank}, more than its shape {target.matrix_shape}")
+            if rank and config.mini_rank and out % config.mini_rank:
+                raise LimitError(f"target {target.name!r}: {out} outputs are no multiple of {config.mini_rank}")
+        if config.shard != header["shard"]:
+            raise CanonicalError(f"method.config.shard is {header['shard']!r}; the blocks are {config.shard!r}")
+        if config.group_size != header["group_size"]:
+            raise CanonicalError("method.config.group_size must be 0: no row that has scales is longer")
+        return config
+
+    def specs(self, config: Config, targets: Sequence[Target]) -> tuple[TensorSpec, ...]:
+        numbers, scales = starts_of(config, tuple(targets))[-1]
+        if config.bits < 16:
+            return packing.code("blocks", (numbers,), config.bits), packing.half("scales", (scales,))
+        return ((packing.single if config.bits == EXACT else packing.half)("blocks", (numbers,)),)
+
+    def ranks(self, config: Config, targets: Sequence[Target]) -> Sequence[int]:
+        return config.ranks
+
+    # --- using it ---
+
+    def block(self, config: Config, targets: Sequence[Target], values: Mapping[str, Any], which: int) -> Any:
+        """D (r, columns) of target number `which` in float32: exact products of odd integers and scales."""
+        rank, columns = config.ranks[which], config.columns(which, targets[which])
+        at, scale_at = starts_of(config, tuple(targets))[which]
+        numbers = values["blocks"][at : at + rank * columns].reshape(rank, columns)
+        if config.bits >= 16:
+            return numbers
+        groups = groups_of(columns, config.group_size)
+        scales = values["scales"][scale_at : scale_at + rank * groups].reshape(rank, groups)
+        return numbers * (scales if groups == 1 else scales[:, np.arange(columns) // config.group_size])
+
+    def expand(
+        self, config: Config, targets: Sequence[Target], values: Mapping[str, Any], which: int, xp: Any
+    ) -> tuple[Any, Any]:
+        (out, inner), rank = targets[which].matrix_shape, config.ranks[which]
+        tiled, other = (out, inner) if config.turned[which] else (inner, out)
+        block = self.block(config, targets, values, which)
+        if block.shape[1] != other:
+            block = block[:, np.arange(other) % block.shape[1]]
+        tiles: Any = tiling(rank, tiled).astype(np.float32)
+        if xp is not np:
+            tiles = xp.from_numpy(tiles).to(block.device, block.dtype)
+        return (block, tiles.T) if config.turned[which] else (tiles, block.T)
+
+    # --- making it ---
+
+    def plan(self, lora: LoraAdapter, options: BoneOptions, budget: Budget | None, context: FitContext) -> Config:
+        return Plan(lora, options, budget, context).best()
+
+    def fit(self, lora: LoraAdapter, config: Config, context: FitContext) -> dict[str, Array]:
+        targets = lora.shapes()
+        specs = self.specs(config, targets)
+        arrays = {s.name: np.zeros(s.shape, np.uint8 if s.kind == "code" else np.float32) for s in specs}
+        starts = starts_of(config, targets)
+        for which, pair in enumerate(lora.targets):
+            at, scale_at = starts[which]
+            if config.ranks[which]:
+                numbers, scales = fit_target(pair, config, which, context.metric(pair))
+                arrays["blocks"][at : at + numbers.size] = numbers.reshape(-1)
+                if config.bits < 16:
+                    arrays["scales"][scale_at : scale_at + scales.size] = scales.reshape(-1)
+            context.progress((which + 1) / len(lora.targets), pair.target.name)
+        return {name: packing.round_half(a) if a.dtype == np.float32 else a for name, a in arrays.items()}
+
+
+METHOD = Bone()

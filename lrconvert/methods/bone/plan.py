@@ -1,0 +1,322 @@
+"""Which block each target gets: options, what blocks of every rank would keep, and the search under a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+
+from lrconvert.adapter import LoraAdapter, LoraTarget, Target
+from lrconvert.errors import BudgetError, OptionError
+from lrconvert.limits import MAX_RANK
+from lrconvert.methods.base import Budget, FitContext
+from lrconvert.methods.bone.fit import Classes, counts, factors, fold, per_class, upper_root
+from lrconvert.methods.bone.form import WIDTHS, Config, complete, groups_of
+from lrconvert.moments import Moment
+
+DEFAULT_RANK = 64  # PEFT's
+_MOST = 1024  # the largest rank that a search tries: each costs its cube; --rank may be larger
+# Share of the energy of a Gaussian row that is lost at each width (uniform quantizer, best scale); see `lowrank`.
+_LOST = {16: 0.0, 8: 1.2e-4, 4: 0.0115, 3: 0.0374, 2: 0.119, 1: 0.363}
+
+
+@dataclass(frozen=True)
+class BoneOptions:
+    """What a user may ask for."""
+
+    variant: str = field(
+        default="bone",
+        metadata={
+            "help": "bone: one number per output and row of the block. mini: the block repeats along outputs too.",
+            "choices": ("bone", "mini"),
+        },
+    )
+    rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of every block (at most the width that it repeats along). Default: chosen per target by the "
+            "size asked for; 64 without one."
+        },
+    )
+    mini_rank: int | None = field(
+        default=None,
+        metadata={"help": "Columns of every block of --variant mini; divides every output width. Default: chosen."},
+    )
+    shard: str = field(
+        default="in",
+        metadata={
+            "help": "Side along which blocks repeat: in (as in MiSS; what statistics help), out, or auto (per target, "
+            "by what a bit buys).",
+            "choices": ("in", "out", "auto"),
+        },
+    )
+    bits: str = field(
+        default="auto",
+        metadata={
+            "help": "Bits per number: 16, 8, 4, 3, 2, 1, or auto (16 without a size; the best under one).",
+            "choices": ("auto", "16", "8", "4", "3", "2", "1"),
+        },
+    )
+    group_size: int = field(default=0, metadata={"help": "Numbers that share a scale; 0: one scale per row."})
+    peft_compatible: bool = field(
+        default=False, metadata={"help": "Only what PEFT's MiSS can express: shards along inputs, one rank for all."}
+    )
+
+
+# --- planning -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Point:
+    """One block that a target may have: the energy that it keeps, and `noise`: what it loses of that, per share of a
+    row's energy that quantizing loses."""
+
+    rank: int
+    turned: bool
+    columns: int
+    kept: float
+    noise: float
+
+    def value(self, bits: int) -> float:
+        return self.kept - _LOST[bits] * self.noise
+
+    def cost(self, bits: int, group_size: int) -> int:
+        scales = 16 * groups_of(self.columns, group_size) if bits < 16 else 0
+        return self.rank * (self.columns * bits + scales)
+
+
+def _points_in(
+    pair: LoraTarget, metric: Moment | None, ranks: Sequence[int], columns: Sequence[int]
+) -> Iterator[_Point]:
+    """Blocks along inputs, for each rank and number of columns. No update is formed: all is in the k-dimensional
+    coordinates of the source."""
+    left, right = factors(pair)
+    classes = Classes(right, metric)
+    squares = {}
+    for width in columns:
+        folded = fold(left.T, width)
+        squares[width] = folded @ folded.T * (width / len(left))
+    for rank in sorted(ranks, reverse=True):
+        seen, gram = classes.at(rank)
+        fitted = per_class((seen, gram))
+        alone = gram if metric is None else upper_root(gram).diagonal() ** 2
+        kept, noise = fitted @ seen.T, (fitted * alone) @ fitted.T
+        for width, square in squares.items():
+            yield _Point(rank, False, width, float(np.sum(square * kept)), float(np.sum(square * noise)))
+
+
+def _points_out(pair: LoraTarget, metric: Moment | None, ranks: Sequence[int]) -> Iterator[_Point]:
+    """Blocks along outputs."""
+    left, right = factors(pair)
+    seen = (right if metric is None else metric.times(right)) @ right.T
+    mean = 1.0 if metric is None else float(metric.squares.mean(dtype=np.float64))
+    for rank in ranks:
+        folded = fold(left.T, rank)
+        square = folded / counts(rank, len(left)) @ folded.T
+        yield _Point(
+            rank, True, right.shape[1], float(np.sum(square * seen)), mean * float(np.sum(square * (right @ right.T)))
+        )
+
+
+def _grid(most: int, fine: int = _MOST) -> list[int]:
+    """Ranks up to `most`: 1 to 7, then 4, 5, 6 and 7 times powers of two, so that sums serve several of them; above
+    `fine` powers of two alone, since a rank costs its cube."""
+    found = {base << n for base in (1, 2, 3, 4, 5, 6, 7) for n in range(most.bit_length())}
+    return sorted(r for r in found if r <= most and (r <= fine or r & (r - 1) == 0))
+
+
+def _hull(points: Sequence[_Point], bits: int, group_size: int) -> list[tuple[int, float, _Point | None]]:
+    """[(bits, value, block)] along the concave hull, from no block at all."""
+    rising = sorted(((p.cost(bits, group_size), p.value(bits), p) for p in points), key=lambda item: item[:2])
+    hull: list[tuple[int, float, _Point | None]] = [(0, 0.0, None)]
+    for item in rising:
+        if item[1] <= hull[-1][1]:
+            continue
+        if item[0] == hull[-1][0]:
+            hull.pop()
+        while len(hull) > 1 and (item[1] - hull[-1][1]) * (hull[-1][0] - hull[-2][0]) >= (hull[-1][1] - hull[-2][1]) * (
+            item[0] - hull[-1][0]
+        ):
+            hull.pop()
+        hull.append(item)
+    return hull
+
+
+Choice = list["_Point | None"]  # a block, or none, of each target
+
+
+class Plan:
+    """The search for the configuration that keeps most."""
+
+    def __init__(self, lora: LoraAdapter, options: BoneOptions, budget: Budget | None, context: FitContext) -> None:
+        self.lora, self.options, self.budget, self.context = lora, options, budget, context
+        self.targets = lora.shapes()
+        self.mini = options.variant == "mini"
+        self._check()
+        auto = WIDTHS if budget is not None else WIDTHS[:1]
+        self.widths = auto if options.bits == "auto" else (int(options.bits),)
+        self.mini_ranks = self._mini_ranks()
+        sides = {"in": (False,), "out": (True,), "auto": (False, True)}[options.shard]
+        self.sides = (False,) if self.mini or options.peft_compatible else sides
+
+    def _check(self) -> None:
+        """Raises E-OPTION."""
+        options = self.options
+        if options.rank is not None and not 1 <= options.rank <= MAX_RANK:
+            raise OptionError(f"--rank is {options.rank}; 1 to {MAX_RANK} are allowed")
+        if options.group_size < 0:
+            raise OptionError(f"--group-size is {options.group_size}; it must not be negative")
+        if options.mini_rank is not None and not self.mini:
+            raise OptionError("--mini-rank is of --variant mini")
+        if options.shard == "out" and (self.mini or options.peft_compatible):
+            raise OptionError("shards along outputs contradict --variant mini and --peft-compatible")
+
+    def _mini_ranks(self) -> list[int]:
+        """The numbers of columns to try; [0] unless the variant is mini. Raises E-OPTION."""
+        if not self.mini:
+            return [0]
+        common = math.gcd(*(target.out_features for target in self.targets))
+        wanted = self.options.mini_rank
+        if wanted is None:
+            found = [n for n in range(1, common + 1) if common % n == 0]
+            return found if self.budget is not None else found[-1:]
+        if wanted < 1 or common % wanted:
+            raise OptionError(
+                f"--mini-rank is {wanted}; {common} or a divisor of it divides the outputs of all targets"
+            )
+        return [wanted]
+
+    def best(self) -> Config:
+        """Raises E-BUDGET."""
+        options, budget = self.options, self.budget
+        if budget is None or options.rank is not None or options.peft_compatible:
+            found = list(self._uniform())
+        else:
+            points = [self._points(pair, self._ranks(pair)) for pair in self.lora.targets]
+            found = [c for bits in self.widths for m in self.mini_ranks for c in self._spread(points, bits, m)]
+            found += [(0.0, config) for config in self._smallest(points)]
+        for _, config in sorted(found, key=lambda item: -item[0]):
+            if budget is None or budget.fits(config):
+                return config
+        assert budget is not None
+        smallest = min(budget.size(config) for _, config in found)
+        raise BudgetError(f"{budget.limit} bytes cannot be reached; the smallest possible file has {smallest} bytes")
+
+    # --- what is possible ---
+
+    def _ranks(self, pair: LoraTarget) -> dict[bool, list[int]]:
+        """The ranks to try along each side: none whose block is larger than the budget, or than the LoRA itself."""
+        assert self.budget is not None
+        out, inner = pair.target.matrix_shape
+        most = min(8 * self.budget.limit, 16 * pair.rank * (out + inner))
+        affordable = 8 * self.budget.limit / (min(self.widths) * sum(t.out_features for t in self.targets))
+        found = {}
+        for side in self.sides:
+            tiled, other = (out, inner) if side else (inner, out)
+            columns = min(self.mini_ranks) or other
+            cap = max(1, min(tiled, _MOST, most // (columns * min(self.widths))))
+            found[side] = _grid(cap, max(32, int(4 * affordable)))
+        return found
+
+    def _points(self, pair: LoraTarget, ranks: Mapping[bool, Sequence[int]]) -> list[_Point]:
+        metric = self.context.metric(pair)
+        columns = self.mini_ranks if self.mini else [pair.target.out_features]
+        found = list(_points_in(pair, metric, ranks[False], columns)) if False in ranks else []
+        return found + (list(_points_out(pair, metric, ranks[True])) if True in ranks else [])
+
+    def _config(self, choice: Choice, bits: int, mini_rank: int) -> Config:
+        ranks = [point.rank if point else 0 for point in choice]
+        turned = [point is not None and point.turned for point in choice]
+        return self._complete(ranks, turned, bits, mini_rank)
+
+    def _complete(self, ranks: Sequence[int], turned: Sequence[bool], bits: int, mini_rank: int) -> Config:
+        group = self.options.group_size
+        return complete(self.targets, ranks, turned, bits=bits, mini_rank=mini_rank, group_size=group)
+
+    # --- one rank for all ---
+
+    def _uniform(self) -> Iterator[tuple[float, Config]]:
+        """(value, config) of every width, number of columns and rank to try that may fit, the smallest rank always."""
+        options = self.options
+        widest = min(t.out_features if self.sides == (True,) else t.in_features for t in self.targets)
+        if options.rank is not None or self.budget is None:
+            asked = options.rank or DEFAULT_RANK
+            tried = [min(asked, widest) if options.peft_compatible else asked]
+        else:
+            most = 8 * self.budget.limit // (min(self.widths) * len(self.targets))
+            tried = _grid(max(1, min(widest, _MOST, most)))
+        if self.budget is None and len(self.sides) == 1:  # nothing to choose
+            same = [min(tried[0], t.out_features if self.sides[0] else t.in_features) for t in self.targets]
+            yield 0.0, self._complete(same, [self.sides[0]] * len(same), self.widths[0], self.mini_ranks[0])
+            return
+        points: list[dict[tuple[int, bool, int], _Point]] = []
+        for pair in self.lora.targets:
+            sizes = {True: pair.target.out_features, False: pair.target.in_features}
+            ranks = {side: sorted({min(r, sizes[side]) for r in tried}) for side in self.sides}
+            points.append({(p.rank, p.turned, p.columns): p for p in self._points(pair, ranks)})
+        for bits in self.widths:
+            for mini_rank in self.mini_ranks:
+                for rank in tried:
+                    choice = [
+                        self._at(some, t, rank, bits, mini_rank) for t, some in zip(self.targets, points, strict=True)
+                    ]
+                    payload = sum(point.cost(bits, options.group_size) for point in choice)
+                    if self.budget is not None and payload > 8 * self.budget.limit and rank != tried[0]:
+                        break
+                    config = self._config(list(choice), bits, mini_rank)
+                    yield sum(point.value(bits) for point in choice), config
+
+    def _at(
+        self, points: Mapping[tuple[int, bool, int], _Point], target: Target, rank: int, bits: int, mini_rank: int
+    ) -> _Point:
+        """The block of a rank, along the side where a bit buys more."""
+        out, inner = target.matrix_shape
+        both = {True: (min(rank, out), True, inner), False: (min(rank, inner), False, mini_rank or out)}
+        found = [points[both[side]] for side in self.sides]
+        return max(found, key=lambda p: p.value(bits) / p.cost(bits, self.options.group_size))
+
+    # --- ranks by what a bit buys ---
+
+    def _spread(self, points: Sequence[Sequence[_Point]], bits: int, mini_rank: int) -> Iterator[tuple[float, Config]]:
+        """(value, config) of the allocation with the most payload that fits, if there is one.
+
+        Steps along the concave hulls, best first; the overhead depends a little on what is chosen, so the payload
+        shrinks by what the file is too large, until it fits.
+        """
+        assert self.budget is not None
+        fitting = [[p for p in some if not mini_rank or p.columns == mini_rank] for some in points]
+        hulls = [_hull(some, bits, self.options.group_size) for some in fitting]
+        steps = sorted(
+            (-(two[1] - one[1]) / (two[0] - one[0]), t, n)
+            for t, hull in enumerate(hulls)
+            for n, (one, two) in enumerate(pairwise(hull), 1)
+        )
+        payload = 8 * self.budget.limit
+        while payload > 0:
+            reached, left, value = [0] * len(hulls), payload, 0.0
+            for _, t, n in steps:
+                cost = hulls[t][n][0] - hulls[t][n - 1][0]
+                if reached[t] == n - 1 and cost <= left:
+                    reached[t], left = n, left - cost
+                    value += hulls[t][n][1] - hulls[t][n - 1][1]
+            if not any(reached):
+                return
+            config = self._config([hull[n][2] for hull, n in zip(hulls, reached, strict=True)], bits, mini_rank)
+            over = self.budget.size(config) - self.budget.limit
+            if over <= 0:
+                yield value, config
+                return
+            payload -= left + 8 * over
+
+    def _smallest(self, points: Sequence[Sequence[_Point]]) -> Iterator[Config]:
+        """A block of one row in one target: at each width, where it is cheapest; of equal ones, where it keeps most."""
+        flat = [(t, point) for t, some in enumerate(points) for point in some]
+        group = self.options.group_size
+        for bits in self.widths:
+            costs = [(point.cost(bits, group), -point.kept, n) for n, (_, point) in enumerate(flat)]
+            which, point = flat[min(costs)[2]]
+            choice: Choice = [point if t == which else None for t in range(len(points))]
+            yield self._config(choice, bits, point.columns if self.mini else 0)
