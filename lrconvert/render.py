@@ -142,6 +142,7 @@ def conversion(source: str, output: str | None, done: Conversion, verbose: bool)
         lines.append(
             f"extras    {size.extras:,} bytes carried along unchanged, not counted above; file {size.total:,} bytes"
         )
+    lines += [f"note      {note}" for note in method.notes(done.compact.config, done.compact.targets)]
     if done.fidelity is not None:
         lines.append(f"captured  {done.fidelity.captured:.4f} of the update's energy (weight norm; 1 is lossless)")
         if done.fidelity.output_captured is not None:

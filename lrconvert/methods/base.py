@@ -125,6 +125,10 @@ class Method(ABC):
     def fit(self, lora: LoraAdapter, config: Any, context: FitContext) -> dict[str, Array]:
         """The payload tensors that represent `lora` best under `config`; in-memory form of `packing`."""
 
+    def notes(self, config: Any, targets: Sequence[Target]) -> tuple[str, ...]:
+        """What a user should know of this configuration, a line each: what it cannot exceed, for instance."""
+        return ()
+
     # --- using it ---
 
     @abstractmethod

@@ -1,0 +1,138 @@
+"""The seeded bases of NOLA: sums of their vectors, and products with them, without a basis ever being there whole.
+
+A basis has `count` vectors of `length` numbers d, the first ones of a seeded sequence: bases of one seed and length are
+nested. Two families:
+
+``hadamard``  vector i is signs * T[order(i)]: seeded signs (d,), T the integer orthogonal transform of `prng.hadamard`,
+              a seeded order of its rows. A sum of vectors is one transform, O(d log d).
+``dense``     vector i is basis i of a seeded stream under a value map, the paper's: d numbers are drawn for it, and a
+              sum costs O(count d). They are drawn in tiles.
+
+The labels of the streams hold the role ("A" or "B") and d, nothing else: targets of one size share a basis, whatever
+their names and order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from lrconvert import prng
+from lrconvert.dtypes import F64
+from lrconvert.prng import hadamard
+
+HADAMARD, DENSE = "hadamard", "dense"
+_TILE = 1 << 21  # numbers of a dense basis in memory, 16 MiB; a basis that is no larger is drawn once
+
+
+@dataclass(frozen=True)
+class Basis:
+    """See the module's docstring; `value_map` is that of the seeded numbers, ``sign`` for Hadamard bases."""
+
+    family: str
+    value_map: str
+    seed: int
+    role: str
+    length: int
+    count: int
+
+    def _stream(self, use: str) -> prng.Stream:
+        return prng.Stream(self.seed, f"nola/{self.role}/{self.length}/{use}")
+
+    @property
+    def whole(self) -> bool:
+        """Whether every (d,) is a sum of its vectors, each found by one product."""
+        return self.family == HADAMARD and self.count == self.length
+
+    @property
+    def growth(self) -> int:
+        """How many times the sum of all coefficients' magnitudes any number on the way to a sum can be, in units of the
+        smallest bit of a vector."""
+        if self.family == HADAMARD:
+            return hadamard.growth(self.length)
+        return 1 << prng.value_map(self.value_map).bits
+
+    @property
+    def largest(self) -> float:
+        """A bound on the magnitude of the numbers of a vector."""
+        if self.family == DENSE:
+            return 1.0
+        return max(float(block.odd << block.shift) for block in hadamard.blocks(self.length))
+
+    @property
+    def drawn(self) -> int:
+        """Numbers that are drawn to sum vectors."""
+        return self.length * (self.count if self.family == DENSE else 1)
+
+    @cached_property
+    def squares(self) -> F64:
+        """The squared length of the vectors, (count,) or (1,); the mean one for dense bases."""
+        if self.family == DENSE:
+            return np.array([prng.value_map(self.value_map).variance * self.length])
+        found = hadamard.squares(self.length)
+        return found if len(found) == 1 else found[self._order]
+
+    @cached_property
+    def _order(self) -> hadamard.I64:
+        return hadamard.order(self._stream("order"), self.length, self.count)
+
+    @cached_property
+    def _signs(self) -> F64:
+        drawn: F64 = _draw(self._stream("signs"), "sign", range(1), 0, self.length, None, np)[0]
+        return drawn
+
+    def combine(self, numbers: Any, xp: Any = np) -> Any:
+        """``sum_i numbers[i] * vector i``: float64 (length,) of float64 (count,), numpy arrays or torch tensors. Exact
+        for integers, as far as `growth` allows."""
+        if self.family == DENSE:
+            tiles = [numbers @ tile for _, tile in self._tiles(numbers, xp)]
+            return xp.concatenate(tiles)
+        if xp is np:
+            spread, order, signs = np.zeros((1, self.length)), self._order, self._signs
+        else:
+            spread = numbers.new_zeros((1, self.length))
+            order = xp.from_numpy(self._order).to(numbers.device)
+            signs = _draw(self._stream("signs"), "sign", range(1), 0, self.length, numbers, xp)[0]
+        spread[0, order] = numbers
+        return hadamard.transform(spread, xp)[0] * signs
+
+    def project(self, x: F64) -> F64:
+        """The product of each vector with `x`: float64 (count,) of (length,)."""
+        if self.family == DENSE:
+            found = np.zeros(self.count)
+            for start, tile in self._tiles(None, np):
+                found += tile @ x[start : start + tile.shape[1]]
+            return found
+        product: F64 = hadamard.transform((x * self._signs)[None], np)[0][self._order]
+        return product
+
+    def _tiles(self, like: Any, xp: Any) -> Iterator[tuple[int, Any]]:
+        """(first element, tile (count, n)) of a dense basis."""
+        if xp is np and self.length * self.count <= _TILE:
+            yield 0, self._only_tile
+            return
+        wide = max(128, _TILE // self.count)
+        stream = self._stream("basis")
+        for start in range(0, self.length, wide):
+            count = min(wide, self.length - start)
+            yield start, _draw(stream, self.value_map, range(self.count), start, count, like, xp)
+
+    @cached_property
+    def _only_tile(self) -> F64:
+        drawn: F64 = _draw(self._stream("basis"), self.value_map, range(self.count), 0, self.length, None, np)
+        return drawn
+
+    def base_term(self, like: Any, xp: Any = np) -> Any:
+        """The seeded matrix that A may begin with, float64 (length,)."""
+        return _draw(self._stream("base"), self.value_map, range(1), 0, self.length, like, xp)[0]
+
+
+def _draw(stream: prng.Stream, name: str, bases: range, start: int, count: int, like: Any, xp: Any) -> Any:
+    """Seeded numbers, float64 (len(bases), count), as an array, or a tensor on the device of `like`."""
+    if xp is np:
+        return prng.values(stream, name, bases, start, count, "float64")
+    return prng.tensor(stream, name, bases, start, count, device=like.device, dtype="float64")

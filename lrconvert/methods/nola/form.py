@@ -1,0 +1,132 @@
+"""What a NOLA file says besides its numbers: the basis, ranks and counts, and where the codes of each target lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from lrconvert import packing, prng
+from lrconvert.adapter import Target
+from lrconvert.errors import LimitError
+from lrconvert.methods.nola.basis import DENSE, HADAMARD, Basis
+from lrconvert.packing import TensorSpec
+
+FAMILIES = (HADAMARD, DENSE)
+WIDTHS = (16, 8, 4, 3, 2, 1)
+MAX_DRAWN = 1 << 38  # numbers that a file may ask to be drawn: 70B with k = 512 takes 2^37, an hour or two on two cores
+_EXACT = 1 << 53  # integers below it add up exactly in float64
+
+
+@dataclass(frozen=True)
+class Form:
+    """What all factors share: the `family` of bases, the `value_map` of seeded numbers, `bits` of a coefficient, the
+    `seed`, and whether A begins with a seeded matrix (`base_term`)."""
+
+    family: str
+    value_map: str
+    bits: int
+    seed: int
+    base_term: bool = False
+
+
+@dataclass(frozen=True)
+class Config:
+    """`ranks` of the targets, empty if each is `rank`, or all that its shape allows; `counts`: vectors in the bases of
+    A and B, 0 for all d of them, empty if each is `num_basis`, or all d. The largest count is `num_basis`, 0 if all
+    bases are whole."""
+
+    form: Form
+    rank: int
+    num_basis: int
+    ranks: tuple[int, ...] = ()
+    counts: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Of one target: its rank, how many coefficients A and B have, where its codes begin, and its number among the
+    targets that have a rank."""
+
+    rank: int
+    counts: tuple[int, int]
+    code: int
+    number: int
+
+
+def lengths(target: Target, rank: int) -> tuple[int, int]:
+    """Numbers in A and in B."""
+    out, inner = target.matrix_shape
+    return rank * inner, out * rank
+
+
+def _even_rank(rank: int, target: Target) -> int:
+    return min(rank, *target.matrix_shape)
+
+
+@lru_cache(maxsize=8)
+def places(config: Config, targets: tuple[Target, ...]) -> tuple[Place, ...]:
+    """A place for each target; the last entry holds the totals."""
+    found, code, number = [], 0, 0
+    for which, target in enumerate(targets):
+        rank = config.ranks[which] if config.ranks else _even_rank(config.rank, target)
+        sizes = lengths(target, rank)
+        asked = config.counts[which] if config.counts else (config.num_basis,) * 2
+        counts = min(asked[0] or sizes[0], sizes[0]), min(asked[1] or sizes[1], sizes[1])
+        found.append(Place(rank, counts, code, number))
+        code, number = code + sum(counts), number + (rank > 0)
+    return (*found, Place(0, (0, 0), code, number))
+
+
+def complete(form: Form, targets: Sequence[Target], ranks: Sequence[int], counts: Sequence[tuple[int, int]]) -> Config:
+    """The one Config of these ranks and counts; a count of d or more is all of them."""
+    spelled = [
+        tuple(0 if count >= size else count for count, size in zip(pair, lengths(target, rank), strict=True))
+        for pair, target, rank in zip(counts, targets, ranks, strict=True)
+    ]
+    rank, most = max(ranks), max(max(pair) for pair in spelled)
+    even = Config(form, rank, most)
+    if any(_even_rank(rank, target) != own for target, own in zip(targets, ranks, strict=True)):
+        even = Config(form, rank, most, tuple(ranks))
+    found = Config(form, rank, most, even.ranks, tuple((one, two) for one, two in spelled))
+    same = all(
+        one.counts == two.counts
+        for one, two in zip(places(even, tuple(targets)), places(found, tuple(targets)), strict=True)
+    )
+    return even if same else found
+
+
+def bases(form: Form, target: Target, place: Place) -> tuple[Basis, Basis]:
+    """The bases of A and of B."""
+    sizes = lengths(target, place.rank)
+    return (
+        Basis(form.family, form.value_map, form.seed, "A", sizes[0], place.counts[0]),
+        Basis(form.family, form.value_map, form.seed, "B", sizes[1], place.counts[1]),
+    )
+
+
+def check_work(config: Config, targets: Sequence[Target]) -> None:
+    """Raises E-LIMIT on bases that are too long, that would take too long to draw, or whose sums would not be exact."""
+    drawn = 0
+    for target, place in zip(targets, places(config, tuple(targets)), strict=False):
+        if not place.rank:
+            continue
+        for basis in bases(config.form, target, place):
+            prng.check_size(config.form.value_map, basis.length, basis.count)
+            if basis.growth * basis.count << config.form.bits >= _EXACT:
+                raise LimitError(
+                    f"target {target.name!r:.80}: sums of {basis.count} coefficients of {config.form.bits} bits are "
+                    "not exact"
+                )
+            drawn += basis.drawn
+    if drawn > MAX_DRAWN:
+        raise LimitError(f"the bases have {drawn} numbers to draw; at most {MAX_DRAWN} are allowed")
+
+
+def specs(config: Config, targets: Sequence[Target]) -> tuple[TensorSpec, ...]:
+    """The payload tensors, in declaration order."""
+    total = places(config, tuple(targets))[-1]
+    bits = config.form.bits
+    codes = packing.index("codes", (total.code,), 1 << 16) if bits == 16 else packing.code("codes", (total.code,), bits)
+    scales = packing.half("scales", (total.number, 2))
+    return (codes, scales, *([packing.half("base_scales", (total.number,))] if config.form.base_term else []))
