@@ -48,7 +48,18 @@ from lrconvert.limits import MAX_DIM, MAX_RANK
 from lrconvert.methods.base import Budget, Command, FitContext, Method, Tensors
 from lrconvert.methods.nola.basis import HADAMARD
 from lrconvert.methods.nola.fit import fit
-from lrconvert.methods.nola.form import FAMILIES, WIDTHS, Config, Form, bases, check_work, complete, places, specs
+from lrconvert.methods.nola.form import (
+    FAMILIES,
+    WIDTHS,
+    Config,
+    Form,
+    bases,
+    check_work,
+    complete,
+    lengths,
+    places,
+    specs,
+)
 from lrconvert.methods.nola.plan import NolaOptions, plan
 from lrconvert.packing import TensorSpec
 
