@@ -19,6 +19,7 @@ __all__ = [
     "Finding",
     "LrcError",
     "Scaled",
+    "allocate",
     "attach",
     "check",
     "compare",
@@ -44,6 +45,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from lrconvert.api import (
+        allocate,
         attach,
         check,
         compare,

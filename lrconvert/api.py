@@ -8,8 +8,9 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrconvert import compressing, converting, file, hub, merging, report, statistics_file, validation
+from lrconvert import allocating, compressing, converting, file, hub, merging, report, statistics_file, validation
 from lrconvert.adapter import CompactAdapter, LoraAdapter
+from lrconvert.allocating import Allocation
 from lrconvert.compressing import Compression
 from lrconvert.consumers import base as consumer_base
 from lrconvert.consumers.base import Finding
@@ -193,6 +194,63 @@ def compress(
         extra_dtype=extra_dtype,
         seed=seed,
         device=device,
+        progress=progress,
+    )
+
+
+def allocate(
+    lora: LoraAdapter,
+    *,
+    total_rank: int | None = None,
+    target_size: int | None = None,
+    target_ratio: float | None = None,
+    bits: str | int = 16,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    base: AnyPath | nn.Module | None = None,
+    data: AnyPath | Sequence[AnyPath] | Iterable[Mapping[str, Any]] | None = None,
+    statistics: AnyPath | InputStatistics | None = None,
+    bake_dora: int | None = None,
+    extra_dtype: ExtraDtype | None = None,
+    rounds: int = allocating.ROUNDS,
+    exact: int = allocating.EXACT,
+    length: int = 512,
+    batch_tokens: int = 1024,
+    max_tokens: int = allocating.MAX_TOKENS,
+    device: str = "cpu",
+    dry_run: bool = False,
+    progress: Progress = _silent,
+) -> Allocation:
+    """Give every module the rank it deserves (ALoRA) under one budget: `total_rank` components, `target_size` bytes or
+    `target_ratio`. The result is of the form ``lowrank``, its numbers of `bits` (16, 8, 4, 3, 2, 1).
+
+    Components are scored by their energy, under `statistics` by that of the outputs. With `base` (which may be a live
+    model then) and `data` (files, or batches of model inputs; `labels` count if a batch has them) they are scored by
+    ablation on data that the LoRA was better not trained on, in `rounds` of pruning; in each the `exact` components
+    next to the cut are ablated, two forward passes each. The other options are those of `convert` and `compare`.
+
+    Raises E-BUDGET (with the smallest possible size), E-OPTION, E-DATA, E-ATTACH, E-BASE, and what `convert` raises.
+    """
+    return allocating.allocate(
+        lora,
+        total_rank=total_rank,
+        target_size=target_size,
+        target_ratio=target_ratio,
+        bits=bits,
+        include=include,
+        exclude=exclude,
+        base=hub.locate(base) if isinstance(base, (str, PathLike)) else base,
+        data=data,
+        statistics=_statistics(statistics),
+        bake_dora=bake_dora,
+        extra_dtype=extra_dtype,
+        rounds=rounds,
+        exact=exact,
+        length=length,
+        batch_tokens=batch_tokens,
+        max_tokens=max_tokens,
+        device=device,
+        dry_run=dry_run,
         progress=progress,
     )
 

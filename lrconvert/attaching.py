@@ -335,6 +335,12 @@ def set_active(model: nn.Module, names: str | Sequence[str]) -> None:
     state.active = wanted
 
 
+def active(model: nn.Module) -> tuple[str, ...]:
+    """The names of the adapters that a model computes with."""
+    state: Attachments | None = model.__dict__.get(_STATE)
+    return () if state is None else state.active
+
+
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """The model as it is without its adapters, while the context lasts."""

@@ -49,6 +49,10 @@ class Conversion:
         return self.source_bytes / self.sizes.adapter
 
 
+# What is fitted in place of a LoRA, and the Config, where it is not the LoRA itself and the method's own plan.
+Choose = Callable[[LoraAdapter, Budget | None, FitContext], tuple[LoraAdapter, Any]]
+
+
 def convert(
     lora: LoraAdapter,
     method: str,
@@ -65,9 +69,10 @@ def convert(
     device: str,
     dry_run: bool,
     progress: Callable[[float, str], None],
+    choose: Choose | None = None,
     **options: Any,
 ) -> Conversion:
-    """See `lrconvert.api.convert`."""
+    """See `lrconvert.api.convert`. With `choose` it says what is fitted; what is kept is measured against `lora`."""
     form = methods.get(method)
     chosen = _options(form, options)
     lora, warnings = _select(lora, include, exclude)
@@ -97,13 +102,15 @@ def convert(
     budget = None
     if budget_bytes is not None:
         budget = Budget(budget_bytes, lambda config: file.sizes(replace(skeleton, config=config)).adapter)
-    config = form.plan(lora, chosen, budget, context)
+    fitted, config = (
+        (lora, form.plan(lora, chosen, budget, context)) if choose is None else choose(lora, budget, context)
+    )
     planned = replace(skeleton, config=config)
     sizes = file.sizes(planned)
     file.check(planned)  # before the work: a file that could not be written is not worth fitting
     if dry_run:
         return Conversion(planned, sizes, source_bytes, None, warnings)
-    compact = replace(planned, tensors=form.fit(lora, config, context))
+    compact = replace(planned, tensors=form.fit(fitted, config, context))
     fidelity = report.fidelity(lora, compact, statistics)
     compact = _with_captured(compact, fidelity.captured)
     return Conversion(compact, sizes, source_bytes, fidelity, warnings)

@@ -51,30 +51,37 @@ def measure(
     batches: Iterable[Batch],
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Measured:
-    """Run teacher, students and base over `batches`. The model is left as it was. Raises E-DATA for a model that gives
+    """Run teacher, students and base over `batches`. Adapters that are active on the model stay so, as a part of the
+    base; the model is left as it was. Raises E-DATA for a model that gives
     neither logits nor hidden states, E-ATTACH, E-BASE."""
     device = next(iter(model.parameters())).device
     names = [f"student_{n}" for n in range(len(students))]
     training = [module for module in model.modules() if module.training]
     model.eval()
+    before, attached = attaching.active(model), []
     try:
         attaching.attach(model, teacher, name=_TEACHER)
+        attached.append(_TEACHER)
         for name, student in zip(names, students, strict=True):
             attaching.attach(model, student, name=name)
+            attached.append(name)
         inputs = _Inputs.of(model, teacher, students)
         sums = [_Sums() for _ in range(len(students) + 1)]
         with torch.no_grad():
             for batch in batches:
                 given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-                attaching.set_active(model, _TEACHER)
+                attaching.set_active(model, (*before, _TEACHER))
                 with inputs.watching(given, model):
                     goal = _outputs(model, given)
-                for which, total in zip([*names, ()], sums, strict=True):
-                    attaching.set_active(model, which)
+                for which, total in zip([*((name,) for name in names), ()], sums, strict=True):
+                    attaching.set_active(model, (*before, *which))
                     total.add(goal, _outputs(model, given))
                 progress(collecting.token_count(batch))
     finally:
-        attaching.detach(model)
+        for name in attached:
+            attaching.detach(model, name)
+        if attaching.active(model) != before:
+            attaching.set_active(model, before)
         for module in training:
             module.training = True
     base = sums[-1]

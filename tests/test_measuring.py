@@ -14,7 +14,7 @@ from models import auto  # noqa: E402
 from test_attach import snapshot  # noqa: E402
 from test_statistics import inputs_of, padded  # noqa: E402
 
-from lrconvert import api, render  # noqa: E402
+from lrconvert import api, attaching, render  # noqa: E402
 from lrconvert.errors import OptionError  # noqa: E402
 from lrconvert.methods import base as methods  # noqa: E402
 
@@ -60,6 +60,25 @@ def test_answers_and_layers() -> None:
             assert row.data_error == pytest.approx((gap**2).sum() / len(x), rel=1e-4)
         assert 0 < fidelity.data_captured < 1  # type: ignore[operator]
     assert found[1].answers.closed > found[0].answers.closed  # type: ignore[union-attr]
+
+
+def test_adapters_on_the_model_stay() -> None:
+    """They are a part of the base, and are there afterwards, active or not as before."""
+    model = auto("CausalLM").from_pretrained(LLAMA).eval()
+    lora = api.load_lora(ADAPTERS / "llama-plain")
+    compact = api.convert(lora, "lowrank", rank=1).compact
+    (plain,) = api.compare(lora, [compact], base=model, data=[padded()])
+    api.attach(model, lora, name="own", scale=0.5)
+    api.attach(model, lora, name="other")
+    api.set_active(model, "own")
+    (found,) = api.compare(lora, [compact], base=model, data=[padded()])
+    assert attaching.active(model) == ("own",)
+    assert found.answers.base_distance != plain.answers.base_distance  # type: ignore[union-attr]
+    api.set_active(model, ())
+    (found,) = api.compare(lora, [compact], base=model, data=[padded()])
+    assert found.answers == plain.answers and attaching.active(model) == ()
+    api.detach(model, "own")
+    api.detach(model, "other")
 
 
 def test_models_without_logits() -> None:

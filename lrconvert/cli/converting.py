@@ -45,7 +45,7 @@ def _members(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
 
 
-def _common_options() -> list[click.Parameter]:
+def common_options() -> list[click.Parameter]:
     path = click.Path(path_type=Path)
     return [
         click.Argument(["source"], type=path),
@@ -97,7 +97,7 @@ def _converter(method_id: str, command: Any, options: type[Any]) -> click.Comman
         chosen = {name: value for name in own_names if name and (value := given.pop(name)) is not None}
         _convert(method_id, {**command.fixed, **chosen}, **given)
 
-    params = _common_options()
+    params = common_options()
     params[2:2] = own  # after source and output
     return click.Command(command.name, params=params, callback=run, help=command.help, short_help=command.help)
 
@@ -119,7 +119,7 @@ def _convert(
 ) -> None:
     from lrconvert import api, render
 
-    where = _check_paths(source, output, overwrite, needed=not dry_run)
+    where = check_paths(source, output, overwrite, needed=not dry_run)
     lora = api.load_lora(where, allow_pickle=allow_pickle, base=common["base"])
     with progress_bar(f"lora-to-{method}", quiet or as_json) as progress:
         done = api.convert(
@@ -135,7 +135,7 @@ def _convert(
         click.echo(render.conversion(str(source), None if dry_run else str(output), done, verbose))
 
 
-def _check_paths(source: Path, output: Path | None, overwrite: bool, needed: bool) -> Path:
+def check_paths(source: Path, output: Path | None, overwrite: bool, needed: bool) -> Path:
     """Where the source is. Raises a usage error without an output that is `needed`, E-OUT-* for a bad one."""
     from lrconvert import hub
     from lrconvert.durable import check_output
@@ -155,7 +155,7 @@ _NOT_FOR_ALL = ("dry_run", "verbose")
 
 def compress_command() -> click.Command:
     """The command `compress`: the converters' options, and what is asked of the winner."""
-    params = [p for p in _common_options() if p.name not in _NOT_FOR_ALL]
+    params = [p for p in common_options() if p.name not in _NOT_FOR_ALL]
     params[4:4] = [
         click.Option(
             ["--min-captured"],
@@ -184,7 +184,7 @@ def _compress(
 ) -> None:
     from lrconvert import api, render
 
-    where = _check_paths(source, output, overwrite, needed=True)
+    where = check_paths(source, output, overwrite, needed=True)
     assert output is not None
     lora = api.load_lora(where, allow_pickle=allow_pickle, base=common["base"])
     forms = [name.strip() for name in (methods or "").split(",") if name.strip()]

@@ -20,12 +20,12 @@ from lrconvert.cli.shared import (
 )
 
 _path = click.Path(path_type=Path)
-_DATA = "Texts: .txt (running text) or .jsonl (`text`; `prompt` and `completion`; `text` and `label`); repeatable."
+DATA_HELP = "Texts: .txt (running text) or .jsonl (`text`; `prompt` and `completion`; `text` and `label`); repeatable."
 
 
 @click.command()
 @click.argument("base", type=_path)
-@click.option("--data", multiple=True, required=True, type=_path, help=_DATA)
+@click.option("--data", multiple=True, required=True, type=_path, help=DATA_HELP)
 @click.option("-o", "--output", required=True, type=_path, help="The file to write.")
 @click.option("--adapter", type=_path, help="Only the inputs of this adapter's targets.")
 @click.option("--include", multiple=True, help="Only parameters whose name this pattern finds; repeatable.")
@@ -104,7 +104,7 @@ def statistics(
 @click.argument("files", nargs=-1, required=True, type=_path)
 @click.option("--statistics", type=_path, help="Input statistics: adds the captured energy of the layers' outputs.")
 @click.option("--base", type=_path, help="Base model folder or hub id; with --data.")
-@click.option("--data", multiple=True, type=_path, help=f"Measure the models' answers on data. {_DATA}")
+@click.option("--data", multiple=True, type=_path, help=f"Measure the models' answers on data. {DATA_HELP}")
 @click.option("--length", type=click.IntRange(1), default=512, show_default=True, help="Tokens of a text, at most.")
 @click.option("--max-tokens", type=click.IntRange(0), default=1 << 15, show_default=True, help="Tokens in all; 0: all.")
 @device_option

@@ -1,0 +1,156 @@
+"""`lora-to-alora`: the converters' options, the options of the allocation, and the table of ranks."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lrconvert.cli.converting import check_paths, common_options
+from lrconvert.cli.measuring import DATA_HELP
+from lrconvert.cli.shared import device_of, emit, progress_bar, warn
+from lrconvert.errors import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lrconvert.allocating import Allocation, Module
+
+NAME = "lora-to-alora"
+_ABOUT = "Give every module the rank it deserves under one budget (ALoRA); the file is of the form lowrank."
+_BAR = 20
+_LAYERS = 48  # ranks of one kind of module that are shown one by one
+
+
+def command() -> click.Command:
+    """The command: it needs no model without --data."""
+    from lrconvert.allocating import BITS, EXACT, MAX_TOKENS, ROUNDS
+
+    params = [param for param in common_options() if param.name != "seed"]  # nothing here is random
+    params[2:2] = [
+        click.Option(["--total-rank"], type=click.IntRange(1), help="Keep this many components over all modules."),
+        click.Option(
+            ["--bits"],
+            type=click.Choice([str(q) for q in BITS]),
+            default="16",
+            show_default=True,
+            help="Bits per number.",
+        ),
+        click.Option(
+            ["--data"],
+            multiple=True,
+            type=click.Path(path_type=Path),
+            help=f"With --base: score by ablation on held-out texts instead of by energy. {DATA_HELP}",
+        ),
+        click.Option(
+            ["--length"], type=click.IntRange(1), default=512, show_default=True, help="Tokens of a text, at most."
+        ),
+        click.Option(
+            ["--max-tokens"],
+            type=click.IntRange(0),
+            default=MAX_TOKENS,
+            show_default=True,
+            help="Tokens of --data in all; 0: all.",
+        ),
+        click.Option(
+            ["--rounds"], type=click.IntRange(1), default=ROUNDS, show_default=True, help="Rounds of pruning on data."
+        ),
+        click.Option(
+            ["--exact"],
+            type=click.IntRange(0),
+            default=EXACT,
+            show_default=True,
+            help="Components next to the cut that are ablated in each round, two forward passes each.",
+        ),
+    ]
+    return click.Command(NAME, params=params, callback=_allocate, help=_ABOUT, short_help=_ABOUT)
+
+
+def _allocate(
+    *,
+    source: Path,
+    output: Path | None,
+    data: tuple[Path, ...],
+    allow_pickle: bool,
+    dry_run: bool,
+    overwrite: bool,
+    quiet: bool,
+    verbose: bool,
+    as_json: bool,
+    device: str,
+    **common: Any,
+) -> None:
+    from lrconvert import api, render
+
+    where = check_paths(source, output, overwrite, needed=not dry_run)
+    lora = api.load_lora(where, allow_pickle=allow_pickle)
+    with progress_bar(NAME, quiet or as_json) as progress:
+        done = api.allocate(
+            lora,
+            data=data or None,
+            device=device_of(device),
+            dry_run=dry_run,
+            progress=progress,
+            **common,
+        )
+    if output is not None and not dry_run:
+        api.write(done.compact, output, overwrite=overwrite)
+    if as_json:
+        emit({"source": str(source), "output": None if dry_run else str(output), **allocation_json(done)})
+        return
+    warn(done.warnings)
+    if not quiet:
+        shown = render.conversion(str(source), None if dry_run else str(output), done, verbose)
+        click.echo(f"{shown}\n\n{ranks(done, verbose)}")
+
+
+def allocation_json(done: Allocation) -> dict[str, Any]:
+    from lrconvert import render
+
+    return {
+        **render.conversion_json(done),
+        "scores": {"of": done.scores, "items": done.items, "ablated": done.ablated},
+        "modules": [
+            {"name": m.name, "kind": m.kind, "layer": list(m.layer), "rank_before": m.before, "rank_after": m.after}
+            for m in done.modules
+        ],
+    }
+
+
+def ranks(done: Allocation, verbose: bool) -> str:
+    """Ranks before and after: a row for each kind of module with a bar and the ranks by layer; then each module."""
+    from lrconvert import render
+
+    before, after = sum(m.before for m in done.modules), sum(m.after for m in done.modules)
+    told = f"by {done.scores}"
+    if done.items:
+        told += f" on {done.items:,} answers, {done.ablated} components ablated"
+    kinds = [(kind, list(members)) for kind, members in groupby(done.modules, key=lambda m: m.kind)]
+    rows = []
+    for name, (_, members) in zip(_short([kind for kind, _ in kinds]), kinds, strict=True):
+        one, two = sum(m.before for m in members), sum(m.after for m in members)
+        filled = round(_BAR * two / max(1, one))
+        rows.append([printable(name), len(members), one, two, "#" * filled + "." * (_BAR - filled), _by_layer(members)])
+    head = ["module", "count", "rank before", "after", "of it kept", "after, layer by layer"]
+    parts = [
+        f"rank      {before:,} -> {after:,} over {len(done.modules)} modules, {told}",
+        "",
+        render.table(head, rows),
+    ]
+    if verbose:
+        each = [[printable(m.name), m.before, m.after] for m in done.modules]
+        parts += ["", render.table(["module", "rank before", "after"], each)]
+    return "\n".join(parts)
+
+
+def _by_layer(members: Sequence[Module]) -> str:
+    found = [m.after for m in members]
+    return " ".join(map(str, found)) if len(found) <= _LAYERS else f"{min(found)}..{max(found)}"
+
+
+def _short(kinds: Sequence[str]) -> list[str]:
+    """What comes after the last number of each name, if that tells them apart."""
+    found = [kind.rpartition("*.")[2].removesuffix(".weight") for kind in kinds]
+    return found if len(set(found)) == len(found) else list(kinds)
