@@ -133,6 +133,8 @@ def test_golden_files_mean_the_same_forever(path):
     stored = load_file(path.with_suffix(".expanded.safetensors"))
     seen = set()
     for target, a, b in methods.expand_all(compact):
+        if a.shape[0] == 0:  # no update, no factors
+            continue
         assert np.array_equal(a, stored[f"{target.name}.A"]) and np.array_equal(b, stored[f"{target.name}.B"])
         seen |= {f"{target.name}.A", f"{target.name}.B"}
     assert seen == set(stored)
