@@ -39,6 +39,13 @@ CELLS = {
         *("--vector-length", "256", "--num-vectors", "2048", "--top-k", "2", "--rank", "4"),
     ],
     "vblora 1.6 %": ["lora-to-vblora", "--target-ratio", "62.5"],
+    "nola 1.6 %": ["lora-to-nola", "--target-ratio", "62.5"],
+    "nola 10 %": ["lora-to-nola", "--target-ratio", "10"],
+    "sbora 1.6 %": ["lora-to-sbora", "--target-ratio", "62.5"],
+    "sbora 10 %": ["lora-to-sbora", "--target-ratio", "10"],
+    "bone 1.6 %": ["lora-to-bone", "--target-ratio", "62.5"],
+    "bone 10 %": ["lora-to-bone", "--target-ratio", "10"],
+    "alora 224 ranks": ["lora-to-alora", "--total-rank", "224"],
 }
 
 
