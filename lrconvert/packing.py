@@ -228,10 +228,15 @@ def code_values(codes: Array, bits: int) -> F32:
 def quantize_rows(rows: Array, bits: int, weights: Array | None = None) -> tuple[Array, F32]:
     """Codes and scales that minimize the squared error of each row: ``row ~ scale * (2c + 1 - 2^bits)``.
 
-    `rows` is (n, d); returns uint8 codes (n, d) and float32 scales (n,). `weights`, (d,) or (n, d), say how much the
-    squared error of each number counts. One bit has the closed form (the mean magnitude); more bits take the best of a
-    grid of clipping points, polished by alternating codes and scale. A zero row gets scale 0.
+    `rows` is (n, d); returns uint8 codes (n, d), at 16 bits uint32, and float32 scales (n,). `weights`, (d,) or (n, d),
+    say how much the squared error of each number counts. One bit has the closed form (the mean magnitude); more bits
+    take the best of a grid of clipping points, polished by alternating codes and scale; at 16 bits the largest
+    magnitude sets the scale. A zero row gets scale 0.
     """
+    if bits == 16:
+        wide = np.asarray(rows, np.float64)
+        found = (np.abs(wide).max(axis=1) / 65535).astype(np.float32)
+        return wide_codes(wide, found), found
     x = np.asarray(rows, np.float32)
     w = np.broadcast_to(np.float32(1) if weights is None else np.asarray(weights, np.float32), x.shape)
     if bits == 1:
@@ -266,6 +271,12 @@ def quantize_rows(rows: Array, bits: int, weights: Array | None = None) -> tuple
             best_error = np.where(better, error, best_error)
     best = np.where(peak > 0, np.maximum(best, 0), 0).astype(np.float32)
     return codes_for(best).astype(np.uint8), best
+
+
+def wide_codes(rows: Array, scales: Array) -> Array:
+    """The 16-bit codes c, uint32, of rows (n, d) for scales (n,): ``row ~ scale * (2c + 1 - 2^16)``."""
+    safe = np.where(scales > 0, scales, 1).astype(np.float64)
+    return np.clip(np.floor(rows / (2 * safe[:, None]) + 32768), 0, 65535).astype(np.uint32)
 
 
 def _dots(x: Array, y: Array) -> F64:

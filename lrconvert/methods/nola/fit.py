@@ -68,15 +68,12 @@ class Found:
 
 
 def quantize(coefficients: F64, bits: int, weights: F64) -> Coded:
-    """The codes and the one scale of a factor. At 16 bits the largest magnitude sets the scale: a step is then some
-    10^-4 of the standard deviation, and clipping gains nothing."""
-    if bits < 16:
-        codes, found = packing.quantize_rows(coefficients[None], bits, None if len(weights) == 1 else weights)
-        scale = float(packing.round_half(found)[0])
-        return Coded(codes[0], scale, packing.code_values(codes[0], bits).astype(np.float64))
-    scale = float(packing.round_half(np.abs(coefficients).max(keepdims=True) / 65535)[0])
-    codes = np.clip(np.floor(coefficients / (2 * scale or 1.0) + 32768), 0, 65535)
-    return Coded(codes.astype(np.uint32), scale, 2 * codes - 65535)
+    """The codes and the one scale of a factor."""
+    codes, found = packing.quantize_rows(coefficients[None], bits, None if len(weights) == 1 else weights)
+    scale = packing.round_half(found)
+    if bits == 16:  # the codes of the scale that is stored: there are too many of them to be off by its rounding
+        codes = packing.wide_codes(coefficients[None], scale)
+    return Coded(codes[0], float(scale[0]), 2.0 * codes[0] + (1 - (1 << bits)))
 
 
 def _fit_target(pair: LoraTarget, rank: int, made: tuple[Basis, Basis], config: Config, context: FitContext) -> Found:

@@ -9,12 +9,12 @@ from functools import lru_cache
 from lrconvert import packing, prng
 from lrconvert.adapter import Target
 from lrconvert.errors import LimitError
+from lrconvert.limits import MAX_DRAWN
 from lrconvert.methods.nola.basis import DENSE, HADAMARD, Basis
 from lrconvert.packing import TensorSpec
 
 FAMILIES = (HADAMARD, DENSE)
 WIDTHS = (16, 8, 4, 3, 2, 1)
-MAX_DRAWN = 1 << 38  # numbers that a file may ask to be drawn: 70B with k = 512 takes 2^37, an hour or two on two cores
 _EXACT = 1 << 53  # integers below it add up exactly in float64
 
 
