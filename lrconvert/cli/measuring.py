@@ -107,8 +107,10 @@ def statistics(
 @click.option("--data", multiple=True, type=_path, help=f"Measure the models' answers on data. {DATA_HELP}")
 @click.option("--length", type=click.IntRange(1), default=512, show_default=True, help="Tokens of a text, at most.")
 @click.option("--max-tokens", type=click.IntRange(0), default=1 << 15, show_default=True, help="Tokens in all; 0: all.")
+@click.option("--html", type=_path, help="Write it as one HTML page, too: plots, a map of the layers, all tables.")
 @device_option
 @pickle_option
+@overwrite_option
 @verbose_option
 @as_json_option
 def compare(
@@ -119,15 +121,20 @@ def compare(
     data: tuple[Path, ...],
     length: int,
     max_tokens: int,
+    html: Path | None,
     device: str,
     allow_pickle: bool,
+    overwrite: bool,
     verbose: bool,
     as_json: bool,
 ) -> None:
     """Measure lrconvert FILES against the LoRA SOURCE they came from: captured energy, bytes, ratio; on data also the
     answers of the models."""
-    from lrconvert import api, render
+    from lrconvert import api, hub, page, render
+    from lrconvert.durable import atomic_file, check_output
 
+    if html is not None:
+        check_output(html, overwrite, inputs=[hub.locate(source), *files])
     with progress_bar("compare", as_json or not data) as progress:
         found = api.compare(
             source,
@@ -141,8 +148,13 @@ def compare(
             allow_pickle=allow_pickle,
             progress=progress,
         )
+    named = [(p.name, f) for p, f in zip(files, found, strict=True)]
+    if html is not None:
+        text = page.page(f"What {len(files)} compact files keep", hub.hint(str(source)), named)
+        with atomic_file(html, overwrite=overwrite) as out:
+            out.write(text.encode())
     if as_json:
         rows = [{"path": str(p), **render.fidelity_json(f)} for p, f in zip(files, found, strict=True)]
         emit({"source": str(source), "files": rows})
         return
-    click.echo(render.comparison([(p.name, f) for p, f in zip(files, found, strict=True)], verbose))
+    click.echo(render.comparison(named, verbose))
