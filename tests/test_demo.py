@@ -18,7 +18,8 @@ def test_the_demo_shows_every_step_and_keeps_most_of_the_gain(tmp_path):
     assert done.exit_code == 0, done.output
     steps = re.findall(r"^\$ lrconvert (\S+)", done.output, re.M)
     assert list(dict.fromkeys(steps)) == [
-        *("inspect", "lora-to-vblora", "lora-to-lowrank", "validate", "compare", "export", "merge-into-base")
+        *("inspect", "statistics", "lora-to-vblora", "lora-to-lowrank"),
+        *("validate", "compare", "export", "merge-into-base"),
     ]
     rows = re.findall(r"^(base|LoRA|vblora|lowrank) +([\d,]+|-) +([\d.]+) ", done.output, re.M)
     loss = {name: float(number) for name, _, number in rows}

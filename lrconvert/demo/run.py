@@ -40,12 +40,14 @@ def run(output: Path | None, echo: Callable[[str], None]) -> None:
             cli.main(args=[str(w) for w in words], standalone_mode=False)
 
         base, adapter = HERE / "base", HERE / "adapter"
-        vblora, lowrank = folder / "vblora.lrc", folder / "lowrank.lrc"
+        vblora, lowrank, seen = folder / "vblora.lrc", folder / "lowrank.lrc", folder / "base.stats"
         step("inspect", adapter)
-        step("lora-to-vblora", adapter, "-o", vblora, "--target-ratio", str(RATIO), "--base", base)
-        step("lora-to-lowrank", adapter, "-o", lowrank, "--target-ratio", str(RATIO), "--base", base)
+        step("statistics", base, "--data", HERE / "train.jsonl", "-o", seen)
+        made = "--target-ratio", str(RATIO), "--base", base, "--statistics", seen
+        step("lora-to-vblora", adapter, "-o", vblora, *made)
+        step("lora-to-lowrank", adapter, "-o", lowrank, *made)
         step("validate", vblora, lowrank, "--base", base)
-        step("compare", adapter, vblora, lowrank)
+        step("compare", adapter, vblora, lowrank, "--statistics", seen)
         step("export", vblora, "-o", folder / "exported", "--to", "peft-lora", "--source", adapter)
         merged = {"base": base}
         for name, source in (("LoRA", adapter), ("vblora", vblora), ("lowrank", lowrank)):
@@ -54,7 +56,7 @@ def run(output: Path | None, echo: Callable[[str], None]) -> None:
         echo(f"\nWhat the models answer, on {_HELD_OUT} texts that none of them was trained on:\n")
         echo(answers(merged, adapter_bytes={"LoRA": _factor_bytes(adapter), "vblora": vblora, "lowrank": lowrank}))
         echo(
-            "\nThis is a refit of the weights alone. The low-rank row is the baseline to beat at equal bytes; "
+            "\nThis is a refit alone, by what flows into the layers. The low-rank row is the baseline to beat at equal bytes; "
             "what a short refinement wins back is a later step."
         )
         if output is not None:
