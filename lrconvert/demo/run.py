@@ -56,8 +56,8 @@ def run(output: Path | None, echo: Callable[[str], None]) -> None:
         echo(f"\nWhat the models answer, on {_HELD_OUT} texts that none of them was trained on:\n")
         echo(answers(merged, adapter_bytes={"LoRA": _factor_bytes(adapter), "vblora": vblora, "lowrank": lowrank}))
         echo(
-            "\nThis is a refit alone, by what flows into the layers. The low-rank row is the baseline to beat at equal bytes; "
-            "what a short refinement wins back is a later step."
+            "\nThis is a refit alone, by what flows into the layers. The low-rank row is the baseline to beat at equal "
+            "bytes; what a short refinement wins back is a later step."
         )
         if output is not None:
             echo(f"\nThe files are in {output}")
