@@ -551,7 +551,10 @@ def _kept(path: Path | None, settings: Settings, content: str) -> _Kept | None:
     if path is None or not path.exists():
         return None
     kept = statistics_file.read_partial(path)
-    if kept[0].get("settings") != asdict(settings) or kept[0].get("content") != content:
+    fields = kept[0]
+    if fields.get("settings") != asdict(settings) or fields.get("content") != content:
+        raise _other_work(path)
+    if type(fields.get("batches")) is not int:
         raise _other_work(path)
     return kept
 
@@ -567,10 +570,18 @@ def _other_work(path: Path | None) -> StatisticsError:
 def _resume(
     collector: Collector, kept: _Kept, about: Mapping[str, Any], device: torch.device, path: Path | None
 ) -> int:
-    """Take up kept sums; returns the tokens they are of. Raises E-STATS if the batches until here were other ones."""
+    """Take up kept sums; returns the tokens they are of. Raises E-STATS if the batches until here were other ones, or
+    the sums are not those of our own program."""
     fields, arrays = kept
     if any(fields.get(name) != value for name, value in about.items()):
         raise _other_work(path)
+    try:
+        return _take_up(collector, fields, arrays, device)
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise _other_work(path) from None
+
+
+def _take_up(collector: Collector, fields: Mapping[str, Any], arrays: Mapping[str, Array], device: torch.device) -> int:
     keys: list[Key] = []
     for n, (name, expert, width, tokens) in enumerate(fields["sums"]):
         parts = {

@@ -175,6 +175,20 @@ def test_half_done_work_of_something_else_is_refused(llama: Any, tmp_path: Path)
         with pytest.raises(StatisticsError, match="of another base, other data or other options"):
             collect(llama, given.pop("batches"), partial=partial, **given)  # type: ignore[arg-type]
     assert partial.exists()
+    fields, arrays = statistics_file.read_partial(partial)
+    del fields["version"]
+    for broken in (
+        {"sums": [[1, 2]]},
+        {"sums": "x"},
+        {"leaders": [["a", -1, 99]]},
+        {"tokens": "many"},
+        {"batches": "1"},
+        {"sums": []},
+    ):
+        stored = [(name, "F64" if value.dtype == np.float64 else "F32", value) for name, value in arrays.items()]
+        statistics_file.write_partial(partial, {**fields, **broken}, stored)
+        with pytest.raises(StatisticsError, match="half-done work"):
+            collect(llama, batches, partial=partial)
 
 
 def test_numbers_that_are_none(llama: Any) -> None:
