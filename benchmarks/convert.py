@@ -4,8 +4,9 @@
     python benchmarks/convert.py --render    writes the README table
 
 The adapter is random with a decaying spectrum, fp32 as PEFT saves it (168 MB). Memory is the peak resident size of the
-whole process above that of the idle interpreter with the package imported. PEFT's way from LoRA to a lower rank,
-`peft.convert_to_lora`, forms every dense update; it runs on a few modules of the same shapes and is scaled up.
+whole process above that of the idle interpreter with the package imported. Bat reads a base of that shape, 14 GB of
+random bf16 weights. PEFT's way from LoRA to a lower rank, `peft.convert_to_lora`, forms every dense update; it runs on
+a few modules of the same shapes and is scaled up.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ CELLS = {
     "sbora 10 %": ["lora-to-sbora", "--target-ratio", "10"],
     "bone 1.6 %": ["lora-to-bone", "--target-ratio", "62.5"],
     "bone 10 %": ["lora-to-bone", "--target-ratio", "10"],
+    "bat 1.6 %, on the base": ["lora-to-bat", "--target-ratio", "62.5", "--base", "BASE"],
     "alora 224 ranks": ["lora-to-alora", "--total-rank", "224"],
 }
 
@@ -71,6 +73,25 @@ def make_adapter(folder: Path) -> None:
         "task_type": "CAUSAL_LM",
     }
     (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def make_base(folder: Path) -> Path:
+    """A base with these layers, a file for each; the weights of all layers are the same."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    torch.manual_seed(0)
+    weights = {name: torch.randn(shape).mul_(0.02).bfloat16() for name, shape in SHAPES.items()}
+    weight_map = {}
+    for layer in range(LAYERS):
+        file = f"model-{layer + 1:05}-of-{LAYERS:05}.safetensors"
+        named = {f"model.layers.{layer}.{name}.weight": weight for name, weight in weights.items()}
+        save_file(named, folder / file)
+        weight_map.update(dict.fromkeys(named, file))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    return folder
 
 
 def _child(code: str, *arguments: str) -> dict[str, Any]:
@@ -102,6 +123,10 @@ def run(adapter: Path, words: list[str]) -> dict[str, Any]:
 
     output = adapter / "out.lrc"
     output.unlink(missing_ok=True)
+    base = adapter / "base"
+    if "BASE" in words and not base.exists():
+        make_base(base)
+    words = [str(base) if word == "BASE" else word for word in words]
     found = _child(_RUN, words[0], str(adapter), "-o", str(output), *words[1:])
     if "failed" in found:
         return found

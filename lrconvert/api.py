@@ -280,7 +280,8 @@ def compare(
 
     `statistics` adds the captured energy of the layers' outputs. `base` and `data` (as in `statistics`; better not the
     data of the fit) add what is true on it: the error of each layer's output, the KL distance of the logits from the
-    LoRA's own, agreement. Raises E-STATS, E-DATA, and E-BASE for targets that are not the source's.
+    LoRA's own, agreement. An adapter whose updates depend on the base's weights (Bat) needs the folder of the base.
+    Raises E-STATS, E-DATA, E-OPTION, E-FPR, and E-BASE for targets that are not the source's.
     """
     known = _statistics(statistics)
     where = base if isinstance(base, (str, PathLike)) else None
@@ -289,10 +290,10 @@ def compare(
     for item in files:
         try:
             compacts.append(item if isinstance(item, CompactAdapter) else read(item))
-            found.append(report.fidelity(lora, compacts[-1], known))
+            found.append(report.fidelity_on(lora, compacts[-1], known, None if where is None else hub.locate(where)))
         except LrcError as error:
             raise (error if isinstance(item, CompactAdapter) else error.at(item)) from None
-    if base is None and data is None:
+    if data is None and (base is None or any(report.needs_base(compact) for compact in compacts)):
         return found
     if base is None or data is None:
         raise OptionError("base and data go together", fix="give both")

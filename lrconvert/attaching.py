@@ -41,13 +41,15 @@ class AttachedAdapter(nn.Module):
     """One adapter's numbers: parameters, and for a compact form that is trained, its codes and indices as buffers.
 
     `factors(which)` gives A (r, in) and B (out, r) of a target; the update is ``scale * B @ A``. A compact adapter that
-    is not trained is expanded once.
+    is not trained is expanded once. Where updates depend on the base (`needs_base`), `update_on` takes its place.
     """
 
     def __init__(self, adapter: Adapter, scale: float, dtype: torch.dtype, trainable: bool) -> None:
         super().__init__()
         self.scale = scale
-        self._compact = adapter if isinstance(adapter, CompactAdapter) and trainable else None
+        compact = adapter if isinstance(adapter, CompactAdapter) else None
+        self.needs_base = compact is not None and methods.get(compact.method).needs_base(compact.config)
+        self._compact = compact if trainable or self.needs_base else None
         self._own_scales = [1.0] * len(_targets(adapter))
         if self._compact is not None:
             self._hold(self._compact, dtype)
@@ -80,9 +82,18 @@ class AttachedAdapter(nn.Module):
         if self._compact is None:
             return getattr(self, f"A_{which}"), getattr(self, f"B_{which}")
         method, compact = methods.get(self._compact.method), self._compact
-        values = {name: getattr(self, _plain(name)) for name in self._names}
-        a, b = method.expand(compact.config, compact.targets, values, which, torch)
+        a, b = method.expand(compact.config, compact.targets, self._values(), which, torch)
         return a, b
+
+    def update_on(self, which: int, weight: Tensor) -> Tensor:
+        """The update (out, in) of a target on the base's `weight` (out, in), without `factor_of`."""
+        assert self._compact is not None
+        method, compact = methods.get(self._compact.method), self._compact
+        found: Tensor = method.rows_on(compact.config, compact.targets, self._values(), which, weight, 0)
+        return found
+
+    def _values(self) -> dict[str, Tensor]:
+        return {name: getattr(self, _plain(name)) for name in self._names}
 
     def factor_of(self, which: int) -> float:
         """What B @ A is multiplied with."""
@@ -139,6 +150,8 @@ class AdaptedLayer(nn.Module):
 
     def _change(self, update: Update, x: Tensor, own: Tensor) -> Tensor:
         """What an update adds to the output `own` of the layer itself."""
+        if update.source.needs_base:
+            return _dense_product(self.base_layer, update.target, x, dense_update(self, update))
         a, b = update.source.factors(update.which)
         change = _product(self.base_layer, update.target, x, a, b) * update.source.factor_of(update.which)
         if update.magnitude is not None:
@@ -170,6 +183,40 @@ def _product(layer: nn.Module, target: Target, x: Tensor, a: Tensor, b: Tensor) 
     return change
 
 
+def dense_update(layer: AdaptedLayer, update: Update) -> Tensor:
+    """The update (out, in) of a layer, in float32, where it depends on the base."""
+    weight = _matrix(_dense_weight(layer.base_layer), update.target)
+    return update.source.update_on(update.which, weight.float()) * update.source.factor_of(update.which)
+
+
+def _dense_product(layer: nn.Module, target: Target, x: Tensor, dense: Tensor) -> Tensor:
+    """A dense update (out, in) applied to the input of `layer`."""
+    if isinstance(layer, nn.Embedding):
+        return F.embedding(x, dense.T, layer.padding_idx, layer.max_norm, layer.norm_type, False)
+    x = x.to(dense.dtype)
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+        found: Tensor = layer._conv_forward(x, dense.reshape(layer.weight.shape), None)
+        return found
+    change = F.linear(x, dense)
+    if target.view.kind == "rows":
+        start, stop = (int(n) for n in target.view.text.split(":")[1:])
+        change = F.pad(change, (start, target.shape[0] - stop))
+    return change
+
+
+def _matrix(weight: Tensor, target: Target) -> Tensor:
+    """The matrix (out, in) that a target is in its parameter."""
+    kind, _, rest = target.view.text.partition(":")
+    if kind.startswith("expert"):
+        weight = weight[int(rest)]
+    if kind.endswith("transposed"):
+        return weight.T
+    if kind == "rows":
+        start, stop = (int(n) for n in rest.split(":"))
+        return weight[start:stop]
+    return weight.flatten(1)
+
+
 def _shaped(layer: nn.Module, values: Tensor) -> Tensor:
     """One value per output, so that it spreads over the outputs of `layer`."""
     if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
@@ -180,7 +227,7 @@ def _shaped(layer: nn.Module, values: Tensor) -> Tensor:
 def _dora_factor(layer: nn.Module, update: Update, a: Tensor, b: Tensor) -> Tensor:
     """magnitude / ||W + s B A|| along in, (out,), by Gram matrices: no dense sum is formed."""
     weight = _dense_weight(layer)
-    matrix = (weight.T if update.target.view.kind == "transposed" else weight.flatten(1)).to(a.dtype)
+    matrix = _matrix(weight, update.target).to(a.dtype)
     scale = update.source.factor_of(update.which)
     cross = ((matrix @ a.T) * b).sum(1)
     square = matrix.square().sum(1) + 2 * scale * cross + scale * scale * ((b @ (a @ a.T)) * b).sum(1)
@@ -230,12 +277,20 @@ class _AddedToParameter(nn.Module):
         self.state = state
 
     def forward(self, weight: Tensor) -> Tensor:
+        own = weight
         for update in self.updates:
             if update.name in self.state.active:
-                a, b = update.source.factors(update.which)
-                delta = (b @ a) * update.source.factor_of(update.which)
+                delta = _dense_update(update, own) * update.source.factor_of(update.which)
                 weight = weight + _placed(delta, update.target, weight).to(weight.dtype)
         return weight
+
+
+def _dense_update(update: Update, weight: Tensor) -> Tensor:
+    """An update (out, in) of a stored parameter."""
+    if update.source.needs_base:
+        return update.source.update_on(update.which, _matrix(weight, update.target).float())
+    a, b = update.source.factors(update.which)
+    return b @ a
 
 
 def _placed(delta: Tensor, target: Target, weight: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lrconvert import canonical, targets
+from lrconvert import canonical
 from lrconvert.adapter import LoraAdapter, LoraTarget, Target
+from lrconvert.base_weights import BaseWeights
 from lrconvert.container import Checkpoint
 from lrconvert.dtypes import F64, STORAGE, Stored, decode, round_to
 from lrconvert.errors import OptionError
@@ -48,33 +49,21 @@ def bake_dora(lora: LoraAdapter, checkpoint: Checkpoint, rank: int) -> Baked:
         raise OptionError("the adapter has no DoRA magnitudes to bake")
     if rank < 1:
         raise OptionError(f"a DoRA cannot be baked into a rank of {rank}")
+    weights = BaseWeights(lora, checkpoint)
     pairs, shares = [], []
-    for pair, there in zip(lora.targets, targets.resolve(lora, checkpoint).targets, strict=True):
+    for pair in lora.targets:
         extra = magnitudes.get(pair.target.name)
         if extra is None:
             pairs.append(pair)
             continue
         magnitude = decode(np.frombuffer(extra.data, STORAGE[extra.dtype]), extra.dtype).astype(np.float64)
-        update = _update(pair, _weight(there.target, checkpoint), magnitude)
+        update = _update(pair, weights.rows(pair.target, 0, pair.target.out_features), magnitude)
         a, b, share = _best(update, rank)
         stored_a, stored_b = (Stored("F32", round_to(x, "F32")) for x in (a, b))
         pairs.append(LoraTarget(pair.target, stored_a, stored_b, 1.0))
         shares.append((pair.target.name, share))
     extras = tuple(e for e in lora.extras if e.use != "magnitude")
     return Baked(replace(lora, targets=tuple(pairs), extras=extras), tuple(shares))
-
-
-def _weight(target: Target, checkpoint: Checkpoint) -> np.ndarray:
-    """The base's matrix (out, in) of a target, float32 (float64 if stored so)."""
-    info = checkpoint.tensors[target.name]
-    stored = np.frombuffer(checkpoint.read(info), STORAGE[info.dtype])
-    values = decode(stored, info.dtype).reshape(info.shape[0], -1)
-    if target.view.kind == "transposed":
-        return np.ascontiguousarray(values.T)
-    if target.view.kind == "rows":
-        start, stop = (int(n) for n in target.view.text.split(":")[1:])
-        return values[start:stop]
-    return values
 
 
 def _update(pair: LoraTarget, weight: np.ndarray, magnitude: F64) -> np.ndarray:

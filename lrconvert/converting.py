@@ -6,7 +6,8 @@ import dataclasses
 import ntpath
 import posixpath
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ import numpy as np
 
 from lrconvert import baking, dtypes, file, report, strictjson, targets
 from lrconvert.adapter import CompactAdapter, ExtraTensor, LoraAdapter, Provenance, Target
+from lrconvert.base_weights import BaseWeights
 from lrconvert.container import open_checkpoint
 from lrconvert.errors import BudgetError, EmptyAdapterError, FingerprintError, OptionError
 from lrconvert.fingerprint import fingerprint
@@ -76,42 +78,40 @@ def convert(
     form = methods.get(method)
     chosen = _options(form, options)
     lora, warnings = _select(lora, include, exclude)
-    source_bytes, content = lora.half_bytes, ""
-    if base is not None:
-        lora, content, baked = _settle(lora, base, bake_dora)
+    source_bytes = lora.half_bytes
+    with _on_base(lora, base, bake_dora) as (lora, weights, baked):
         warnings += baked
-    elif bake_dora is not None:
-        raise OptionError("baking DoRA needs the weights of the base", fix="give it with --base")
-    if any(extra.use == "magnitude" for extra in lora.extras):
-        warnings += (_DORA_NOTE,)
-    if statistics is not None and content and statistics.content not in ("", content):
-        raise FingerprintError(
-            "the statistics are of a base with other contents", fix="collect them from this base", path=base
+        if any(extra.use == "magnitude" for extra in lora.extras):
+            warnings += (_DORA_NOTE,)
+        content = "" if weights is None else weights.content
+        if statistics is not None and content and statistics.content not in ("", content):
+            raise FingerprintError(
+                "the statistics are of a base with other contents", fix="collect them from this base", path=base
+            )
+        budget_bytes = _budget_bytes(source_bytes, target_size, target_ratio, None if options else form.default_ratio)
+        skeleton = CompactAdapter(
+            method=form.id,
+            config=None,
+            targets=lora.shapes(),
+            tensors={},
+            extras=tuple(_cast_extra(extra, extra_dtype) for extra in lora.extras),
+            provenance=_provenance(lora.provenance),
+            base=replace(fingerprint(lora.shapes()), content=content),
         )
-    budget_bytes = _budget_bytes(source_bytes, target_size, target_ratio, None if options else form.default_ratio)
-    skeleton = CompactAdapter(
-        method=form.id,
-        config=None,
-        targets=lora.shapes(),
-        tensors={},
-        extras=tuple(_cast_extra(extra, extra_dtype) for extra in lora.extras),
-        provenance=_provenance(lora.provenance),
-        base=replace(fingerprint(lora.shapes()), content=content),
-    )
-    context = FitContext(seed, device, progress, statistics)
-    budget = None
-    if budget_bytes is not None:
-        budget = Budget(budget_bytes, lambda config: file.sizes(replace(skeleton, config=config)).adapter)
-    fitted, config = (
-        (lora, form.plan(lora, chosen, budget, context)) if choose is None else choose(lora, budget, context)
-    )
-    planned = replace(skeleton, config=config)
-    sizes = file.sizes(planned)
-    file.check(planned)  # before the work: a file that could not be written is not worth fitting
-    if dry_run:
-        return Conversion(planned, sizes, source_bytes, None, warnings)
-    compact = replace(planned, tensors=form.fit(fitted, config, context))
-    fidelity = report.fidelity(lora, compact, statistics)
+        context = FitContext(seed, device, progress, statistics, weights)
+        budget = None
+        if budget_bytes is not None:
+            budget = Budget(budget_bytes, lambda config: file.sizes(replace(skeleton, config=config)).adapter)
+        fitted, config = (
+            (lora, form.plan(lora, chosen, budget, context)) if choose is None else choose(lora, budget, context)
+        )
+        planned = replace(skeleton, config=config)
+        sizes = file.sizes(planned)
+        file.check(planned)  # before the work: a file that could not be written is not worth fitting
+        if dry_run:
+            return Conversion(planned, sizes, source_bytes, None, warnings)
+        compact = replace(planned, tensors=form.fit(fitted, config, context))
+        fidelity = report.fidelity(lora, compact, statistics, weights)
     compact = _with_captured(compact, fidelity.captured)
     return Conversion(compact, sizes, source_bytes, fidelity, warnings)
 
@@ -164,11 +164,19 @@ def _owner(extra: ExtraTensor) -> str:
     return extra.name.removesuffix(".bias") + ".weight" if extra.use == "add" else extra.name
 
 
-def _settle(lora: LoraAdapter, base: Path, bake_dora: int | None) -> tuple[LoraAdapter, str, tuple[str, ...]]:
-    """The LoRA with shapes and views as the base stores them, the digest of the base's contents, and warnings.
+@contextmanager
+def _on_base(
+    lora: LoraAdapter, base: Path | None, bake_dora: int | None
+) -> Iterator[tuple[LoraAdapter, BaseWeights | None, tuple[str, ...]]]:
+    """The LoRA with shapes and views as the base stores them, the base's weights, and warnings, while it is open.
 
     Names stay those of the adapter: they are what a model in memory uses, whatever prefix the base was saved with.
     """
+    if base is None:
+        if bake_dora is not None:
+            raise OptionError("baking DoRA needs the weights of the base", fix="give it with --base")
+        yield lora, None, ()
+        return
     with open_checkpoint(base) as checkpoint:
         found = targets.resolve(lora, checkpoint)
         pairs = [
@@ -176,11 +184,11 @@ def _settle(lora: LoraAdapter, base: Path, bake_dora: int | None) -> tuple[LoraA
             for pair, there in zip(lora.targets, found.targets, strict=True)
         ]
         lora = replace(lora, targets=tuple(sorted(pairs, key=lambda pair: pair.target)))
-        content = checkpoint.content_digest()
-        if bake_dora is None:
-            return lora, content, ()
-        baked = baking.bake_dora(lora, checkpoint, bake_dora)
-        return baked.lora, content, (baked.note,)
+        notes: tuple[str, ...] = ()
+        if bake_dora is not None:
+            baked = baking.bake_dora(lora, checkpoint, bake_dora)
+            lora, notes = baked.lora, (baked.note,)
+        yield lora, BaseWeights(lora, checkpoint, checkpoint.content_digest()), notes
 
 
 def _budget_bytes(source: int, size: int | None, ratio: float | None, default_ratio: int | None) -> int | None:

@@ -174,6 +174,7 @@ def _check_config(compact: CompactAdapter, header: dict[str, Any]) -> None:
         layout[spec.name] = packing.decode(spec, *packing.encode(spec, stored[spec.name]))
     if method.config(header, layout, compact.targets) != compact.config:
         raise CanonicalError(f"the configuration of {method.id} is not the one that its file would give back")
+    _check_needs(method, compact.config, compact.base)
     _checked_specs(method, compact.config, compact.targets)
 
 
@@ -267,6 +268,7 @@ def _examine(file: ContainerFile, report: Report) -> CompactAdapter | None:
     config = attempt("semantics", _read_config, method, header, targets, reader)
     if config is None:
         return None
+    attempt("semantics", _check_needs, method, config, parsed["base"])
     tensors = {}
     specs = attempt("semantics", _checked_specs, method, config, targets)
     if specs is None:  # without them nothing tells which tensors belong here
@@ -297,6 +299,12 @@ def _check_row_indices(extra: ExtraTensor) -> None:
 def _check_names_digest(base: BaseFingerprint, targets: Sequence[Target]) -> None:
     if base.names != names_digest(targets):
         raise DigestError("base.names is not the digest of the names and shapes of the targets")
+
+
+def _check_needs(method: Method, config: Any, base: BaseFingerprint) -> None:
+    if method.needs_base(config) and not base.content:
+        what = "base.content is missing: the updates depend on the weights of the base"
+        raise MissingFieldError(what, fix="convert with --base")
 
 
 def _digest_table(value: Any) -> dict[str, Any]:

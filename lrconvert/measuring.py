@@ -7,7 +7,7 @@ through the rows of A, so that a Gram matrix of a few dozen rows holds all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +23,7 @@ from lrconvert.collecting import Batch
 from lrconvert.dtypes import F64, Array
 from lrconvert.errors import DataError
 from lrconvert.methods import base as methods
-from lrconvert.report import Answers, Fidelity, target_key
+from lrconvert.report import Answers, Fidelity, needs_base, target_key
 
 _TEACHER = "teacher"
 _CHUNK = 1 << 24  # logits that are compared at once
@@ -65,7 +65,7 @@ def measure(
         for name, student in zip(names, students, strict=True):
             attaching.attach(model, student, name=name)
             attached.append(name)
-        inputs = _Inputs.of(model, teacher, students)
+        inputs = _Inputs.of(model, teacher, dict(zip(names, students, strict=True)))
         sums = [_Sums() for _ in range(len(students) + 1)]
         with torch.no_grad():
             for batch in batches:
@@ -151,20 +151,30 @@ class _Sums:
 @dataclass(eq=False)
 class _Place:
     """A target, by its number: the layer it is on, the rows of all A that see its input (k, in), and the B that go with
-    them: ``left[0] @ G @ left[0].T`` is the teacher's output, ``left[n]`` the error of student n - 1, each (out, k)."""
+    them: ``left[0] @ G @ left[0].T`` is the teacher's output, ``left[n]`` the error of student n - 1, each (out, k).
+    Students without factors have an entry in `based` instead, and the sum of their squared errors in `lost`."""
 
     which: int
     layer: AdaptedLayer
     rows: Tensor
     left: list[F64]
     gram: F64
+    based: dict[int, attaching.Update]
+    lost: dict[int, float]
     count: int = 0
 
     def add(self, x: Tensor) -> None:
         """x (tokens, in), or the tokens of an embedding, whose inputs are unit vectors."""
-        z = (self.rows.T[x] if isinstance(self.layer.base_layer, nn.Embedding) else x.float() @ self.rows.T).double()
+        z = self._seen(x, self.rows).double()
         self.gram += (z.T @ z).cpu().numpy()
         self.count += len(z)
+        for n, update in self.based.items():
+            own = torch.from_numpy(self.left[0]).to(z) @ self.rows.double()
+            error = attaching.dense_update(self.layer, update).double() - own
+            self.lost[n] += float(self._seen(x, error.float()).double().square().sum())
+
+    def _seen(self, x: Tensor, rows: Tensor) -> Tensor:
+        return rows.T[x] if isinstance(self.layer.base_layer, nn.Embedding) else x.float() @ rows.T
 
 
 @dataclass(eq=False)
@@ -175,10 +185,15 @@ class _Inputs:
     students: int
 
     @classmethod
-    def of(cls, model: nn.Module, teacher: LoraAdapter, students: Sequence[CompactAdapter]) -> _Inputs:
+    def of(cls, model: nn.Module, teacher: LoraAdapter, students: Mapping[str, CompactAdapter]) -> _Inputs:
+        """`students` by the names that they are attached under."""
         layers = attaching.layers_of(model, _TEACHER)
         device = next(iter(model.parameters())).device
-        known = [{target_key(t): (a, b) for t, a, b in methods.expand_all(student)} for student in students]
+        based = {n: name for n, (name, student) in enumerate(students.items()) if needs_base(student)}
+        known = [
+            {} if n in based else {target_key(t): (a, b) for t, a, b in methods.expand_all(student)}
+            for n, student in enumerate(students.values())
+        ]
         places = []
         for n, pair in enumerate(teacher.targets):
             layer = layers.get(n)
@@ -196,7 +211,14 @@ class _Inputs:
                     error -= _spread(some[1].astype(np.float64), at, len(rows))
                     at += some[0].shape[0]
                 left.append(error)
-            places.append(_Place(n, layer, rows, left, np.zeros((len(rows), len(rows)))))
+            found = {
+                m: update
+                for m, name in based.items()
+                for update in layer.updates
+                if update.name == name and target_key(update.target) == target_key(pair.target)
+            }
+            gram = np.zeros((len(rows), len(rows)))
+            places.append(_Place(n, layer, rows, left, gram, found, dict.fromkeys(found, 0.0)))
         return cls(places, len(students))
 
     def watching(self, batch: Batch, model: nn.Module) -> ExitStack:
@@ -219,8 +241,9 @@ class _Inputs:
         for place in self.places:
             gram = place.gram / max(1, place.count)
             energy = _size(place.left[0], gram)
-            for table, left in zip(found, place.left[1:], strict=True):
-                table[place.which] = _size(left, gram), energy
+            for n, (table, left) in enumerate(zip(found, place.left[1:], strict=True)):
+                lost = place.lost[n] / max(1, place.count) if n in place.lost else _size(left, gram)
+                table[place.which] = lost, energy
         return tuple(found)
 
 

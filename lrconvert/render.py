@@ -86,7 +86,8 @@ def _target_table(kind: str, rows: Sequence[dict[str, Any]]) -> str:
     body = []
     for (pattern, shape), members in groups.items():
         cells = [printable(pattern), len(members), shape, _range(m["rank"] for m in members)]
-        cells.append(_range((m["norm"] for m in members), "{:.3g}"))
+        norms = [m["norm"] for m in members if m["norm"] is not None]
+        cells.append(_range(norms, "{:.3g}") if norms else "-")
         if kind == "lora":
             cells += [_range((m["scale"] for m in members), "{:g}"), "/".join(sorted({m["dtype"] for m in members}))]
             cells += [_range(m["spectrum"][share] for m in members) for share in ("90", "99", "99.9")]

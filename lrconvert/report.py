@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lrconvert import canonical, file
 from lrconvert.adapter import CompactAdapter, LoraAdapter, LoraTarget, Target
+from lrconvert.base_weights import BaseWeights
+from lrconvert.container import open_checkpoint
 from lrconvert.dtypes import Array, Stored
-from lrconvert.errors import BaseError, EmptyAdapterError
+from lrconvert.errors import BaseError, EmptyAdapterError, OptionError
 from lrconvert.methods import base as methods
-from lrconvert.moments import InputStatistics
+from lrconvert.moments import InputStatistics, Moment
 
 
 @dataclass(frozen=True)
@@ -135,21 +138,51 @@ def target_key(target: Target) -> tuple[str, str]:
     return target.name, kind
 
 
-def fidelity(lora: LoraAdapter, compact: CompactAdapter, statistics: InputStatistics | None = None) -> Fidelity:
+def fidelity(
+    lora: LoraAdapter,
+    compact: CompactAdapter,
+    statistics: InputStatistics | None = None,
+    base: BaseWeights | None = None,
+) -> Fidelity:
     """Measure `compact` against the LoRA it came from. Raises E-BASE if their targets differ, E-STATS.
 
-    Targets of the LoRA that the compact adapter lacks (an `--exclude`) count as lost.
+    Targets of the LoRA that the compact adapter lacks (an `--exclude`) count as lost. The weights of the `base` are
+    read where updates depend on them; without them E-OPTION, with others than the adapter's E-FPR.
     """
     pairs = {target_key(pair.target): pair for pair in lora.targets}
-    found: dict[tuple[str, str], TargetFidelity] = {}
-    for target, a, b in methods.expand_all(compact):  # one target at a time: some forms expand to many times their size
-        pair = pairs.get(target_key(target))
-        if pair is None:
+    for target in compact.targets:
+        if target_key(target) not in pairs:
             raise BaseError(f"the target {target.name!r} is not one of the source's", fix="is this its source?")
-        found[target_key(target)] = _target_fidelity(pair, (a, b), statistics)
+    found: dict[tuple[str, str], TargetFidelity] = {}
+    if needs_base(compact):
+        if base is None:
+            raise OptionError(
+                "what the adapter keeps depends on the base's weights", fix="give the folder of the base with --base"
+            )
+        for target, rank, updates in methods.updates_on(compact, base):
+            key = target_key(target)
+            found[key] = _dense_fidelity(pairs[key], rank, updates, statistics)
+    else:
+        for target, a, b in methods.expand_all(compact):  # one at a time: some forms expand to many times their size
+            found[target_key(target)] = _target_fidelity(pairs[target_key(target)], (a, b), statistics)
     rows = [found.get(key) or _target_fidelity(pair, None, statistics) for key, pair in pairs.items()]
     size = file.sizes(compact)
     return Fidelity(tuple(rows), compact.method, lora.half_bytes, size.payload, size.overhead, size.extras)
+
+
+def fidelity_on(
+    lora: LoraAdapter, compact: CompactAdapter, statistics: InputStatistics | None, base: Path | None
+) -> Fidelity:
+    """The same with the folder of the base, which is opened where it is needed."""
+    if base is None or not needs_base(compact):
+        return fidelity(lora, compact, statistics)
+    with open_checkpoint(base) as checkpoint:
+        return fidelity(lora, compact, statistics, BaseWeights(compact, checkpoint, checkpoint.content_digest()))
+
+
+def needs_base(compact: CompactAdapter) -> bool:
+    """Whether the updates of an adapter depend on the base's weights."""
+    return methods.get(compact.method).needs_base(compact.config)
 
 
 def _target_fidelity(
@@ -167,6 +200,28 @@ def _target_fidelity(
     error, energy = canonical.distance(pair, a, b, moment)
     fit_error, fit_energy = canonical.distance(pair, a, b, canonical.fit_metric(pair, moment))
     return replace(found, output_energy=energy, output_error=error, fit_energy=fit_energy, fit_error=fit_error)
+
+
+def _dense_fidelity(
+    pair: LoraTarget, rank: int, updates: Iterator[tuple[int, Array]], statistics: InputStatistics | None
+) -> TargetFidelity:
+    """The same of an update that comes as rows (first, (n, in)); the energies are those of the factors."""
+    nothing = _target_fidelity(pair, None, statistics)
+    if not rank:
+        return nothing
+    left, right = pair.scale * pair.B.astype(np.float64), pair.A.astype(np.float64)
+    metrics: list[Moment | None] = [None]
+    if statistics is not None:
+        moment = statistics.of(pair.target)
+        metrics += [moment, canonical.fit_metric(pair, moment)]
+    errors = [0.0] * len(metrics)
+    for top, update in updates:
+        error = update - left[top : top + len(update)] @ right
+        for n, metric in enumerate(metrics):
+            errors[n] += float(np.vdot(error if metric is None else metric.times(error), error))
+    if statistics is None:
+        return replace(nothing, rank_after=rank, error=errors[0])
+    return replace(nothing, rank_after=rank, error=errors[0], output_error=errors[1], fit_error=errors[2])
 
 
 # --- inspection -----------------------------------------------------------------------------------------------------
@@ -206,11 +261,18 @@ def inspect_lora(lora: LoraAdapter) -> dict[str, Any]:
     }
 
 
+_NO_NORM = "the updates depend on the base's weights: they have no norm without it"
+
+
 def inspect_compact(compact: CompactAdapter) -> dict[str, Any]:
     """Everything worth knowing of an lrconvert file, as JSON values."""
     method = methods.get(compact.method)
     size = file.sizes(compact)
-    rows = [{**_target_row(t), "rank": a.shape[0], "norm": _norm(a, b)} for t, a, b in methods.expand_all(compact)]
+    if needs_base(compact):
+        ranks = method.ranks(compact.config, compact.targets)
+        rows = [{**_target_row(t), "rank": r, "norm": None} for t, r in zip(compact.targets, ranks, strict=True)]
+    else:
+        rows = [{**_target_row(t), "rank": a.shape[0], "norm": _norm(a, b)} for t, a, b in methods.expand_all(compact)]
     return {
         "kind": "lrconvert",
         "method": {"id": method.id, "version": method.version, "config": method.header(compact.config)},
@@ -224,7 +286,7 @@ def inspect_compact(compact: CompactAdapter) -> dict[str, Any]:
         "base": {"names": compact.base.names, "content": compact.base.content},
         "source": compact.provenance.source,
         **_common(compact.extras, compact.provenance.base_model, compact.provenance.task_type),
-        "warnings": [],
+        "warnings": [_NO_NORM] if needs_base(compact) else [],
     }
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from lrconvert.adapter import ExtraTensor, LoraAdapter, LoraTarget, Target
+from lrconvert.adapter import CompactAdapter, ExtraTensor, LoraAdapter, LoraTarget, Target
+from lrconvert.base_weights import BaseWeights
 from lrconvert.container import ContainerFile, encode_header, open_checkpoint
 from lrconvert.dtypes import TORCH_NAMES, Stored, round_to
+from lrconvert.methods import base as methods
 
 
 def load_all(folder: Path) -> dict[str, Stored]:
@@ -61,6 +65,40 @@ def random_base(folder: Path, lora: LoraAdapter, dtype: str = "F32", shards: int
     for n, part in enumerate(parts):
         part[f"norm.{n}.weight"] = Stored(dtype, round_to(rng.standard_normal(7), dtype))
     return save_base(folder, parts)
+
+
+def updates_on(compact: CompactAdapter, base: Path) -> dict[str, np.ndarray]:
+    """The dense updates (out, in) of an adapter whose updates depend on the base, as merges compute them."""
+    with open_checkpoint(base) as checkpoint:
+        weights = BaseWeights(compact, checkpoint, checkpoint.content_digest())
+        return {
+            target.name: np.concatenate([rows for _, rows in parts])
+            for target, _, parts in methods.updates_on(compact, weights)
+        }
+
+
+def updates(compact: CompactAdapter, base: Path | None = None) -> list[np.ndarray]:
+    """The dense updates (out, in) of any compact adapter."""
+    if methods.get(compact.method).needs_base(compact.config):
+        assert base is not None
+        return list(updates_on(compact, base).values())
+    return [b.astype(np.float64) @ a for _, a, b in methods.expand_all(compact)]
+
+
+_BASES: dict[tuple[Target, ...], tuple[Path, TemporaryDirectory[str]]] = {}
+
+
+def wanted_base(method: str, options: Mapping[str, Any], lora: LoraAdapter) -> dict[str, Path]:
+    """``{"base": folder}`` for options of a method whose updates depend on the base, a random one; else nothing."""
+    form = methods.get(method)
+    own = {field.name: options[field.name] for field in fields(form.Options) if field.name in options}
+    if not form.wants_base(form.Options(**own)):
+        return {}
+    targets = lora.shapes()
+    if targets not in _BASES:
+        kept = TemporaryDirectory()
+        _BASES[targets] = random_base(Path(kept.name) / "base", lora), kept
+    return {"base": _BASES[targets][0]}
 
 
 def one_target(target: Target, rank: int = 3, scale: float = 0.5, seed: int = 0, whole: bool = False) -> LoraTarget:

@@ -285,7 +285,7 @@ def test_hulls_and_grids():
         ({"variant": "mini", "mini_rank": 0}, "--mini-rank is 0"),
         ({"variant": "mini", "shard": "out"}, "contradict"),
         ({"peft_compatible": True, "shard": "out"}, "contradict"),
-        ({"variant": "bat"}, "variant is 'bat'"),
+        ({"variant": "bat"}, "weights of the base"),
         ({"bits": 5}, "bone takes auto, 16"),
     ],
 )
@@ -369,7 +369,9 @@ def header_of(**change):
     ("change", "error"),
     [
         ({"colour": 1}, errors.UnknownFieldError),
-        ({"variant": "bat"}, errors.JsonSyntaxError),
+        ({"variant": "bit"}, errors.JsonSyntaxError),
+        ({"variant": "bat"}, errors.CanonicalError),
+        ({"variant": "bat", "shard": "in"}, errors.LimitError),
         ({"variant": ["bone"]}, errors.JsonSyntaxError),
         ({"shard": "both"}, errors.JsonSyntaxError),
         ({"uniform": 0}, errors.JsonSyntaxError),

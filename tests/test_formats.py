@@ -11,10 +11,12 @@ import copy
 import hashlib
 import importlib
 import json
+import math
 import pkgutil
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,14 @@ import second_readers
 from conftest import ADAPTERS, FIXTURES, ROOT, random_lora
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from second_readers.parts import Reader, list_targets, out_in
+from models import wanted_base
+from second_readers.parts import list_targets, out_in
 
 from lrconvert import canonical, errors, file, limits, packing, validation
 from lrconvert import manifest as manifest_module
 from lrconvert.adapter import TRANSPOSED, CompactAdapter, ExtraTensor, LoraAdapter, Provenance, Target, View
+from lrconvert.base_weights import BaseWeights
+from lrconvert.container import open_checkpoint
 from lrconvert.fingerprint import fingerprint
 from lrconvert.methods import base as methods
 from lrconvert.methods import lowrank
@@ -77,8 +82,8 @@ def open_file(data: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
     return manifest, tensors
 
 
-SECOND: dict[str, Reader] = {
-    module.name: importlib.import_module(f"second_readers.{module.name}").expand
+SECOND = {
+    module.name: importlib.import_module(f"second_readers.{module.name}")
     for module in pkgutil.iter_modules(second_readers.__path__)
     if module.name != "parts"
 }
@@ -89,10 +94,16 @@ def check_second_reader(data: bytes, compact: CompactAdapter) -> None:
     manifest, tensors = open_file(data)
     targets = list_targets(manifest)
     assert targets == [(t.name, list(t.shape), t.view.text) for t in compact.targets]
-    factors = SECOND[compact.method](manifest, tensors)
-    for (target, a, b), (name, shape, view), (a2, b2) in zip(
-        methods.expand_all(compact), targets, factors, strict=True
-    ):
+    factors = SECOND[compact.method].expand(manifest, tensors)
+    form = methods.get(compact.method)
+    numbers = methods.values(form, compact)
+    for which, (target, (name, shape, view)) in enumerate(zip(compact.targets, targets, strict=True)):
+        a2, b2 = factors[which]
+        a, b = form.expand(compact.config, compact.targets, numbers, which, np)
+        if form.needs_base(compact.config):
+            weight = np.random.default_rng(which).standard_normal(target.matrix_shape)
+            ours = form.rows_on(compact.config, compact.targets, numbers, which, weight, 0)
+            assert np.array_equal(ours, SECOND[compact.method].update_on(manifest, factors[which], weight))
         assert target.name == name and out_in(shape, view) == target.matrix_shape
         for ours, theirs in ((a, a2), (b, b2)):
             assert theirs.dtype == np.float32 and theirs.shape == ours.shape
@@ -114,18 +125,24 @@ EXTRAS = (ExtraTensor("score.bias", "F32", (2,), bytes(range(8))), ExtraTensor("
 
 def fitted(method: methods.Method, lora: LoraAdapter, options: Mapping[str, Any]) -> CompactAdapter:
     """`lora` in the form `method` by its own plan and fit."""
-    context = methods.FitContext()
     wanted = dict(options)
     size, ratio = wanted.pop("target_size", None), wanted.pop("target_ratio", None)
     targets = lora.shapes()
     compact = CompactAdapter(method.id, None, targets, {}, lora.extras, lora.provenance, fingerprint(targets))
-    budget = None
-    if size or ratio:
-        budget = methods.Budget(
-            int(size or lora.half_bytes / ratio), lambda config: file.sizes(replace(compact, config=config)).adapter
-        )
-    config = method.plan(lora, method.Options(**wanted), budget, context)
-    return replace(compact, config=config, tensors=method.fit(lora, config, context))
+    with ExitStack() as stack:
+        weights = None
+        for folder in wanted_base(method.id, options, lora).values():
+            checkpoint = stack.enter_context(open_checkpoint(folder))
+            weights = BaseWeights(lora, checkpoint, checkpoint.content_digest())
+            compact = replace(compact, base=replace(compact.base, content=weights.content))
+        context = methods.FitContext(base=weights)
+        budget = None
+        if size or ratio:
+            budget = methods.Budget(
+                int(size or lora.half_bytes / ratio), lambda config: file.sizes(replace(compact, config=config)).adapter
+            )
+        config = method.plan(lora, method.Options(**wanted), budget, context)
+        return replace(compact, config=config, tensors=method.fit(lora, config, context))
 
 
 def source(turn: int) -> LoraAdapter:
@@ -226,7 +243,12 @@ def draw_bone(rng: np.random.Generator, targets: Sequence[Target]) -> Any:
     if rng.random() < 0.2 and mini < 2:
         ranks = [1] * len(targets)
     group = int(rng.choice([0, 3, 50]))
-    return bone.complete(targets, ranks, turned, bits=bits, mini_rank=mini, group_size=group)
+    bat = not mini and rng.random() < 0.3
+    if bat:
+        turned, common = [False] * len(targets), [math.gcd(*shape) for shape in shapes]
+        ranks = [int(rng.choice([r for r in range(n + 1) if not r or n % r == 0])) for n in common]
+        ranks[4] = max(1, ranks[4])
+    return bone.complete(targets, ranks, turned, bits=bits, mini_rank=mini, group_size=group, bat=bat)
 
 
 def draw_nola(rng: np.random.Generator, targets: Sequence[Target]) -> Any:
@@ -296,7 +318,8 @@ def drawn(method: str, seed: int) -> CompactAdapter:
         tensors["indices"] = draw_places(rng, config, targets)
     if method == "vblora":
         tensors = tidied(rng, config.form, tensors)
-    return CompactAdapter(method, config, targets, tensors, base=fingerprint(targets))
+    base = replace(fingerprint(targets), content="5b" * 32 if methods.get(method).needs_base(config) else "")
+    return CompactAdapter(method, config, targets, tensors, base=base)
 
 
 def tidied(rng: np.random.Generator, form: Any, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -443,7 +466,8 @@ def test_the_worked_example_decodes_from_the_page_alone(tmp_path):
     shown, factors = (json.loads(block) for block in re.findall(r"```json\n(.*?)```", generated(SPEC), re.DOTALL))
     manifest, tensors = open_file(data)
     assert manifest == shown
-    for (name, shape, view), (a, b) in zip(list_targets(manifest), SECOND["lowrank"](manifest, tensors), strict=True):
+    found = SECOND["lowrank"].expand(manifest, tensors)
+    for (name, shape, view), (a, b) in zip(list_targets(manifest), found, strict=True):
         assert factors[name] == {"A": a.tolist(), "B": b.tolist()}
         assert (b.shape[0], a.shape[1]) == out_in(shape, view)
     (tmp_path / "example.lrc").write_bytes(data)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
-from conftest import FIXTURES, random_lora
+from conftest import FIXTURES, dense, random_lora
+from models import updates, wanted_base
 
 from lrconvert import api, errors, file
 from lrconvert.adapter import TRANSPOSED, CompactAdapter, LoraAdapter
@@ -33,8 +35,13 @@ _CACHE: dict[tuple[str, int], api.Conversion] = {}
 def converted(method: str, example: int) -> api.Conversion:
     key = (method, example)
     if key not in _CACHE:
-        _CACHE[key] = api.convert(source(), method, **methods.get(method).examples[example])
+        _CACHE[key] = again(source(), method, example)
     return _CACHE[key]
+
+
+def again(lora: LoraAdapter, method: str, example: int, **more: Any) -> api.Conversion:
+    options = methods.get(method).examples[example]
+    return api.convert(lora, method, **options, **wanted_base(method, options, lora), **more)
 
 
 def same(one: CompactAdapter, two: CompactAdapter) -> bool:
@@ -60,7 +67,7 @@ def test_read_write(method, example, tmp_path):
 
 @pytest.mark.parametrize(("method", "example"), CASES)
 def test_dry_run_is_exact(method, example):
-    planned = api.convert(source(), method, dry_run=True, **methods.get(method).examples[example])
+    planned = again(source(), method, example, dry_run=True)
     done = converted(method, example)
     assert planned.sizes == done.sizes and planned.compact.config == done.compact.config
     assert planned.fidelity is None and not planned.compact.tensors
@@ -68,22 +75,27 @@ def test_dry_run_is_exact(method, example):
 
 @pytest.mark.parametrize(("method", "example"), CASES)
 def test_fit_is_deterministic(method, example):
-    again = api.convert(source(), method, **methods.get(method).examples[example])
-    assert same(again.compact, converted(method, example).compact)
+    assert same(again(source(), method, example).compact, converted(method, example).compact)
 
 
 @pytest.mark.parametrize(("method", "example"), CASES)
 def test_expand_is_the_same_on_numpy_and_torch(method, example):
     import torch
 
-    compact = converted(method, example).compact
-    ranks = methods.get(method).ranks(compact.config, compact.targets)
-    pairs = zip(methods.expand_all(compact), methods.expand_all(compact, torch), ranks, strict=True)
-    for (target, a, b), (_, ta, tb), rank in pairs:
+    compact, form = converted(method, example).compact, methods.get(method)
+    numbers, tensors = methods.values(form, compact), methods.values(form, compact, torch)
+    ranks = form.ranks(compact.config, compact.targets)
+    pairs = zip(methods.without_base(compact), methods.without_base(compact, torch), ranks, strict=True)
+    for which, ((target, a, b), (_, ta, tb), rank) in enumerate(pairs):
         assert a.shape == (rank, target.in_features) and b.shape == (target.out_features, rank)
         assert a.dtype == b.dtype == np.float32 and ta.dtype == tb.dtype == torch.float32
         assert np.array_equal(a, ta.numpy()) and np.array_equal(b, tb.numpy())
         assert np.isfinite(a).all() and np.isfinite(b).all()
+        if form.needs_base(compact.config):
+            weight = np.random.default_rng(which).standard_normal(target.matrix_shape)
+            ours = form.rows_on(compact.config, compact.targets, numbers, which, weight, 0)
+            theirs = form.rows_on(compact.config, compact.targets, tensors, which, torch.from_numpy(weight), 0)
+            assert np.allclose(ours, theirs.numpy(), atol=1e-12) and ours.dtype == np.float64
 
 
 @pytest.mark.parametrize(("method", "example"), CASES)
@@ -91,9 +103,10 @@ def test_report_is_the_dense_truth(method, example):
     """Captured energy as reported, against the dense updates."""
     done = converted(method, example)
     error = energy = 0.0
-    for pair, (_, a, b) in zip(source().targets, methods.expand_all(done.compact), strict=True):
-        delta = pair.scale * (pair.B.astype(np.float64) @ pair.A.astype(np.float64))
-        error += np.sum((delta - b.astype(np.float64) @ a) ** 2)
+    base = wanted_base(method, methods.get(method).examples[example], source()).get("base")
+    for pair, update in zip(source().targets, updates(done.compact, base), strict=True):
+        delta = dense(pair)
+        error += np.sum((delta - update) ** 2)
         energy += np.sum(delta**2)
     assert done.fidelity is not None
     assert np.isclose(done.fidelity.captured, 1 - error / energy, atol=1e-9)

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "lrconvert"
 ORDER = [
     {"errors", "limits"},
     {"strictjson", "dtypes", "container", "durable", "hub", "packing", "subvectors", "vectorbank", "exact", "prng"},
-    {"adapter", "canonical", "renamings", "targets", "fingerprint", "quantized", "moments"},
+    {"adapter", "canonical", "renamings", "targets", "fingerprint", "quantized", "moments", "base_weights"},
     {"methods"},
     {"manifest", "file", "report", "validation", "modelcard", "statistics_file"},
     {"readers", "exporters", "consumers"},

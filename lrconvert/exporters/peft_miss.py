@@ -1,4 +1,4 @@
-"""PEFT MiSS: the blocks in float32, as PEFT's ``MissConfig`` takes them (``init_weights`` true, or "mini").
+"""PEFT MiSS: the blocks in float32, as PEFT's ``MissConfig`` takes them (``init_weights`` true, "mini" or "bat").
 
 MiSS has one rank, shards along inputs, and linear layers only; `--peft-compatible` of the converter keeps to that.
 Trained biases and saved modules go along; DoRA, biases of LoRAs and trained tokens have no place. Targets without a
@@ -6,6 +6,9 @@ block are left out. ``lrconvert.json`` keeps the shapes of the layers, which a M
 """
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +21,7 @@ from lrconvert.exporters.peft_lora import base_config, config_file, extras, weig
 from lrconvert.exporters.peft_lora.layers import PREFIX, endings, module_name
 from lrconvert.methods import base as methods
 from lrconvert.methods.bone import METHOD
+from lrconvert.methods.bone.bat import blocks_of
 from lrconvert.methods.bone.form import Config
 from lrconvert.modelcard import model_card
 from lrconvert.report import Fidelity
@@ -66,6 +70,9 @@ def _blocks(compact: CompactAdapter, config: Config) -> dict[str, tuple[Target, 
             found[_linear(target)] = target, METHOD.block(config, compact.targets, values, which)
         elif not kept.isdisjoint(endings(target.name.removesuffix(".weight"))):
             shape = max(config.ranks), config.columns(which, target)
+            if config.variant == "bat" and math.gcd(*target.matrix_shape) % shape[0]:
+                what = f"PEFT would put a Bat of rank {shape[0]} on {target.name!r} {target.matrix_shape}, too"
+                raise ExportError(f"{what}, which it does not divide", fix="convert again with --exclude for it")
             found[_linear(target)] = target, np.zeros(shape, np.float32)
     return found
 
@@ -77,8 +84,9 @@ def files(compact: CompactAdapter, options: ExportOptions, fidelity: Fidelity | 
     placed = extras.place(compact, blocks.keys(), "MiSS_only")
     tensors = list(placed.entries)
     for module, (_, block) in blocks.items():
-        data = round_to(np.ascontiguousarray(block), options.dtype).tobytes()
-        tensors.append((f"{PREFIX}{module}.miss_block", options.dtype, block.shape, data))
+        stored = blocks_of(block) if config.variant == "bat" else block
+        data = round_to(np.ascontiguousarray(stored), options.dtype).tobytes()
+        tensors.append((f"{PREFIX}{module}.miss_block", options.dtype, stored.shape, data))
     settings = {
         **base_config(compact, list(blocks)),
         **placed.config,
@@ -86,14 +94,16 @@ def files(compact: CompactAdapter, options: ExportOptions, fidelity: Fidelity | 
         "r": max(config.ranks),
         "mini_r": config.mini_rank or 1,
         "miss_dropout": 0.0,
-        "init_weights": "mini" if config.mini_rank else True,
+        "init_weights": True if config.variant == "bone" else config.variant,
     }
     del settings["fan_in_fan_out"]  # not a field of MiSS
-    notes = {
+    notes: dict[str, Any] = {
         "tool": f"lrconvert {__version__}",
         "source": compact.provenance.source,
         "shapes": {module: list(target.matrix_shape) for module, (target, _) in blocks.items()},
     }
+    if config.variant == "bat":
+        notes["base_content"] = compact.base.content
     return {
         "adapter_config.json": [config_file(settings)],
         "adapter_model.safetensors": weights_file(sorted(tensors)),

@@ -16,7 +16,7 @@ from lrconvert.dtypes import F64, STORAGE, Array, decode
 from lrconvert.errors import LimitError, LrcError
 from lrconvert.exact import Tally, Term, Update, Workspace
 from lrconvert.limits import MAX_RATIONAL
-from lrconvert.merging import dora
+from lrconvert.merging import based, dora
 from lrconvert.merging.plan import Output, Plan, Rows
 from lrconvert.merging.updates import Piece, cuts, segment
 
@@ -78,8 +78,8 @@ class Computer:
         if output.rows is not None:
             return _putting(output.rows)
         for piece in output.pieces:
-            if piece.magnitude is not None and piece.start <= start and stop <= piece.stop:
-                return self._dora(output, piece, start, stop)
+            if piece.is_alone and piece.start <= start and stop <= piece.stop:
+                return self._based(output, piece) if piece.is_based else self._dora(output, piece, start, stop)
         update = segment(output.pieces, start, stop, self.plan.sources)
         return _keep if update is None else _adding(update, output.dtype, start, self.workspace)
 
@@ -100,6 +100,26 @@ class Computer:
 
         norms = dora.column_norms(blocks(), output.dtype, whole)
         return _scaling(dora.merge_columns, output.dtype, start, whole, dora.checked_factor(magnitude, norms))
+
+    def _based(self, output: Output, piece: Piece) -> _Change:
+        source, origin = self.plan.sources[piece.origin.adapter], piece.origin
+
+        def update_of(weight: F64, first: int) -> F64:
+            return source.update_on(origin, weight, first)
+
+        def by_rows(present: Array, top: int) -> tuple[Array, Tally, Update | None]:
+            first = top - piece.start
+            return *based.merge_rows(present, output.dtype, update_of, origin.scale, first), None
+
+        def by_columns(present: Array, top: int) -> tuple[Array, Tally, Update | None]:
+            step, above = source.step_of(origin), piece.start
+            first = above + (top - above) // step * step
+            last = above + -(-(top + len(present) - above) // step) * step
+            whole = self._read(output, first, last - first, piece.cols)
+            within = slice(top - first, top - first + len(present))
+            return *based.merge_columns(whole, output.dtype, update_of, origin.scale, within), None
+
+        return by_columns if origin.turned else by_rows
 
     def _read(self, output: Output, first: int, count: int, cols: int) -> Array:
         """Stored rows of what the tensor starts from."""

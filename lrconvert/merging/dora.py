@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from lrconvert.dtypes import F64, Array, decode, round_to
-from lrconvert.errors import MergeOverflowError, ValueRangeError
+from lrconvert.dtypes import F64, Array, decode
+from lrconvert.errors import ValueRangeError
 from lrconvert.exact import Tally, Term
+from lrconvert.merging.rounding import rounded
 
 LANES = 64  # partial sums of a squared norm: element i is added to number i mod 64
 _TILE = 1 << 16  # elements that are computed at a time: they stay in the cache
@@ -25,7 +26,7 @@ def merge_rows(stored: Array, dtype: str, term: Term, magnitude: F64) -> tuple[A
     tally = Tally(elements=stored.size)
     for top, v in _tiles(stored, dtype, term):
         factor = magnitude[top : top + v.shape[0]] / _norms(v.T)
-        tally += _finish(v * factor[:, None], stored, out, top, dtype)
+        tally += rounded(v * factor[:, None], stored, out, top, dtype)
     return out, tally
 
 
@@ -46,7 +47,7 @@ def merge_columns(stored: Array, dtype: str, term: Term, factor: F64) -> tuple[A
     out = np.empty_like(stored)
     tally = Tally(elements=stored.size)
     for top, v in _tiles(stored, dtype, term):
-        tally += _finish(v * factor, stored, out, top, dtype)
+        tally += rounded(v * factor, stored, out, top, dtype)
     return out, tally
 
 
@@ -92,17 +93,3 @@ def _folded(lanes: F64) -> F64:
         lanes = lanes[:half] + lanes[half:]
     total: F64 = lanes[0]
     return total
-
-
-def _finish(values: F64, stored: Array, out: Array, top: int, dtype: str) -> Tally:
-    """Round `values` into `out` from row `top` on and say what happened."""
-    codes = round_to(values, dtype)
-    rounded = decode(codes, dtype)
-    if not np.isfinite(rounded).all():
-        row, col = np.argwhere(~np.isfinite(rounded))[0]
-        raise MergeOverflowError(f"element [{top + row}, {col}] would be beyond the range of {dtype}")
-    out[top : top + values.shape[0]] = codes
-    moved = codes.view(f"u{codes.itemsize}") != stored[top : top + values.shape[0]].view(f"u{codes.itemsize}")
-    errors = np.abs(values - rounded)
-    changed = int(np.count_nonzero(moved))
-    return Tally(0, changed, values.size - changed, float(errors.max()), float(errors.sum()))

@@ -142,10 +142,10 @@ def check_replaceable(out: Path) -> None:
 
 def _check_content(found: str, planned: Plan, earlier: dict[int, Path]) -> None:
     """Raise E-FPR if an adapter names the contents of its base and neither this base nor, if it is a merged model, what
-    it was merged from has them."""
+    it was merged from has them. Updates that depend on the base are of this one alone."""
     if not planned.contents or found in planned.contents:
         return
-    for place in earlier.values():
+    for place in () if any(source.needs_base for source in planned.sources) else earlier.values():
         with records.OpenRecord(place) as opened:
             if opened.record.content in planned.contents:
                 return

@@ -191,13 +191,14 @@ def _pieces(
     found: dict[str, list[Piece]] = {}
     index = targets.NameIndex.of(checkpoint)
     for number, (item, there) in enumerate(zip(inputs, resolved, strict=True)):
+        is_based = Source(item.adapter).needs_base
         magnitudes = {e.name: e for e in item.adapter.extras if e.use == "magnitude"}
         if magnitudes and item.scale != 1:
             raise OptionError("a DoRA adapter cannot be scaled: its magnitudes hold for the whole of its update")
         for which, (ours, target) in enumerate(zip(targets_of(item.adapter), targets_of(there), strict=True)):
             magnitude = magnitudes.pop(ours.name, None)
             for piece_of, origin in _origins(number, which, item.scale, target, index, checkpoint):
-                found.setdefault(piece_of.name, []).append(Piece(*extent(piece_of), origin, magnitude))
+                found.setdefault(piece_of.name, []).append(Piece(*extent(piece_of), origin, magnitude, is_based))
         if magnitudes:
             raise _no_place(next(iter(magnitudes.values())), "the adapter has no update of this parameter")
         for which, extra in enumerate(item.adapter.extras):
@@ -212,8 +213,11 @@ def _pieces(
         if len({piece.cols for piece in pieces}) > 1:
             raise BaseError(f"the adapters see the parameter {name!r} in views that do not go together")
         for piece in pieces:
-            if piece.magnitude is not None and any(p is not piece and _meet(p, piece) for p in pieces):
-                raise _no_place(piece.magnitude, "another adapter updates it too", "merge one after the other")
+            if piece.is_alone and any(p is not piece and _meet(p, piece) for p in pieces):
+                raise PlacementError(
+                    f"two adapters update {name!r}, and one of them is no sum with the base's weights",
+                    fix="merge one after the other",
+                )
     return {name: tuple(pieces) for name, pieces in found.items()}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lrconvert.adapter import CompactAdapter, ExtraTensor, LoraAdapter, Target
-from lrconvert.dtypes import STORAGE, Array, decode
+from lrconvert.dtypes import F64, STORAGE, Array, decode
 from lrconvert.exact import Term, Update
 from lrconvert.methods import base as methods
 
@@ -44,13 +44,20 @@ class Origin:
 
 @dataclass(frozen=True)
 class Piece:
-    """An update of rows `start` to `stop` of a stored parameter seen as a matrix with `cols` columns."""
+    """An update of rows `start` to `stop` of a stored parameter seen as a matrix with `cols` columns. DoRA's has a
+    `magnitude`; `is_based` where it depends on the base. Neither is a term of a sum."""
 
     start: int
     stop: int
     cols: int
     origin: Origin
     magnitude: ExtraTensor | None = None
+    is_based: bool = False
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether nothing else may be added to the same rows."""
+        return self.is_based or self.magnitude is not None
 
 
 class Source:
@@ -63,6 +70,28 @@ class Source:
     def _values(self) -> Mapping[str, Any]:
         assert isinstance(self.adapter, CompactAdapter)
         return methods.values(methods.get(self.adapter.method), self.adapter)
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether updates depend on the base: they are no terms then, see `update_on`."""
+        return not isinstance(self.adapter, LoraAdapter) and methods.get(self.adapter.method).needs_base(
+            self.adapter.config
+        )
+
+    def update_on(self, origin: Origin, weight: F64, first: int) -> F64:
+        """Rows `first` and on of the update that `origin` names, from the same rows of the base, both (n, m) seen as
+        (out, in)."""
+        assert isinstance(self.adapter, CompactAdapter)
+        method, above = methods.get(self.adapter.method), origin.rows[0] if origin.rows else 0
+        config, targets = self.adapter.config, self.adapter.targets
+        found: F64 = method.rows_on(config, targets, self._values, origin.which, weight, above + first)
+        return found
+
+    def step_of(self, origin: Origin) -> int:
+        """Columns of the base that an update needs together."""
+        assert isinstance(self.adapter, CompactAdapter)
+        ranks = methods.get(self.adapter.method).ranks(self.adapter.config, self.adapter.targets)
+        return max(1, ranks[origin.which])
 
     def term(self, origin: Origin) -> Term:
         """The update that `origin` names, in the orientation in which it is stored."""

@@ -19,8 +19,9 @@ import numpy as np
 
 from lrconvert import canonical, packing
 from lrconvert.adapter import CompactAdapter, LoraAdapter, LoraTarget, Target
+from lrconvert.base_weights import BaseWeights
 from lrconvert.dtypes import Array
-from lrconvert.errors import VersionError
+from lrconvert.errors import FingerprintError, OptionError, VersionError
 from lrconvert.moments import InputStatistics, Moment
 from lrconvert.packing import TensorSpec
 
@@ -29,13 +30,14 @@ Tensors = Mapping[str, Array]
 
 @dataclass(frozen=True)
 class FitContext:
-    """What a fit may use besides the LoRA: a seed, a torch device name, a progress callback (fraction, text), and
-    input statistics, in whose metric it then works."""
+    """What a fit may use besides the LoRA: a seed, a torch device name, a progress callback (fraction, text), input
+    statistics, in whose metric it then works, and the weights of the base, for forms whose updates depend on them."""
 
     seed: int = 0
     device: str = "cpu"
     progress: Callable[[float, str], None] = field(default=lambda fraction, text: None)
     statistics: InputStatistics | None = None
+    base: BaseWeights | None = None
 
     def metric(self, pair: LoraTarget) -> Moment | None:
         """What a fit measures the error of a target in, None without statistics: the plain norm. Raises E-STATS."""
@@ -112,7 +114,16 @@ class Method(ABC):
     def check(self, config: Any, targets: Sequence[Target], tensors: Tensors) -> None:  # noqa: B027 -- most have none
         """Rules on values beyond what the specs say. Raises our errors."""
 
+    def needs_base(self, config: Any) -> bool:
+        """Whether updates depend on the base's weights. They are no products of factors then: `rows_on` says what they
+        are, and a file must name the contents of its base."""
+        return False
+
     # --- making it ---
+
+    def wants_base(self, options: Any) -> bool:
+        """Whether these `options` lead to updates that depend on the base."""
+        return False
 
     @abstractmethod
     def plan(self, lora: LoraAdapter, options: Any, budget: Budget | None, context: FitContext) -> Any:
@@ -138,8 +149,21 @@ class Method(ABC):
         """Factors (A (r, in), B (out, r)) in float32 of target number `which`; the update is exactly ``B @ A``.
 
         `values` are the payload tensors as numbers (see `values`); `xp` is the numpy or torch module that they belong
-        to. The only formula of the method, the same bits on both.
+        to. The only formula of the method, the same bits on both. Where updates depend on the base, their part that
+        does not.
         """
+
+    def rows_on(
+        self, config: Any, targets: Sequence[Target], values: Mapping[str, Any], which: int, weight: Any, first: int
+    ) -> Any:
+        """Where updates depend on the base: rows `first` and on of the update of target number `which`, in the shape
+        and dtype of `weight` (n, m), the same rows of the base's matrix.
+
+        `weight` may be a part of the columns: any that begins and ends at a multiple of the target's rank. With numpy
+        in float64 the operations and their order are those of the method's page, so that every machine merges the same
+        bits; torch tensors give the same numbers up to rounding, with gradients.
+        """
+        raise NotImplementedError
 
 
 def module_names() -> list[str]:
@@ -179,9 +203,37 @@ def values(method: Method, compact: CompactAdapter, xp: Any = np) -> dict[str, A
 
 
 def expand_all(compact: CompactAdapter, xp: Any = np) -> Iterator[tuple[Target, Any, Any]]:
-    """(target, A, B) of every target of a compact adapter, one at a time; ``delta_W = B @ A``."""
+    """(target, A, B) of every target of a compact adapter, one at a time; ``delta_W = B @ A``. Raises E-OPTION if there
+    are no such factors: if updates depend on the base."""
+    method = get(compact.method)
+    if method.needs_base(compact.config):
+        what = f"the updates of this {method.id} adapter depend on the base's weights: it has no factors"
+        raise OptionError(what, fix="merge it into its base, attach it, or export it to peft-miss")
+    yield from without_base(compact, xp)
+
+
+def without_base(compact: CompactAdapter, xp: Any = np) -> Iterator[tuple[Target, Any, Any]]:
+    """(target, A, B) as `Method.expand` gives them: of updates that depend on the base their part that does not."""
     method = get(compact.method)
     numbers = values(method, compact, xp)
     for which, target in enumerate(compact.targets):
         a, b = method.expand(compact.config, compact.targets, numbers, which, xp)
         yield target, a, b
+
+
+def updates_on(compact: CompactAdapter, base: BaseWeights) -> Iterator[tuple[Target, int, Iterator[tuple[int, Array]]]]:
+    """(target, rank, rows of its update) of every target of an adapter whose updates depend on the base: rows as (first
+    row, (n, in) in float64). Raises E-FPR if the adapter was made for other weights."""
+    method = get(compact.method)
+    if compact.base.content != base.content:
+        raise FingerprintError("the adapter was made for a base of other contents", fix="its updates are of that base")
+    numbers = values(method, compact)
+    ranks = method.ranks(compact.config, compact.targets)
+
+    def rows(which: int, target: Target) -> Iterator[tuple[int, Array]]:
+        for top, weight in base.blocks(target, max(1, ranks[which])):
+            wide = weight.astype(np.float64)
+            yield top, method.rows_on(compact.config, compact.targets, numbers, which, wide, top)
+
+    for which, target in enumerate(compact.targets):
+        yield target, ranks[which], rows(which, target)

@@ -1,14 +1,17 @@
-"""PEFT MiSS, and the Bone that it was before PEFT 0.19: blocks (r, out), or (r, mini_r) of the variant "mini", which
-repeat along the inputs, read as a compact adapter without loss. Paper: arXiv 2409.15371.
+"""PEFT MiSS, and the Bone that it was before PEFT 0.19: blocks (r, out), or (r, mini_r) of the variant "mini", or
+(out / r, r, r) of "bat", which repeat along inputs, read as a compact adapter without loss. Paper: arXiv 2409.15371.
 
 The file says how many outputs a layer has (of "mini" not even that), never how many inputs. They are those of the base
-(`read_on`: the headers of its files, no weights), or stand in the lrconvert.json that `export` writes beside. A base
-that a configuration names is a text of a stranger and is not opened.
+(`read_on`: the headers of its files), or stand in the lrconvert.json that `export` writes beside; so does the digest of
+the contents of the base, which "bat" depends on. A base that a configuration names is a text of a stranger and is not
+opened.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,25 +83,26 @@ def read(path: Path, options: ReadOptions) -> CompactAdapter:
     E-LORA-FEATURE, E-TENSOR, E-PAIR, E-SHAPE, E-DTYPE, E-VALUE, E-LIMIT, E-EMPTY, E-PICKLE."""
     if options.base is not None:
         return read_on(path, options.base, options)
-    return _read(path, options, _stated_widths(_folder(path)))
+    stated = _stated(_folder(path))
+    return _read(path, options, _stated_widths(stated), lambda: _stated_content(stated))
 
 
 def read_on(path: Path, base: Path, options: ReadOptions) -> CompactAdapter:
-    """The same, with widths from the base in the folder `base`: headers only. Raises E-BASE as well for a layer that is
-    not there or has another shape, and the errors of `open_checkpoint`."""
+    """The same, with widths from the base in the folder `base`: headers only but for "bat". Raises E-BASE as well for a
+    layer that is not there or has another shape, and the errors of `open_checkpoint`."""
     with open_checkpoint(base) as checkpoint:
-        return _read(path, options, _widths_of(checkpoint))
+        return _read(path, options, _widths_of(checkpoint), checkpoint.content_digest)
 
 
 def _folder(path: Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def _read(path: Path, options: ReadOptions, widths: Widths) -> CompactAdapter:
+def _read(path: Path, options: ReadOptions, widths: Widths, content: Callable[[], str]) -> CompactAdapter:
     folder = _folder(path)
     config = read_json(folder / CONFIG_NAME)
     try:
-        kind, rank, mini_rank = _settings(config)
+        kind, rank, mini_rank, is_bat = _settings(config)
         base_model, revision, task = (
             config_text(config, key) for key in ("base_model_name_or_path", "revision", "task_type")
         )
@@ -109,8 +113,9 @@ def _read(path: Path, options: ReadOptions, widths: Widths) -> CompactAdapter:
         blocks = {}
         for module, info in modules.items():
             out, inner = widths(module)
-            _check_shape(module, info, rank, mini_rank, (out, inner))
-            blocks[Target(f"{module}.weight", (out, inner), MATRIX)] = _values(weights, info)
+            _check_shape(module, info, rank, mini_rank, (out, inner), is_bat)
+            values = _values(weights, info)
+            blocks[Target(f"{module}.weight", (out, inner), MATRIX)] = values.reshape(out, rank).T if is_bat else values
         source = combined_digest(
             (i.name, tensor_digest(i.name, i.dtype, i.shape, [weights.read(i)])) for i in weights.tensors
         )
@@ -120,16 +125,17 @@ def _read(path: Path, options: ReadOptions, widths: Widths) -> CompactAdapter:
     if expanded > MAX_EXPAND_BYTES:
         raise LimitError(f"the file expands to {expanded} bytes of factors; at most {MAX_EXPAND_BYTES} are allowed")
     bits, numbers = _stored(np.concatenate([blocks[target].reshape(-1) for target in targets]))
-    form = complete(targets, [rank] * len(targets), bits=bits, mini_rank=mini_rank)
+    form = complete(targets, [rank] * len(targets), bits=bits, mini_rank=mini_rank, bat=is_bat)
     came = Provenance(source, base_model, revision, task, {"source_format": f"peft-{kind.lower()}"})
-    return CompactAdapter("bone", form, targets, {"blocks": numbers}, extras, came, fingerprint(targets))
+    base = replace(fingerprint(targets), content=content()) if is_bat else fingerprint(targets)
+    return CompactAdapter("bone", form, targets, {"blocks": numbers}, extras, came, base)
 
 
 # --- configuration --------------------------------------------------------------------------------------------------
 
 
-def _settings(config: Mapping[str, Any]) -> tuple[str, int, int]:
-    """(MISS or BONE, r, mini_r or 0). Raises E-CONFIG, E-LORA-FEATURE, E-LIMIT."""
+def _settings(config: Mapping[str, Any]) -> tuple[str, int, int, bool]:
+    """(MISS or BONE, r, mini_r or 0, whether it is a Bat). Raises E-CONFIG, E-LORA-FEATURE, E-LIMIT."""
     kind = config.get("peft_type")
     if kind not in _BLOCKS:
         raise ConfigError(f"peft_type is {kind!r:.60}, expected one of {', '.join(_BLOCKS)}")
@@ -144,18 +150,14 @@ def _settings(config: Mapping[str, Any]) -> tuple[str, int, int]:
     if rank > MAX_RANK:
         raise LimitError(f"r is {rank}, above {MAX_RANK}")
     init = config.get("init_weights", True)
-    if init == "bat":
-        raise UnsupportedLoraError(
-            "init_weights is 'bat': Bat's update depends on the weights of the base, which is not converted yet",
-            fix="merge it into its base with PEFT and use the merged model",
-        )
     if init == "mini" and kind == "MISS":
-        return kind, rank, _integer(config, "mini_r")
-    if init is not None and not isinstance(init, bool):
+        return kind, rank, _integer(config, "mini_r"), False
+    if init is not None and not isinstance(init, bool) and init != "bat":
         raise UnsupportedLoraError(
-            f"init_weights is {init!r:.60}, a variant of {kind} that is not known", fix="true, false and mini are read"
+            f"init_weights is {init!r:.60}, a variant of {kind} that is not known",
+            fix="true, false, mini and bat are read",
         )
-    return kind, rank, 0
+    return kind, rank, 0, init == "bat"
 
 
 def _integer(config: Mapping[str, Any], key: str) -> int:
@@ -168,11 +170,26 @@ def _integer(config: Mapping[str, Any], key: str) -> int:
 # --- widths of layers -----------------------------------------------------------------------------------------------
 
 
-def _stated_widths(folder: Path) -> Widths:
+def _stated(folder: Path) -> Mapping[str, Any]:
     """What our own export wrote beside the weights."""
-    stated: Any = {}
-    if (folder / SHAPES_NAME).is_file():
-        stated = read_json(folder / SHAPES_NAME).get("shapes", {})
+    return read_json(folder / SHAPES_NAME) if (folder / SHAPES_NAME).is_file() else {}
+
+
+def _stated_content(found: Mapping[str, Any]) -> str:
+    """The digest of the base's contents. Raises E-BASE, E-CONFIG."""
+    content = found.get("base_content")
+    if content is None:
+        raise BaseError(
+            "init_weights is 'bat': the updates depend on the weights of the base",
+            fix="give the base that it was trained on",
+        )
+    if not isinstance(content, str) or not re.fullmatch("[0-9a-f]{64}", content):
+        raise ConfigError(f"base_content in {SHAPES_NAME} is {content!r:.80}, no sha256 in hex")
+    return content
+
+
+def _stated_widths(found: Mapping[str, Any]) -> Widths:
+    stated = found.get("shapes", {})
 
     def widths(module: str) -> tuple[int, int]:
         shape = stated.get(module) if isinstance(stated, dict) else None
@@ -237,10 +254,17 @@ def _sort(weights: Weights, suffix: str) -> tuple[dict[str, TensorInfo], tuple[E
     return dict(sorted(modules.items())), tuple(sorted(extras, key=lambda extra: extra.name))
 
 
-def _check_shape(module: str, info: TensorInfo, rank: int, mini_rank: int, widths: tuple[int, int]) -> None:
+def _check_shape(
+    module: str, info: TensorInfo, rank: int, mini_rank: int, widths: tuple[int, int], is_bat: bool
+) -> None:
     """Raises E-PAIR if the block is not of rank r, E-SHAPE if it does not fit the layer."""
     out, inner = widths
     columns = mini_rank or out
+    if is_bat:
+        if info.shape != (out // rank, rank, rank) or out % rank or inner % rank:
+            what = f"{module}: the block is {list(info.shape)}, the layer {[out, inner]}"
+            raise ShapeError(f"{what}; a Bat of r = {rank} has [out / r, r, r] and divides both")
+        return
     if len(info.shape) == 2 and info.shape[0] != rank:
         raise PairError(f"{module}: the block has {info.shape[0]} rows, the configuration says r = {rank}")
     if info.shape != (rank, columns):

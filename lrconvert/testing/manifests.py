@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import fields, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,8 @@ import numpy as np
 
 from lrconvert import api, file
 from lrconvert.adapter import CompactAdapter, ExtraTensor, LoraAdapter, LoraTarget, Provenance, Target, View
-from lrconvert.dtypes import STORAGE, Stored
+from lrconvert.base_weights import BaseWeights
+from lrconvert.dtypes import STORAGE, Array, Stored
 from lrconvert.fingerprint import fingerprint
 from lrconvert.methods import base as methods
 from lrconvert.testing import lazy
@@ -37,7 +39,30 @@ def _fitted(method: str, example: int) -> CompactAdapter:
         target = Target(f"t.{n}.weight", (out, inner))
         factors = Stored("F32", a.astype(np.float32)), Stored("F32", b.astype(np.float32))
         pairs.append(LoraTarget(target, factors[0], factors[1], 2.0))
-    return api.convert(LoraAdapter(tuple(pairs)), method, **methods.get(method).examples[example]).compact
+    lora, form = LoraAdapter(tuple(pairs)), methods.get(method)
+    options = dict(form.examples[example])
+    own = form.Options(**{f.name: options[f.name] for f in fields(form.Options) if f.name in options})
+    if not form.wants_base(own):
+        return api.convert(lora, method, **options).compact
+    context = methods.FitContext(base=_Zeros())
+    empty = CompactAdapter(method, None, lora.shapes(), {}, base=replace(fingerprint(lora.shapes()), content=_CONTENT))
+    limit = options.get("target_size")
+    budget = limit and methods.Budget(limit, lambda config: file.sizes(replace(empty, config=config)).adapter)
+    config = form.plan(lora, own, budget, context)
+    return replace(empty, config=config, tensors=form.fit(lora, config, context))
+
+
+_CONTENT = "c0" * 32  # of no base
+
+
+class _Zeros(BaseWeights):
+    """A base of zeros, of any shape."""
+
+    def __init__(self) -> None:
+        self.content = _CONTENT
+
+    def blocks(self, target: Target, step: int = 1) -> Iterator[tuple[int, Array]]:
+        yield 0, np.zeros(target.matrix_shape, np.float32)
 
 
 def lrconvert_files(method: str | None = None) -> SearchStrategy[bytes]:
@@ -64,7 +89,11 @@ def lrconvert_files(method: str | None = None) -> SearchStrategy[bytes]:
             extras.append(ExtraTensor(name, dtype, (length,), draw(st.binary(min_size=size, max_size=size))))
         notes = Provenance(base_model=draw(st.just("") | words), fields=draw(st.dictionaries(st.just("note"), words)))
         dressed = replace(
-            fitted, targets=tuple(targets), base=fingerprint(targets), extras=tuple(extras), provenance=notes
+            fitted,
+            targets=tuple(targets),
+            base=replace(fingerprint(targets), content=fitted.base.content),
+            extras=tuple(extras),
+            provenance=notes,
         )
         return b"".join(file.encode(dressed))
 

@@ -49,3 +49,22 @@ def expand(manifest: Manifest, tensors: Tensors) -> Factors:
                 b[o, k] = o % r == k if along_out else d[k, o % m]
         factors.append((a, b))
     return factors
+
+
+def update_on(manifest: Manifest, factors: tuple[np.ndarray, np.ndarray], weight: np.ndarray) -> np.ndarray:
+    """The variant "bat": the update (out, in) on the base's matrix, one operation after the other in binary64."""
+    assert manifest["method"]["config"]["variant"] == "bat" and len(manifest["base"]["content"]) == 64
+    b = factors[1].astype(np.float64)  # (out, r): column c is row c of D
+    (out, inner), r = weight.shape, b.shape[1]
+    update = np.zeros_like(weight)
+    if r == 0:
+        return update
+    assert out % r == 0 and inner % r == 0
+    for o in range(out):
+        for n in range(inner):
+            j, c = n - n % r, n % r
+            total = b[o, c]
+            for k in range(r):
+                total = total + weight[o, j + k] * b[o - o % r + k, c]
+            update[o, n] = total
+    return update

@@ -37,7 +37,8 @@ from lrconvert.dtypes import Array
 from lrconvert.errors import CanonicalError, JsonSyntaxError, LimitError, MissingFieldError, UnknownFieldError
 from lrconvert.limits import MAX_DIM, MAX_RANK
 from lrconvert.methods.base import Budget, Command, FitContext, Method, Tensors
-from lrconvert.methods.bone.fit import fit_target, tiling
+from lrconvert.methods.bone import bat
+from lrconvert.methods.bone.fit import fit_target, quantized, tiling
 from lrconvert.methods.bone.form import EXACT, SHARDS, VARIANTS, WIDTHS, Config, complete, groups_of, starts_of
 from lrconvert.methods.bone.plan import BoneOptions, Plan
 from lrconvert.packing import TensorSpec
@@ -51,7 +52,10 @@ class Bone(Method):
     id = "bone"
     version = 1
     title = "Bone / MiSS: one block, repeated"
-    commands = (Command("lora-to-bone", "Fit one block per target that repeats along a side (Bone, PEFT's MiSS)."),)
+    commands = (
+        Command("lora-to-bone", "Fit one block per target that repeats along a side (Bone, PEFT's MiSS)."),
+        Command("lora-to-bat", "The same times the base's own blocks (Bat); needs --base.", {"variant": "bat"}),
+    )
     Options = BoneOptions
     examples = (
         {"rank": 7},
@@ -61,6 +65,8 @@ class Bone(Method):
         {"variant": "mini", "target_size": 1500},
         {"target_size": 2500, "shard": "auto"},
         {"peft_compatible": True, "target_size": 3000},
+        {"variant": "bat", "rank": 4},
+        {"variant": "bat", "target_size": 2500},
     )
 
     # --- what the file holds ---
@@ -92,8 +98,8 @@ class Bone(Method):
                 raise LimitError(f"method.config.{name} is {header[name]!r:.40}; {int(least)} to {most} are allowed")
         if type(header["bits"]) is not int or header["bits"] not in (EXACT, *WIDTHS):
             raise LimitError(f"method.config.bits is {header['bits']!r:.40}; {EXACT} and {WIDTHS} are allowed")
-        if mini and header["shard"] != "in":
-            raise CanonicalError("method.config.shard of variant mini is not 'in'")
+        if header["variant"] != "bone" and header["shard"] != "in":
+            raise CanonicalError(f"method.config.shard of variant {header['variant']} is not 'in'")
         ranks = () if header["uniform"] else (packing.index("ranks", (len(targets),), header["rank"] + 1),)
         return ranks if header["shard"] != "mixed" else (*ranks, packing.index("shards", (len(targets),), 2))
 
@@ -111,13 +117,16 @@ class Bone(Method):
             if any(side and not rank for side, rank in zip(turned, ranks, strict=True)):
                 raise CanonicalError("tensor shards: a target without a block has no shards along outputs")
         settings = {name: header[name] for name in ("bits", "mini_rank", "group_size")}
-        config = complete(targets, ranks, turned, **settings)
+        bat = header["variant"] == "bat"
+        config = complete(targets, ranks, turned, bat=bat, **settings)
         for which, (target, rank) in enumerate(zip(targets, ranks, strict=True)):
             out, inner = target.matrix_shape
             if rank > (out if config.turned[which] else inner):
                 raise LimitError(f"target {target.name!r} has rank {rank}, more than its shape {target.matrix_shape}")
             if rank and config.mini_rank and out % config.mini_rank:
                 raise LimitError(f"target {target.name!r}: {out} outputs are no multiple of {config.mini_rank}")
+            if rank and bat and (out % rank or inner % rank):
+                raise LimitError(f"target {target.name!r}: its shape {target.matrix_shape} is no multiple of {rank}")
         if config.shard != header["shard"]:
             raise CanonicalError(f"method.config.shard is {header['shard']!r}; the blocks are {config.shard!r}")
         if config.group_size != header["group_size"]:
@@ -159,7 +168,23 @@ class Bone(Method):
             tiles = xp.from_numpy(tiles).to(block.device, block.dtype)
         return (block, tiles.T) if config.turned[which] else (tiles, block.T)
 
+    def needs_base(self, config: Config) -> bool:
+        return config.variant == "bat"
+
+    def rows_on(
+        self, config: Config, targets: Sequence[Target], values: Mapping[str, Any], which: int, weight: Any, first: int
+    ) -> Any:
+        if not config.ranks[which]:
+            return weight * 0
+        block = self.block(config, targets, values, which)
+        if isinstance(weight, np.ndarray):
+            return bat.rows_on(block, weight, first)
+        return bat.products_on(block.to(weight.dtype), weight, first)
+
     # --- making it ---
+
+    def wants_base(self, options: BoneOptions) -> bool:
+        return options.variant == "bat"
 
     def plan(self, lora: LoraAdapter, options: BoneOptions, budget: Budget | None, context: FitContext) -> Config:
         return Plan(lora, options, budget, context).best()
@@ -172,7 +197,12 @@ class Bone(Method):
         for which, pair in enumerate(lora.targets):
             at, scale_at = starts[which]
             if config.ranks[which]:
-                numbers, scales = fit_target(pair, config, which, context.metric(pair))
+                metric = context.metric(pair)
+                if context.base is not None and config.variant == "bat":
+                    block, gram = bat.fit_block(pair, config.ranks[which], metric, context.base)
+                    numbers, scales = quantized(block, gram, config)
+                else:
+                    numbers, scales = fit_target(pair, config, which, metric)
                 arrays["blocks"][at : at + numbers.size] = numbers.reshape(-1)
                 if config.bits < 16:
                     arrays["scales"][scale_at : scale_at + scales.size] = scales.reshape(-1)

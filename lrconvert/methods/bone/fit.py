@@ -101,9 +101,14 @@ def fit_target(pair: LoraTarget, config: Config, which: int, metric: Moment | No
     classes = Classes(right, metric).at(rank)
     means = fold(left.T, columns) * (columns / len(left))  # of the outputs that share a column: mini has several
     block = per_class(classes).T @ means
-    if config.bits >= 16 or metric is None:
+    return quantized(block, None if metric is None else classes[1], config)
+
+
+def quantized(block: F64, gram: F64 | None, config: Config) -> tuple[Array, F32]:
+    """(codes or numbers, scales) of a block whose rows share an error by `gram`, if they do."""
+    if config.bits >= 16 or gram is None:
         return _coded(block, config)[:2]
-    return _quantized_together(block, classes[1], config)
+    return _quantized_together(block, gram, config)
 
 
 def _coded(rows: F64, config: Config, weights: Array | None = None) -> tuple[Array, F32, F64]:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from lrconvert.adapter import Target
 
 EXACT = 32  # bits of blocks that came from elsewhere as float32
 WIDTHS = (16, 8, 4, 3, 2, 1)
-VARIANTS = ("bone", "mini")
+VARIANTS = ("bone", "mini", "bat")
 SHARDS = ("in", "out", "mixed")
 
 
 @dataclass(frozen=True)
 class Config:
-    """`variant`: "bone" or "mini". `ranks`: rows of each target's block. `turned`: whether it repeats along outputs.
-    `mini_rank`: columns of the blocks of "mini", else 0. `group_size`: numbers per scale, 0 for whole rows (always if
-    no row that has scales is longer)."""
+    """`variant`: "bone", "mini" or "bat". `ranks`: rows of each target's block. `turned`: whether it repeats along
+    outputs. `mini_rank`: columns of the blocks of "mini", else 0. `group_size`: numbers per scale, 0 for whole rows
+    (always if no row that has scales is longer)."""
 
     variant: str
     bits: int
@@ -50,14 +50,15 @@ def complete(
     bits: int = 16,
     mini_rank: int = 0,
     group_size: int = 0,
+    bat: bool = False,
 ) -> Config:
     """The one Config of these blocks: targets without one count as not turned, a group size without effect is 0."""
     sides = [False] * len(targets) if turned is None else list(turned)
     sides = [side and rank > 0 for side, rank in zip(sides, ranks, strict=True)]
-    found = Config("mini" if mini_rank else "bone", bits, tuple(ranks), tuple(sides), mini_rank)
+    found = Config("bat" if bat else "mini" if mini_rank else "bone", bits, tuple(ranks), tuple(sides), mini_rank)
     rows = [found.columns(n, t) for n, (t, rank) in enumerate(zip(targets, ranks, strict=True)) if rank]
     group = group_size if bits < 16 and group_size < max(rows, default=0) else 0
-    return Config(found.variant, bits, found.ranks, found.turned, mini_rank, group)
+    return replace(found, group_size=group)
 
 
 def groups_of(length: int, group_size: int) -> int:

@@ -30,8 +30,9 @@ class BoneOptions:
     variant: str = field(
         default="bone",
         metadata={
-            "help": "bone: one number per output and row of the block. mini: the block repeats along outputs too.",
-            "choices": ("bone", "mini"),
+            "help": "bone: one number per output and row of the block. mini: the block repeats along outputs too. bat: "
+            "the block is multiplied with the base's own; needs --base.",
+            "choices": ("bone", "mini", "bat"),
         },
     )
     rank: int | None = field(
@@ -128,6 +129,10 @@ def _grid(most: int, fine: int = _MOST) -> list[int]:
     return sorted(r for r in found if r <= most and (r <= fine or r & (r - 1) == 0))
 
 
+def _divisors(number: int, most: int) -> list[int]:
+    return [r for r in range(1, min(number, most) + 1) if number % r == 0]
+
+
 def _hull(points: Sequence[_Point], bits: int, group_size: int) -> list[tuple[int, float, _Point | None]]:
     """[(bits, value, block)] along the concave hull, from no block at all."""
     rising = sorted(((p.cost(bits, group_size), p.value(bits), p) for p in points), key=lambda item: item[:2])
@@ -154,13 +159,13 @@ class Plan:
     def __init__(self, lora: LoraAdapter, options: BoneOptions, budget: Budget | None, context: FitContext) -> None:
         self.lora, self.options, self.budget, self.context = lora, options, budget, context
         self.targets = lora.shapes()
-        self.mini = options.variant == "mini"
+        self.mini, self.bat = options.variant == "mini", options.variant == "bat"
         self._check()
         auto = WIDTHS if budget is not None else WIDTHS[:1]
         self.widths = auto if options.bits == "auto" else (int(options.bits),)
         self.mini_ranks = self._mini_ranks()
         sides = {"in": (False,), "out": (True,), "auto": (False, True)}[options.shard]
-        self.sides = (False,) if self.mini or options.peft_compatible else sides
+        self.sides = (False,) if self.mini or self.bat or options.peft_compatible else sides
 
     def _check(self) -> None:
         """Raises E-OPTION."""
@@ -171,8 +176,17 @@ class Plan:
             raise OptionError(f"--group-size is {options.group_size}; it must not be negative")
         if options.mini_rank is not None and not self.mini:
             raise OptionError("--mini-rank is of --variant mini")
-        if options.shard == "out" and (self.mini or options.peft_compatible):
-            raise OptionError("shards along outputs contradict --variant mini and --peft-compatible")
+        if options.shard == "out" and (self.mini or self.bat or options.peft_compatible):
+            raise OptionError("shards along outputs contradict --variant mini, --variant bat and --peft-compatible")
+        if self.bat and self.context.base is None:
+            raise OptionError("the updates of Bat depend on the weights of the base", fix="give it with --base")
+        if self.bat and any(extra.use == "magnitude" for extra in self.lora.extras):
+            raise OptionError("Bat cannot carry DoRA's magnitudes along", fix="bake them with --bake-dora")
+        if self.bat and options.rank is not None:
+            for target in self.targets:
+                if math.gcd(*target.matrix_shape) % options.rank:
+                    what = f"--rank is {options.rank}, which does not divide {target.name!r} {target.matrix_shape}"
+                    raise OptionError(what, fix="Bat cuts both sides into blocks; leave it out, or take another")
 
     def _mini_ranks(self) -> list[int]:
         """The numbers of columns to try; [0] unless the variant is mini. Raises E-OPTION."""
@@ -218,7 +232,8 @@ class Plan:
             tiled, other = (out, inner) if side else (inner, out)
             columns = min(self.mini_ranks) or other
             cap = max(1, min(tiled, _MOST, most // (columns * min(self.widths))))
-            found[side] = _grid(cap, max(32, int(4 * affordable)))
+            grid = _divisors(math.gcd(out, inner), cap) if self.bat else _grid(cap, max(32, int(4 * affordable)))
+            found[side] = grid
         return found
 
     def _points(self, pair: LoraTarget, ranks: Mapping[bool, Sequence[int]]) -> list[_Point]:
@@ -234,20 +249,21 @@ class Plan:
 
     def _complete(self, ranks: Sequence[int], turned: Sequence[bool], bits: int, mini_rank: int) -> Config:
         group = self.options.group_size
-        return complete(self.targets, ranks, turned, bits=bits, mini_rank=mini_rank, group_size=group)
+        return complete(self.targets, ranks, turned, bits=bits, mini_rank=mini_rank, group_size=group, bat=self.bat)
 
     # --- one rank for all ---
 
     def _uniform(self) -> Iterator[tuple[float, Config]]:
         """(value, config) of every width, number of columns and rank to try that may fit, the smallest rank always."""
         options = self.options
+        common = math.gcd(*(n for t in self.targets for n in t.matrix_shape))
         widest = min(t.out_features if self.sides == (True,) else t.in_features for t in self.targets)
         if options.rank is not None or self.budget is None:
-            asked = options.rank or DEFAULT_RANK
+            asked = options.rank or (_divisors(common, DEFAULT_RANK)[-1] if self.bat else DEFAULT_RANK)
             tried = [min(asked, widest) if options.peft_compatible else asked]
         else:
-            most = 8 * self.budget.limit // (min(self.widths) * len(self.targets))
-            tried = _grid(max(1, min(widest, _MOST, most)))
+            most = max(1, min(widest, _MOST, 8 * self.budget.limit // (min(self.widths) * len(self.targets))))
+            tried = _divisors(common, most) if self.bat else _grid(most)
         if self.budget is None and len(self.sides) == 1:  # nothing to choose
             same = [min(tried[0], t.out_features if self.sides[0] else t.in_features) for t in self.targets]
             yield 0.0, self._complete(same, [self.sides[0]] * len(same), self.widths[0], self.mini_ranks[0])
