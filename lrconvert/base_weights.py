@@ -12,7 +12,7 @@ from lrconvert.container import Checkpoint, TensorInfo
 from lrconvert.dtypes import FLOATS, STORAGE, Array, decode
 from lrconvert.errors import BaseError, QuantizedBaseError
 
-_ELEMENTS = 1 << 22  # of a weight that are decoded at a time
+BLOCK = 1 << 18  # elements of a weight at a time: what is computed from them stays in the cache
 
 
 class BaseWeights:
@@ -48,10 +48,10 @@ class BaseWeights:
         above = int(rest.split(":")[0]) if kind == "rows" else int(rest) * shape[1] if kind == "expert" else 0
         return self._read(info, (above + start) * cols, stop - start, cols)
 
-    def blocks(self, target: Target, step: int = 1) -> Iterator[tuple[int, Array]]:
-        """(first row, rows) of a target's matrix from the top, in multiples of `step` rows."""
+    def blocks(self, target: Target, step: int = 1, elements: int = BLOCK) -> Iterator[tuple[int, Array]]:
+        """(first row, rows) of a target's matrix from the top, in multiples of `step` rows, some `elements` at once."""
         out, inner = target.matrix_shape
-        height = max(1, _ELEMENTS // (inner * step)) * step
+        height = max(1, elements // (inner * step)) * step
         turned = self._places[target.name, target.view.text].view.kind.endswith("transposed")
         whole = self.rows(target, 0, out) if turned else None
         for top in range(0, out, height):

@@ -55,12 +55,18 @@ class Moment:
         """``x @ M`` for x (k, n), float64."""
         wide = np.asarray(x, np.float64)
         if self.matrix is not None:
-            return wide @ self.matrix.astype(np.float64)
+            return wide @ self._factor
         found: F64 = wide * self.rest
         if self.rows is not None and len(self.rows):
-            rows = self.rows.astype(np.float64)
-            found += (wide @ rows.T) @ rows
+            found += (wide @ self._factor.T) @ self._factor
         return found
+
+    @cached_property
+    def _factor(self) -> F64:
+        """`matrix` or `rows` in float64, for many small products."""
+        found = self.matrix if self.matrix is not None else self.rows
+        assert found is not None
+        return found.astype(np.float64)
 
     def gram(self, x: Array) -> F64:
         """``x @ M @ x^T`` (k, k) for x (k, n), float64, symmetric."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from lrconvert import api, file
 from lrconvert.adapter import CompactAdapter, ExtraTensor, LoraAdapter, LoraTarget, Provenance, Target, View
-from lrconvert.base_weights import BaseWeights
+from lrconvert.base_weights import BLOCK, BaseWeights
 from lrconvert.dtypes import STORAGE, Array, Stored
 from lrconvert.fingerprint import fingerprint
 from lrconvert.methods import base as methods
@@ -61,7 +61,7 @@ class _Zeros(BaseWeights):
     def __init__(self) -> None:
         self.content = _CONTENT
 
-    def blocks(self, target: Target, step: int = 1) -> Iterator[tuple[int, Array]]:
+    def blocks(self, target: Target, step: int = 1, elements: int = BLOCK) -> Iterator[tuple[int, Array]]:
         yield 0, np.zeros(target.matrix_shape, np.float32)
 
 

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from lrconvert.adapter import LoraTarget
-from lrconvert.base_weights import BaseWeights
+from lrconvert.base_weights import BLOCK, BaseWeights
 from lrconvert.dtypes import F64, Array
 from lrconvert.methods.bone.fit import Classes, factors
 from lrconvert.moments import Moment
 
-_TOLERANCE = 1e-9  # of the gradient beside the first one, where iterations end
+_TOLERANCE = 1e-5  # of the gradient beside the first one, where iterations end: the error is its square from the least
 _ROUNDS = 200  # that nothing needs: W_ij is small beside I, for which the preconditioner is the inverse
+_WIDE = 1 << 22  # elements at a time under a metric, which costs a product with all of its rows each time
 _RIDGE = 1e-10  # of the mean diagonal, for blocks that some base makes singular
 
 
@@ -69,11 +70,12 @@ def fit_block(pair: LoraTarget, rank: int, metric: Moment | None, base: BaseWeig
     """(the D (r, out) with the least error; under a metric Bone's T M T^T (r, r), by which its rows share it)."""
     left, right = factors(pair)
     gram = None if metric is None else Classes(right, metric).at(rank)[1]
+    weighed = right if metric is None else metric.times(right)
     found = np.empty((rank, len(left)))
-    for top, rows in base.blocks(pair.target, rank):
+    for top, rows in base.blocks(pair.target, rank, BLOCK if metric is None else _WIDE):
         stop = top + len(rows)
         system = _System(rows.astype(np.float64), rank, metric, gram)
-        found[:, top:stop] = system.solve(left[top:stop] @ right).reshape(-1, rank).T
+        found[:, top:stop] = system.solve(left[top:stop] @ weighed).reshape(-1, rank).T
     return found, gram
 
 
@@ -81,7 +83,7 @@ class _System:
     """The normal equations of some output blocks: ``sum_jl M_ij^T M_il D_i Sigma_lj`` with M_ij = W_ij + I."""
 
     def __init__(self, weight: F64, rank: int, metric: Moment | None, gram: F64 | None) -> None:
-        self._rank, self._metric, self._blocks = rank, metric, len(weight) // rank
+        self._rank, self._blocks = rank, len(weight) // rank
         parts = weight.reshape(self._blocks, rank, -1, rank)
         k = np.arange(rank)
         parts[:, k, :, k] += 1
@@ -89,25 +91,20 @@ class _System:
         square = self._turned(self._seen)
         ridge = _RIDGE * np.trace(square, axis1=1, axis2=2)[:, None, None] / rank + 1e-300
         self._square = square + ridge * np.eye(rank)
-        self._gram = gram
+        self._metric, self._gram = metric, gram
 
     def _turned(self, x: F64) -> F64:
         found: F64 = self._seen.transpose(0, 2, 1) @ x
         return found
 
-    def _weighed(self, x: F64) -> F64:
-        """x (blocks * r, in), times the metric, in the shape of the blocks."""
-        seen = x if self._metric is None else self._metric.times(x)
-        return np.asarray(seen, np.float64).reshape(self._seen.shape)
-
-    def solve(self, delta: F64) -> F64:
-        """D_i (blocks, r, r) for the update's rows (blocks * r, in)."""
-        goal = self._turned(self._weighed(delta))
-        if self._gram is None:
+    def solve(self, weighed: F64) -> F64:
+        """D_i (blocks, r, r) for rows of the update times the metric (blocks * r, in)."""
+        goal = self._turned(weighed.reshape(self._seen.shape))
+        if self._gram is None or self._metric is None:
             return np.asarray(np.linalg.solve(self._square, goal), np.float64)
-        return self._conjugate_gradients(goal, self._gram)
+        return self._conjugate_gradients(goal, self._metric, self._gram)
 
-    def _conjugate_gradients(self, goal: F64, gram: F64) -> F64:
+    def _conjugate_gradients(self, goal: F64, metric: Moment, gram: F64) -> F64:
         """Every block with steps of its own. The preconditioner takes sum_jl M_ij^T M_il Sigma_lj for the product of
         its two halves, which it is where the W_ij are small."""
         mean = self._square * (self._rank / self._seen.shape[1])
@@ -131,7 +128,8 @@ class _System:
         for _ in range(_ROUNDS):
             if (size <= _TOLERANCE**2 * first).all():
                 break
-            image = self._turned(self._weighed((self._seen @ step).reshape(self._blocks * self._rank, -1)))
+            update = (self._seen @ step).reshape(self._blocks * self._rank, -1)
+            image = self._turned(metric.times(update).reshape(self._seen.shape))
             length = ratio(size, dots(step, image))
             found += length * step
             left -= length * image
