@@ -81,7 +81,7 @@ tbody th.word{min-width:9rem;max-width:34rem;overflow-wrap:anywhere}
 .bar{display:block;width:9rem;height:.4rem;background:var(--line);border-radius:2px}
 .bar span{display:block;height:100%;background:var(--bar);border-radius:2px}
 .maps{display:flex;flex-wrap:wrap;gap:1.6rem 2rem;align-items:flex-start}
-article{max-width:100%;min-width:0}
+article{max-width:100%;width:min-content;min-width:min(100%,20rem)}
 .heat{border-collapse:separate;border-spacing:1px}
 .heat td,.heat th{border:0;padding:0 .3rem 0 0}
 .heat td{padding:0;min-width:2.2rem;height:1.5rem}
