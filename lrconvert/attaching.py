@@ -49,7 +49,8 @@ class AttachedAdapter(nn.Module):
         self.scale = scale
         compact = adapter if isinstance(adapter, CompactAdapter) else None
         self.needs_base = compact is not None and methods.get(compact.method).needs_base(compact.config)
-        self._compact = compact if trainable or self.needs_base else None
+        self._form = compact
+        self._compact = compact if trainable else None
         self._own_scales = [1.0] * len(_targets(adapter))
         if self._compact is not None:
             self._hold(self._compact, dtype)
@@ -58,7 +59,7 @@ class AttachedAdapter(nn.Module):
             for n, pair in enumerate(adapter.targets):
                 self._hold_factors(n, torch.from_numpy(pair.A.copy()), torch.from_numpy(pair.B.copy()), dtype)
         else:
-            for n, (_, a, b) in enumerate(methods.expand_all(adapter, torch)):
+            for n, (_, a, b) in enumerate(methods.without_base(adapter, torch)):
                 self._hold_factors(n, a, b, dtype)
         self.requires_grad_(trainable)
 
@@ -82,18 +83,16 @@ class AttachedAdapter(nn.Module):
         if self._compact is None:
             return getattr(self, f"A_{which}"), getattr(self, f"B_{which}")
         method, compact = methods.get(self._compact.method), self._compact
-        a, b = method.expand(compact.config, compact.targets, self._values(), which, torch)
+        values = {name: getattr(self, _plain(name)) for name in self._names}
+        a, b = method.expand(compact.config, compact.targets, values, which, torch)
         return a, b
 
     def update_on(self, which: int, weight: Tensor) -> Tensor:
         """The update (out, in) of a target on the base's `weight` (out, in), without `factor_of`."""
-        assert self._compact is not None
-        method, compact = methods.get(self._compact.method), self._compact
-        found: Tensor = method.rows_on(compact.config, compact.targets, self._values(), which, weight, 0)
+        assert self._form is not None
+        method, form = methods.get(self._form.method), self._form
+        found: Tensor = method.rows_on(form.config, form.targets, which, self.factors(which), weight, 0)
         return found
-
-    def _values(self) -> dict[str, Tensor]:
-        return {name: getattr(self, _plain(name)) for name in self._names}
 
     def factor_of(self, which: int) -> float:
         """What B @ A is multiplied with."""

@@ -102,7 +102,7 @@ def check_second_reader(data: bytes, compact: CompactAdapter) -> None:
         a, b = form.expand(compact.config, compact.targets, numbers, which, np)
         if form.needs_base(compact.config):
             weight = np.random.default_rng(which).standard_normal(target.matrix_shape)
-            ours = form.rows_on(compact.config, compact.targets, numbers, which, weight, 0)
+            ours = form.rows_on(compact.config, compact.targets, which, (a, b), weight, 0)
             assert np.array_equal(ours, SECOND[compact.method].update_on(manifest, factors[which], weight))
         assert target.name == name and out_in(shape, view) == target.matrix_shape
         for ours, theirs in ((a, a2), (b, b2)):

@@ -83,7 +83,6 @@ def test_expand_is_the_same_on_numpy_and_torch(method, example):
     import torch
 
     compact, form = converted(method, example).compact, methods.get(method)
-    numbers, tensors = methods.values(form, compact), methods.values(form, compact, torch)
     ranks = form.ranks(compact.config, compact.targets)
     pairs = zip(methods.without_base(compact), methods.without_base(compact, torch), ranks, strict=True)
     for which, ((target, a, b), (_, ta, tb), rank) in enumerate(pairs):
@@ -93,8 +92,8 @@ def test_expand_is_the_same_on_numpy_and_torch(method, example):
         assert np.isfinite(a).all() and np.isfinite(b).all()
         if form.needs_base(compact.config):
             weight = np.random.default_rng(which).standard_normal(target.matrix_shape)
-            ours = form.rows_on(compact.config, compact.targets, numbers, which, weight, 0)
-            theirs = form.rows_on(compact.config, compact.targets, tensors, which, torch.from_numpy(weight), 0)
+            ours = form.rows_on(compact.config, compact.targets, which, (a, b), weight, 0)
+            theirs = form.rows_on(compact.config, compact.targets, which, (ta, tb), torch.from_numpy(weight), 0)
             assert np.allclose(ours, theirs.numpy(), atol=1e-12) and ours.dtype == np.float64
 
 

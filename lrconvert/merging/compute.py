@@ -103,9 +103,7 @@ class Computer:
 
     def _based(self, output: Output, piece: Piece) -> _Change:
         source, origin = self.plan.sources[piece.origin.adapter], piece.origin
-
-        def update_of(weight: F64, first: int) -> F64:
-            return source.update_on(origin, weight, first)
+        update_of = source.update_on(origin)
 
         def by_rows(present: Array, top: int) -> tuple[Array, Tally, Update | None]:
             first = top - piece.start

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -78,14 +78,19 @@ class Source:
             self.adapter.config
         )
 
-    def update_on(self, origin: Origin, weight: F64, first: int) -> F64:
-        """Rows `first` and on of the update that `origin` names, from the same rows of the base, both (n, m) seen as
-        (out, in)."""
+    def update_on(self, origin: Origin) -> Callable[[F64, int], F64]:
+        """From rows (n, m) of the base, seen as (out, in), and the number of the first to the same rows of the update
+        that `origin` names."""
         assert isinstance(self.adapter, CompactAdapter)
-        method, above = methods.get(self.adapter.method), origin.rows[0] if origin.rows else 0
-        config, targets = self.adapter.config, self.adapter.targets
-        found: F64 = method.rows_on(config, targets, self._values, origin.which, weight, above + first)
-        return found
+        method, config, targets = methods.get(self.adapter.method), self.adapter.config, self.adapter.targets
+        factors = method.expand(config, targets, self._values, origin.which, np)
+        above = origin.rows[0] if origin.rows else 0
+
+        def update(weight: F64, first: int) -> F64:
+            found: F64 = method.rows_on(config, targets, origin.which, factors, weight, above + first)
+            return found
+
+        return update
 
     def step_of(self, origin: Origin) -> int:
         """Columns of the base that an update needs together."""

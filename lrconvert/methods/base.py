@@ -154,14 +154,15 @@ class Method(ABC):
         """
 
     def rows_on(
-        self, config: Any, targets: Sequence[Target], values: Mapping[str, Any], which: int, weight: Any, first: int
+        self, config: Any, targets: Sequence[Target], which: int, factors: tuple[Any, Any], weight: Any, first: int
     ) -> Any:
         """Where updates depend on the base: rows `first` and on of the update of target number `which`, in the shape
-        and dtype of `weight` (n, m), the same rows of the base's matrix.
+        and dtype of `weight` (n, m), the same rows of the base's matrix. `factors` are those that `expand` gives.
 
         `weight` may be a part of the columns: any that begins and ends at a multiple of the target's rank. With numpy
         in float64 the operations and their order are those of the method's page, so that every machine merges the same
-        bits; torch tensors give the same numbers up to rounding, with gradients.
+        bits; torch tensors, whole multiples of the rank in rows too, give the same numbers up to rounding, with
+        gradients.
         """
         raise NotImplementedError
 
@@ -227,13 +228,12 @@ def updates_on(compact: CompactAdapter, base: BaseWeights) -> Iterator[tuple[Tar
     method = get(compact.method)
     if compact.base.content != base.content:
         raise FingerprintError("the adapter was made for a base of other contents", fix="its updates are of that base")
-    numbers = values(method, compact)
     ranks = method.ranks(compact.config, compact.targets)
 
-    def rows(which: int, target: Target) -> Iterator[tuple[int, Array]]:
+    def rows(which: int, target: Target, factors: tuple[Any, Any]) -> Iterator[tuple[int, Array]]:
         for top, weight in base.blocks(target, max(1, ranks[which])):
             wide = weight.astype(np.float64)
-            yield top, method.rows_on(compact.config, compact.targets, numbers, which, wide, top)
+            yield top, method.rows_on(compact.config, compact.targets, which, factors, wide, top)
 
-    for which, target in enumerate(compact.targets):
-        yield target, ranks[which], rows(which, target)
+    for which, (target, *factors) in enumerate(without_base(compact)):
+        yield target, ranks[which], rows(which, target, (factors[0], factors[1]))

@@ -40,7 +40,7 @@ from lrconvert.methods.base import Budget, Command, FitContext, Method, Tensors
 from lrconvert.methods.bone import bat
 from lrconvert.methods.bone.fit import fit_target, quantized, tiling
 from lrconvert.methods.bone.form import EXACT, SHARDS, VARIANTS, WIDTHS, Config, complete, groups_of, starts_of
-from lrconvert.methods.bone.plan import BoneOptions, Plan
+from lrconvert.methods.bone.plan import BoneOptions, Plan, needed
 from lrconvert.packing import TensorSpec
 
 _FIELDS = ("variant", "shard", "bits", "group_size", "mini_rank", "rank", "uniform")
@@ -172,11 +172,17 @@ class Bone(Method):
         return config.variant == "bat"
 
     def rows_on(
-        self, config: Config, targets: Sequence[Target], values: Mapping[str, Any], which: int, weight: Any, first: int
+        self,
+        config: Config,
+        targets: Sequence[Target],
+        which: int,
+        factors: tuple[Any, Any],
+        weight: Any,
+        first: int,
     ) -> Any:
         if not config.ranks[which]:
             return weight * 0
-        block = self.block(config, targets, values, which)
+        block = factors[1].T
         if isinstance(weight, np.ndarray):
             return bat.rows_on(block, weight, first)
         return bat.products_on(block.to(weight.dtype), weight, first)
@@ -198,8 +204,8 @@ class Bone(Method):
             at, scale_at = starts[which]
             if config.ranks[which]:
                 metric = context.metric(pair)
-                if context.base is not None and config.variant == "bat":
-                    block, gram = bat.fit_block(pair, config.ranks[which], metric, context.base)
+                if config.variant == "bat":
+                    block, gram = bat.fit_block(pair, config.ranks[which], metric, needed(context.base))
                     numbers, scales = quantized(block, gram, config)
                 else:
                     numbers, scales = fit_target(pair, config, which, metric)

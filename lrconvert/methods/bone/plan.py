@@ -10,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 from lrconvert.adapter import LoraAdapter, LoraTarget, Target
+from lrconvert.base_weights import BaseWeights
 from lrconvert.errors import BudgetError, OptionError
 from lrconvert.limits import MAX_RANK
 from lrconvert.methods.base import Budget, FitContext
@@ -150,6 +151,13 @@ def _hull(points: Sequence[_Point], bits: int, group_size: int) -> list[tuple[in
     return hull
 
 
+def needed(base: BaseWeights | None) -> BaseWeights:
+    """The base's weights. Raises E-OPTION without them."""
+    if base is None:
+        raise OptionError("the updates of Bat depend on the weights of the base", fix="give it with --base")
+    return base
+
+
 Choice = list["_Point | None"]  # a block, or none, of each target
 
 
@@ -178,8 +186,8 @@ class Plan:
             raise OptionError("--mini-rank is of --variant mini")
         if options.shard == "out" and (self.mini or self.bat or options.peft_compatible):
             raise OptionError("shards along outputs contradict --variant mini, --variant bat and --peft-compatible")
-        if self.bat and self.context.base is None:
-            raise OptionError("the updates of Bat depend on the weights of the base", fix="give it with --base")
+        if self.bat:
+            needed(self.context.base)
         if self.bat and any(extra.use == "magnitude" for extra in self.lora.extras):
             raise OptionError("Bat cannot carry DoRA's magnitudes along", fix="bake them with --bake-dora")
         if self.bat and options.rank is not None:
