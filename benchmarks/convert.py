@@ -103,17 +103,19 @@ def _child(code: str, *arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+# VmHWM, not getrusage: that of a child starts with the peak of the process that started it.
 _RUN = """
-import json, resource, sys, time
+import json, pathlib, sys, time
 import lrconvert.api, lrconvert.cli
 if "vblora" in sys.argv[1]:
     import torch
-idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():
+    return int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+idle = peak()
 start = time.perf_counter()
 lrconvert.cli.cli.main(args=[*sys.argv[1:], "-q"], standalone_mode=False)
 seconds = time.perf_counter() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"seconds": round(seconds, 2), "peak_mb": round((peak - idle) / 1000)}))
+print(json.dumps({"seconds": round(seconds, 2), "peak_mb": round((peak() - idle) / 1000)}))
 """
 
 

@@ -30,7 +30,7 @@ SHAPES = {
 }
 
 _CHILD = """
-import json, resource, statistics, sys, time
+import json, pathlib, statistics, sys, time
 import torch, transformers
 from lrconvert import collecting, statistics_file
 hidden, inner, heads, kv, layers, rows, length, count = json.loads(sys.argv[1])
@@ -52,8 +52,8 @@ def plain():
 def ours():
     return collecting.collect(model, batches)
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak():  # not getrusage, which in a child starts with the peak of the process that started it
+    return int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 
 plain()
 before = peak()
