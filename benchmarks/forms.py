@@ -32,6 +32,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "sbora": ("sbora", {}),
     "bone": ("bone", {"shard": "auto"}),
     "bone, as MiSS": ("bone", {"peft_compatible": True}),
+    "bat": ("bone", {"variant": "bat"}),
 }
 PEERS = ("sbora, random columns", "ternary (ComPEFT)")
 
@@ -124,6 +125,7 @@ def _cell(name: str, form: str, share: float) -> dict[str, Any]:
     start = time.perf_counter()
     if form in FORMS:
         method, options = FORMS[form]
+        options = options | ({"base": teacher.base} if form == "bat" else {})
         try:
             done = _converted(lora, method, options, share, known)
         except api.LrcError as error:

@@ -3,8 +3,11 @@ Skipped, by name, where they are absent."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from conftest import ASSETS, asset
+from models import random_base
 
 from lrconvert import api, errors, file
 from lrconvert.methods import base as methods
@@ -42,16 +45,11 @@ REFUSED = {
     "sam_lora": "E-LAYOUT",
     "sd_lora_pokemon": "E-LAYOUT",
 }
-SHARES = (0.08, 0.04)
-# Converted by the other methods too; these reach the same shares on the first four.
+SHARES = (0.08, 0.04, 0.016)
+# These keep the same shares in these forms; the others work by statistics, or not at all.
 FLOORS = ("distilbert_imdb", "gemma3_270m_svg_adapter", "gpt2_tigrinya", "deltacompression_poc")
-OTHERS = (
-    "monteclora_roberta_mrpc_230",
-    "phi1_5_r4",
-    "ih_bloom560m_r10",
-    "ih_gpt2_r4_a16_biaslora",
-    "mountain_v1_binary",
-)
+KEEP = ("vblora", "nola")
+ON_A_BASE = ("distilbert_imdb", "deltacompression_poc", "t5_small_rec")  # a random one, for updates that depend on it
 
 
 def test_the_table_is_complete():
@@ -84,24 +82,42 @@ def test_lowrank(name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [m for m in methods.module_names() if m != "lowrank"])
-@pytest.mark.parametrize("name", [*FLOORS, *OTHERS])
+@pytest.mark.parametrize("name", CONVERTED)
 def test_other_methods(name, method, tmp_path):
-    keeps = name in FLOORS and method in ("vblora", "nola")  # the others work by statistics, or not at all
-    check(name, method, tmp_path, CONVERTED[name][1] if keeps else (0.0, 0.0))
+    floors = CONVERTED[name][1]
+    check(name, method, tmp_path, floors if floors is None or (name in FLOORS and method in KEEP) else (0.0, 0.0))
 
 
-def check(name: str, method: str, folder, floors: tuple[float, ...] | None) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ON_A_BASE)
+def test_bat(name, tmp_path):
+    base = random_base(tmp_path / "base", api.load_lora(asset(f"adapters/{name}"), allow_pickle=True))
+    check(name, "bone", tmp_path, (0.0, 0.0), variant="bat", base=base)
+
+
+def check(name: str, method: str, folder, floors: tuple[float, ...] | None, **options) -> None:
+    """At three budgets: what fits is written, read, and keeps its share; what does not is refused with the smallest
+    size, which does fit. Without `floors` no budget fits, and only the whole adapter is converted."""
     lora = api.load_lora(asset(f"adapters/{name}"), allow_pickle=True)
     assert len(lora.targets) == CONVERTED[name][0]
-    if floors is None:
-        with pytest.raises(errors.BudgetError, match="smallest possible"):
-            api.convert(lora, method, target_ratio=10)
-        floors = (1 - 1e-6,)
-    for share, floor in zip(SHARES, floors, strict=False):
-        limit = int(lora.half_bytes * share) if len(floors) > 1 else None
-        done = api.convert(lora, method, target_size=limit)
-        assert done.fidelity is not None and floor <= done.fidelity.captured <= 1
-        assert limit is None or done.sizes.adapter <= limit
+    smallest, sizes = None, []
+    for share, floor in zip(SHARES, (*(floors or (0, 0)), 0.0), strict=True):
+        limit = int(lora.half_bytes * share)
+        try:
+            done = api.convert(lora, method, target_size=limit, **options)
+        except errors.BudgetError as error:
+            smallest = int(re.search(r"smallest possible file has ([\d,]+) bytes", str(error))[1].replace(",", ""))
+            assert smallest > limit
+            continue
+        assert smallest is None and floors is not None
+        assert done.fidelity is not None and floor - 1e-6 <= done.fidelity.captured <= 1
+        assert done.sizes.adapter <= limit
+        sizes.append(done.sizes.adapter)
         path = folder / f"{share}.lrc"
         file.write(done.compact, path)
-        assert len(file.read(path).targets) == len(lora.targets)
+        assert file.read(path).targets == done.compact.targets and len(done.compact.targets) == len(lora.targets)
+    assert sizes == sorted(sizes, reverse=True) and (len(sizes) >= 2) == (floors is not None)
+    if smallest is not None:
+        assert api.convert(lora, method, target_size=smallest, **options).sizes.adapter <= smallest
+    if floors is None and method == "lowrank":
+        assert api.convert(lora, method).fidelity.captured >= 1 - 1e-6
