@@ -359,6 +359,13 @@ def layers_of(model: nn.Module, name: str) -> dict[int, AdaptedLayer]:
     return {update.which: layer for layer in layers for update in layer.updates if update.name == name}
 
 
+def replaced(model: nn.Module, name: str, extras: Sequence[ExtraTensor]) -> list[tuple[ExtraTensor, nn.Parameter]]:
+    """The `extras` of the adapter `name` that take the place of parameters, each with its parameter, which holds its
+    values while the adapter is active."""
+    swaps = _attachments(model).replaced.get(name, [])
+    return list(zip([e for e in extras if e.use == "replace"], [p for p, _ in swaps], strict=True))
+
+
 # --- installing -----------------------------------------------------------------------------------------------------
 
 

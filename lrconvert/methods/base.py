@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from lrconvert.dtypes import Array
 from lrconvert.errors import VersionError
 from lrconvert.moments import InputStatistics, Moment
 from lrconvert.packing import TensorSpec
+
+if TYPE_CHECKING:
+    from lrconvert.students import Student
 
 Tensors = Mapping[str, Array]
 
@@ -140,6 +143,14 @@ class Method(ABC):
         `values` are the payload tensors as numbers (see `values`); `xp` is the numpy or torch module that they belong
         to. The only formula of the method, the same bits on both.
         """
+
+    # --- training it ---
+
+    def student(self, compact: CompactAdapter) -> Student:
+        """`compact` in training, for `refining`. The default moves all numbers and no index."""
+        from lrconvert.students import Rates, Student
+
+        return Student(self, compact, Rates())
 
 
 def module_names() -> list[str]:
