@@ -34,7 +34,12 @@ def load_model(base: Path, device: str = "cpu", *, four_bit: bool = False) -> nn
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise BaseError(f"transformers cannot load the base: {said[0]}", path=base) from None
-    return model.eval() if four_bit else model.to(device).eval()
+    if not four_bit:
+        return model.to(device).eval()
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # a layout for inference alone, and not of all widths
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 -- unknown to torch's stubs
+    return model.eval()
 
 
 def load_tokenizer(base: Path) -> Any:

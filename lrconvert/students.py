@@ -35,7 +35,7 @@ SCALES = ("scales", "gains", "base_scales")  # what numbers are multiplied with,
 class Rates:
     """How much of their own size numbers move in a step at most, by what they are."""
 
-    codes: float = 0.05
+    codes: float = 0.1
     numbers: float = 0.02
     scales: float = 0.02
     latents: float = 0.05

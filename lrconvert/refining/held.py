@@ -48,17 +48,20 @@ class Room:
 
 @dataclass(eq=False)
 class Held:
-    """The held-out batches of this process, with the base's distances once they are known."""
+    """The held-out batches of this process: its share of them, or all where there are fewer than processes."""
 
     room: Room
     batches: list[Batch]
+    shared: bool
     _known: list[Outputs] = field(default_factory=list)
     _kept: int = 0
 
     @classmethod
     def of(cls, room: Room, pool: Pool, batch_tokens: int) -> Held:
-        plan = pool.plan(0, -1, batch_tokens)[room.world.rank :: room.world.size]
-        return cls(room, [pool.batch(which).to(room.device) for which in plan])
+        plan = pool.plan(0, -1, batch_tokens)
+        shared = len(plan) >= room.world.size
+        some = plan[room.world.rank :: room.world.size] if shared else plan
+        return cls(room, [pool.batch(which).to(room.device) for which in some], shared)
 
     @torch.no_grad()
     def sums(self, names: Sequence[str], hidden: bool = False) -> Sums:
@@ -68,6 +71,8 @@ class Held:
             goal = self._goal(n, batch, hidden)
             self.room.using(*names)
             total.add(goal, self.room.answers(batch, hidden))
+        if not self.shared:
+            return total
         values = [total.items, total.distance, total.agreed, total.tokens, *(total.hidden or ())]
         found = self.room.world.totals(values, self.room.device)
         return Sums(int(found[0]), found[1], int(found[2]), int(found[3]), found[4:], total.are_logits)
