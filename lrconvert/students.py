@@ -25,9 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from lrconvert import straight
-from lrconvert.adapter import CompactAdapter
+from lrconvert.adapter import CompactAdapter, LoraTarget
 from lrconvert.dtypes import Array
 
+_CELL = 63 / 64  # of the way to where the next code begins
+_RANK = 1e-6  # of the largest: what is smaller is no direction of a factor
 SCALES = ("scales", "gains", "base_scales")  # what numbers are multiplied with, in all methods
 
 
@@ -111,6 +113,41 @@ class Student(nn.Module):
                 found.append({"params": [getattr(self, _moving(name))], "lr": rate})
         return found
 
+    def lean(self, pairs: Sequence[LoraTarget]) -> None:
+        """Move latents of codes towards the best numbers for the LoRA `pairs`, target by target, as far as what is
+        stored stays the same: those that lie near to another code are then the first to reach it."""
+        for name, spec in self.specs.items():
+            if spec.kind == "code" and spec.bits < 8:
+                shift = self.shift(name, pairs).clamp_(-_CELL, _CELL)
+                with torch.no_grad():
+                    getattr(self, _moving(name)).add_(shift / getattr(self, _unit(name)))
+
+    def shift(self, name: str, pairs: Sequence[LoraTarget]) -> Tensor:
+        """What would have to be added to the numbers ``values()[name]``, so that each factor is the best one beside the
+        other as it is: one step of least squares. Factors are affine in the numbers, and what two numbers do is taken
+        to be orthogonal, which is so in all forms (mosaics, disjoint entries, Hadamard bases)."""
+        fixed = {key: value.detach() for key, value in self.values().items()}
+        numbers = fixed[name].clone().requires_grad_(True)
+        signs = torch.where(torch.arange(numbers.numel(), device=numbers.device) * 7919 % 13 < 6, -1.0, 1.0)
+        probe = signs.view_as(numbers)
+        zero = torch.zeros_like(numbers)
+        wanted, probed = torch.zeros_like(numbers), torch.zeros_like(numbers)
+        for which, pair in enumerate(pairs):
+            now = self.factors({**fixed, name: numbers}, which)
+            if not now[0].shape[0] or not any(f.requires_grad for f in now):
+                continue
+            with torch.no_grad():
+                ends = (self.factors({**fixed, name: x}, which) for x in (probe, zero))
+                moves = [there - here for there, here in zip(*ends, strict=True)]
+            errors = [(b - f.detach()).float() for b, f in zip(_best(pair, *now), now, strict=True)]
+            for total, towards in ((wanted, errors), (probed, moves)):
+                product = sum((f * t).sum() for f, t in zip(now, towards, strict=True))
+                (found,) = torch.autograd.grad(product, numbers, retain_graph=True, allow_unused=True)
+                if found is not None:
+                    total += found
+        squares = probed * probe
+        return torch.where(squares > 0, wanted / squares, torch.zeros_like(wanted))
+
     @torch.no_grad()
     def settle(self) -> None:
         """Bring latents back to where a step can change what is stored."""
@@ -138,6 +175,16 @@ class Student(nn.Module):
     def compact(self) -> CompactAdapter:
         """The adapter with the numbers of `values`, in the one spelling that files have."""
         return replace(self.source, tensors=self.tensors())
+
+
+def _best(pair: LoraTarget, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The A (r, in) nearest to the update of `pair` beside b, and the B (out, r) beside a, by least squares; float32."""
+    x, y = a.detach().double().cpu().numpy(), b.detach().double().cpu().numpy()
+    left, right = pair.scale * pair.B.astype(np.float64), pair.A.astype(np.float64)
+    best_a = np.linalg.lstsq(y.T @ y, (y.T @ left) @ right, rcond=_RANK)[0]
+    best_b = np.linalg.lstsq(x @ x.T, (x @ right.T) @ left.T, rcond=_RANK)[0].T
+    one, two = (torch.from_numpy(np.ascontiguousarray(f)).to(a) for f in (best_a, best_b))
+    return one, two
 
 
 def unit_of(value: Tensor, each: bool) -> Tensor:

@@ -20,7 +20,7 @@ from hypothesis.extra import numpy as hnp
 torch = pytest.importorskip("torch")
 
 from click.testing import CliRunner  # noqa: E402
-from conftest import ADAPTERS, BASES, random_lora  # noqa: E402
+from conftest import ADAPTERS, BASES, dense, random_lora  # noqa: E402
 from test_attach import snapshot  # noqa: E402
 
 from lrconvert import api, file, live, measuring, packing, straight, texts  # noqa: E402
@@ -68,8 +68,11 @@ def small(lora: LoraAdapter) -> CompactAdapter:
 
 def made(name: str, n: int) -> CompactAdapter:
     """Example `n` of a method, of a random LoRA."""
-    shapes = [(24, 16), (16, 40)] if name != "vblora" else [(32, 16), (16, 48)]
-    return api.convert(random_lora(shapes), name, **methods.get(name).examples[n]).compact
+    return api.convert(source(name), name, **methods.get(name).examples[n]).compact
+
+
+def source(name: str) -> LoraAdapter:
+    return random_lora([(24, 16), (16, 40)] if name != "vblora" else [(32, 16), (16, 48)])
 
 
 # --- quantizers -----------------------------------------------------------------------------------------------------
@@ -118,6 +121,8 @@ def test_a_student_is_its_file(name: str, n: int) -> None:
     compact = made(name, n)
     student = methods.get(name).student(compact)
     assert same_payload(student.compact(), compact)
+    student.lean(source(name).targets)
+    assert same_payload(student.compact(), compact)
     draw = torch.Generator().manual_seed(0)
     for _ in range(2):
         values = student.values()
@@ -134,6 +139,27 @@ def test_a_student_is_its_file(name: str, n: int) -> None:
                 parameter += torch.randn(parameter.shape, generator=draw)
         student.settle()
         assert not same_payload(student.compact(), now)
+
+
+@pytest.mark.parametrize(("name", "n"), [("lowrank", 4), ("sbora", 3), ("bone", 1), ("nola", 3), ("vblora", 0)])
+def test_latents_lean_to_the_best_numbers(name: str, n: int) -> None:
+    """Without the quantizer, what they lean to is nearer to the LoRA than what is stored."""
+    lora, compact = source(name), made(name, n)
+    student: Any = methods.get(name).student(compact)
+    tensor = "bank" if name == "vblora" else next(s.name for s in student.specs.values() if s.kind == "code")
+    shift = student.shift(tensor, lora.targets)
+    assert shift.any()
+    values = student.values()
+
+    def error(share: float) -> float:
+        moved = {**values, tensor: values[tensor] + share * shift}
+        pairs = [student.factors(moved, which) for which in range(len(compact.targets))]
+        return sum(
+            float(((b @ a).detach() - torch.from_numpy(dense(pair))).square().sum())
+            for (a, b), pair in zip(pairs, lora.targets, strict=True)
+        )
+
+    assert error(0.2) < error(0.0)  # both factors move at once: all the way is too far
 
 
 def test_codes_of_a_bank_move_to_the_nearest_vector() -> None:

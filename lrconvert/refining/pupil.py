@@ -16,32 +16,37 @@ import torch
 from torch import Tensor, nn
 
 from lrconvert import attaching
-from lrconvert.adapter import CompactAdapter, ExtraTensor
+from lrconvert.adapter import CompactAdapter, ExtraTensor, LoraAdapter
 from lrconvert.dtypes import FLOATS, STORAGE, decode, round_to
 from lrconvert.methods import base as methods
-from lrconvert.students import unit_of
+from lrconvert.students import Student, unit_of
 
 NAME = "student"
 _HEAD_RATE = 0.01
 
 
 class Pupil:
-    """`compact` on `model` under the name "student", all of it and with `train_heads` its heads in training."""
+    """`compact` on `model` under the name "student", all of it and with `train_heads` its heads in training. `teacher`
+    has the targets of `compact`, in their order."""
 
-    def __init__(self, model: nn.Module, compact: CompactAdapter, train_heads: bool) -> None:
+    def __init__(self, model: nn.Module, compact: CompactAdapter, teacher: LoraAdapter, train_heads: bool) -> None:
         self.source = attaching.attach(model, compact, name=NAME)
         self.source.requires_grad_(True)
-        device = next(iter(model.parameters())).device
-        self.student = methods.get(compact.method).student(compact).to(device)
+        self.teacher, self.device = teacher, next(iter(model.parameters())).device
+        self.student = self._student(compact)
         self.targets = len(compact.targets)
         self.heads = [_Head(e, p) for e, p in attaching.replaced(model, NAME, compact.extras) if e.dtype in FLOATS]
         self.heads = self.heads if train_heads else []
         self._made: list[tuple[Tensor, Tensor]] = []
 
+    def _student(self, compact: CompactAdapter) -> Student:
+        found = methods.get(compact.method).student(compact).to(self.device)
+        found.lean(self.teacher.targets)
+        return found
+
     def take(self, compact: CompactAdapter) -> None:
         """Go on from `compact`, of the same form."""
-        device = next(iter(self.student.parameters())).device
-        self.student = methods.get(compact.method).student(compact).to(device)
+        self.student = self._student(compact)
         extras = {extra.name: extra for extra in compact.extras}
         for head in self.heads:
             head.take(extras[head.extra.name])

@@ -235,7 +235,7 @@ class _Work:
             raise DataError("there is no output to compare", fix="is the data empty?")
         if not base.mean > 0:
             raise DataError("the teacher answers as the base does on this data: there is nothing to learn from it")
-        pupil = Pupil(room.model, self.compact, settings.train_heads)
+        pupil = Pupil(room.model, self.compact, layers.aligned(self.teacher, self.compact), settings.train_heads)
         scale = Scale(base.mean, base.sizes)
         trainer = Trainer(room, pupil, self.split.train, held, scale, settings, told)
         before = self._measured(trainer, self.compact)

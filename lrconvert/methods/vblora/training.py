@@ -9,6 +9,7 @@ gains move.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from lrconvert import straight
-from lrconvert.adapter import CompactAdapter
+from lrconvert.adapter import CompactAdapter, LoraTarget
 from lrconvert.dtypes import Array
 from lrconvert.students import Rates, Student, unit_of
 
 _CHUNK = 1 << 24  # distances at once
+_HALVINGS = 5
 
 
 class BankStudent(Student):
@@ -61,6 +63,20 @@ class BankStudent(Student):
     def groups(self) -> list[dict[str, Any]]:
         found = super().groups()
         return [*found, {"params": [self.latents], "lr": self.rates.latents}] if self.moves else found
+
+    def lean(self, pairs: Sequence[LoraTarget]) -> None:
+        super().lean(pairs)
+        if not self.moves:
+            return
+        shift = self.shift("bank", pairs)
+        with torch.no_grad():
+            bank = self._bank()
+            chosen = bank[self.chosen]
+            way = torch.ones(len(chosen), 1, device=chosen.device)
+            for last in (False,) * _HALVINGS + (True,):
+                there = nearest(chosen + way * shift, bank, self.chosen)
+                way = torch.where((there == self.chosen)[:, None], way, way * (0.0 if last else 0.5))
+            self.latents.copy_((chosen + way * shift) / self.unit_latents)
 
     @torch.no_grad()
     def settle(self) -> None:
