@@ -178,7 +178,7 @@ class Student(nn.Module):
 
 
 def _best(pair: LoraTarget, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The A (r, in) nearest to the update of `pair` beside b, and the B (out, r) beside a, by least squares; float32."""
+    """The A (r, in) nearest to the update of `pair` beside b, and the B (out, r) beside a, by least squares."""
     x, y = a.detach().double().cpu().numpy(), b.detach().double().cpu().numpy()
     left, right = pair.scale * pair.B.astype(np.float64), pair.A.astype(np.float64)
     best_a = np.linalg.lstsq(y.T @ y, (y.T @ left) @ right, rcond=_RANK)[0]

@@ -295,33 +295,33 @@ def test_never_worse_and_written_as_measured(
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_the_same_again_and_resumed(lora: LoraAdapter, model: Any, small: Any, batches: Any, tmp_path: Path) -> None:
-    for method in ("lowrank", "vblora"):
-        compact = small if method == "lowrank" else api.convert(lora, "vblora", target_ratio=12).compact
-        out = [tmp_path / f"{method}{n}.lrc" for n in range(3)]
-        many = {**FEW, "steps": 7, "checkpoint_every": 3}
-        for path in out[:2]:
-            api.refine(compact, lora, model, batches, path, **many)
-        assert out[0].read_bytes() == out[1].read_bytes()
-        broken = 0
+@pytest.mark.parametrize("method", ["lowrank", pytest.param("vblora", marks=pytest.mark.slow)])
+def test_the_same_again_and_resumed(method: str, lora: LoraAdapter, model: Any, batches: Any, tmp_path: Path) -> None:
+    compact = api.convert(lora, method, target_ratio=12).compact
+    out = [tmp_path / f"{n}.lrc" for n in range(3)]
+    many = {**FEW, "steps": 7, "checkpoint_every": 3, "lr": 0.3}
+    for path in out[:2]:
+        done = api.refine(compact, lora, model, batches, path, **many)
+    assert done.best_step > 3 and out[0].read_bytes() == out[1].read_bytes()
+    told = 0
 
-        def stop(share: float, text: str) -> None:
-            nonlocal broken
-            broken += text.startswith("loss")
-            if broken == 5:
-                raise KeyboardInterrupt
+    def stop(share: float, text: str) -> None:
+        nonlocal told
+        told += text.startswith("loss")
+        if told == 5:
+            raise KeyboardInterrupt
 
-        with pytest.raises(KeyboardInterrupt):
-            api.refine(compact, lora, model, batches, out[2], progress=stop, **many)
-        partial = tmp_path / f"{out[2].name}.partial"
-        assert partial.exists() and not out[2].exists()
-        with pytest.raises(OutputExistsError, match="broken off"):
-            api.refine(compact, lora, model, batches, out[2], **many)
-        with pytest.raises(StatisticsError, match="other options"):
-            api.refine(compact, lora, model, batches, out[2], resume=True, **{**many, "lr": 0.5})
-        done = api.refine(compact, lora, model, batches, out[2], resume=True, **many)
-        assert done.steps == 7 and out[2].read_bytes() == out[0].read_bytes()
-        assert not partial.exists()
+    with pytest.raises(KeyboardInterrupt):
+        api.refine(compact, lora, model, batches, out[2], progress=stop, **many)
+    partial = tmp_path / f"{out[2].name}.partial"
+    assert partial.exists() and not out[2].exists()
+    with pytest.raises(OutputExistsError, match="broken off"):
+        api.refine(compact, lora, model, batches, out[2], **many)
+    with pytest.raises(StatisticsError, match="other options"):
+        api.refine(compact, lora, model, batches, out[2], resume=True, **{**many, "lr": 0.5})
+    done = api.refine(compact, lora, model, batches, out[2], resume=True, **many)
+    assert done.steps == 7 and out[2].read_bytes() == out[0].read_bytes()
+    assert not partial.exists()
 
 
 def test_without_a_gain_the_input_comes_back(lora: LoraAdapter, model: Any, batches: Any, tmp_path: Path) -> None:
@@ -336,8 +336,8 @@ def test_either_stage_alone(lora: LoraAdapter, model: Any, batches: Any) -> None
     plain = api.convert(lora, "lowrank", bits="1", rank=2).compact
     first = api.refine(plain, lora, model, batches, end_to_end=False)
     assert first.steps == 0 and first.after.distance <= first.before.distance
-    second = api.refine(plain, lora, model, batches, layerwise=False, **FEW)
-    assert not second.layerwise and second.steps == FEW["steps"]
+    second = api.refine(plain, lora, model, batches, layerwise=False, lr=0.3, **FEW)
+    assert not second.layerwise and second.improved and second.best_step
 
 
 def test_batches_that_do_not_fit_are_cut(
@@ -404,10 +404,10 @@ def test_early_stopping_and_time(lora: LoraAdapter, model: Any, batches: Any) ->
 
 
 def test_the_tasks_own_loss(lora: LoraAdapter, model: Any, small: Any, batches: Any) -> None:
-    with_task = api.refine(small, lora, model, batches, task_loss=0.5, **FEW)
-    assert with_task.improved and not same_payload(
-        with_task.compact, api.refine(small, lora, model, batches, **FEW).compact
-    )
+    slow = {**FEW, "layerwise": False, "lr": 0.3}
+    without, with_task = (api.refine(small, lora, model, batches, task_loss=w, **slow) for w in (0.0, 0.5))
+    assert without.best_step and with_task.best_step
+    assert not same_payload(with_task.compact, without.compact)
 
 
 def test_gradient_checkpointing_computes_the_same(lora: LoraAdapter, model: Any, small: Any, batches: Any) -> None:
