@@ -16,7 +16,7 @@ from lrconvert.compressing import Compression
 from lrconvert.consumers import base as consumer_base
 from lrconvert.consumers.base import Finding
 from lrconvert.converting import Conversion, ExtraDtype
-from lrconvert.durable import atomic_directory, check_output
+from lrconvert.durable import atomic_directory, check_output, discard
 from lrconvert.errors import LrcError, OptionError
 from lrconvert.exporters import base as exporters
 from lrconvert.merging import MergeReport, Scaled, UnmergeReport, VerifyReport
@@ -604,4 +604,5 @@ def refine(
     )
     if target is not None and done.leads:
         file.write(done.compact, target, overwrite=overwrite)
+        discard(target.with_name(f"{target.name}.partial"))
     return done

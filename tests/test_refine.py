@@ -454,6 +454,22 @@ def test_models_that_read_something_else(case: str) -> None:
         assert answers.distance == pytest.approx(trained.after.distance, rel=1e-4)
 
 
+def test_hidden_states_where_there_are_no_logits(tmp_path: Path) -> None:
+    lora = replace(api.load_lora(ADAPTERS / "bert-classifier"), extras=())
+    compact = api.convert(lora, "lowrank", bits="1", rank=1).compact
+    rows = [json.dumps({"text": "a word " * (n % 5 + 1) + str(n)}) for n in range(60)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(rows))
+    done = api.refine(compact, lora, BASES / "tiny-bert", tmp_path / "texts.jsonl", lr=0.3, **FEW)
+    assert done.improved and done.before.kind == "hidden states" and done.before.agreement is None
+
+
+def test_another_teacher_is_named(lora: LoraAdapter, model: Any, small: CompactAdapter, batches: Any) -> None:
+    other = replace(lora, provenance=replace(lora.provenance, source="0" * 64))
+    done = api.refine(small, other, model, batches, end_to_end=False)
+    assert any("not the LoRA" in line for line in done.warnings)
+    assert not api.refine(small, lora, model, batches, end_to_end=False).warnings
+
+
 def test_an_encoder_decoder() -> None:
     import transformers
 

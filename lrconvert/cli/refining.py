@@ -17,6 +17,7 @@ from lrconvert.cli.shared import (
     pickle_option,
     progress_bar,
     quiet_option,
+    warn,
 )
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ def _refine(
         if as_json:
             emit({"file": str(file), "output": str(output), **refinement_json(done)})
         else:
+            warn(done.warnings)
             if not quiet:
                 click.echo(shown(str(file), str(output), done))
             if not done.improved:

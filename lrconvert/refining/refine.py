@@ -16,7 +16,6 @@ from torch import nn
 from lrconvert import attaching, file, live, report, texts
 from lrconvert.adapter import CompactAdapter, LoraAdapter
 from lrconvert.container import open_checkpoint
-from lrconvert.durable import discard
 from lrconvert.errors import DataError, FingerprintError, OptionError, OutputExistsError
 from lrconvert.refining import checkpoint, layers, log, world, writing
 from lrconvert.refining.data import Pool, Split, examples, split
@@ -37,7 +36,7 @@ class Refinement:
     """`compact` is what to write. `before` and `after` are measured on held-out data, against the teacher; `improved`:
     whether it is better than its input, whose numbers it has otherwise. `steps` were made, of which `best_step` was
     taken (0: before the first); `layerwise`: whether stage one helped. `data`: digest of all data. `leads`: whether
-    this is the first of several processes, the one that writes."""
+    this is the first of several processes, the one that writes. `warnings` are one-line texts."""
 
     compact: CompactAdapter
     before: Answers
@@ -49,6 +48,7 @@ class Refinement:
     data: str
     seconds: float
     leads: bool = True
+    warnings: tuple[str, ...] = ()
 
 
 def refine(
@@ -91,7 +91,15 @@ def refine(
                 raise DataError("the task's loss needs labels, and the data has none", fix="leave out --task-loss")
             work = _Work(room, compact, teacher, there, settings, partial, resume, log_to)
             found = work.run(quiet)
-    return replace(found, seconds=time.monotonic() - started)
+    return replace(found, seconds=time.monotonic() - started, warnings=(*teacher.warnings, *_other(compact, teacher)))
+
+
+def _other(compact: CompactAdapter, teacher: LoraAdapter) -> tuple[str, ...]:
+    """A warning if the teacher is not the LoRA that the file was made from, as far as both say."""
+    made_from, given = compact.provenance.source, teacher.provenance.source
+    if not made_from or not given or made_from == given:
+        return ()
+    return ("the teacher is not the LoRA that the file was made from: what is measured is against the teacher",)
 
 
 def _check_base(compact: CompactAdapter, base: Path) -> None:
@@ -266,8 +274,6 @@ class _Work:
             leads=room.world.leads,
         )
         told("end", {"distance": found.after.distance, "closed": found.after.closed, "best_step": state.best_step})
-        if self.partial is not None and room.world.leads:
-            discard(self.partial)
         return replace(found, compact=self._signed(found))
 
     def _measured(self, trainer: Trainer, compact: CompactAdapter) -> Sums:
