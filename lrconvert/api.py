@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import fields
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from lrconvert.compressing import Compression
 from lrconvert.consumers import base as consumer_base
 from lrconvert.consumers.base import Finding
 from lrconvert.converting import Conversion, ExtraDtype
-from lrconvert.durable import atomic_directory, check_output
+from lrconvert.durable import atomic_directory, check_output, discard
 from lrconvert.errors import LrcError, OptionError
 from lrconvert.exporters import base as exporters
 from lrconvert.merging import MergeReport, Scaled, UnmergeReport, VerifyReport
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lrconvert.attaching import AttachedAdapter
+    from lrconvert.refining.refine import Refinement
 
 AnyPath = str | PathLike[str]
 Progress = Callable[[float, str], None]
@@ -544,3 +546,64 @@ def statistics(
 def load_statistics(path: AnyPath) -> InputStatistics:
     """The statistics of a file; moments are read when they are needed. Raises E-MISSING, E-DIGEST, ..."""
     return statistics_file.read(Path(path))
+
+
+# --- refining -------------------------------------------------------------------------------------------------------
+
+
+def refine(
+    adapter: AnyPath | CompactAdapter,
+    teacher: AnyPath | LoraAdapter,
+    base: AnyPath | nn.Module,
+    data: AnyPath | Sequence[AnyPath] | Iterable[Mapping[str, Any]] | None = None,
+    out: AnyPath | None = None,
+    *,
+    device: str = "cpu",
+    resume: bool = False,
+    log: AnyPath | None = None,
+    load_in_4bit: bool = False,
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+    progress: Progress = _silent,
+    **settings: Any,
+) -> Refinement:
+    """Bring the answers of a compact adapter nearer to those of its `teacher`, the LoRA it was made from: a short
+    distillation on `data` (as in `statistics`; without data a decoder's teacher writes texts of its own).
+
+    Two stages: the method's own fit under the moments of the teacher's inputs, then training end to end with the
+    quantizers in the loop. What is best on held-out data is the result, and never worse than the input (`improved`
+    says). With `out` it is written there, unfinished work beside it as ``<out>.partial``, with which `resume` goes on:
+    on one device the result is that of a run without a pause. `settings` are the fields of
+    `lrconvert.refining.settings.Settings`; `log` takes JSON lines; `load_in_4bit` quantizes the base to NF4.
+
+    Under torchrun or accelerate all processes work on one adapter, and the first one writes. Raises E-DATA, E-OPTION,
+    E-BASE, E-FPR, E-ATTACH, E-STATS (a checkpoint of other work), E-DEPENDENCY, E-OUT-*.
+    """
+    from lrconvert.refining import refine as refining
+    from lrconvert.refining.settings import Settings
+
+    known = {field.name for field in fields(Settings)}
+    unknown = sorted(set(settings) - known)
+    if unknown:
+        raise OptionError(f"refine has no option {unknown[0]!r:.40}", fix=f"it has: {', '.join(sorted(known))}")
+    where = base if isinstance(base, (str, PathLike)) else None
+    target = None if out is None else hub.output(out)
+    if target is not None:
+        check_output(target, overwrite, inputs=[hub.locate(where)] if where is not None else [])
+    done = refining.refine(
+        adapter if isinstance(adapter, CompactAdapter) else read(adapter),
+        teacher if isinstance(teacher, LoraAdapter) else load_lora(teacher, allow_pickle=allow_pickle, base=where),
+        base if not isinstance(base, (str, PathLike)) else hub.locate(base),
+        data,
+        Settings(**settings),
+        device=device,
+        partial=None if target is None else target.with_name(f"{target.name}.partial"),
+        resume=resume,
+        log_to=None if log is None else Path(log),
+        load_in_4bit=load_in_4bit,
+        progress=progress,
+    )
+    if target is not None and done.leads:
+        file.write(done.compact, target, overwrite=overwrite)
+        discard(target.with_name(f"{target.name}.partial"))
+    return done

@@ -384,9 +384,7 @@ def set_active(model: nn.Module, names: str | Sequence[str]) -> None:
     unknown = [name for name in wanted if name not in state.adapters]
     if unknown:
         raise AttachError(f"there is no adapter {unknown[0]!r}", fix=f"there are: {', '.join(state.adapters)}")
-    for name in state.adapters:
-        _swap(state, name, name in wanted)
-    state.active = wanted
+    _activate(state, wanted)
 
 
 def active(model: nn.Module) -> tuple[str, ...]:
@@ -411,6 +409,13 @@ def layers_of(model: nn.Module, name: str) -> dict[int, AdaptedLayer]:
     """The layers that the adapter `name` updates, by the number of the target in it; stacks of experts are none."""
     layers = _attachments(model).layers.values()
     return {update.which: layer for layer in layers for update in layer.updates if update.name == name}
+
+
+def replaced(model: nn.Module, name: str, extras: Sequence[ExtraTensor]) -> list[tuple[ExtraTensor, nn.Parameter]]:
+    """The `extras` of the adapter `name` that take the place of parameters, each with its parameter, which holds its
+    values while the adapter is active."""
+    swaps = _attachments(model).replaced.get(name, [])
+    return list(zip([e for e in extras if e.use == "replace"], [p for p, _ in swaps], strict=True))
 
 
 # --- installing -----------------------------------------------------------------------------------------------------
@@ -551,8 +556,8 @@ def _unwrap(model: nn.Module, state: Attachments, module: str) -> None:
 
 
 def _remove(model: nn.Module, state: Attachments, name: str) -> None:
-    _swap(state, name, False)
-    state.active = tuple(other for other in state.active if other != name)
+    if name in state.active:
+        _activate(state, tuple(other for other in state.active if other != name))
     for module, wrapper in list(state.layers.items()):
         wrapper.updates = [u for u in wrapper.updates if u.name != name]
         wrapper.rows = [r for r in wrapper.rows if r.name != name]
@@ -618,6 +623,17 @@ def _add_rows(model: nn.Module, state: Attachments, path: str, rows: _Rows) -> N
             if found is tied:
                 _layer(model, state, other).rows.append(_Rows(rows.name, rows.index, rows.values, True))
                 break
+
+
+def _activate(state: Attachments, wanted: tuple[str, ...]) -> None:
+    """Make these adapters the active ones. What they replace is put back last in, first out: each holds what the one
+    before it had put there."""
+    for name in reversed(state.active):
+        _swap(state, name, False)
+    state.active = ()
+    for name in dict.fromkeys(wanted):
+        _swap(state, name, True)
+    state.active = wanted
 
 
 def _swap(state: Attachments, name: str, active: bool) -> None:

@@ -7,6 +7,7 @@ update (out, in) is never formed: for a 4096 x 4096 target of rank 16 that is so
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -144,6 +145,9 @@ def canonicalize(lora: LoraAdapter) -> LoraAdapter:
     return replace(lora, targets=tuple(targets))
 
 
+_COLUMNS = 2048  # of a stack of factors that are in memory as float64 at a time
+
+
 def distance(pair: LoraTarget, a: Array, b: Array, moment: Moment | None = None) -> tuple[float, float]:
     """(||delta - b @ a||^2, ||delta||^2) for delta = scale * B @ A; `a` (k, in), `b` (out, k). In the Frobenius norm,
     or with the `moment` M of the input as mean squares of the output: tr(E M E^T).
@@ -151,15 +155,29 @@ def distance(pair: LoraTarget, a: Array, b: Array, moment: Moment | None = None)
     By Gram matrices of the stacked factors; where the two agree so closely that this would be a difference of large
     numbers, by thin QRs of the stacks, whose core holds the difference itself.
     """
-    left = np.concatenate([pair.scale * pair.B.astype(np.float64), -b.astype(np.float64)], axis=1)
-    right = np.concatenate([pair.A.astype(np.float64), a.astype(np.float64)], axis=0)
-    gram = right @ right.T if moment is None else moment.gram(right)
-    products = (left.T @ left) * gram
+    own_a, own_b = pair.A, pair.scale * pair.B.astype(np.float64)
+
+    def left(rows: slice) -> F64:
+        return np.concatenate([own_b[rows], -b[rows].astype(np.float64)], axis=1)
+
+    def right(columns: slice) -> F64:
+        return np.concatenate([own_a[:, columns].astype(np.float64), a[:, columns].astype(np.float64)], axis=0)
+
+    # Some forms have factors many times their own size: they are widened a part at a time.
+    gram = _summed(right, pair.target.in_features) if moment is None else moment.gram(right(slice(None)))
+    products = _summed(lambda rows: left(rows).T, pair.target.out_features) * gram
     error, energy = float(products.sum()), float(products[: pair.rank, : pair.rank].sum())
     if error < 1e-6 * energy:
-        root = _householder(right.T)[1].T if moment is None else _root(gram)
-        error = float(np.sum((_householder(left)[1] @ root) ** 2))
+        root = _householder(right(slice(None)).T)[1].T if moment is None else _root(gram)
+        error = float(np.sum((_householder(left(slice(None)))[1] @ root) ** 2))
     return error, energy
+
+
+def _summed(part: Callable[[slice], F64], width: int) -> F64:
+    """``x @ x^T`` of a wide x (k, width), of which `part` gives some columns."""
+    slices = [slice(start, start + _COLUMNS) for start in range(0, width, _COLUMNS)]
+    grams = (x @ x.T for x in map(part, slices))
+    return np.asarray(sum(grams), np.float64)
 
 
 def fit_metric(pair: LoraTarget, moment: Moment) -> Moment:

@@ -475,7 +475,7 @@ def collect(
             "names": hashlib.sha256("\n".join(names).encode()).hexdigest(),
         }
         for number, batch in enumerate(batches):
-            _digest(hasher, batch)
+            add_digest(hasher, batch)
             if kept is not None and number < kept[0]["batches"]:
                 if number + 1 == kept[0]["batches"]:
                     tokens = _resume(collector, kept, {**about, "data": hasher.hexdigest()}, device, partial)
@@ -516,7 +516,7 @@ def token_count(batch: Batch) -> int:
     return max((len(v) for v in batch.values() if isinstance(v, Tensor)), default=0)
 
 
-def _digest(hasher: hashlib._Hash, batch: Batch) -> None:
+def add_digest(hasher: hashlib._Hash, batch: Batch) -> None:
     """Add a batch: every tensor by name, dtype, shape and bytes."""
     for name in sorted(batch):
         value = batch[name]

@@ -272,6 +272,17 @@ def atomic_file(path: StrPath, *, overwrite: bool) -> Iterator[Writer]:
     _confirm(path)
 
 
+def appended(path: StrPath, data: Buffer) -> None:
+    """Append to a file, which is made if it is not there: a log. Raises E-OUT-PATH, E-IO-WRITE."""
+    path = Path(path)
+    check_output(path, overwrite=True, directory=False)
+    try:
+        with path.open("ab") as out:
+            out.write(data)
+    except OSError as error:
+        raise _not_written(error, path) from None
+
+
 def discard(path: StrPath) -> None:
     """Remove a file of our own that has served its purpose; it may be gone already. Raises E-IO-WRITE."""
     try:

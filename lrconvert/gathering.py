@@ -54,7 +54,7 @@ def statistics(
         model,
         fed,
         settings=collecting.Settings(exact_width, rank, seed),
-        wanted=_wanted(model, adapter, include, exclude),
+        wanted=wanted(model, adapter, include, exclude),
         content=content,
         partial=None if out is None else out.with_name(f"{out.name}.partial"),
         every=checkpoint_seconds,
@@ -110,7 +110,7 @@ def batches(
     return texts.batches(texts.read([Path(path) for path in paths]), tokenizer, packing)
 
 
-def _wanted(
+def wanted(
     model: nn.Module, adapter: LoraAdapter | CompactAdapter | None, include: Sequence[str], exclude: Sequence[str]
 ) -> list[str] | None:
     """The parameters whose inputs are asked for; None for all."""

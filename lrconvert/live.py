@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from lrconvert.errors import BaseError, DataError
+from lrconvert.errors import BaseError, DataError, DependencyError
 
 
-def load_model(base: Path, device: str = "cpu") -> nn.Module:
-    """The model of a base folder, in the dtype it is stored in, in evaluation mode. Raises E-BASE with what
-    transformers says if it cannot load it."""
+def load_model(base: Path, device: str = "cpu", *, four_bit: bool = False) -> nn.Module:
+    """The model of a base folder, in the dtype it is stored in, in evaluation mode. With `four_bit` its linear
+    layers are quantized to NF4. Raises E-BASE with what transformers says if it cannot load it, E-DEPENDENCY without
+    bitsandbytes."""
     import transformers
+
+    if four_bit and importlib.util.find_spec("bitsandbytes") is None:
+        raise DependencyError("4-bit bases need bitsandbytes", fix="pip install 'lrconvert[gpu]'")
 
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         config = transformers.AutoConfig.from_pretrained(base, local_files_only=True)
         named = (getattr(config, "architectures", None) or [""])[0]
         kind: Any = getattr(transformers, named, transformers.AutoModel)
-        model: nn.Module = kind.from_pretrained(base, local_files_only=True, dtype="auto")
+        how: dict[str, Any] = {"dtype": "auto"}
+        if four_bit:
+            packed: Any = transformers.BitsAndBytesConfig
+            how["quantization_config"] = packed(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+            how["device_map"] = {"": device}
+        model: nn.Module = kind.from_pretrained(base, local_files_only=True, **how)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise BaseError(f"transformers cannot load the base: {said[0]}", path=base) from None
-    return model.to(device).eval()
+    if not four_bit:
+        return model.to(device).eval()
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # a layout for inference alone, and not of all widths
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 -- unknown to torch's stubs
+    return model.eval()
 
 
 def load_tokenizer(base: Path) -> Any:

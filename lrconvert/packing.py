@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -222,6 +222,14 @@ def code_values(codes: Array, bits: int) -> F32:
     return codes.astype(np.float32) * np.float32(2) + np.float32(1 - (1 << bits))
 
 
+def odd_integers(codes: Array, bits: int) -> Array:
+    """The same in the narrowest integers, int8 or int16: a form of one bit is large when it is widened."""
+    kind: Any = np.int8 if bits < 8 else np.int16
+    twice = np.left_shift(codes.astype(kind), 1)
+    found: Array = twice + kind(1 - (1 << bits))  # where the first wraps, the second wraps back
+    return found
+
+
 # --- choosing scales ------------------------------------------------------------------------------------------------
 
 
@@ -236,7 +244,7 @@ def quantize_rows(rows: Array, bits: int, weights: Array | None = None) -> tuple
     if bits == 16:
         wide = np.asarray(rows, np.float64)
         found = (np.abs(wide).max(axis=1) / 65535).astype(np.float32)
-        return wide_codes(wide, found), found
+        return nearest_codes(wide, found, bits), found
     x = np.asarray(rows, np.float32)
     w = np.broadcast_to(np.float32(1) if weights is None else np.asarray(weights, np.float32), x.shape)
     if bits == 1:
@@ -273,10 +281,12 @@ def quantize_rows(rows: Array, bits: int, weights: Array | None = None) -> tuple
     return codes_for(best).astype(np.uint8), best
 
 
-def wide_codes(rows: Array, scales: Array) -> Array:
-    """The 16-bit codes c, uint32, of rows (n, d) for scales (n,): ``row ~ scale * (2c + 1 - 2^16)``."""
+def nearest_codes(rows: Array, scales: Array, bits: int) -> Array:
+    """The codes c of rows (n, d) for scales (n,): ``row ~ scale * (2c + 1 - 2^bits)``; uint8, at 16 bits uint32."""
     safe = np.where(scales > 0, scales, 1).astype(np.float64)
-    return np.clip(np.floor(rows / (2 * safe[:, None]) + 32768), 0, 65535).astype(np.uint32)
+    levels = 1 << bits
+    codes = np.clip(np.floor(rows / (2 * safe[:, None]) + levels // 2), 0, levels - 1)
+    return codes.astype(np.uint8 if bits <= 8 else np.uint32)
 
 
 def _dots(x: Array, y: Array) -> F64:

@@ -286,14 +286,16 @@ def _moment(opened: _Opened, n: int, some: Input, form: str, rank: int) -> Momen
 # --- half-done work -------------------------------------------------------------------------------------------------
 
 
-def write_partial(path: Path, fields: Mapping[str, Any], arrays: Iterable[tuple[str, str, Array]]) -> None:
-    """Keep unfinished sums, atomically, over the last ones."""
+def write_partial(
+    path: Path, fields: Mapping[str, Any], arrays: Iterable[tuple[str, str, Array]], key: str = PARTIAL_KEY
+) -> None:
+    """Keep unfinished sums, atomically, over the last ones; under another `key`, other unfinished work."""
     ordered = sorted(arrays, key=lambda entry: (-STORAGE[entry[1]].itemsize, entry[0]))
-    _write(PARTIAL_KEY, path, {"version": VERSION, **fields}, ordered, overwrite=True)
+    _write(key, path, {"version": VERSION, **fields}, ordered, overwrite=True)
 
 
-def read_partial(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
+def read_partial(path: Path, key: str = PARTIAL_KEY) -> tuple[dict[str, Any], dict[str, Array]]:
     """What `write_partial` kept: (fields, arrays), every digest checked."""
-    opened = _open(PARTIAL_KEY, path)
+    opened = _open(key, path)
     with opened.file as file:
         return opened.manifest, {t.name: opened.tensor(t.name, t.dtype, t.shape) for t in file.tensors}

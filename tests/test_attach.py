@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -17,6 +18,7 @@ from test_reader_variants import CASES, LLAMA, NET, inputs  # noqa: E402
 from torch import nn  # noqa: E402
 
 from lrconvert import api  # noqa: E402
+from lrconvert.adapter import ExtraTensor  # noqa: E402
 from lrconvert.attaching import attach, detach, disabled, set_active  # noqa: E402
 from lrconvert.errors import AttachError, BaseError, BudgetError, LrcError, OptionError  # noqa: E402
 from lrconvert.methods import base as methods  # noqa: E402
@@ -113,6 +115,25 @@ def test_several_by_name(tmp_path: Path) -> None:
     assert snapshot(model) == before
     with pytest.raises(AttachError):
         detach(model, "one")
+
+
+def test_heads_of_several_adapters() -> None:
+    """Each adapter has its own head whenever it is active, in whatever order they come and go."""
+    model = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 3))
+    plain, before = model[1].weight.detach().clone(), snapshot(model)
+    lora = random_lora([(24, 16)])
+    lora = replace(lora, targets=(replace(lora.targets[0], target=replace(lora.targets[0].target, name="0.weight")),))
+    for n in (1, 2, 3):
+        head = ExtraTensor("1.weight", "F32", (3, 24), np.full((3, 24), n, np.float32).tobytes())
+        attach(model, replace(lora, extras=(head,)), name=f"a{n}")
+    for names, value in (("a1", 1), ("a3", 3), ((), 0), (("a1", "a2"), 2), (("a2", "a1"), 1), (("a3",), 3)):
+        set_active(model, names)
+        assert torch.equal(model[1].weight, plain if value == 0 else torch.full((3, 24), float(value)))
+    set_active(model, ("a1", "a2"))
+    detach(model, "a1")
+    assert bool((model[1].weight == 2).all())
+    detach(model)
+    assert snapshot(model) == before
 
 
 @pytest.mark.parametrize("method", ["lora", *methods.module_names()])

@@ -26,7 +26,8 @@ from lrconvert.container import open_checkpoint
 from lrconvert.dtypes import Stored, round_to
 from lrconvert.merging import Scaled, merge, unmerge, verify
 from lrconvert.methods import base as methods
-from lrconvert.methods.bone import bat
+from lrconvert.methods.bone import bat_fit
+from lrconvert.methods.bone.form import complete
 from lrconvert.readers import base as readers
 
 SHAPES = ((24, 16), (16, 40), (32, 32))
@@ -68,7 +69,8 @@ def test_no_block_is_nearer(kind: str, rank: int, spread: float, tmp_path: Path)
             return weight[start:stop]
 
     with open_checkpoint(base) as checkpoint:
-        block, _ = bat.fit_block(pair, rank, metric, Scaled(lora, checkpoint))
+        config = complete(lora.shapes(), [rank], bits=16, bat=True)
+        block, _ = bat_fit.fit_block(pair, config, 0, metric, Scaled(lora, checkpoint))
     root = np.eye(24) if metric is None else np.linalg.cholesky(metric.times(np.eye(24)))
     delta = dense(pair)
     found = (by_blocks(block, weight) - delta) @ root
@@ -131,6 +133,27 @@ def test_statistics_are_the_metric(tmp_path: Path) -> None:
     one, two = (api.compare(lora, [c.compact], base=base, statistics=known)[0] for c in (blind, seeing))
     assert two.fit_captured > one.fit_captured and two.captured < one.captured
     assert seeing.fidelity == two
+
+
+@pytest.mark.parametrize("bits", ["4", "2", "1"])
+@pytest.mark.parametrize("seeing", [False, True])
+def test_few_bits_lose_as_little_as_those_of_a_bone(bits: str, seeing: bool, tmp_path: Path) -> None:
+    """Also on a base whose blocks are far from small beside I, where rounding every number alone loses everything."""
+    lora = random_lora(((64, 64), (32, 64)), rank=6)
+    rng = np.random.default_rng(0)
+    shift = rng.standard_normal((64, 1)) * rng.standard_normal((1, 64))  # some directions are large
+    weights = {
+        p.target.name: (shift[: p.target.shape[0]] + 0.3 * rng.standard_normal(p.target.shape)) for p in lora.targets
+    }
+    stored = {name: Stored("F32", value.astype(np.float32)) for name, value in weights.items()}
+    base = save_base(tmp_path / "base", [stored])
+    options: dict[str, Any] = {"rank": 16, "bits": bits, "statistics": statistics(lora) if seeing else None}
+    kept = []
+    for variant in ("bone", "bat"):
+        found = api.convert(lora, "bone", variant=variant, base=base, **options).fidelity
+        assert found is not None
+        kept.append(found.captured if found.fit_captured is None else found.fit_captured)
+    assert 0 < 0.4 * kept[0] < kept[1]
 
 
 def test_low_bits_and_budgets(tmp_path: Path) -> None:

@@ -114,3 +114,10 @@ def test_encode_checks_shape_and_range():
         packing.encode(packing.half("h", (2,)), np.array([1.0, 1.0 + 2.0**-20]))
     with pytest.raises(errors.IndexRangeError):
         packing.decode(spec, packing.pack_bits(np.array([0, 7, 1]), 3), 0)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_odd_integers_are_the_code_values(bits):
+    codes = np.arange(1 << bits).astype(np.uint8)
+    found = packing.odd_integers(codes, bits)
+    assert np.array_equal(found, packing.code_values(codes, bits)) and found.itemsize == (2 if bits == 8 else 1)

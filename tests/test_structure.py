@@ -15,14 +15,17 @@ PACKAGE = ROOT / "lrconvert"
 # Each group may import from the groups before it, and from its own; nothing imports upward.
 ORDER = [
     {"errors", "limits"},
-    {"strictjson", "dtypes", "container", "durable", "hub", "packing", "subvectors", "vectorbank", "exact", "prng"},
-    {"adapter", "canonical", "renamings", "targets", "fingerprint", "quantized", "moments", "base_weights"},
+    {
+        *("strictjson", "dtypes", "container", "durable", "hub"),
+        *("packing", "straight", "subvectors", "vectorbank", "exact", "prng"),
+    },
+    {"adapter", "canonical", "renamings", "targets", "fingerprint", "quantized", "moments", "base_weights", "students"},
     {"methods"},
     {"manifest", "file", "report", "validation", "modelcard", "statistics_file"},
     {"readers", "exporters", "consumers"},
     {"heads", "merging", "baking", "attaching", "live", "texts", "collecting", "measuring"},
     {"converting"},
-    {"gathering", "compressing", "ablating", "allocating"},
+    {"gathering", "compressing", "ablating", "allocating", "refining"},
     {"api"},
     {"render", "page", "demo", "cli", "testing", "__main__"},
 ]

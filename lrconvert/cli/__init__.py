@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from lrconvert import __version__
-from lrconvert.cli import adapters, allocating, converting, measuring, merging
+from lrconvert.cli import adapters, allocating, converting, measuring, merging, refining
 from lrconvert.cli.shared import ByteSize
 from lrconvert.errors import EXIT_REFUSED, LrcError
 
@@ -64,6 +64,13 @@ def demo(output: Path | None) -> None:
 
 _LOOKING = (adapters.inspect, adapters.validate, adapters.upgrade, measuring.compare, measuring.statistics)
 _GOING_OUT = (adapters.export, adapters.check_command(), merging.merge_into_base, merging.unmerge, merging.verify, demo)
-for _command in (*_LOOKING, converting.compress_command(), *converting.commands(), allocating.command(), *_GOING_OUT):
+for _command in (
+    *_LOOKING,
+    converting.compress_command(),
+    *converting.commands(),
+    allocating.command(),
+    refining.command(),
+    *_GOING_OUT,
+):
     cli.add_command(_command)
 cli.add_command(merging.merge_into_base, "merge")

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from lrconvert.dtypes import Array
 from lrconvert.errors import FingerprintError, OptionError, VersionError
 from lrconvert.moments import InputStatistics, Moment
 from lrconvert.packing import TensorSpec
+
+if TYPE_CHECKING:
+    from lrconvert.students import Student
 
 Tensors = Mapping[str, Array]
 
@@ -166,6 +169,14 @@ class Method(ABC):
         """
         raise NotImplementedError
 
+    # --- training it ---
+
+    def student(self, compact: CompactAdapter) -> Student:
+        """`compact` in training, for `refining`. The default moves all numbers and no index."""
+        from lrconvert.students import Rates, Student
+
+        return Student(self, compact, Rates())
+
 
 def module_names() -> list[str]:
     """Ids of the methods: the file names of this folder."""
@@ -190,13 +201,13 @@ def all_methods() -> list[Method]:
 
 
 def values(method: Method, compact: CompactAdapter, xp: Any = np) -> dict[str, Any]:
-    """The payload tensors of `compact` as numbers: codes as odd integers (float32), halves as float32, indices as
-    int64; numpy arrays, or torch tensors if `xp` is torch."""
+    """The payload tensors of `compact` as numbers: codes as odd integers (int8, or int16 at 8 bits), halves as float32,
+    indices as int64; numpy arrays, or torch tensors if `xp` is torch."""
     numbers: dict[str, Any] = {}
     for spec in method.specs(compact.config, compact.targets):
         array = compact.tensors[spec.name]
         if spec.kind == "code":
-            array = packing.code_values(array, spec.bits)
+            array = packing.odd_integers(array, spec.bits)
         elif spec.kind == "index":
             array = array.astype(np.int64)
         numbers[spec.name] = array if xp is np else xp.from_numpy(np.ascontiguousarray(array))

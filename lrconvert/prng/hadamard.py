@@ -91,6 +91,9 @@ def _block(x: Any, block: Block, xp: Any) -> Any:
     buffers = xp.empty_like(x), xp.empty_like(x)
     for n in range(block.bits):
         pairs, found = x.reshape(-1, 2, step), buffers[n % 2].reshape(-1, 2, step)
+        if getattr(x, "requires_grad", False):  # gradients do not flow through buffers
+            x, step = xp.stack((pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]), 1), 2 * step
+            continue
         xp.add(pairs[:, 0], pairs[:, 1], out=found[:, 0])
         xp.subtract(pairs[:, 0], pairs[:, 1], out=found[:, 1])
         x, step = found, 2 * step

@@ -37,8 +37,8 @@ from lrconvert.dtypes import Array
 from lrconvert.errors import CanonicalError, JsonSyntaxError, LimitError, MissingFieldError, UnknownFieldError
 from lrconvert.limits import MAX_DIM, MAX_RANK
 from lrconvert.methods.base import Budget, Command, FitContext, Method, Tensors
-from lrconvert.methods.bone import bat
-from lrconvert.methods.bone.fit import fit_target, quantized, tiling
+from lrconvert.methods.bone import bat, bat_fit
+from lrconvert.methods.bone.fit import fit_target, tiling
 from lrconvert.methods.bone.form import EXACT, SHARDS, VARIANTS, WIDTHS, Config, complete, groups_of, starts_of
 from lrconvert.methods.bone.plan import BoneOptions, Plan, needed
 from lrconvert.packing import TensorSpec
@@ -205,8 +205,7 @@ class Bone(Method):
             if config.ranks[which]:
                 metric = context.metric(pair)
                 if config.variant == "bat":
-                    block, gram = bat.fit_block(pair, config.ranks[which], metric, needed(context.base))
-                    numbers, scales = quantized(block, gram, config)
+                    numbers, scales = bat_fit.fit_block(pair, config, which, metric, needed(context.base))
                 else:
                     numbers, scales = fit_target(pair, config, which, metric)
                 arrays["blocks"][at : at + numbers.size] = numbers.reshape(-1)

@@ -101,17 +101,12 @@ def fit_target(pair: LoraTarget, config: Config, which: int, metric: Moment | No
     classes = Classes(right, metric).at(rank)
     means = fold(left.T, columns) * (columns / len(left))  # of the outputs that share a column: mini has several
     block = per_class(classes).T @ means
-    return quantized(block, None if metric is None else classes[1], config)
+    if config.bits >= 16 or metric is None:
+        return coded(block, config)[:2]
+    return _quantized_together(block, classes[1], config)
 
 
-def quantized(block: F64, gram: F64 | None, config: Config) -> tuple[Array, F32]:
-    """(codes or numbers, scales) of a block whose rows share an error by `gram`, if they do."""
-    if config.bits >= 16 or gram is None:
-        return _coded(block, config)[:2]
-    return _quantized_together(block, gram, config)
-
-
-def _coded(rows: F64, config: Config, weights: Array | None = None) -> tuple[Array, F32, F64]:
+def coded(rows: F64, config: Config, weights: Array | None = None) -> tuple[Array, F32, F64]:
     """(codes or numbers (n, d), scales (n, groups), the numbers they stand for); `weights` (d,) say how much each
     column counts."""
     n, d = rows.shape
@@ -142,14 +137,14 @@ def _quantized_together(block: F64, gram: F64, config: Config) -> tuple[Array, F
     want = block.copy()
     parts = []
     for k in range(rank):
-        parts.append(_coded(want[k : k + 1], config))
+        parts.append(coded(want[k : k + 1], config))
         lost = (want[k] - parts[k][2][0]) / inverse[k, k]
         want[k + 1 :] -= np.outer(inverse[k, k + 1 :], lost)
     errors = np.concatenate([part[2] for part in parts]) - block
     for _ in range(_SWEEPS):
         for k in range(rank):
             target = block[k] + errors[k] - gram[k] @ errors / gram[k, k]
-            again = _coded(target[None], config)
+            again = coded(target[None], config)
             if np.sum((again[2][0] - target) ** 2) < np.sum((block[k] + errors[k] - target) ** 2):
                 parts[k], errors[k] = again, again[2][0] - block[k]
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
@@ -158,7 +153,7 @@ def _quantized_together(block: F64, gram: F64, config: Config) -> tuple[Array, F
 def _quantized_along(block: F64, config: Config, metric: Moment | None) -> tuple[Array, F32]:
     """A block whose columns are inputs: its rows apart, the squares of the inputs as weights, then the best scale of
     each row for its codes under the whole moment."""
-    codes, scales, _ = _coded(block, config, None if metric is None else metric.squares)
+    codes, scales, _ = coded(block, config, None if metric is None else metric.squares)
     if metric is None or config.bits >= 16 or config.group_size:
         return codes, scales
     units = packing.code_values(codes, config.bits).astype(np.float64)

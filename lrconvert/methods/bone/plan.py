@@ -14,6 +14,7 @@ from lrconvert.base_weights import BaseWeights
 from lrconvert.errors import BudgetError, OptionError
 from lrconvert.limits import MAX_RANK
 from lrconvert.methods.base import Budget, FitContext
+from lrconvert.methods.bone import bat_fit
 from lrconvert.methods.bone.fit import Classes, counts, factors, fold, per_class, upper_root
 from lrconvert.methods.bone.form import WIDTHS, Config, complete, groups_of
 from lrconvert.moments import Moment
@@ -246,6 +247,9 @@ class Plan:
 
     def _points(self, pair: LoraTarget, ranks: Mapping[bool, Sequence[int]]) -> list[_Point]:
         metric = self.context.metric(pair)
+        if self.bat:
+            base, out = needed(self.context.base), pair.target.out_features
+            return [_Point(rank, False, out, *bat_fit.worth(pair, rank, metric, base)) for rank in ranks[False]]
         columns = self.mini_ranks if self.mini else [pair.target.out_features]
         found = list(_points_in(pair, metric, ranks[False], columns)) if False in ranks else []
         return found + (list(_points_out(pair, metric, ranks[True])) if True in ranks else [])

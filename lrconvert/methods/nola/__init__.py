@@ -29,12 +29,12 @@ Stored tensors, in declaration order (targets without a rank have no coefficient
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lrconvert import packing, prng
-from lrconvert.adapter import LoraAdapter, Target
+from lrconvert.adapter import CompactAdapter, LoraAdapter, Target
 from lrconvert.dtypes import Array
 from lrconvert.errors import (
     CanonicalError,
@@ -62,6 +62,9 @@ from lrconvert.methods.nola.form import (
 )
 from lrconvert.methods.nola.plan import NolaOptions, plan
 from lrconvert.packing import TensorSpec
+
+if TYPE_CHECKING:
+    from lrconvert.students import Student
 
 _LARGEST = 2.0**127  # what files may expand to
 _FIELDS = {"bits": (1, 16), "rank": (1, MAX_RANK), "num_basis": (0, MAX_DIM)}
@@ -217,6 +220,12 @@ class Nola(Method):
 
     def fit(self, lora: LoraAdapter, config: Config, context: FitContext) -> dict[str, Array]:
         return fit(lora, config, context)
+
+    def student(self, compact: CompactAdapter) -> Student:
+        from lrconvert.students import Rates, Student
+
+        wide = compact.config.form.bits == 16  # stored as an index, as bytes have no room for them
+        return Student(self, compact, Rates(), numbers=("codes",) if wide else ())
 
 
 METHOD = Nola()

@@ -72,7 +72,7 @@ def quantize(coefficients: F64, bits: int, weights: F64) -> Coded:
     codes, found = packing.quantize_rows(coefficients[None], bits, None if len(weights) == 1 else weights)
     scale = packing.round_half(found)
     if bits == 16:  # the codes of the scale that is stored: there are too many of them to be off by its rounding
-        codes = packing.wide_codes(coefficients[None], scale)
+        codes = packing.nearest_codes(coefficients[None], scale, 16)
     return Coded(codes[0], float(scale[0]), 2.0 * codes[0] + (1 - (1 << bits)))
 
 

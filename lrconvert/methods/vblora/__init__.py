@@ -33,12 +33,12 @@ A weight of zero carries the lowest index that its code does not use otherwise: 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lrconvert import canonical, packing
-from lrconvert.adapter import LoraAdapter, Target
+from lrconvert.adapter import CompactAdapter, LoraAdapter, Target
 from lrconvert.dtypes import Array
 from lrconvert.errors import (
     CanonicalError,
@@ -67,6 +67,9 @@ from lrconvert.methods.vblora.form import (
 )
 from lrconvert.methods.vblora.plan import Search, VBLoraOptions, check_options, default_form
 from lrconvert.packing import TensorSpec
+
+if TYPE_CHECKING:
+    from lrconvert.students import Student
 
 _LARGEST = 2.0**127  # what files may expand to
 
@@ -258,6 +261,12 @@ class VBLora(Method):
 
     def fit(self, lora: LoraAdapter, config: Config, context: FitContext) -> dict[str, Array]:
         return fit(lora, config, context)
+
+    def student(self, compact: CompactAdapter) -> Student:
+        from lrconvert.methods.vblora.training import BankStudent
+        from lrconvert.students import Rates
+
+        return BankStudent(self, compact, Rates())
 
 
 METHOD = VBLora()

@@ -1,0 +1,1 @@
+"""Refinement: a short distillation from the original LoRA into a compact adapter."""

@@ -1,0 +1,70 @@
+"""Stage one, layer by layer: each target matches the teacher's output on the teacher's own inputs.
+
+For a layer that is all its second moments: with them every method's own fit, closed form or alternating, minimizes that
+error, without a pass backward through the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lrconvert import collecting, gathering
+from lrconvert.adapter import CompactAdapter, LoraAdapter
+from lrconvert.base_weights import BaseWeights
+from lrconvert.container import open_checkpoint
+from lrconvert.errors import BaseError, LrcError
+from lrconvert.methods import base as methods
+from lrconvert.methods.base import FitContext
+from lrconvert.refining.held import TEACHER, Room
+from lrconvert.report import target_key
+
+
+def aligned(lora: LoraAdapter, compact: CompactAdapter) -> LoraAdapter:
+    """The teacher with the targets of `compact`, in their order and with their views. Raises E-BASE."""
+    pairs = {target_key(pair.target): pair for pair in lora.targets}
+    found = []
+    for target in compact.targets:
+        pair = pairs.get(target_key(target))
+        if pair is None or pair.target.matrix_shape != target.matrix_shape:
+            raise BaseError(f"the target {target.name!r} is not one of the teacher's", fix="is this its teacher?")
+        found.append(replace(pair, target=target))
+    return replace(lora, targets=tuple(found))
+
+
+def refitted(
+    room: Room,
+    lora: LoraAdapter,
+    compact: CompactAdapter,
+    batches: Iterable[Mapping[str, Any]],
+    seed: int,
+    base: Path | None,
+    progress: Callable[[float, str], None],
+) -> CompactAdapter | None:
+    """`compact` fitted again, under the moments of the teacher's inputs on `batches`; None where the method has no fit
+    for its configuration: for numbers that came from elsewhere as they are, or without the folder of the base where
+    updates depend on it."""
+    method = methods.get(compact.method)
+    needs_base = method.needs_base(compact.config)
+    if any(spec.kind == "single" for spec in method.specs(compact.config, compact.targets)):
+        return None
+    if needs_base and base is None:
+        return None
+    room.using(TEACHER)
+    with room.computing():
+        known = collecting.collect(room.model, batches, wanted=gathering.wanted(room.model, compact, (), ()))
+    context = FitContext(seed, str(room.device), progress, known)
+    try:
+        with ExitStack() as stack:
+            if needs_base and base is not None:
+                checkpoint = stack.enter_context(open_checkpoint(base))
+                context = replace(context, base=BaseWeights(compact, checkpoint, compact.base.content))
+            tensors = method.fit(aligned(lora, compact), compact.config, context)
+    except LrcError as error:
+        if error.code != "E-STATS":
+            raise
+        return None  # a layer that the data never reached
+    return replace(compact, tensors=tensors)
