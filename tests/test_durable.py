@@ -109,7 +109,7 @@ def test_file_systems_without_hard_links(tmp_path: Path, monkeypatch: pytest.Mon
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.EPERM, "no links here")
 
-    monkeypatch.setattr(durable.os, "link", refuse)
+    monkeypatch.setattr(os, "link", refuse)
     write(tmp_path / "out")
     assert names(tmp_path) == ["out"]
 
@@ -208,7 +208,7 @@ def test_copying_without_the_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             return 0
         raise OSError(error, "no")
 
-    monkeypatch.setattr(durable.os, "copy_file_range", refuse)
+    monkeypatch.setattr(os, "copy_file_range", refuse)
     with atomic_directory(tmp_path / "out", overwrite=False) as folder:
         folder.copy_file(tmp_path / "source", "copy")
     assert (tmp_path / "out" / "copy").read_bytes() == (tmp_path / "source").read_bytes()
@@ -316,7 +316,7 @@ def failing(n: int, error: int, persistent: bool) -> Iterator[list[str]]:
         return call
 
     for name in CALLS:
-        patch.setattr(durable.os, name, wrap(name, getattr(os, name)))
+        patch.setattr(os, name, wrap(name, getattr(os, name)))
     real_mkdir = Path.mkdir
     patch.setattr(Path, "mkdir", wrap("mkdir", real_mkdir))
     try:
