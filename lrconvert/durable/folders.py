@@ -54,7 +54,7 @@ class StagedDirectory:
         """A new file in the folder, synced when its context ends."""
         return File(self._place(name), self.shown / name)
 
-    def mkdir(self, name: str) -> None:
+    def add_folder(self, name: str) -> None:
         """A folder of that name, which may be there already."""
         self._place(f"{name}/x")
 

@@ -84,10 +84,7 @@ def merge_in_place(base: Path, job: Job, *, resume: bool, dry_run: bool) -> Merg
 def _take_back(site: Site, keep: bool) -> None:
     """After a failure before anything was changed: leave nothing behind, or only what a later run can use."""
     try:
-        if site.is_ready:
-            site.recover()
-        elif not keep and site.root.exists():
-            site.clear()
+        site.cancel(keep)
     except LrcError:
         if site.is_ready:
             raise unfinished(site.model) from None
@@ -108,7 +105,8 @@ def _go_on(site: Site, job: Job) -> MergeReport:
     with site.open_record(ready) as opened, halfway(site, ready, opened) as checkpoint:
         planned = plan(job.inputs, checkpoint)
         hidden = {name: site.text(name) for name in TEXTS if name not in planned.texts and site.text(name).exists()}
-        planned = replace(planned, copies={**planned.copies, **hidden})
+        copies = {name: path for name, path in planned.copies.items() if not name.startswith(f"{ready.place}/")}
+        planned = replace(planned, copies={**copies, **hidden})
         with Workspace() as workspace, Merger(planned, job.inputs, workspace, ready.number, True, job.progress) as same:
             if same.plan_text(True) != (site.root / PLAN_NAME).read_bytes():
                 what = "a merge of other adapters was broken off here"
@@ -120,7 +118,6 @@ def _go_on(site: Site, job: Job) -> MergeReport:
         size = sum((opened.folder / name).stat().st_size for name in opened.record.stored)
         report = job.begin(planned, {}, dry_run=False)
         report = job.done(report, planned, ready.place, tallies, size + opened.path.stat().st_size)
-        site.hide()
         _second_pass(site, ready, planned, job, resume=True)
     return _in_place(report, planned)
 
@@ -128,6 +125,7 @@ def _go_on(site: Site, job: Job) -> MergeReport:
 def _second_pass(site: Site, ready: Ready, planned: Plan, job: Job, resume: bool) -> None:
     """Change the weights. A failure is taken back, unless work is to be kept or nothing can be written any more."""
     try:
+        site.hide()
         _swap(site, ready, planned, job)
         site.patch(ready, MERGED)
         site.commit(ready)
@@ -388,6 +386,7 @@ def _rehearse(opened: OpenRecord, checkpoint: Checkpoint, work: Work, progress: 
 def _restore(site: Site, ready: Ready, opened: OpenRecord) -> UnmergeReport:
     """Change the weights; a failure is tried again once, since only forward leads out."""
     try:
+        site.hide()
         site.restore(ready, opened)
         site.commit(ready)
     except LrcError as error:

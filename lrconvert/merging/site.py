@@ -99,19 +99,26 @@ class Site:
 
     def open(self) -> Work:
         """The work folder, made if it is not there."""
-        StagedDirectory(self.model, self.model).mkdir(RECORDS)
+        StagedDirectory(self.model, self.model).add_folder(RECORDS)
         return open_work(self.root, self.model)
 
     def begin(self, work: Work, ready: Ready) -> None:
-        """Sync everything, say that it is ready, and put the small files aside. From here on there are two ways out."""
-        work.files.mkdir(_OLD)
+        """Sync everything and say that it is ready. Nothing has changed yet; from here on there are two ways out."""
+        work.files.add_folder(_OLD)
         work.content.sync()
         work.files.sync()
         for folder in (self.model / RECORDS, self.model):
             self._sync(folder)
         with atomic_file(self.ready_path, overwrite=False) as file:
             file.write(ready.encode())
-        self.hide()
+
+    def cancel(self, keep: bool) -> None:
+        """Back out where nothing has changed; the work stays for a later run, if `keep`."""
+        if self.is_ready:
+            discard(self.ready_path)
+            self._sync(self.root)
+        if not keep and self.root.exists():
+            self.clear()
 
     def hide(self) -> None:
         """Put configuration and index aside."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
-from lrconvert.container import Checkpoint, TensorInfo, combined_digest, open_checkpoint, tensor_hasher
+from lrconvert.container import Checkpoint, TensorInfo, combined_digest, open_checkpoint, tensor_hasher, unfinished
 from lrconvert.durable import StagedDirectory, atomic_directory, check_output, require_space
 from lrconvert.errors import BaseError, FingerprintError, LrcError, OptionError
 from lrconvert.exact import Workspace
@@ -19,6 +19,7 @@ from lrconvert.merging.plan import CONFIG_NAME, other_files
 from lrconvert.merging.record import OpenRecord
 from lrconvert.merging.report import UnmergeReport
 from lrconvert.merging.restoring import Restorer, digest_into
+from lrconvert.merging.site import Site
 from lrconvert.merging.undoing import changed_files, check_undoable, undone
 from lrconvert.merging.writing import Progress
 
@@ -50,6 +51,8 @@ def unmerge(
             if given:
                 raise OptionError(f"{name} does not go with --in-place", fix="leave out one of them")
         return unmerge_in_place(merged, number, report, resume=resume)
+    if Site(merged).is_ready:
+        raise unfinished(merged)
     if resume:
         raise OptionError("--resume is for an unmerge in place", fix="add --in-place")
     place = merged if out is None else out
