@@ -115,16 +115,17 @@ def work_directory(path: StrPath, *, overwrite: bool, resume: bool) -> Iterator[
     with locked(root, needed=not made):
         if not made and not _is_ours(root):
             raise OutputPathError("is in the way, and is not the work of an earlier run", fix="move it", path=root)
+        work = Work.at(root, path)
+        work.keep = resume
         try:
             if not resume:
-                StagedDirectory(root, path).clear()
-            work = open_work(root, path)
-            work.keep = resume
+                work.files.clear()
+            open_work(root, path)
             yield work
             work.content.sync()
             old = put_folder(work.content.root, path, overwrite)
         except BaseException:
-            if not resume or not work.keep:
+            if not work.keep:
                 with suppress(OSError):
                     remove(root)
             raise

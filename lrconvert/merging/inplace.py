@@ -18,7 +18,7 @@ import numpy as np
 from lrconvert.container import INDEX_NAME, Checkpoint, TensorInfo, open_checkpoint, tensor_hasher, unfinished
 from lrconvert.dtypes import STORAGE, Array
 from lrconvert.durable import CONTENT, Work, Writer, locked, require_space
-from lrconvert.errors import DurabilityError, FileChangedError, LrcError, OptionError, UndoError, UnfinishedError
+from lrconvert.errors import FileChangedError, LrcError, OptionError, UndoError, UnfinishedError
 from lrconvert.exact import Workspace
 from lrconvert.merging import record as records
 from lrconvert.merging.compute import Computer
@@ -137,7 +137,9 @@ def _second_pass(site: Site, ready: Ready, planned: Plan, job: Job, resume: bool
         try:
             state = site.recover()
         except LrcError:
-            raise _broken_off(site, error) from error
+            if site.is_ready:
+                raise _broken_off(site, error) from error
+            raise
         if state == "old":
             raise
 
@@ -394,10 +396,10 @@ def _restore(site: Site, ready: Ready, opened: OpenRecord) -> UnmergeReport:
             raise
         try:
             site.recover()
-        except DurabilityError:
-            raise
         except LrcError:
-            raise _broken_off(site, error) from error
+            if site.is_ready:
+                raise _broken_off(site, error) from error
+            raise
     with open_checkpoint(site.model) as checkpoint:
         copies, _ = other_files(checkpoint)
         sizes = {name: path.stat().st_size for name, path in copies.items() if not opened.holds(name)}

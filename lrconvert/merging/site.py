@@ -28,7 +28,7 @@ from lrconvert.durable import (
     open_work,
     sync_folder,
 )
-from lrconvert.errors import DigestError, FileWriteError, LrcError, OutputPathError
+from lrconvert.errors import DigestError, DurabilityError, FileWriteError, LrcError, OutputPathError
 from lrconvert.exact import Workspace
 from lrconvert.merging import patches
 from lrconvert.merging.journal import PLAN_NAME, Patch, plan_text, read_signed
@@ -243,7 +243,11 @@ class Site:
     def _end(self) -> None:
         """The one moment from which on it is over: the journal is not ready any more."""
         discard(self.ready_path)
-        self._sync(self.root)
+        try:
+            sync_folder(self.root)
+        except OSError as error:
+            what = f"is done, but its journal was not synced to the disk: {error.strerror}"
+            raise DurabilityError(what, fix="run lrconvert recover", path=self.model) from None
         self.clear()
 
     def clear(self) -> None:
@@ -279,10 +283,11 @@ class Site:
         return "new"
 
     def _state_of_plan(self) -> str:
-        """What the end of a journal that is not ready means: it had not begun, or was over already."""
+        """What the end of a journal that is not ready means: it had not begun, or was over already; "clean" where too
+        little of it is left to tell."""
         try:
             value: dict[str, Any] = read_signed(self.root / PLAN_NAME)
             is_merged = (self.model / value["place"] / RECORD_NAME).exists()
             return "new" if is_merged == (value["kind"] == MERGE) else "old"
         except (LrcError, KeyError, TypeError):
-            return "old"
+            return "clean"

@@ -41,7 +41,14 @@ def installed(disk: _S) -> Iterator[_S]:
         system.current = before
 
 
-class Faulty(System):
+class Quick(System):
+    """A disk that need not survive anything, and does not wait for it."""
+
+    def fsync(self, descriptor: int) -> None:
+        os.fstat(descriptor)  # EBADF for what is not open
+
+
+class Faulty(Quick):
     """Call number `at` (from 1 on) fails with the errno `error`; with `persistent` all after it too. With SHORT nothing
     fails, but writes are cut short. A failing close closes all the same."""
 
@@ -60,7 +67,7 @@ class Faulty(System):
 
 
 def _failing(name: str) -> Any:
-    real = getattr(System, name)
+    real = getattr(Quick, name)
 
     def call(self: Faulty, *arguments: Any) -> Any:
         if not self._fails(name):
@@ -100,7 +107,7 @@ class _Node:
         return self.data is None
 
 
-class Recorder(System):
+class Recorder(Quick):
     """Does everything, and writes it down, so that what a power loss may leave of `root` can be made.
 
     What may be lost: any of the bytes written to a file since its last fsync, each write apart, wholly or in part; and
