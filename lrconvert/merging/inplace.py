@@ -128,7 +128,8 @@ def _second_pass(site: Site, ready: Ready, planned: Plan, job: Job, resume: bool
         site.hide()
         _swap(site, ready, planned, job)
         site.patch(ready, MERGED)
-        site.commit(ready)
+        with site.open_record(ready) as opened:
+            site.commit(ready, opened)
     except LrcError as error:
         if not site.is_ready:
             raise  # all is done, but for the journal's remains
@@ -390,7 +391,7 @@ def _restore(site: Site, ready: Ready, opened: OpenRecord) -> UnmergeReport:
     try:
         site.hide()
         site.restore(ready, opened)
-        site.commit(ready)
+        site.commit(ready, opened)
     except LrcError as error:
         if not site.is_ready:
             raise

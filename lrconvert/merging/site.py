@@ -216,18 +216,17 @@ class Site:
 
     # --- ways out ---
 
-    def commit(self, ready: Ready) -> None:
-        """The new state: every weight file has it. The record goes where it belongs, then the small files follow."""
+    def commit(self, ready: Ready, opened: OpenRecord) -> None:
+        """The new state: every weight file has it. The small files follow, then the record comes, or goes."""
+        for name in TEXTS:
+            new = self.root / CONTENT / name
+            if name not in ready.texts:
+                self._put_back(name, opened)
+            elif new.exists():
+                install(new, self.model / name, mode_of=self.root / _OLD / name)
         ours, theirs = self.root / CONTENT / ready.place, self.model / ready.place
         if ready.kind == MERGE and ours.exists():
             install(ours, theirs)
-        for name in TEXTS:
-            new, old = self.root / CONTENT / name, self.root / _OLD / name
-            if name in ready.texts:
-                if new.exists():
-                    install(new, self.model / name, mode_of=old)
-            elif old.exists():
-                install(old, self.model / name)
         if ready.kind == UNMERGE and theirs.exists():
             install(theirs, self.root / _UNDONE)
         self._end()
@@ -236,9 +235,19 @@ class Site:
         """The old state of a merge."""
         self.restore(ready, opened)
         for name in TEXTS:
-            if (self.root / _OLD / name).exists():
-                install(self.root / _OLD / name, self.model / name)
+            self._put_back(name, opened)
         self._end()
+
+    def _put_back(self, name: str, opened: OpenRecord) -> None:
+        """Give a small file of the base its name again; from the record, should it be damaged."""
+        old = self.root / _OLD / name
+        if not old.exists():
+            return
+        if name in opened.record.texts and old.read_bytes() != (text := opened.text(f"base/{name}")):
+            with self.fresh(name) as file:
+                file.write(text)
+        else:
+            install(old, self.model / name)
 
     def _end(self) -> None:
         """The one moment from which on it is over: the journal is not ready any more."""
@@ -279,7 +288,7 @@ class Site:
                 self.patch(ready, MERGED)
             else:
                 self.restore(ready, opened)
-        self.commit(ready)
+            self.commit(ready, opened)
         return "new"
 
     def _state_of_plan(self) -> str:
