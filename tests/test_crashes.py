@@ -17,15 +17,17 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import ADAPTERS, BASES, random_lora
 from crashes import KINDS, Scene, scene, whole
 from models import random_base
 
-from lrconvert import api
+from lrconvert import api, statistics_file
 from lrconvert.container import JOURNAL
 from lrconvert.errors import DurabilityError, LrcError, UnfinishedError
 from lrconvert.merging import merge, recover, unmerge, verify
+from lrconvert.moments import Input, InputStatistics, Moment
 from lrconvert.testing import faults
 
 
@@ -195,13 +197,8 @@ def upgrading(folder: Path) -> Callable[[Path, bool], Any]:
 
 
 def saving_statistics(folder: Path) -> Callable[[Path, bool], Any]:
-    import numpy as np
-
-    from lrconvert import statistics_file
-    from lrconvert.moments import Input, InputStatistics, Moment
-
-    square = np.eye(16, dtype=np.float32)
-    found = InputStatistics((Input(("layers.0.proj.weight",), 10, Moment(square=square)),))
+    inputs = (Input(("layers.0.proj.weight",), None, 16, 10),)
+    found = InputStatistics(inputs, lambda n: Moment(10, np.eye(16, dtype=np.float32)))
     return lambda out, overwrite: statistics_file.write(found, out, overwrite=overwrite)
 
 
@@ -211,7 +208,13 @@ def undoing(folder: Path) -> Callable[[Path, bool], Any]:
     return lambda out, overwrite: unmerge(folder / "merged", out, overwrite=overwrite)
 
 
-WRITERS = {"convert": converting, "export": exporting, "upgrade": upgrading, "unmerge": undoing}
+WRITERS = {
+    "convert": converting,
+    "export": exporting,
+    "upgrade": upgrading,
+    "statistics": saving_statistics,
+    "unmerge": undoing,
+}
 
 
 @pytest.mark.parametrize("overwrite", (False, True))
@@ -368,7 +371,7 @@ def test_the_model_of_power_loss_is_not_too_kind(tmp_path: Path) -> None:
 PROGRAM = """
 import sys
 from pathlib import Path
-from lrconvert import api
+from lrconvert import api, statistics_file
 print("ready", flush=True)
 base, adapter, act, out = sys.argv[1:]
 if act == "merge":

@@ -7,13 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ADAPTERS, BASES, random_lora
+from conftest import ADAPTERS, BASES, FIXTURES, random_lora
 from crashes import KINDS, Scene, scene, whole
 from models import load_all, one_target, random_base, save_base, tree
 
@@ -35,13 +36,21 @@ from lrconvert.errors import (
     UnfinishedError,
 )
 from lrconvert.merging import Scaled, merge, recover, unmerge, verify
+from lrconvert.merging.record_json import sign
 from lrconvert.merging.site import PATCH, SAME, SWAP, Site
+from lrconvert.testing import faults
 
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scene]:
     folder = tmp_path_factory.mktemp("scenes")
     return {kind: scene(folder, kind) for kind in KINDS}
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting() -> Iterator[None]:
+    with faults.installed(faults.Quick()):
+        yield
 
 
 def modes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
@@ -156,14 +165,14 @@ def test_extra_space_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     model = shutil.copytree(base, tmp_path / "model")
     size = sum(map(len, whole(base).values()))
     most = 0
-    real = durable.system.System.fsync
+    real = faults.Quick.fsync
 
     def fsync(disk: Any, descriptor: int) -> None:
         nonlocal most
         most = max(most, sum(p.stat().st_size for p in model.rglob("*") if p.is_file()))
         real(disk, descriptor)
 
-    monkeypatch.setattr(durable.system.System, "fsync", fsync)
+    monkeypatch.setattr(faults.Quick, "fsync", fsync)
     merge(model, [lora], in_place=True)
     record = sum(len(data) for name, data in whole(model).items() if name.startswith(".lrconvert"))
     shard = max(len(data) for name, data in whole(base).items())
@@ -262,6 +271,81 @@ def test_weights_in_other_formats_stay_and_are_named(scenes: dict[str, Scene], t
     report = scenes["swap"].merge(model)
     assert (model / "pytorch_model.bin").exists() and report.left_out == ()
     assert any("pytorch_model.bin stays" in w for w in report.warnings)
+
+
+HOSTILE = [
+    c for c in json.loads((FIXTURES / "hostile" / "cases.json").read_text()) if c["reads"] == "base" and c["code"]
+]
+
+
+@pytest.mark.parametrize("case", HOSTILE, ids=lambda c: c["path"])
+def test_hostile_bases_on_every_path(case: dict[str, str], scenes: dict[str, Scene], tmp_path: Path) -> None:
+    """Every verb that opens a base refuses it with the code of the case, and leaves everything as it was."""
+    bad = shutil.copytree(FIXTURES / "hostile" / case["path"], tmp_path / "bad")
+    good, lora, out = scenes["swap"], scenes["swap"].adapter, tmp_path / "out"
+    merged = shutil.copytree(good.merged, tmp_path / "merged")
+    undoable = shutil.copytree(bad, tmp_path / "undoable")
+    shutil.copytree(good.merged / ".lrconvert", undoable / ".lrconvert")
+    verbs: dict[str, Callable[[], Any]] = {
+        "merge": lambda: merge(bad, [lora], out),
+        "dry run": lambda: merge(bad, [lora], out, dry_run=True),
+        "resume": lambda: merge(bad, [lora], out, resume=True),
+        "in place": lambda: merge(bad, [lora], in_place=True),
+        "verify": lambda: verify(bad, good.base, [lora]),
+        "verify against": lambda: verify(merged, bad, [lora]),
+        "unmerge": lambda: unmerge(undoable, out),
+        "unmerge in place": lambda: unmerge(undoable, in_place=True),
+        "unmerge from": lambda: unmerge(merged, out, from_base=bad),
+        "unmerge from, in its place": lambda: unmerge(merged, from_base=bad),
+        "convert": lambda: api.convert(lora, "lowrank", bits="4", base=bad),
+    }
+    before = whole(tmp_path)
+    for name, verb in verbs.items():
+        with pytest.raises(LrcError) as caught:
+            verb()
+        assert caught.value.code == case["code"], (name, caught.value)
+        assert whole(tmp_path) == before, name
+    assert recover(bad).state == "clean" and whole(tmp_path) == before
+
+
+JOURNALS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "a place outside": lambda v: v.update(place="../../precious"),
+    "a text outside": lambda v: v["texts"].append("../precious"),
+    "a patch outside": lambda v: v["changes"][2].__setitem__(2, "../../../precious"),
+    "another file": lambda v: v["changes"][0].__setitem__(0, "../precious"),
+    "another kind": lambda v: v.update(kind="delete"),
+    "another mode": lambda v: v["changes"][1].__setitem__(1, "patch"),
+    "no list": lambda v: v.update(changes=7),
+    "a newer version": lambda v: v.update(version=2),
+}
+
+
+@pytest.mark.parametrize("what", JOURNALS)
+def test_journals_of_strangers(what: str, scenes: dict[str, Scene], tmp_path: Path) -> None:
+    """One thing changed in a journal and signed anew: refused, and nothing is touched."""
+    model = shutil.copytree(scenes["mixed"].base, tmp_path / "model")
+    (tmp_path / "precious").write_text("precious")
+    stopped(scenes["mixed"], model, "merge", 3)
+    path = model / JOURNAL / READY_NAME
+    value = json.loads(path.read_text())
+    JOURNALS[what](value)
+    path.write_bytes(sign({key: item for key, item in value.items() if key != "digest"}))
+    before = whole(tmp_path)
+    for verb in (lambda: recover(model), lambda: scenes["mixed"].merge(model, resume=True)):
+        with pytest.raises(LrcError, match=r"E-UNDO|E-VER"):
+            verb()
+    assert whole(tmp_path) == before
+
+
+def test_a_journal_that_is_a_link(scenes: dict[str, Scene], tmp_path: Path) -> None:
+    model = shutil.copytree(scenes["mixed"].base, tmp_path / "model")
+    stopped(scenes["mixed"], model, "merge", 3)
+    (model / JOURNAL).rename(tmp_path / "elsewhere")
+    (model / JOURNAL).symlink_to(tmp_path / "elsewhere")
+    before = whole(tmp_path)
+    with pytest.raises(OutputPathError, match="is a link"):
+        recover(model)
+    assert whole(tmp_path) == before
 
 
 # --- between two states ---------------------------------------------------------------------------------------------

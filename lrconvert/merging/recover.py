@@ -30,7 +30,7 @@ def recover(path: Path) -> Recovery:
         raise FileKindError("does not exist, and nothing was left of it", path=path)
     removed = clean_up(path)
     state = "clean"
-    if path.is_dir() and not path.is_symlink() and (path / JOURNAL).is_dir():
+    if path.is_dir() and not path.is_symlink() and (path / JOURNAL).exists():
         with ExitStack() as stack:
             stack.enter_context(locked(path))
             state = Site(path).recover()

@@ -8,6 +8,7 @@ that no program takes it for a model.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from lrconvert.durable import (
     open_work,
     sync_folder,
 )
-from lrconvert.errors import DigestError, DurabilityError, FileWriteError, LrcError, OutputPathError
+from lrconvert.errors import DigestError, DurabilityError, FileWriteError, LrcError, OutputPathError, UndoError
 from lrconvert.exact import Workspace
 from lrconvert.merging import patches
 from lrconvert.merging.journal import PLAN_NAME, Patch, plan_text, read_signed
@@ -41,6 +42,8 @@ from lrconvert.merging.sinks import file_tensor_digest
 TEXTS = (CONFIG_NAME, INDEX_NAME)
 MERGE, UNMERGE = "merge", "unmerge"
 SAME, SWAP, PATCH = "same", "swap", "patch"
+_PLACE = re.compile(rf"{re.escape(RECORDS)}/merge-[1-9][0-9]{{0,5}}-[0-9a-f]{{12}}")
+_PATCH = re.compile(r"patch-[0-9]{1,7}\.tmp")
 _FRESH, _OLD, _UNDONE = "fresh.tmp", "old", "undone"
 
 
@@ -72,6 +75,22 @@ class Ready:
         return plan_text(self.kind, value)
 
 
+def _is_sound(ready: Ready) -> bool:
+    """Whether every name in it is one that a merge gives, so that none leads out of the folder."""
+    return (
+        ready.kind in (MERGE, UNMERGE)
+        and type(ready.number) is int
+        and _PLACE.fullmatch(ready.place) is not None
+        and set(ready.texts) <= set(TEXTS)
+        and all(
+            type(change.name) is str
+            and (change.patch is None) == (change.mode in (SAME, SWAP))
+            and (change.patch is None or (change.mode == PATCH and _PATCH.fullmatch(change.patch.name) is not None))
+            for change in ready.changes
+        )
+    )
+
+
 class Site:
     """The journal of the model folder `model`, whose lock the caller holds."""
 
@@ -90,6 +109,8 @@ class Site:
         place = self.model / RECORDS
         if place.is_symlink() or (place.exists() and not place.is_dir()):
             raise OutputPathError("is in the way of the record", fix="remove it", path=place)
+        if self.root.is_symlink():
+            raise OutputPathError("is in the way of the journal", fix="remove it", path=self.root)
         device = self.model.stat().st_dev
         for name in (*names, *(n for n in TEXTS if (self.model / n).exists() or (self.model / n).is_symlink())):
             if check_changeable(self.model / name).st_dev != device:
@@ -138,20 +159,28 @@ class Site:
         return self.ready_path.exists()
 
     def ready(self) -> Ready:
-        """Raises E-DIGEST, E-VER, E-IO-KIND."""
+        """What is to be done. Raises E-DIGEST, E-VER, E-UNDO, E-IO-KIND, E-OUT-PATH: it may come from a stranger."""
+        if self.root.is_symlink() or self.root.parent.is_symlink():
+            raise OutputPathError("the journal is a link", fix="remove it", path=self.root)
         value = read_signed(self.ready_path)
         try:
             changes = tuple(Change(row[0], row[1], Patch(*row[2:]) if row[2:] else None) for row in value["changes"])
-            return Ready(value["kind"], value["number"], value["place"], changes, tuple(value["texts"]))
+            ready = Ready(value["kind"], value["number"], value["place"], changes, tuple(value["texts"]))
+            sound = _is_sound(ready)
         except (KeyError, TypeError, IndexError):
-            raise DigestError("the journal is not one", path=self.ready_path) from None
+            sound = False
+        if not sound:
+            raise UndoError("the journal is not one that a merge writes", path=self.ready_path)
+        return ready
 
     def open_record(self, ready: Ready) -> OpenRecord:
         """The record, wherever it is at this moment."""
-        for place in (self.root / CONTENT / ready.place, self.root / _UNDONE):
-            if (place / RECORD_NAME).exists():
-                return OpenRecord(place)
-        return OpenRecord(self.model / ready.place)
+        places = (self.root / CONTENT / ready.place, self.root / _UNDONE, self.model / ready.place)
+        opened = OpenRecord(next((place for place in places if (place / RECORD_NAME).exists()), places[-1]))
+        if [name for name, _ in opened.record.files] != [change.name for change in ready.changes]:
+            opened.close()
+            raise UndoError("the journal is of another record", path=self.ready_path)
+        return opened
 
     def state(self, opened: OpenRecord, number: int) -> int:
         """BASE or MERGED: which of the two a weight file is that is swapped as a whole. Raises E-DIGEST."""
@@ -296,6 +325,8 @@ class Site:
         little of it is left to tell."""
         try:
             value: dict[str, Any] = read_signed(self.root / PLAN_NAME)
+            if not _PLACE.fullmatch(value["place"]):
+                return "clean"
             is_merged = (self.model / value["place"] / RECORD_NAME).exists()
             return "new" if is_merged == (value["kind"] == MERGE) else "old"
         except (LrcError, KeyError, TypeError):
