@@ -60,12 +60,17 @@ def check_recovered(model: Path, before: Path, after: Path, said: str = "") -> s
 ALL = [(error, persistent) for persistent in (False, True) for error in faults.ERRORS]
 
 
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def fail_every_call(given: Scene, act: str, place: Path, ways: Callable[[int], list[Any]]) -> int:
     """SQLite's loop: let call n = 1, 2, ... fail until nothing is left to fail; returns how many there are."""
     before, after, run = given.acts()[act]
-    n, reached = 0, True
+    n, reached, descriptors = 0, True, open_files()
     while reached:
         n += 1
+        assert open_files() == descriptors, n
         for error, persistent, resume in ways(n):
             model = shutil.copytree(before, place / "model")
             caught: LrcError | None = None
@@ -303,7 +308,7 @@ def test_power_loss_in_place(kind: str, act: str, scenes: dict[str, Scene], tmp_
 @pytest.mark.parametrize("kind", KINDS)
 def test_power_loss_at_every_moment(kind: str, act: str, scenes: dict[str, Scene], tmp_path: Path) -> None:
     before, after, run = scenes[kind].acts()[act]
-    lose_power(before, after, tmp_path, run, lambda n: range(n + 1), 8)
+    lose_power(before, after, tmp_path, run, lambda n: range(n + 1), 4)
 
 
 @pytest.mark.parametrize("old", (False, True))

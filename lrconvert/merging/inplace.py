@@ -68,6 +68,7 @@ def merge_in_place(base: Path, job: Job, *, resume: bool, dry_run: bool) -> Merg
             if not resume:
                 work.clear()
             sink = _Sink(work, planned, job)
+            stack.callback(sink.close)
             first = replace(job, progress=lambda f, text: job.progress(_FIRST_PASS * f, text))
             number = max(earlier, default=0) + 1
             report = first.write(planned, sink, number, earlier, report)
@@ -208,6 +209,11 @@ class _Sink:
         patch = None if self._patch is None else self._patch.finish()
         self._spent += 0 if patch is None else patch.nbytes
         return patch
+
+    def close(self) -> None:
+        """Let go of what a failure has left open."""
+        if self._patch is not None:
+            self._patch.close()
 
     def note(self, done: Done, shard: Shard) -> None:
         """Settle how a finished file is changed."""
@@ -360,7 +366,11 @@ def _rehearse(opened: OpenRecord, checkpoint: Checkpoint, work: Work, progress: 
             width = present.shape[1] * present.dtype.itemsize
             patch.change(checkpoint.tensors[tensor.output].start + first * width, restored, present)
 
-    with Workspace() as workspace, Restorer(opened, checkpoint, workspace, change) as restorer:
+    with (
+        ExitStack() as stack,
+        Workspace() as workspace,
+        Restorer(opened, checkpoint, workspace, change) as restorer,
+    ):
         for number, (name, size) in enumerate(record.files):
             header, infos = opened.headers[number]
             changed = [known[i.name] for i in infos if known[i.name].before != known[i.name].after]
@@ -369,6 +379,7 @@ def _rehearse(opened: OpenRecord, checkpoint: Checkpoint, work: Work, progress: 
             if same and changed and all(t.cols for t in changed):
                 limit = min(size // _PATCH_SHARE, largest // 2 - spent)
                 patch = PatchWriter(work.files, f"patch-{number}.tmp", limit)
+                stack.callback(patch.close)
             restorer.file(number, Nowhere(), advance)
             made = None if patch is None else patch.finish()
             spent += 0 if made is None else made.nbytes

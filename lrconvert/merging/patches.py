@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from lrconvert.container import open_regular, pread
 from lrconvert.dtypes import Array
 from lrconvert.durable import File, StagedDirectory, overwrite_bytes
-from lrconvert.errors import DigestError
+from lrconvert.errors import DigestError, FileWriteError, LrcError
 from lrconvert.merging.journal import Patch
 
 BASE, MERGED = 0, 1
@@ -56,6 +57,13 @@ class PatchWriter:
                     self._hash.update(part)
                     self.nbytes += self._file.write(part)
 
+    def close(self) -> None:
+        """After a failure: let go of the file, whatever it is."""
+        if self._file is not None:
+            with suppress(FileWriteError):
+                self._file.close()
+            self._file = None
+
     def give_up(self) -> None:
         """There is no patch of this file."""
         if self._file is not None:
@@ -79,7 +87,7 @@ def is_whole(path: Path, patch: Patch) -> bool:
     """Whether a file is that patch."""
     try:
         descriptor, info = open_regular(path)
-    except Exception:  # whatever it is, it is not the patch
+    except LrcError:
         return False
     try:
         if info.st_size != patch.nbytes:
@@ -96,10 +104,11 @@ def apply(path: Path, patch: Patch, weights: Path, side: int) -> None:
     """Put one side of every row of a patch into a weight file. Raises E-DIGEST, E-OUT-PATH, E-IO-WRITE."""
     if not is_whole(path, patch):
         raise DigestError("the rows that are to be put back are damaged", path=path)
-    overwrite_bytes(weights, _entries(path, patch, side, weights.stat().st_size))
+    with closing(_entries(path, patch, side, weights.stat().st_size)) as entries:
+        overwrite_bytes(weights, entries)
 
 
-def _entries(path: Path, patch: Patch, side: int, size: int) -> Iterator[tuple[int, bytes]]:
+def _entries(path: Path, patch: Patch, side: int, size: int) -> Generator[tuple[int, bytes], None, None]:
     descriptor, _ = open_regular(path)
     try:
         at = 0
