@@ -7,7 +7,6 @@ and what is not locked is a leftover.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import stat
@@ -23,13 +22,14 @@ from lrconvert.durable.folders import StagedDirectory, put_folder
 from lrconvert.errors import DurabilityError, LockedError, OutputPathError
 
 CONTENT = "model"
-_NO_LOCKS = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
 def locked(folder: Path, *, needed: bool = True) -> Iterator[None]:
-    """Hold the lock of a folder. Raises E-LOCKED if another run has it or, where it is `needed`, if the file system has
-    no locks; E-OUT-PATH if the folder is none, or is replaced meanwhile."""
+    """Hold the lock of a folder. It is not `needed` for one that this run has just made: who finds it later needs it.
+
+    Raises E-LOCKED if another run has it or, where it is needed, if there are no locks; E-OUT-PATH if it is no folder.
+    """
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
@@ -40,7 +40,7 @@ def locked(folder: Path, *, needed: bool = True) -> Iterator[None]:
         except BlockingIOError:
             raise LockedError("another run is at work here", fix="wait until it ends", path=folder) from None
         except OSError as error:
-            if needed or error.errno not in _NO_LOCKS:
+            if needed:
                 what = f"cannot be locked: {error.strerror}"
                 raise LockedError(what, fix="write a new folder, or to another disk", path=folder) from None
         ours, there = os.fstat(descriptor), folder.stat() if folder.exists() else None
