@@ -19,7 +19,7 @@ from lrconvert.converting import Conversion, ExtraDtype
 from lrconvert.durable import atomic_directory, check_output, discard
 from lrconvert.errors import LrcError, OptionError
 from lrconvert.exporters import base as exporters
-from lrconvert.merging import MergeReport, Scaled, UnmergeReport, VerifyReport
+from lrconvert.merging import MergeReport, Recovery, Scaled, UnmergeReport, VerifyReport
 from lrconvert.moments import InputStatistics
 from lrconvert.readers import base as readers
 from lrconvert.report import Fidelity
@@ -352,8 +352,10 @@ Mergeable = AnyPath | LoraAdapter | CompactAdapter | Scaled
 def merge(
     base: AnyPath,
     adapters: Mergeable | Sequence[Mergeable],
-    out: AnyPath,
+    out: AnyPath | None = None,
     *,
+    in_place: bool = False,
+    resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
     allow_no_op: bool = False,
@@ -363,18 +365,23 @@ def merge(
     allow_pickle: bool = False,
     progress: Progress = _silent,
 ) -> MergeReport:
-    """Bake adapters (lrconvert files, LoRA folders, or loaded ones) into a copy of a base at `out`, correctly rounded.
+    """Bake adapters (lrconvert files, LoRA folders, or loaded ones) into a copy of a base at `out`, or with `in_place`
+    into the base itself, correctly rounded.
 
     Every element of the result is the value of the base's dtype nearest to the exact ``W + scale * B @ A``, summed over
     all adapters; give ``Scaled(adapter, 0.5)`` to weigh one. The output holds a record with which `unmerge` restores
     every byte of the base; with `undo` False, only digests. `shard_bytes` bounds the weight files;
-    `dequantize` takes a base that bitsandbytes has quantized as bf16. Raises E-BASE,
-    E-ORIENT, E-FPR, E-PLACE, E-NO-EFFECT, E-OVERFLOW, E-BASE-QUANT, E-OPTION, E-OUT-EXISTS, E-OUT-PATH, E-OUT-SPACE.
+    `dequantize` takes a base that bitsandbytes has quantized as bf16. With `resume` a merge that is broken off keeps
+    what it has finished, and goes on from there. Raises E-BASE, E-ORIENT, E-FPR, E-PLACE, E-NO-EFFECT, E-OVERFLOW,
+    E-BASE-QUANT, E-OPTION, E-OUT-EXISTS, E-OUT-PATH, E-OUT-SPACE, E-LOCKED, E-IO-WRITE: nothing is changed then;
+    E-UNFINISHED: see `recover`.
     """
     return merging.merge(
-        hub.locate(base),
+        hub.output(base) if in_place else hub.locate(base),
         _loaded(adapters, base, allow_pickle),
-        hub.output(out),
+        None if out is None else hub.output(out),
+        in_place=in_place,
+        resume=resume,
         overwrite=overwrite,
         dry_run=dry_run,
         allow_no_op=allow_no_op,
@@ -404,13 +411,15 @@ def unmerge(
     merged: AnyPath,
     out: AnyPath | None = None,
     *,
+    in_place: bool = False,
+    resume: bool = False,
     number: int | None = None,
     from_base: AnyPath | None = None,
     overwrite: bool = False,
     progress: Progress = _silent,
 ) -> UnmergeReport:
     """Undo the last merge of a model: every byte of the base's weights comes back, verified by digest, in `out`, or in
-    place of `merged` in one step.
+    place of `merged` in one step; with `in_place` file by file, with one file of extra space, journalled.
 
     `number` insists on a certain merge, which must be the last. `from_base` takes the bytes from the base, where the
     record is gone or was made without undo. Raises E-UNDO, E-UNDO-ORDER, E-DIGEST, E-FPR, E-OUT-*; nothing is changed
@@ -419,11 +428,20 @@ def unmerge(
     return merging.unmerge(
         hub.output(merged) if out is None else Path(merged),
         None if out is None else hub.output(out),
+        in_place=in_place,
+        resume=resume,
         number=number,
         from_base=None if from_base is None else hub.locate(from_base),
         overwrite=overwrite,
         progress=progress,
     )
+
+
+def recover(path: AnyPath) -> Recovery:
+    """Bring what a merge or unmerge in place left at `path` to the old state or the new one, verified by digests, and
+    remove what killed runs have left of an output. The state is "clean", "old" or "new". Raises E-LOCKED, E-DIGEST,
+    E-IO-*."""
+    return merging.recover(hub.output(path))
 
 
 def verify(

@@ -41,12 +41,15 @@ from lrconvert.errors import (
     ShardIndexError,
     ShardPathError,
     TensorNameError,
+    UnfinishedError,
     UnknownFieldError,
 )
 from lrconvert.limits import FOREIGN, MAX_CONFIG_BYTES, MAX_INDEX_BYTES, MAX_SHARDS, Limits
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+JOURNAL = ".lrconvert/journal"  # of a model that is being changed in place
+READY_NAME = "ready.json"  # in it from the first changed byte to the last
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 _SHARED_BLOB = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}")
 _COPY_BYTES = 1 << 22
@@ -456,15 +459,23 @@ def _check_quantization(config: Mapping[str, Any], allowed: bool, root: Path) ->
     raise QuantizedBaseError(f"the base is stored quantized, by {name:.60}", fix=advice, path=root)
 
 
+def unfinished(root: Path) -> UnfinishedError:
+    """What to say of a model folder in which a merge or unmerge in place was broken off."""
+    what = "is between two states: a merge or unmerge in place was broken off"
+    return UnfinishedError(what, fix="run lrconvert recover, or the same command with --resume", path=root)
+
+
 def open_checkpoint(path: str | os.PathLike[str], *, quantized: bool = False) -> Checkpoint:
     """Open a Hugging Face model folder (``model.safetensors``, or an index and its shards), headers only.
 
     With `quantized` also one that bitsandbytes has quantized, its tensors as they are stored. Raises E-IO-KIND, E-PATH,
-    E-INDEX-MAP, E-BASE-QUANT (another quantized checkpoint), and the container's errors.
+    E-INDEX-MAP, E-BASE-QUANT (another quantized checkpoint), E-UNFINISHED, and the container's errors.
     """
     root = Path(path)
     if not root.is_dir():
         raise FileKindError("is not a model folder", fix="give the folder that holds config.json", path=root)
+    if _present(root / JOURNAL / READY_NAME):
+        raise unfinished(root)
     config = read_json(root / "config.json") if _present(root / "config.json") else {}
     _check_quantization(config, quantized, root)
     index_path = root / INDEX_NAME

@@ -83,6 +83,18 @@ class DurabilityError(LrcError):
     code = "E-IO-SYNC"
 
 
+class LockedError(LrcError):
+    """Another run is writing there, or the file system has no locks."""
+
+    code = "E-LOCKED"
+
+
+class UnfinishedError(LrcError):
+    """A merge or unmerge in place was broken off: part of the weights are changed."""
+
+    code = "E-UNFINISHED"
+
+
 class OutputExistsError(LrcError):
     """The output exists and `--overwrite` was not given."""
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lrconvert.compressing import Compression
     from lrconvert.converting import Conversion
     from lrconvert.file import Sizes
-    from lrconvert.merging import MergeReport, UnmergeReport, VerifyReport
+    from lrconvert.merging import MergeReport, Recovery, UnmergeReport, VerifyReport
     from lrconvert.moments import InputStatistics
 
 _ROWS = 12  # targets shown without --verbose
@@ -393,6 +393,18 @@ def unmerging(output: str, report: UnmergeReport) -> str:
     )
     if report.remaining:
         lines.append(f"remaining {report.remaining} earlier merge{'s' if report.remaining > 1 else ''}")
+    return "\n".join(lines)
+
+
+def recovery(found: Recovery) -> str:
+    what = {
+        "clean": "holds nothing that was broken off",
+        "old": "is as it was before: what was broken off is taken back",
+        "new": "is done: what was broken off is finished",
+    }[found.state]
+    lines = [f"{printable(found.path)} {what}"]
+    if found.removed:
+        lines.append(f"removed   {', '.join(map(printable, found.removed))}")
     return "\n".join(lines)
 
 

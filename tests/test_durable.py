@@ -9,8 +9,6 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from lrconvert.errors import (
     OutputExistsError,
     OutputPathError,
 )
+from lrconvert.testing import faults
 
 
 def names(folder: Path) -> list[str]:
@@ -109,7 +108,7 @@ def test_file_systems_without_hard_links(tmp_path: Path, monkeypatch: pytest.Mon
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.EPERM, "no links here")
 
-    monkeypatch.setattr(durable.os, "link", refuse)
+    monkeypatch.setattr(os, "link", refuse)
     write(tmp_path / "out")
     assert names(tmp_path) == ["out"]
 
@@ -208,7 +207,7 @@ def test_copying_without_the_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             return 0
         raise OSError(error, "no")
 
-    monkeypatch.setattr(durable.os, "copy_file_range", refuse)
+    monkeypatch.setattr(os, "copy_file_range", refuse)
     with atomic_directory(tmp_path / "out", overwrite=False) as folder:
         folder.copy_file(tmp_path / "source", "copy")
     assert (tmp_path / "out" / "copy").read_bytes() == (tmp_path / "source").read_bytes()
@@ -251,7 +250,7 @@ def test_folder_is_replaced_in_one_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool, error: type[BaseException] | None
 ) -> None:
     if not exchange:
-        monkeypatch.setattr(durable, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(durable.system.System, "exchange", lambda self, one, other: False)
     out = tmp_path / "out"
     (out / "sub").mkdir(parents=True)
     (out / "sub" / "old").write_bytes(b"old")
@@ -295,38 +294,9 @@ def test_folders_that_must_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 # --- failures of the system -----------------------------------------------------------------------------------------
 
-CALLS = ("open", "fchmod", "write", "fsync", "close", "link", "unlink", "replace", "rename", "copy_file_range", "pread")
-
-
-@contextmanager
-def failing(n: int, error: int, persistent: bool) -> Iterator[list[str]]:
-    """Make the n-th system call of durable.py fail, or all from the n-th on; gives the calls made so far."""
-    made: list[str] = []
-    patch = pytest.MonkeyPatch()
-
-    def wrap(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            made.append(name)
-            if len(made) == n or (persistent and len(made) > n):
-                if name == "close":
-                    real(*args, **kwargs)
-                raise OSError(error, os.strerror(error))
-            return real(*args, **kwargs)
-
-        return call
-
-    for name in CALLS:
-        patch.setattr(durable.os, name, wrap(name, getattr(os, name)))
-    real_mkdir = Path.mkdir
-    patch.setattr(Path, "mkdir", wrap("mkdir", real_mkdir))
-    try:
-        yield made
-    finally:
-        patch.undo()
-
 
 @pytest.mark.parametrize("persistent", (False, True))
-@pytest.mark.parametrize("error", (errno.ENOSPC, errno.EIO))
+@pytest.mark.parametrize("error", faults.ERRORS)
 @pytest.mark.parametrize("overwrite", (False, True))
 def test_every_call_may_fail(tmp_path: Path, overwrite: bool, error: int, persistent: bool) -> None:
     """SQLite's loop: fail call n = 1, 2, ... until nothing is left to fail; each time old or new, and no leftovers."""
@@ -345,7 +315,7 @@ def test_every_call_may_fail(tmp_path: Path, overwrite: bool, error: int, persis
                 out.mkdir()
                 (out / "old").write_bytes(b"old")
             failed = None
-            with failing(n, error, persistent) as made:
+            with faults.installed(faults.Faulty(n, error, persistent)) as disk:
                 try:
                     if kind == "file":
                         write(out, overwrite=overwrite)
@@ -355,7 +325,7 @@ def test_every_call_may_fail(tmp_path: Path, overwrite: bool, error: int, persis
                             folder.copy_file(tmp_path / "source", "s")
                 except LrcError as caught:
                     failed = caught
-            finished = len(made) < n
+            finished = not disk.reached
             new = out.is_file() and out.read_bytes() == b"new"
             if kind == "folder":
                 new = out.is_dir() and tree(out) == {"sub/a": b"new", "s": b"s" * 5000}
@@ -402,13 +372,13 @@ with atomic_file(sys.argv[1] + "/file", overwrite=True) as file:
 
 def test_data_is_synced_before_it_gets_its_name(tmp_path: Path) -> None:
     """fsync of the file, then the name, then fsync of the folder: in that order."""
-    with failing(10**9, errno.EIO, False) as made:
+    with faults.installed(faults.Faulty(10**9, errno.EIO)) as disk:
         write(tmp_path / "out")
-    order = [name for name in made if name in ("write", "fsync", "link", "unlink")]
+    order = [name for name in disk.made if name in ("write", "fsync", "link", "unlink")]
     assert order == ["write", "fsync", "link", "unlink", "fsync"]
-    with failing(10**9, errno.EIO, False) as made:
+    with faults.installed(faults.Faulty(10**9, errno.EIO)) as disk:
         build(tmp_path / "folder")
-    order = [name for name in made if name in ("write", "fsync", "rename")]
+    order = [name for name in disk.made if name in ("write", "fsync", "rename")]
     assert order == ["write", "write", "fsync", "write", "fsync", "fsync", "fsync", "rename", "fsync"]
 
 

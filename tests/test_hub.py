@@ -358,6 +358,13 @@ def test_nothing_is_written_into_the_cache(cache, adapter, base):
                 write()
         done = run("lora-to-lowrank", ADAPTER, "-o", out)
         assert done.returncode == 1 and "E-OUT-PATH" in done.stderr and "cache" in done.stderr
+    for change in (
+        lambda: api.merge(base, ADAPTER, in_place=True),
+        lambda: api.unmerge(base, in_place=True),
+        lambda: api.recover(base),
+    ):
+        with pytest.raises(errors.OutputPathError):
+            change()
     assert sorted(cache.rglob("*")) == before
 
 

@@ -33,7 +33,7 @@ from models import (
     tree,
 )
 
-from lrconvert import api, durable, exact, renamings, targets
+from lrconvert import api, exact, renamings, targets
 from lrconvert.adapter import ExtraTensor, LoraAdapter, Provenance, Target, View
 from lrconvert.container import ContainerFile, encode_header, open_checkpoint
 from lrconvert.dtypes import STORAGE, TORCH_NAMES, Stored, decode, round_to
@@ -833,7 +833,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             raise OSError(28, "No space left on device")
         return real(descriptor, data)
 
-    monkeypatch.setattr(durable.os, "write", write)
+    monkeypatch.setattr(os, "write", write)
     with pytest.raises(FileWriteError, match=r"E-IO-WRITE: .*out/model.safetensors: .*No space left"):
         merge(base, [lora], tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["base"]

@@ -63,7 +63,8 @@ def demo(output: Path | None) -> None:
 
 
 _LOOKING = (adapters.inspect, adapters.validate, adapters.upgrade, measuring.compare, measuring.statistics)
-_GOING_OUT = (adapters.export, adapters.check_command(), merging.merge_into_base, merging.unmerge, merging.verify, demo)
+_MERGING = (merging.merge_into_base, merging.unmerge, merging.verify, merging.recover)
+_GOING_OUT = (adapters.export, adapters.check_command(), *_MERGING, demo)
 for _command in (
     *_LOOKING,
     converting.compress_command(),

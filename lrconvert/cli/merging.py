@@ -38,13 +38,21 @@ def _weighted(text: str, base: Path, allow_pickle: bool) -> Any:
     return Scaled(api.load(name, allow_pickle=allow_pickle, base=base), scale, hub.hint(name))
 
 
+def _check_output(output: Path | None, in_place: bool) -> None:
+    if (output is None) != in_place:
+        raise click.UsageError("give --output, or --in-place")
+
+
+_resume = click.option("--resume", is_flag=True, help="Keep what is done if it is broken off, and go on from there.")
 _dequantize = click.option("--dequantize", is_flag=True, help="Take a base that bitsandbytes has quantized as bf16.")
 
 
 @click.command("merge-into-base")
 @click.argument("base", type=click.Path(path_type=Path))
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[=SCALE]...")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The model folder to write.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The model folder to write.")
+@click.option("--in-place", is_flag=True, help="Change BASE itself, file by file; a crash is taken back by `recover`.")
+@_resume
 @click.option("--dry-run", is_flag=True, help="Print what would be written; write nothing.")
 @click.option("--no-undo", is_flag=True, help="Write no undo record: only the base itself can undo it then.")
 @click.option("--out-shard-size", type=ByteSize(), help="Largest weight file, as 5GB; default: cut as the base is.")
@@ -58,7 +66,9 @@ _dequantize = click.option("--dequantize", is_flag=True, help="Take a base that 
 def merge_into_base(
     base: Path,
     adapters: tuple[str, ...],
-    output: Path,
+    output: Path | None,
+    in_place: bool,
+    resume: bool,
     dry_run: bool,
     no_undo: bool,
     out_shard_size: int | None,
@@ -76,11 +86,14 @@ def merge_into_base(
     """
     from lrconvert import api, render
 
+    _check_output(output, in_place)
     with progress_bar("merge", quiet or as_json) as progress:
         report = api.merge(
             base,
             [_weighted(text, base, allow_pickle) for text in adapters],
             output,
+            in_place=in_place,
+            resume=resume,
             overwrite=overwrite,
             dry_run=dry_run,
             undo=not no_undo,
@@ -90,16 +103,20 @@ def merge_into_base(
             progress=progress,
         )
     if as_json:
-        emit({"base": str(base), "adapters": list(adapters), "output": str(output), **render.merge_json(report)})
+        emit(
+            {"base": str(base), "adapters": list(adapters), "output": str(output or base), **render.merge_json(report)}
+        )
         return
     if not quiet:
-        click.echo(render.merging(str(output), report, verbose))
+        click.echo(render.merging(str(output or base), report, verbose))
     warn(report.warnings)
 
 
 @click.command()
 @click.argument("merged", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The folder to write; default: in its place.")
+@click.option("--in-place", is_flag=True, help="Change MERGED file by file, with one file of extra space.")
+@click.option("--resume", is_flag=True, help="Finish an unmerge in place that was broken off.")
 @click.option("--merge", "number", type=int, help="Insist on this merge; only the last one can be undone.")
 @click.option("--from-base", type=click.Path(path_type=Path), help="Take the bytes from this base.")
 @overwrite_option
@@ -108,6 +125,8 @@ def merge_into_base(
 def unmerge(
     merged: Path,
     output: Path | None,
+    in_place: bool,
+    resume: bool,
     number: int | None,
     from_base: Path | None,
     overwrite: bool,
@@ -118,7 +137,16 @@ def unmerge(
     from lrconvert import api, render
 
     with progress_bar("unmerge", quiet or as_json) as progress:
-        report = api.unmerge(merged, output, number=number, from_base=from_base, overwrite=overwrite, progress=progress)
+        report = api.unmerge(
+            merged,
+            output,
+            in_place=in_place,
+            resume=resume,
+            number=number,
+            from_base=from_base,
+            overwrite=overwrite,
+            progress=progress,
+        )
     place = str(output or merged)
     if as_json:
         emit({"merged": str(merged), "output": place, **dataclasses.asdict(report)})
@@ -159,3 +187,21 @@ def verify(
         click.echo(render.verification(str(merged), report))
     if not report.ok:
         raise click.exceptions.Exit(EXIT_REFUSED)
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@quiet_option
+@as_json_option
+def recover(path: Path, quiet: bool, as_json: bool) -> None:
+    """Bring PATH, in which a merge or unmerge was broken off, to its old state or the new one.
+
+    Also removes what killed runs have left of an output PATH beside it.
+    """
+    from lrconvert import api, render
+
+    found = api.recover(path)
+    if as_json:
+        emit(dataclasses.asdict(found))
+    elif not quiet:
+        click.echo(render.recovery(found))

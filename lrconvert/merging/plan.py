@@ -15,6 +15,7 @@ from lrconvert import heads, targets
 from lrconvert.adapter import ExtraTensor, LoraAdapter, Target
 from lrconvert.container import (
     INDEX_NAME,
+    JOURNAL,
     SINGLE_NAME,
     Checkpoint,
     ContainerFile,
@@ -415,7 +416,7 @@ def other_files(checkpoint: Checkpoint) -> tuple[dict[str, Path], tuple[str, ...
         place = Path(folder).relative_to(root)
         hidden = [name for name in folders if name.startswith(".") and (place / name).as_posix() != RECORDS]
         left_out += [f"{(place / n).as_posix()}/" for n in folders if n in hidden or (Path(folder) / n).is_symlink()]
-        folders[:] = sorted(name for name in folders if name not in hidden)
+        folders[:] = sorted(n for n in folders if n not in hidden and (place / n).as_posix() != JOURNAL)
         for name in names:
             path, shown = Path(folder) / name, (place / name).as_posix()
             if shown in ours:

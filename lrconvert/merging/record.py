@@ -18,6 +18,7 @@ from lrconvert.adapter import ExtraTensor, LoraAdapter, LoraTarget, Target, View
 from lrconvert.container import (
     ContainerFile,
     TensorInfo,
+    combined_digest,
     encode_header,
     open_regular,
     parse_header,
@@ -152,6 +153,15 @@ class OpenRecord:
             if known is None or (known.dtype, known.shape) != (info.dtype, info.shape):
                 raise UndoError(f"the record does not describe the tensor {info.name!r} of {name!r}")
         return data, infos
+
+    def check_content(self) -> None:
+        """Raise E-DIGEST unless the digests of the tensors make up that of the base."""
+        if combined_digest((t.name, t.before) for t in self.record.tensors) != self.record.content:
+            raise DigestError("the digests of the record do not agree with each other", path=self.path)
+
+    def holds(self, name: str) -> bool:
+        """Whether a file of the model, named from its folder, is one of the record."""
+        return name.startswith(f"{RECORDS}/{self.folder.name}/")
 
     def text(self, name: str) -> bytes:
         return read_small(self.folder / name, MAX_INDEX_BYTES)

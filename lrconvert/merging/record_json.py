@@ -102,7 +102,7 @@ def encode(record: Record) -> bytes:
             "can_undo": record.can_undo,
             "content": record.content,
             "adapters": list(record.adapters),
-            "tensors": [_tensor_json(t) for t in record.tensors],
+            "tensors": [tensor_json(t) for t in record.tensors],
             "added": dict(record.added),
             "files": [list(item) for item in record.files],
             "texts": list(record.texts),
@@ -121,7 +121,8 @@ def _dump(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
-def _tensor_json(t: TensorRecord) -> dict[str, Any]:
+def tensor_json(t: TensorRecord) -> dict[str, Any]:
+    """The entry of a tensor."""
     value: dict[str, Any] = {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "before": t.before}
     if t.output:
         value |= {"output": t.output, "after": t.after}
@@ -164,7 +165,7 @@ def parse(data: bytes) -> Record:
     if sign({key: item for key, item in value.items() if key != "digest"}) != data:
         raise DigestError("the record is not what the merge wrote", fix=_ADVICE)
     adapters = tuple(_adapter(item, _flag(value["can_undo"])) for item in _list(value["adapters"]))
-    tensors = tuple(_tensor(item, adapters) for item in _list(value["tensors"]))
+    tensors = tuple(parse_tensor(item, len(adapters)) for item in _list(value["tensors"]))
     if len({t.name for t in tensors}) < len(tensors):
         raise UndoError("the record describes a tensor twice")
     record = Record(
@@ -173,11 +174,11 @@ def parse(data: bytes) -> Record:
         content=as_hex(value["content"], "the digest of the base"),
         adapters=adapters,
         tensors=tensors,
-        added=_digests(value["added"]),
+        added=digests_of(value["added"]),
         files=tuple(_file(item) for item in _list(value["files"])),
         texts=tuple(_text(item) for item in _list(value["texts"])),
-        others=_digests(value["others"]),
-        stored=_digests(value["stored"]),
+        others=digests_of(value["others"]),
+        stored=digests_of(value["stored"]),
     )
     _check_files(record)
     return record
@@ -214,7 +215,8 @@ def _adapter(value: Any, whole: bool) -> Mapping[str, Any]:
     return value  # type: ignore[no-any-return]
 
 
-def _tensor(value: Any, adapters: tuple[Mapping[str, Any], ...]) -> TensorRecord:
+def parse_tensor(value: Any, adapters: int) -> TensorRecord:
+    """The entry of a tensor, of a record with so many adapters. Raises E-UNDO and what strict JSON raises."""
     optional = ("output", "after", "cols", "offset", "codes", "pieces")
     as_object(value, "a tensor of the record", ["name", "dtype", "shape", "before"], optional)
     if ("output" in value) != ("after" in value):
@@ -229,7 +231,7 @@ def _tensor(value: Any, adapters: tuple[Mapping[str, Any], ...]) -> TensorRecord
         cols=_whole(value.get("cols", 0)),
         offset=_whole(value.get("offset", 0)),
         codes=tuple(Code(*map(_whole, _list(item, 4))) for item in _list(value.get("codes", []))),
-        pieces=tuple(_piece(item, len(adapters)) for item in _list(value.get("pieces", []))),
+        pieces=tuple(_piece(item, adapters) for item in _list(value.get("pieces", []))),
     )
     if not _codes_fit(tensor):
         raise UndoError(f"the codes of {tensor.name!r} do not fit its shape")
@@ -283,7 +285,8 @@ def _file(value: Any) -> tuple[str, int]:
     return name, _whole(nbytes)
 
 
-def _digests(value: Any) -> Mapping[str, str]:
+def digests_of(value: Any) -> Mapping[str, str]:
+    """A table of names and digests."""
     if not isinstance(value, dict):
         raise JsonSyntaxError("a table of digests is not an object")
     return {name: as_hex(digest, f"the digest of {name!r:.60}") for name, digest in value.items()}

@@ -1,0 +1,83 @@
+"""What the tests of crashes share: a small model in several files, what is done to it, what it may be then."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from conftest import random_lora
+from models import extra, one_target, random_base, save_base
+
+from lrconvert import api
+from lrconvert.adapter import CompactAdapter, LoraAdapter, Target
+from lrconvert.dtypes import Stored, round_to
+from lrconvert.merging import merge, unmerge
+
+
+def whole(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, the records of merges too; {} if there is none."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if not p.is_dir()}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A folder with the model `base`, and the same model `merged` (without it: absent), as they are to be."""
+
+    name: str
+    base: Path
+    merged: Path
+    adapter: LoraAdapter | CompactAdapter
+
+    def merge(self, model: Path, **options: Any) -> Any:
+        return merge(model, [self.adapter], in_place=True, allow_no_op=True, **options)
+
+    def unmerge(self, model: Path, **options: Any) -> Any:
+        return unmerge(model, in_place=True, **options)
+
+    def acts(self) -> dict[str, tuple[Path, Path, Callable[..., Any]]]:
+        """(what is there before, what is there after, how) of either direction."""
+        return {"merge": (self.base, self.merged, self.merge), "unmerge": (self.merged, self.base, self.unmerge)}
+
+
+def scene(folder: Path, kind: str) -> Scene:
+    """`swap`: whole weight files change, one of them by a head that is replaced, and so does config.json. `patch`: few
+    rows change. `mixed`: one file each, and one that does not change."""
+    base = folder / kind / "base"
+    base.parent.mkdir()
+    adapter: LoraAdapter | CompactAdapter
+    if kind == "swap":
+        lora = random_lora(((12, 16), (16, 20)), scale=0.05)
+        shards = [
+            {p.target.name: Stored("BF16", round_to(np.random.default_rng(n).standard_normal(p.target.shape), "BF16"))}
+            for n, p in enumerate(lora.targets)
+        ]
+        shards[0]["score.weight"] = Stored("F32", np.zeros((2, 4), "<f4"))
+        config = {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}
+        save_base(base, shards, config)
+        adapter = LoraAdapter(lora.targets, (extra("score.weight", np.ones((3, 4))),))
+    elif kind == "patch":
+        lora = random_lora(((480, 8), (320, 12)), scale=0.3)
+        adapter = api.convert(lora, "sbora", variant="fb", rank=3).compact
+        random_base(base, lora, "BF16", shards=2)
+    else:
+        sparse, dense = Target("sparse.weight", (400, 6)), Target("dense.weight", (10, 12))
+        few = one_target(sparse)
+        b = np.zeros((400, 3), "<f4")
+        b[[3, 4, 5, 200]] = 1
+        few = type(few)(sparse, few.a, Stored("F32", b), 1.0)
+        adapter = LoraAdapter((one_target(dense), few))
+        rng = np.random.default_rng(0)
+        shapes = {"dense.weight": (10, 12), "quiet.weight": (4, 4), "sparse.weight": (400, 6)}
+        save_base(base, [{n: Stored("F16", rng.standard_normal(s).astype("<f2"))} for n, s in shapes.items()])
+    merged = base.parent / "merged"
+    made = Scene(kind, base, merged, adapter)
+    shutil.copytree(base, merged)
+    made.merge(merged)
+    return made
+
+
+KINDS = ("swap", "patch", "mixed")
