@@ -13,6 +13,7 @@ from typing import Literal, TypeVar
 
 from lrconvert.container import TensorInfo
 from lrconvert.errors import TensorUnknownError, UnsupportedLoraError
+from lrconvert.readers import kinds
 
 PREFIX = "base_model.model."
 BASE_LAYER = ".base_layer"
@@ -133,6 +134,7 @@ def _part(name: str) -> Part | None:
         return found[0]
     if words[0] in _TRAINING:
         return None
+    kinds.refuse([name])
     raise UnsupportedLoraError(
         f"tensor {name!r} is not a part of a LoRA that is known: {', '.join(_TITLES.values())}",
         fix="this variant of LoRA is not converted",
