@@ -34,8 +34,8 @@ _DORA_NOTE = (
 )
 
 _NAMES_ONLY = (
-    "the base holds no model.safetensors: it gave names alone; orientations stay as the adapter has them, and no digest "
-    "is recorded"
+    "the base holds no model.safetensors: it gave names alone; orientations stay as the adapter has them, and no "
+    "digest is recorded"
 )
 
 
