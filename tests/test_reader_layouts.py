@@ -59,8 +59,8 @@ def refused(code: str, path: Path, text: str = "", **options: Any) -> None:
     with pytest.raises(errors.LrcError) as caught:
         load(path, ReadOptions(**options))
     assert caught.value.code == code and text in str(caught.value), caught.value
-    named = [path.name] + [options["base"].name] * ("base" in options)
-    assert str(caught.value).isprintable() and any(name in str(caught.value) for name in named)
+    named = (path, options.get("base", path))
+    assert str(caught.value).isprintable() and any(where.name in str(caught.value) for where in named)
 
 
 def rewritten(files: Mapping[str, bytes], change: Any, metadata: dict[str, str] | None = None) -> dict[str, bytes]:
