@@ -173,6 +173,8 @@ HOSTILE_NPZ = {
     "a zip bomb": (bomb(), "E-LIMIT"),
     "no array": (npz_file(GOOD).replace(b"\x93NUMPY", b"\x93NUMPX"), "E-HDR-TEXT"),
     "cut off": (npz_file(GOOD)[:-30], "E-IO-KIND"),
+    "bytes before the zip": (b"GGUF" + npz_file(GOOD), "E-OFF-COVER"),
+    "bytes after the zip": (npz_file(GOOD) + b"x", "E-OFF-COVER"),
     "control characters": (npz_file({**GOOD, "a\x1b[2J": GOOD["m.q.lora_a"]}), "E-NAME"),
     "a damaged byte": (npz_file(GOOD).replace(np.ones(2, "<f4").tobytes(), b"\0\0\0\0\0\0\0\1", 1), "E-HDR-TEXT"),
 }

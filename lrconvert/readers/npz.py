@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 import numpy as np
 
@@ -37,6 +38,7 @@ _MAGIC = b"\x93NUMPY"
 _HEADER_BYTES = 10_000  # numpy's own cap
 _INFLATED = 16  # factors do not compress, zeros do: an entry may be this many times larger than it is stored
 _ENTRIES = 1 << 16
+_END_BYTES = 22  # of the record that ends a zip without a comment
 _DTYPES = {
     **{"f8": "F64", "f4": "F32", "f2": "F16", "V2": "BF16", "i8": "I64", "i4": "I32", "i2": "I16", "i1": "I8"},
     **{"u8": "U64", "u4": "U32", "u2": "U16", "u1": "U8", "b1": "BOOL"},
@@ -149,12 +151,12 @@ class NpzFile:
         self._file.close()
 
 
-def _opened(file: object, size: int) -> zipfile.ZipFile:
-    """The zip, its directory checked: sizes before anything is inflated. Raises E-IO-KIND, E-LIMIT."""
+def _opened(file: IO[bytes], size: int) -> zipfile.ZipFile:
+    """The zip, its directory checked: sizes before anything is inflated. Raises E-IO-KIND, E-LIMIT, E-OFF-COVER."""
     if size > FOREIGN.file_bytes:
         raise LimitError(f"the file has {size} bytes; at most {FOREIGN.file_bytes} are read")
     try:
-        archive = zipfile.ZipFile(file)  # type: ignore[call-overload]
+        archive = zipfile.ZipFile(file)
         entries = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, IndexError, UnicodeError) as error:
         raise FileKindError(f"the zip cannot be read: {error!s:.120}", fix="was a download cut off?") from None
@@ -171,7 +173,11 @@ def _opened(file: object, size: int) -> zipfile.ZipFile:
         raise LimitError(f"the zip of {size} bytes grows to more than {_INFLATED} times that")
     if any(not 0 <= entry.header_offset < size for entry in entries):
         raise FileKindError("an entry of the zip lies outside the file")
-    assert isinstance(archive, zipfile.ZipFile)
+    file.seek(0)
+    head = file.read(4)
+    file.seek(max(0, size - _END_BYTES))
+    if head != b"PK\3\4" or file.read(4) != b"PK\5\6":  # or it is a file of two kinds
+        raise CoverageError("bytes stand before the zip or follow it")
     return archive
 
 
