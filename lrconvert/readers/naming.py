@@ -193,28 +193,13 @@ def _built(root: Path, config: Mapping[str, Any]) -> dict[str, tuple[int, ...] |
 
 # --- names whose dots are underscores -------------------------------------------------------------------------------
 
-# What modules of diffusers' UNets and of CLIP and T5 text encoders are called; numbers count as words.
+# What modules of diffusers' UNets and transformers are called; numbers count as words. Text encoders are transformers'.
 VOCABULARY = frozenset(
     (
         *("down_blocks", "up_blocks", "mid_block", "attentions", "resnets", "transformer_blocks", "downsamplers"),
         *("upsamplers", "attn", "attn1", "attn2", "to_q", "to_k", "to_v", "to_out", "ff", "net", "proj", "proj_in"),
         *("proj_out", "conv", "conv1", "conv2", "conv_shortcut", "conv_in", "conv_out", "time_emb_proj"),
         *("time_embedding", "add_embedding", "linear_1", "linear_2", "time_proj", "temp_convs", "motion_modules"),
-        *(
-            "text_model",
-            "encoder",
-            "layers",
-            "self_attn",
-            "q_proj",
-            "k_proj",
-            "v_proj",
-            "out_proj",
-            "mlp",
-            "fc1",
-            "fc2",
-        ),
-        *("embeddings", "token_embedding", "position_embedding", "text_projection", "block", "layer", "shared"),
-        *("SelfAttention", "DenseReluDense", "q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"),
         *("single_transformer_blocks", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context"),
         *("norm", "norm1", "norm1_context", "norm_out", "proj_mlp", "x_embedder", "context_embedder", "linear"),
     )
