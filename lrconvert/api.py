@@ -80,6 +80,8 @@ def load(
     """
     where = hub.locate(path)
     if where.is_file() and file.is_lrconvert(where):
+        if layout is not None or alpha is not None:
+            raise OptionError("an lrconvert file states its layout and its scales", fix="leave both out", path=where)
         return file.read(where)
     there = None if base is None else hub.locate(base)
     return readers.load(where, readers.ReadOptions(allow_pickle, there, layout, alpha))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ADAPTERS, BASES, dense
+from conftest import ADAPTERS, BASES, FIXTURES, dense
 from test_targets import make_base
 
 from lrconvert import api, cli, errors
@@ -164,6 +164,10 @@ def test_the_reader_and_alpha_can_be_asked_for(tmp_path):
     refused("E-OPTION", ADAPTERS / "llama-plain", "does not take an alpha", alpha=2.0)
     refused("E-OPTION", put(tmp_path / "k", layouts.kohya(PAIR)), "states its alpha", alpha=2.0)
     refused("E-OPTION", put(tmp_path / "m", layouts.mlx(TEXT)), "states the scale", alpha=2.0)
+    compact = next((FIXTURES / "golden" / "v1" / "lowrank").glob("*.lrc"))
+    for said in ({"layout": "raw"}, {"alpha": 2.0}):
+        with pytest.raises(errors.OptionError, match="states its layout"):
+            api.load(compact, **said)
     for number in ("inf", "nan"):
         refused("E-CONFIG", folder, "not finite", alpha=float(number))
 

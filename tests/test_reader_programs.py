@@ -174,7 +174,10 @@ HOSTILE_NPZ = {
     "no array": (npz_file(GOOD).replace(b"\x93NUMPY", b"\x93NUMPX"), "E-HDR-TEXT"),
     "cut off": (npz_file(GOOD)[:-30], "E-IO-KIND"),
     "bytes before the zip": (b"GGUF" + npz_file(GOOD), "E-OFF-COVER"),
-    "bytes after the zip": (npz_file(GOOD) + b"x", "E-OFF-COVER"),
+    "bytes after the zip": (npz_file(GOOD) + b"x", "E-IO-KIND"),
+    "a huge directory": (npz_file(GOOD)[:-10] + b"\xf0" * 4 + npz_file(GOOD)[-6:], "E-LIMIT"),
+    "no zip": (b"hello" * 30, "E-IO-KIND"),
+    "empty": (b"", "E-IO-KIND"),
     "control characters": (npz_file({**GOOD, "a\x1b[2J": GOOD["m.q.lora_a"]}), "E-NAME"),
     "a damaged byte": (npz_file(GOOD).replace(np.ones(2, "<f4").tobytes(), b"\0\0\0\0\0\0\0\1", 1), "E-HDR-TEXT"),
 }

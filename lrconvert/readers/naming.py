@@ -24,6 +24,7 @@ PIPELINE_NAME = "model_index.json"
 _DIFFUSERS = "diffusion_pytorch_model.safetensors"
 _MOST_LAYERS = 2048  # of a model that is built without weights, to learn its names
 _MOST_PARSES = 16
+_MOST_WORDS = 64  # of a name with underscores; real ones have some twenty
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,8 @@ def parses(spelled: str, words: Iterable[str] = VOCABULARY) -> list[str]:
     """Every way to read a name with underscores as words of a vocabulary and numbers, with dots between; at most 16."""
     known = frozenset(words)
     parts = spelled.split("_")
+    if len(parts) > _MOST_WORDS:
+        return []
     most = max((word.count("_") + 1 for word in known), default=1)
     ways: list[list[str]] = [[] for _ in parts] + [[""]]
     for start in reversed(range(len(parts))):

@@ -32,13 +32,15 @@ from lrconvert.errors import (
     ShapeError,
     TensorNameError,
 )
-from lrconvert.limits import FOREIGN
+from lrconvert.limits import FOREIGN, MIB
 
 _MAGIC = b"\x93NUMPY"
 _HEADER_BYTES = 10_000  # numpy's own cap
 _INFLATED = 16  # factors do not compress, zeros do: an entry may be this many times larger than it is stored
 _ENTRIES = 1 << 16
 _END_BYTES = 22  # of the record that ends a zip without a comment
+_TAIL_BYTES = _END_BYTES + 20 + 56  # with those of zip64 before it
+_DIRECTORY_BYTES = 16 * MIB
 _DTYPES = {
     **{"f8": "F64", "f4": "F32", "f2": "F16", "V2": "BF16", "i8": "I64", "i4": "I32", "i2": "I16", "i1": "I8"},
     **{"u8": "U64", "u4": "U32", "u2": "U16", "u1": "U8", "b1": "BOOL"},
@@ -151,10 +153,31 @@ class NpzFile:
         self._file.close()
 
 
+def _check_frame(file: IO[bytes], size: int) -> None:
+    """Refuse a zip that other bytes stand before or follow, a file of two kinds, and one whose directory is too large
+    to be held. Raises E-IO-KIND, E-OFF-COVER, E-LIMIT."""
+    file.seek(0)
+    head = file.read(4)
+    file.seek(max(0, size - _TAIL_BYTES))
+    tail = file.read(_TAIL_BYTES)
+    wide, end = tail[:-_END_BYTES], tail[-_END_BYTES:]
+    if head[:2] != b"PK":
+        is_inside = end[:4] == b"PK\5\6"
+        raise CoverageError("bytes stand before the zip") if is_inside else FileKindError("the file is no zip")
+    if head != b"PK\3\4" or end[:4] != b"PK\5\6":
+        raise FileKindError("the zip does not end with its directory", fix="was a download cut off?")
+    directory = int.from_bytes(end[12:16], "little")
+    if wide[-20:-16] == b"PK\6\7":  # zip64
+        directory = int.from_bytes(wide[40:48], "little")
+    if directory > _DIRECTORY_BYTES:
+        raise LimitError(f"the directory of the zip has {directory} bytes; at most {_DIRECTORY_BYTES} are read")
+
+
 def _opened(file: IO[bytes], size: int) -> zipfile.ZipFile:
     """The zip, its directory checked: sizes before anything is inflated. Raises E-IO-KIND, E-LIMIT, E-OFF-COVER."""
     if size > FOREIGN.file_bytes:
         raise LimitError(f"the file has {size} bytes; at most {FOREIGN.file_bytes} are read")
+    _check_frame(file, size)
     try:
         archive = zipfile.ZipFile(file)
         entries = archive.infolist()
@@ -173,11 +196,6 @@ def _opened(file: IO[bytes], size: int) -> zipfile.ZipFile:
         raise LimitError(f"the zip of {size} bytes grows to more than {_INFLATED} times that")
     if any(not 0 <= entry.header_offset < size for entry in entries):
         raise FileKindError("an entry of the zip lies outside the file")
-    file.seek(0)
-    head = file.read(4)
-    file.seek(max(0, size - _END_BYTES))
-    if head != b"PK\3\4" or file.read(4) != b"PK\5\6":  # or it is a file of two kinds
-        raise CoverageError("bytes stand before the zip or follow it")
     return archive
 
 

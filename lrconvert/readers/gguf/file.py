@@ -33,10 +33,11 @@ from lrconvert.errors import (
     TensorNameError,
     VersionError,
 )
-from lrconvert.limits import FOREIGN, KIB
+from lrconvert.limits import FOREIGN, KIB, MIB
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
+_HEADER_BYTES = 16 * MIB  # 2^17 tensors, or the vocabulary of a model, which an adapter does not need
 _KEPT = 4096  # integers of an array that are kept
 _ARRAY_DEPTH = 2
 _ALIGNMENTS = tuple(8 << n for n in range(14))
@@ -66,7 +67,7 @@ class _Cursor:
 
     def __init__(self, descriptor: int, size: int, path: Path) -> None:
         self._descriptor, self._path = descriptor, path
-        self._stop = min(size, FOREIGN.header_bytes)
+        self._stop = min(size, _HEADER_BYTES)
         self._buffer, self._begin = b"", 0
         self.at = 0
 
