@@ -538,3 +538,40 @@ def test_the_real_mlx_adapter_on_a_base_of_its_shape(tmp_path):
     assert len(lora.targets) == 8 and list(lora.warnings) == [
         "lora_parameters.alpha (16) has no meaning in mlx-lm; the scale 10 is used"
     ]
+
+
+def test_every_layout_of_one_adapter_merges_to_the_same_bytes(tmp_path):
+    """A PEFT adapter, written as MLX, GGUF, raw and kohya, and merged by each file into the base."""
+    lora = api.load_lora(ADAPTERS / "llama-plain")
+    found = [
+        layouts.Known(p.target.name.removesuffix(".weight"), p.A.astype("<f4"), p.B.astype("<f4"), p.scale * p.rank)
+        for p in lora.targets
+    ]
+    assert len({(k.rank, k.alpha) for k in found}) == 1
+    gguf_names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+                  "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+                  "mlp.down_proj": "ffn_down"}  # fmt: skip
+    rows = {"self_attn.q_proj": 4, "self_attn.k_proj": 2}
+    blocks = []
+    for k in found:
+        _, _, block, leaf = k.module.split(".", 3)
+        b = permuted(k.b, rows[leaf]) if leaf in rows else k.b
+        blocks.append(layouts.Known(f"blk.{block}.{gguf_names[leaf]}", k.a, np.ascontiguousarray(b), k.alpha))
+    written = {
+        "mlx": layouts.mlx(found),
+        "gguf": layouts.gguf(blocks),
+        "raw": layouts.raw(found),
+        "kohya": layouts.kohya(found, "lora_te"),
+    }
+
+    def merged(name: str, adapter: Any) -> dict[str, bytes]:
+        api.merge(LLAMA, adapter, tmp_path / f"{name}-merged", undo=False)
+        return {p.name: p.read_bytes() for p in sorted((tmp_path / f"{name}-merged").glob("*.safetensors"))}
+
+    wanted = merged("peft", ADAPTERS / "llama-plain")
+    assert wanted != {p.name: p.read_bytes() for p in sorted(LLAMA.glob("*.safetensors"))}
+    for name, files in written.items():
+        folder = put(tmp_path / name, files)
+        options = {"alpha": found[0].alpha} if name == "raw" else {}
+        adapter = api.load_lora(folder, base=LLAMA, **options) if options else folder
+        assert merged(name, adapter) == wanted, name
