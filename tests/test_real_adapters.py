@@ -111,6 +111,19 @@ def test_refused(name):
     assert caught.value.code == REFUSED[name] and name in str(caught.value)
 
 
+def test_settings_without_matrices(tmp_path):
+    """lerobot_bin holds alphas and dropouts alone, which shows when its configuration says what it lacks."""
+    source = asset("adapters/lerobot_bin") / "adapter_model.bin"
+    (tmp_path / "adapter_model.bin").write_bytes(source.read_bytes())
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8, "lora_alpha": 16}')
+    with pytest.raises(errors.EmptyAdapterError, match=r"606 settings .* no matrices"):
+        api.load_lora(tmp_path, allow_pickle=True)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "adapter_model.bin").rename(tmp_path / "x" / "lora.bin")
+    with pytest.raises(errors.EmptyAdapterError, match="606 settings"):
+        api.load_lora(tmp_path / "x", allow_pickle=True)
+
+
 @pytest.mark.parametrize("name", CONVERTED)
 def test_pickles_are_opened_only_when_allowed(name):
     path = asset(f"adapters/{name}")

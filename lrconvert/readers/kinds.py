@@ -47,7 +47,7 @@ _PARTS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
     )
 )
 _FACTOR = re.compile(r"(?i)lora_?(a|b|up|down)\b|\.(up|down)\b|w_[ab]_\d")
-_SCALAR = re.compile(r"\.(alpha|scale|lora_alpha|lora_dropout|dropout)\b")
+_SCALAR = re.compile(r"\.(alpha|scale|lora_alpha|lora_dropout|dropout|dropout_p)\b")
 
 
 def refuse(names: Sequence[str]) -> None:

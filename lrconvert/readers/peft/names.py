@@ -52,7 +52,9 @@ class Sorted:
 
 def sort(tensors: Sequence[TensorInfo]) -> Sorted:
     """Every tensor in its place. Raises E-TENSOR for names without one, E-LORA-FEATURE for parts of other variants and
-    for several adapters in one file."""
+    for several adapters in one file, E-NOT-LORA for other kinds of adapters, E-EMPTY for settings without matrices."""
+    if not any(info.name.startswith(PREFIX) for info in tensors):
+        kinds.refuse([info.name for info in tensors])
     adapter = _adapter_name(tensors)
     found = Sorted()
     for info in tensors:
