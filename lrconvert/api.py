@@ -43,29 +43,50 @@ def _silent(fraction: float, text: str) -> None:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def load_lora(path: AnyPath, *, allow_pickle: bool = False, base: AnyPath | None = None) -> LoraAdapter:
-    """The LoRA at `path`: a folder or file in any layout that a reader knows.
+def load_lora(
+    path: AnyPath,
+    *,
+    allow_pickle: bool = False,
+    base: AnyPath | None = None,
+    layout: str | None = None,
+    alpha: float | None = None,
+) -> LoraAdapter:
+    """The LoRA at `path`: a folder or file in any layout that a reader knows. The options are those of `load`.
 
     `allow_pickle`, here and below: load ``.bin`` and ``.pt`` files too, with torch's loader that builds tensors only.
     A compact adapter is expanded, with a warning: what is fitted to it is a second generation. Raises E-LAYOUT if no
     reader knows the layout, and the reader's refusals (an `LrcError` with a stable code each).
     """
-    found = load(path, allow_pickle=allow_pickle, base=base)
+    found = load(path, allow_pickle=allow_pickle, base=base, layout=layout, alpha=alpha)
     return found if isinstance(found, LoraAdapter) else report.expanded(found)
 
 
-def load(path: AnyPath, *, allow_pickle: bool = False, base: AnyPath | None = None) -> LoraAdapter | CompactAdapter:
+def load(
+    path: AnyPath,
+    *,
+    allow_pickle: bool = False,
+    base: AnyPath | None = None,
+    layout: str | None = None,
+    alpha: float | None = None,
+) -> LoraAdapter | CompactAdapter:
     """A LoRA in any known layout, or the compact adapter of an lrconvert file or of a compact layout (PEFT VB-LoRA,
-    PEFT MiSS). `base` is needed for a MiSS, whose file does not say how wide layers are; its headers are read.
+    PEFT MiSS).
+
+    `base` (a model folder or diffusers pipeline) resolves the names of layouts that spell them in their own way, and is
+    needed where a file does not say how wide layers are; headers are read, or its config.json alone. `layout` names the
+    reader (``"kohya"``; see `lrconvert.readers`) instead of the content. `alpha` is for layouts that do not state one.
+    Raises E-OPTION for an unknown layout, and for an alpha that the layout states itself.
 
     Wherever an adapter or a base is asked for, `path` may be a hub id (``org/name``, ``org/name@revision``) that is in
     the local Hugging Face cache; see `lrconvert.hub`.
     """
     where = hub.locate(path)
     if where.is_file() and file.is_lrconvert(where):
+        if layout is not None or alpha is not None:
+            raise OptionError("an lrconvert file states its layout and its scales", fix="leave both out", path=where)
         return file.read(where)
     there = None if base is None else hub.locate(base)
-    return readers.load(where, readers.ReadOptions(allow_pickle=allow_pickle, base=there))
+    return readers.load(where, readers.ReadOptions(allow_pickle, there, layout, alpha))
 
 
 def read(path: AnyPath) -> CompactAdapter:
@@ -85,9 +106,17 @@ def upgrade(path: AnyPath, out: AnyPath, *, overwrite: bool = False) -> file.Siz
     return file.write(file.read(Path(path)), Path(out), overwrite=overwrite)
 
 
-def inspect(path: AnyPath, *, allow_pickle: bool = False, base: AnyPath | None = None) -> dict[str, Any]:
-    """What an adapter is, as JSON values: ``targets`` (shapes, ranks, spectra), bytes, extras, base hint, warnings."""
-    adapter = load(path, allow_pickle=allow_pickle, base=base)
+def inspect(
+    path: AnyPath,
+    *,
+    allow_pickle: bool = False,
+    base: AnyPath | None = None,
+    layout: str | None = None,
+    alpha: float | None = None,
+) -> dict[str, Any]:
+    """What an adapter is, as JSON values: ``targets`` (shapes, ranks, spectra), bytes, extras, base hint, warnings. The
+    options are those of `load`."""
+    adapter = load(path, allow_pickle=allow_pickle, base=base, layout=layout, alpha=alpha)
     return report.inspect_lora(adapter) if isinstance(adapter, LoraAdapter) else report.inspect_compact(adapter)
 
 
@@ -276,9 +305,12 @@ def compare(
     max_tokens: int = 1 << 15,
     device: str = "cpu",
     allow_pickle: bool = False,
+    layout: str | None = None,
+    alpha: float | None = None,
     progress: Progress = _silent,
 ) -> list[Fidelity]:
     """Measure lrconvert files against the LoRA they came from: captured energy per target and in total, bytes, ratio.
+    `base`, `layout` and `alpha` are also those of `load`, for a source that is a path.
 
     `statistics` adds the captured energy of the layers' outputs. `base` and `data` (as in `statistics`; better not the
     data of the fit) add what is true on it: the error of each layer's output, the KL distance of the logits from the
@@ -287,7 +319,10 @@ def compare(
     """
     known = _statistics(statistics)
     where = base if isinstance(base, (str, PathLike)) else None
-    lora = source if isinstance(source, LoraAdapter) else load_lora(source, allow_pickle=allow_pickle, base=where)
+    if isinstance(source, LoraAdapter):
+        lora = source
+    else:
+        lora = load_lora(source, allow_pickle=allow_pickle, base=where, layout=layout, alpha=alpha)
     compacts, found = [], []
     for item in files:
         try:
@@ -295,7 +330,8 @@ def compare(
             found.append(report.fidelity_on(lora, compacts[-1], known, None if where is None else hub.locate(where)))
         except LrcError as error:
             raise (error if isinstance(item, CompactAdapter) else error.at(item)) from None
-    if data is None and (base is None or any(report.needs_base(compact) for compact in compacts)):
+    named = not isinstance(source, LoraAdapter)  # the base may have been for names alone
+    if data is None and (base is None or named or any(report.needs_base(compact) for compact in compacts)):
         return found
     if base is None or data is None:
         raise OptionError("base and data go together", fix="give both")

@@ -465,6 +465,13 @@ def unfinished(root: Path) -> UnfinishedError:
     return UnfinishedError(what, fix="run lrconvert recover, or the same command with --resume", path=root)
 
 
+def is_without_weights(root: Path) -> bool:
+    """Whether a folder has the configuration of a model or a pipeline, and no file of a model's weights in any form."""
+    if not ((root / "config.json").is_file() or (root / "model_index.json").is_file()):
+        return False
+    return not (_present(root / INDEX_NAME) or _present(root / SINGLE_NAME) or any(root.glob("pytorch_model*.bin")))
+
+
 def open_checkpoint(path: str | os.PathLike[str], *, quantized: bool = False) -> Checkpoint:
     """Open a Hugging Face model folder (``model.safetensors``, or an index and its shards), headers only.
 

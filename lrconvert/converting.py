@@ -17,7 +17,7 @@ import numpy as np
 from lrconvert import baking, dtypes, file, report, strictjson, targets
 from lrconvert.adapter import CompactAdapter, ExtraTensor, LoraAdapter, Provenance, Target
 from lrconvert.base_weights import BaseWeights
-from lrconvert.container import open_checkpoint
+from lrconvert.container import is_without_weights, open_checkpoint
 from lrconvert.errors import BudgetError, EmptyAdapterError, FingerprintError, OptionError
 from lrconvert.fingerprint import fingerprint
 from lrconvert.limits import OWN
@@ -31,6 +31,11 @@ ExtraDtype = Literal["F32", "F16", "BF16"]
 _DORA_NOTE = (
     "DoRA: the low-rank part is refitted; the magnitudes, to which its sum with the base is scaled, are carried along "
     "(--bake-dora turns both into plain updates)"
+)
+
+_NAMES_ONLY = (
+    "the base holds no model.safetensors: it gave names alone; orientations stay as the adapter has them, and no "
+    "digest is recorded"
 )
 
 
@@ -176,6 +181,9 @@ def _on_base(
         if bake_dora is not None:
             raise OptionError("baking DoRA needs the weights of the base", fix="give it with --base")
         yield lora, None, ()
+        return
+    if bake_dora is None and is_without_weights(base):
+        yield lora, None, (_NAMES_ONLY,)
         return
     with open_checkpoint(base) as checkpoint:
         found = targets.resolve(lora, checkpoint)

@@ -97,7 +97,9 @@ def named(value, name="base_model.model.x.lora_A.weight") -> bytes:
 
 
 HOSTILE = {
-    "a list": (lambda: saved([torch.ones(1)]), errors.PickleError, "holds a list"),
+    "a list": (lambda: saved([torch.ones(1)]), errors.TensorUnknownError, "tensor '0'"),
+    "a list of lists": (lambda: saved([[torch.ones(1)]]), errors.PickleError, "entry '0' is a list"),
+    "a tuple": (lambda: saved((torch.ones(1),)), errors.PickleError, "holds a tuple"),
     "a value that is no tensor": (lambda: saved({**state(), "alpha": 16}), errors.PickleError, "'alpha' is a int"),
     "a name that is no text": (lambda: saved({3: torch.ones(1)}), errors.PickleError, "entry 3"),
     "a nested dict": (lambda: saved({"state_dict": state()}), errors.PickleError, "'state_dict' is a dict"),

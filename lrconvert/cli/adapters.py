@@ -17,6 +17,7 @@ from lrconvert.cli.shared import (
     pickle_option,
     quiet_option,
     source_argument,
+    takes_layout,
     warn,
 )
 from lrconvert.errors import EXIT_REFUSED, printable
@@ -25,15 +26,20 @@ from lrconvert.errors import EXIT_REFUSED, printable
 @click.command()
 @source_argument
 @click.option(
-    "--base", type=click.Path(path_type=Path), help="Base model folder or hub id, for layouts that do not say shapes."
+    "--base",
+    type=click.Path(path_type=Path),
+    help="Base model folder or hub id: for layouts that do not say shapes, or spell names in their own way.",
 )
+@takes_layout
 @pickle_option
 @as_json_option
-def inspect(source: Path, base: Path | None, allow_pickle: bool, as_json: bool) -> None:
+def inspect(
+    source: Path, base: Path | None, layout: str | None, alpha: float | None, allow_pickle: bool, as_json: bool
+) -> None:
     """Show what an adapter is: targets, ranks, spectrum, bytes. Any LoRA layout, and lrconvert files."""
     from lrconvert import api, render
 
-    found = api.inspect(source, allow_pickle=allow_pickle, base=base)
+    found = api.inspect(source, allow_pickle=allow_pickle, base=base, layout=layout, alpha=alpha)
     if as_json:
         emit({"path": str(source), **found})
         return

@@ -74,6 +74,8 @@ def _allocate(
     output: Path | None,
     data: tuple[Path, ...],
     allow_pickle: bool,
+    layout: str | None,
+    alpha: float | None,
     dry_run: bool,
     overwrite: bool,
     quiet: bool,
@@ -85,7 +87,7 @@ def _allocate(
     from lrconvert import api, render
 
     where = check_paths(source, output, overwrite, needed=not dry_run)
-    lora = api.load_lora(where, allow_pickle=allow_pickle)
+    lora = api.load_lora(where, allow_pickle=allow_pickle, base=common["base"], layout=layout, alpha=alpha)
     with progress_bar(NAME, quiet or as_json) as progress:
         done = api.allocate(
             lora,

@@ -18,6 +18,7 @@ from lrconvert.cli.shared import (
     ByteSize,
     device_of,
     emit,
+    layout_options,
     progress_bar,
     warn,
 )
@@ -80,6 +81,7 @@ def common_options() -> list[click.Parameter]:
         click.Option(["--seed"], type=int, default=0, show_default=True, help="Seed of the fit."),
         click.Option(DEVICE, help="Where the fit computes.", **DEVICE_OPTION),
         click.Option(PICKLE, is_flag=True, help=PICKLE_HELP),
+        *layout_options(),
         click.Option(["--dry-run"], is_flag=True, help="Print the plan and the exact size; write nothing."),
         click.Option(["--overwrite"], is_flag=True, help="Replace the output if it exists."),
         click.Option(["-q", "--quiet"], is_flag=True, help="No progress bar, no report."),
@@ -109,6 +111,8 @@ def _convert(
     source: Path,
     output: Path | None,
     allow_pickle: bool,
+    layout: str | None,
+    alpha: float | None,
     dry_run: bool,
     overwrite: bool,
     quiet: bool,
@@ -120,7 +124,7 @@ def _convert(
     from lrconvert import api, render
 
     where = check_paths(source, output, overwrite, needed=not dry_run)
-    lora = api.load_lora(where, allow_pickle=allow_pickle, base=common["base"])
+    lora = api.load_lora(where, allow_pickle=allow_pickle, base=common["base"], layout=layout, alpha=alpha)
     with progress_bar(f"lora-to-{method}", quiet or as_json) as progress:
         done = api.convert(
             lora, method, dry_run=dry_run, device=device_of(device), progress=progress, **common, **options
@@ -176,6 +180,8 @@ def _compress(
     output: Path | None,
     methods: str | None,
     allow_pickle: bool,
+    layout: str | None,
+    alpha: float | None,
     overwrite: bool,
     quiet: bool,
     as_json: bool,
@@ -186,7 +192,7 @@ def _compress(
 
     where = check_paths(source, output, overwrite, needed=True)
     assert output is not None
-    lora = api.load_lora(where, allow_pickle=allow_pickle, base=common["base"])
+    lora = api.load_lora(where, allow_pickle=allow_pickle, base=common["base"], layout=layout, alpha=alpha)
     forms = [name.strip() for name in (methods or "").split(",") if name.strip()]
     with progress_bar("compress", quiet or as_json) as progress:
         done = api.compress(lora, forms=forms, device=device_of(device), progress=progress, **common)

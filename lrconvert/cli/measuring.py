@@ -16,6 +16,7 @@ from lrconvert.cli.shared import (
     progress_bar,
     quiet_option,
     source_argument,
+    takes_layout,
     verbose_option,
 )
 
@@ -103,11 +104,12 @@ def statistics(
 @source_argument
 @click.argument("files", nargs=-1, required=True, type=_path)
 @click.option("--statistics", type=_path, help="Input statistics: adds the captured energy of the layers' outputs.")
-@click.option("--base", type=_path, help="Base model folder or hub id; with --data.")
+@click.option("--base", type=_path, help="Base model folder or hub id, for --data and for names.")
 @click.option("--data", multiple=True, type=_path, help=f"Measure the models' answers on data. {DATA_HELP}")
 @click.option("--length", type=click.IntRange(1), default=512, show_default=True, help="Tokens of a text, at most.")
 @click.option("--max-tokens", type=click.IntRange(0), default=1 << 15, show_default=True, help="Tokens in all; 0: all.")
 @click.option("--html", type=_path, help="Write it as one HTML page, too: plots, a map of the layers, all tables.")
+@takes_layout
 @device_option
 @pickle_option
 @overwrite_option
@@ -122,6 +124,8 @@ def compare(
     length: int,
     max_tokens: int,
     html: Path | None,
+    layout: str | None,
+    alpha: float | None,
     device: str,
     allow_pickle: bool,
     overwrite: bool,
@@ -146,6 +150,8 @@ def compare(
             max_tokens=max_tokens,
             device=device_of(device),
             allow_pickle=allow_pickle,
+            layout=layout,
+            alpha=alpha,
             progress=progress,
         )
     named = [(p.name, f) for p, f in zip(files, found, strict=True)]

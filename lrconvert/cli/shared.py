@@ -45,6 +45,29 @@ PICKLE_HELP = "Read .bin and .pt adapters too, with torch's tensors-only loader;
 pickle_option = click.option(*PICKLE, is_flag=True, help=PICKLE_HELP)
 
 
+FROM = ["--from", "layout"]
+FROM_HELP = "The layout of the source, whatever it looks like: {}."
+ALPHA = ["--alpha"]
+ALPHA_HELP = "Alpha of a source that does not state it; a module's scale is alpha / r."
+
+
+def _from_option() -> dict[str, Any]:
+    from lrconvert.readers.base import ids
+
+    known = ids()
+    return {"type": click.Choice(known), "metavar": "LAYOUT", "help": FROM_HELP.format(", ".join(known))}
+
+
+def layout_options() -> list[click.Option]:
+    """What a user may say about the layout of a source."""
+    return [click.Option(FROM, **_from_option()), click.Option(ALPHA, type=float, help=ALPHA_HELP)]
+
+
+def takes_layout(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The same options, as a decorator."""
+    return click.option(*FROM, **_from_option())(click.option(*ALPHA, type=float, help=ALPHA_HELP)(command))
+
+
 DEVICE = ["--device"]
 DEVICE_OPTION: dict[str, Any] = {
     "type": click.Choice(["auto", "cpu", "cuda"]),

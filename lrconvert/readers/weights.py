@@ -1,10 +1,11 @@
-"""Where the tensors of a foreign adapter come from: a safetensors file, or a pickle if the user allows it."""
+"""Where the tensors of a foreign adapter come from: a safetensors or npz file, or a pickle if the user allows it."""
 
 from __future__ import annotations
 
 import math
 import os
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Protocol
@@ -26,11 +27,12 @@ from lrconvert.errors import (
 )
 from lrconvert.limits import FOREIGN
 from lrconvert.readers.base import ReadOptions
+from lrconvert.readers.npz import NpzFile
 
 if TYPE_CHECKING:
     import torch
 
-PICKLE_SUFFIXES = (".bin", ".pt")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # torch's tensors-only loader could be made to run code before this release (CVE-2025-32434, CVE-2026-24747).
 _SAFE_TORCH = (2, 10)
 _SHARED = 4  # tensors may share memory, so that they are larger than their file; not by more than this
@@ -49,10 +51,14 @@ _DTYPES = {
 
 
 class Weights(Protocol):
-    """An open file of tensors. A context manager; `read` and `load` give owned memory."""
+    """An open file of tensors. A context manager; `read` and `load` give owned memory. `metadata` are the texts that
+    the file holds beside them."""
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]: ...
+
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
 
     def read(self, info: TensorInfo) -> bytes | bytearray: ...
 
@@ -69,12 +75,14 @@ class Weights(Protocol):
 
 def open_weights(path: Path, options: ReadOptions) -> Weights:
     """Open a file of tensors. Raises E-PICKLE for a ``.bin`` or ``.pt`` unless pickles are allowed."""
+    if path.suffix == ".npz":
+        return NpzFile(path)
     if path.suffix not in PICKLE_SUFFIXES:
         return ContainerFile(path)
     if not options.allow_pickle:
         raise PickleError(
             "the adapter is stored as a pickle, which can run code when it is loaded",
-            fix="load it with PEFT and save_pretrained it again, which writes safetensors, or pass --allow-pickle "
+            fix="save it again as safetensors (PEFT: load it and save_pretrained it), or pass --allow-pickle "
             "(allow_pickle=True) if you trust it",
             path=path,
         )
@@ -94,7 +102,10 @@ def load_finite(weights: Weights, info: TensorInfo) -> Stored:
 
 
 class PickledFile:
-    """A pickled dict of tensors, as ``torch.save`` writes it. The same tensors as a safetensors file of them gives."""
+    """A pickled dict of tensors, as ``torch.save`` writes it. The same tensors as a safetensors file of them gives.
+    Those of a pickled list are named by their places: ``0``, ``1``."""
+
+    metadata: Mapping[str, str] = {}
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -169,6 +180,8 @@ def _load(file: IO[bytes]) -> dict[str, torch.Tensor]:
     except Exception as error:  # whatever a stranger's bytes provoke in there
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise PickleError(f"the pickle holds more than tensors, or is damaged: {reason[0]:.200}") from None
+    if isinstance(state, list):
+        state = {str(place): value for place, value in enumerate(state)}
     if not isinstance(state, dict):
         raise PickleError(f"the pickle holds a {type(state).__name__}, not a dict of tensors")
     for name, value in state.items():

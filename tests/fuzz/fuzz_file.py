@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import safetensors
 
 atheris: ModuleType | None
@@ -27,10 +28,12 @@ except ImportError:
 
 with atheris.instrument_imports(include=["lrconvert"]) if atheris else contextlib.nullcontext():
     from lrconvert import file, validation
+    from lrconvert.adapter import LoraAdapter
     from lrconvert.container import INDEX_NAME, ContainerFile, open_checkpoint
     from lrconvert.errors import LrcError
     from lrconvert.methods import base as methods
     from lrconvert.readers import base as readers
+    from lrconvert.testing import layouts
     from lrconvert.testing.loose import Loose, spelled
 
     methods.all_methods(), readers.all_readers()  # these are imported by name, when they are first needed
@@ -40,6 +43,8 @@ CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 
 # Two files in one input: a tag, the length of the first, the first, the second.
 LORA, BASE, SIGN = b"LORA", b"BASE", b"SIGN"
+# Files that tell themselves by their first bytes.
+GGUF, ZIP = b"GGUF", b"PK\3\4"
 
 
 def joined(tag: bytes, first: bytes, second: bytes) -> bytes:
@@ -104,6 +109,8 @@ class Target:
             self.base(*parted(data))
         elif data[:4] == SIGN:
             self.signed(*parted(data))
+        elif data[:4] in (GGUF, ZIP):
+            self.weights("x.gguf" if data[:4] == GGUF else "x.npz", data)
         else:
             path = self._put("x.lrc", data)
             check_container(path, data)
@@ -132,6 +139,19 @@ class Target:
             lora = readers.load(self.root)
             assert lora.targets and all(abs(p.scale) < float("inf") for p in lora.targets)
 
+    def weights(self, name: str, data: bytes) -> None:
+        """A GGUF or npz file by itself: refused, or it has targets of finite numbers in shapes that fit."""
+        path = self._put(name, data)
+        try:
+            with contextlib.suppress(LrcError):
+                lora = readers.load(path, readers.ReadOptions(alpha=None if name == "x.gguf" else 1.0))
+                assert isinstance(lora, LoraAdapter) and lora.targets
+                for pair in lora.targets:
+                    assert (pair.B.shape[0], pair.A.shape[1]) == pair.target.matrix_shape
+                    assert np.isfinite(pair.A).all() and np.isfinite(pair.B).all()
+        finally:
+            path.unlink()
+
     def base(self, index: bytes, shard: bytes) -> None:
         """An index with one shard, m.safetensors: refused, or every tensor can be read."""
         self._put(INDEX_NAME, index)
@@ -152,6 +172,7 @@ def seeds() -> Iterator[tuple[str, bytes]]:
         if path.parent.parent.name == "v1":
             text = spelled(Loose.of(path.read_bytes()).manifest, sort=True)
             yield f"signed-{path.parent.name}-{path.name}", joined(SIGN, text, path.read_bytes())
+    yield from small_weights()
     folders = [*sorted(hostile.iterdir()), *(FIXTURES / "adapters" / name for name in ("vit-plain", "bert-classifier"))]
     for folder in folders:
         config, weights, index = folder / CONFIG_NAME, folder / WEIGHTS_NAME, folder / INDEX_NAME
@@ -160,6 +181,19 @@ def seeds() -> Iterator[tuple[str, bytes]]:
         elif index.exists():
             shard = folder / "m.safetensors"
             yield folder.name, joined(BASE, index.read_bytes(), shard.read_bytes() if shard.exists() else b"")
+
+
+def small_weights() -> Iterator[tuple[str, bytes]]:
+    """A GGUF file and npz files, stored and deflated."""
+    rng = np.random.default_rng(0)
+    halves = [rng.standard_normal(shape).astype("<f2") for shape in ((2, 5), (3, 2))]
+    for module in ("blk.0.attn_v", "token_embd"):
+        a, b = (halves[0].T, halves[1]) if module == "token_embd" else halves
+        known = layouts.Known(module, np.ascontiguousarray(a), b, 4.0)
+        yield f"{module}.gguf", layouts.gguf([known])["lora.gguf"]
+    tensors = {"m.q.lora_a": halves[0].T.copy(), "m.q.lora_b": halves[1].T.copy()}
+    for compress in (False, True):
+        yield f"mlx-{compress}.npz", layouts.npz_file(tensors, compress)
 
 
 def replay(paths: list[Path]) -> int:

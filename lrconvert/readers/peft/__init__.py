@@ -38,7 +38,7 @@ def recognises(path: Path) -> bool:
             config = read_json(path / CONFIG_NAME)
         except LrcError:
             return (path / CONFIG_NAME).exists()
-        if config.get("peft_type") in ("VBLORA", "MISS", "BONE"):  # have readers of their own
+        if config.get("peft_type") in ("VBLORA", "MISS", "BONE", "SBORA"):  # have readers of their own
             return False
         return "peft_type" in config or not {"fine_tune_type", "lora_parameters"} & set(config)
     try:
@@ -184,4 +184,9 @@ def _warnings(
     return (*lines, doubt) if doubt else tuple(lines)
 
 
-READER = Reader("peft", "PEFT LoRA folder or adapter_model.safetensors", recognises, read)
+def knows(stored: Sequence[str]) -> bool:
+    """Whether tensors have PEFT's prefix, whatever their file is called."""
+    return any(name.startswith(names.PREFIX) for name in stored)
+
+
+READER = Reader("peft", "PEFT LoRA folder or adapter_model.safetensors", recognises, read, knows)

@@ -176,7 +176,10 @@ def check_config(config: Mapping[str, Any]) -> None:
     if kind != "LORA":
         name = kind if isinstance(kind, str) else "of no stated kind"
         raise NotLoraError(
-            f"the adapter is {name}, not LORA", fix=OTHER_KINDS.get(name, "only LoRA adapters are converted")
+            f"the adapter is {name}, not LORA",
+            fix=OTHER_KINDS.get(name, "only LoRA adapters are converted")
+            if isinstance(kind, str)
+            else f"if it is a LoRA, {CONFIG_NAME} needs peft_type LORA, r and lora_alpha as it was trained",
         )
     for key, (reason, advice) in _REFUSED.items():
         if _is_set(config.get(key)):

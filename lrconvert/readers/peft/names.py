@@ -13,6 +13,7 @@ from typing import Literal, TypeVar
 
 from lrconvert.container import TensorInfo
 from lrconvert.errors import TensorUnknownError, UnsupportedLoraError
+from lrconvert.readers import kinds
 
 PREFIX = "base_model.model."
 BASE_LAYER = ".base_layer"
@@ -51,7 +52,9 @@ class Sorted:
 
 def sort(tensors: Sequence[TensorInfo]) -> Sorted:
     """Every tensor in its place. Raises E-TENSOR for names without one, E-LORA-FEATURE for parts of other variants and
-    for several adapters in one file."""
+    for several adapters in one file, E-NOT-LORA for other kinds of adapters, E-EMPTY for settings without matrices."""
+    if not any(info.name.startswith(PREFIX) for info in tensors):
+        kinds.refuse([info.name for info in tensors])
     adapter = _adapter_name(tensors)
     found = Sorted()
     for info in tensors:
@@ -133,6 +136,7 @@ def _part(name: str) -> Part | None:
         return found[0]
     if words[0] in _TRAINING:
         return None
+    kinds.refuse([name])
     raise UnsupportedLoraError(
         f"tensor {name!r} is not a part of a LoRA that is known: {', '.join(_TITLES.values())}",
         fix="this variant of LoRA is not converted",
