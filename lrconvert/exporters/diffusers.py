@@ -44,11 +44,13 @@ def files(compact: CompactAdapter, options: ExportOptions, fidelity: Fidelity | 
 
 
 def _settings(ranks: Mapping[str, Mapping[str, int]]) -> str:
-    """The configurations of all components, as diffusers flattens them."""
+    """The configurations of all components, as diffusers flattens them. CLIP's modules stand without ``text_model``:
+    PEFT finds them by their endings, whether the release of transformers has that level or not."""
     found: dict[str, object] = {}
     for component, own in ranks.items():
         top = Counter(own.values()).most_common(1)[0][0]
-        others = {f"^{module}": rank for module, rank in sorted(own.items()) if rank != top}
+        own = {module.removeprefix("text_model."): rank for module, rank in sorted(own.items())}
+        others = {module if module.startswith("encoder.") else f"^{module}": r for module, r in own.items() if r != top}
         settings = {
             "r": top,
             "lora_alpha": top,

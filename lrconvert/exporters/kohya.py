@@ -1,6 +1,7 @@
 """kohya (sd-scripts, and the user interfaces that follow it): ``lora_unet_<module>.lora_down.weight`` (r, in),
 ``.lora_up.weight`` (out, r) and ``.alpha``, the dots of the module's name as underscores; ``lora_te_``, or
-``lora_te1_`` and ``lora_te2_``, for text encoders. alpha = r, so that the scale is 1.
+``lora_te1_`` and ``lora_te2_``, for text encoders. alpha = r, so that the scale is 1. With own ranks every alpha
+is 1 and lora_up is multiplied by its rank instead: diffusers 0.42 scales wrongly where alphas differ.
 
 The UNet's modules have diffusers' names, which sd-scripts uses for Stable Diffusion 1 and 2 and which diffusers and
 ComfyUI read for SDXL, too. A transformer's are ``lora_transformer_``, as OneTrainer writes and diffusers reads them.
@@ -36,11 +37,14 @@ def files(compact: CompactAdapter, options: ExportOptions, fidelity: Fidelity | 
         owners[name] = pair.target.name
         down, up = unfolded(pair, _LAYOUT)
         tensors.append(entry(f"{name}.lora_down.weight", options.dtype, down))
+        alpha = 1 if options.keep_ranks else pair.rank
+        up = up.astype(np.float64) * (pair.rank / alpha)
         tensors.append(entry(f"{name}.lora_up.weight", options.dtype, up))
-        tensors.append(entry(f"{name}.alpha", "F32", np.array(pair.rank, np.float32)))
+        tensors.append(entry(f"{name}.alpha", "F32", np.full((), alpha, np.float32)))
     ranks = {pair.rank for _, _, pair in found}
     dim = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
-    notes = {"ss_network_module": "networks.lora", "ss_network_dim": dim, "ss_network_alpha": dim}
+    alphas = "1" if options.keep_ranks else dim
+    notes = {"ss_network_module": "networks.lora", "ss_network_dim": dim, "ss_network_alpha": alphas}
     return {
         "lora.safetensors": weights_file(sorted(tensors), {**notes, **origin(compact)}),
         "README.md": [model_card(compact, "kohya LoRA", options.command, fidelity, "diffusers")],
