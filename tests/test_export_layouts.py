@@ -99,8 +99,9 @@ def of_mlx(folder: Path) -> Deltas:
 
 def of_raw(folder: Path) -> Deltas:
     stored = load_file(folder / "lora.safetensors")
-    modules = {name.removesuffix(".lora_A") for name in stored}
-    return {f"{m}.weight": product(stored[f"{m}.lora_B"], stored[f"{m}.lora_A"]) for m in modules if "." in m or m}
+    modules = {name.removesuffix(".lora_A") for name in stored if name.endswith(".lora_A")}
+    assert len(stored) == 2 * len(modules)
+    return {f"{m}.weight": product(stored[f"{m}.lora_B"], stored[f"{m}.lora_A"]) for m in modules}
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -191,12 +192,11 @@ def test_our_readers_read_our_exports(layout: str, tmp_path: Path) -> None:
     """Where there is a reader for the layout: equal updates under names that mean the same."""
     compact = made(TARGETS[layout])
     folder = exported(compact, tmp_path / "out", layout)
-    path = next(
-        (p for p in (folder, *sorted(folder.iterdir())) if any(r.recognises(p) for r in readers.all_readers())), None
-    )
-    if path is None:
+    known = readers.all_readers()
+    paths = [p for p in (folder, *sorted(folder.iterdir())) if any(reader.recognises(p) for reader in known)]
+    if not paths:
         pytest.skip(f"no reader recognises what is exported to {layout}")
-    again = api.load_lora(path)
+    again = api.load_lora(paths[0])
     found = sorted(float(np.linalg.norm(p.scale * (p.B.astype(np.float64) @ p.A))) for p in again.targets)
     assert found == pytest.approx(sorted(float(np.linalg.norm(d)) for d in updates(compact).values()), rel=1e-5)
 
@@ -210,12 +210,13 @@ def test_the_same_bytes_every_time(layout: str, tmp_path: Path) -> None:
 
 # --- refusals -------------------------------------------------------------------------------------------------------
 
+GPT2 = Target("transformer.h.0.mlp.c_fc.weight", (8, 8))
 ROWS = Target("model.layers.0.self_attn.q_proj.weight", (48, 48), View("rows:0:24"))
 GROUPS = Target("unet.conv_in.weight", (32, 2, 3, 3), View("conv:3x3:2"))
 REFUSED = {
     "no diffusion model": ("kohya", LLAMA, {}, "lm_head"),
     "no diffusion model either": ("diffusers", LLAMA, {}, "lm_head"),
-    "GPT-2 is no transformer of diffusers": ("diffusers", (Target("transformer.h.0.mlp.c_fc.weight", (8, 8)),), {}, "h.0"),
+    "GPT-2 is no transformer of diffusers": ("diffusers", (GPT2,), {}, "h.0"),
     "no language model": ("mlx", DIFFUSION, {}, "text_encoder"),
     "not known in llama.cpp": ("gguf", DIFFUSION, {}, "text_encoder"),
     "a slice": ("mlx", (ROWS,), {}, "rows:0:24"),
@@ -260,16 +261,14 @@ def test_gguf_needs_a_known_base(tmp_path: Path) -> None:
     compact = made(LLAMA)
     with pytest.raises(errors.ExportError, match="was not given"):
         api.export(compact, tmp_path / "out", to="gguf")
-    with pytest.raises(errors.ExportError, match="BertModel|BertFor"):
+    with pytest.raises(errors.ExportError, match="a Bert"):
         api.export(compact, tmp_path / "out", to="gguf", base=BASES / "tiny-bert")
     base = tmp_path / "base"
     base.mkdir()
     config = json.loads((BASES / "tiny-llama" / "config.json").read_text())
-    for change, error in (
-        ({"num_attention_heads": 7}, errors.ConfigError),
-        ({"tie_word_embeddings": True}, errors.ExportError),
-    ):
-        (base / "config.json").write_text(json.dumps({**config, **change}))
+    changes = {"num_attention_heads": (7, errors.ConfigError), "tie_word_embeddings": (True, errors.ExportError)}
+    for key, (value, error) in changes.items():
+        (base / "config.json").write_text(json.dumps({**config, key: value}))
         with pytest.raises(error):
             api.export(compact, tmp_path / "out", to="gguf", base=base)
     assert not (tmp_path / "out").exists()
@@ -277,7 +276,7 @@ def test_gguf_needs_a_known_base(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["peft-lora", *DECODERS])
 def test_values_beyond_half(layout: str, tmp_path: Path) -> None:
-    lora = LoraAdapter(tuple(one_target(t, scale=1e7) for t in TARGETS.get(layout, LLAMA)[:2]))
+    lora = LoraAdapter(tuple(one_target(t, scale=1e13) for t in TARGETS.get(layout, LLAMA)[:2]))
     compact = api.convert(lora, "lowrank", bits="16").compact
     with pytest.raises(errors.ExportError, match="beyond the range of F16"):
         exported(compact, tmp_path / "out", layout, dtype="F16")
