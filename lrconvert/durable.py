@@ -280,6 +280,20 @@ def discard(path: StrPath) -> None:
         raise FileWriteError(f"cannot be removed: {error.strerror}", path=path) from None
 
 
+def make_folder(path: StrPath) -> None:
+    """Make a folder, and those it lies in, where they are not there yet. Raises E-OUT-PATH for what is no folder,
+    E-IO-WRITE."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise OutputPathError(
+            "is not a folder, nor can it become one", fix="choose another output", path=path
+        ) from None
+    except OSError as error:
+        raise _not_written(error, path) from None
+
+
 def _put_file(temporary: Path, path: Path, overwrite: bool) -> None:
     """Commit: give the file its name. Without `overwrite` a link is made, which never replaces a file."""
     try:
