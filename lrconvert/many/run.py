@@ -143,9 +143,9 @@ def _inputs(options: Mapping[str, Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     for key in ("base", "statistics", "data"):
         value = options.get(key)
-        if not value:
+        if value is None or value in ((), []):
             continue
-        paths = [value] if isinstance(value, (str, os.PathLike)) else list(value)
+        paths = list(value) if isinstance(value, (list, tuple)) else [value]
         if not all(isinstance(path, (str, os.PathLike)) for path in paths):
             raise OptionError(f"{key} must be a path where several processes need it", fix="write it to a file first")
         if key == "base":
