@@ -202,6 +202,16 @@ def test_hub_ids_have_names_of_their_own(tmp_path: Path, monkeypatch: pytest.Mon
     assert (job.source, job.path, job.output) == ("org/lora", snapshot, tmp_path / "out" / "org--lora.lrc")
 
 
+def test_files_of_common_names_are_named_by_their_folder(tmp_path: Path) -> None:
+    for name in ("a/lora.safetensors", "b/lora.safetensors", "b/style.v2.safetensors", "adapters.npz"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(b"")
+    found = {str(job.output) for job in sources.plan([tmp_path / "in"], Path("out"))}
+    assert found == {"out/a.lrc", "out/in.lrc", "out/b.lrc", "out/b/style.v2.lrc"}
+    files = [tmp_path / "in" / n / "lora.safetensors" for n in "ab"]
+    assert [job.output.name for job in sources.plan(files, Path("out"))] == ["a.lrc", "b.lrc"]
+
+
 # --- the command line -----------------------------------------------------------------------------------------------
 
 

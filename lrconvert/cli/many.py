@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lrconvert.many.run import Batch, Outcome, Told
 
 Verb = Literal["convert", "compress", "allocate"]
-_OF_READING = ("allow_pickle",)  # options of `load_lora`, besides the base; the others are of the verb
+_OF_READING = ("allow_pickle", "layout", "alpha")  # options of `load_lora`, besides the base; others are the verb's
 
 
 def sources_argument() -> click.Argument:
@@ -66,7 +66,7 @@ def run(
 
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
-    reading = {key: common.pop(key) for key in _OF_READING}
+    reading = {key: common.pop(key) for key in _OF_READING if key in common}
     with _progress(title, quiet or as_json) as told:
         batch = verbs.many(
             verb,

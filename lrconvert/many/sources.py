@@ -13,6 +13,8 @@ from lrconvert.readers import base as readers
 
 AnyPath = str | os.PathLike[str]
 SUFFIX = ".lrc"
+# What tools call the one file of an adapter: it is named by its folder.
+_GENERIC = ("adapter", "adapter_model", "adapters", "lora", "pytorch_lora_weights")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".gguf", SUFFIX)
 
 
@@ -89,6 +91,8 @@ def _jobs(source: AnyPath, out_root: Path | None) -> Iterator[Job]:
         raise OutputPathError(f"lies inside the source {os.fspath(source)!r}", fix="choose another output", path=out)
     if not where.is_dir() or is_adapter(where):
         named = hub.hint(source).replace("/", "--")
+        if where.is_file() and where.stem in _GENERIC:
+            named = where.resolve().parent.name
         yield Job(os.fspath(source), where, out / _file_name(named, where))
         return
     found = list(adapters_in(where))
@@ -96,7 +100,11 @@ def _jobs(source: AnyPath, out_root: Path | None) -> Iterator[Job]:
         raise UnknownLayoutError("no adapter was found in this folder", path=source)
     for path in found:
         inside = path.relative_to(where)
-        yield Job(str(Path(source) / inside), path, out / inside.parent / _file_name(inside.name, path))
+        name = inside.parent / _file_name(inside.name, path)
+        if path.is_file() and path.stem in _GENERIC:
+            folder = inside.parent if inside.parent.name else Path(hub.hint(source).replace("/", "--"))
+            name = folder.parent / f"{folder.name}{SUFFIX}"
+        yield Job(str(Path(source) / inside), path, out / name)
 
 
 def _file_name(name: str, path: Path) -> str:
