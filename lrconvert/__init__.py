@@ -15,16 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.0.1"
 __all__ = [
+    "Batch",
     "Conversion",
     "Finding",
     "LrcError",
     "Scaled",
     "allocate",
+    "allocate_many",
     "attach",
     "check",
     "compare",
     "compress",
+    "compress_many",
     "convert",
+    "convert_many",
     "detach",
     "disabled",
     "export",
@@ -44,6 +48,8 @@ __all__ = [
     "verify",
     "write",
 ]
+
+_MANY = ("Batch", "allocate_many", "compress_many", "convert_many")
 
 if TYPE_CHECKING:
     from lrconvert.api import (
@@ -75,6 +81,7 @@ if TYPE_CHECKING:
     from lrconvert.consumers.base import Finding
     from lrconvert.converting import Conversion
     from lrconvert.errors import LrcError
+    from lrconvert.many.run import Batch, allocate_many, compress_many, convert_many
     from lrconvert.merging import Scaled
 
 
@@ -83,6 +90,10 @@ def __getattr__(name: str) -> Any:
         from lrconvert.errors import LrcError
 
         return LrcError
+    if name in _MANY:
+        from lrconvert.many import run
+
+        return getattr(run, name)
     if name in __all__:
         from lrconvert import api
 

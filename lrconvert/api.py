@@ -4,21 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import fields
+from dataclasses import fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrconvert import allocating, compressing, converting, file, hub, merging, report, statistics_file, validation
+from lrconvert import (
+    allocating,
+    compressing,
+    converting,
+    file,
+    hub,
+    merging,
+    modelcard,
+    report,
+    statistics_file,
+    validation,
+)
 from lrconvert.adapter import CompactAdapter, LoraAdapter
 from lrconvert.allocating import Allocation
 from lrconvert.compressing import Compression
 from lrconvert.consumers import base as consumer_base
 from lrconvert.consumers.base import Finding
+from lrconvert.container import read_json
 from lrconvert.converting import Conversion, ExtraDtype
 from lrconvert.durable import atomic_directory, check_output, discard
 from lrconvert.errors import LrcError, OptionError
 from lrconvert.exporters import base as exporters
+from lrconvert.exporters.base import Exported
 from lrconvert.merging import MergeReport, Recovery, Scaled, UnmergeReport, VerifyReport
 from lrconvert.moments import InputStatistics
 from lrconvert.readers import base as readers
@@ -86,7 +99,14 @@ def load(
             raise OptionError("an lrconvert file states its layout and its scales", fix="leave both out", path=where)
         return file.read(where)
     there = None if base is None else hub.locate(base)
-    return readers.load(where, readers.ReadOptions(allow_pickle, there, layout, alpha))
+    return _licensed(readers.load(where, readers.ReadOptions(allow_pickle, there, layout, alpha)), where)
+
+
+def _licensed(found: LoraAdapter | CompactAdapter, path: Path) -> LoraAdapter | CompactAdapter:
+    """An adapter with the licence that the card beside it states, noted in its provenance."""
+    stated = modelcard.licence(path if path.is_dir() else path.parent)
+    came = found.provenance
+    return replace(found, provenance=replace(came, fields={**stated, **came.fields})) if stated else found
 
 
 def read(path: AnyPath) -> CompactAdapter:
@@ -357,29 +377,50 @@ def export(
     *,
     to: str,
     source: AnyPath | LoraAdapter | None = None,
+    base: AnyPath | None = None,
+    base_model_id: str | None = None,
     keep_ranks: bool = False,
+    pad_rank: int | None = None,
     dtype: str = "F32",
     allow_pickle: bool = False,
     overwrite: bool = False,
     command: str = "",
-) -> list[str]:
-    """Write `adapter` as a folder that other tools load: `to` is "peft-lora" or "peft-vblora".
+) -> Exported:
+    """Write `adapter` as a folder that other tools load: `to` is "peft-lora", "peft-vblora", "peft-miss", "kohya",
+    "diffusers", "mlx", "gguf" or "raw".
 
-    `source` (the LoRA it came from) adds the error table to the model card. Returns the names of the files written.
-    Raises E-EXPORT for what the target format cannot express.
+    All modules get one rank, the largest or `pad_rank`, unless `keep_ranks`. `base_model_id` names the base in the
+    output, instead of the source's own hint. `base` (its config.json is enough) is needed for "gguf". `source` (the
+    LoRA it came from) adds the error table to the model card. Returns the names of the files written, and notes.
+    Raises E-EXPORT for what the target format cannot express, E-OPTION for a rank that does not do.
     """
     exporter = exporters.get(to)
     compact = adapter if isinstance(adapter, CompactAdapter) else read(adapter)
+    compact, notes = exporters.public(compact, base_model_id)
     fidelity = None if source is None else compare(source, [compact], allow_pickle=allow_pickle)[0]
     check_output(hub.output(out), overwrite, directory=True)
-    options = exporters.ExportOptions(keep_ranks=keep_ranks, dtype=dtype, command=command)
+    options = exporters.ExportOptions(
+        keep_ranks=keep_ranks,
+        dtype=dtype,
+        command=command,
+        pad_rank=pad_rank,
+        base_config=None if base is None else read_json(hub.locate(base) / "config.json"),
+    )
     files = exporter.files(compact, options, fidelity)
     with atomic_directory(Path(out), overwrite=overwrite) as folder:
         for name, chunks in files.items():
             with folder.create(name) as handle:
                 for chunk in chunks:
                     handle.write(chunk)
-    return sorted(files)
+    return Exported(tuple(sorted(files)), (*notes, *_servers(Path(out), to)))
+
+
+def _servers(folder: Path, to: str) -> tuple[str, ...]:
+    """What vLLM has to be started with for a PEFT folder, where its defaults do not do."""
+    if to != "peft-lora":
+        return ()
+    found = consumer_base.check(folder, ("vllm",), None, {})
+    return tuple(f"vLLM: {finding.what}; {finding.fix}" for finding in found if finding.rule == "max-rank")
 
 
 Mergeable = AnyPath | LoraAdapter | CompactAdapter | Scaled

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import ntpath
-import posixpath
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lrconvert import baking, dtypes, file, report, strictjson, targets
+from lrconvert import baking, dtypes, file, hub, report, strictjson, targets
 from lrconvert.adapter import CompactAdapter, ExtraTensor, LoraAdapter, Provenance, Target
 from lrconvert.base_weights import BaseWeights
 from lrconvert.container import is_without_weights, open_checkpoint
@@ -83,6 +81,9 @@ def convert(
     form = methods.get(method)
     chosen = _options(form, options)
     lora, warnings = _select(lora, include, exclude)
+    if hub.is_private(lora.provenance.base_model):
+        short = hub.last_part(lora.provenance.base_model)
+        warnings += (f"the source names its base by a private path; only {short!r:.80} of it is kept in the file",)
     source_bytes = lora.half_bytes
     with _on_base(lora, base, bake_dora) as (lora, weights, baked):
         warnings += baked
@@ -223,12 +224,9 @@ def _provenance(source: Provenance) -> Provenance:
 
     Its texts are notes from a configuration: they are brought into the form that a file holds rather than refused.
     """
-    hint = source.base_model
-    if posixpath.isabs(hint) or ntpath.isabs(hint):
-        hint = ntpath.basename(hint.rstrip("/\\"))
     return Provenance(
         source=source.source,
-        base_model=_note(hint),
+        base_model=_note(hub.last_part(source.base_model)),
         revision=_note(source.revision),
         task_type=_note(source.task_type),
         fields={**{key: _note(text) for key, text in source.fields.items()}, "captured": _share(0.0)},

@@ -395,6 +395,12 @@ class ExportError(LrcError):
     code = "E-EXPORT"
 
 
+class WorkerError(LrcError):
+    """A process that converts one of many adapters ended, or met an error that is none of these."""
+
+    code = "E-WORKER"
+
+
 class DependencyError(LrcError):
     """An optional dependency is not installed."""
 

@@ -10,7 +10,9 @@ A cache may come from a stranger: links that lead elsewhere are refused, and so 
 
 from __future__ import annotations
 
+import ntpath
 import os
+import posixpath
 import re
 import shlex
 from dataclasses import dataclass
@@ -79,6 +81,16 @@ def hint(path: AnyPath) -> str:
     except OSError:
         is_id = False
     return os.fspath(path) if is_id else Path(path).name
+
+
+def is_private(name: str) -> bool:
+    """Whether what names a model in a configuration is a path of somebody's machine, and no hub id."""
+    return posixpath.isabs(name) or ntpath.isabs(name) or name.startswith((".", "~", "file:")) or "\\" in name
+
+
+def last_part(name: str) -> str:
+    """The last part of a path of whatever system; another text as it is."""
+    return ntpath.basename(name.rstrip("/\\")) if is_private(name) else name
 
 
 def locate(path: AnyPath) -> Path:

@@ -321,5 +321,6 @@ def expanded(compact: CompactAdapter) -> LoraAdapter:
     captured = compact.provenance.fields.get("captured")
     kept = f"a compact file that kept {captured} of its own source" if captured else "a compact adapter"
     warning = f"the source is {kept}: what is measured is against it"
-    fields = {key: text for key, text in compact.provenance.fields.items() if key != "captured"}
+    of_its_own = ("captured", "request")  # of that file, not of what is made from it
+    fields = {key: text for key, text in compact.provenance.fields.items() if key not in of_its_own}
     return LoraAdapter(pairs, compact.extras, replace(compact.provenance, fields=fields), (warning,))

@@ -23,6 +23,8 @@ def block(language: str) -> str:
 @pytest.fixture
 def folder(tmp_path):
     shutil.copytree(ADAPTERS / "llama-plain", tmp_path / "my-adapter")
+    for name in ("one", "two"):
+        shutil.copytree(ADAPTERS / "llama-plain", tmp_path / "my-adapters" / name)
     shutil.copytree(BASES / "tiny-llama", tmp_path / "base-model")
     for name in ("texts", "other-texts"):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(f'{{"text": "{name} {n}: a line."}}' for n in range(9)))

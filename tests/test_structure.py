@@ -27,7 +27,7 @@ ORDER = [
     {"converting"},
     {"gathering", "compressing", "ablating", "allocating", "refining"},
     {"api"},
-    {"render", "page", "demo", "cli", "testing", "__main__"},
+    {"render", "page", "demo", "many", "cli", "testing", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # Lower-level numerics may use the plain nouns of the next group.

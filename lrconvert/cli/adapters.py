@@ -90,11 +90,20 @@ def upgrade(path: Path, output: Path, overwrite: bool) -> None:
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
-@click.option("--to", required=True, help="peft-lora or peft-vblora.")
+@click.option("--to", required=True, help="peft-lora, peft-vblora, peft-miss, kohya, diffusers, mlx, gguf or raw.")
+@click.option(
+    "--base", type=click.Path(path_type=Path), help="Base model folder or hub id, for gguf; its config.json is enough."
+)
+@click.option("--base-model-id", help="How the output names the base: org/name, or org/name@revision.")
 @click.option(
     "--source", type=click.Path(path_type=Path), help="The LoRA it came from: adds the error table to the card."
 )
 @click.option("--keep-ranks", is_flag=True, help="Write rank_pattern and alpha_pattern instead of one padded rank.")
+@click.option(
+    "--pad-rank",
+    type=click.IntRange(1),
+    help="Pad with zeros to this rank; without it to the largest. vLLM's --max-lora-rank has few values.",
+)
 @click.option(
     "--dtype", type=click.Choice(["F32", "F16", "BF16"]), default="F32", show_default=True, help="Of the factors."
 )
@@ -105,8 +114,11 @@ def export(
     file: Path,
     output: Path,
     to: str,
+    base: Path | None,
+    base_model_id: str | None,
     source: Path | None,
     keep_ranks: bool,
+    pad_rank: int | None,
     dtype: str,
     allow_pickle: bool,
     overwrite: bool,
@@ -115,19 +127,23 @@ def export(
     """Write an lrconvert FILE as a folder that other tools load."""
     from lrconvert import api
 
-    names = api.export(
+    done = api.export(
         file,
         output,
         to=to,
         source=source,
+        base=base,
+        base_model_id=base_model_id,
         keep_ranks=keep_ranks,
+        pad_rank=pad_rank,
         dtype=dtype,
         allow_pickle=allow_pickle,
         overwrite=overwrite,
         command=command_line(),
     )
+    warn(done.notes)
     if not quiet:
-        click.echo(f"wrote {output}: {', '.join(names)}")
+        click.echo(f"wrote {output}: {', '.join(done.files)}")
 
 
 def _check(path: Path, consumers: tuple[str, ...], base: Path | None, as_json: bool, **given: Any) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lrconvert.cli import many
 from lrconvert.cli.converting import check_paths, common_options
 from lrconvert.cli.measuring import DATA_HELP
 from lrconvert.cli.shared import device_of, emit, progress_bar, warn
@@ -29,7 +30,7 @@ def command() -> click.Command:
     from lrconvert.allocating import BITS, EXACT, MAX_TOKENS, ROUNDS
 
     params = [param for param in common_options() if param.name != "seed"]  # nothing here is random
-    params[2:2] = [
+    params[3:3] = [
         click.Option(["--total-rank"], type=click.IntRange(1), help="Keep this many components over all modules."),
         click.Option(
             ["--bits"],
@@ -65,7 +66,15 @@ def command() -> click.Command:
             help="Components next to the cut that are ablated in each round, two forward passes each.",
         ),
     ]
-    return click.Command(NAME, params=params, callback=_allocate, help=_ABOUT, short_help=_ABOUT)
+    return click.Command(NAME, params=params, callback=_allocate_any, help=_ABOUT, short_help=_ABOUT)
+
+
+def _allocate_any(**given: Any) -> None:
+    if many.are_meant(given):
+        data = given.pop("data")
+        many.run("allocate", NAME, "", {"data": list(data) or None}, **given)
+    else:
+        _allocate(**many.single(given))
 
 
 def _allocate(

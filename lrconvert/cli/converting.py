@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from lrconvert.cli import many
 from lrconvert.cli.shared import (
     DEVICE,
     DEVICE_OPTION,
@@ -49,8 +50,11 @@ def _members(hint: Any) -> tuple[Any, ...]:
 def common_options() -> list[click.Parameter]:
     path = click.Path(path_type=Path)
     return [
-        click.Argument(["source"], type=path),
-        click.Option(["-o", "--output"], type=path, help="The file to write (required unless --dry-run)."),
+        many.sources_argument(),
+        click.Option(
+            ["-o", "--output"], type=path, help="The file to write, or the folder for many (not with --dry-run alone)."
+        ),
+        many.jobs_option(),
         click.Option(
             ["--target-size"], type=ByteSize(), help="At most this many bytes without extra tensors, e.g. 200KB."
         ),
@@ -97,10 +101,14 @@ def _converter(method_id: str, command: Any, options: type[Any]) -> click.Comman
 
     def run(**given: Any) -> None:
         chosen = {name: value for name in own_names if name and (value := given.pop(name)) is not None}
-        _convert(method_id, {**command.fixed, **chosen}, **given)
+        settings = {**command.fixed, **chosen}
+        if many.are_meant(given):
+            many.run("convert", command.name, method_id, settings, **given)
+        else:
+            _convert(method_id, settings, **many.single(given))
 
     params = common_options()
-    params[2:2] = own  # after source and output
+    params[3:3] = own  # after sources, output and jobs
     return click.Command(command.name, params=params, callback=run, help=command.help, short_help=command.help)
 
 
@@ -160,7 +168,7 @@ _NOT_FOR_ALL = ("dry_run", "verbose")
 def compress_command() -> click.Command:
     """The command `compress`: the converters' options, and what is asked of the winner."""
     params = [p for p in common_options() if p.name not in _NOT_FOR_ALL]
-    params[4:4] = [
+    params[5:5] = [
         click.Option(
             ["--min-captured"],
             type=float,
@@ -171,14 +179,22 @@ def compress_command() -> click.Command:
         ),
     ]
     about = "Try every form that can meet a size, a ratio or a share to keep; print them all, write the best."
-    return click.Command("compress", params=params, callback=_compress, help=about, short_help=about)
+    return click.Command("compress", params=params, callback=_compress_any, help=about, short_help=about)
+
+
+def _compress_any(*, methods: str | None, **given: Any) -> None:
+    forms = [name.strip() for name in (methods or "").split(",") if name.strip()]
+    if many.are_meant(given):
+        many.run("compress", "compress", "", {"forms": forms}, dry_run=False, verbose=False, **given)
+    else:
+        _compress(forms=forms, **many.single(given))
 
 
 def _compress(
     *,
     source: Path,
     output: Path | None,
-    methods: str | None,
+    forms: list[str],
     allow_pickle: bool,
     layout: str | None,
     alpha: float | None,
@@ -193,7 +209,6 @@ def _compress(
     where = check_paths(source, output, overwrite, needed=True)
     assert output is not None
     lora = api.load_lora(where, allow_pickle=allow_pickle, base=common["base"], layout=layout, alpha=alpha)
-    forms = [name.strip() for name in (methods or "").split(",") if name.strip()]
     with progress_bar("compress", quiet or as_json) as progress:
         done = api.compress(lora, forms=forms, device=device_of(device), progress=progress, **common)
     api.write(done.chosen.compact, output, overwrite=overwrite)

@@ -18,7 +18,7 @@ from lrconvert.durable.files import (
     overwrite_bytes,
     sync_folder,
 )
-from lrconvert.durable.folders import StagedDirectory, atomic_directory
+from lrconvert.durable.folders import StagedDirectory, atomic_directory, make_folder
 from lrconvert.durable.system import Buffer
 from lrconvert.durable.work import (
     CONTENT,
@@ -51,6 +51,7 @@ __all__ = [
     "install",
     "leftovers",
     "locked",
+    "make_folder",
     "open_work",
     "overwrite_bytes",
     "require_space",

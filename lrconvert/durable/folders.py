@@ -113,6 +113,28 @@ class StagedDirectory:
             raise not_written(error, self.shown) from None
 
 
+def make_folder(path: StrPath) -> None:
+    """Make a folder, and those it lies in, where they are not there yet. Raises E-OUT-PATH for what is no folder,
+    E-IO-WRITE."""
+    path = Path(path)
+    missing = []
+    for folder in (path, *path.parents):
+        if folder.is_dir():
+            break
+        missing.append(folder)
+    try:
+        for folder in reversed(missing):
+            with suppress(FileExistsError):  # made meanwhile
+                system.current.mkdir(folder)
+        if not path.is_dir():
+            raise NotADirectoryError
+    except (FileExistsError, NotADirectoryError):
+        what = "is not a folder, nor can it become one"
+        raise OutputPathError(what, fix="choose another output", path=path) from None
+    except OSError as error:
+        raise not_written(error, path) from None
+
+
 @contextmanager
 def atomic_directory(path: StrPath, *, overwrite: bool) -> Iterator[StagedDirectory]:
     """Build a folder that appears under `path` whole or not at all.

@@ -9,23 +9,40 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+from lrconvert import hub
 from lrconvert.adapter import CompactAdapter
-from lrconvert.errors import ExportError
+from lrconvert.errors import ExportError, OptionError
 from lrconvert.report import Fidelity
 
 Files = Mapping[str, Iterable[bytes]]
+_NOT_EXPORTERS = ("base", "diffusion", "plain")
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """`keep_ranks`: per-module ranks instead of one padded rank. `dtype`: of the factors. `command`: what the user ran,
-    for the model card."""
+    """`keep_ranks`: per-module ranks instead of one padded rank; `pad_rank`: that rank, the largest of the adapter
+    without it. `dtype`: of the factors. `command`: what the user ran, for the model card. `base_config`: the base's
+    config.json, for layouts whose names or orders depend on it."""
 
     keep_ranks: bool = False
     dtype: str = "F32"
     command: str = ""
+    pad_rank: int | None = None
+    base_config: Mapping[str, Any] | None = None
+
+    def rank(self, top: int) -> int:
+        """The one rank of an adapter whose largest is `top`. Raises E-OPTION for a `pad_rank` below it."""
+        if self.pad_rank is None:
+            return top
+        if self.keep_ranks:
+            raise OptionError("one rank for all and their own ranks exclude each other", fix="leave one out")
+        if self.pad_rank < top:
+            fix = "give that or more, or convert again with fewer ranks"
+            raise OptionError(f"--pad-rank is {self.pad_rank}, and the adapter has a rank of {top}", fix=fix)
+        return self.pad_rank
 
 
 @dataclass(frozen=True)
@@ -41,7 +58,9 @@ def ids() -> list[str]:
     """Names for `--to`, from the file names of this folder."""
     import lrconvert.exporters as package
 
-    return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(package.__path__) if m.name != "base")
+    return sorted(
+        m.name.replace("_", "-") for m in pkgutil.iter_modules(package.__path__) if m.name not in _NOT_EXPORTERS
+    )
 
 
 def get(exporter_id: str) -> Exporter:
@@ -50,3 +69,28 @@ def get(exporter_id: str) -> Exporter:
         raise ExportError(f"there is no export to {exporter_id!r}", fix=f"known: {', '.join(ids())}")
     found: Exporter = importlib.import_module(f"lrconvert.exporters.{exporter_id.replace('-', '_')}").EXPORTER
     return found
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: the names of the files, and notes for the user, a line each."""
+
+    files: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+def public(compact: CompactAdapter, base_model_id: str | None) -> tuple[CompactAdapter, tuple[str, ...]]:
+    """`compact` as it may be given to others, and notes: the base named by `base_model_id` (``org/name``,
+    ``org/name@revision``) if there is one, else without the folders of a path. Raises E-OPTION for what is no name."""
+    came = compact.provenance
+    if base_model_id is not None:
+        name, _, revision = base_model_id.partition("@")
+        if not name or not base_model_id.isprintable():
+            raise OptionError(f"{base_model_id!r:.80} does not name a base model", fix="write org/name")
+        notes = (f"the base is named by a private path, {name!r:.80}",) if hub.is_private(name) else ()
+        return replace(compact, provenance=replace(came, base_model=name, revision=revision)), notes
+    if not hub.is_private(came.base_model):
+        return compact, ()
+    short = hub.last_part(came.base_model)
+    note = f"the base was named by a private path, of which {short!r:.80} is kept; --base-model-id names it"
+    return replace(compact, provenance=replace(came, base_model=short)), (note,)

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from lrconvert import __version__
 from lrconvert.adapter import CompactAdapter, Target
 from lrconvert.dtypes import Array, round_to
 from lrconvert.errors import ExportError
@@ -23,7 +22,7 @@ from lrconvert.methods import base as methods
 from lrconvert.methods.bone import METHOD
 from lrconvert.methods.bone.bat import blocks_of
 from lrconvert.methods.bone.form import Config
-from lrconvert.modelcard import model_card
+from lrconvert.modelcard import model_card, origin, sidecar
 from lrconvert.report import Fidelity
 
 _ADVICE = "convert again with `lora-to-bone --peft-compatible`, or export to peft-lora"
@@ -98,15 +97,14 @@ def files(compact: CompactAdapter, options: ExportOptions, fidelity: Fidelity | 
     }
     del settings["fan_in_fan_out"]  # not a field of MiSS
     notes: dict[str, Any] = {
-        "tool": f"lrconvert {__version__}",
-        "source": compact.provenance.source,
+        **sidecar(compact),
         "shapes": {module: list(target.matrix_shape) for module, (target, _) in blocks.items()},
     }
     if config.variant == "bat":
         notes["base_content"] = compact.base.content
     return {
         "adapter_config.json": [config_file(settings)],
-        "adapter_model.safetensors": weights_file(sorted(tensors)),
+        "adapter_model.safetensors": weights_file(sorted(tensors), origin(compact)),
         "README.md": [model_card(compact, "MiSS", options.command, fidelity)],
         "lrconvert.json": [config_file(notes)],
     }

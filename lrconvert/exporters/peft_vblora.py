@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from lrconvert import __version__
 from lrconvert.adapter import CompactAdapter, Target
 from lrconvert.dtypes import Array
 from lrconvert.errors import ExportError
@@ -18,7 +17,7 @@ from lrconvert.exporters.peft_lora import base_config, config_file, extras, weig
 from lrconvert.exporters.peft_lora.layers import PREFIX, is_embedding, module_name
 from lrconvert.methods import base as methods
 from lrconvert.methods.vblora.form import Config, Form
-from lrconvert.modelcard import model_card
+from lrconvert.modelcard import model_card, origin, sidecar
 from lrconvert.report import Fidelity
 
 _ADVICE = "convert again with `lora-to-vblora --peft-compatible`, or export to peft-lora"
@@ -123,9 +122,9 @@ def files(compact: CompactAdapter, options: ExportOptions, fidelity: Fidelity | 
     }
     return {
         "adapter_config.json": [config_file(settings)],
-        "adapter_model.safetensors": weights_file(sorted(tensors)),
+        "adapter_model.safetensors": weights_file(sorted(tensors), origin(compact)),
         "README.md": [model_card(compact, "VB-LoRA", options.command, fidelity)],
-        "lrconvert.json": [config_file({"tool": f"lrconvert {__version__}", "source": compact.provenance.source})],
+        "lrconvert.json": [config_file(sidecar(compact))],
     }
 
 

@@ -20,6 +20,7 @@ HERE = Path(__file__).resolve().parent
 ENVS = HERE / ".envs"
 LIMIT = 180  # seconds for one peer; they take 1 to 15
 MERGERS = ("axolotl", "mergekit")  # peers that merge, or take merges apart; the others load adapters
+OF_EXPORTS = ("diffusers", "loralib")  # those of the others that load our exports only: `check` knows nothing of them
 # What is kept of a large distribution (patterns of member names); a peer without an entry is installed as it is.
 KEEP = {
     "axolotl": ("axolotl/cli/utils/lora_merge.py",),
@@ -38,7 +39,7 @@ def peers() -> list[str]:
 
 
 def loaders() -> list[str]:
-    return [peer for peer in peers() if peer not in MERGERS]
+    return [peer for peer in peers() if peer not in (*MERGERS, *OF_EXPORTS)]
 
 
 def requirements(peer: str) -> list[str]:

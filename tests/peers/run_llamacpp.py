@@ -19,6 +19,7 @@ BASE = runner.base()
 sys.path[:0] = [str(LIB), str(LIB / "gguf-py")]
 
 import gguf  # noqa: E402
+import numpy as np  # noqa: E402
 
 MODULES = {
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
@@ -29,9 +30,13 @@ WHOLE = {"token_embd": "model.embed_tokens", "output": "lm_head"}
 
 
 def load(folder: Path, base: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """`options`: ``outtype`` of the converter; ``out``, an .npz for tensors; ``written``, a file to read instead."""
+    if "written" in options:
+        return _read(Path(options["written"]), options)
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "adapter.gguf"
-        sys.argv = ["convert", "--base", str(BASE), "--outfile", str(out), str(folder)]
+        sys.argv = ["convert", "--base", options.get("base", str(BASE)), "--outfile", str(out), str(folder)]
+        sys.argv += ["--outtype", options.get("outtype", "f32")]
         try:
             runpy.run_path(str(LIB / "convert_lora_to_gguf.py"), run_name="__main__")
         except SystemExit as end:
@@ -39,11 +44,13 @@ def load(folder: Path, base: dict[str, Any], options: dict[str, Any]) -> dict[st
                 raise RuntimeError(f"the converter ended with {end.code}") from None
         finally:
             logging.getLogger().handlers.clear()
-        return _read(out)
+        return _read(out, options)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, options: dict[str, Any]) -> dict[str, Any]:
     reader = gguf.GGUFReader(path)
+    if "out" in options:
+        np.savez(options["out"], **{f"{t.name}:{t.tensor_type.name}": np.array(t.data) for t in reader.tensors})
     alpha = reader.fields["adapter.lora.alpha"].contents()
     stored = {tensor.name: tensor.data for tensor in reader.tensors}
     norms, dropped, shapes = {}, [], {}
@@ -64,7 +71,8 @@ def _read(path: Path) -> dict[str, Any]:
             _, block, kind = module.split(".")
             full = f"model.layers.{block}.{MODULES.get(kind, kind)}"
         norms[full] = runner.norm(scale, b, a)
-    return {"norms": norms, "dropped": dropped, "shapes": shapes}
+    fields = {key: value.contents() for key, value in reader.fields.items() if not key.startswith("GGUF.")}
+    return {"norms": norms, "dropped": dropped, "shapes": shapes, "fields": fields}
 
 
 if __name__ == "__main__":

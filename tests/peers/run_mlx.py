@@ -19,7 +19,7 @@ from mlx_lm.utils import load_model  # noqa: E402
 
 
 def load(folder: Path, base: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    model, _ = load_model(BASE)
+    model, _ = load_model(Path(options.get("base", BASE)))
     load_adapters(model, str(folder))
     found: dict[str, dict[str, np.ndarray]] = {}
     for name, value in tree_flatten(model.parameters()):
@@ -28,6 +28,9 @@ def load(folder: Path, base: dict[str, Any], options: dict[str, Any]) -> dict[st
             found.setdefault(module, {})[leaf] = np.array(value)
     scales = {name: module.scale for name, module in model.named_modules() if hasattr(module, "lora_a")}
     norms = {name: runner.norm(scales[name], ab["lora_b"].T, ab["lora_a"].T) for name, ab in found.items()}
+    if "out" in options:  # what is added to each weight, (out, in)
+        deltas = {name: scales[name] * (ab["lora_b"].T @ ab["lora_a"].T) for name, ab in found.items()}
+        np.savez(options["out"], **deltas)
     return {"norms": {name: value for name, value in norms.items() if value}}
 
 

@@ -21,6 +21,11 @@ def library(peer: str) -> Path:
     return Path(__file__).resolve().parent / ".envs" / peer / "lib"
 
 
+def prefer(library: Path) -> None:
+    """Import from `library` before what is installed."""
+    sys.path.insert(0, str(library))
+
+
 def tensors(folder: Path) -> dict[str, Any]:
     """The tensors of a PEFT folder, as torch tensors."""
     import torch

@@ -35,7 +35,7 @@ def run(peers: Sequence[str]) -> tuple[int, Counter[tuple[str, str]]]:
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
         words = ["-q", "-p", "no:cacheprovider", "-k", " or ".join(peers), f"--junitxml={report}"]
-        tests = [str(HERE.parent / name) for name in ("test_peers.py", "test_merge_peers.py")]
+        tests = [str(HERE.parent / name) for name in ("test_peers.py", "test_merge_peers.py", "test_export_peers.py")]
         status = subprocess.run([sys.executable, "-m", "pytest", *words, *tests], check=False).returncode
         cases = ElementTree.parse(report).iter("testcase")
         return status, Counter((p, outcome(case)) for case in cases for p in peers if p in case.attrib["name"])

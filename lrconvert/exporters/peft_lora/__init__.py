@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from lrconvert import __version__
 from lrconvert.adapter import CompactAdapter
 from lrconvert.container import encode_header
-from lrconvert.dtypes import round_to
 from lrconvert.errors import ExportError
 from lrconvert.exporters.base import Exporter, ExportOptions, Files
 from lrconvert.exporters.peft_lora import extras
 from lrconvert.exporters.peft_lora.extras import Entry
 from lrconvert.exporters.peft_lora.layers import PREFIX, Factors, Layer, adapted_layers, endings
+from lrconvert.exporters.plain import entry
 from lrconvert.methods import base as methods
-from lrconvert.modelcard import model_card
+from lrconvert.modelcard import model_card, origin, sidecar
 from lrconvert.readers.peft.experts import says_transposed
 from lrconvert.report import Fidelity
 
@@ -46,9 +45,9 @@ def base_config(compact: CompactAdapter, modules: Sequence[str]) -> dict[str, An
     }
 
 
-def weights_file(tensors: Sequence[Entry]) -> Iterator[bytes]:
-    """A safetensors file in pieces."""
-    yield encode_header([(name, dtype, shape) for name, dtype, shape, _ in tensors], {"format": "pt"})
+def weights_file(tensors: Sequence[Entry], notes: Mapping[str, str]) -> Iterator[bytes]:
+    """A safetensors file in pieces; `notes` are its metadata besides the format."""
+    yield encode_header([(name, dtype, shape) for name, dtype, shape, _ in tensors], {"format": "pt", **notes})
     for *_, data in tensors:
         yield data
 
@@ -59,7 +58,7 @@ def config_file(config: dict[str, Any]) -> bytes:
 
 def files(compact: CompactAdapter, options: ExportOptions, fidelity: Fidelity | None) -> Files:
     """See the module's docstring. Raises E-EXPORT if nothing is left, or for what PEFT cannot express."""
-    found = _layers(compact, options.keep_ranks)
+    found = _layers(compact, options)
     top = max(layer.rank for layer in found)
     modules = [layer.name for layer in found if not layer.is_parameter]
     placed = extras.place(compact, modules)
@@ -69,8 +68,7 @@ def files(compact: CompactAdapter, options: ExportOptions, fidelity: Fidelity | 
     tensors = [*placed.entries, *_missing_biases(compact, found, uses)]
     for layer in found:
         for half in layer.halves:
-            data = round_to(half.values, options.dtype).tobytes()
-            tensors.append((half.name, options.dtype, half.values.shape, data))
+            tensors.append(entry(half.name, options.dtype, half.values))
     ranks = _patterns(found, top)
     config = {
         **base_config(compact, modules),
@@ -90,13 +88,13 @@ def files(compact: CompactAdapter, options: ExportOptions, fidelity: Fidelity | 
     }
     return {
         "adapter_config.json": [config_file(config)],
-        "adapter_model.safetensors": weights_file(sorted(tensors)),
+        "adapter_model.safetensors": weights_file(sorted(tensors), origin(compact)),
         "README.md": [model_card(compact, "LoRA", options.command, fidelity)],
-        "lrconvert.json": [config_file({"tool": f"lrconvert {__version__}", "source": compact.provenance.source})],
+        "lrconvert.json": [config_file(sidecar(compact))],
     }
 
 
-def _layers(compact: CompactAdapter, keep_ranks: bool) -> list[Layer]:
+def _layers(compact: CompactAdapter, options: ExportOptions) -> list[Layer]:
     """Everything that is adapted. Modules that were pruned to rank 0 are left out, unless DoRA or a bias changes them
     all the same, or PEFT would adapt them because their name ends with one that is listed."""
     expanded = list(methods.expand_all(compact))
@@ -110,8 +108,8 @@ def _layers(compact: CompactAdapter, keep_ranks: bool) -> list[Layer]:
     if not factors:
         raise ExportError("every target has rank 0, there is nothing to export")
     _check_dora(compact, factors)
-    top = max(1, *(a.shape[0] for _, a, _ in factors))
-    rank: Callable[[int], int] = (lambda own: max(own, 1)) if keep_ranks else (lambda own: top)
+    top = options.rank(max(1, *(a.shape[0] for _, a, _ in factors)))
+    rank: Callable[[int], int] = (lambda own: max(own, 1)) if options.keep_ranks else (lambda own: top)
     return adapted_layers(compact, factors, rank)
 
 

@@ -1,0 +1,101 @@
+"""diffusers' own pipelines on exported folders: ``python run_diffusers.py BASE < folders.json``. Tiny random models of
+its classes; what a file adds to each weight is written to the .npz of ``options["out"]``."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import runner
+
+LIB = runner.library("diffusers")
+runner.prefer(LIB)
+
+import diffusers  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
+
+
+def stable_diffusion() -> Any:
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+    text = transformers.CLIPTextConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=100
+    )
+    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+    return diffusers.StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=transformers.CLIPTextModel(text),
+        tokenizer=None,
+        unet=unet,
+        scheduler=diffusers.DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def flux() -> Any:
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+    )
+    return diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=transformer,
+    )
+
+
+class _Said(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def load(folder: Path, base: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    pipeline = {"sd": stable_diffusion, "flux": flux}[options["model"]]()
+    said = _Said()
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    for logger in loggers:
+        logger.addHandler(said)
+    try:
+        pipeline.load_lora_weights(str(folder), weight_name=options["file"], adapter_name="ours")
+    finally:
+        for logger in loggers:
+            logger.removeHandler(said)
+    found = {}
+    for component, model in pipeline.components.items():
+        for name, module in model.named_modules() if isinstance(model, torch.nn.Module) else ():
+            if isinstance(module, BaseTunerLayer) and "ours" in module.lora_A:
+                found[f"{component}.{name}"] = module.get_delta_weight("ours").detach().double().numpy()
+    np.savez(options["out"], **found)
+    return {"said": said.lines}
+
+
+if __name__ == "__main__":
+    runner.serve(load)
