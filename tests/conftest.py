@@ -57,3 +57,14 @@ def random_lora(
 def dense(pair: LoraTarget) -> np.ndarray:
     """scale * B @ A in float64."""
     return pair.scale * (pair.B.astype(np.float64) @ pair.A.astype(np.float64))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="run the tests that take minutes each, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--exhaustive"):
+        for item in items:
+            if "exhaustive" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes minutes: run with --exhaustive"))

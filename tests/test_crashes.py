@@ -118,7 +118,7 @@ def test_every_call_may_fail_in_place(kind: str, act: str, scenes: dict[str, Sce
     assert fail_every_call(scenes[kind], act, tmp_path, ways) > 60
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("resume", (False, True))
 @pytest.mark.parametrize("act", ("merge", "unmerge"))
 @pytest.mark.parametrize("kind", KINDS)
@@ -174,7 +174,7 @@ def test_every_call_may_fail_in_a_new_folder(scenes: dict[str, Scene], tmp_path:
     fail_new_folder(scenes["swap"], tmp_path, lambda n: [(*ALL[(n * 7) % len(ALL)], n % 2 == 0, False)])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("resume", (False, True))
 @pytest.mark.parametrize("overwrite", (False, True))
 def test_every_call_may_fail_in_a_new_folder_in_every_way(

@@ -307,7 +307,7 @@ def test_a_request_to_end_leaves_nothing_half_written(tmp_path: Path) -> None:
         "def write(*given, **more):\n"
         "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(5)\n"
         "import lrconvert.durable as d\n"
-        "d._File.sync = write\n"
+        "d.File.sync = write\n"
         "worker.main()\n"
     )
     job = {

@@ -150,9 +150,18 @@ def test_lowrank(name, tmp_path):
     check(name, "lowrank", tmp_path, CONVERTED[name][1])
 
 
+OTHERS = [(name, method) for name in CONVERTED for method in methods.module_names() if method != "lowrank"]
+LARGE = ("bloom_lora", "cloneofsimo_pt", "cloneofsimo_safetensors/analog_svd_rank4.safetensors")  # minutes of VB-LoRA
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [m for m in methods.module_names() if m != "lowrank"])
-@pytest.mark.parametrize("name", CONVERTED)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        pytest.param(*case, marks=pytest.mark.exhaustive) if case[0] in LARGE and case[1] == "vblora" else case
+        for case in OTHERS
+    ],
+)
 def test_other_methods(name, method, tmp_path):
     floors = CONVERTED[name][1]
     check(name, method, tmp_path, floors if floors is None or (name in FLOORS and method in KEEP) else (0.0, 0.0))

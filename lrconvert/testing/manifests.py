@@ -61,8 +61,11 @@ class _Zeros(BaseWeights):
     def __init__(self) -> None:
         self.content = _CONTENT
 
+    def rows(self, target: Target, start: int, stop: int) -> Array:
+        return np.zeros((stop - start, target.in_features), np.float32)
+
     def blocks(self, target: Target, step: int = 1, elements: int = BLOCK) -> Iterator[tuple[int, Array]]:
-        yield 0, np.zeros(target.matrix_shape, np.float32)
+        yield 0, self.rows(target, 0, target.out_features)
 
 
 def lrconvert_files(method: str | None = None) -> SearchStrategy[bytes]:

@@ -95,13 +95,14 @@ def _quantized(block: F64, squares: F64, gram: F64, config: Config) -> tuple[Arr
     for c in range(rank):
         _, some, _ = coded(want[:, :, c].reshape(1, out), config, weights)
         each = np.repeat(some[0], size)[:out].reshape(-1, rank)
-        row = np.empty((len(want), rank), np.uint8)
+        row, now, lost = np.empty((len(want), rank), np.uint8), want[:, :, c].copy(), np.empty((len(want), rank))
         for k in range(rank):
-            now = want[:, k, c]
-            row[:, k] = packing.nearest_codes(now[:, None], each[:, k], config.bits)[:, 0]
+            row[:, k] = packing.nearest_codes(now[:, k, None], each[:, k], config.bits)[:, 0]
             value = packing.code_values(row[:, k], config.bits) * each[:, k].astype(np.float64)
-            lost = (now - value) / (along[:, k, k] * across[c, c])
-            want[:, k:, c:] -= (lost[:, None] * along[:, k, k:])[:, :, None] * across[c, c:]
+            lost[:, k] = (now[:, k] - value) / along[:, k, k]
+            now[:, k:] -= lost[:, k, None] * along[:, k, k:]
+        passed = (lost[:, None, :] @ along)[:, 0, :] / across[c, c]  # on to the same rows of later columns
+        want[:, :, c + 1 :] -= passed[:, :, None] * across[c, c + 1 :]
         codes.append(row.reshape(out))
         scales.append(some[0])
     found, units = np.array(codes), packing.code_values(np.array(codes), config.bits)
@@ -152,12 +153,11 @@ class _System:
     def _conjugate_gradients(self, goal: F64, metric: Moment, gram: F64) -> F64:
         """Every block with steps of its own. The preconditioner takes sum_jl M_ij^T M_il Sigma_lj for the product of
         its two halves, which it is where the W_ij are small."""
-        mean = self._square * (self._rank / self._seen.shape[1])
-        inputs = gram + _RIDGE * np.trace(gram) / self._rank * np.eye(self._rank)
+        outer = np.linalg.inv(self._square * (self._rank / self._seen.shape[1]))
+        inner = np.linalg.inv(gram + _RIDGE * np.trace(gram) / self._rank * np.eye(self._rank))
 
         def precondition(x: F64) -> F64:
-            half = np.linalg.solve(mean, x)
-            found: F64 = np.linalg.solve(inputs, half.transpose(0, 2, 1)).transpose(0, 2, 1)
+            found: F64 = outer @ x @ inner
             return found
 
         def dots(x: F64, y: F64) -> F64:

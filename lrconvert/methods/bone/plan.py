@@ -241,8 +241,8 @@ class Plan:
             tiled, other = (out, inner) if side else (inner, out)
             columns = min(self.mini_ranks) or other
             cap = max(1, min(tiled, _MOST, most // (columns * min(self.widths))))
-            grid = _divisors(math.gcd(out, inner), cap) if self.bat else _grid(cap, max(32, int(4 * affordable)))
-            found[side] = grid
+            fine = max(32, int(4 * affordable))
+            found[side] = _divisors(math.gcd(out, inner), min(cap, fine)) if self.bat else _grid(cap, fine)
         return found
 
     def _points(self, pair: LoraTarget, ranks: Mapping[bool, Sequence[int]]) -> list[_Point]:
