@@ -16,7 +16,7 @@ def odd(x: Tensor, bits: int) -> Tensor:
     """The odd integers ``2c + 1 - 2^bits`` of codes c nearest to x, float32, clipped to those that there are."""
     last = (1 << bits) - 1
     with torch.no_grad():
-        value = torch.floor(x / 2 + (1 << (bits - 1))).clamp_(0, last).mul_(2).sub_(last)
+        value = torch.floor(x / 2).add_(1 << (bits - 1)).clamp_(0, last).mul_(2).sub_(last)
     return through(x, value)
 
 

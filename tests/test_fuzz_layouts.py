@@ -89,7 +89,8 @@ def expected(layout: str, files: Mapping[str, bytes]) -> Meaning:
         parts = {r"(.+)\.lora_(?:down|A)\.weight": "A", r"(.+)\.lora_(?:up|B)\.weight": "B", r"(.+)\.alpha": "alpha"}
         return alphas(grouped(tensors, parts))
     if layout == "diffusers":
-        parts = {r"(.+)\.lora_A(?:\.[^.]+)?\.weight": "A", r"(.+)\.lora_B(?:\.[^.]+)?\.weight": "B"}
+        # An adapter may have a name of its own, even that of a factor.
+        parts = {r"(.+?)\.lora_A(?:\.[^.]+)?\.weight": "A", r"(.+?)\.lora_B(?:\.[^.]+)?\.weight": "B"}
         return alphas(grouped(tensors, {**parts, r"(.+?)(?:_lora|\.lora)?\.alpha": "alpha"}))
     if layout == "raw":
         parts = {r"(.+)\.lora_A(?:(?:\.[^.]+)?\.weight)?": "A", r"(.+)\.lora_B(?:(?:\.[^.]+)?\.weight)?": "B"}
