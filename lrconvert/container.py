@@ -295,9 +295,7 @@ class ContainerFile:
 
     def check_unchanged(self) -> None:
         """Raises E-IO-CHANGED if size, time or identity of the file differ from when it was opened."""
-        now, then = os.fstat(self._descriptor), self._stat
-        if (now.st_size, now.st_mtime_ns, now.st_ino) != (then.st_size, then.st_mtime_ns, then.st_ino):
-            raise FileChangedError("the file changed while it was read", path=self.path)
+        check_same(self._descriptor, self._stat, self.path)
 
     def close(self) -> None:
         if self._descriptor >= 0:
@@ -311,6 +309,13 @@ class ContainerFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def check_same(descriptor: int, then: os.stat_result, path: Path) -> None:
+    """Raises E-IO-CHANGED if size, time or identity of an open file differ from what they were."""
+    now = os.fstat(descriptor)
+    if (now.st_size, now.st_mtime_ns, now.st_ino) != (then.st_size, then.st_mtime_ns, then.st_ino):
+        raise FileChangedError("the file changed while it was read", path=path)
 
 
 # --- digests --------------------------------------------------------------------------------------------------------

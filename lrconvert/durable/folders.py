@@ -42,9 +42,8 @@ class StagedDirectory:
             path = path / part
             if path not in self._folders:
                 try:
-                    system.current.mkdir(path)
-                except FileExistsError:
-                    pass  # of an earlier run
+                    with suppress(FileExistsError):  # of an earlier run
+                        system.current.mkdir(path)
                 except OSError as error:
                     raise not_written(error, self.shown / name) from None
                 self._folders.add(path)

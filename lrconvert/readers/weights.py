@@ -12,12 +12,11 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from lrconvert.container import ContainerFile, TensorInfo, open_regular
+from lrconvert.container import ContainerFile, TensorInfo, check_same, open_regular
 from lrconvert.dtypes import FLOATS, STORAGE, Stored
 from lrconvert.errors import (
     DependencyError,
     DtypeError,
-    FileChangedError,
     LimitError,
     LrcError,
     PickleError,
@@ -139,10 +138,8 @@ class PickledFile:
         return Stored(info.dtype, np.frombuffer(self.read(info), STORAGE[info.dtype]).reshape(info.shape))
 
     def check_unchanged(self) -> None:
-        """Raises E-IO-CHANGED if size or time of the file differ from when it was opened."""
-        now, then = os.fstat(self._file.fileno()), self._stat
-        if (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns):
-            raise FileChangedError("the file changed while it was read", path=self.path)
+        """Raises E-IO-CHANGED if size, time or identity of the file differ from when it was opened."""
+        check_same(self._file.fileno(), self._stat, self.path)
 
     def __enter__(self) -> PickledFile:
         return self

@@ -17,12 +17,11 @@ from types import TracebackType
 
 import numpy as np
 
-from lrconvert.container import TensorInfo, open_regular, pread
+from lrconvert.container import TensorInfo, check_same, open_regular, pread
 from lrconvert.dtypes import STORAGE, Stored
 from lrconvert.errors import (
     CoverageError,
     DtypeError,
-    FileChangedError,
     FileKindError,
     HeaderLengthError,
     HeaderTextError,
@@ -215,9 +214,7 @@ class GgufFile:
 
     def check_unchanged(self) -> None:
         """Raises E-IO-CHANGED if size, time or identity of the file differ from when it was opened."""
-        now, then = os.fstat(self._descriptor), self._stat
-        if (now.st_size, now.st_mtime_ns, now.st_ino) != (then.st_size, then.st_mtime_ns, then.st_ino):
-            raise FileChangedError("the file changed while it was read", path=self.path)
+        check_same(self._descriptor, self._stat, self.path)
 
     def close(self) -> None:
         if self._descriptor >= 0:
