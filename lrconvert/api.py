@@ -33,6 +33,7 @@ from lrconvert.errors import LrcError, OptionError
 from lrconvert.exporters import base as exporters
 from lrconvert.exporters.base import Exported
 from lrconvert.merging import MergeReport, Recovery, Scaled, UnmergeReport, VerifyReport
+from lrconvert.methods import base as methods
 from lrconvert.moments import InputStatistics
 from lrconvert.readers import base as readers
 from lrconvert.report import Fidelity
@@ -351,7 +352,7 @@ def compare(
         except LrcError as error:
             raise (error if isinstance(item, CompactAdapter) else error.at(item)) from None
     named = not isinstance(source, LoraAdapter)  # the base may have been for names alone
-    if data is None and (base is None or named or any(report.needs_base(compact) for compact in compacts)):
+    if data is None and (base is None or named or any(methods.needs_base(compact) for compact in compacts)):
         return found
     if base is None or data is None:
         raise OptionError("base and data go together", fix="give both")

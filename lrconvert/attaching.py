@@ -47,10 +47,9 @@ class AttachedAdapter(nn.Module):
     def __init__(self, adapter: Adapter, scale: float, dtype: torch.dtype, trainable: bool) -> None:
         super().__init__()
         self.scale = scale
-        compact = adapter if isinstance(adapter, CompactAdapter) else None
-        self.needs_base = compact is not None and methods.get(compact.method).needs_base(compact.config)
-        self._form = compact
-        self._compact = compact if trainable else None
+        self.needs_base = methods.needs_base(adapter)
+        self._form = adapter if isinstance(adapter, CompactAdapter) else None
+        self._compact = self._form if trainable else None
         self._own_scales = [1.0] * len(_targets(adapter))
         if self._compact is not None:
             self._hold(self._compact, dtype)
@@ -150,18 +149,24 @@ class AdaptedLayer(nn.Module):
     def _change(self, update: Update, x: Tensor, own: Tensor) -> Tensor:
         """What an update adds to the output `own` of the layer itself."""
         if update.source.needs_base:
-            return _dense_product(self.base_layer, update.target, x, dense_update(self, update))
-        a, b = update.source.factors(update.which)
-        change = _product(self.base_layer, update.target, x, a, b) * update.source.factor_of(update.which)
-        if update.magnitude is not None:
-            bias: Any = getattr(self.base_layer, "bias", None)
-            plain = own if bias is None else own - _shaped(self.base_layer, bias)
-            factor = _dora_factor(self.base_layer, update, a, b)
-            factor = _shaped(self.base_layer, factor).to(change.dtype)
-            change = (factor - 1) * plain.to(change.dtype) + factor * change
+            dense = dense_update(update, dense_weight(self.base_layer))
+            change = _dense_product(self.base_layer, update.target, x, dense)
+        else:
+            change = self._through_factors(update, x, own)
         if update.bias is not None:
             change = change + _shaped(self.base_layer, update.bias).to(change.dtype) * update.source.scale
         return change
+
+    def _through_factors(self, update: Update, x: Tensor, own: Tensor) -> Tensor:
+        a, b = update.source.factors(update.which)
+        change = _product(self.base_layer, update.target, x, a, b) * update.source.factor_of(update.which)
+        if update.magnitude is None:
+            return change
+        bias: Any = getattr(self.base_layer, "bias", None)
+        plain = own if bias is None else own - _shaped(self.base_layer, bias)
+        factor = _dora_factor(self.base_layer, update, a, b)
+        factor = _shaped(self.base_layer, factor).to(change.dtype)
+        return (factor - 1) * plain.to(change.dtype) + factor * change
 
 
 def _product(layer: nn.Module, target: Target, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -175,17 +180,7 @@ def _product(layer: nn.Module, target: Target, x: Tensor, a: Tensor, b: Tensor) 
         ones = [1] * len(kernel)
         second = F.conv1d if len(kernel) == 1 else F.conv2d
         return second(first, b.reshape(*b.shape, *ones))
-    change = F.linear(F.linear(x, a), b)
-    if target.view.kind == "rows":
-        start, stop = (int(n) for n in target.view.text.split(":")[1:])
-        change = F.pad(change, (start, target.shape[0] - stop))
-    return change
-
-
-def dense_update(layer: AdaptedLayer, update: Update) -> Tensor:
-    """The update (out, in) of a layer, in float32, where it depends on the base."""
-    weight = _matrix(_dense_weight(layer.base_layer), update.target)
-    return update.source.update_on(update.which, weight.float()) * update.source.factor_of(update.which)
+    return _among_outputs(F.linear(F.linear(x, a), b), target)
 
 
 def _dense_product(layer: nn.Module, target: Target, x: Tensor, dense: Tensor) -> Tensor:
@@ -196,11 +191,15 @@ def _dense_product(layer: nn.Module, target: Target, x: Tensor, dense: Tensor) -
     if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
         found: Tensor = layer._conv_forward(x, dense.reshape(layer.weight.shape), None)
         return found
-    change = F.linear(x, dense)
-    if target.view.kind == "rows":
-        start, stop = (int(n) for n in target.view.text.split(":")[1:])
-        change = F.pad(change, (start, target.shape[0] - stop))
-    return change
+    return _among_outputs(F.linear(x, dense), target)
+
+
+def _among_outputs(change: Tensor, target: Target) -> Tensor:
+    """What a target adds, spread over all outputs of its layer: a slice of a fused one has some of them."""
+    if target.view.kind != "rows":
+        return change
+    start, stop = (int(n) for n in target.view.text.split(":")[1:])
+    return F.pad(change, (start, target.shape[0] - stop))
 
 
 def _matrix(weight: Tensor, target: Target) -> Tensor:
@@ -225,7 +224,7 @@ def _shaped(layer: nn.Module, values: Tensor) -> Tensor:
 
 def _dora_factor(layer: nn.Module, update: Update, a: Tensor, b: Tensor) -> Tensor:
     """magnitude / ||W + s B A|| along in, (out,), by Gram matrices: no dense sum is formed."""
-    weight = _dense_weight(layer)
+    weight = dense_weight(layer)
     matrix = _matrix(weight, update.target).to(a.dtype)
     scale = update.source.factor_of(update.which)
     cross = ((matrix @ a.T) * b).sum(1)
@@ -234,7 +233,7 @@ def _dora_factor(layer: nn.Module, update: Update, a: Tensor, b: Tensor) -> Tens
     return update.magnitude.to(a.dtype) / square.sqrt()
 
 
-def _dense_weight(layer: nn.Module) -> Tensor:
+def dense_weight(layer: nn.Module) -> Tensor:
     """The weight of a layer; of a 4-bit or 8-bit layer of bitsandbytes, dequantized."""
     weight: Any = layer.weight
     state: Any = getattr(weight, "quant_state", None)
@@ -279,17 +278,19 @@ class _AddedToParameter(nn.Module):
         own = weight
         for update in self.updates:
             if update.name in self.state.active:
-                delta = _dense_update(update, own) * update.source.factor_of(update.which)
+                delta = dense_update(update, own)
                 weight = weight + _placed(delta, update.target, weight).to(weight.dtype)
         return weight
 
 
-def _dense_update(update: Update, weight: Tensor) -> Tensor:
-    """An update (out, in) of a stored parameter."""
+def dense_update(update: Update, weight: Tensor) -> Tensor:
+    """An update (out, in) of the base's parameter `weight`, as it is stored."""
     if update.source.needs_base:
-        return update.source.update_on(update.which, _matrix(weight, update.target).float())
-    a, b = update.source.factors(update.which)
-    return b @ a
+        found = update.source.update_on(update.which, _matrix(weight, update.target).float())
+    else:
+        a, b = update.source.factors(update.which)
+        found = b @ a
+    return found * update.source.factor_of(update.which)
 
 
 def _placed(delta: Tensor, target: Target, weight: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from lrconvert.collecting import Batch
 from lrconvert.dtypes import F64, Array
 from lrconvert.errors import DataError
 from lrconvert.methods import base as methods
-from lrconvert.report import Answers, Fidelity, needs_base, target_key
+from lrconvert.report import Answers, Fidelity, target_key
 
 _TEACHER = "teacher"
 _CHUNK = 1 << 24  # logits that are compared at once
@@ -170,7 +170,7 @@ class _Place:
         self.count += len(z)
         for n, update in self.based.items():
             own = torch.from_numpy(self.left[0]).to(z) @ self.rows.double()
-            error = attaching.dense_update(self.layer, update).double() - own
+            error = attaching.dense_update(update, attaching.dense_weight(self.layer.base_layer)).double() - own
             self.lost[n] += float(self._seen(x, error.float()).double().square().sum())
 
     def _seen(self, x: Tensor, rows: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ class _Inputs:
         """`students` by the names that they are attached under."""
         layers = attaching.layers_of(model, _TEACHER)
         device = next(iter(model.parameters())).device
-        based = {n: name for n, (name, student) in enumerate(students.items()) if needs_base(student)}
+        based = {n: name for n, (name, student) in enumerate(students.items()) if methods.needs_base(student)}
         known = [
             {} if n in based else {target_key(t): (a, b) for t, a, b in methods.expand_all(student)}
             for n, student in enumerate(students.values())

@@ -154,7 +154,7 @@ def fidelity(
         if target_key(target) not in pairs:
             raise BaseError(f"the target {target.name!r} is not one of the source's", fix="is this its source?")
     found: dict[tuple[str, str], TargetFidelity] = {}
-    if needs_base(compact):
+    if methods.needs_base(compact):
         if base is None:
             raise OptionError(
                 "what the adapter keeps depends on the base's weights", fix="give the folder of the base with --base"
@@ -174,15 +174,10 @@ def fidelity_on(
     lora: LoraAdapter, compact: CompactAdapter, statistics: InputStatistics | None, base: Path | None
 ) -> Fidelity:
     """The same with the folder of the base, which is opened where it is needed."""
-    if base is None or not needs_base(compact):
+    if base is None or not methods.needs_base(compact):
         return fidelity(lora, compact, statistics)
     with open_checkpoint(base) as checkpoint:
         return fidelity(lora, compact, statistics, BaseWeights(compact, checkpoint, checkpoint.content_digest()))
-
-
-def needs_base(compact: CompactAdapter) -> bool:
-    """Whether the updates of an adapter depend on the base's weights."""
-    return methods.get(compact.method).needs_base(compact.config)
 
 
 def _target_fidelity(
@@ -268,7 +263,7 @@ def inspect_compact(compact: CompactAdapter) -> dict[str, Any]:
     """Everything worth knowing of an lrconvert file, as JSON values."""
     method = methods.get(compact.method)
     size = file.sizes(compact)
-    if needs_base(compact):
+    if methods.needs_base(compact):
         ranks = method.ranks(compact.config, compact.targets)
         rows = [{**_target_row(t), "rank": r, "norm": None} for t, r in zip(compact.targets, ranks, strict=True)]
     else:
@@ -286,7 +281,7 @@ def inspect_compact(compact: CompactAdapter) -> dict[str, Any]:
         "base": {"names": compact.base.names, "content": compact.base.content},
         "source": compact.provenance.source,
         **_common(compact.extras, compact.provenance.base_model, compact.provenance.task_type),
-        "warnings": [_NO_NORM] if needs_base(compact) else [],
+        "warnings": [_NO_NORM] if methods.needs_base(compact) else [],
     }
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from conftest import ADAPTERS, BASES, dense, random_lora
-from models import load_all, random_base, save_base, tree, updates_on
+from models import extra, load_all, random_base, save_base, tree, updates_on
 from safetensors.torch import load_file
 from test_bone import moment, statistics
 from test_export import load_in_peft, logits
@@ -294,6 +294,21 @@ def test_every_layer_computes_as_if_merged(kind: str, tmp_path: Path) -> None:
         before = model(x)
         model[0].weight.copy_(torch.from_numpy(load_all(tmp_path / "out")["0.weight"].decode()).reshape(shape))
     assert torch.allclose(ours, model(x), atol=1e-4) and not torch.allclose(before, ours, atol=1e-2)
+
+
+def test_a_bias_goes_along() -> None:
+    """A bias that a Bat carries is added beside its update, at the adapter's scale, as beside any other form's."""
+    compact = on_llama(rank=4)
+    name = compact.targets[0].name
+    bias = np.linspace(-1, 1, compact.targets[0].out_features).astype(np.float32)
+    carried = replace(compact, extras=(replace(extra(name.removesuffix("weight") + "bias", bias), use="add"),))
+    outputs = []
+    for one in (compact, carried):
+        model = llama()
+        api.attach(model, one, scale=0.5)
+        x = torch.randn(3, compact.targets[0].in_features, generator=torch.Generator().manual_seed(0))
+        outputs.append(model.get_submodule(name.removesuffix(".weight"))(x).detach().numpy())
+    assert np.allclose(outputs[1] - outputs[0], 0.5 * bias, atol=1e-5)
 
 
 def test_gradients_reach_the_block() -> None:

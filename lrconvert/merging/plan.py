@@ -36,6 +36,7 @@ from lrconvert.errors import (
 from lrconvert.heads import Placement
 from lrconvert.limits import MAX_INDEX_BYTES
 from lrconvert.merging.updates import Adapter, Origin, Piece, Scaled, Source, extent, is_turned, targets_of
+from lrconvert.methods import base as methods
 
 CONFIG_NAME = "config.json"
 RECORDS = ".lrconvert"
@@ -192,7 +193,7 @@ def _pieces(
     found: dict[str, list[Piece]] = {}
     index = targets.NameIndex.of(checkpoint)
     for number, (item, there) in enumerate(zip(inputs, resolved, strict=True)):
-        is_based = Source(item.adapter).needs_base
+        is_based = methods.needs_base(item.adapter)
         magnitudes = {e.name: e for e in item.adapter.extras if e.use == "magnitude"}
         if magnitudes and item.scale != 1:
             raise OptionError("a DoRA adapter cannot be scaled: its magnitudes hold for the whole of its update")

@@ -74,9 +74,7 @@ class Source:
     @property
     def needs_base(self) -> bool:
         """Whether updates depend on the base: they are no terms then, see `update_on`."""
-        return not isinstance(self.adapter, LoraAdapter) and methods.get(self.adapter.method).needs_base(
-            self.adapter.config
-        )
+        return methods.needs_base(self.adapter)
 
     def update_on(self, origin: Origin) -> Callable[[F64, int], F64]:
         """From rows (n, m) of the base, seen as (out, in), and the number of the first to the same rows of the update

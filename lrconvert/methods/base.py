@@ -214,12 +214,16 @@ def values(method: Method, compact: CompactAdapter, xp: Any = np) -> dict[str, A
     return numbers
 
 
+def needs_base(adapter: LoraAdapter | CompactAdapter) -> bool:
+    """Whether the updates of an adapter depend on the base's weights."""
+    return isinstance(adapter, CompactAdapter) and get(adapter.method).needs_base(adapter.config)
+
+
 def expand_all(compact: CompactAdapter, xp: Any = np) -> Iterator[tuple[Target, Any, Any]]:
     """(target, A, B) of every target of a compact adapter, one at a time; ``delta_W = B @ A``. Raises E-OPTION if there
     are no such factors: if updates depend on the base."""
-    method = get(compact.method)
-    if method.needs_base(compact.config):
-        what = f"the updates of this {method.id} adapter depend on the base's weights: it has no factors"
+    if needs_base(compact):
+        what = f"the updates of this {compact.method} adapter depend on the base's weights: it has no factors"
         raise OptionError(what, fix="merge it into its base, attach it, or export it to peft-miss")
     yield from without_base(compact, xp)
 
@@ -246,5 +250,5 @@ def updates_on(compact: CompactAdapter, base: BaseWeights) -> Iterator[tuple[Tar
             wide = weight.astype(np.float64)
             yield top, method.rows_on(compact.config, compact.targets, which, factors, wide, top)
 
-    for which, (target, *factors) in enumerate(without_base(compact)):
-        yield target, ranks[which], rows(which, target, (factors[0], factors[1]))
+    for which, (target, a, b) in enumerate(without_base(compact)):
+        yield target, ranks[which], rows(which, target, (a, b))

@@ -48,7 +48,7 @@ def refitted(
     for its configuration: for numbers that came from elsewhere as they are, or without the folder of the base where
     updates depend on it."""
     method = methods.get(compact.method)
-    needs_base = method.needs_base(compact.config)
+    needs_base = methods.needs_base(compact)
     if any(spec.kind == "single" for spec in method.specs(compact.config, compact.targets)):
         return None
     if needs_base and base is None:

@@ -17,6 +17,7 @@ from lrconvert import attaching, file, live, report, texts
 from lrconvert.adapter import CompactAdapter, LoraAdapter
 from lrconvert.container import open_checkpoint
 from lrconvert.errors import DataError, FingerprintError, OptionError, OutputExistsError
+from lrconvert.methods import base as methods
 from lrconvert.refining import checkpoint, layers, log, world, writing
 from lrconvert.refining.data import Pool, Split, examples, split
 from lrconvert.refining.held import TEACHER, Held, Room, answers
@@ -347,7 +348,7 @@ class _Work:
         }
         if self.teacher.provenance.source:
             fields["refined_teacher"] = self.teacher.provenance.source
-        if found.improved and report.needs_base(compact) and self.base is None:
+        if found.improved and methods.needs_base(compact) and self.base is None:
             fields.pop("captured", None)  # nobody knows without the base's weights
         elif found.improved and "captured" in fields:
             captured = report.fidelity_on(layers.aligned(self.teacher, compact), compact, None, self.base).captured

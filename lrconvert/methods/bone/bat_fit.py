@@ -47,20 +47,10 @@ def worth(pair: LoraTarget, rank: int, metric: Moment | None, base: BaseWeights)
     top = (out - height) // 2 // rank * rank
     problem = _Problem(pair, rank, metric)
     d, squares, kept = problem.solve(top, base.rows(pair.target, top, top + height))
-    alone = _alone(squares)[:, :, None] * upper_root(problem.gram).diagonal() ** 2
+    rows, columns = (np.diagonal(upper_root(x), axis1=-2, axis2=-1) ** 2 for x in (squares, problem.gram))
+    alone = rows[:, :, None] * columns  # what of an error in a number is left when those after it make up for it
     sizes = np.mean(np.square(d), axis=(0, 1))
     return kept * out / height, float(np.sum(alone * sizes)) * out / height
-
-
-def _alone(squares: F64) -> F64:
-    """(blocks, r): what of an error in row k of a D_i is left when the rows after it make up for it, per unit of the
-    inputs' gram."""
-    return np.asarray(np.diagonal(_upper_roots(squares), axis1=1, axis2=2) ** 2, np.float64)
-
-
-def _upper_roots(squares: F64) -> F64:
-    """`upper_root` of each of (blocks, r, r)."""
-    return np.asarray(np.linalg.cholesky(squares[:, ::-1, ::-1])[:, ::-1, ::-1], np.float64)
 
 
 class _Problem:
@@ -72,13 +62,12 @@ class _Problem:
         self._rank, self._metric = rank, metric
         blocks = pair.target.in_features // rank
         whole = np.diag(counts(rank, pair.target.in_features)) if metric is None else Classes(right, metric).at(rank)[1]
-        self._whole = whole
         self.gram = whole / blocks + _RIDGE * np.trace(whole) / (blocks * rank) * np.eye(rank)
         self._weighed = right if metric is None else metric.times(right)
 
     def solve(self, top: int, rows: Array) -> tuple[F64, F64, float]:
         """(D_i, sum_j M_ij^T M_ij, both (blocks, r, r), the energy kept) for rows of the base from `top` on."""
-        system = _System(rows.astype(np.float64), self._rank, self._metric, self._whole)
+        system = _System(rows.astype(np.float64), self._rank, self._metric, self.gram)
         return system.solve(self._left[top : top + len(rows)] @ self._weighed)
 
 
@@ -86,7 +75,7 @@ def _quantized(block: F64, squares: F64, gram: F64, config: Config) -> tuple[Arr
     """D (r, out) of few bits: number by number, those after it in its D_i making up for what it lost (GPTQ, arXiv
     2210.17323, the second moments being a Kronecker product); then the best scales for these codes."""
     rank, out = block.shape
-    along = np.linalg.inv(_upper_roots(squares))  # (blocks, k, k')
+    along = np.linalg.inv(upper_root(squares))  # (blocks, k, k')
     across = np.linalg.inv(upper_root(gram))  # (c, c')
     weights = (1 / np.diagonal(along, axis1=1, axis2=2) ** 2).reshape(out)
     size = config.group_size or out
@@ -125,7 +114,7 @@ def _best_scales(wanted: F64, units: F64, squares: F64, gram: F64) -> F32:
 class _System:
     """The normal equations of some output blocks: ``sum_jl M_ij^T M_il D_i Sigma_lj`` with M_ij = W_ij + I."""
 
-    def __init__(self, weight: F64, rank: int, metric: Moment | None, gram: F64 | None) -> None:
+    def __init__(self, weight: F64, rank: int, metric: Moment | None, gram: F64) -> None:
         self._rank, self._blocks = rank, len(weight) // rank
         parts = weight.reshape(self._blocks, rank, -1, rank)
         k = np.arange(rank)
@@ -144,17 +133,16 @@ class _System:
         """(the D_i (blocks, r, r), their sum_j M_ij^T M_ij, the energy that they keep) for rows of the update times the
         metric (blocks * r, in)."""
         goal = self._turned(weighed.reshape(self._seen.shape))
-        if self._gram is None or self._metric is None:
+        if self._metric is None:
             found = np.asarray(np.linalg.solve(self._square, goal), np.float64)
         else:
-            found = self._conjugate_gradients(goal, self._metric, self._gram)
+            found = self._conjugate_gradients(goal, self._metric)
         return found, self._square, float(np.vdot(goal, found))
 
-    def _conjugate_gradients(self, goal: F64, metric: Moment, gram: F64) -> F64:
+    def _conjugate_gradients(self, goal: F64, metric: Moment) -> F64:
         """Every block with steps of its own. The preconditioner takes sum_jl M_ij^T M_il Sigma_lj for the product of
         its two halves, which it is where the W_ij are small."""
-        outer = np.linalg.inv(self._square * (self._rank / self._seen.shape[1]))
-        inner = np.linalg.inv(gram + _RIDGE * np.trace(gram) / self._rank * np.eye(self._rank))
+        outer, inner = np.linalg.inv(self._square), np.linalg.inv(self._gram)
 
         def precondition(x: F64) -> F64:
             found: F64 = outer @ x @ inner

@@ -77,8 +77,8 @@ def factors(pair: LoraTarget) -> tuple[F64, F64]:
 
 def upper_root(gram: F64) -> F64:
     """U upper triangular with ``U U^T = gram``, positive definite: U[k, k]^2 is what of an error in row k is left when
-    the rows after it make up for it."""
-    return np.asarray(np.linalg.cholesky(gram[::-1, ::-1])[::-1, ::-1], np.float64)
+    the rows after it make up for it. Of each of (..., r, r)."""
+    return np.asarray(np.linalg.cholesky(gram[..., ::-1, ::-1])[..., ::-1, ::-1], np.float64)
 
 
 def per_class(classes: tuple[F64, F64]) -> F64:
