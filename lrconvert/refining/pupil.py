@@ -7,7 +7,6 @@ whatever the form, and any number of batches share one expansion.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -136,9 +135,3 @@ class _Head:
 
     def stored(self) -> ExtraTensor:
         return replace(self.extra, data=np.ascontiguousarray(self._rounded(), STORAGE[self.extra.dtype]).tobytes())
-
-
-def leave(model: nn.Module, names: Sequence[str]) -> None:
-    """Take adapters off again."""
-    for name in names:
-        attaching.detach(model, name)

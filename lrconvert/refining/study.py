@@ -1,0 +1,135 @@
+"""One student's way through a lesson: layer by layer, then end to end; or it comes back as it was."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lrconvert import attaching, file
+from lrconvert.adapter import CompactAdapter
+from lrconvert.refining import checkpoint, layers, log
+from lrconvert.refining.held import answers
+from lrconvert.refining.lesson import Lesson
+from lrconvert.refining.loop import Scale, Trainer
+from lrconvert.refining.losses import Sums
+from lrconvert.refining.pupil import NAME, Pupil
+from lrconvert.refining.settings import Settings
+from lrconvert.report import Answers
+
+Progress = Callable[[float, str], None]
+_FIRST_STAGE = 0.1  # of the progress
+
+
+@dataclass(frozen=True, eq=False)
+class Studied:
+    """What came of a student: the best of it, which is the input itself unless `improved`, and how far the input
+    (`before`) and the best (`after`) are from the teacher's answers on held-out data. `best_step` of `steps` was taken
+    (0: before the first); `layerwise`: whether stage one helped."""
+
+    compact: CompactAdapter
+    before: Answers
+    after: Answers
+    improved: bool
+    steps: int
+    best_step: int
+    layerwise: bool
+
+
+@dataclass(eq=False)
+class Study:
+    """`run` it once. Unfinished work is kept at `partial`, if that is given, and gone on with if `resume`."""
+
+    lesson: Lesson
+    compact: CompactAdapter
+    settings: Settings
+    partial: Path | None = None
+    resume: bool = False
+    log_to: Path | None = None
+
+    def run(self, progress: Progress) -> Studied:
+        room, teacher = self.lesson.room, layers.aligned(self.lesson.teacher, self.compact)
+        pupil = Pupil(room.model, self.compact, teacher, self.settings.train_heads)
+        try:
+            return self._run(pupil, progress)
+        finally:
+            attaching.detach(room.model, NAME)
+
+    def _run(self, pupil: Pupil, progress: Progress) -> Studied:
+        settings, lesson, base = self.settings, self.lesson, self.lesson.far
+        told = log.to_file(self.log_to if lesson.room.world.leads else None)
+        scale = Scale(base.mean, base.sizes)
+        trainer = Trainer(lesson.room, pupil, lesson.split.train, lesson.held, scale, settings, told)
+        before = self._measured(trainer, self.compact)
+        told("start", {"base": base.mean, "before": before.mean, "items": base.items, "settings": asdict(settings)})
+        kept = self._kept()
+        if kept is None:
+            self._first_stage(trainer, before, told, lambda s, t: progress(_FIRST_STAGE * s, t))
+        else:
+            trainer.start(self.compact, before)
+            trainer.begin(self.compact)
+            trainer.resume(kept, self.compact)
+        if settings.end_to_end:
+            trainer.train(self._keep, lambda s, t: progress(_FIRST_STAGE + (1 - _FIRST_STAGE) * s, t))
+        assert trainer.best is not None
+        state = trainer.state
+        improved = trainer.best is not self.compact and state.best_distance < before.mean
+        after = replace(before, distance=state.best_distance * before.items, agreed=state.best_agreed)
+        found = Studied(
+            trainer.best if improved else self.compact,
+            answers(before, base),
+            answers(after if improved else before, base),
+            improved,
+            state.step,
+            state.best_step,
+            bool(state.layerwise),
+        )
+        told("end", {"distance": found.after.distance, "closed": found.after.closed, "best_step": state.best_step})
+        return found
+
+    def _measured(self, trainer: Trainer, compact: CompactAdapter) -> Sums:
+        trainer.pupil.take(compact)
+        self.lesson.room.using(NAME)
+        trainer.pupil.show(training=False)
+        return trainer.held.sums((NAME,))
+
+    def _first_stage(self, trainer: Trainer, before: Sums, told: log.Log, progress: Progress) -> None:
+        trainer.start(self.compact, before)
+        if self.settings.layerwise:
+            progress(0.0, "layer by layer")
+            seed, lesson = self.settings.seed, self.lesson
+            inputs = lesson.inputs(seed, self.settings.batch_tokens)
+            found = layers.refitted(lesson.room, lesson.teacher, self.compact, inputs, seed, lesson.base, progress)
+            if found is not None:
+                after = self._measured(trainer, found)
+                told("layers", {"distance": after.mean, "before": before.mean})
+                if after.mean < before.mean:
+                    trainer.start(found, after)
+                    trainer.state.layerwise = 1
+        assert trainer.best is not None
+        trainer.begin(trainer.best)
+
+    def _about(self) -> dict[str, Any]:
+        """What a checkpoint is of: it is of no use to other work."""
+        options = {k: repr(v) for k, v in sorted(asdict(self.settings).items()) if k not in ("checkpoint_every",)}
+        payload = hashlib.sha256()
+        for piece in file.encode(self.compact):
+            payload.update(piece)
+        return {
+            "file": payload.hexdigest(),
+            "teacher": self.lesson.teacher.provenance.source,
+            "data": self.lesson.split.digest,
+            "settings": options,
+            "processes": self.lesson.room.world.size,
+        }
+
+    def _kept(self) -> checkpoint.State | None:
+        if self.partial is None or not self.partial.exists() or not self.resume:
+            return None
+        return checkpoint.read(self.partial, self._about())
+
+    def _keep(self, state: checkpoint.State) -> None:
+        if self.partial is not None and self.lesson.room.world.leads:
+            checkpoint.write(self.partial, self._about(), state)
