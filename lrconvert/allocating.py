@@ -307,7 +307,7 @@ def allocate(
         seed=0,  # nothing is random here
         progress=fitting,
         choose=choose,
-        bits=str(bits),
+        options={"bits": str(bits)},
         **common,
     )
     source, choice = found[0]

@@ -29,7 +29,7 @@ from lrconvert.consumers.base import Finding
 from lrconvert.container import read_json
 from lrconvert.converting import Conversion, ExtraDtype
 from lrconvert.durable import atomic_directory, check_output, discard
-from lrconvert.errors import LrcError, OptionError
+from lrconvert.errors import AttachError, BaseError, DataError, LrcError, OptionError
 from lrconvert.exporters import base as exporters
 from lrconvert.exporters.base import Exported
 from lrconvert.merging import MergeReport, Recovery, Scaled, UnmergeReport, VerifyReport
@@ -205,7 +205,7 @@ def convert(
         device=device,
         dry_run=dry_run,
         progress=progress,
-        **options,
+        options=options,
     )
 
 
@@ -219,35 +219,70 @@ def compress(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     base: AnyPath | None = None,
+    data: AnyPath | Sequence[AnyPath] | None = None,
     statistics: AnyPath | InputStatistics | None = None,
+    rank_by: str = "auto",
+    budget_minutes: float | None = None,
+    steps: int = 0,
+    length: int = 512,
+    batch_tokens: int = 1024,
+    max_tokens: int = 0,
     bake_dora: int | None = None,
     extra_dtype: ExtraDtype | None = None,
     seed: int = 0,
     device: str = "cpu",
     progress: Progress = _silent,
 ) -> Compression:
-    """Try `forms` (all without) and take the one that keeps most under `target_size` or `target_ratio`, or the smallest
-    that keeps `min_captured`: of the outputs' energy if there are `statistics`, else of the weights'. `chosen` of the
-    result is the winner's conversion. The other options are those of `convert`.
+    """Try `forms` (all without) and take the best under `target_size` or `target_ratio`, or the smallest that keeps
+    `min_captured`: of the outputs' energy if there are `statistics`, else of the weights'. `chosen` of the result is
+    the winner's conversion. The options that are not named here are those of `convert`.
 
-    Raises E-BUDGET, saying what would do, if nothing meets the request, E-OPTION, and what `convert` raises.
+    With a `base` the best is what answers most as the LoRA does (`rank_by` "answers") on held-out `data`, files as in
+    `refine`, or texts that a decoder writes: all forms are fitted under the moments of its inputs and refined a little,
+    the better half twice as long, and so on, for `budget_minutes` or a stated number of steps; the winner, refined by
+    as much and by `steps` more, is what is chosen. By "fit" it is what keeps most in the metric of the fits; "auto"
+    takes that without a base, without its weights, and for an encoder without data.
+
+    Raises E-BUDGET, saying what would do, if nothing meets the request, E-OPTION, what `convert` raises, and ranking by
+    answers what `refine` raises.
     """
-    return compressing.compress(
-        lora,
-        target_size=target_size,
-        target_ratio=target_ratio,
-        min_captured=min_captured,
-        forms=forms,
-        include=include,
-        exclude=exclude,
-        base=None if base is None else hub.locate(base),
-        statistics=_statistics(statistics),
-        bake_dora=bake_dora,
-        extra_dtype=extra_dtype,
-        seed=seed,
-        device=device,
-        progress=progress,
-    )
+    there = None if base is None else hub.locate(base)
+    known = _statistics(statistics)
+
+    def fit(statistics: InputStatistics | None, progress: Progress) -> Compression:
+        return compressing.compress(
+            lora,
+            target_size=target_size,
+            target_ratio=target_ratio,
+            min_captured=min_captured,
+            forms=forms,
+            include=include,
+            exclude=exclude,
+            base=there,
+            bake_dora=bake_dora,
+            statistics=statistics,
+            extra_dtype=extra_dtype,
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
+
+    reason = compressing.no_answers(rank_by, there, data is not None, min_captured, bake_dora)
+    if reason is not None or there is None:
+        return replace(fit(known, progress), note=reason or "")
+    from lrconvert.refining import contest
+    from lrconvert.refining.settings import Settings
+
+    settings = Settings(length=length, batch_tokens=batch_tokens, max_tokens=max_tokens, seed=seed)
+    rules = contest.Rules(budget_minutes, steps)
+    try:
+        return contest.compress(
+            lora, fit, there, data, settings, rules, statistics=known, device=device, progress=progress
+        )
+    except (AttachError, BaseError, DataError) as error:  # no such model, or nothing to learn
+        if rank_by == "answers" or data is not None:
+            raise
+        return replace(fit(known, progress), note=compressing.RANKED_BY_FIT.format(error.what))
 
 
 def allocate(

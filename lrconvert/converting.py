@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,28 +58,23 @@ class Conversion:
 Choose = Callable[[LoraAdapter, Budget | None, FitContext], tuple[LoraAdapter, Any]]
 
 
-def convert(
-    lora: LoraAdapter,
-    method: str,
-    *,
-    target_size: int | None,
-    target_ratio: float | None,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    base: Path | None,
-    statistics: InputStatistics | None,
-    bake_dora: int | None,
-    extra_dtype: ExtraDtype | None,
-    seed: int,
-    device: str,
-    dry_run: bool,
-    progress: Callable[[float, str], None],
-    choose: Choose | None = None,
-    **options: Any,
-) -> Conversion:
-    """See `lrconvert.api.convert`. With `choose` it says what is fitted; what is kept is measured against `lora`."""
-    form = methods.get(method)
-    chosen = _options(form, options)
+@dataclass(frozen=True, eq=False)
+class Ground:
+    """What conversions of one LoRA stand on: the targets that were chosen, as the base stores them, and the base's
+    opened weights, if there is one. `source_bytes`: the factors at 16 bit."""
+
+    lora: LoraAdapter
+    source_bytes: int
+    weights: BaseWeights | None
+    base: Path | None
+    warnings: tuple[str, ...]
+
+
+@contextmanager
+def grounded(
+    lora: LoraAdapter, *, include: Sequence[str], exclude: Sequence[str], base: Path | None, bake_dora: int | None
+) -> Iterator[Ground]:
+    """Choose targets and settle them on the base, which is read once for its digest and is open meanwhile."""
     lora, warnings = _select(lora, include, exclude)
     if hub.is_private(lora.provenance.base_model):
         short = hub.last_part(lora.provenance.base_model)
@@ -89,40 +84,79 @@ def convert(
         warnings += baked
         if any(extra.use == "magnitude" for extra in lora.extras):
             warnings += (_DORA_NOTE,)
-        content = "" if weights is None else weights.content
-        if statistics is not None and content and statistics.content not in ("", content):
-            raise FingerprintError(
-                "the statistics are of a base with other contents", fix="collect them from this base", path=base
-            )
-        budget_bytes = _budget_bytes(source_bytes, target_size, target_ratio, None if options else form.default_ratio)
-        skeleton = CompactAdapter(
-            method=form.id,
-            config=None,
-            targets=lora.shapes(),
-            tensors={},
-            extras=tuple(_cast_extra(extra, extra_dtype) for extra in lora.extras),
-            provenance=_provenance(lora.provenance),
-            base=replace(fingerprint(lora.shapes()), content=content),
-        )
-        context = FitContext(seed, device, progress, statistics, weights)
-        budget = None
-        if budget_bytes is not None:
-            budget = Budget(budget_bytes, lambda config: file.sizes(replace(skeleton, config=config)).adapter)
-        fitted, config = (
-            (lora, form.plan(lora, chosen, budget, context)) if choose is None else choose(lora, budget, context)
-        )
-        planned = replace(skeleton, config=config)
-        sizes = file.sizes(planned)
-        file.check(planned)  # before the work: a file that could not be written is not worth fitting
-        if dry_run:
-            return Conversion(planned, sizes, source_bytes, None, warnings)
-        compact = replace(planned, tensors=form.fit(fitted, config, context))
-        fidelity = report.fidelity(lora, compact, statistics, weights)
-    compact = _with_captured(compact, fidelity.captured)
-    return Conversion(compact, sizes, source_bytes, fidelity, warnings)
+        yield Ground(lora, source_bytes, weights, base, warnings)
 
 
-def _options(form: methods.Method, options: dict[str, Any]) -> Any:
+def convert(
+    lora: LoraAdapter,
+    method: str,
+    *,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    base: Path | None,
+    bake_dora: int | None,
+    options: Mapping[str, Any],
+    **how: Any,
+) -> Conversion:
+    """See `lrconvert.api.convert`; `how` is what `convert_on` takes."""
+    _options(methods.get(method), options)  # before a base is read
+    with grounded(lora, include=include, exclude=exclude, base=base, bake_dora=bake_dora) as ground:
+        return convert_on(ground, method, options=options, **how)
+
+
+def convert_on(
+    ground: Ground,
+    method: str,
+    *,
+    target_size: int | None,
+    target_ratio: float | None,
+    statistics: InputStatistics | None,
+    extra_dtype: ExtraDtype | None,
+    seed: int,
+    device: str,
+    dry_run: bool,
+    progress: Callable[[float, str], None],
+    options: Mapping[str, Any],
+    choose: Choose | None = None,
+) -> Conversion:
+    """Convert what `ground` holds. With `choose` it says what is fitted; what is kept is measured against the LoRA."""
+    form = methods.get(method)
+    chosen = _options(form, options)
+    lora, weights = ground.lora, ground.weights
+    content = "" if weights is None else weights.content
+    if statistics is not None and content and statistics.content not in ("", content):
+        raise FingerprintError(
+            "the statistics are of a base with other contents", fix="collect them from this base", path=ground.base
+        )
+    default_ratio = None if options else form.default_ratio
+    budget_bytes = _budget_bytes(ground.source_bytes, target_size, target_ratio, default_ratio)
+    skeleton = CompactAdapter(
+        method=form.id,
+        config=None,
+        targets=lora.shapes(),
+        tensors={},
+        extras=tuple(_cast_extra(extra, extra_dtype) for extra in lora.extras),
+        provenance=_provenance(lora.provenance),
+        base=replace(fingerprint(lora.shapes()), content=content),
+    )
+    context = FitContext(seed, device, progress, statistics, weights)
+    budget = None
+    if budget_bytes is not None:
+        budget = Budget(budget_bytes, lambda config: file.sizes(replace(skeleton, config=config)).adapter)
+    fitted, config = (
+        (lora, form.plan(lora, chosen, budget, context)) if choose is None else choose(lora, budget, context)
+    )
+    planned = replace(skeleton, config=config)
+    sizes = file.sizes(planned)
+    file.check(planned)  # before the work: a file that could not be written is not worth fitting
+    if dry_run:
+        return Conversion(planned, sizes, ground.source_bytes, None, ground.warnings)
+    compact = replace(planned, tensors=form.fit(fitted, config, context))
+    fidelity = report.fidelity(lora, compact, statistics, weights)
+    return Conversion(_with_captured(compact, fidelity.captured), sizes, ground.source_bytes, fidelity, ground.warnings)
+
+
+def _options(form: methods.Method, options: Mapping[str, Any]) -> Any:
     known = {field.name for field in dataclasses.fields(form.Options)}
     unknown = sorted(set(options) - known)
     if unknown:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from lrconvert.errors import printable
 from lrconvert.methods import base as methods
-from lrconvert.report import Fidelity
+from lrconvert.report import Answers, Fidelity
 
 if TYPE_CHECKING:
-    from lrconvert.compressing import Compression
+    from lrconvert.compressing import Candidate, Compression
     from lrconvert.converting import Conversion
     from lrconvert.file import Sizes
     from lrconvert.merging import MergeReport, Recovery, UnmergeReport, VerifyReport
@@ -166,33 +166,74 @@ def compression_json(done: Compression) -> dict[str, Any]:
             assert fidelity is not None
             row |= {"bytes": some.nbytes, "ratio": some.conversion.ratio, "captured": fidelity.captured}
             row |= {"output_captured": fidelity.output_captured, "score": some.score}
+        if some.before is not None and some.after is not None:
+            row |= {"before": answers_json(some.before), "after": answers_json(some.after), "steps": some.steps}
         rows.append(row)
-    return {"candidates": rows, **conversion_json(done.chosen)}
+    return {"candidates": rows, "note": done.note, **conversion_json(done.chosen)}
 
 
 def compression(source: str, output: str, done: Compression) -> str:
-    """Every candidate on a line, smallest first, the winner marked."""
-    made = [(some, some.conversion) for some in done.candidates if some.conversion is not None]
-    weighted = any(c.fidelity is not None and c.fidelity.output_captured is not None for _, c in made)
+    """Every candidate on a line, the winner marked: nearest to the LoRA's answers first, else smallest first."""
+    after = done.candidates[done.winner].after
+    shown = _by_fit(done) if after is None else [*_by_answers(done), "", _closed_note(after)]
+    lines = [f"{printable(source)} -> {printable(output)}", "", *shown]
+    refused = [f"  {c.method}: {printable(c.refused.what)}" for c in done.candidates if c.refused is not None]
+    lines[3:3] = refused
+    return "\n".join([*lines, *([done.note] if done.note else [])])
+
+
+def _by_answers(done: Compression) -> list[str]:
+    made = [(c, c.conversion, c.before, c.after) for c in done.candidates]
     rows = []
-    for some, found in sorted(made, key=lambda entry: (entry[0].nbytes, -entry[0].score)):
-        fidelity = found.fidelity
+    for some, found, before, after in sorted(made, key=lambda e: (-e[0].steps, 0.0 if e[3] is None else e[3].distance)):
+        if found is None or before is None or after is None:
+            continue
+        agreement = "-" if after.agreement is None else f"{after.agreement:.1%}"
+        shares = [f"{before.closed:.1%}", f"{after.closed:.1%}", agreement]
+        rows.append([_form(done, some), f"{some.nbytes:,}", f"{found.ratio:.1f}", *shares, f"{some.steps:,}"])
+    return [table(["  form", "bytes", "ratio", "closed", "refined", "agreement", "steps"], rows)]
+
+
+def _closed_note(found: Answers) -> str:
+    what = "KL" if found.kind == "KL" else f"distance of {found.kind}"
+    return (
+        f"Closed: the share of the {what} between base and LoRA that the fit has closed, and the refined form, on "
+        f"{found.items:,} held-out items, which chose the winner."
+    )
+
+
+def _by_fit(done: Compression) -> list[str]:
+    made = [(c, c.conversion, c.conversion.fidelity) for c in done.candidates if c.conversion is not None]
+    weighted = any(fidelity is not None and fidelity.output_captured is not None for _, _, fidelity in made)
+    rows = []
+    for some, found, fidelity in sorted(made, key=lambda entry: (entry[0].nbytes, -entry[0].score)):
         assert fidelity is not None
-        mark = "* " if some is done.candidates[done.winner] else "  "
-        told = ", ".join(f"{key} {value}" for key, value in some.options.items())
         captured = [_share(fidelity.captured)]
         captured += [_share(fidelity.output_captured), _share(fidelity.fit_captured)] if weighted else []
-        name = f"{mark}{some.method}{f' ({told})' if told else ''}"
-        rows.append([name, f"{some.nbytes:,}", f"{found.ratio:.1f}", *captured])
+        rows.append([_form(done, some), f"{some.nbytes:,}", f"{found.ratio:.1f}", *captured])
     head = ["  form", "bytes", "ratio", "captured", *(["of outputs", "score"] if weighted else [])]
-    lines = [f"{printable(source)} -> {printable(output)}", "", table(head, rows)]
-    lines += [f"  {c.method}: {printable(c.refused.what)}" for c in done.candidates if c.refused is not None]
     note = (
         "The score is what the fits work on: errors of outputs, each target by the root of its energy."
         if weighted
-        else "Captured energy of the weights alone favours low rank; --statistics ranks by what layers put out."
+        else "Captured energy of the weights alone favours low rank; with --base, answers rank the forms."
     )
-    return "\n".join([*lines, "", note])
+    return [table(head, rows), "", note]
+
+
+def _form(done: Compression, some: Candidate) -> str:
+    told = ", ".join(f"{key} {value}" for key, value in some.options.items())
+    return f"{'* ' if some is done.candidates[done.winner] else '  '}{some.method}{f' ({told})' if told else ''}"
+
+
+def answers_json(found: Answers) -> dict[str, Any]:
+    return {
+        "of": found.kind,
+        "items": found.items,
+        "distance": found.distance,
+        "base_distance": found.base_distance,
+        "closed": found.closed,
+        "agreement": found.agreement,
+    }
 
 
 def fidelity_json(found: Fidelity) -> dict[str, Any]:

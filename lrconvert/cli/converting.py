@@ -162,11 +162,14 @@ def check_paths(source: Path, output: Path | None, overwrite: bool, needed: bool
     return where
 
 
+_RANKING_DATA = "Texts that rank the forms and refine the winner (see `refine`); without, a decoder writes its own."
 _NOT_FOR_ALL = ("dry_run", "verbose")
 
 
 def compress_command() -> click.Command:
     """The command `compress`: the converters' options, and what is asked of the winner."""
+    from lrconvert.compressing import RANKINGS
+
     params = [p for p in common_options() if p.name not in _NOT_FOR_ALL]
     params[5:5] = [
         click.Option(
@@ -178,12 +181,37 @@ def compress_command() -> click.Command:
             ["--methods"], help="Forms to try, with commas between; default: all. For instance lowrank,vblora."
         ),
     ]
+    at = next(n for n, p in enumerate(params) if p.name == "statistics")
+    params[at:at] = [
+        click.Option(["--data"], multiple=True, type=click.Path(path_type=Path), help=_RANKING_DATA),
+        click.Option(
+            ["--rank-by"],
+            type=click.Choice(RANKINGS),
+            default="auto",
+            show_default=True,
+            help="What the model answers after a short refinement, or what fits keep; auto: answers, with --base.",
+        ),
+        click.Option(
+            ["--budget-minutes"], type=float, help="Time for ranking by answers, instead of a number of steps."
+        ),
+        click.Option(
+            ["--steps"], type=click.IntRange(0), default=0, show_default=True, help="Refine the winner by so many more."
+        ),
+        click.Option(["--length"], type=click.IntRange(2), default=512, show_default=True, help="Tokens of a text."),
+        click.Option(
+            ["--batch-tokens"], type=click.IntRange(1), default=1024, show_default=True, help="Tokens of a batch."
+        ),
+        click.Option(
+            ["--max-tokens"], type=click.IntRange(0), default=0, show_default=True, help="Tokens of --data; 0: all."
+        ),
+    ]
     about = "Try every form that can meet a size, a ratio or a share to keep; print them all, write the best."
     return click.Command("compress", params=params, callback=_compress_any, help=about, short_help=about)
 
 
-def _compress_any(*, methods: str | None, **given: Any) -> None:
+def _compress_any(*, data: tuple[Path, ...], methods: str | None, **given: Any) -> None:
     forms = [name.strip() for name in (methods or "").split(",") if name.strip()]
+    given["data"] = list(data) or None
     if many.are_meant(given):
         many.run("compress", "compress", "", {"forms": forms}, dry_run=False, verbose=False, **given)
     else:

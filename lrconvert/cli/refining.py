@@ -22,7 +22,6 @@ from lrconvert.cli.shared import (
 
 if TYPE_CHECKING:
     from lrconvert.refining.refine import Refinement
-    from lrconvert.report import Answers
 
 _path = click.Path(path_type=Path)
 _ABOUT = "Train FILE for a short while to answer as its LoRA does (distillation)."
@@ -129,6 +128,8 @@ def _refine(
 
 
 def refinement_json(done: Refinement) -> dict[str, Any]:
+    from lrconvert.render import answers_json
+
     return {
         "improved": done.improved,
         "steps": done.steps,
@@ -136,19 +137,8 @@ def refinement_json(done: Refinement) -> dict[str, Any]:
         "layerwise": done.layerwise,
         "data": done.data,
         "seconds": round(done.seconds, 1),
-        "before": _answers_json(done.before),
-        "after": _answers_json(done.after),
-    }
-
-
-def _answers_json(found: Answers) -> dict[str, Any]:
-    return {
-        "of": found.kind,
-        "items": found.items,
-        "distance": found.distance,
-        "base_distance": found.base_distance,
-        "closed": found.closed,
-        "agreement": found.agreement,
+        "before": answers_json(done.before),
+        "after": answers_json(done.after),
     }
 
 

@@ -6,11 +6,8 @@ error, without a pass backward through the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 from lrconvert import collecting, gathering
 from lrconvert.adapter import CompactAdapter, LoraAdapter
@@ -19,7 +16,10 @@ from lrconvert.container import open_checkpoint
 from lrconvert.errors import BaseError, LrcError
 from lrconvert.methods import base as methods
 from lrconvert.methods.base import FitContext
-from lrconvert.refining.held import TEACHER, Room
+from lrconvert.moments import InputStatistics
+from lrconvert.refining.held import TEACHER
+from lrconvert.refining.lesson import Lesson, Progress
+from lrconvert.refining.settings import Settings
 from lrconvert.report import target_key
 
 
@@ -35,34 +35,33 @@ def aligned(lora: LoraAdapter, compact: CompactAdapter) -> LoraAdapter:
     return replace(lora, targets=tuple(found))
 
 
-def refitted(
-    room: Room,
-    lora: LoraAdapter,
-    compact: CompactAdapter,
-    batches: Iterable[Mapping[str, Any]],
-    seed: int,
-    base: Path | None,
-    progress: Callable[[float, str], None],
-) -> CompactAdapter | None:
-    """`compact` fitted again, under the moments of the teacher's inputs on `batches`; None where the method has no fit
-    for its configuration: for numbers that came from elsewhere as they are, or without the folder of the base where
-    updates depend on it."""
+def moments(lesson: Lesson, adapter: LoraAdapter | CompactAdapter, settings: Settings) -> InputStatistics:
+    """The moments of the teacher's inputs to the layers of `adapter`, on a part of what is trained on."""
+    room = lesson.room
+    room.using(TEACHER)
+    batches = lesson.inputs(settings.seed, settings.batch_tokens)
+    with room.computing():
+        return collecting.collect(room.model, batches, wanted=gathering.wanted(room.model, adapter, (), ()))
+
+
+def refitted(lesson: Lesson, compact: CompactAdapter, settings: Settings, progress: Progress) -> CompactAdapter | None:
+    """`compact` fitted again, under the moments of the teacher's inputs; None where the method has no fit for its
+    configuration: for numbers that came from elsewhere as they are, or without the folder of the base where updates
+    depend on it."""
     method = methods.get(compact.method)
     needs_base = methods.needs_base(compact)
     if any(spec.kind == "single" for spec in method.specs(compact.config, compact.targets)):
         return None
-    if needs_base and base is None:
+    if needs_base and lesson.base is None:
         return None
-    room.using(TEACHER)
-    with room.computing():
-        known = collecting.collect(room.model, batches, wanted=gathering.wanted(room.model, compact, (), ()))
-    context = FitContext(seed, str(room.device), progress, known)
+    known = moments(lesson, compact, settings)
+    context = FitContext(settings.seed, str(lesson.room.device), progress, known)
     try:
         with ExitStack() as stack:
-            if needs_base and base is not None:
-                checkpoint = stack.enter_context(open_checkpoint(base))
+            if needs_base and lesson.base is not None:
+                checkpoint = stack.enter_context(open_checkpoint(lesson.base))
                 context = replace(context, base=BaseWeights(compact, checkpoint, compact.base.content))
-            tensors = method.fit(aligned(lora, compact), compact.config, context)
+            tensors = method.fit(aligned(lesson.teacher, compact), compact.config, context)
     except LrcError as error:
         if error.code != "E-STATS":
             raise

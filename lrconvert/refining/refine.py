@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ from lrconvert.container import open_checkpoint
 from lrconvert.errors import FingerprintError, OptionError, OutputExistsError
 from lrconvert.methods import base as methods
 from lrconvert.refining import layers, lesson, world
+from lrconvert.refining.lesson import Lesson, Progress
 from lrconvert.refining.settings import Settings
 from lrconvert.refining.study import Studied, Study
 from lrconvert.report import Answers
 
-Progress = Callable[[float, str], None]
 _OPENING = 0.05  # of the progress: what comes before the student
 
 
@@ -99,7 +98,7 @@ def _check_base(compact: CompactAdapter, base: Path) -> None:
                 raise FingerprintError("the base has other contents than the file's own", path=base)
 
 
-def signed(there: lesson.Lesson, found: Studied, seed: int) -> CompactAdapter:
+def signed(there: Lesson, found: Studied, seed: int) -> CompactAdapter:
     """What came of a student with what was done in its provenance, also where it came to nothing."""
     compact, teacher = found.compact, there.teacher
     fields = {

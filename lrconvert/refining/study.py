@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,13 @@ from lrconvert import attaching, file
 from lrconvert.adapter import CompactAdapter
 from lrconvert.refining import checkpoint, layers, log
 from lrconvert.refining.held import answers
-from lrconvert.refining.lesson import Lesson
+from lrconvert.refining.lesson import Lesson, Progress
 from lrconvert.refining.loop import Scale, Trainer
 from lrconvert.refining.losses import Sums
 from lrconvert.refining.pupil import NAME, Pupil
 from lrconvert.refining.settings import Settings
 from lrconvert.report import Answers
 
-Progress = Callable[[float, str], None]
 _FIRST_STAGE = 0.1  # of the progress
 
 
@@ -99,9 +97,7 @@ class Study:
         trainer.start(self.compact, before)
         if self.settings.layerwise:
             progress(0.0, "layer by layer")
-            seed, lesson = self.settings.seed, self.lesson
-            inputs = lesson.inputs(seed, self.settings.batch_tokens)
-            found = layers.refitted(lesson.room, lesson.teacher, self.compact, inputs, seed, lesson.base, progress)
+            found = layers.refitted(self.lesson, self.compact, self.settings, progress)
             if found is not None:
                 after = self._measured(trainer, found)
                 told("layers", {"distance": after.mean, "before": before.mean})

@@ -1,0 +1,154 @@
+"""Which form answers most as the LoRA does: all are refined a little, equally, and the better half goes on.
+
+Successive halving (arXiv 1502.07943): a fit alone says little of what refinement makes of a form, and to refine every
+form to its end costs several times what finding the best one does. All forms see the same texts in the same order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from lrconvert import report
+from lrconvert.adapter import LoraAdapter
+from lrconvert.compressing import Candidate, Compression
+from lrconvert.errors import LrcError, OptionError
+from lrconvert.moments import InputStatistics
+from lrconvert.refining import layers, lesson, world
+from lrconvert.refining.lesson import Lesson, Progress
+from lrconvert.refining.refine import signed
+from lrconvert.refining.settings import Settings
+from lrconvert.refining.study import Studied, Study
+
+STEPS = 32  # of the first round; every further one has twice as many
+_MORE = 8  # times as many steps at most where minutes decide
+_OPENING, _FITS = 0.05, 0.3  # of the progress: what is behind then
+
+Fit = Callable[[InputStatistics | None, Progress], Compression]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """`minutes` for the rounds, or as many steps as stated; `steps` of refinement for the winner afterwards."""
+
+    minutes: float | None = None
+    steps: int = 0
+
+    def check(self) -> None:
+        """Raises E-OPTION."""
+        if self.minutes is not None and not 0 < self.minutes < float("inf"):
+            raise OptionError(f"--budget-minutes is {self.minutes}; it must be above 0")
+        if self.steps < 0:
+            raise OptionError(f"--steps is {self.steps}; it must be at least 0")
+
+
+def compress(
+    lora: LoraAdapter,
+    fit: Fit,
+    base: Path,
+    data: object,
+    settings: Settings,
+    rules: Rules,
+    *,
+    statistics: InputStatistics | None,
+    device: str,
+    progress: Progress,
+) -> Compression:
+    """`fit` all forms, under `statistics` or the moments of the LoRA's own inputs on `data`, and rank them by what the
+    model answers with them; see `lrconvert.api.compress`. The winner is refined, and says so."""
+    rules.check()
+    settings.check()
+    with lesson.opened(
+        base,
+        lora,
+        data,
+        settings,
+        device=device,
+        here=world.World(),
+        load_in_4bit=False,
+        progress=lambda share, text: progress(_OPENING * share, text),
+    ) as opened:
+
+        def fitting(share: float, text: str) -> None:
+            progress(_OPENING + (_FITS - _OPENING) * share, text)
+
+        fitting(0.0, "inputs of the layers")
+        known: InputStatistics | None = statistics or layers.moments(opened, lora, settings)
+        try:
+            found = fit(known, fitting)
+        except LrcError as error:
+            if error.code != "E-STATS" or statistics is not None:
+                raise
+            found = fit(None, fitting)  # a layer that the data never reached
+            known = None
+        contest = _Contest(opened, found, known, settings, lambda s, text: progress(_FITS + (1 - _FITS) * s, text))
+        return contest.run(rules)
+
+
+@dataclass(eq=False)
+class _Contest:
+    lesson: Lesson
+    fitted: Compression
+    statistics: InputStatistics | None
+    settings: Settings
+    progress: Progress
+    _studied: dict[int, Studied] = field(default_factory=dict)  # by the number of a candidate: all it went through
+
+    def run(self, rules: Rules) -> Compression:
+        alive = [n for n, c in enumerate(self.fitted.candidates) if c.conversion is not None]
+        rounds = max(1, (len(alive) - 1).bit_length())
+        parts = rounds + (rules.steps > 0)
+        end = time.monotonic() + 60 * (rules.minutes or 0)
+        for n in range(rounds):
+            settings = replace(self.settings, layerwise=False, end_to_end=True, minutes=None, steps=STEPS << n)
+            if rules.minutes is not None:
+                each = max(0.01, (end - time.monotonic()) / 60 / (rounds - n) / len(alive))
+                settings = replace(settings, minutes=each, steps=settings.steps * _MORE)
+            settings = replace(settings, eval_every=settings.steps)
+            for place, one in enumerate(alive):
+                start = (n + place / len(alive)) / parts
+                self._go_on(one, settings, start, 1 / len(alive) / parts)
+            alive = sorted(alive, key=self._rank)[: (len(alive) + 1) // 2]
+        winner = alive[0]
+        if rules.steps:
+            self._go_on(winner, replace(self.settings, layerwise=False, steps=rules.steps), rounds / parts, 1 / parts)
+        ranked = [self._told(n, candidate, n == winner) for n, candidate in enumerate(self.fitted.candidates)]
+        return Compression(tuple(ranked), winner)
+
+    def _go_on(self, one: int, settings: Settings, start: float, share: float) -> None:
+        """Train a candidate further, with rates of its own that rise and fall."""
+        candidate, before = self.fitted.candidates[one], self._studied.get(one)
+        assert candidate.conversion is not None
+        compact = candidate.conversion.compact if before is None else before.compact
+        study = Study(self.lesson, compact, settings)
+        name = ", ".join([candidate.method, *(f"{k} {v}" for k, v in candidate.options.items())])
+        found = study.run(lambda done, text: self.progress(start + share * done, f"{name}: {text}"))
+        if before is not None:
+            found = replace(
+                found,
+                before=before.before,
+                improved=found.improved or before.improved,
+                steps=before.steps + found.steps,
+                best_step=before.best_step + found.best_step,
+            )
+        self._studied[one] = found
+
+    def _rank(self, one: int) -> tuple[float, int]:
+        return self._studied[one].after.distance, self.fitted.candidates[one].nbytes
+
+    def _told(self, n: int, candidate: Candidate, wins: bool) -> Candidate:
+        if n not in self._studied:
+            return candidate
+        found, conversion = self._studied[n], candidate.conversion
+        assert conversion is not None
+        compact = found.compact
+        if wins:
+            compact = signed(self.lesson, found, self.settings.seed)
+            teacher = layers.aligned(self.lesson.teacher, compact)
+            conversion = replace(
+                conversion, fidelity=report.fidelity_on(teacher, compact, self.statistics, self.lesson.base)
+            )
+        conversion = replace(conversion, compact=compact)
+        return replace(candidate, conversion=conversion, before=found.before, after=found.after, steps=found.steps)
