@@ -184,11 +184,8 @@ def _fitted(teacher: teachers.Teacher, lora: Any, form: str, share: float) -> An
 
 
 def _cell(name: str, form: str, share: float, mode: str, seed: int) -> dict[str, Any]:
-    import torch
-
     from lrconvert import api, file
 
-    torch.set_num_threads(2)
     teacher = teachers.get(name)
     if isinstance(teacher, str):
         return {"skipped": teacher}

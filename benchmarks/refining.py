@@ -1,0 +1,213 @@
+"""What a step of refinement costs beside a plain distillation into a LoRA with PEFT: seconds, memory, tokens a second.
+
+    python benchmarks/refining.py             measures what is missing, each cell in a process of its own
+    python benchmarks/refining.py --render    writes the README table
+
+Random models in the shape of a decoder: a small one on two threads of a CPU, and Llama-3-8B in bf16 where there is a GPU
+(skipped otherwise). The teacher is a LoRA of rank 16 on all linear layers. PEFT's step: the teacher's logits without
+gradients, the KL of a student of rank 8, backward, Adam. Ours: `refine` as it comes, with the error of hidden states and
+the quantizers in the loop, at 4 % of the LoRA's bytes. Seconds are the median of the steps after the first three.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import cells
+
+MODELS: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "device": "cpu",
+        "config": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "vocab_size": 8000},
+        "heads": (8, 4),
+        "batch": (4, 256),
+        "steps": 9,
+    },
+    "8b": {
+        "device": "cuda",
+        "config": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256},
+        "heads": (32, 8),
+        "batch": (4, 512),
+        "steps": 20,
+    },
+}
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lowrank": ("lowrank", {}),
+    "vblora": ("vblora", {}),
+    "nola": ("nola", {}),
+    "sbora": ("sbora", {}),
+    "bone": ("bone", {}),
+}
+RANK, STUDENT, SHARE = 16, 8, 4.0
+_ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+_IDLE = 3  # steps that are not counted
+
+
+def _model(name: str) -> Any:
+    import torch
+    import transformers
+
+    asked = MODELS[name]
+    heads, groups = asked["heads"]
+    config = transformers.LlamaConfig(num_attention_heads=heads, num_key_value_heads=groups, **asked["config"])
+    torch.manual_seed(0)
+    with torch.device(asked["device"]):
+        kind = torch.bfloat16 if asked["device"] == "cuda" else torch.float32
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=kind).eval()
+
+
+def _batches(name: str) -> list[dict[str, Any]]:
+    import torch
+
+    asked = MODELS[name]
+    draw = torch.Generator().manual_seed(0)
+    size = asked["config"]["vocab_size"]
+    return [{"input_ids": torch.randint(0, size, asked["batch"], generator=draw)} for _ in range(asked["steps"] + 4)]
+
+
+def _teacher(model: Any, folder: Path) -> None:
+    """A LoRA whose update is about a tenth of the weights."""
+    import peft
+    import torch
+
+    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=_ALL, task_type="CAUSAL_LM")
+    made = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for key, value in made.named_parameters():
+            if "lora_B" in key:
+                value.normal_(0, 0.005)
+    made.save_pretrained(folder)
+    made.unload()
+
+
+def _plain(name: str) -> dict[str, Any]:
+    """PEFT's own: two adapters on one model."""
+    import peft
+    import torch
+
+    model, batches = _model(name), _batches(name)
+    with TemporaryDirectory() as kept:
+        _teacher(model, Path(kept))
+        both = peft.PeftModel.from_pretrained(model, kept, adapter_name="teacher")
+    config = peft.LoraConfig(r=STUDENT, lora_alpha=STUDENT, target_modules=_ALL, task_type="CAUSAL_LM")
+    both.add_adapter("student", config)
+    both.set_adapter("student")
+    trained = [p for p in both.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=1e-4)
+    device, times = MODELS[name]["device"], []
+    for batch in batches[: MODELS[name]["steps"]]:
+        start = _now(device)
+        ids = batch["input_ids"].to(device)
+        both.set_adapter("teacher", inference_mode=True)
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            goal = both(input_ids=ids).logits.float().log_softmax(-1)
+        both.set_adapter("student")
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            found = both(input_ids=ids).logits
+        loss = (goal.exp() * (goal - found.float().log_softmax(-1))).sum(-1).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(_now(device) - start)
+    return _told(name, times)
+
+
+def _ours(name: str, form: str) -> dict[str, Any]:
+    from lrconvert import api
+
+    model, batches = _model(name), _batches(name)
+    with TemporaryDirectory() as kept:
+        _teacher(model, Path(kept))
+        lora = api.load_lora(Path(kept))
+    method, options = FORMS[form]
+    device = MODELS[name]["device"]
+    compact = api.convert(lora, method, target_ratio=100 / SHARE, device=device, **options).compact
+    ends: list[float] = []
+
+    def progress(share: float, text: str) -> None:
+        if text.startswith("loss"):
+            ends.append(_now(device))
+
+    steps = MODELS[name]["steps"]
+    api.refine(
+        compact, lora, model, batches, steps=steps, layerwise=False, eval_every=steps, device=device, progress=progress
+    )
+    return _told(name, [b - a for a, b in zip(ends, ends[1:], strict=False)])
+
+
+def _now(device: str) -> float:
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _told(name: str, times: list[float]) -> dict[str, Any]:
+    import torch
+
+    asked = MODELS[name]
+    seconds = sorted(times[_IDLE:])[len(times[_IDLE:]) // 2]
+    if asked["device"] == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        rows = Path("/proc/self/status").read_text().splitlines()
+        peak = next(int(row.split()[1]) << 10 for row in rows if row.startswith("VmHWM"))
+    tokens = asked["batch"][0] * asked["batch"][1]
+    gpu = {"gpu": torch.cuda.get_device_name()} if asked["device"] == "cuda" else {}
+    return {"seconds": round(seconds, 4), "tokens_per_second": round(tokens / seconds), "peak_bytes": peak, **gpu}
+
+
+def _child(name: str, form: str) -> dict[str, Any]:
+    import torch
+
+    if MODELS[name]["device"] == "cuda" and not torch.cuda.is_available():
+        return {"skipped": "no GPU"}
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "2")
+    words = [sys.executable, __file__, "--child", name, form]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env={**os.environ, **threads})
+    if done.returncode:
+        return {"failed": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1][:200]}
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def all_cells() -> Iterator[cells.Cell]:
+    for name in MODELS:
+        for form in ("PEFT LoRA", *FORMS):
+            yield f"{name}, {form}", lambda a=(name, form): _child(*a)
+
+
+def table() -> str:
+    done = cells.read("refining")
+    rows = []
+    for name in MODELS:
+        plain = done.get(f"{name}, PEFT LoRA", {}).get("seconds")
+        for form in ("PEFT LoRA", *FORMS):
+            found = done.get(f"{name}, {form}")
+            if found is None or "seconds" not in found:
+                rows.append([f"{name}, {form}", "not run" if found is None else "skipped", "", "", ""])
+                continue
+            times = f"{found['seconds'] / plain:.2f}" if plain else ""
+            peak = f"{found['peak_bytes'] / 2**20:,.0f} MiB"
+            rows.append(
+                [f"{name}, {form}", f"{found['seconds']:.3f} s", times, peak, f"{found['tokens_per_second']:,}"]
+            )
+    return cells.markdown(["model, form", "a step", "of PEFT's", "peak memory", "tokens a second"], rows)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        model_name, form_name = sys.argv[2:]
+        print(json.dumps(_plain(model_name) if form_name == "PEFT LoRA" else _ours(model_name, form_name)))
+    else:
+        cells.main("refining", __doc__, all_cells, table)
