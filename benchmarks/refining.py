@@ -3,17 +3,17 @@
     python benchmarks/refining.py             measures what is missing, each cell in a process of its own
     python benchmarks/refining.py --render    writes the README table
 
-Random models in the shape of a decoder: a small one on two threads of a CPU, and Llama-3-8B in bf16 where there is a GPU
-(skipped otherwise). The teacher is a LoRA of rank 16 on all linear layers. PEFT's step: the teacher's logits without
-gradients, the KL of a student of rank 8, backward, Adam. Ours: `refine` as it comes, with the error of hidden states and
-the quantizers in the loop, at 4 % of the LoRA's bytes. Seconds are the median of the steps after the first three.
+Random models in the shape of a decoder: a small one on two threads of a CPU, and Llama-3-8B in bf16 where there is a
+GPU (skipped otherwise). The teacher is a LoRA of rank 16 on all linear layers. PEFT's step: the teacher's logits without
+gradients, the KL of a student of rank 8, backward, Adam. Ours: `refine` as it comes, with the error of hidden states
+and the quantizers in the loop, at 4 % of the LoRA's bytes. Seconds are the median of the steps after the first three.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-
 import subprocess
 import sys
 import time
@@ -23,6 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import cells
+import numpy as np
 
 MODELS: dict[str, dict[str, Any]] = {
     "cpu": {
@@ -141,7 +142,7 @@ def _ours(name: str, form: str) -> dict[str, Any]:
     api.refine(
         compact, lora, model, batches, steps=steps, layerwise=False, eval_every=steps, device=device, progress=progress
     )
-    return _told(name, [b - a for a, b in zip(ends, ends[1:], strict=False)])
+    return _told(name, [b - a for a, b in itertools.pairwise(ends)])
 
 
 def _now(device: str) -> float:
@@ -156,7 +157,7 @@ def _told(name: str, times: list[float]) -> dict[str, Any]:
     import torch
 
     asked = MODELS[name]
-    seconds = sorted(times[_IDLE:])[len(times[_IDLE:]) // 2]
+    seconds = float(np.median(times[_IDLE:]))
     if asked["device"] == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
@@ -199,9 +200,8 @@ def table() -> str:
                 continue
             times = f"{found['seconds'] / plain:.2f}" if plain else ""
             peak = f"{found['peak_bytes'] / 2**20:,.0f} MiB"
-            rows.append(
-                [f"{name}, {form}", f"{found['seconds']:.3f} s", times, peak, f"{found['tokens_per_second']:,}"]
-            )
+            shown = [f"{found['seconds']:.3f} s", times, peak, f"{found['tokens_per_second']:,}"]
+            rows.append([f"{name}, {form}", *shown])
     return cells.markdown(["model, form", "a step", "of PEFT's", "peak memory", "tokens a second"], rows)
 
 
