@@ -18,6 +18,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import cells
@@ -36,6 +37,8 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "bone": ("bone", {"shard": "auto"}),
 }
 MODES = ("refit", "refined", "from scratch")
+VIT_SHARE = 8.0  # a LoRA of 1,024 numbers
+_FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 _SAMPLES = 1000
 
 
@@ -217,6 +220,44 @@ def _cell(name: str, form: str, share: float, mode: str, seed: int) -> dict[str,
     return told | _scores(base, goal, _answers(model, tokenizer, _held(teacher)))
 
 
+def _vit_images(seed: int, count: int) -> list[dict[str, Any]]:
+    """Batches of 16 images of noise, as the fixture's model takes them."""
+    import torch
+
+    draw = torch.Generator().manual_seed(seed)
+    return [{"pixel_values": torch.randn(16, 3, 16, 16, generator=draw)} for _ in range(count)]
+
+
+def _vit(form: str, mode: str) -> dict[str, Any]:
+    """A vision transformer at the size of a fixture, through batches of model inputs."""
+    import torch
+
+    from lrconvert import api, file, live
+
+    base, lora = _FIXTURES / "bases/tiny-vit", api.load_lora(_FIXTURES / "adapters/vit-plain")
+    model, held = live.load_model(base), _vit_images(1, 32)
+
+    def answers() -> Answers:
+        with torch.no_grad():
+            logs = torch.cat([model(**batch).logits.log_softmax(-1) for batch in held]).numpy()
+        return Answers(logs, np.arange(len(logs)), np.full(len(logs), -1))
+
+    plain = answers()
+    api.attach(model, lora)
+    goal = answers()
+    api.detach(model)
+    method, options = FORMS[form]
+    goal_bytes, size = int(lora.half_bytes * VIT_SHARE / 100), 3000  # most of such a file is overhead
+    while (done := api.convert(lora, method, target_size=size, **options)).sizes.payload > goal_bytes:
+        size -= done.sizes.payload - goal_bytes
+    compact = done.compact
+    if mode != "refit":
+        start = compact if mode == "refined" else _random_start(compact, 0)
+        compact = api.refine(start, lora, base, _vit_images(0, 64), steps=200, layerwise=mode == "refined").compact
+    api.attach(model, compact)
+    return {"payload": file.sizes(compact).payload, **_scores(plain, goal, answers())}
+
+
 def all_cells() -> Iterator[cells.Cell]:
     """The sizes of the issue first, the best forms' further seeds last."""
     wanted = [
@@ -230,6 +271,9 @@ def all_cells() -> Iterator[cells.Cell]:
     for name, form, share, mode, seed in wanted:
         label = f"{name}, {share}%, {form}, {mode}" + (f", seed {seed}" if seed else "")
         yield label, lambda a=(name, form, share, mode, seed): _cell(*a)
+    for form in ("lowrank", "vblora", "nola"):
+        for mode in MODES:
+            yield f"vit, {VIT_SHARE}%, {form}, {mode}", lambda a=(form, mode): _vit(*a)
 
 
 # --- the table ------------------------------------------------------------------------------------------------------
@@ -248,9 +292,9 @@ def _shown(cell: dict[str, Any] | None) -> str:
 def table() -> str:
     done = cells.read("accuracy")
     rows = []
-    for name in teachers.names():
-        for share in SHARES[name]:
-            for form in FORMS:
+    for name, shares in {**SHARES, "vit": (VIT_SHARE,)}.items():
+        for share in shares:
+            for form in FORMS if name != "vit" else ("lowrank", "vblora", "nola"):
                 found = [done.get(f"{name}, {share}%, {form}, {mode}") for mode in MODES]
                 seconds = f"{found[1]['cpu_seconds']:.0f} s" if found[1] and "cpu_seconds" in found[1] else ""
                 rows.append([f"{name}, {share} %, {form}", *map(_shown, found), seconds])

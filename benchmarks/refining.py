@@ -4,7 +4,7 @@
     python benchmarks/refining.py --render    writes the README table
 
 Random models in the shape of a decoder: a small one on two threads of a CPU, and Llama-3-8B in bf16 where there is a
-GPU (skipped otherwise). The teacher is a LoRA of rank 16 on all linear layers. PEFT's step: the teacher's logits without
+GPU (skipped otherwise). The teacher: a LoRA of rank 16 on all linear layers. PEFT's step: the teacher's logits without
 gradients, the KL of a student of rank 8, backward, Adam. Ours: `refine` as it comes, with the error of hidden states
 and the quantizers in the loop, at 4 % of the LoRA's bytes. Seconds are the median of the steps after the first three.
 """
