@@ -19,14 +19,14 @@ def test_the_demo_shows_every_step_and_keeps_most_of_the_gain(tmp_path):
     steps = re.findall(r"^\$ lrconvert (\S+)", done.output, re.M)
     assert list(dict.fromkeys(steps)) == [
         *("inspect", "statistics", "lora-to-vblora", "lora-to-lowrank"),
-        *("validate", "compare", "export", "merge-into-base"),
+        *("validate", "compare", "refine", "export", "merge-into-base"),
     ]
-    rows = re.findall(r"^(base|LoRA|vblora|lowrank) +([\d,]+|-) +([\d.]+) ", done.output, re.M)
+    rows = re.findall(r"^(base|LoRA|vblora|lowrank|refined) +([\d,]+|-) +([\d.]+) ", done.output, re.M)
     loss = {name: float(number) for name, _, number in rows}
     size = {name: int(number.replace(",", "")) for name, number, _ in rows if number != "-"}
     gain = loss["base"] - loss["LoRA"]
-    for name in ("vblora", "lowrank"):
-        assert 10 * size[name] <= size["LoRA"] and loss["base"] - loss[name] > 0.9 * gain
+    for name, least in (("vblora", 0.6), ("lowrank", 0.6), ("refined", 0.95)):
+        assert 30 * size[name] <= size["LoRA"] and loss["base"] - loss[name] > least * gain
         assert validate(tmp_path / "demo" / f"{name}.lrc").ok
     again = CliRunner().invoke(cli, ["demo", "-o", str(tmp_path / "demo")])
     assert isinstance(again.exception, OutputExistsError)
