@@ -22,7 +22,7 @@ ORDER = [
     {"adapter", "canonical", "renamings", "targets", "fingerprint", "quantized", "moments", "base_weights", "students"},
     {"methods"},
     {"manifest", "file", "report", "validation", "modelcard", "statistics_file"},
-    {"readers", "exporters", "consumers"},
+    {"readers", "loading", "exporters", "consumers"},
     {"heads", "merging", "baking", "attaching", "live", "texts", "collecting", "measuring"},
     {"converting"},
     {"gathering", "compressing", "ablating", "allocating", "refining"},

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lrconvert import hub
+from lrconvert import file, hub
 from lrconvert.errors import OptionError, OutputPathError
 from lrconvert.many import pool, request
 from lrconvert.many.sources import AnyPath, Job, plan
@@ -111,13 +111,18 @@ def many(
         "method": method,
         "overwrite": overwrite,
         "verbose": verbose,
-        "loading": _loading({"allow_pickle": allow_pickle, "base": options.get("base"), **(loading or {})}),
         "options": options,
         "inputs": inputs,
     }
+    said = _loading({"allow_pickle": allow_pickle, "base": options.get("base"), **(loading or {})})
     asked = [
-        {**shared, "path": str(job.path.absolute()), "output": None if dry_run else str(job.output.absolute())}
-        for job in planned
+        {
+            **shared,
+            "loading": reading,
+            "path": str(job.path.absolute()),
+            "output": None if dry_run else str(job.output.absolute()),
+        }
+        for job, reading in zip(planned, _readings(planned, said), strict=True)
     ]
     count = jobs if jobs is not None else _processes(options)
     known = 0
@@ -169,6 +174,14 @@ def _plain(key: str, value: Any) -> Any:
 
 def _loading(given: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _plain(key, value) for key, value in given.items() if value is not None}
+
+
+def _readings(jobs: Sequence[Job], said: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is said of each source: a layout and an alpha hold for those that are not lrconvert files. Where all are,
+    each refuses what is said."""
+    ours = [job.path.is_file() and file.is_lrconvert(job.path) for job in jobs]
+    bare = {key: value for key, value in said.items() if key not in ("layout", "alpha")}
+    return [bare if own and not all(ours) else said for own in ours]
 
 
 def _outcome(job: Job, answer: pool.Answer) -> Outcome:
