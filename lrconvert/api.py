@@ -26,7 +26,7 @@ from lrconvert.allocating import Allocation
 from lrconvert.compressing import Compression
 from lrconvert.consumers import base as consumer_base
 from lrconvert.consumers.base import Finding
-from lrconvert.container import read_json
+from lrconvert.container import KnownContent, read_json
 from lrconvert.converting import Conversion, ExtraDtype
 from lrconvert.durable import atomic_directory, check_output, discard
 from lrconvert.errors import LrcError, OptionError
@@ -184,6 +184,7 @@ def convert(
     seed: int = 0,
     device: str = "cpu",
     dry_run: bool = False,
+    base_content: KnownContent | None = None,
     progress: Progress = _silent,
     **options: Any,
 ) -> Conversion:
@@ -194,9 +195,11 @@ def convert(
     `exclude` are regular expressions searched in target names. `base` settles the orientation of square weights and
     adds the digest of its contents. `statistics` (see the verb of that name) makes the fit minimize the mean squared
     error of the layers' outputs, not of their weights. `bake_dora` turns DoRA's magnitudes, which are carried along
-    otherwise, into plain updates of that rank; it needs `base`. `options` are fields of the method's ``Options``.
+    otherwise, into plain updates of that rank; it needs `base`. `base_content` (`Checkpoint.known_content`) saves
+    digesting a base of which many adapters are converted. `options` are fields of the method's ``Options``.
 
-    Raises E-BUDGET (with the smallest possible size), E-OPTION, E-EMPTY, E-BASE, E-ORIENT, E-STATS, E-FPR.
+    Raises E-BUDGET (with the smallest possible size), E-OPTION, E-EMPTY, E-BASE, E-ORIENT, E-STATS, E-FPR,
+    E-IO-CHANGED.
     """
     return converting.convert(
         lora,
@@ -212,6 +215,7 @@ def convert(
         seed=seed,
         device=device,
         dry_run=dry_run,
+        base_content=base_content,
         progress=progress,
         **options,
     )
@@ -232,6 +236,7 @@ def compress(
     extra_dtype: ExtraDtype | None = None,
     seed: int = 0,
     device: str = "cpu",
+    base_content: KnownContent | None = None,
     progress: Progress = _silent,
 ) -> Compression:
     """Try `forms` (all without) and take the one that keeps most under `target_size` or `target_ratio`, or the smallest
@@ -254,6 +259,7 @@ def compress(
         extra_dtype=extra_dtype,
         seed=seed,
         device=device,
+        base_content=base_content,
         progress=progress,
     )
 
@@ -279,6 +285,7 @@ def allocate(
     max_tokens: int = allocating.MAX_TOKENS,
     device: str = "cpu",
     dry_run: bool = False,
+    base_content: KnownContent | None = None,
     progress: Progress = _silent,
 ) -> Allocation:
     """Give every module the rank it deserves (ALoRA) under one budget: `total_rank` components, `target_size` bytes or
@@ -311,6 +318,7 @@ def allocate(
         max_tokens=max_tokens,
         device=device,
         dry_run=dry_run,
+        base_content=base_content,
         progress=progress,
     )
 

@@ -15,7 +15,7 @@ import numpy as np
 from lrconvert import baking, dtypes, file, hub, report, strictjson, targets
 from lrconvert.adapter import CompactAdapter, ExtraTensor, LoraAdapter, Provenance, Target
 from lrconvert.base_weights import BaseWeights
-from lrconvert.container import is_without_weights, open_checkpoint
+from lrconvert.container import KnownContent, is_without_weights, open_checkpoint
 from lrconvert.errors import BudgetError, EmptyAdapterError, FingerprintError, OptionError
 from lrconvert.fingerprint import fingerprint
 from lrconvert.limits import OWN
@@ -74,6 +74,7 @@ def convert(
     device: str,
     dry_run: bool,
     progress: Callable[[float, str], None],
+    base_content: KnownContent | None = None,
     choose: Choose | None = None,
     **options: Any,
 ) -> Conversion:
@@ -85,7 +86,7 @@ def convert(
         short = hub.last_part(lora.provenance.base_model)
         warnings += (f"the source names its base by a private path; only {short!r:.80} of it is kept in the file",)
     source_bytes = lora.half_bytes
-    with _on_base(lora, base, bake_dora) as (lora, weights, baked):
+    with _on_base(lora, base, bake_dora, base_content) as (lora, weights, baked):
         warnings += baked
         if any(extra.use == "magnitude" for extra in lora.extras):
             warnings += (_DORA_NOTE,)
@@ -172,7 +173,7 @@ def _owner(extra: ExtraTensor) -> str:
 
 @contextmanager
 def _on_base(
-    lora: LoraAdapter, base: Path | None, bake_dora: int | None
+    lora: LoraAdapter, base: Path | None, bake_dora: int | None, known: KnownContent | None
 ) -> Iterator[tuple[LoraAdapter, BaseWeights | None, tuple[str, ...]]]:
     """The LoRA with shapes and views as the base stores them, the base's weights, and warnings, while it is open.
 
@@ -197,7 +198,7 @@ def _on_base(
         if bake_dora is not None:
             baked = baking.bake_dora(lora, checkpoint, bake_dora)
             lora, notes = baked.lora, (baked.note,)
-        yield lora, BaseWeights(lora, checkpoint, checkpoint.content_digest()), notes
+        yield lora, BaseWeights(lora, checkpoint, checkpoint.content_digest(known)), notes
 
 
 def _budget_bytes(source: int, size: int | None, ratio: float | None, default_ratio: int | None) -> int | None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from lrconvert import file, hub
+from lrconvert.container import KnownContent
 from lrconvert.errors import OptionError, OutputPathError
 from lrconvert.many import pool, request
 from lrconvert.many.sources import AnyPath, Job, plan
@@ -104,7 +105,7 @@ def many(
     if root is not None and root.exists() and not root.is_dir():
         raise OutputPathError("is not a folder", fix="give a folder for the outputs", path=root)
     planned = plan(listed, root)
-    inputs = _inputs(options)
+    inputs, content = _inputs(options)
     options = {key: _plain(key, value) for key, value in options.items()}
     shared = {
         "verb": verb,
@@ -113,6 +114,7 @@ def many(
         "verbose": verbose,
         "options": options,
         "inputs": inputs,
+        "base_content": None if content is None else asdict(content),
     }
     said = _loading({"allow_pickle": allow_pickle, "base": options.get("base"), **(loading or {})})
     asked = [
@@ -143,9 +145,11 @@ def _processes(options: Mapping[str, Any]) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _inputs(options: Mapping[str, Any]) -> dict[str, str]:
-    """Digests of what options name by a path. Raises E-OPTION for what is in memory only."""
+def _inputs(options: Mapping[str, Any]) -> tuple[dict[str, str], KnownContent | None]:
+    """Digests of what options name by a path, and the contents of the base. Raises E-OPTION for what is in memory
+    only."""
     found: dict[str, str] = {}
+    known = None
     for key in ("base", "statistics", "data"):
         value = options.get(key)
         if value is None or value in ((), []):
@@ -154,10 +158,10 @@ def _inputs(options: Mapping[str, Any]) -> dict[str, str]:
         if not all(isinstance(path, (str, os.PathLike)) for path in paths):
             raise OptionError(f"{key} must be a path where several processes need it", fix="write it to a file first")
         if key == "base":
-            found[key] = request.of_base(hub.locate(paths[0]))
+            found[key], known = request.of_base(hub.locate(paths[0]))
         else:
             found[key] = " ".join(request.of_file(Path(path)) for path in paths)
-    return found
+    return found, known
 
 
 def _plain(key: str, value: Any) -> Any:
