@@ -26,7 +26,7 @@ from lrconvert.allocating import Allocation
 from lrconvert.compressing import Compression
 from lrconvert.consumers import base as consumer_base
 from lrconvert.consumers.base import Finding
-from lrconvert.container import KnownContent, read_json
+from lrconvert.container import KnownContent
 from lrconvert.converting import Conversion, ExtraDtype
 from lrconvert.durable import atomic_directory, check_output, discard
 from lrconvert.errors import LrcError, OptionError
@@ -406,7 +406,8 @@ def export(
     "diffusers", "mlx", "gguf" or "raw".
 
     All modules get one rank, the largest or `pad_rank`, unless `keep_ranks`. `base_model_id` names the base in the
-    output, instead of the source's own hint. `base` (its config.json is enough) is needed for "gguf". `source` (the
+    output, instead of the source's own hint. `base` (its config.json is enough) is needed for "gguf", and decides the
+    names of "kohya". `source` (the
     LoRA it came from) adds the error table to the model card; `base`, `layout` and `alpha` are also those of `load`
     for it. Returns the names of the files written, and notes.
     Raises E-EXPORT for what the target format cannot express, E-OPTION for a rank that does not do.
@@ -424,7 +425,7 @@ def export(
         dtype=dtype,
         command=command,
         pad_rank=pad_rank,
-        base_config=None if base is None else read_json(hub.locate(base) / "config.json"),
+        base_config=None if base is None else exporters.base_config(hub.locate(base)),
     )
     files = exporter.files(compact, options, fidelity)
     with atomic_directory(Path(out), overwrite=overwrite) as folder:

@@ -46,6 +46,7 @@ from lrconvert.errors import (
 )
 from lrconvert.limits import FOREIGN, MAX_CONFIG_BYTES, MAX_INDEX_BYTES, MAX_SHARDS, Limits
 
+PIPELINE_NAME = "model_index.json"  # of a diffusers pipeline
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 JOURNAL = ".lrconvert/journal"  # of a model that is being changed in place
@@ -504,7 +505,7 @@ def unfinished(root: Path) -> UnfinishedError:
 
 def is_without_weights(root: Path) -> bool:
     """Whether a folder has the configuration of a model or a pipeline, and no file of a model's weights in any form."""
-    if not ((root / "config.json").is_file() or (root / "model_index.json").is_file()):
+    if not ((root / "config.json").is_file() or (root / PIPELINE_NAME).is_file()):
         return False
     return not (_present(root / INDEX_NAME) or _present(root / SINGLE_NAME) or any(root.glob("pytorch_model*.bin")))
 
