@@ -24,6 +24,7 @@ ORDER = [
         "canonical",
         "renamings",
         "unets",
+        "llamacpp",
         "targets",
         "fingerprint",
         "quantized",
