@@ -96,8 +96,11 @@ def _metadata(compact: CompactAdapter, family: str, alpha: float) -> list[tuple[
         ("adapter.type", "lora"),
         ("adapter.lora.alpha", alpha),
     ]
-    if came.fields.get("license"):
-        found.append(("general.license", came.fields["license"]))
+    found += [
+        (f"general.{key.replace('_', '.')}", came.fields[key])
+        for key in ("license", "license_name", "license_link")
+        if came.fields.get(key)
+    ]
     if came.base_model:
         found += [("general.base_model.count", 1), ("general.base_model.0.name", came.base_model)]
     return found + [(key.replace("_", ".", 1), text) for key, text in origin(compact).items()]
