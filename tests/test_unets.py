@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ASSETS, asset, dense
+from hypothesis import given
+from hypothesis import strategies as st
 from models import one_target
 from peers import make, oracle
 from safetensors.numpy import load_file
@@ -89,6 +91,23 @@ def test_modules_of_stable_diffusion() -> None:
 def test_other_unets_are_refused(change: Config) -> None:
     with pytest.raises(errors.BaseError):
         unets.modules({**SD1, **change})
+
+
+SCALARS = st.none() | st.booleans() | st.integers(-2, 1 << 40) | st.floats() | st.text(max_size=4)
+VALUES = SCALARS | st.lists(SCALARS | st.lists(SCALARS, max_size=2), max_size=9)
+
+
+@given(st.dictionaries(st.sampled_from([*SD1, *SDXL, "only_cross_attention", "mid_block_type"]), VALUES))
+def test_whatever_a_configuration_says(change: Config) -> None:
+    """There are modules, or a refusal by name; nothing else, and nothing endless."""
+    config = {**SD1, **change}
+    unets.is_sdxl(config)
+    try:
+        found = unets.modules(config)
+    except errors.BaseError as error:
+        assert str(error).isprintable()
+    else:
+        assert set(unets.walk(found, ALL, True)) == set(found)
 
 
 @pytest.mark.slow
@@ -297,9 +316,9 @@ def test_sdxl_names_of_sd_scripts(tmp_path: Path) -> None:
     for pair in again.targets:
         np.testing.assert_allclose(dense(pair), wanted[pair.target.name], rtol=1e-5, atol=1e-7)
     text_only = api.convert(of_names([k for k in EXPECTED if k.startswith("text_encoder.")]), "lowrank").compact
-    for given, prefix in ((base, "lora_te1_"), (None, "lora_te_")):
+    for known, prefix in ((base, "lora_te1_"), (None, "lora_te_")):
         out = tmp_path / prefix
-        api.export(text_only, out, to="kohya", base=given)
+        api.export(text_only, out, to="kohya", base=known)
         assert all(name.startswith(prefix) for name in names_in(out))
 
 
