@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import fields, replace
+from dataclasses import fields
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,8 @@ from lrconvert import (
     converting,
     file,
     hub,
+    loading,
     merging,
-    modelcard,
     report,
     statistics_file,
     validation,
@@ -26,7 +26,7 @@ from lrconvert.allocating import Allocation
 from lrconvert.compressing import Compression
 from lrconvert.consumers import base as consumer_base
 from lrconvert.consumers.base import Finding
-from lrconvert.container import read_json
+from lrconvert.container import KnownContent
 from lrconvert.converting import Conversion, ExtraDtype
 from lrconvert.durable import atomic_directory, check_output, discard
 from lrconvert.errors import AttachError, BaseError, DataError, LrcError, OptionError
@@ -35,7 +35,7 @@ from lrconvert.exporters.base import Exported
 from lrconvert.merging import MergeReport, Recovery, Scaled, UnmergeReport, VerifyReport
 from lrconvert.methods import base as methods
 from lrconvert.moments import InputStatistics
-from lrconvert.readers import base as readers
+from lrconvert.readers.base import ReadOptions
 from lrconvert.report import Fidelity
 from lrconvert.validation import Validation
 
@@ -71,8 +71,7 @@ def load_lora(
     A compact adapter is expanded, with a warning: what is fitted to it is a second generation. Raises E-LAYOUT if no
     reader knows the layout, and the reader's refusals (an `LrcError` with a stable code each).
     """
-    found = load(path, allow_pickle=allow_pickle, base=base, layout=layout, alpha=alpha)
-    return found if isinstance(found, LoraAdapter) else report.expanded(found)
+    return loading.lora(path, loading.options(allow_pickle, base, layout, alpha))
 
 
 def load(
@@ -91,23 +90,23 @@ def load(
     reader (``"kohya"``; see `lrconvert.readers`) instead of the content. `alpha` is for layouts that do not state one.
     Raises E-OPTION for an unknown layout, and for an alpha that the layout states itself.
 
-    Wherever an adapter or a base is asked for, `path` may be a hub id (``org/name``, ``org/name@revision``) that is in
-    the local Hugging Face cache; see `lrconvert.hub`.
+    `layout` and `alpha` mean this wherever a verb takes adapters by their path, and hold for all of these that are not
+    lrconvert files; E-OPTION if there is none. Wherever an adapter or a base is asked for, `path` may be a hub id
+    (``org/name``, ``org/name@revision``) that is in the local Hugging Face cache; see `lrconvert.hub`.
     """
-    where = hub.locate(path)
-    if where.is_file() and file.is_lrconvert(where):
-        if layout is not None or alpha is not None:
-            raise OptionError("an lrconvert file states its layout and its scales", fix="leave both out", path=where)
-        return file.read(where)
-    there = None if base is None else hub.locate(base)
-    return _licensed(readers.load(where, readers.ReadOptions(allow_pickle, there, layout, alpha)), where)
+    return loading.load(path, loading.options(allow_pickle, base, layout, alpha))
 
 
-def _licensed(found: LoraAdapter | CompactAdapter, path: Path) -> LoraAdapter | CompactAdapter:
-    """An adapter with the licence that the card beside it states, noted in its provenance."""
-    stated = modelcard.licence(path if path.is_dir() else path.parent)
-    came = found.provenance
-    return replace(found, provenance=replace(came, fields={**stated, **came.fields})) if stated else found
+def load_all(
+    paths: Sequence[AnyPath],
+    *,
+    allow_pickle: bool = False,
+    base: AnyPath | None = None,
+    layout: str | None = None,
+    alpha: float | None = None,
+) -> list[LoraAdapter | CompactAdapter]:
+    """Several adapters, as for a merge. The options are those of `load`."""
+    return loading.load_all(paths, loading.options(allow_pickle, base, layout, alpha))
 
 
 def read(path: AnyPath) -> CompactAdapter:
@@ -147,15 +146,24 @@ def validate(path: AnyPath, *, base: AnyPath | None = None) -> Validation:
 
 
 def check(
-    path: AnyPath, consumers: Sequence[str] = ("all",), *, base: AnyPath | None = None, **options: Any
+    path: AnyPath,
+    consumers: Sequence[str] = ("all",),
+    *,
+    base: AnyPath | None = None,
+    layout: str | None = None,
+    alpha: float | None = None,
+    **options: Any,
 ) -> tuple[Finding, ...]:
     """What `consumers` ("vllm", "sglang", "llamacpp", "mlx", "peft", or "all") would refuse, get wrong or warn of,
     given the adapter at `path`: a folder or file of any kind. Nothing is run and no weight is read.
 
-    `base` (a model folder; its config.json is enough) decides what depends on the base. `options` are fields of the
-    consumers' ``Options``, such as `max_lora_rank`. Raises E-OPTION, E-LAYOUT, E-PATTERN and errors of broken files.
+    `base` (a model folder; its config.json is enough) decides what depends on the base. `layout` and `alpha` are those
+    of `load`: what a program makes of the adapter does not depend on them, what is said of it may. `options` are fields
+    of the consumers' ``Options``, such as `max_lora_rank`. Raises E-OPTION, E-LAYOUT, E-PATTERN and errors of broken
+    files.
     """
-    return consumer_base.check(hub.locate(path), consumers, None if base is None else hub.locate(base), options)
+    said = loading.options(base=base, layout=layout, alpha=alpha)
+    return consumer_base.check(hub.locate(path), consumers, said, options)
 
 
 # --- converting -----------------------------------------------------------------------------------------------------
@@ -176,6 +184,7 @@ def convert(
     seed: int = 0,
     device: str = "cpu",
     dry_run: bool = False,
+    base_content: KnownContent | None = None,
     progress: Progress = _silent,
     **options: Any,
 ) -> Conversion:
@@ -186,9 +195,11 @@ def convert(
     `exclude` are regular expressions searched in target names. `base` settles the orientation of square weights and
     adds the digest of its contents. `statistics` (see the verb of that name) makes the fit minimize the mean squared
     error of the layers' outputs, not of their weights. `bake_dora` turns DoRA's magnitudes, which are carried along
-    otherwise, into plain updates of that rank; it needs `base`. `options` are fields of the method's ``Options``.
+    otherwise, into plain updates of that rank; it needs `base`. `base_content` (`Checkpoint.known_content`) saves
+    digesting a base of which many adapters are converted. `options` are fields of the method's ``Options``.
 
-    Raises E-BUDGET (with the smallest possible size), E-OPTION, E-EMPTY, E-BASE, E-ORIENT, E-STATS, E-FPR.
+    Raises E-BUDGET (with the smallest possible size), E-OPTION, E-EMPTY, E-BASE, E-ORIENT, E-STATS, E-FPR,
+    E-IO-CHANGED.
     """
     return converting.convert(
         lora,
@@ -204,6 +215,7 @@ def convert(
         seed=seed,
         device=device,
         dry_run=dry_run,
+        base_content=base_content,
         progress=progress,
         options=options,
     )
@@ -231,6 +243,7 @@ def compress(
     extra_dtype: ExtraDtype | None = None,
     seed: int = 0,
     device: str = "cpu",
+    base_content: KnownContent | None = None,
     progress: Progress = _silent,
 ) -> Compression:
     """Try `forms` (all without) and take the best under `target_size` or `target_ratio`, or the smallest that keeps
@@ -259,6 +272,7 @@ def compress(
             include=include,
             exclude=exclude,
             base=there,
+            base_content=base_content,
             bake_dora=bake_dora,
             statistics=statistics,
             extra_dtype=extra_dtype,
@@ -306,6 +320,7 @@ def allocate(
     max_tokens: int = allocating.MAX_TOKENS,
     device: str = "cpu",
     dry_run: bool = False,
+    base_content: KnownContent | None = None,
     progress: Progress = _silent,
 ) -> Allocation:
     """Give every module the rank it deserves (ALoRA) under one budget: `total_rank` components, `target_size` bytes or
@@ -338,6 +353,7 @@ def allocate(
         max_tokens=max_tokens,
         device=device,
         dry_run=dry_run,
+        base_content=base_content,
         progress=progress,
     )
 
@@ -375,10 +391,7 @@ def compare(
     """
     known = _statistics(statistics)
     where = base if isinstance(base, (str, PathLike)) else None
-    if isinstance(source, LoraAdapter):
-        lora = source
-    else:
-        lora = load_lora(source, allow_pickle=allow_pickle, base=where, layout=layout, alpha=alpha)
+    lora = loading.lora(source, loading.options(allow_pickle, where, layout, alpha))
     compacts, found = [], []
     for item in files:
         try:
@@ -419,6 +432,8 @@ def export(
     pad_rank: int | None = None,
     dtype: str = "F32",
     allow_pickle: bool = False,
+    layout: str | None = None,
+    alpha: float | None = None,
     overwrite: bool = False,
     command: str = "",
 ) -> Exported:
@@ -426,21 +441,26 @@ def export(
     "diffusers", "mlx", "gguf" or "raw".
 
     All modules get one rank, the largest or `pad_rank`, unless `keep_ranks`. `base_model_id` names the base in the
-    output, instead of the source's own hint. `base` (its config.json is enough) is needed for "gguf". `source` (the
-    LoRA it came from) adds the error table to the model card. Returns the names of the files written, and notes.
+    output, instead of the source's own hint. `base` (its config.json is enough) is needed for "gguf", and decides the
+    names of "kohya". `source` (the
+    LoRA it came from) adds the error table to the model card; `base`, `layout` and `alpha` are also those of `load`
+    for it. Returns the names of the files written, and notes.
     Raises E-EXPORT for what the target format cannot express, E-OPTION for a rank that does not do.
     """
     exporter = exporters.get(to)
     compact = adapter if isinstance(adapter, CompactAdapter) else read(adapter)
     compact, notes = exporters.public(compact, base_model_id)
-    fidelity = None if source is None else compare(source, [compact], allow_pickle=allow_pickle)[0]
+    said = loading.options(allow_pickle, base, layout, alpha)
+    if source is None:
+        loading.refuse_said(said)
+    fidelity = None if source is None else report.fidelity_on(loading.lora(source, said), compact, None, said.base)
     check_output(hub.output(out), overwrite, directory=True)
     options = exporters.ExportOptions(
         keep_ranks=keep_ranks,
         dtype=dtype,
         command=command,
         pad_rank=pad_rank,
-        base_config=None if base is None else read_json(hub.locate(base) / "config.json"),
+        base_config=None if base is None else exporters.base_config(hub.locate(base)),
     )
     files = exporter.files(compact, options, fidelity)
     with atomic_directory(Path(out), overwrite=overwrite) as folder:
@@ -455,7 +475,7 @@ def _servers(folder: Path, to: str) -> tuple[str, ...]:
     """What vLLM has to be started with for a PEFT folder, where its defaults do not do."""
     if to != "peft-lora":
         return ()
-    found = consumer_base.check(folder, ("vllm",), None, {})
+    found = consumer_base.check(folder, ("vllm",), loading.options(), {})
     return tuple(f"vLLM: {finding.what}; {finding.fix}" for finding in found if finding.rule == "max-rank")
 
 
@@ -476,13 +496,16 @@ def merge(
     shard_bytes: int | None = None,
     dequantize: bool = False,
     allow_pickle: bool = False,
+    layout: str | None = None,
+    alpha: float | None = None,
     progress: Progress = _silent,
 ) -> MergeReport:
     """Bake adapters (lrconvert files, LoRA folders, or loaded ones) into a copy of a base at `out`, or with `in_place`
     into the base itself, correctly rounded.
 
     Every element of the result is the value of the base's dtype nearest to the exact ``W + scale * B @ A``, summed over
-    all adapters; give ``Scaled(adapter, 0.5)`` to weigh one. The output holds a record with which `unmerge` restores
+    all adapters; give ``Scaled(adapter, 0.5)`` to weigh one. `layout` and `alpha` (see `load`) hold for all
+    adapters that are read, but for lrconvert files. The output holds a record with which `unmerge` restores
     every byte of the base; with `undo` False, only digests. `shard_bytes` bounds the weight files;
     `dequantize` takes a base that bitsandbytes has quantized as bf16. With `resume` a merge that is broken off keeps
     what it has finished, and goes on from there. Raises E-BASE, E-ORIENT, E-FPR, E-PLACE, E-NO-EFFECT, E-OVERFLOW,
@@ -491,7 +514,7 @@ def merge(
     """
     return merging.merge(
         hub.output(base) if in_place else hub.locate(base),
-        _loaded(adapters, base, allow_pickle),
+        _loaded(adapters, loading.options(allow_pickle, base, layout, alpha)),
         None if out is None else hub.output(out),
         in_place=in_place,
         resume=resume,
@@ -505,19 +528,20 @@ def merge(
     )
 
 
-def _loaded(adapters: Mergeable | Sequence[Mergeable], base: AnyPath, allow_pickle: bool) -> list[Scaled]:
-    """What to merge into `base`, every path read."""
-    if isinstance(adapters, Sequence) and not isinstance(adapters, str):
-        return [_scaled(item, base, allow_pickle) for item in adapters]
-    return [_scaled(adapters, base, allow_pickle)]
-
-
-def _scaled(item: Mergeable, base: AnyPath, allow_pickle: bool) -> Scaled:
-    if isinstance(item, Scaled):
-        return item
-    if isinstance(item, (LoraAdapter, CompactAdapter)):
-        return Scaled(item)
-    return Scaled(load(item, allow_pickle=allow_pickle, base=base), name=hub.hint(item))
+def _loaded(adapters: Mergeable | Sequence[Mergeable], said: ReadOptions) -> list[Scaled]:
+    """What to merge, every path read."""
+    several = isinstance(adapters, Sequence) and not isinstance(adapters, str)
+    items: list[Mergeable] = list(adapters) if several else [adapters]  # type: ignore[arg-type,list-item]
+    paths = [item for item in items if isinstance(item, (str, PathLike))]
+    read = iter(zip(paths, loading.load_all(paths, said), strict=True))
+    found = []
+    for item in items:
+        if isinstance(item, (str, PathLike)):
+            path, adapter = next(read)
+            found.append(Scaled(adapter, name=hub.hint(path)))
+        else:
+            found.append(item if isinstance(item, Scaled) else Scaled(item))
+    return found
 
 
 def unmerge(
@@ -564,10 +588,13 @@ def verify(
     *,
     dequantize: bool = False,
     allow_pickle: bool = False,
+    layout: str | None = None,
+    alpha: float | None = None,
     progress: Progress = _silent,
 ) -> VerifyReport:
-    """Whether `merged` is the merge of `base` and `adapters`: every value is computed again, every bit compared."""
-    inputs = _loaded(adapters, base, allow_pickle)
+    """Whether `merged` is the merge of `base` and `adapters`: every value is computed again, every bit compared.
+    `layout` and `alpha` are those of `merge`."""
+    inputs = _loaded(adapters, loading.options(allow_pickle, base, layout, alpha))
     return merging.verify(hub.locate(merged), hub.locate(base), inputs, dequantize=dequantize, progress=progress)
 
 
@@ -582,21 +609,23 @@ def attach(
     scale: float = 1.0,
     dtype: torch.dtype | None = None,
     trainable: bool = False,
+    base: AnyPath | None = None,
     allow_pickle: bool = False,
+    layout: str | None = None,
+    alpha: float | None = None,
 ) -> AttachedAdapter:
     """Put an adapter (lrconvert file, LoRA folder, or loaded) on a live torch model, unmerged, beside those it has.
 
     Its numbers are held in `dtype` (float32 without it), in a module of their own that is returned; `trainable` takes
-    their gradients. Heads, biases and token rows are installed. Raises E-ATTACH, E-BASE, E-PLACE; the model is
-    untouched then.
+    their gradients. Heads, biases and token rows are installed. `base` (the model's folder), `layout` and `alpha` are
+    those of `load`. Raises E-ATTACH, E-BASE, E-PLACE; the model is untouched then.
     """
     import torch
 
     from lrconvert import attaching
 
-    if not isinstance(adapter, (LoraAdapter, CompactAdapter)):
-        adapter = load(adapter, allow_pickle=allow_pickle)
-    return attaching.attach(model, adapter, name=name, scale=scale, dtype=dtype or torch.float32, trainable=trainable)
+    found = loading.adapter(adapter, loading.options(allow_pickle, base, layout, alpha))
+    return attaching.attach(model, found, name=name, scale=scale, dtype=dtype or torch.float32, trainable=trainable)
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
@@ -641,24 +670,29 @@ def statistics(
     checkpoint_seconds: float = 600.0,
     overwrite: bool = False,
     allow_pickle: bool = False,
+    layout: str | None = None,
+    alpha: float | None = None,
     progress: Progress = _silent,
 ) -> InputStatistics:
     """Second moments E[x x^T] of the inputs of a base's layers, the metric for fits and for `compare`.
 
     `base`: a model folder, hub id, or live model. `data`: files of texts (``.txt``, ``.jsonl``), or any iterable of
     model inputs (dicts of tensors; the way for vision models). Texts are cut to `length` tokens, `batch_tokens` of them
-    at a time, `max_tokens` in all (0: everything). All layers, or those of `adapter`, or those that `include` and
-    `exclude` choose. Inputs wider than `exact_width` keep a sketch of `rank` rows. With `out` the statistics are
-    written there, and unfinished work beside it every `checkpoint_seconds`: the same call goes on with it.
-    Raises E-DATA, E-STATS, E-BASE, E-VALUE, E-OUT-*.
+    at a time, `max_tokens` in all (0: everything). All layers, or those of `adapter` (`layout` and `alpha` as in
+    `load`), or those that `include` and `exclude` choose. Inputs wider than `exact_width` keep a sketch of `rank` rows.
+    With `out` the statistics are written there, and unfinished work beside it every `checkpoint_seconds`: the same call
+    goes on with it. Raises E-DATA, E-STATS, E-BASE, E-VALUE, E-OUT-*.
     """
     from lrconvert import gathering
 
+    said = loading.options(allow_pickle, base, layout, alpha)
+    if adapter is None:
+        loading.refuse_said(said)
     return gathering.statistics(
         base if not isinstance(base, (str, PathLike)) else hub.locate(base),
         data,
         None if out is None else hub.output(out),
-        adapter=load(adapter, allow_pickle=allow_pickle) if isinstance(adapter, (str, PathLike)) else adapter,
+        adapter=None if adapter is None else loading.adapter(adapter, said),
         include=include,
         exclude=exclude,
         length=length,
@@ -695,6 +729,8 @@ def refine(
     load_in_4bit: bool = False,
     overwrite: bool = False,
     allow_pickle: bool = False,
+    layout: str | None = None,
+    alpha: float | None = None,
     progress: Progress = _silent,
     **settings: Any,
 ) -> Refinement:
@@ -705,7 +741,8 @@ def refine(
     quantizers in the loop. What is best on held-out data is the result, and never worse than the input (`improved`
     says). With `out` it is written there, unfinished work beside it as ``<out>.partial``, with which `resume` goes on:
     on one device the result is that of a run without a pause. `settings` are the fields of
-    `lrconvert.refining.settings.Settings`; `log` takes JSON lines; `load_in_4bit` quantizes the base to NF4.
+    `lrconvert.refining.settings.Settings`; `log` takes JSON lines; `load_in_4bit` quantizes the base to NF4. `layout`
+    and `alpha` are those of `load` for the teacher.
 
     Under torchrun or accelerate all processes work on one adapter, and the first one writes. Raises E-DATA, E-OPTION,
     E-BASE, E-FPR, E-ATTACH, E-STATS (a checkpoint of other work), E-DEPENDENCY, E-OUT-*.
@@ -723,7 +760,7 @@ def refine(
         check_output(target, overwrite, inputs=[hub.locate(where)] if where is not None else [])
     done = refining.refine(
         adapter if isinstance(adapter, CompactAdapter) else read(adapter),
-        teacher if isinstance(teacher, LoraAdapter) else load_lora(teacher, allow_pickle=allow_pickle, base=where),
+        loading.lora(teacher, loading.options(allow_pickle, where, layout, alpha)),
         base if not isinstance(base, (str, PathLike)) else hub.locate(base),
         data,
         Settings(**settings),

@@ -13,7 +13,7 @@ from typing import Any
 
 from lrconvert import converting
 from lrconvert.adapter import LoraAdapter
-from lrconvert.container import is_without_weights, open_checkpoint
+from lrconvert.container import KnownContent, is_without_weights, open_checkpoint
 from lrconvert.converting import Conversion, Ground
 from lrconvert.errors import BudgetError, LrcError, OptionError
 from lrconvert.methods import base as methods
@@ -126,6 +126,7 @@ def compress(
     include: Sequence[str],
     exclude: Sequence[str],
     base: Path | None,
+    base_content: KnownContent | None,
     bake_dora: int | None,
     progress: Callable[[float, str], None],
     **common: Any,
@@ -138,7 +139,9 @@ def compress(
         raise OptionError(f"--min-captured is {min_captured}; a share above 0, at most 1, is allowed")
     plans = list(_plans(forms))
     found: list[Candidate] = []
-    with converting.grounded(lora, include=include, exclude=exclude, base=base, bake_dora=bake_dora) as ground:
+    with converting.grounded(
+        lora, include=include, exclude=exclude, base=base, base_content=base_content, bake_dora=bake_dora
+    ) as ground:
         for n, (method, options) in enumerate(plans):
 
             def tell(fraction: float, text: str, n: int = n, method: str = method) -> None:

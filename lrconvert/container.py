@@ -46,6 +46,7 @@ from lrconvert.errors import (
 )
 from lrconvert.limits import FOREIGN, MAX_CONFIG_BYTES, MAX_INDEX_BYTES, MAX_SHARDS, Limits
 
+PIPELINE_NAME = "model_index.json"  # of a diffusers pipeline
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 JOURNAL = ".lrconvert/journal"  # of a model that is being changed in place
@@ -275,6 +276,11 @@ class ContainerFile:
     def size(self) -> int:
         return self._stat.st_size
 
+    @property
+    def identity(self) -> tuple[str, int, int, int]:
+        """Path, size, modification in nanoseconds and inode, as they were when the file was opened."""
+        return str(self.path.absolute()), self._stat.st_size, self._stat.st_mtime_ns, self._stat.st_ino
+
     def read(self, info: TensorInfo, offset: int = 0, nbytes: int | None = None) -> bytearray:
         """Bytes of a tensor of this file, or `nbytes` of them from `offset`."""
         count = info.nbytes - offset if nbytes is None else nbytes
@@ -351,6 +357,15 @@ def combined_digest(entries: Iterable[tuple[str, str]]) -> str:
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class KnownContent:
+    """The digest of a checkpoint's contents, and what its files were when it was taken: path, size, modification in
+    nanoseconds and inode of each. Good for one run, in which many adapters are converted on one base."""
+
+    digest: str
+    files: tuple[tuple[str, int, int, int], ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
     """A model folder: `config` (config.json, or {}), the open shards in order, and all tensors by name."""
@@ -384,8 +399,26 @@ class Checkpoint:
         for offset in range(0, info.nbytes, _COPY_BYTES):
             yield self.read(info, offset, min(_COPY_BYTES, info.nbytes - offset))
 
-    def content_digest(self) -> str:
-        """sha256 over name, dtype, shape and bytes of every tensor; the same however the tensors are sharded."""
+    @property
+    def _identities(self) -> tuple[tuple[str, int, int, int], ...]:
+        return tuple(file.identity for file in self.files)
+
+    def known_content(self) -> KnownContent:
+        """The digest of the contents, to be given along. Raises E-IO-CHANGED if a file changed meanwhile."""
+        found = KnownContent(self.content_digest(), self._identities)
+        for file in self.files:
+            file.check_unchanged()
+        return found
+
+    def content_digest(self, known: KnownContent | None = None) -> str:
+        """sha256 over name, dtype, shape and bytes of every tensor; the same however the tensors are sharded.
+
+        With `known` nothing is read: it is that digest. Raises E-IO-CHANGED if the files are others than they were.
+        """
+        if known is not None:
+            if known.files != self._identities:
+                raise FileChangedError("the base changed after its contents were digested", path=self.root)
+            return known.digest
         return combined_digest(
             (t.name, tensor_digest(t.name, t.dtype, t.shape, self._chunks(t))) for t in self.tensors.values()
         )
@@ -472,7 +505,7 @@ def unfinished(root: Path) -> UnfinishedError:
 
 def is_without_weights(root: Path) -> bool:
     """Whether a folder has the configuration of a model or a pipeline, and no file of a model's weights in any form."""
-    if not ((root / "config.json").is_file() or (root / "model_index.json").is_file()):
+    if not ((root / "config.json").is_file() or (root / PIPELINE_NAME).is_file()):
         return False
     return not (_present(root / INDEX_NAME) or _present(root / SINGLE_NAME) or any(root.glob("pytorch_model*.bin")))
 

@@ -15,7 +15,7 @@ import numpy as np
 from lrconvert import baking, dtypes, file, hub, report, strictjson, targets
 from lrconvert.adapter import CompactAdapter, ExtraTensor, LoraAdapter, Provenance, Target
 from lrconvert.base_weights import BaseWeights
-from lrconvert.container import is_without_weights, open_checkpoint
+from lrconvert.container import KnownContent, is_without_weights, open_checkpoint
 from lrconvert.errors import BudgetError, EmptyAdapterError, FingerprintError, OptionError
 from lrconvert.fingerprint import fingerprint
 from lrconvert.limits import OWN
@@ -72,15 +72,22 @@ class Ground:
 
 @contextmanager
 def grounded(
-    lora: LoraAdapter, *, include: Sequence[str], exclude: Sequence[str], base: Path | None, bake_dora: int | None
+    lora: LoraAdapter,
+    *,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    base: Path | None,
+    base_content: KnownContent | None,
+    bake_dora: int | None,
 ) -> Iterator[Ground]:
-    """Choose targets and settle them on the base, which is read once for its digest and is open meanwhile."""
+    """Choose targets and settle them on the base, which is read once for its digest, if that is not known, and is open
+    meanwhile."""
     lora, warnings = _select(lora, include, exclude)
     if hub.is_private(lora.provenance.base_model):
         short = hub.last_part(lora.provenance.base_model)
         warnings += (f"the source names its base by a private path; only {short!r:.80} of it is kept in the file",)
     source_bytes = lora.half_bytes
-    with _on_base(lora, base, bake_dora) as (lora, weights, baked):
+    with _on_base(lora, base, bake_dora, base_content) as (lora, weights, baked):
         warnings += baked
         if any(extra.use == "magnitude" for extra in lora.extras):
             warnings += (_DORA_NOTE,)
@@ -95,12 +102,15 @@ def convert(
     exclude: Sequence[str],
     base: Path | None,
     bake_dora: int | None,
+    base_content: KnownContent | None = None,
     options: Mapping[str, Any],
     **how: Any,
 ) -> Conversion:
     """See `lrconvert.api.convert`; `how` is what `convert_on` takes."""
     _options(methods.get(method), options)  # before a base is read
-    with grounded(lora, include=include, exclude=exclude, base=base, bake_dora=bake_dora) as ground:
+    with grounded(
+        lora, include=include, exclude=exclude, base=base, base_content=base_content, bake_dora=bake_dora
+    ) as ground:
         return convert_on(ground, method, options=options, **how)
 
 
@@ -206,7 +216,7 @@ def _owner(extra: ExtraTensor) -> str:
 
 @contextmanager
 def _on_base(
-    lora: LoraAdapter, base: Path | None, bake_dora: int | None
+    lora: LoraAdapter, base: Path | None, bake_dora: int | None, known: KnownContent | None
 ) -> Iterator[tuple[LoraAdapter, BaseWeights | None, tuple[str, ...]]]:
     """The LoRA with shapes and views as the base stores them, the base's weights, and warnings, while it is open.
 
@@ -231,7 +241,7 @@ def _on_base(
         if bake_dora is not None:
             baked = baking.bake_dora(lora, checkpoint, bake_dora)
             lora, notes = baked.lora, (baked.note,)
-        yield lora, BaseWeights(lora, checkpoint, checkpoint.content_digest()), notes
+        yield lora, BaseWeights(lora, checkpoint, checkpoint.content_digest(known)), notes
 
 
 def _budget_bytes(source: int, size: int | None, ratio: float | None, default_ratio: int | None) -> int | None:

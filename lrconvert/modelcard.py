@@ -83,7 +83,7 @@ def origin(compact: CompactAdapter) -> dict[str, str]:
         "lrconvert_base_model": came.base_model,
         "lrconvert_base_revision": came.revision,
         "lrconvert_base_content": compact.base.content,
-        "lrconvert_license": came.fields.get("license", ""),
+        **{f"lrconvert_{key}": came.fields.get(key, "") for key in _LICENCE},
     }
     return {key: text for key, text in found.items() if text}
 

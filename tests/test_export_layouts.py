@@ -369,6 +369,63 @@ def test_the_licence_of_a_card(text: str, tmp_path: Path) -> None:
     assert modelcard.licence(tmp_path / "absent") == {}
 
 
+STATED = {"license": "other", "license_name": "llama3", "license_link": "https://example.org/LICENSE"}
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "peft-vblora": ("vblora", {"peft_compatible": True, "num_vectors": 32, "vector_length": 8, "top_k": 2}),
+    "peft-miss": ("bone", {"peft_compatible": True, "rank": 2}),
+}
+
+
+def for_layout(layout: str, base_model: str) -> CompactAdapter:
+    """Something that a layout can express, with a licence and the name of a base."""
+    if layout in FORMS:
+        form, options = FORMS[layout]
+        compact = api.convert(random_lora(), form, **options).compact
+    else:
+        compact = made(TARGETS.get(layout, LLAMA))
+    came = compact.provenance
+    return replace(compact, provenance=replace(came, base_model=base_model, fields={**came.fields, **STATED}))
+
+
+def notes_in(folder: Path) -> dict[str, str]:
+    """The metadata of the one file of weights, by the names that safetensors files have them under."""
+    if (folder / "adapter.gguf").exists():
+        fields, _ = read_gguf(folder / "adapter.gguf")
+        return {key.replace("lrconvert.", "lrconvert_"): value for key, value in fields.items()}
+    (weights,) = folder.glob("*.safetensors")
+    with safe_open(weights, "np") as opened:
+        return dict(opened.metadata())
+
+
+@pytest.mark.parametrize("layout", exporters.ids())
+def test_every_export_says_its_licence_and_no_private_path(layout: str, tmp_path: Path) -> None:
+    """The card and the metadata carry the licence, which our readers take from the card again; the folders of a path
+    that names the base are in no file, which is said, unless the base is named."""
+    private = "/home/somebody/secret/model-7b"
+    base = BASES / "tiny-llama" if layout == "gguf" else None
+    cases = (
+        (None, "model-7b", "--base-model-id"),
+        ("org/model@v2", "org/model", ""),
+        ("/srv/x/y", "/srv/x/y", "private path"),
+    )
+    for n, (given, shown, said) in enumerate(cases):
+        out = tmp_path / str(n)
+        done = api.export(for_layout(layout, private), out, to=layout, base=base, base_model_id=given)
+        notes = " ".join(done.notes)
+        assert said in notes and ("private" in notes) == bool(said)
+        assert not [path.name for path in out.iterdir() if b"secret" in path.read_bytes()]
+        card = (out / "README.md").read_text()
+        assert f'base_model: "{shown}"' in card and modelcard.licence(out) == STATED
+        stored = notes_in(out)
+        assert {key: stored[f"lrconvert_{key}"] for key in STATED} == STATED
+        assert stored["lrconvert_base_model"] == shown
+        if layout == "gguf":
+            theirs = ("license", "license.name", "license.link")
+            assert [stored[f"general.{key}"] for key in theirs] == [*STATED.values()]
+    again = api.load(tmp_path / "1", alpha=4.0 if layout == "raw" else None)
+    assert {key: again.provenance.fields[key] for key in STATED} == STATED
+
+
 @pytest.mark.parametrize("license", ["apache-2.0", "mit, bsd"])
 def test_the_licence_goes_all_the_way(license: str, tmp_path: Path) -> None:
     source = tmp_path / "in"

@@ -18,9 +18,9 @@ from conftest import ADAPTERS, BASES
 from test_cli import lrconvert as command
 
 import lrconvert
-from lrconvert import api, errors, statistics_file
-from lrconvert.many import pool, request, sources
-from lrconvert.many.run import Batch
+from lrconvert import api, container, errors, statistics_file
+from lrconvert.many import pool, request, sources, worker
+from lrconvert.many.run import Batch, many
 
 OPTIONS: dict[str, Any] = {"bits": "4"}
 
@@ -120,6 +120,51 @@ def test_statistics_and_base_count_by_content(tmp_path: Path) -> None:
     in_memory = statistics_file.read(tmp_path / "a.stats")
     with pytest.raises(errors.OptionError, match="must be a path"):
         lrconvert.convert_many([source], tmp_path / "out", "lowrank", statistics=in_memory)
+
+
+def test_a_base_is_digested_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are told the digest, and read no tensor for it; what is written is as if they had taken it."""
+    base = shutil.copytree(BASES / "tiny-llama", tmp_path / "base")
+    for name in ("one", "two"):
+        shutil.copytree(ADAPTERS / "llama-plain", tmp_path / "zoo" / name)
+    jobs: list[Any] = []
+    monkeypatch.setattr(pool, "run", lambda asked, count, told: jobs.extend(asked) or [{"state": "done"}] * len(asked))
+    lrconvert.convert_many(tmp_path / "zoo", tmp_path / "out", "lowrank", base=base, **OPTIONS)
+    digested: list[str] = []
+    taken = container.tensor_digest
+    monkeypatch.setattr(container, "tensor_digest", lambda name, *rest: digested.append(name) or taken(name, *rest))
+    with container.open_checkpoint(base) as opened:
+        whole, names = opened.content_digest(), set(opened.tensors)
+    assert set(digested) == names
+    digested.clear()
+    assert [worker.work(job)["state"] for job in jobs] == ["done", "done"]
+    assert not names & set(digested)
+    assert {api.read(path).base.content for path in (tmp_path / "out").glob("*.lrc")} == {whole}
+    assert worker.work({**jobs[0], "base_content": None, "overwrite": True, "output": str(tmp_path / "slow.lrc")})
+    assert (tmp_path / "slow.lrc").read_bytes() == (tmp_path / "out" / "one.lrc").read_bytes() and set(
+        digested
+    ) >= names
+
+
+@pytest.mark.parametrize("verb", ["convert", "compress", "allocate"])
+def test_a_base_that_changes_meanwhile(verb: Any, tmp_path: Path) -> None:
+    """What was converted before is done; after the change each adapter fails, as its base is not the one digested."""
+    base = shutil.copytree(BASES / "tiny-llama", tmp_path / "base")
+    for name in ("one", "two"):
+        shutil.copytree(ADAPTERS / "llama-plain", tmp_path / "zoo" / name)
+
+    def told(done: int, of: int) -> None:
+        for shard in base.glob("*.safetensors"):
+            os.utime(shard, ns=(1, 1))
+
+    method, options = ("lowrank", OPTIONS) if verb == "convert" else ("", {"target_ratio": 4})
+    if verb == "compress":
+        options["forms"] = ["lowrank"]
+    batch = many(verb, method, tmp_path / "zoo", tmp_path / "out", base=base, jobs=1, told=told, **options)
+    assert [outcome.code or outcome.state for outcome in batch.outcomes] == ["done", "E-IO-CHANGED"]
+    assert str(base) in batch.outcomes[1].message
+    again = many(verb, method, tmp_path / "zoo", tmp_path / "out", base=base, jobs=1, **options)
+    assert [outcome.state for outcome in again.outcomes] == ["skipped", "done"]
 
 
 def test_a_request_is_not_inherited(tmp_path: Path) -> None:
@@ -320,6 +365,7 @@ def test_a_request_to_end_leaves_nothing_half_written(tmp_path: Path) -> None:
         "loading": {},
         "options": OPTIONS,
         "inputs": {},
+        "base_content": None,
     }
     done = subprocess.run([sys.executable, "-c", code], input=json.dumps(job) + "\n", text=True, capture_output=True)
     assert done.returncode == 128 + signal.SIGTERM and done.stdout == "", done.stderr

@@ -264,7 +264,7 @@ def test_gguf_on_a_base(whole, tmp_path):
     check(load(folder, ReadOptions(base=base)), wanted)
     assert any("own order" in line for line in load(folder).warnings)
     refused("E-BASE", gguf(tmp_path / "g", arrays, general__architecture="gemma"), "family", base=base)
-    refused("E-BASE", gguf(tmp_path / "b", arrays, general__architecture="bloom"), "not known here", base=base)
+    refused("E-BASE", gguf(tmp_path / "b", arrays, general__architecture="mamba"), "not known here", base=base)
     odd = {name.replace("attn_v", "attn_strange"): value for name, value in arrays.items()}
     refused("E-BASE", gguf(tmp_path / "o", odd), "attn_strange", base=base)
 

@@ -13,11 +13,11 @@ from lrconvert.cli.shared import (
     as_json_option,
     command_line,
     emit,
+    layout_options,
     overwrite_option,
-    pickle_option,
     quiet_option,
     source_argument,
-    takes_layout,
+    takes_adapters,
     warn,
 )
 from lrconvert.errors import EXIT_REFUSED, printable
@@ -30,16 +30,13 @@ from lrconvert.errors import EXIT_REFUSED, printable
     type=click.Path(path_type=Path),
     help="Base model folder or hub id: for layouts that do not say shapes, or spell names in their own way.",
 )
-@takes_layout
-@pickle_option
+@takes_adapters
 @as_json_option
-def inspect(
-    source: Path, base: Path | None, layout: str | None, alpha: float | None, allow_pickle: bool, as_json: bool
-) -> None:
+def inspect(source: Path, base: Path | None, as_json: bool, **reading: Any) -> None:
     """Show what an adapter is: targets, ranks, spectrum, bytes. Any LoRA layout, and lrconvert files."""
     from lrconvert import api, render
 
-    found = api.inspect(source, allow_pickle=allow_pickle, base=base, layout=layout, alpha=alpha)
+    found = api.inspect(source, base=base, **reading)
     if as_json:
         emit({"path": str(source), **found})
         return
@@ -92,7 +89,9 @@ def upgrade(path: Path, output: Path, overwrite: bool) -> None:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
 @click.option("--to", required=True, help="peft-lora, peft-vblora, peft-miss, kohya, diffusers, mlx, gguf or raw.")
 @click.option(
-    "--base", type=click.Path(path_type=Path), help="Base model folder or hub id, for gguf; its config.json is enough."
+    "--base",
+    type=click.Path(path_type=Path),
+    help="Base model folder or hub id, for gguf and the names of --source; its config.json is enough.",
 )
 @click.option("--base-model-id", help="How the output names the base: org/name, or org/name@revision.")
 @click.option(
@@ -107,7 +106,7 @@ def upgrade(path: Path, output: Path, overwrite: bool) -> None:
 @click.option(
     "--dtype", type=click.Choice(["F32", "F16", "BF16"]), default="F32", show_default=True, help="Of the factors."
 )
-@pickle_option
+@takes_adapters
 @overwrite_option
 @quiet_option
 def export(
@@ -120,9 +119,9 @@ def export(
     keep_ranks: bool,
     pad_rank: int | None,
     dtype: str,
-    allow_pickle: bool,
     overwrite: bool,
     quiet: bool,
+    **reading: Any,
 ) -> None:
     """Write an lrconvert FILE as a folder that other tools load."""
     from lrconvert import api
@@ -137,9 +136,9 @@ def export(
         keep_ranks=keep_ranks,
         pad_rank=pad_rank,
         dtype=dtype,
-        allow_pickle=allow_pickle,
         overwrite=overwrite,
         command=command_line(),
+        **reading,
     )
     warn(done.notes)
     if not quiet:
@@ -190,6 +189,7 @@ def check_command() -> click.Command:
                 help="Who would load it; repeatable.",
             ),
             click.Option(["--base"], type=path, help="Base model folder or hub id; its config.json is enough."),
+            *layout_options(),
             *own.values(),
             click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object instead of text."),
         ],

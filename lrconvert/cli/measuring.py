@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,11 +13,10 @@ from lrconvert.cli.shared import (
     device_option,
     emit,
     overwrite_option,
-    pickle_option,
     progress_bar,
     quiet_option,
     source_argument,
-    takes_layout,
+    takes_adapters,
     verbose_option,
 )
 
@@ -46,7 +46,7 @@ DATA_HELP = "Texts: .txt (running text) or .jsonl (`text`; `prompt` and `complet
 @click.option("--rank", type=click.IntRange(1), default=256, show_default=True, help="Rows of a sketch.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sketches.")
 @device_option
-@pickle_option
+@takes_adapters
 @overwrite_option
 @quiet_option
 @as_json_option
@@ -64,10 +64,10 @@ def statistics(
     rank: int,
     seed: int,
     device: str,
-    allow_pickle: bool,
     overwrite: bool,
     quiet: bool,
     as_json: bool,
+    **reading: Any,
 ) -> None:
     """Measure what flows into the layers of BASE on texts, for --statistics of every converter.
 
@@ -91,8 +91,8 @@ def statistics(
             seed=seed,
             device=device_of(device),
             overwrite=overwrite,
-            allow_pickle=allow_pickle,
             progress=progress,
+            **reading,
         )
     if as_json:
         emit({"base": str(base), "output": str(output), **render.statistics_json(found, output.stat().st_size)})
@@ -109,9 +109,8 @@ def statistics(
 @click.option("--length", type=click.IntRange(1), default=512, show_default=True, help="Tokens of a text, at most.")
 @click.option("--max-tokens", type=click.IntRange(0), default=1 << 15, show_default=True, help="Tokens in all; 0: all.")
 @click.option("--html", type=_path, help="Write it as one HTML page, too: plots, a map of the layers, all tables.")
-@takes_layout
+@takes_adapters
 @device_option
-@pickle_option
 @overwrite_option
 @verbose_option
 @as_json_option
@@ -124,13 +123,11 @@ def compare(
     length: int,
     max_tokens: int,
     html: Path | None,
-    layout: str | None,
-    alpha: float | None,
     device: str,
-    allow_pickle: bool,
     overwrite: bool,
     verbose: bool,
     as_json: bool,
+    **reading: Any,
 ) -> None:
     """Measure lrconvert FILES against the LoRA SOURCE they came from: captured energy, bytes, ratio; on data also the
     answers of the models."""
@@ -149,10 +146,8 @@ def compare(
             length=length,
             max_tokens=max_tokens,
             device=device_of(device),
-            allow_pickle=allow_pickle,
-            layout=layout,
-            alpha=alpha,
             progress=progress,
+            **reading,
         )
     named = [(p.name, f) for p, f in zip(files, found, strict=True)]
     if html is not None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,29 +14,37 @@ from lrconvert.cli.shared import (
     as_json_option,
     emit,
     overwrite_option,
-    pickle_option,
     progress_bar,
     quiet_option,
+    takes_adapters,
     verbose_option,
     warn,
 )
 from lrconvert.errors import EXIT_REFUSED
 
+if TYPE_CHECKING:
+    from lrconvert.merging import Scaled
 
-def _weighted(text: str, base: Path, allow_pickle: bool) -> Any:
-    """The adapter that ``path`` or ``path=scale`` means, loaded."""
+
+def _weighted(texts: Sequence[str], base: Path, reading: Mapping[str, Any]) -> list[Scaled]:
+    """The adapters that ``path`` or ``path=scale`` mean, loaded."""
     from lrconvert import api, hub
     from lrconvert.merging import Scaled
 
+    named = [_scaled(text) for text in texts]
+    found = api.load_all([name for name, _ in named], base=base, **reading)
+    return [Scaled(adapter, scale, hub.hint(name)) for adapter, (name, scale) in zip(found, named, strict=True)]
+
+
+def _scaled(text: str) -> tuple[str, float]:
+    """The path and the scale of ``path`` or ``path=scale``."""
     name, equals, number = text.rpartition("=")
-    if equals and not Path(text).exists():
-        try:
-            scale = float(number)
-        except ValueError:
-            raise click.UsageError(f"{text!r}: what follows the last '=' is not a scale") from None
-    else:
-        name, scale = text, 1.0
-    return Scaled(api.load(name, allow_pickle=allow_pickle, base=base), scale, hub.hint(name))
+    if not equals or Path(text).exists():
+        return text, 1.0
+    try:
+        return name, float(number)
+    except ValueError:
+        raise click.UsageError(f"{text!r}: what follows the last '=' is not a scale") from None
 
 
 def _check_output(output: Path | None, in_place: bool) -> None:
@@ -58,7 +67,7 @@ _dequantize = click.option("--dequantize", is_flag=True, help="Take a base that 
 @click.option("--out-shard-size", type=ByteSize(), help="Largest weight file, as 5GB; default: cut as the base is.")
 @click.option("--allow-no-op", is_flag=True, help="Write a copy of the base even if the adapter changes nothing.")
 @_dequantize
-@pickle_option
+@takes_adapters
 @overwrite_option
 @quiet_option
 @verbose_option
@@ -74,11 +83,11 @@ def merge_into_base(
     out_shard_size: int | None,
     allow_no_op: bool,
     dequantize: bool,
-    allow_pickle: bool,
     overwrite: bool,
     quiet: bool,
     verbose: bool,
     as_json: bool,
+    **reading: Any,
 ) -> None:
     """Bake one or more ADAPTERs (lrconvert files, LoRA folders) into a copy of the model folder BASE.
 
@@ -90,7 +99,7 @@ def merge_into_base(
     with progress_bar("merge", quiet or as_json) as progress:
         report = api.merge(
             base,
-            [_weighted(text, base, allow_pickle) for text in adapters],
+            _weighted(adapters, base, reading),
             output,
             in_place=in_place,
             resume=resume,
@@ -163,7 +172,7 @@ def unmerge(
     "--adapter", "adapters", required=True, multiple=True, metavar="ADAPTER[=SCALE]", help="As merged; repeatable."
 )
 @_dequantize
-@pickle_option
+@takes_adapters
 @quiet_option
 @as_json_option
 def verify(
@@ -171,16 +180,15 @@ def verify(
     base: Path,
     adapters: tuple[str, ...],
     dequantize: bool,
-    allow_pickle: bool,
     quiet: bool,
     as_json: bool,
+    **reading: Any,
 ) -> None:
     """Confirm that MERGED is BASE with the ADAPTERs merged in: computes it again and compares every bit."""
     from lrconvert import api, render
 
     with progress_bar("verify", quiet or as_json) as progress:
-        inputs = [_weighted(text, base, allow_pickle) for text in adapters]
-        report = api.verify(merged, base, inputs, dequantize=dequantize, progress=progress)
+        report = api.verify(merged, base, _weighted(adapters, base, reading), dequantize=dequantize, progress=progress)
     if as_json:
         emit({"merged": str(merged), "base": str(base), "ok": report.ok, **dataclasses.asdict(report)})
     elif not (quiet and report.ok):

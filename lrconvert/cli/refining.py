@@ -14,9 +14,9 @@ from lrconvert.cli.shared import (
     device_option,
     emit,
     overwrite_option,
-    pickle_option,
     progress_bar,
     quiet_option,
+    takes_adapters,
     warn,
 )
 
@@ -79,7 +79,7 @@ def command() -> click.Command:
         click.Option(["--strict"], is_flag=True, help="Exit with 1 if nothing was gained."),
     ]
     made = click.Command("refine", params=params, callback=_refine, help=_ABOUT, short_help=_ABOUT)
-    for option in (as_json_option, quiet_option, overwrite_option, pickle_option, device_option):
+    for option in (as_json_option, quiet_option, overwrite_option, takes_adapters, device_option):
         option(made)
     return made
 

@@ -68,6 +68,12 @@ def takes_layout(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(*FROM, **_from_option())(click.option(*ALPHA, type=float, help=ALPHA_HELP)(command))
 
 
+def takes_adapters(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What a user may say of adapters that a command reads, by the names of the verbs' parameters: `allow_pickle`,
+    `layout`, `alpha`."""
+    return takes_layout(pickle_option(command))
+
+
 DEVICE = ["--device"]
 DEVICE_OPTION: dict[str, Any] = {
     "type": click.Choice(["auto", "cpu", "cuda"]),

@@ -13,15 +13,17 @@ import math
 import pkgutil
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from lrconvert import file
+from lrconvert import file, loading
 from lrconvert.container import INDEX_NAME, SINGLE_NAME, ContainerFile, TensorInfo, open_checkpoint, read_json
 from lrconvert.errors import FileKindError, LrcError, OptionError, UnknownLayoutError, printable
 from lrconvert.limits import MAX_PATTERNS
+from lrconvert.readers import base as readers
+from lrconvert.readers.base import ReadOptions
 from lrconvert.readers.peft import check_work, compile_pattern
 
 Severity = Literal["refuses", "wrong", "warns"]
@@ -100,8 +102,9 @@ class Subject:
     """An adapter as cheaply seen: its configuration, the headers of its tensors, the names of the files beside them.
 
     `weights` names the file that `tensors` are from, or "". `pickle` names a pickle that holds the weights instead; it
-    is not opened. `base` is the base's config.json, None if no base was given; `base_modules` are the modules whose
-    weight the base stores, empty if unknown.
+    is not opened. `foreign` is the reader of the layout where it is another tool's, "" for PEFT's, mlx-lm's and names
+    that may be anybody's. `base` is the base's config.json, None if no base was given; `base_modules` are the modules
+    whose weight the base stores, empty if unknown.
     """
 
     layout: Layout
@@ -111,6 +114,7 @@ class Subject:
     pickle: str = ""
     files: frozenset[str] = frozenset()
     added_tokens: Mapping[str, Any] = field(default_factory=dict)
+    foreign: str = ""
     base: Mapping[str, Any] | None = None
     base_modules: frozenset[str] = frozenset()
 
@@ -225,6 +229,10 @@ def example(names: Sequence[str]) -> str:
 
 def not_a_peft_folder(subject: Subject) -> tuple[str, str] | None:
     """What is wrong and what to do, if the input is no PEFT folder at all."""
+    if subject.foreign:
+        return f"an adapter in the layout {subject.foreign}: its names and scales are its own", (
+            "convert it, and export the result: `lrconvert export FILE -o DIR --to peft-lora`"
+        )
     if subject.layout == "lrconvert":
         return "a compact lrconvert file: no server loads one", (
             "export it first: `lrconvert export FILE -o DIR --to peft-lora`"
@@ -315,12 +323,48 @@ def changes_base(subject: Subject) -> bool:
 # --- looking at a path ----------------------------------------------------------------------------------------------
 
 
-def look(path: Path, base: Path | None = None) -> Subject:
-    """The `Subject` at `path`: a folder, or a file. Only headers and small JSON files are read.
+# Readers of what the consumers have rules of their own for, or that names alone do not tell from PEFT's tensors.
+_OWN_RULES = ("peft", "peft_miss", "peft_vblora", "mlx", "raw")
+_GGUF = "gguf"
 
-    Raises E-LAYOUT if nothing there could be an adapter, and the container's errors for broken files.
+
+def look(path: Path, said: ReadOptions | None = None) -> Subject:
+    """The `Subject` at `path`: a folder, or a file. Only headers and small JSON files are read. `said.layout` counts
+    before the content.
+
+    Raises E-LAYOUT if nothing there could be an adapter, E-OPTION for a layout or an alpha that is not for it, and the
+    container's errors for broken files.
     """
-    about_base = _look_at_base(base) if base is not None else {}
+    said = said or ReadOptions()
+    about_base = _look_at_base(said.base) if said.base is not None else {}
+    layout = said.layout
+    if layout is None and readers.named(_GGUF).recognises(path):
+        layout = _GGUF
+    if layout == _GGUF and path.is_file():
+        subject = Subject("bare", weights=path.name, **about_base)
+    else:
+        subject = _look(path, about_base)
+    if subject.layout == "lrconvert":
+        loading.refuse_said(said, path)
+        return subject
+    if layout is None:
+        layout = subject.layout if subject.layout != "bare" else _told(subject)
+    if layout is None:
+        loading.refuse_said(said)
+        return subject
+    readers.check_alpha(readers.named(layout), said.alpha, path)
+    if layout == "mlx":
+        return replace(subject, layout="mlx")
+    return subject if layout in _OWN_RULES else replace(subject, foreign=layout)
+
+
+def _told(subject: Subject) -> str | None:
+    """The layout that the names of bare tensors tell."""
+    names = [info.name for info in subject.tensors]
+    return next((reader.id for reader in readers.all_readers() if reader.knows(names)), None)
+
+
+def _look(path: Path, about_base: dict[str, Any]) -> Subject:
     if path.is_dir():
         return _look_at_folder(path, about_base)
     if not path.exists():
@@ -373,7 +417,7 @@ def _look_at_base(base: Path) -> dict[str, Any]:
     return {"base": config, "base_modules": modules}
 
 
-def check(path: Path, consumers: Iterable[str], base: Path | None, options: Mapping[str, Any]) -> tuple[Finding, ...]:
+def check(path: Path, consumers: Iterable[str], said: ReadOptions, options: Mapping[str, Any]) -> tuple[Finding, ...]:
     """See `lrconvert.api.check`."""
     used = chosen(consumers)
     fields = [{f.name for f in dataclasses.fields(consumer.Options)} for consumer in used]
@@ -383,7 +427,7 @@ def check(path: Path, consumers: Iterable[str], base: Path | None, options: Mapp
         c.Options(**{k: v for k, v in options.items() if k in names}) for c, names in zip(used, fields, strict=True)
     ]
     try:
-        subject = look(path, base)
+        subject = look(path, said)
         return tuple(f for c, setting in zip(used, settings, strict=True) for f in c.examine(subject, setting))
     except LrcError as error:
         raise error.at(path) from None

@@ -38,6 +38,8 @@ _CONV1D = ("c_attn", "c_proj", "c_fc", "c_fc2")
 
 
 def examine(subject: Subject, options: NoOptions) -> Iterator[Finding]:
+    if subject.foreign == "gguf":
+        return  # what the converter makes: the runtime loads it as it is
     if (found := base.not_a_peft_folder(subject)) is not None:
         yield refuses("layout", *found, CONVERTER)
         return

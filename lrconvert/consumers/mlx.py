@@ -24,6 +24,10 @@ def examine(subject: Subject, options: NoOptions) -> Iterator[Finding]:
         fix = "export it to plain LoRA and convert that to mlx-lm's layout"
         yield refuses("layout", "a compact lrconvert file: no server loads one", fix, LOAD)
         return
+    if subject.foreign:
+        fix = "convert it, and export the result: `lrconvert export FILE -o DIR --to mlx`"
+        yield refuses("layout", f"an adapter in the layout {subject.foreign}", fix, LOAD)
+        return
     if subject.layout == "peft":
         fix = "transpose the factors into lora_a and lora_b, with scale instead of lora_alpha"
         yield refuses("layout", "a PEFT folder: mlx-lm reads its own layout only", fix, LOAD)

@@ -10,11 +10,13 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from lrconvert import hub
 from lrconvert.adapter import CompactAdapter
-from lrconvert.errors import ExportError, OptionError
+from lrconvert.container import PIPELINE_NAME, read_json
+from lrconvert.errors import ExportError, FileKindError, OptionError
 from lrconvert.report import Fidelity
 
 Files = Mapping[str, Iterable[bytes]]
@@ -25,7 +27,7 @@ _NOT_EXPORTERS = ("base", "diffusion", "plain")
 class ExportOptions:
     """`keep_ranks`: per-module ranks instead of one padded rank; `pad_rank`: that rank, the largest of the adapter
     without it. `dtype`: of the factors. `command`: what the user ran, for the model card. `base_config`: the base's
-    config.json, for layouts whose names or orders depend on it."""
+    config.json (`base_config`), for layouts whose names or orders depend on it."""
 
     keep_ranks: bool = False
     dtype: str = "F32"
@@ -43,6 +45,20 @@ class ExportOptions:
             fix = "give that or more, or convert again with fewer ranks"
             raise OptionError(f"--pad-rank is {self.pad_rank}, and the adapter has a rank of {top}", fix=fix)
         return self.pad_rank
+
+
+_DENOISERS = ("unet", "transformer")
+
+
+def base_config(root: Path) -> Mapping[str, Any]:
+    """The config.json of a model folder, of a diffusers pipeline that of its UNet or transformer. Raises E-IO-KIND and
+    what reading raises."""
+    if not (root / "config.json").exists() and (root / PIPELINE_NAME).is_file():
+        for name in _DENOISERS:
+            if (root / name / "config.json").is_file():
+                return read_json(root / name / "config.json")
+        raise FileKindError("the pipeline holds neither a UNet nor a transformer", path=root)
+    return read_json(root / "config.json")
 
 
 @dataclass(frozen=True)

@@ -3,24 +3,32 @@
 ``lora_te1_`` and ``lora_te2_``, for text encoders. alpha = r, so that the scale is 1. With own ranks every alpha
 is 1 and lora_up is multiplied by its rank instead: diffusers 0.42 scales wrongly where alphas differ.
 
-The UNet's modules have diffusers' names, which sd-scripts uses for Stable Diffusion 1 and 2 and which diffusers and
-ComfyUI read for SDXL, too. A transformer's are ``lora_transformer_``, as OneTrainer writes and diffusers reads them.
+The UNet's modules have diffusers' names (``lora_unet_down_blocks_...``), as sd-scripts has them for Stable Diffusion 1
+and 2; but for Stable Diffusion XL those of Stability AI's code (``lora_unet_input_blocks_4_1_...``), since sd-scripts
+builds that UNet from it. Whether a UNet is SDXL's says the base's configuration. Without one it is
+if its attention takes texts of 2048 numbers, the width of SDXL's two encoders together. A transformer's modules are
+``lora_transformer_``, as OneTrainer writes and diffusers reads them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 
-from lrconvert.adapter import CompactAdapter
+from lrconvert import unets
+from lrconvert.adapter import CompactAdapter, Target
 from lrconvert.errors import ExportError
 from lrconvert.exporters.base import Exporter, ExportOptions, Files
 from lrconvert.exporters.diffusion import TRANSFORMER, UNET, placed
 from lrconvert.exporters.peft_lora import config_file, weights_file
-from lrconvert.exporters.plain import EXCLUDE, entry, pairs, refuse_extras, unfolded
+from lrconvert.exporters.plain import EXCLUDE, Pair, entry, pairs, refuse_extras, unfolded
 from lrconvert.modelcard import model_card, origin, sidecar
 from lrconvert.report import Fidelity
 
 _LAYOUT = "kohya's layout"
+_CONTEXT = (".attn2.to_k", ".attn2.to_v")
+_SDXL_CONTEXT = 2048
 
 
 def files(compact: CompactAdapter, options: ExportOptions, fidelity: Fidelity | None) -> Files:
@@ -28,9 +36,12 @@ def files(compact: CompactAdapter, options: ExportOptions, fidelity: Fidelity | 
     refuse_extras(compact, _LAYOUT)
     found = [(*placed(pair.target, _LAYOUT), pair) for pair in pairs(compact, options)]
     components = {component for component, _, _ in found}
+    originals = _originals(found, options)
     tensors, owners = [], dict[str, str]()
     for component, module, pair in found:
-        name = f"{_prefix(component, components)}_{module.replace('.', '_')}"
+        if component == UNET and originals is not None:
+            module = _original(pair.target, module, originals)
+        name = f"{_prefix(component, components, originals is not None)}_{module.replace('.', '_')}"
         if name in owners:
             what = f"{pair.target.name!r:.120} and {owners[name]!r:.120} have one name there, {name!r:.120}"
             raise ExportError(what, fix=EXCLUDE)
@@ -52,11 +63,27 @@ def files(compact: CompactAdapter, options: ExportOptions, fidelity: Fidelity | 
     }
 
 
-def _prefix(component: str, components: set[str]) -> str:
+def _originals(found: Sequence[tuple[str, str, Pair]], options: ExportOptions) -> Mapping[str, str] | None:
+    """The table of names if the UNet is SDXL's, else None."""
+    if options.base_config is not None:
+        return unets.stability_names(levels=3) if unets.is_sdxl(options.base_config) else None
+    widths = {p.target.in_features for c, m, p in found if c == UNET and m.endswith(_CONTEXT)}
+    return unets.stability_names(levels=3) if widths == {_SDXL_CONTEXT} else None
+
+
+def _original(target: Target, module: str, originals: Mapping[str, str]) -> str:
+    name = unets.renamed(module, originals, ".")
+    if name is None:
+        what = f"{target.name!r:.120} has no name in the code of Stable Diffusion XL, which sd-scripts follows"
+        raise ExportError(what, fix=EXCLUDE)
+    return name
+
+
+def _prefix(component: str, components: set[str], sdxl: bool) -> str:
     if component in (UNET, TRANSFORMER):
         return f"lora_{component}"
     if component == "text_encoder":
-        return "lora_te" if components <= {UNET, "text_encoder"} else "lora_te1"
+        return "lora_te" if components <= {UNET, "text_encoder"} and not sdxl else "lora_te1"
     return f"lora_te{component[-1]}"
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from lrconvert import file
 from lrconvert.adapter import CompactAdapter
-from lrconvert.container import open_checkpoint
-from lrconvert.errors import FileReadError, LrcError
+from lrconvert.container import KnownContent, open_checkpoint
+from lrconvert.errors import FileChangedError, FileReadError, LrcError
 from lrconvert.many.sources import is_adapter
 from lrconvert.modelcard import CARD
 
@@ -59,17 +59,20 @@ def of_file(path: Path) -> str:
         raise FileReadError(f"cannot be read: {error.strerror}", path=path) from None
 
 
-def of_base(base: Path) -> str:
-    """The digest of a base's contents and configuration, however it is sharded; of its files where it has no weights
-    (a config.json is enough for some readers)."""
+def of_base(base: Path) -> tuple[str, KnownContent | None]:
+    """The digest of a base's contents and configuration, however it is sharded, and the contents for the conversions;
+    of its files, and None, where it has no weights (a config.json is enough for some readers)."""
     try:
         with open_checkpoint(base) as checkpoint:
+            known = checkpoint.known_content()
             config = json.dumps(checkpoint.config, sort_keys=True, default=str)
-            return hashlib.sha256(f"{checkpoint.content_digest()} {config}".encode()).hexdigest()
+            return hashlib.sha256(f"{known.digest} {config}".encode()).hexdigest(), known
+    except FileChangedError:
+        raise
     except LrcError:
         if not base.is_dir():
             raise
-        return of_files(base.iterdir(), base)
+        return of_files(base.iterdir(), base), None
 
 
 def finished(output: Path, wanted: str) -> CompactAdapter | None:

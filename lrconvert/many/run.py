@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lrconvert import hub
+from lrconvert import file, hub
+from lrconvert.container import KnownContent
 from lrconvert.errors import OptionError, OutputPathError
 from lrconvert.many import pool, request
 from lrconvert.many.sources import AnyPath, Job, plan
@@ -104,20 +105,26 @@ def many(
     if root is not None and root.exists() and not root.is_dir():
         raise OutputPathError("is not a folder", fix="give a folder for the outputs", path=root)
     planned = plan(listed, root)
-    inputs = _inputs(options)
+    inputs, content = _inputs(options)
     options = {key: _plain(key, value) for key, value in options.items()}
     shared = {
         "verb": verb,
         "method": method,
         "overwrite": overwrite,
         "verbose": verbose,
-        "loading": _loading({"allow_pickle": allow_pickle, "base": options.get("base"), **(loading or {})}),
         "options": options,
         "inputs": inputs,
+        "base_content": None if content is None else asdict(content),
     }
+    said = _loading({"allow_pickle": allow_pickle, "base": options.get("base"), **(loading or {})})
     asked = [
-        {**shared, "path": str(job.path.absolute()), "output": None if dry_run else str(job.output.absolute())}
-        for job in planned
+        {
+            **shared,
+            "loading": reading,
+            "path": str(job.path.absolute()),
+            "output": None if dry_run else str(job.output.absolute()),
+        }
+        for job, reading in zip(planned, _readings(planned, said), strict=True)
     ]
     count = jobs if jobs is not None else _processes(options)
     known = 0
@@ -138,9 +145,11 @@ def _processes(options: Mapping[str, Any]) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _inputs(options: Mapping[str, Any]) -> dict[str, str]:
-    """Digests of what options name by a path. Raises E-OPTION for what is in memory only."""
+def _inputs(options: Mapping[str, Any]) -> tuple[dict[str, str], KnownContent | None]:
+    """Digests of what options name by a path, and the contents of the base. Raises E-OPTION for what is in memory
+    only."""
     found: dict[str, str] = {}
+    known = None
     for key in ("base", "statistics", "data"):
         value = options.get(key)
         if value is None or value in ((), []):
@@ -149,10 +158,10 @@ def _inputs(options: Mapping[str, Any]) -> dict[str, str]:
         if not all(isinstance(path, (str, os.PathLike)) for path in paths):
             raise OptionError(f"{key} must be a path where several processes need it", fix="write it to a file first")
         if key == "base":
-            found[key] = request.of_base(hub.locate(paths[0]))
+            found[key], known = request.of_base(hub.locate(paths[0]))
         else:
             found[key] = " ".join(request.of_file(Path(path)) for path in paths)
-    return found
+    return found, known
 
 
 def _plain(key: str, value: Any) -> Any:
@@ -169,6 +178,14 @@ def _plain(key: str, value: Any) -> Any:
 
 def _loading(given: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _plain(key, value) for key, value in given.items() if value is not None}
+
+
+def _readings(jobs: Sequence[Job], said: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is said of each source: a layout and an alpha hold for those that are not lrconvert files. Where all are,
+    each refuses what is said."""
+    ours = [job.path.is_file() and file.is_lrconvert(job.path) for job in jobs]
+    bare = {key: value for key, value in said.items() if key not in ("layout", "alpha")}
+    return [bare if own and not all(ours) else said for own in ours]
 
 
 def _outcome(job: Job, answer: pool.Answer) -> Outcome:

@@ -1,8 +1,8 @@
 """One process of the pool: a JSON object in on every line, one out for it. Its own output goes to stderr.
 
 A job: ``verb``, ``method``, ``path``, ``output`` (null: a dry run), ``overwrite``, ``loading`` and ``options`` (of
-`api.load_lora` and of the verb), ``inputs`` (digests), ``verbose``. The answer: ``state`` ("done", "skipped",
-"failed"), and what of the outcome there is.
+`api.load_lora` and of the verb), ``inputs`` (digests), ``base_content`` (a `KnownContent`, or null), ``verbose``. The
+answer: ``state`` ("done", "skipped", "failed"), and what of the outcome there is.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 from lrconvert import api, file, render
 from lrconvert.adapter import CompactAdapter, LoraAdapter
+from lrconvert.container import KnownContent
 from lrconvert.converting import Conversion
 from lrconvert.durable import check_output, make_folder
 from lrconvert.errors import LrcError, OutputExistsError, WorkerError
@@ -45,6 +46,7 @@ def _failed(error: LrcError) -> dict[str, Any]:
 
 def _work(job: Mapping[str, Any]) -> dict[str, Any]:
     path, options, loading = Path(job["path"]), dict(job["options"]), dict(job["loading"])
+    known = job["base_content"]
     output = None if job["output"] is None else Path(job["output"])
     plain = {key: value for key, value in {**loading, **options}.items() if key not in _PATHS}
     wanted = request.digest(job["verb"], job["method"], plain, request.of_source(path), job["inputs"])
@@ -60,6 +62,8 @@ def _work(job: Mapping[str, Any]) -> dict[str, Any]:
         if output.parent.exists():
             check_output(output, job["overwrite"], inputs=[path])
     lora = _marked(api.load_lora(path, **loading), wanted)
+    if known is not None:  # digested once for all jobs
+        options["base_content"] = KnownContent(known["digest"], tuple(tuple(file) for file in known["files"]))
     done = _convert(job, lora, options, dry_run=output is None)
     if output is not None:
         make_folder(output.parent)  # not before there is something to put into it

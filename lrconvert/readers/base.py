@@ -93,7 +93,7 @@ def load(path: Path, options: ReadOptions | None = None) -> LoraAdapter | Compac
     options = options or ReadOptions()
     readers = all_readers()
     if options.layout is not None:
-        return _read(_named(options.layout, readers), _only_file(path) or path, options)
+        return _read(named(options.layout), _only_file(path) or path, options)
     for reader in readers:
         if reader.recognises(path):
             return _read(reader, path, options)
@@ -115,16 +115,22 @@ def load(path: Path, options: ReadOptions | None = None) -> LoraAdapter | Compac
     raise _unknown(path, readers)
 
 
-def _named(layout: str, readers: Sequence[Reader]) -> Reader:
-    for reader in readers:
+def named(layout: str) -> Reader:
+    """The reader of that id. Raises E-OPTION for an unknown one."""
+    for reader in all_readers():
         if reader.id == layout:
             return reader
-    raise OptionError(f"there is no reader {layout!r:.60}", fix=f"there are: {', '.join(r.id for r in readers)}")
+    raise OptionError(f"there is no reader {layout!r:.60}", fix=f"there are: {', '.join(ids())}")
+
+
+def check_alpha(reader: Reader, alpha: float | None, path: Path) -> None:
+    """Raise E-OPTION for an alpha where the layout always states its own."""
+    if alpha is not None and not reader.takes_alpha:
+        raise OptionError(f"the layout {reader.id} does not take an alpha", fix="leave --alpha out", path=path)
 
 
 def _read(reader: Reader, path: Path, options: ReadOptions) -> LoraAdapter | CompactAdapter:
-    if options.alpha is not None and not reader.takes_alpha:
-        raise OptionError(f"the layout {reader.id} does not take an alpha", fix="leave --alpha out", path=path)
+    check_alpha(reader, options.alpha, path)
     try:
         return reader.read(path, options)
     except LrcError as error:

@@ -15,12 +15,11 @@ from typing import Any
 
 from lrconvert import renamings
 from lrconvert.adapter import MATRIX, TRANSPOSED, LoraTarget, Target, View
-from lrconvert.container import INDEX_NAME, SINGLE_NAME, ContainerFile, open_checkpoint, read_json
+from lrconvert.container import INDEX_NAME, PIPELINE_NAME, SINGLE_NAME, ContainerFile, open_checkpoint, read_json
 from lrconvert.errors import BaseError, DependencyError, FileKindError
 from lrconvert.limits import MAX_INDEX_BYTES
 from lrconvert.targets import NameIndex
 
-PIPELINE_NAME = "model_index.json"
 _DIFFUSERS = "diffusion_pytorch_model.safetensors"
 _MOST_LAYERS = 2048  # of a model that is built without weights, to learn its names
 _MOST_PARSES = 16

@@ -46,6 +46,37 @@ def stable_diffusion() -> Any:
     )
 
 
+SDXL = {
+    "sample_size": 8,
+    "block_out_channels": (32, 64, 96),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 1, 2),
+    "cross_attention_dim": 64,
+    "attention_head_dim": 8,
+    "norm_num_groups": 8,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 80,
+    "use_linear_projection": True,
+}
+
+
+def stable_diffusion_xl() -> Any:
+    text = transformers.CLIPTextConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=100
+    )
+    return diffusers.StableDiffusionXLPipeline(
+        vae=diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4),
+        text_encoder=transformers.CLIPTextModel(text),
+        text_encoder_2=transformers.CLIPTextModelWithProjection(text),
+        tokenizer=None,
+        tokenizer_2=None,
+        unet=diffusers.UNet2DConditionModel(**SDXL),
+        scheduler=diffusers.DDIMScheduler(),
+    )
+
+
 def flux() -> Any:
     transformer = diffusers.FluxTransformer2DModel(
         in_channels=16,
@@ -77,8 +108,23 @@ class _Said(logging.Handler):
         self.lines.append(record.getMessage())
 
 
+def walk(config: dict[str, Any]) -> list[tuple[str, list[int]]]:
+    """Layers of a UNet's attentions, gates and residual blocks as cloneofsimo's trainings meet them, with shapes."""
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel.from_config(config)
+    return [
+        (f"{outer}.{inner}", list(layer.weight.shape))
+        for outer, block in unet.named_modules()
+        if type(block).__name__ in ("Attention", "GEGLU", "ResnetBlock2D")
+        for inner, layer in block.named_modules()
+        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))
+    ]
+
+
 def load(folder: Path, base: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    pipeline = {"sd": stable_diffusion, "flux": flux}[options["model"]]()
+    if "unet" in options:
+        return {"walk": walk(options["unet"])}
+    pipeline = {"sd": stable_diffusion, "sdxl": stable_diffusion_xl, "flux": flux}[options["model"]]()
     said = _Said()
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
     for logger in loggers:

@@ -120,8 +120,7 @@ def _notes(architecture: str, idle: list[str], *, named: bool) -> list[str]:
     notes = []
     if not named:
         notes.append(naming.unnamed("GGUF"))
-        known = names.ARCHITECTURES.get(architecture)
-        if known is None or known.permuted:
+        if names.reorders(architecture):
             notes.append(f"rows of attn_q and attn_k are in llama.cpp's own order for {architecture!r:.40}")
     if idle:
         notes.append(f"{len(idle)} norms are left out, as llama.cpp leaves them out: {idle[0]!r:.120} for one")

@@ -1,107 +1,66 @@
-"""llama.cpp's names of parameters onto those of transformers, for the architectures of which both are known.
-
-llama.cpp keeps the rows of q and k of some architectures in another order (it rotates pairs of neighbours, transformers
-pairs half a head apart); rows of B move back. The configuration of the base says how many heads there are.
+"""llama.cpp's names of parameters onto those of transformers, and rows back in transformers' order; the table is
+`lrconvert.llamacpp`, by which the exporter goes the other way.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 
+from lrconvert import llamacpp
 from lrconvert.adapter import LoraTarget
-from lrconvert.errors import BaseError, PairError
+from lrconvert.errors import BaseError, ConfigError
+from lrconvert.llamacpp import Family
 from lrconvert.readers.naming import Component
 
-_LLAMA = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_PHI3 = {
-    "attn_qkv": "self_attn.qkv_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_up": "mlp.gate_up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_WHOLE = {"token_embd": "model.embed_tokens", "output": "lm_head"}
-_BLOCK = re.compile(r"blk\.(?P<number>\d{1,5})\.(?P<leaf>.+)")
+KNOWN = frozenset(family.id for family in llamacpp.FAMILIES.values())
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """`families`: model_type of bases; `layers`: what modules of a block are called there; `permuted`: whose rows
-    llama.cpp keeps in its own order."""
-
-    families: frozenset[str]
-    layers: Mapping[str, str]
-    permuted: frozenset[str] = frozenset()
-
-
-_ROTATED = frozenset({"attn_q", "attn_k"})
-ARCHITECTURES = {
-    "llama": Architecture(frozenset({"llama", "mistral"}), _LLAMA, _ROTATED),
-    "qwen2": Architecture(frozenset({"qwen2"}), _LLAMA),
-    "qwen3": Architecture(frozenset({"qwen3"}), _LLAMA),
-    "gemma": Architecture(frozenset({"gemma"}), _LLAMA),
-    "gemma2": Architecture(frozenset({"gemma2"}), _LLAMA),
-    "gemma3": Architecture(frozenset({"gemma3", "gemma3_text"}), _LLAMA),
-    "phi3": Architecture(frozenset({"phi3"}), _PHI3),
-}
+def reorders(architecture: str) -> bool:
+    """Whether rows of some layers may be in llama.cpp's own order."""
+    families = [family for family in llamacpp.FAMILIES.values() if family.id == architecture]
+    return not families or any(family.rows for family in families)
 
 
 def placed(pair: LoraTarget, name: str, architecture: str, component: Component) -> LoraTarget:
     """`pair`, of llama.cpp's module `name`, on a base. Raises E-BASE for architectures and modules that are not known
     and for bases of another family."""
-    known = ARCHITECTURES.get(architecture)
-    if known is None:
+    if architecture not in KNOWN:
         raise BaseError(
             f"the names of llama.cpp's architecture {architecture!r:.60} are not known here",
-            fix=f"known: {', '.join(ARCHITECTURES)}; convert the adapter that the GGUF file was made of instead",
+            fix=f"known: {', '.join(sorted(KNOWN))}; convert the adapter that the GGUF file was made of instead",
         )
-    family = component.config.get("model_type")
-    if family not in known.families:
+    family = llamacpp.family_of(component.config)
+    if family is None or family.id != architecture:
+        kind = component.config.get("model_type")
         raise BaseError(
-            f"the adapter is for llama.cpp's {architecture}, the base is of the family {family!r:.60}",
+            f"the adapter is for llama.cpp's {architecture}, the base is of the family {kind!r:.60}",
             fix="give the adapter's own base",
             path=component.root,
         )
-    found = _BLOCK.fullmatch(name)
-    if found:
-        leaf = known.layers.get(found["leaf"])
-        module = None if leaf is None else f"model.layers.{found['number']}.{leaf}"
-        if found["leaf"] in known.permuted:
-            pair = _in_order(pair, heads(component, found["leaf"]))
-    else:
-        module = _WHOLE.get(name)
-    if module is None:
-        raise BaseError(f"the module {name!r:.120} of {architecture} is not known here", path=component.root)
-    return component.placed(pair, component.dotted(module))
+    order = family.rows.get(name.rpartition(".")[2])
+    if order is not None:
+        pair = _in_order(pair, order, component)
+    return component.placed(pair, _module(name, family, component))
 
 
-def heads(component: Component, leaf: str) -> int:
-    """How many heads q or k has. Raises E-BASE."""
-    config: Mapping[str, Any] = component.config
-    many = config.get("num_attention_heads")
-    if leaf == "attn_k" and config.get("num_key_value_heads") is not None:
-        many = config["num_key_value_heads"]
-    if type(many) is not int or many < 1:
-        raise BaseError("config.json does not say how many heads the base has", path=component.root)
-    return many
+def _module(name: str, family: Family, component: Component) -> str:
+    """The module of the base. Raises E-BASE."""
+    modules = family.modules(name)
+    if not modules:
+        raise BaseError(f"the module {name!r:.120} of {family.id} is not known here", path=component.root)
+    there = [module for module in modules if f"{module}.weight" in component.shapes]
+    return component.dotted(there[0] if there else modules[0])
 
 
-def _in_order(pair: LoraTarget, many: int) -> LoraTarget:
-    """Rows of B in transformers' order: llama.cpp's run pair by pair, those of transformers half by half."""
+def _in_order(pair: LoraTarget, order: str, component: Component) -> LoraTarget:
+    """Rows of B as transformers has them. Raises E-BASE."""
     rows = pair.b.array
-    if rows.shape[0] % (2 * many):
-        raise PairError(f"{pair.target.name}: {rows.shape[0]} outputs are no {many} heads of an even width")
-    split = rows.reshape(many, rows.shape[0] // many // 2, 2, rows.shape[1])
-    return replace(pair, b=replace(pair.b, array=np.ascontiguousarray(split.swapaxes(1, 2)).reshape(rows.shape)))
+    try:
+        index = llamacpp.row_order(order, rows.shape[0], component.config)
+    except ConfigError as error:
+        raise BaseError(f"{pair.target.name}: {error.what}", path=component.root) from None
+    ours = np.empty_like(rows)
+    ours[index] = rows
+    return replace(pair, b=replace(pair.b, array=ours))
