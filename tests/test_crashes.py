@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ADAPTERS, BASES, random_lora
-from crashes import KINDS, Scene, scene, whole
+from crashes import KINDS, Scene, whole
 from models import random_base
 
 from lrconvert import api, statistics_file
@@ -30,18 +30,7 @@ from lrconvert.merging import merge, recover, unmerge, verify
 from lrconvert.moments import Input, InputStatistics, Moment
 from lrconvert.testing import faults
 
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scene]:
-    folder = tmp_path_factory.mktemp("scenes")
-    return {kind: scene(folder, kind) for kind in KINDS}
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting() -> Iterator[None]:
-    """Nothing here loses power really, so no call waits for the disk."""
-    with faults.installed(faults.Quick()):
-        yield
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 def check_recovered(model: Path, before: Path, after: Path, said: str = "") -> str:

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ADAPTERS, BASES, FIXTURES, random_lora
-from crashes import KINDS, Scene, scene, whole
+from crashes import KINDS, Scene, whole
 from models import load_all, one_target, random_base, save_base, tree
 
 from lrconvert import api, durable
@@ -40,17 +40,7 @@ from lrconvert.merging.record_json import sign
 from lrconvert.merging.site import PATCH, SAME, SWAP, Site
 from lrconvert.testing import faults
 
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scene]:
-    folder = tmp_path_factory.mktemp("scenes")
-    return {kind: scene(folder, kind) for kind in KINDS}
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting() -> Iterator[None]:
-    with faults.installed(faults.Quick()):
-        yield
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 def modes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
