@@ -28,7 +28,7 @@ from lrconvert.consumers import base as consumer_base
 from lrconvert.consumers.base import Finding
 from lrconvert.container import read_json
 from lrconvert.converting import Conversion, ExtraDtype
-from lrconvert.durable import atomic_directory, check_output, discard
+from lrconvert.durable import atomic_directory, check_output, delete_leftover
 from lrconvert.errors import LrcError, OptionError
 from lrconvert.exporters import base as exporters
 from lrconvert.exporters.base import Exported
@@ -710,5 +710,5 @@ def refine(
     )
     if target is not None and done.leads:
         file.write(done.compact, target, overwrite=overwrite)
-        discard(target.with_name(f"{target.name}.partial"))
+        delete_leftover(target.with_name(f"{target.name}.partial"), target)
     return done

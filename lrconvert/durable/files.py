@@ -265,7 +265,8 @@ def _put_file(temporary: Path, path: Path, overwrite: bool) -> None:
 
 
 def delete_leftover(leftover: Path, path: Path) -> None:
-    """Delete what a commit left beside `path`: a second name, or the folder that was replaced."""
+    """Delete what a commit left beside `path`: a second name, the folder that was replaced, unfinished work. It may be
+    gone already. Raises E-IO-SYNC: the output is there."""
     try:
         remove(leftover)
     except OSError as error:

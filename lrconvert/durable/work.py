@@ -163,9 +163,9 @@ def end_work(root: Path, shown: Path) -> None:
 
 
 def leftovers(path: Path) -> list[Path]:
-    """What runs that were to write `path` have left beside it, and are not at work on any more. Raises E-LOCKED where
-    the file system does not say whether they are."""
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+\.[0-9a-f]{{8}}\.(tmp|partial|old)|partial)")
+    """What runs that were to write `path`, or unfinished work beside it, have left there, and are not at work on any
+    more. Raises E-LOCKED where the file system does not say whether they are."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}(\.partial)?\.(\d+\.[0-9a-f]{{8}}\.(tmp|partial|old)|partial)")
     if not path.parent.is_dir():
         return []
     found = [p for p in sorted(path.parent.iterdir()) if pattern.fullmatch(p.name) and not p.is_symlink()]
