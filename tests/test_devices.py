@@ -190,6 +190,7 @@ def test_without_a_device_no_torch(tmp_path: Path) -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_gpu(kind: str, scenes: dict[str, Scene], tmp_path: Path) -> None:

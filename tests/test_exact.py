@@ -409,6 +409,7 @@ def test_products_keep_their_bound(products: Products) -> None:
         assert abs(Fraction(float(out[row, col])) - sum(parts)) <= room
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_gpu_gives_the_same_bytes(dtype: str) -> None:
