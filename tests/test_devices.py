@@ -141,6 +141,8 @@ def test_a_device_that_is_not_there(scenes: dict[str, Scene], tmp_path: Path) ->
         lambda: unmerge(given.merged, out, device="cuda"),
         lambda: unmerge(given.merged, in_place=True, device="cuda"),
         lambda: verify(given.merged, given.base, [given.adapter], device="cuda"),
+        lambda: api.convert(api.load_lora(ADAPTERS / "llama-plain"), "vblora", target_ratio=8, device="cuda"),
+        lambda: api.statistics(BASES / "tiny-llama", [], out, device="cuda"),
     )
     before = whole(given.base), whole(given.merged)
     for verb in verbs:
