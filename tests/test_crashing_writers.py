@@ -337,7 +337,7 @@ def fail_and_go_on(
 def test_work_that_a_failing_disk_stopped_goes_on(what: str, place: Path, request: pytest.FixtureRequest) -> None:
     """Some of the calls, each in one way, by turns."""
     write = request.getfixturevalue(what)
-    fail_and_go_on(write, place, False, lambda n: range(1, n + 1, 4), by_turns)
+    fail_and_go_on(write, place, False, lambda n: range(1, n + 1, 7), by_turns)
 
 
 @pytest.mark.slow
