@@ -28,7 +28,7 @@ from lrconvert.consumers import base as consumer_base
 from lrconvert.consumers.base import Finding
 from lrconvert.container import KnownContent
 from lrconvert.converting import Conversion, ExtraDtype
-from lrconvert.durable import atomic_directory, check_output, discard
+from lrconvert.durable import atomic_directory, check_output, delete_leftover
 from lrconvert.errors import AttachError, BaseError, DataError, LrcError, OptionError
 from lrconvert.exporters import base as exporters
 from lrconvert.exporters.base import Exported
@@ -498,6 +498,7 @@ def merge(
     allow_pickle: bool = False,
     layout: str | None = None,
     alpha: float | None = None,
+    device: str = "cpu",
     progress: Progress = _silent,
 ) -> MergeReport:
     """Bake adapters (lrconvert files, LoRA folders, or loaded ones) into a copy of a base at `out`, or with `in_place`
@@ -508,9 +509,10 @@ def merge(
     adapters that are read, but for lrconvert files. The output holds a record with which `unmerge` restores
     every byte of the base; with `undo` False, only digests. `shard_bytes` bounds the weight files;
     `dequantize` takes a base that bitsandbytes has quantized as bf16. With `resume` a merge that is broken off keeps
-    what it has finished, and goes on from there. Raises E-BASE, E-ORIENT, E-FPR, E-PLACE, E-NO-EFFECT, E-OVERFLOW,
-    E-BASE-QUANT, E-OPTION, E-OUT-EXISTS, E-OUT-PATH, E-OUT-SPACE, E-LOCKED, E-IO-WRITE: nothing is changed then;
-    E-UNFINISHED: see `recover`.
+    what it has finished, and goes on from there. `device`, as torch names it, computes the products; the bytes do not
+    depend on it. Raises E-BASE, E-ORIENT, E-FPR, E-PLACE, E-NO-EFFECT, E-OVERFLOW, E-BASE-QUANT, E-OPTION,
+    E-OUT-EXISTS, E-OUT-PATH, E-OUT-SPACE, E-LOCKED, E-DEVICE, E-IO-WRITE: nothing is changed then; E-UNFINISHED: see
+    `recover`.
     """
     return merging.merge(
         hub.output(base) if in_place else hub.locate(base),
@@ -524,6 +526,7 @@ def merge(
         undo=undo,
         shard_bytes=shard_bytes,
         dequantize=dequantize,
+        device=device,
         progress=progress,
     )
 
@@ -553,14 +556,15 @@ def unmerge(
     number: int | None = None,
     from_base: AnyPath | None = None,
     overwrite: bool = False,
+    device: str = "cpu",
     progress: Progress = _silent,
 ) -> UnmergeReport:
     """Undo the last merge of a model: every byte of the base's weights comes back, verified by digest, in `out`, or in
     place of `merged` in one step; with `in_place` file by file, with one file of extra space, journalled.
 
     `number` insists on a certain merge, which must be the last. `from_base` takes the bytes from the base, where the
-    record is gone or was made without undo. Raises E-UNDO, E-UNDO-ORDER, E-DIGEST, E-FPR, E-OUT-*; nothing is changed
-    then.
+    record is gone or was made without undo. `device` as for `merge`. Raises E-UNDO, E-UNDO-ORDER, E-DIGEST, E-FPR,
+    E-OPTION, E-DEVICE, E-OUT-*; nothing is changed then.
     """
     return merging.unmerge(
         hub.output(merged) if out is None else Path(merged),
@@ -570,6 +574,7 @@ def unmerge(
         number=number,
         from_base=None if from_base is None else hub.locate(from_base),
         overwrite=overwrite,
+        device=device,
         progress=progress,
     )
 
@@ -590,12 +595,15 @@ def verify(
     allow_pickle: bool = False,
     layout: str | None = None,
     alpha: float | None = None,
+    device: str = "cpu",
     progress: Progress = _silent,
 ) -> VerifyReport:
     """Whether `merged` is the merge of `base` and `adapters`: every value is computed again, every bit compared.
-    `layout` and `alpha` are those of `merge`."""
+    `layout`, `alpha` and `device` are those of `merge`."""
     inputs = _loaded(adapters, loading.options(allow_pickle, base, layout, alpha))
-    return merging.verify(hub.locate(merged), hub.locate(base), inputs, dequantize=dequantize, progress=progress)
+    return merging.verify(
+        hub.locate(merged), hub.locate(base), inputs, dequantize=dequantize, device=device, progress=progress
+    )
 
 
 # --- live models ----------------------------------------------------------------------------------------------------
@@ -773,5 +781,5 @@ def refine(
     )
     if target is not None and done.leads:
         file.write(done.compact, target, overwrite=overwrite)
-        discard(target.with_name(f"{target.name}.partial"))
+        delete_leftover(target.with_name(f"{target.name}.partial"), target)
     return done

@@ -26,7 +26,6 @@ from torch.overrides import TorchFunctionMode
 
 from lrconvert import renamings, statistics_file
 from lrconvert.dtypes import F32, Array
-from lrconvert.durable import discard
 from lrconvert.errors import DataError, StatisticsError, ValueRangeError
 from lrconvert.moments import Input, InputStatistics, Moment
 
@@ -460,8 +459,8 @@ def collect(
     parameters are `wanted`. `content`: the digest of its base.
 
     With a path `partial` the sums are kept there every so many seconds, and work that was kept goes on where it was:
-    the result is that of a run without a pause. The file is removed at the end. `progress` is told how many tokens a
-    batch had. Raises E-STATS, E-DATA, E-VALUE.
+    the result is that of a run without a pause. The file stays: whoever has put the result away removes it. `progress`
+    is told how many tokens a batch had. Raises E-STATS, E-DATA, E-VALUE.
     """
     collector = Collector(settings)
     device = next(iter(model.parameters())).device
@@ -492,8 +491,6 @@ def collect(
     found = list(collector.inputs())
     if not found:
         raise DataError("no token reached a layer", fix="is the data empty?")
-    if partial is not None:
-        discard(partial)
     moments = [moment for _, moment in found]
     return InputStatistics(
         tuple(some for some, _ in found), moments.__getitem__, content, hasher.hexdigest(), tokens, families_of(model)

@@ -16,6 +16,7 @@ from lrconvert import baking, dtypes, file, hub, report, strictjson, targets
 from lrconvert.adapter import CompactAdapter, ExtraTensor, LoraAdapter, Provenance, Target
 from lrconvert.base_weights import BaseWeights
 from lrconvert.container import KnownContent, is_without_weights, open_checkpoint
+from lrconvert.devices import torch_device
 from lrconvert.errors import BudgetError, EmptyAdapterError, FingerprintError, OptionError
 from lrconvert.fingerprint import fingerprint
 from lrconvert.limits import OWN
@@ -149,6 +150,8 @@ def convert_on(
         provenance=_provenance(lora.provenance),
         base=replace(fingerprint(lora.shapes()), content=content),
     )
+    if device != "cpu":
+        torch_device(device)  # what is not there is refused before the work
     context = FitContext(seed, device, progress, statistics, weights)
     budget = None
     if budget_bytes is not None:

@@ -4,7 +4,8 @@ Every element becomes the value of its dtype that is nearest (ties to even) to t
 not depend on the machine, the BLAS or its threads. Three stages, each taking what the one before cannot decide:
 
 1. *Filter.* ``p = W + L @ R`` in float64, where the columns of L and rows of R are those of all terms and L has the
-   scales multiplied in. With u = 2^-53 and k columns, in whatever order and with or without fused operations,
+   scales multiplied in. With u = 2^-53 and k columns, in whatever order and with or without fused operations, on
+   whatever device (what this asks of a product is in `lrconvert.products`),
 
        |p - exact| <= g * sum_j |L_oj| |R_ji| + u |p|,   g = (k + 2) u / (1 - (k + 2) u)
 
@@ -47,6 +48,7 @@ import numpy.typing as npt
 from lrconvert.dtypes import F32, F64, FLOATS, STORAGE, U32, Array, Index, decode, f16_half_up, f16_small, round_to
 from lrconvert.errors import DtypeError, LimitError, LrcError, MergeOverflowError, ShapeError, ValueRangeError
 from lrconvert.limits import BLOCK_BYTES, MAX_RATIONAL
+from lrconvert.products import Products, by_blas
 
 Mask = npt.NDArray[np.bool_]
 U64 = npt.NDArray[np.uint64]
@@ -57,8 +59,6 @@ _TILE = 1 << 17  # elements of one pass of the filter: what they need stays in t
 _WIDTH = 1 << 11  # columns of a block
 _BLOCK = 1 << 21  # elements of a block
 _FACTOR = 1 << 20  # float64 numbers of one factor of a block
-_GEMM_ROWS = 32
-_GEMM_WORK = 1 << 18  # multiplications of one call of the BLAS: more, and OpenBLAS starts threads of its own
 _MAX_THREADS = 4
 _GATHER = 1 << 14  # elements of one pass of the compensated stage
 
@@ -91,8 +91,9 @@ class Term:
 class Tally:
     """What an update did to a number of elements. Errors are |stored - exact|, in float64 estimates.
 
-    `unmoved`: elements with a nonzero update that is too small to change them. `recomputed`, `rational`: elements that
-    the second and the third stage decided.
+    `changed` is exact. `unmoved`: elements with a nonzero update that is too small to change them, where float64 does
+    not take it for zero. `recomputed`, `rational`: elements that the second and the third stage decided. These, and the
+    errors, may differ in a little between devices.
     """
 
     elements: int = 0
@@ -135,13 +136,15 @@ class _Buffers(threading.local):
 
 
 class Workspace:
-    """Threads and buffers that one block after the other is computed with; a context manager.
+    """Threads and buffers that one block after the other is computed with, and what multiplies; a context manager.
 
-    The threads are ours, not the BLAS's: the products are too thin for those. Results do not depend on them.
+    The threads are ours, not the BLAS's: the products are too thin for those. Results depend neither on them nor on
+    `products` (see `lrconvert.products`).
     """
 
-    def __init__(self, threads: int | None = None) -> None:
+    def __init__(self, threads: int | None = None, products: Products = by_blas) -> None:
         count = threads or min(_MAX_THREADS, os.cpu_count() or 1)
+        self.products = products
         self.buffers = _Buffers()
         self._pool = ThreadPoolExecutor(count) if count > 1 else None
 
@@ -219,7 +222,7 @@ class Update:
         width = max(1, min(_WIDTH, cols.size, _FACTOR // max(1, self._rank)))
         height = max(1, min(_BLOCK // width, _FACTOR // max(1, self._rank)))
         blocks = [
-            _Block(self, stored, out, dtype, first_row, rows[r : r + height], cols[c : c + width], workspace.buffers)
+            _Block(self, stored, out, dtype, first_row, rows[r : r + height], cols[c : c + width], workspace)
             for r in range(0, rows.size, height)
             for c in range(0, cols.size, width)
         ]
@@ -289,9 +292,10 @@ class _Block:
         first_row: int,
         rows: Index,
         cols: Index,
-        buffers: _Buffers,
+        workspace: Workspace,
     ) -> None:
-        self.update, self.stored, self.out, self.dtype, self.buffers = update, stored, out, dtype, buffers
+        self.update, self.stored, self.out, self.dtype = update, stored, out, dtype
+        self.products, self.buffers = workspace.products, workspace.buffers
         self.window = _window(rows, cols)
         self.rows, self.cols = first_row + rows, cols
 
@@ -321,12 +325,13 @@ class _Block:
         decided = self._decided(tau)
         narrow = self._to_single if self.dtype == "F32" else self._to_half
         height = max(1, _TILE // width)
+        product = self.products(left, right)
         done, parts = [], []
         with np.errstate(over="ignore", invalid="ignore"):
             for top in range(0, self.rows.size, height):
-                start, some = top * width, left[top : top + height]
-                sums = self.buffers.sums[: some.shape[0] * width]
-                _multiply(some, right, sums.reshape(-1, width))
+                start = top * width
+                sums = self.buffers.sums[: min(height, self.rows.size - top) * width]
+                product(top, sums.reshape(-1, width))
                 piece = slice(start, start + sums.size)
                 nonzero, doubtful = self._effects(sums, noise)
                 open_ = narrow(flat[piece], sums, out[piece], *decided)
@@ -574,16 +579,6 @@ def _where(mask: Mask) -> Index:
     some = np.concatenate((some, np.arange(whole, mask.size)))
     found: Index = some[mask[some]]
     return found
-
-
-def _multiply(left: F64, right: F64, out: F64) -> None:
-    """``out = left @ right`` in pieces that the BLAS computes in the calling thread."""
-    rank = left.shape[1]
-    across = max(16, _GEMM_WORK // (_GEMM_ROWS * rank))
-    down = max(_GEMM_ROWS, _GEMM_WORK // (min(across, right.shape[1]) * rank))
-    for c in range(0, right.shape[1], across):
-        for r in range(0, left.shape[0], down):
-            np.matmul(left[r : r + down], right[:, c : c + across], out=out[r : r + down, c : c + across])
 
 
 def _gamma(terms: int) -> float:

@@ -12,7 +12,7 @@ from torch import nn
 from lrconvert import collecting, converting, live, measuring, statistics_file, texts
 from lrconvert.adapter import CompactAdapter, LoraAdapter
 from lrconvert.container import open_checkpoint
-from lrconvert.durable import check_output
+from lrconvert.durable import check_output, delete_leftover
 from lrconvert.measuring import Measured
 from lrconvert.moments import InputStatistics
 from lrconvert.targets import NameIndex
@@ -62,6 +62,7 @@ def statistics(
     )
     if out is not None:
         statistics_file.write(found, out, overwrite=overwrite)
+        delete_leftover(out.with_name(f"{out.name}.partial"), out)  # not before the result is there
     return found
 
 

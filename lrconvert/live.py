@@ -8,14 +8,17 @@ from typing import Any
 
 from torch import nn
 
+from lrconvert.devices import torch_device
 from lrconvert.errors import BaseError, DataError, DependencyError
 
 
 def load_model(base: Path, device: str = "cpu", *, four_bit: bool = False) -> nn.Module:
     """The model of a base folder, in the dtype it is stored in, in evaluation mode. With `four_bit` its linear
-    layers are quantized to NF4. Raises E-BASE with what transformers says if it cannot load it, E-DEPENDENCY without
-    bitsandbytes."""
+    layers are quantized to NF4. Raises E-BASE with what transformers says if it cannot load it, E-OPTION for a device
+    that is not there, E-DEPENDENCY without bitsandbytes."""
     import transformers
+
+    torch_device(device)
 
     if four_bit and importlib.util.find_spec("bitsandbytes") is None:
         raise DependencyError("4-bit bases need bitsandbytes", fix="pip install 'lrconvert[gpu]'")

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from lrconvert.adapter import MATRIX, LoraAdapter, LoraTarget, Target, View
 from lrconvert.dtypes import Stored
+from lrconvert.testing import faults
+
+if TYPE_CHECKING:
+    from crashes import Scene
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # several workers with several threads each wait for one another
@@ -57,6 +63,33 @@ def random_lora(
 def dense(pair: LoraTarget) -> np.ndarray:
     """scale * B @ A in float64."""
     return pair.scale * (pair.B.astype(np.float64) @ pair.A.astype(np.float64))
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scene]:
+    """Small models and their merges, by kind (`crashes.KINDS`); tests work on copies."""
+    from crashes import KINDS, scene  # it builds on this module
+
+    folder = tmp_path_factory.mktemp("scenes")
+    return {kind: scene(folder, kind) for kind in KINDS}
+
+
+@pytest.fixture
+def quick_disk() -> Iterator[None]:
+    """No call waits for the disk: nothing here loses power really."""
+    with faults.installed(faults.Quick()):
+        yield
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory, where the system has such, for files that are made and deleted many thousand times."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    with TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

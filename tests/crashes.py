@@ -16,6 +16,7 @@ from lrconvert import api
 from lrconvert.adapter import CompactAdapter, LoraAdapter, Target
 from lrconvert.dtypes import Stored, round_to
 from lrconvert.merging import merge, unmerge
+from lrconvert.testing import faults
 
 
 def whole(folder: Path) -> dict[str, bytes]:
@@ -81,3 +82,11 @@ def scene(folder: Path, kind: str) -> Scene:
 
 
 KINDS = ("swap", "patch", "mixed")
+
+ALL = [(error, persistent) for persistent in (False, True) for error in faults.ERRORS]
+
+
+def nothing_fails(disk: faults.Faulty | None, n: int, error: int) -> bool:
+    """Whether call `n`, as the run before this one made it, cannot fail in the way `error`: only writes can be SHORT.
+    All that are short from `n` on are those from the next write on, whose turn comes."""
+    return error == faults.SHORT and disk is not None and disk.made[n - 1 : n] not in (["write"], ["pwrite"])

@@ -12,52 +12,50 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
-import numpy as np
 import pytest
-from conftest import ADAPTERS, BASES, random_lora
-from crashes import KINDS, Scene, scene, whole
+from conftest import random_lora
+from crashes import ALL, KINDS, Scene, nothing_fails, whole
 from models import random_base
 
-from lrconvert import api, statistics_file
+from lrconvert import api
 from lrconvert.container import JOURNAL
 from lrconvert.errors import DurabilityError, LrcError, UnfinishedError
-from lrconvert.merging import merge, recover, unmerge, verify
-from lrconvert.moments import Input, InputStatistics, Moment
+from lrconvert.merging import merge, recover, verify
 from lrconvert.testing import faults
 
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scene]:
-    folder = tmp_path_factory.mktemp("scenes")
-    return {kind: scene(folder, kind) for kind in KINDS}
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
-@pytest.fixture(autouse=True)
-def _no_waiting() -> Iterator[None]:
-    """Nothing here loses power really, so no call waits for the disk."""
-    with faults.installed(faults.Quick()):
-        yield
+@dataclass(frozen=True)
+class States:
+    """Every file of a model before it is changed, and after."""
+
+    old: dict[str, bytes]
+    new: dict[str, bytes]
+
+    @classmethod
+    def of(cls, before: Path, after: Path) -> States:
+        return cls(whole(before), whole(after))
 
 
-def check_recovered(model: Path, before: Path, after: Path, said: str = "") -> str:
+def check_recovered(model: Path, states: States, said: str = "") -> str:
     """Run `recover`; what the model is then, which has to be what is said, and one of the two wholly."""
     found = recover(model).state
     now = whole(model)
-    assert now in (whole(before), whole(after)), sorted(now)
-    state = "new" if now == whole(after) else "old"
+    assert now in (states.old, states.new), sorted(now)
+    state = "new" if now == states.new else "old"
     assert found in (state, "clean") and said in (state, ""), (found, state, said)
     assert [p.name for p in model.parent.iterdir()] == [model.name]
     return state
 
 
 # --- every call may fail --------------------------------------------------------------------------------------------
-
-ALL = [(error, persistent) for persistent in (False, True) for error in faults.ERRORS]
 
 
 def open_files() -> int:
@@ -67,11 +65,15 @@ def open_files() -> int:
 def fail_every_call(given: Scene, act: str, place: Path, ways: Callable[[int], list[Any]]) -> int:
     """SQLite's loop: let call n = 1, 2, ... fail until nothing is left to fail; returns how many there are."""
     before, after, run = given.acts()[act]
+    states = States.of(before, after)
     n, reached, descriptors = 0, True, open_files()
     while reached:
         n += 1
         assert open_files() == descriptors, n
+        disk: faults.Faulty | None = None
         for error, persistent, resume in ways(n):
+            if nothing_fails(disk, n, error):
+                continue
             model = shutil.copytree(before, place / "model")
             caught: LrcError | None = None
             with faults.installed(faults.Faulty(n, error, persistent)) as disk:
@@ -83,22 +85,22 @@ def fail_every_call(given: Scene, act: str, place: Path, ways: Callable[[int], l
             if not isinstance(caught, UnfinishedError | DurabilityError) and not persistent and not resume:
                 assert not (model / JOURNAL).exists(), (n, error)  # it cleans up by itself
             if caught is None:
-                check_recovered(model, before, after, "new")
+                check_recovered(model, states, "new")
             elif isinstance(caught, DurabilityError):
-                check_recovered(model, before, after)
+                check_recovered(model, states)
             elif isinstance(caught, UnfinishedError):
                 if resume:
                     run(model, resume=True)
-                    check_recovered(model, before, after, "new")
+                    check_recovered(model, states, "new")
                 else:
-                    check_recovered(model, before, after)
+                    check_recovered(model, states)
             else:
                 assert caught.code in ("E-IO-WRITE", "E-IO-READ", "E-LOCKED"), caught
                 if resume and caught.code != "E-LOCKED":
                     run(model, resume=True)
-                    check_recovered(model, before, after, "new")
+                    check_recovered(model, states, "new")
                 else:
-                    check_recovered(model, before, after, "old")
+                    check_recovered(model, states, "old")
             shutil.rmtree(model)
     return n
 
@@ -108,39 +110,43 @@ OFTEN = [kind if kind == "mixed" else pytest.param(kind, marks=pytest.mark.slow)
 
 @pytest.mark.parametrize("act", ("merge", "unmerge"))
 @pytest.mark.parametrize("kind", OFTEN)
-def test_every_call_may_fail_in_place(kind: str, act: str, scenes: dict[str, Scene], tmp_path: Path) -> None:
+def test_every_call_may_fail_in_place(kind: str, act: str, scenes: dict[str, Scene], place: Path) -> None:
     """Each in one way, by turns; `test_every_call_may_fail_in_every_way` has them all."""
 
     def ways(n: int) -> list[Any]:
         error, persistent = ALL[(n * 7 + len(kind)) % len(ALL)]
         return [(error, persistent, n % 2 == 0)]
 
-    assert fail_every_call(scenes[kind], act, tmp_path, ways) > 60
+    assert fail_every_call(scenes[kind], act, place, ways) > 60
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("resume", (False, True))
 @pytest.mark.parametrize("act", ("merge", "unmerge"))
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_call_may_fail_in_every_way(
-    kind: str, act: str, resume: bool, scenes: dict[str, Scene], tmp_path: Path
+    kind: str, act: str, resume: bool, scenes: dict[str, Scene], place: Path
 ) -> None:
-    fail_every_call(scenes[kind], act, tmp_path, lambda n: [(*way, resume) for way in ALL])
+    fail_every_call(scenes[kind], act, place, lambda n: [(*way, resume) for way in ALL])
 
 
 def fail_new_folder(given: Scene, place: Path, ways: Callable[[int], list[Any]]) -> None:
     """A merge into a new folder, new or in place of another: whole or not at all, and with `resume` what is finished
     stays and is gone on with."""
-    wanted = whole(given.merged)
+    wanted, before = whole(given.merged), whole(given.base)
+    given = replace(given, base=shutil.copytree(given.base, place / "base"))  # on the same disk as what is written
     n, reached = 0, True
     while reached:
         n += 1
+        disk: faults.Faulty | None = None
         for error, persistent, resume, overwrite in ways(n):
+            if nothing_fails(disk, n, error):
+                continue
             (place / "work").mkdir()
             out = place / "work" / "out"
             if overwrite:
                 shutil.copytree(given.base, out)
-            old = whole(out)
+            old = before if overwrite else {}
 
             def run(out: Path = out, resume: bool = resume, overwrite: bool = overwrite) -> None:
                 merge(given.base, [given.adapter], out, resume=resume, overwrite=overwrite)
@@ -160,107 +166,29 @@ def fail_new_folder(given: Scene, place: Path, ways: Callable[[int], list[Any]])
                 assert now == old or (persistent and overwrite and not now)  # set aside: recover brings it back
                 if resume:
                     run()
-                    assert whole(out) == wanted
+                    now = whole(out)
+                    assert now == wanted
             if not persistent and not resume and not isinstance(caught, DurabilityError):
                 assert [p.name for p in out.parent.iterdir()] == ["out"] * bool(now)
             if any(out.parent.iterdir()):
                 recover(out)
-            assert whole(out) in (old, wanted)
-            assert [p.name for p in out.parent.iterdir()] == ["out"] * bool(whole(out))
+                now = whole(out)
+            assert now in (old, wanted)
+            assert [p.name for p in out.parent.iterdir()] == ["out"] * bool(now)
             shutil.rmtree(out.parent)
 
 
-def test_every_call_may_fail_in_a_new_folder(scenes: dict[str, Scene], tmp_path: Path) -> None:
-    fail_new_folder(scenes["swap"], tmp_path, lambda n: [(*ALL[(n * 7) % len(ALL)], n % 2 == 0, False)])
+def test_every_call_may_fail_in_a_new_folder(scenes: dict[str, Scene], place: Path) -> None:
+    fail_new_folder(scenes["swap"], place, lambda n: [(*ALL[(n * 7) % len(ALL)], n % 2 == 0, False)])
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("resume", (False, True))
 @pytest.mark.parametrize("overwrite", (False, True))
 def test_every_call_may_fail_in_a_new_folder_in_every_way(
-    overwrite: bool, resume: bool, scenes: dict[str, Scene], tmp_path: Path
+    overwrite: bool, resume: bool, scenes: dict[str, Scene], place: Path
 ) -> None:
-    fail_new_folder(scenes["mixed"], tmp_path, lambda n: [(*way, resume, overwrite) for way in ALL])
-
-
-# --- the other commands that write ----------------------------------------------------------------------------------
-
-
-def converting(folder: Path) -> Callable[[Path, bool], Any]:
-    compact = api.convert(random_lora(), "lowrank", bits="4").compact
-    return lambda out, overwrite: api.write(compact, out, overwrite=overwrite)
-
-
-def exporting(folder: Path) -> Callable[[Path, bool], Any]:
-    compact = api.convert(api.load_lora(ADAPTERS / "vit-query-value"), "lowrank", bits="4").compact
-    return lambda out, overwrite: api.export(compact, out, to="peft-lora", overwrite=overwrite)
-
-
-def upgrading(folder: Path) -> Callable[[Path, bool], Any]:
-    api.write(api.convert(random_lora(), "lowrank", bits="4").compact, folder / "source.lrc")
-    return lambda out, overwrite: api.upgrade(folder / "source.lrc", out, overwrite=overwrite)
-
-
-def saving_statistics(folder: Path) -> Callable[[Path, bool], Any]:
-    inputs = (Input(("layers.0.proj.weight",), None, 16, 10),)
-    found = InputStatistics(inputs, lambda n: Moment(10, np.eye(16, dtype=np.float32)))
-    return lambda out, overwrite: statistics_file.write(found, out, overwrite=overwrite)
-
-
-def undoing(folder: Path) -> Callable[[Path, bool], Any]:
-    lora = random_lora(((12, 16), (16, 20)))
-    merge(random_base(folder / "base", lora, "BF16", shards=2), [lora], folder / "merged")
-    return lambda out, overwrite: unmerge(folder / "merged", out, overwrite=overwrite)
-
-
-WRITERS = {
-    "convert": converting,
-    "export": exporting,
-    "upgrade": upgrading,
-    "statistics": saving_statistics,
-    "unmerge": undoing,
-}
-
-
-@pytest.mark.parametrize("overwrite", (False, True))
-@pytest.mark.parametrize("name", WRITERS)
-def test_every_call_of_other_writers_may_fail(name: str, overwrite: bool, tmp_path: Path) -> None:
-    (tmp_path / "made").mkdir()
-    run = WRITERS[name](tmp_path / "made")
-    run(tmp_path / "made" / "wanted", False)
-    is_file = (tmp_path / "made" / "wanted").is_file()
-
-    def bytes_of(path: Path) -> Any:
-        return path.read_bytes() if path.is_file() else whole(path)
-
-    wanted, n, reached = bytes_of(tmp_path / "made" / "wanted"), 0, True
-    while reached:
-        n += 1
-        for error, persistent in ALL if is_file else ALL[n % 2 :: 2]:
-            (tmp_path / "work").mkdir()
-            out = tmp_path / "work" / "out"
-            if overwrite and is_file:
-                out.write_bytes(b"old")
-            elif overwrite:
-                shutil.copytree(BASES / "tiny-vit", out)
-            old = bytes_of(out)
-            caught: LrcError | None = None
-            with faults.installed(faults.Faulty(n, error, persistent)) as disk:
-                try:
-                    run(out, overwrite)
-                except LrcError as raised:
-                    caught = raised
-            reached = disk.reached
-            if caught is None or isinstance(caught, DurabilityError):
-                assert bytes_of(out) == wanted
-            else:
-                assert caught.code == "E-IO-WRITE"
-                assert bytes_of(out) == old or (persistent and overwrite and not out.exists())
-            if any(out.parent.iterdir()):
-                recover(out)
-            assert bytes_of(out) in (old, wanted)
-            assert [p.name for p in out.parent.iterdir()] == ["out"] * out.exists()
-            shutil.rmtree(out.parent)
+    fail_new_folder(scenes["mixed"], place, lambda n: [(*way, resume, overwrite) for way in ALL])
 
 
 # --- power loss -----------------------------------------------------------------------------------------------------
@@ -277,7 +205,8 @@ def lose_power(
         shutil.copytree(before, model)
     with faults.installed(faults.Recorder(work)) as disk:
         run(model)
-    assert whole(model) == whole(after)
+    states = States.of(before, after)
+    assert whole(model) == states.new
     seen = set()
     for moment in moments(len(disk.calls)):
         for attempt in range(tries):
@@ -287,10 +216,10 @@ def lose_power(
             if before.exists() or any(left.iterdir()):
                 recover(left / "model")
             now = whole(left / "model")
-            assert now in (whole(before), whole(after)), (moment, attempt, sorted(now))
+            assert now in (states.old, states.new), (moment, attempt, sorted(now))
             assert [p.name for p in left.iterdir()] == ["model"] * bool(now), (moment, attempt)
-            assert now == whole(after) or moment < len(disk.calls) or attempt < 0, "success was reported too early"
-            seen.add("new" if now == whole(after) else "old")
+            assert now == states.new or moment < len(disk.calls) or attempt < 0, "success was reported too early"
+            seen.add("new" if now == states.new else "old")
             shutil.rmtree(left)
     return seen
 
@@ -344,7 +273,7 @@ def test_power_loss_while_recovering(scenes: dict[str, Scene], tmp_path: Path) -
         for other in range(0, len(second.calls), 4):
             again.mkdir()
             second.after_power_loss(other, Random(other), again)
-            check_recovered(again / "model", given.base, given.merged)
+            check_recovered(again / "model", States.of(given.base, given.merged))
             shutil.rmtree(again)
         shutil.rmtree(left)
 
@@ -417,7 +346,7 @@ def kill_at_random(tmp_path: Path, runs: int) -> None:
         words = [model, adapter, act, work / "out"]
         killed(words, number.uniform(0, seconds))
         if run % 2 and act != "new":
-            check_recovered(model, before, after)
+            check_recovered(model, States.of(before, after))
         else:
             done = subprocess.run([sys.executable, "-c", PROGRAM, *map(str, words)], capture_output=True, text=True)
             place = work / "out" if act == "new" else model

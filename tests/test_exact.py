@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lrconvert import exact
-from lrconvert.dtypes import FLOATS, STORAGE, Array, decode, round_to
-from lrconvert.errors import DtypeError, LimitError, MergeOverflowError, ShapeError, ValueRangeError
+from lrconvert import exact, products
+from lrconvert.dtypes import F64, FLOATS, STORAGE, Array, decode, round_to
+from lrconvert.errors import (
+    DeviceError,
+    DtypeError,
+    LimitError,
+    MergeOverflowError,
+    OptionError,
+    ShapeError,
+    ValueRangeError,
+)
 from lrconvert.exact import Term, Update, Workspace, round_fraction
+from lrconvert.products import OnDevice, Products, Rows, by_blas
 
 
 def bits(stored: Array) -> Array:
@@ -149,21 +161,29 @@ def numbers(width: int) -> st.SearchStrategy[float]:
     return st.one_of(free, structured).filter(lambda x: x == 0 or abs(x) > 2.0**-300)
 
 
+@st.composite
+def problems(draw: st.DrawFn, dtype: str) -> tuple[Array, list[Term]]:
+    """(stored weights, terms) of a few elements, hostile ones often."""
+    rows, cols = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    kind = STORAGE[dtype]
+    codes = draw(hnp.arrays(f"<u{kind.itemsize}", (rows, cols), elements=exact_values(dtype)))
+    terms = []
+    for _ in range(draw(st.integers(1, 3))):
+        rank, width = draw(st.integers(1, 3)), draw(st.sampled_from([32, 64]))
+        shapes = ((rows, rank), (rank, cols))
+        left, right = (draw(hnp.arrays(f"f{width // 8}", s, elements=numbers(width))) for s in shapes)
+        scale = draw(st.one_of(st.sampled_from([0.0, 1.0, -2.0, 0.5, 16 / 8**0.5]), st.floats(-8, 8, width=32)))
+        terms.append(Term(0.0 if 0 < abs(scale) < 2.0**-100 else scale, left, right))
+        if draw(st.booleans()):
+            terms.append(Term(-terms[-1].scale, left, right))
+    return codes.view(kind), terms
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @given(data=st.data())
 @settings(max_examples=50, deadline=None)
 def test_anything(dtype: str, data: st.DataObject) -> None:
-    rows, cols = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4))
-    kind = STORAGE[dtype]
-    codes = data.draw(hnp.arrays(f"<u{kind.itemsize}", (rows, cols), elements=exact_values(dtype)))
-    terms = []
-    for _ in range(data.draw(st.integers(1, 3))):
-        rank, width = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([32, 64]))
-        shapes = ((rows, rank), (rank, cols))
-        left, right = (data.draw(hnp.arrays(f"f{width // 8}", s, elements=numbers(width))) for s in shapes)
-        scale = data.draw(st.one_of(st.sampled_from([0.0, 1.0, -2.0, 0.5, 16 / 8**0.5]), st.floats(-8, 8, width=32)))
-        terms.append(Term(0.0 if 0 < abs(scale) < 2.0**-100 else scale, left, right))
-    stored = codes.view(kind)
+    stored, terms = data.draw(problems(dtype))
     infinity = exact._FORMATS[dtype][2]
     expected = slow(stored, dtype, terms)
     if ((bits(expected) & (exact._sign_bit(dtype) - 1)) >= infinity).any():
@@ -280,28 +300,145 @@ print(hashlib.sha256(Update([Term(0.3, left, right)]).add(w, "F32")[0].tobytes()
     assert done.stdout.strip() == here
 
 
-def by_torch(left: Array, right: Array, out: Array) -> None:
-    torch = pytest.importorskip("torch")
-    torch.matmul(torch.from_numpy(left), torch.from_numpy(right), out=torch.from_numpy(out))
+# --- who multiplies -------------------------------------------------------------------------------------------------
 
 
-def from_the_back(left: Array, right: Array, out: Array) -> None:
+def by_matmul(left: F64, right: F64) -> Rows:
+    return partial(_rows_of, (torch.from_numpy(left) @ torch.from_numpy(right)).numpy())
+
+
+def from_the_back(left: F64, right: F64) -> Rows:
     """The same products, added up in the opposite order and one by one."""
-    out[:] = 0
+    total = np.zeros((left.shape[0], right.shape[1]))
     for j in reversed(range(left.shape[1])):
-        out += left[:, j : j + 1] * right[j]
+        total += left[:, j : j + 1] * right[j]
+    return partial(_rows_of, total)
 
 
-@pytest.mark.parametrize("multiply", (by_torch, from_the_back))
+def in_pairs(left: F64, right: F64) -> Rows:
+    """The same products, added up in halves."""
+    parts = [left[:, j : j + 1] * right[j] for j in range(left.shape[1])]
+    while len(parts) > 1:
+        parts = [sum(parts[n + 1 : n + 2], parts[n]) for n in range(0, len(parts), 2)]
+    return partial(_rows_of, parts[0])
+
+
+def at_its_worst(left: F64, right: F64) -> Rows:
+    """Off by nearly all that the bound allows, upwards in one element and downwards in the next."""
+    exactly = left.astype(np.longdouble) @ right.astype(np.longdouble)
+    room = (left.shape[1] - 1) * 2.0**-53 * (np.abs(left) @ np.abs(right))
+    signs = np.where(np.indices(exactly.shape).sum(axis=0) % 2, 1, -1)
+    return partial(_rows_of, (exactly + signs * room).astype(np.float64))
+
+
+def _rows_of(product: F64, top: int, out: F64) -> None:
+    out[:] = product[top : top + len(out)]
+
+
+ON_TORCH = OnDevice(torch.device("cpu"))  # the code of every other device
+MULTIPLIERS = (by_matmul, from_the_back, in_pairs, at_its_worst, ON_TORCH)
+
+
+def by(products: Products, stored: Array, dtype: str, terms: Sequence[Term]) -> Array:
+    with Workspace(threads=1, products=products) as workspace:
+        return bits(Update(terms).add(stored, dtype, workspace=workspace)[0])
+
+
+@pytest.mark.parametrize("products", MULTIPLIERS)
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_who_multiplies_changes_nothing(dtype: str, multiply: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_multiplies_changes_nothing(dtype: str, products: Products) -> None:
     rng = np.random.default_rng(12)
     terms = [Term(0.7, *factors(rng, 300, 48, 500, 0.003))]
     stored = weights(rng, (300, 500), dtype, 2)
-    ours, _ = Update(terms).add(stored, dtype)
-    monkeypatch.setattr(exact, "_multiply", multiply)
-    theirs, _ = Update(terms).add(stored, dtype)
-    assert np.array_equal(bits(ours), bits(theirs))
+    assert np.array_equal(by(products, stored, dtype, terms), by(by_blas, stored, dtype, terms))
+
+
+@pytest.mark.parametrize("products", MULTIPLIERS)
+@pytest.mark.parametrize("dtype", ("BF16", "F16", "F32"))
+@pytest.mark.parametrize("beyond", (0.0, 2.0**-40, -(2.0**-40)))
+def test_ties_are_the_same_whoever_multiplies(dtype: str, products: Products, beyond: float) -> None:
+    """Half of all results exactly between two values, or 2^-40 of a unit beside; and terms that cancel at the end."""
+    unit = {"F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}[dtype]
+    rng = np.random.default_rng(13)
+    left = rng.integers(-3, 4, (40, 6)).astype(np.float64)
+    right = rng.integers(-3, 4, (6, 50)) * (unit / 2 * (1 + beyond))
+    terms = [Term(1.0, left, right), Term(3.0, left, right), Term(-3.0, left, right)]
+    stored = round_to(1 + unit * rng.integers(0, 60, (40, 50)), dtype)
+    expected = bits(slow(stored, dtype, terms))
+    assert np.array_equal(by(products, stored, dtype, terms), expected)
+
+
+def test_a_product_that_breaks_its_promise_is_seen() -> None:
+    """Off by a hundred times the bound: these tests would tell."""
+
+    def careless(left: F64, right: F64) -> Rows:
+        room = 100 * (left.shape[1] + 2) * 2.0**-53 * (np.abs(left) @ np.abs(right)).max()
+        return partial(_rows_of, left @ right + room)
+
+    stored = round_to(np.full((40, 50), -1.0), "BF16")  # the update cancels it, but for a little less than a tie
+    terms = [Term(1.0, np.ones((40, 1)), np.full((1, 50), 1 + 2.0**-30 * (1 + 2.0**-8 - 2.0**-20)))]
+    assert not np.array_equal(by(careless, stored, "BF16", terms), by(by_blas, stored, "BF16", terms))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@given(data=st.data())
+@settings(max_examples=50, deadline=None)
+def test_anything_is_the_same_on_another_device(dtype: str, data: st.DataObject) -> None:
+    stored, terms = data.draw(problems(dtype))
+    try:
+        here = by(by_blas, stored, dtype, terms)
+    except MergeOverflowError as refused:
+        with pytest.raises(MergeOverflowError, match=re.escape(refused.what)):
+            by(ON_TORCH, stored, dtype, terms)
+    else:
+        assert np.array_equal(by(ON_TORCH, stored, dtype, terms), here)
+
+
+@pytest.mark.parametrize("products", (by_blas, ON_TORCH))
+def test_products_keep_their_bound(products: Products) -> None:
+    """Every element, against rational numbers, by the bound of its own terms: all sizes, sums that cancel."""
+    rng = np.random.default_rng(14)
+    left = rng.standard_normal((9, 33)) * 2.0 ** rng.integers(-300, 100, (9, 33))
+    right = rng.standard_normal((33, 7)) * 2.0 ** rng.integers(-300, 100, (33, 7))
+    left[:, 1::2], right[1::2] = left[:, :-1:2] * (1 + 2.0**-52), -right[:-1:2]
+    out = np.empty((9, 7))
+    products(left, right)(0, out)
+    for row, col in np.ndindex(out.shape):
+        parts = [Fraction(a) * Fraction(b) for a, b in zip(left[row].tolist(), right[:, col].tolist(), strict=True)]
+        room = Fraction(33) / 2**53 * sum(map(abs, parts)) * (1 + Fraction(1, 2**40))
+        assert abs(Fraction(float(out[row, col])) - sum(parts)) <= room
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_gpu_gives_the_same_bytes(dtype: str) -> None:
+    rng = np.random.default_rng(15)
+    terms = [Term(0.7, *factors(rng, 700, 48, 4500, 0.003)), Term(-1.5, *factors(rng, 700, 5, 4500, 1e-5))]
+    stored = weights(rng, (700, 4500), dtype, 2)
+    assert np.array_equal(by(products.on("cuda"), stored, dtype, terms), by(by_blas, stored, dtype, terms))
+
+
+@pytest.mark.parametrize("name", ("cuda:99", "meta", "nonsense"))
+def test_a_device_that_is_not_there(name: str) -> None:
+    with pytest.raises(OptionError, match=f"the device '{name}' cannot be used here"):
+        products.on(name)
+    assert products.on("cpu") is by_blas
+
+
+def test_a_device_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the product or when its rows are fetched: one line, and no half-made sum."""
+    stored = round_to(np.ones((2, 2)), "F32")
+    terms = [Term(1.0, np.ones((2, 1)), np.ones((1, 2)))]
+    for name in ("addcmul_", "copy_"):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, name, failing)
+            with pytest.raises(DeviceError, match="E-DEVICE: the device 'cpu' failed: CUDA out of memory"):
+                by(ON_TORCH, stored, "F32", terms)
+
+
+def failing(*given: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 @pytest.mark.parametrize("dtype", ("BF16", "F16", "F32"))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ADAPTERS, BASES, FIXTURES, random_lora
-from crashes import KINDS, Scene, scene, whole
+from crashes import KINDS, Scene, whole
 from models import load_all, one_target, random_base, save_base, tree
 
 from lrconvert import api, durable
@@ -40,17 +41,7 @@ from lrconvert.merging.record_json import sign
 from lrconvert.merging.site import PATCH, SAME, SWAP, Site
 from lrconvert.testing import faults
 
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scene]:
-    folder = tmp_path_factory.mktemp("scenes")
-    return {kind: scene(folder, kind) for kind in KINDS}
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting() -> Iterator[None]:
-    with faults.installed(faults.Quick()):
-        yield
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 def modes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
@@ -478,6 +469,46 @@ def test_two_merges_into_one_new_folder(scenes: dict[str, Scene], tmp_path: Path
     merge(given.base, [given.adapter], tmp_path / "out", progress=meanwhile)
     assert set(codes) == {"E-LOCKED"}
     assert tree(tmp_path / "out") == tree(given.merged)
+
+
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
+
+
+@pytest.mark.parametrize("error", NO_LOCKS, ids=errno.errorcode.__getitem__)
+def test_file_systems_without_locks(error: int, scenes: dict[str, Scene], tmp_path: Path) -> None:
+    """New outputs are written, as making their folder keeps others out; nothing is changed where another run may be at
+    work, and nothing is cleaned up that may be in use."""
+    given, out, partial = scenes["swap"], tmp_path / "out", tmp_path / ".out.partial"
+    model, merged = (shutil.copytree(p, tmp_path / n) for p, n in ((given.base, "model"), (given.merged, "merged")))
+    before = whole(model), whole(merged)
+    with faults.installed(faults.Remote(error)):
+        for verb in (lambda: given.merge(model), lambda: given.unmerge(merged)):
+            with pytest.raises(LockedError, match=r"the file system gives no lock \(.*\), so .* new folder"):
+                verb()
+        assert (whole(model), whole(merged)) == before
+
+        def meanwhile(fraction: float, text: str) -> None:
+            with pytest.raises(LockedError, match="If none is, remove it, and run it again"):
+                merge(given.base, [given.adapter], out)
+
+        merge(given.base, [given.adapter], out, progress=meanwhile)
+        assert tree(out) == tree(given.merged) and not partial.exists()
+        unmerge(out, tmp_path / "back")
+        assert whole(tmp_path / "back") == whole(given.base)
+        with durable.atomic_file(tmp_path / "file", overwrite=False) as file:
+            file.write(b"new")
+        assert (tmp_path / "file").read_bytes() == b"new"
+        partial.mkdir()
+        (partial / "done.jsonl").write_text("of a killed run")
+        shutil.rmtree(out)
+        for verb in (lambda: recover(out), lambda: merge(given.base, [given.adapter], out, resume=True)):
+            with pytest.raises(LockedError, match="If none is, remove it, and run it again"):
+                verb()
+        meanwhile(0, "")
+        assert (partial / "done.jsonl").exists() and not out.exists()
+        shutil.rmtree(partial)
+        merge(given.base, [given.adapter], out)
+    assert tree(out) == tree(given.merged)
 
 
 # --- recover, and the command line ----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ ORDER = [
     {"errors", "limits"},
     {
         *("strictjson", "dtypes", "container", "durable", "hub"),
-        *("packing", "straight", "subvectors", "vectorbank", "exact", "prng"),
+        *("packing", "straight", "subvectors", "vectorbank", "devices", "products", "exact", "prng"),
     },
     {
         *("adapter", "canonical", "renamings", "unets", "llamacpp", "targets", "fingerprint", "quantized"),

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lrconvert.cli.shared import (
+    DEVICE,
+    DEVICE_OPTION,
     ByteSize,
     as_json_option,
+    device_of,
     emit,
     overwrite_option,
     progress_bar,
@@ -53,6 +56,9 @@ def _check_output(output: Path | None, in_place: bool) -> None:
 
 
 _resume = click.option("--resume", is_flag=True, help="Keep what is done if it is broken off, and go on from there.")
+_device = click.option(
+    *DEVICE, help="Where products are computed; the bytes are the same.", **(DEVICE_OPTION | {"default": "cpu"})
+)
 _dequantize = click.option("--dequantize", is_flag=True, help="Take a base that bitsandbytes has quantized as bf16.")
 
 
@@ -67,6 +73,7 @@ _dequantize = click.option("--dequantize", is_flag=True, help="Take a base that 
 @click.option("--out-shard-size", type=ByteSize(), help="Largest weight file, as 5GB; default: cut as the base is.")
 @click.option("--allow-no-op", is_flag=True, help="Write a copy of the base even if the adapter changes nothing.")
 @_dequantize
+@_device
 @takes_adapters
 @overwrite_option
 @quiet_option
@@ -83,6 +90,7 @@ def merge_into_base(
     out_shard_size: int | None,
     allow_no_op: bool,
     dequantize: bool,
+    device: str,
     overwrite: bool,
     quiet: bool,
     verbose: bool,
@@ -109,6 +117,7 @@ def merge_into_base(
             shard_bytes=out_shard_size,
             allow_no_op=allow_no_op,
             dequantize=dequantize,
+            device=device_of(device),
             progress=progress,
         )
     if as_json:
@@ -128,6 +137,7 @@ def merge_into_base(
 @click.option("--resume", is_flag=True, help="Finish an unmerge in place that was broken off.")
 @click.option("--merge", "number", type=int, help="Insist on this merge; only the last one can be undone.")
 @click.option("--from-base", type=click.Path(path_type=Path), help="Take the bytes from this base.")
+@_device
 @overwrite_option
 @quiet_option
 @as_json_option
@@ -138,6 +148,7 @@ def unmerge(
     resume: bool,
     number: int | None,
     from_base: Path | None,
+    device: str,
     overwrite: bool,
     quiet: bool,
     as_json: bool,
@@ -153,6 +164,7 @@ def unmerge(
             resume=resume,
             number=number,
             from_base=from_base,
+            device=device_of(device),
             overwrite=overwrite,
             progress=progress,
         )
@@ -172,6 +184,7 @@ def unmerge(
     "--adapter", "adapters", required=True, multiple=True, metavar="ADAPTER[=SCALE]", help="As merged; repeatable."
 )
 @_dequantize
+@_device
 @takes_adapters
 @quiet_option
 @as_json_option
@@ -180,6 +193,7 @@ def verify(
     base: Path,
     adapters: tuple[str, ...],
     dequantize: bool,
+    device: str,
     quiet: bool,
     as_json: bool,
     **reading: Any,
@@ -188,7 +202,8 @@ def verify(
     from lrconvert import api, render
 
     with progress_bar("verify", quiet or as_json) as progress:
-        report = api.verify(merged, base, _weighted(adapters, base, reading), dequantize=dequantize, progress=progress)
+        inputs = _weighted(adapters, base, reading)
+        report = api.verify(merged, base, inputs, dequantize=dequantize, device=device_of(device), progress=progress)
     if as_json:
         emit({"merged": str(merged), "base": str(base), "ok": report.ok, **dataclasses.asdict(report)})
     elif not (quiet and report.ok):

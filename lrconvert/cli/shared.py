@@ -85,7 +85,11 @@ device_option = click.option(*DEVICE, help="Where the model runs.", **DEVICE_OPT
 
 def device_of(name: str) -> str:
     """`auto` means CUDA if torch has been asked for and sees a GPU; plain CPU fits need no torch, so it is not loaded
-    to find out where no driver is installed."""
+    to find out where no driver is installed. Raises E-OPTION if a GPU is asked for and there is none."""
+    if name == "cuda":
+        from lrconvert.devices import torch_device
+
+        return str(torch_device(name))
     if name != "auto":
         return name
     if not (Path("/proc/driver/nvidia").exists() or Path("/dev/nvidia0").exists()):

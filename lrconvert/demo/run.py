@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import tempfile
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from lrconvert.durable import check_output
+from lrconvert.durable import check_output, make_folder
 from lrconvert.render import table
 
 HERE = Path(__file__).resolve().parent
@@ -31,7 +30,7 @@ def run(output: Path | None, echo: Callable[[str], None]) -> None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lrconvert-demo-")))
         else:
             check_output(output, overwrite=False)
-            os.makedirs(output, exist_ok=True)  # noqa: PTH103 -- the user's own empty folder, no output of ours
+            make_folder(output)
             folder = output
 
         def step(*words: str | Path) -> None:

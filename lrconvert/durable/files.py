@@ -27,6 +27,7 @@ from lrconvert.errors import (
 _COPY_BYTES = 1 << 23
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 _NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY)
 
 
@@ -154,10 +155,15 @@ def hidden_sibling(path: Path, suffix: str) -> Path:
 
 
 def sync_folder(path: Path) -> None:
-    """fsync a folder, so that the names in it are on the disk. Raises OSError."""
+    """fsync a folder, so that the names in it are on the disk. A file system that does not do that for folders (some
+    network ones) sees to it in its own way, or not at all: nothing more can be asked of it. Raises OSError."""
     descriptor = system.current.open_folder(path)
     try:
-        system.current.fsync(descriptor)
+        try:
+            system.current.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in _NO_FOLDER_SYNC:
+                raise
     finally:
         system.current.close(descriptor)
 
@@ -259,7 +265,8 @@ def _put_file(temporary: Path, path: Path, overwrite: bool) -> None:
 
 
 def delete_leftover(leftover: Path, path: Path) -> None:
-    """Delete what a commit left beside `path`: a second name, or the folder that was replaced."""
+    """Delete what a commit left beside `path`: a second name, the folder that was replaced, unfinished work. It may be
+    gone already. Raises E-IO-SYNC: the output is there."""
     try:
         remove(leftover)
     except OSError as error:

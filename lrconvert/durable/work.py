@@ -2,7 +2,9 @@
 
 The work of an output `out` lies beside it in `.out.partial/`: files about the work, and `model/`, which becomes `out`.
 Whoever writes holds the lock of the folder it writes in (flock). It ends with the process, so no lock is ever stale,
-and what is not locked is a leftover.
+and what is not locked is a leftover. Where a file system gives no locks, only what this run has made itself is written
+in: making a folder is a lock, too, but one that outlives a crash. A network file system may keep the locks of folders
+to each machine; that cannot be seen from here.
 """
 
 from __future__ import annotations
@@ -22,13 +24,15 @@ from lrconvert.durable.folders import StagedDirectory, put_folder
 from lrconvert.errors import DurabilityError, LockedError, OutputPathError
 
 CONTENT = "model"
+_IF_NONE_IS = "if none is, remove it, and run it again"
 
 
 @contextmanager
-def locked(folder: Path, *, needed: bool = True) -> Iterator[None]:
+def locked(folder: Path, *, needed: bool = True, fix: str = "write a new folder, or to another disk") -> Iterator[None]:
     """Hold the lock of a folder. It is not `needed` for one that this run has just made: who finds it later needs it.
 
-    Raises E-LOCKED if another run has it or, where it is needed, if there are no locks; E-OUT-PATH if it is no folder.
+    Raises E-LOCKED if another run has it or, where it is needed, if there are no locks (`fix`: what to do then);
+    E-OUT-PATH if it is no folder.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -41,14 +45,18 @@ def locked(folder: Path, *, needed: bool = True) -> Iterator[None]:
             raise LockedError("another run is at work here", fix="wait until it ends", path=folder) from None
         except OSError as error:
             if needed:
-                what = f"cannot be locked: {error.strerror}"
-                raise LockedError(what, fix="write a new folder, or to another disk", path=folder) from None
+                raise _no_locks(error, folder, fix) from None
         ours, there = os.fstat(descriptor), folder.stat() if folder.exists() else None
         if there is None or (ours.st_ino, ours.st_dev) != (there.st_ino, there.st_dev):
             raise LockedError("another run has just finished here", fix="look at it, then run it again", path=folder)
         yield
     finally:
         os.close(descriptor)
+
+
+def _no_locks(error: OSError, place: Path, fix: str) -> LockedError:
+    what = f"the file system gives no lock ({error.strerror}), so nothing shows whether another run is at work here"
+    return LockedError(what, fix=fix, path=place)
 
 
 @dataclass
@@ -112,7 +120,7 @@ def work_directory(path: StrPath, *, overwrite: bool, resume: bool) -> Iterator[
         made = False
     except OSError as error:
         raise not_written(error, path) from None
-    with locked(root, needed=not made):
+    with locked(root, needed=not made, fix=_IF_NONE_IS):
         if not made and not _is_ours(root):
             raise OutputPathError("is in the way, and is not the work of an earlier run", fix="move it", path=root)
         work = Work.at(root, path)
@@ -155,8 +163,9 @@ def end_work(root: Path, shown: Path) -> None:
 
 
 def leftovers(path: Path) -> list[Path]:
-    """What runs that were to write `path` have left beside it, and are not at work on any more."""
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+\.[0-9a-f]{{8}}\.(tmp|partial|old)|partial)")
+    """What runs that were to write `path`, or unfinished work beside it, have left there, and are not at work on any
+    more. Raises E-LOCKED where the file system does not say whether they are."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}(\.partial)?\.(\d+\.[0-9a-f]{{8}}\.(tmp|partial|old)|partial)")
     if not path.parent.is_dir():
         return []
     found = [p for p in sorted(path.parent.iterdir()) if pattern.fullmatch(p.name) and not p.is_symlink()]
@@ -164,7 +173,7 @@ def leftovers(path: Path) -> list[Path]:
 
 
 def _is_idle(path: Path) -> bool:
-    """Whether nobody has locked a file or folder."""
+    """Whether nobody has locked a file or folder. Raises E-LOCKED if there are no locks."""
     try:
         if not stat.S_ISREG(mode := path.lstat().st_mode) and not stat.S_ISDIR(mode):
             return False
@@ -173,8 +182,10 @@ def _is_idle(path: Path) -> bool:
         return False
     try:
         system.current.lock(descriptor)
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError as error:
+        raise _no_locks(error, path, _IF_NONE_IS) from None
     finally:
         os.close(descriptor)
     return True
@@ -182,7 +193,7 @@ def _is_idle(path: Path) -> bool:
 
 def clean_up(path: Path) -> tuple[str, ...]:
     """Remove leftovers beside `path`; a folder that was set aside while it was being replaced gets its name back if
-    nothing has taken its place. Returns the names that are gone. Raises E-IO-WRITE."""
+    nothing has taken its place. Returns the names that are gone. Raises E-LOCKED, E-IO-WRITE."""
     found = leftovers(path)
     try:
         for place in found:

@@ -36,6 +36,7 @@ from lrconvert.merging.sinks import Nowhere, has_digests
 from lrconvert.merging.site import MERGE, PATCH, SAME, SWAP, TEXTS, UNMERGE, Change, Ready, Site
 from lrconvert.merging.undoing import changed_files, check_undoable, undone
 from lrconvert.merging.writing import Merger, Progress
+from lrconvert.products import Products
 
 _FIRST_PASS = 0.6  # of the time, as progress is shown
 _PATCH_SHARE = 8  # a patch has at most this part of its weight file
@@ -156,7 +157,7 @@ def _broken_off(site: Site, error: LrcError) -> UnfinishedError:
 
 def _swap(site: Site, ready: Ready, planned: Plan, job: Job) -> None:
     """Replace the weight files that change as a whole; the last first, as it may have copies of tensors of others."""
-    with site.open_record(ready) as opened, Workspace() as workspace:
+    with site.open_record(ready) as opened, Workspace(products=job.products) as workspace:
         wanted = dict(opened.record.added) | {t.output: t.after for t in opened.record.tensors if t.output}
         computer = Computer(planned, workspace)
         states = site.states(ready, opened)
@@ -293,7 +294,9 @@ def _compare(digest: Any, wanted: str, name: str, shard: Shard) -> None:
 # --- undoing --------------------------------------------------------------------------------------------------------
 
 
-def unmerge_in_place(merged: Path, number: int | None, progress: Progress, *, resume: bool) -> UnmergeReport:
+def unmerge_in_place(
+    merged: Path, number: int | None, progress: Progress, *, resume: bool, products: Products
+) -> UnmergeReport:
     """Turn `merged` into the base again. Raises what `unmerge` raises; but for E-UNFINISHED nothing is changed then."""
     site = Site(merged)
     with locked(merged), ExitStack() as stack:
@@ -302,7 +305,7 @@ def unmerge_in_place(merged: Path, number: int | None, progress: Progress, *, re
             if not resume or ready.kind != UNMERGE:
                 raise unfinished(merged)
             with site.open_record(ready) as opened:
-                return _restore(site, ready, opened)
+                return _restore(site, ready, opened, products)
         opened = stack.enter_context(OpenRecord(records.latest(merged, number)))
         with open_checkpoint(merged) as checkpoint:
             check_undoable(opened, checkpoint)
@@ -312,7 +315,7 @@ def unmerge_in_place(merged: Path, number: int | None, progress: Progress, *, re
             require_space(merged, int((largest + largest // 2) * _SPACE_MARGIN))
             try:
                 with _new_work(site) as work:
-                    ready = _rehearse(opened, checkpoint, work, progress)
+                    ready = _rehearse(opened, checkpoint, work, progress, products)
                     site.begin(work, ready)
             except LrcError as error:
                 _take_back(site, keep=False)
@@ -320,7 +323,7 @@ def unmerge_in_place(merged: Path, number: int | None, progress: Progress, *, re
             except BaseException:
                 _take_back(site, keep=False)
                 raise
-        return _restore(site, ready, opened)
+        return _restore(site, ready, opened, products)
 
 
 @contextmanager
@@ -345,7 +348,7 @@ def _check_files(opened: OpenRecord, checkpoint: Checkpoint) -> None:
     raise UndoError(what, fix="give --output", path=checkpoint.root)
 
 
-def _rehearse(opened: OpenRecord, checkpoint: Checkpoint, work: Work, progress: Progress) -> Ready:
+def _rehearse(opened: OpenRecord, checkpoint: Checkpoint, work: Work, progress: Progress, products: Products) -> Ready:
     """Restore everything once, into nothing: whatever is damaged is found before anything changes. Collects patches."""
     record = opened.record
     place = f"{opened.folder.parent.name}/{opened.folder.name}"
@@ -368,7 +371,7 @@ def _rehearse(opened: OpenRecord, checkpoint: Checkpoint, work: Work, progress: 
 
     with (
         ExitStack() as stack,
-        Workspace() as workspace,
+        Workspace(products=products) as workspace,
         Restorer(opened, checkpoint, workspace, change) as restorer,
     ):
         for number, (name, size) in enumerate(record.files):
@@ -397,11 +400,11 @@ def _rehearse(opened: OpenRecord, checkpoint: Checkpoint, work: Work, progress: 
     return Ready(UNMERGE, record.number, place, tuple(changes), tuple(texts))
 
 
-def _restore(site: Site, ready: Ready, opened: OpenRecord) -> UnmergeReport:
+def _restore(site: Site, ready: Ready, opened: OpenRecord, products: Products) -> UnmergeReport:
     """Change the weights; a failure is tried again once, since only forward leads out."""
     try:
         site.hide()
-        site.restore(ready, opened)
+        site.restore(ready, opened, products)
         site.commit(ready, opened)
     except LrcError as error:
         if not site.is_ready:

@@ -12,6 +12,7 @@ from lrconvert import heads
 from lrconvert.adapter import LoraAdapter
 from lrconvert.container import Checkpoint
 from lrconvert.errors import (
+    DeviceError,
     DiskSpaceError,
     FileChangedError,
     FileReadError,
@@ -27,10 +28,11 @@ from lrconvert.merging.report import MergedTensor, MergeReport
 from lrconvert.merging.sinks import Sink
 from lrconvert.merging.updates import Scaled
 from lrconvert.merging.writing import Merger, Progress
+from lrconvert.products import Products, by_blas
 from lrconvert.quantized import DequantizedCheckpoint
 
 # After these a merge may go on where it stopped; after others it would stop there again.
-BROKEN_OFF = (FileWriteError, FileReadError, FileChangedError, DiskSpaceError)
+BROKEN_OFF = (FileWriteError, FileReadError, FileChangedError, DiskSpaceError, DeviceError)
 
 _SPACE_MARGIN = 1.05
 _RECORD_SHARE = 0.08  # of the touched bytes, as an estimate: 3.5 % in bf16, more where updates are large
@@ -39,12 +41,13 @@ _ALLOW = "pass --allow-no-op to write a copy of the base all the same"
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be merged, and how."""
+    """What is to be merged, and how. The bytes do not depend on who computes the `products`."""
 
     inputs: Sequence[Scaled]
     undo: bool
     allow_no_op: bool
     progress: Progress
+    products: Products = by_blas
 
     def begin(self, planned: Plan, earlier: Mapping[int, Path], dry_run: bool) -> MergeReport:
         """The report of what will be written. Raises E-NO-EFFECT; after a dry run also E-FPR."""
@@ -68,7 +71,7 @@ class Job:
         """Compute everything and give it to `sink`; the report of what was done. Raises E-FPR, E-NO-EFFECT,
         E-IO-CHANGED and what computing raises."""
         with (
-            Workspace() as workspace,
+            Workspace(products=self.products) as workspace,
             Merger(planned, self.inputs, workspace, number, self.undo, self.progress) as merger,
         ):
             merger.run(sink)

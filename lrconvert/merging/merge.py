@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from lrconvert import products
 from lrconvert.durable import check_output, require_space, work_directory
 from lrconvert.errors import LrcError, OptionError
 from lrconvert.merging import record as records
@@ -39,6 +40,7 @@ def merge(
     undo: bool = True,
     shard_bytes: int | None = None,
     dequantize: bool = False,
+    device: str = "cpu",
     progress: Progress | None = None,
 ) -> MergeReport:
     """Write the folder `out`: `base` with all `adapters` added in one sum and rounded once, and the record that undoes
@@ -46,13 +48,14 @@ def merge(
 
     `dequantize` takes a base that bitsandbytes has quantized as bf16. `shard_bytes` bounds the weight files of the
     output; without it they are cut as the base's. With `resume` work that is broken off stays, and the same merge goes
-    on from there. `progress(fraction, text)` is called as bytes are written. Raises E-BASE, E-ORIENT, E-FPR, E-PLACE,
-    E-NO-EFFECT (nothing to merge, all updates zero, or no element moved), E-OVERFLOW, E-VALUE, E-BASE-QUANT, E-OPTION,
-    E-OUT-*, E-LOCKED, E-IO-*, and what `open_base` raises: nothing is changed or left behind then (but what `resume`
+    on from there. `device`, one of torch's, computes the products of factors: the bytes do not depend on it.
+    `progress(fraction, text)` is called as bytes are written. Raises E-BASE, E-ORIENT, E-FPR, E-PLACE, E-NO-EFFECT
+    (nothing to merge, all updates zero, or no element moved), E-OVERFLOW, E-VALUE, E-BASE-QUANT, E-OPTION, E-OUT-*,
+    E-LOCKED, E-DEVICE, E-IO-*, and what `open_base` raises: nothing is changed or left behind then (but what `resume`
     keeps). E-UNFINISHED: a merge in place could neither be finished nor taken back; `recover` does either.
     """
     inputs = [item if isinstance(item, Scaled) else Scaled(item) for item in adapters]
-    job = Job(inputs, undo, allow_no_op, progress or _silent)
+    job = Job(inputs, undo, allow_no_op, progress or _silent, products.on(device))
     if in_place:
         _check_in_place(out, overwrite, undo, shard_bytes, dequantize)
         return merge_in_place(base, job, resume=resume, dry_run=dry_run)

@@ -38,6 +38,7 @@ from lrconvert.merging.plan import CONFIG_NAME, RECORDS
 from lrconvert.merging.record import RECORD_NAME, OpenRecord
 from lrconvert.merging.restoring import Restorer
 from lrconvert.merging.sinks import file_tensor_digest
+from lrconvert.products import Products, by_blas
 
 TEXTS = (CONFIG_NAME, INDEX_NAME)
 MERGE, UNMERGE = "merge", "unmerge"
@@ -226,13 +227,13 @@ class Site:
             if change.patch is not None:
                 patches.apply(self.root / change.patch.name, change.patch, self.model / change.name, side)
 
-    def restore(self, ready: Ready, opened: OpenRecord) -> None:
+    def restore(self, ready: Ready, opened: OpenRecord, products: Products = by_blas) -> None:
         """Bring every weight file to the state of the base."""
         merged = [n for n, state in self.states(ready, opened).items() if state == MERGED]
         files = {n: ContainerFile(self.model / ready.changes[n].name) for n in merged}
         checkpoint = Checkpoint(self.model, {}, tuple(files.values()), None)
         try:
-            with Workspace() as workspace, Restorer(opened, checkpoint, workspace) as restorer:
+            with Workspace(products=products) as workspace, Restorer(opened, checkpoint, workspace) as restorer:
                 for number, source in files.items():
                     with self.fresh(ready.changes[number].name) as file:
                         restorer.file(number, file)

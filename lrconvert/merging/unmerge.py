@@ -8,6 +8,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
+from lrconvert import products
 from lrconvert.container import Checkpoint, TensorInfo, combined_digest, open_checkpoint, tensor_hasher, unfinished
 from lrconvert.durable import StagedDirectory, atomic_directory, check_output, require_space
 from lrconvert.errors import BaseError, FingerprintError, LrcError, OptionError
@@ -22,6 +23,7 @@ from lrconvert.merging.restoring import Restorer, digest_into
 from lrconvert.merging.site import Site
 from lrconvert.merging.undoing import changed_files, check_undoable, undone
 from lrconvert.merging.writing import Progress
+from lrconvert.products import Products
 
 _SPACE_MARGIN = 1.02
 
@@ -35,22 +37,24 @@ def unmerge(
     number: int | None = None,
     from_base: Path | None = None,
     overwrite: bool = False,
+    device: str = "cpu",
     progress: Progress | None = None,
 ) -> UnmergeReport:
     """Write the folder `out` (without it: replace `merged` in one step) with the base that the last merge started from.
 
     With `in_place` the weight files of `merged` are restored one after the other, or only the rows that the merge
     changed; a broken off one goes on with `resume`. With `from_base` the bytes come from that base, compared with the
-    record's digests where there is a record. Raises E-UNDO (no record, or one that cannot undo), E-UNDO-ORDER (`number`
-    is not the last merge), E-DIGEST (weights or record changed since the merge), E-OUT-*, E-OPTION, E-LOCKED, E-IO-*:
-    nothing is changed then. E-UNFINISHED: an unmerge in place was broken off; `recover` finishes it.
+    record's digests where there is a record. `device` as for `merge`. Raises E-UNDO (no record, or one that cannot
+    undo), E-UNDO-ORDER (`number` is not the last merge), E-DIGEST (weights or record changed since the merge), E-OUT-*,
+    E-OPTION, E-LOCKED, E-DEVICE, E-IO-*: nothing is changed then. E-UNFINISHED: an unmerge in place was broken off;
+    `recover` finishes it.
     """
-    report = progress or (lambda fraction, text: None)
+    report, multiply = progress or (lambda fraction, text: None), products.on(device)
     if in_place:
         for given, name in ((out is not None, "--output"), (overwrite, "--overwrite"), (from_base, "--from-base")):
             if given:
                 raise OptionError(f"{name} does not go with --in-place", fix="leave out one of them")
-        return unmerge_in_place(merged, number, report, resume=resume)
+        return unmerge_in_place(merged, number, report, resume=resume, products=multiply)
     if Site(merged).is_ready:
         raise unfinished(merged)
     if resume:
@@ -68,7 +72,7 @@ def unmerge(
         require_space(place, int(sum(size for _, size in opened.record.files) * _SPACE_MARGIN))
         folder = stack.enter_context(atomic_directory(place, overwrite=out is None or overwrite))
         try:
-            done = _write(opened, checkpoint, folder, report)
+            done = _write(opened, checkpoint, folder, report, multiply)
         except LrcError as error:
             raise error.at(merged) from None
         for file in checkpoint.files:
@@ -76,7 +80,9 @@ def unmerge(
     return done
 
 
-def _write(opened: OpenRecord, checkpoint: Checkpoint, folder: StagedDirectory, progress: Progress) -> UnmergeReport:
+def _write(
+    opened: OpenRecord, checkpoint: Checkpoint, folder: StagedDirectory, progress: Progress, multiply: Products
+) -> UnmergeReport:
     """Write the base's files into a staged folder."""
     total, done = max(1, sum(size for _, size in opened.record.files)), 0
     files: dict[str, int] = {}
@@ -86,7 +92,7 @@ def _write(opened: OpenRecord, checkpoint: Checkpoint, folder: StagedDirectory, 
         done += info.nbytes
         progress(min(1.0, done / total), info.name)
 
-    with Workspace() as workspace, Restorer(opened, checkpoint, workspace) as restorer:
+    with Workspace(products=multiply) as workspace, Restorer(opened, checkpoint, workspace) as restorer:
         for number, (name, _) in enumerate(opened.record.files):
             with folder.create(name) as file:
                 restorer.file(number, file, advance)

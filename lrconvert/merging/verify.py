@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lrconvert import products
 from lrconvert.container import Checkpoint, TensorInfo, open_checkpoint
 from lrconvert.dtypes import STORAGE, Array
 from lrconvert.exact import Workspace
@@ -28,17 +29,18 @@ def verify(
     adapters: Sequence[Adapter | Scaled],
     *,
     dequantize: bool = False,
+    device: str = "cpu",
     progress: Callable[[float, str], None] | None = None,
 ) -> VerifyReport:
     """Compare the tensors and the configuration of `merged` with what merging `adapters` into `base` gives, however
-    either is cut into files; `dequantize` as for `merge`. Reads all of both; writes nothing. Raises what a merge raises
-    before it writes.
+    either is cut into files; `dequantize` and `device` as for `merge`. Reads all of both; writes nothing. Raises what a
+    merge raises before it writes.
     """
     inputs = [item if isinstance(item, Scaled) else Scaled(item) for item in adapters]
     with (
         open_checkpoint(merged) as found,
         open_base(base, dequantize=dequantize) as checkpoint,
-        Workspace() as workspace,
+        Workspace(products=products.on(device)) as workspace,
     ):
         planned = plan(inputs, checkpoint)
         computer = Computer(planned, workspace)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,6 +47,20 @@ class Quick(System):
 
     def fsync(self, descriptor: int) -> None:
         os.fstat(descriptor)  # EBADF for what is not open
+
+
+class Remote(Quick):
+    """A disk that gives no locks (flock fails with `error`) and syncs no folders, as some network file systems."""
+
+    def __init__(self, error: int) -> None:
+        self.error = error
+
+    def lock(self, descriptor: int) -> None:
+        raise OSError(self.error, os.strerror(self.error))
+
+    def fsync(self, descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
 
 class Faulty(Quick):
