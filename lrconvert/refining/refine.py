@@ -28,6 +28,7 @@ from lrconvert.refining.settings import Settings
 from lrconvert.report import Answers
 
 Progress = Callable[[float, str], None]
+Keep = Callable[[checkpoint.State], None]
 _LAYERWISE_TOKENS = 1 << 16
 _SHARE = 0.15  # of the progress: what comes before the end-to-end stage
 
@@ -85,13 +86,13 @@ def refine(
             model = live.load_model(base, device, four_bit=load_in_4bit)
         else:
             model = base
-        with _prepared(model, teacher, settings, here) as room:
-            pool = _pool(room, base, data, settings, lambda share, text: quiet(0.05 * share, text))
+        with prepared(model, teacher, settings, here) as room:
+            pool = pool_of(room, base, data, settings, lambda share, text: quiet(0.05 * share, text))
             there = split(pool, settings.seed)
             if settings.task_loss and _unlabelled(there.train):
                 raise DataError("the task's loss needs labels, and the data has none", fix="leave out --task-loss")
             where = base if isinstance(base, Path) else None
-            work = _Work(room, compact, teacher, where, there, settings, partial, resume, log_to)
+            work = Work(room, compact, teacher, where, there, settings, partial, resume, log_to)
             found = work.run(quiet)
     return replace(found, seconds=time.monotonic() - started, warnings=(*teacher.warnings, *_other(compact, teacher)))
 
@@ -112,7 +113,7 @@ def _check_base(compact: CompactAdapter, base: Path) -> None:
 
 
 @contextmanager
-def _prepared(model: nn.Module, teacher: LoraAdapter, settings: Settings, here: world.World) -> Iterator[Room]:
+def prepared(model: nn.Module, teacher: LoraAdapter, settings: Settings, here: world.World) -> Iterator[Room]:
     """The model with its teacher, frozen and in evaluation mode; afterwards it is as it was."""
     trained = [p for p in model.parameters() if p.requires_grad]
     training = [module for module in model.modules() if module.training]
@@ -171,7 +172,7 @@ def _checkpointed(model: nn.Module, on: bool) -> None:
 # --- data -----------------------------------------------------------------------------------------------------------
 
 
-def _pool(room: Room, base: Path | nn.Module, data: Any, settings: Settings, progress: Progress) -> Pool:
+def pool_of(room: Room, base: Path | nn.Module, data: Any, settings: Settings, progress: Progress) -> Pool:
     """All the data. Raises E-DATA."""
     kind = live.kind_of(room.model)
     paths: Any = [data] if isinstance(data, (str, PathLike)) else data
@@ -223,9 +224,15 @@ def _unlabelled(pool: Pool) -> bool:
 # --- the work -------------------------------------------------------------------------------------------------------
 
 
+def _to_the_end(trainer: Trainer, keep: Keep, progress: Progress) -> Trainer:
+    trainer.train(keep, progress)
+    return trainer
+
+
 @dataclass(eq=False)
-class _Work:
-    """One refinement from data to result."""
+class Work:
+    """One refinement from data to result. `train` is the second stage: it takes the trainer, where to keep a state, and
+    progress, and gives the trainer whose best and state are the outcome."""
 
     room: Room
     compact: CompactAdapter
@@ -236,6 +243,7 @@ class _Work:
     partial: Path | None
     resume: bool
     log_to: Path | None
+    train: Callable[[Trainer, Keep, Progress], Trainer] = _to_the_end
 
     def run(self, progress: Progress) -> Refinement:
         settings, room = self.settings, self.room
@@ -259,7 +267,7 @@ class _Work:
             trainer.begin(self.compact)
             trainer.resume(kept, self.compact)
         if settings.end_to_end:
-            trainer.train(self._keep, lambda s, t: progress(_SHARE + (1 - _SHARE) * s, t))
+            trainer = self.train(trainer, self._keep, lambda s, t: progress(_SHARE + (1 - _SHARE) * s, t))
         assert trainer.best is not None
         state = trainer.state
         improved = trainer.best is not self.compact and state.best_distance < before.mean
@@ -281,9 +289,7 @@ class _Work:
 
     def _measured(self, trainer: Trainer, compact: CompactAdapter) -> Sums:
         trainer.pupil.take(compact)
-        self.room.using(NAME)
-        trainer.pupil.show(training=False)
-        return trainer.held.sums((NAME,))
+        return trainer.measured()
 
     def _first_stage(self, trainer: Trainer, before: Sums, told: log.Log, progress: Progress) -> None:
         trainer.start(self.compact, before)

@@ -1,0 +1,246 @@
+"""ALoRA with training between the rounds (arXiv 2403.16187): ranks move while the adapter learns from its LoRA.
+
+The first allocation is that of `allocating`, from data that is trained on. Then one refinement runs, of the steps that
+are asked for and with rates that fall once over all of them; in its first half it pauses a few times. In a pause the
+components of the adapter as it is then, and those that may come (`swapping`), are scored by ablation on the live model,
+and some change places. So the budget is met at every step, and what is best on held-out data is the result, be it the
+first allocation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from lrconvert import ablating, allocating, attaching, file, live, report, swapping
+from lrconvert.ablating import Trial
+from lrconvert.adapter import CompactAdapter, LoraAdapter
+from lrconvert.allocating import Allocation, Chooser, Cut
+from lrconvert.dtypes import F64, Array
+from lrconvert.errors import OptionError
+from lrconvert.gathering import Data
+from lrconvert.methods.base import FitContext
+from lrconvert.refining import refine
+from lrconvert.refining.data import Pool, split
+from lrconvert.refining.loop import Trainer
+from lrconvert.refining.pupil import NAME, Pupil
+from lrconvert.refining.refine import Keep, Progress, Refinement, Work
+from lrconvert.refining.settings import Settings
+from lrconvert.refining.world import World
+from lrconvert.swapping import Offer
+
+MOVES = 3
+_HALF = 0.5  # of the steps: when ranks no longer move
+_SHARE = 0.05  # of the budget that moves at once, at most
+_DAMPING = 0.3  # what a new component begins with, of the best one
+_CHOOSING = 0.2  # of the progress: the first allocation
+# Texts of fixed width take the place of what a refinement will say of itself, so that a budget has room for it.
+_UNKNOWN = "hidden states -0.00000e-000 of -0.00000e-000, agreement 0.0000, 0000000000 items"
+
+
+@dataclass(frozen=True)
+class Move:
+    """What changed places before the step after `step`: how many components came and went, and the held-out distance
+    before and after, without training in between."""
+
+    step: int
+    came: int
+    went: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Retrained(Allocation):
+    """An allocation, trained. `refinement` is against the first allocation, `moves` what happened in between."""
+
+    refinement: Refinement
+    moves: tuple[Move, ...]
+
+
+@dataclass(eq=False)
+class Rounds:
+    """The second stage of a refinement (`Work.train`) with `count` pauses, in which ranks move under `cut`."""
+
+    teacher: LoraAdapter  # with the targets of what is trained
+    cut: Cut
+    context: FitContext
+    batches: Sequence[Mapping[str, Any]]
+    count: int
+    exact: int
+    damping: float = _DAMPING
+    share: float = _SHARE
+    moves: list[Move] = field(default_factory=list)
+
+    def __call__(self, trainer: Trainer, keep: Keep, progress: Progress) -> Trainer:
+        steps, reached = trainer.settings.steps, [_reached(trainer)]
+        for step in sorted({round(_HALF * steps * n / self.count) for n in range(1, self.count + 1)} - {0, steps}):
+            trainer.train(keep, progress, until=step)
+            if trainer.state.step < step:
+                break  # out of time or patience
+            reached.append(_reached(trainer))
+            progress(step / steps, "which ranks move")
+            trainer = self._moved(trainer)
+        else:
+            trainer.train(keep, progress)
+        best = min([*reached, _reached(trainer)], key=lambda some: some.distance)
+        trainer.best = best.compact
+        trainer.state.best_step, trainer.state.best_distance = best.step, best.distance
+        trainer.state.best_agreed = best.agreed
+        return trainer
+
+    def _moved(self, trainer: Trainer) -> Trainer:
+        """The trainer that goes on after an exchange; the same if there is none."""
+        room, compact = trainer.room, trainer.pupil.compact()
+        there = swapping.offer(compact, self.teacher, self.context)
+        cut = replace(self.cut, parts=there.parts)
+        room.using()
+        with ablating.on_trial(room.model, there.lora, self.batches) as trial:
+            scores, known = scored(trial, there, self.exact)
+        kept = swapping.exchanged(cut, there.present, known, scores, self.share)
+        came, went = int((kept & ~there.present).sum()), int((there.present & ~kept).sum())
+        if not came:
+            return trainer
+        changed = swapping.applied(compact, there, kept, self.damping, self.context)
+        before = trainer.measured().mean
+        attaching.detach(room.model, NAME)
+        pupil = Pupil(room.model, changed, self.teacher, trainer.settings.train_heads)
+        state = replace(trainer.state, adam_steps=0, bad=0, waited=0, best_step=trainer.state.step)
+        onward = replace(trainer, pupil=pupil, state=state, best=None)
+        found = onward.measured()
+        onward.start(changed, found)
+        move = Move(state.step, came, went, before, found.mean)
+        onward.log("moved", {**vars(move)})
+        self.moves.append(move)
+        return onward
+
+
+def scored(trial: Trial, there: Offer, exact: int) -> tuple[F64, Array]:
+    """Ablation scores (n,), and of which components (n,) they are: of the `exact` worst that are there and the `exact`
+    best that may come, by their slopes; with 0 the slopes of all."""
+    present, parts = there.present, there.parts
+    slopes = trial.slopes(present) + trial.slopes(np.zeros(len(present), bool))
+    if not exact:
+        return slopes, np.ones(len(present), bool)
+    order = parts.order(slopes)
+    chosen = [*order[present[order]][::-1][:exact], *order[~present[order]][:exact]]
+    scores, known = np.zeros(len(present)), np.zeros(len(present), bool)
+    for c in chosen:
+        scores[c], known[c] = trial.ablation(present | (np.arange(len(present)) == c), int(c)), True
+    return scores, known
+
+
+@dataclass(frozen=True)
+class _Best:
+    compact: CompactAdapter
+    step: int
+    distance: float
+    agreed: int
+
+
+def _reached(trainer: Trainer) -> _Best:
+    state = trainer.state
+    assert trainer.best is not None
+    return _Best(trainer.best, state.best_step, state.best_distance, state.best_agreed)
+
+
+# --- the conversion -------------------------------------------------------------------------------------------------
+
+
+def allocate(
+    lora: LoraAdapter,
+    *,
+    total_rank: int | None,
+    target_size: int | None,
+    target_ratio: float | None,
+    bits: str | int,
+    base: Path | nn.Module | None,
+    data: Data | None,
+    settings: Settings,
+    moves: int = MOVES,
+    rounds: int = allocating.ROUNDS,
+    exact: int = allocating.EXACT,
+    max_tokens: int = allocating.MAX_TOKENS,
+    progress: Callable[[float, str], None],
+    **common: Any,
+) -> Retrained:
+    """See `lrconvert.api.allocate`: `settings` are those of the refinement, whose texts are all that is read; on about
+    `max_tokens` of those that are trained on components are scored."""
+    allocating.check(total_rank, target_size, target_ratio, bits, rounds, exact)
+    settings.check()
+    if base is None:
+        raise OptionError("training needs the base", fix="give it with --base")
+    if common["dry_run"]:
+        raise OptionError(
+            "which ranks there are is known only after training", fix="plan the first allocation, without --train-steps"
+        )
+    if moves < 0:
+        raise OptionError(f"--moves is {moves}; it must be at least 0")
+    progress(0.0, "loading the base")
+    where = base if isinstance(base, Path) else None
+    model = live.load_model(base, common["device"]) if isinstance(base, Path) else base
+    with refine.prepared(model, lora, settings, World()) as room:
+        there = split(refine.pool_of(room, base, data, settings, lambda share, text: None), settings.seed)
+        batches = _some(there.train, settings, max_tokens)
+
+        def trial(whole: LoraAdapter) -> AbstractContextManager[Trial]:
+            room.using()
+            return ablating.on_trial(room.model, whole, batches)
+
+        chooser = Chooser(
+            total_rank, int(bits), trial, rounds, exact, lambda share, text: progress(_CHOOSING * share, text)
+        )
+        done = allocating.converted(
+            _with_room(lora),
+            chooser,
+            base=where,
+            target_size=target_size,
+            target_ratio=target_ratio,
+            progress=lambda share, text: None,
+            **common,
+        )
+        first = chooser.allocation(done, "ablation")
+        source = chooser.source
+        assert source is not None and chooser.cut is not None and chooser.context is not None
+        context = replace(chooser.context, base=None, progress=lambda share, text: None)
+        train = Rounds(source, chooser.cut, context, batches, moves, exact)
+        work = Work(room, first.compact, lora, where, there, settings, None, False, None, train)
+        found = work.run(lambda share, text: progress(_CHOOSING + (1 - _CHOOSING) * share, text))
+    fidelity = report.fidelity(source, found.compact, common["statistics"], None)
+    return Retrained(
+        **{
+            **vars(first),
+            "compact": found.compact,
+            "sizes": file.sizes(found.compact),
+            "fidelity": fidelity,
+            "modules": allocating.modules(source, found.compact),
+        },
+        refinement=found,
+        moves=tuple(train.moves),
+    )
+
+
+def _some(pool: Pool, settings: Settings, max_tokens: int) -> list[Mapping[str, Any]]:
+    """Model inputs of about `max_tokens` tokens (0: all) of `pool`."""
+    found, tokens = [], 0
+    for which in pool.plan(settings.seed, 0, settings.batch_tokens):
+        found.append(pool.inputs(which))
+        tokens += int(pool.batch(which).weight)
+        if max_tokens and tokens >= max_tokens:
+            break
+    return found
+
+
+def _with_room(lora: LoraAdapter) -> LoraAdapter:
+    """The LoRA with as long a text as can be for each thing that a refinement says of itself: a budget counts them."""
+    came = lora.provenance
+    fields = {"refined_layerwise": "yes", **dict.fromkeys(("refined_steps", "refined_seed"), "0" * 20)}
+    fields |= dict.fromkeys(("refined_data", *(("refined_teacher",) if came.source else ())), "0" * 64)
+    fields |= dict.fromkeys(("refined_before", "refined_after"), _UNKNOWN)
+    return replace(lora, provenance=replace(came, fields={**came.fields, **fields}))
