@@ -31,10 +31,12 @@ if TYPE_CHECKING:
 
     from lrconvert.ablating import Trial
     from lrconvert.gathering import Data
+    from lrconvert.refining.refine import Refinement
 
 BITS = lowrank.WIDTHS
 ROUNDS = 8
 EXACT = 16
+MOVES = 3
 MAX_TOKENS = 1 << 13
 _NOTHING = 1e-12  # of a target's largest singular value: what is smaller is no component but rounding
 _SHARE = 0.9  # of the progress: choosing on data; the rest is the fit
@@ -53,14 +55,29 @@ class Module:
 
 
 @dataclass(frozen=True)
+class Move:
+    """What changed places before the step after `step` of a training: how many components `came` and `went`, and the
+    held-out distance right before and after."""
+
+    step: int
+    came: int
+    went: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class Allocation(Conversion):
     """A conversion to `lowrank` with ranks by score. `modules` are sorted by kind and layer; `scores` says what was
-    measured, on `items` answers of the data; `ablated`: how many components had their ablation computed."""
+    measured, on `items` answers of the data; `ablated`: how many components had their ablation computed. `training`
+    and `moves` say what came of that first allocation, if it was trained (`retraining`)."""
 
     modules: tuple[Module, ...]
     scores: str
     items: int
     ablated: int
+    training: Refinement | None = None
+    moves: tuple[Move, ...] = ()
 
 
 # --- choosing -------------------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from lrconvert.attaching import AttachedAdapter
     from lrconvert.refining.refine import Refinement
+    from lrconvert.refining.settings import Settings
 
 AnyPath = str | PathLike[str]
 Progress = Callable[[float, str], None]
@@ -269,6 +270,8 @@ def allocate(
     length: int = 512,
     batch_tokens: int = 1024,
     max_tokens: int = allocating.MAX_TOKENS,
+    retrain: Mapping[str, Any] | None = None,
+    moves: int = allocating.MOVES,
     device: str = "cpu",
     dry_run: bool = False,
     progress: Progress = _silent,
@@ -281,9 +284,24 @@ def allocate(
     ablation on data that the LoRA was better not trained on, in `rounds` of pruning; in each the `exact` components
     next to the cut are ablated, two forward passes each. The other options are those of `convert` and `compare`.
 
+    With `retrain`, fields of `lrconvert.refining.settings.Settings` (``{"steps": 300}``), and a `base` the result is
+    trained as `refine` does it, on `data` or, without any, on texts of the LoRA's own; nothing of what is held out is
+    scored or trained on. In the first half of the steps components change places `moves` times, of the `exact` worst
+    and the `exact` best that may come. The result is what is best on held-out data, and never worse than the first
+    allocation (`training` and `moves` of it say what happened); see `lrconvert.retraining` for what to expect.
+
     Raises E-BUDGET (with the smallest possible size), E-OPTION, E-DATA, E-ATTACH, E-BASE, and what `convert` raises.
     """
-    return allocating.allocate(
+    if retrain is None:
+        verb: Callable[..., Allocation] = allocating.allocate
+        given: dict[str, Any] = {"length": length, "batch_tokens": batch_tokens}
+    else:
+        from lrconvert import retraining
+
+        verb = retraining.allocate
+        settings = _settings("retrain", {"length": length, "batch_tokens": batch_tokens, **retrain})
+        given = {"settings": settings, "moves": moves}
+    return verb(
         lora,
         total_rank=total_rank,
         target_size=target_size,
@@ -298,13 +316,23 @@ def allocate(
         extra_dtype=extra_dtype,
         rounds=rounds,
         exact=exact,
-        length=length,
-        batch_tokens=batch_tokens,
         max_tokens=max_tokens,
         device=device,
         dry_run=dry_run,
         progress=progress,
+        **given,
     )
+
+
+def _settings(verb: str, given: Mapping[str, Any]) -> Settings:
+    """Raises E-OPTION for what is no setting."""
+    from lrconvert.refining.settings import Settings
+
+    known = {field.name for field in fields(Settings)}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise OptionError(f"{verb} has no option {unknown[0]!r:.40}", fix=f"it has: {', '.join(sorted(known))}")
+    return Settings(**given)
 
 
 def _statistics(given: AnyPath | InputStatistics | None) -> InputStatistics | None:
@@ -676,12 +704,8 @@ def refine(
     E-BASE, E-FPR, E-ATTACH, E-STATS (a checkpoint of other work), E-DEPENDENCY, E-OUT-*.
     """
     from lrconvert.refining import refine as refining
-    from lrconvert.refining.settings import Settings
 
-    known = {field.name for field in fields(Settings)}
-    unknown = sorted(set(settings) - known)
-    if unknown:
-        raise OptionError(f"refine has no option {unknown[0]!r:.40}", fix=f"it has: {', '.join(sorted(known))}")
+    chosen = _settings("refine", settings)
     where = base if isinstance(base, (str, PathLike)) else None
     target = None if out is None else hub.output(out)
     if target is not None:
@@ -691,7 +715,7 @@ def refine(
         teacher if isinstance(teacher, LoraAdapter) else load_lora(teacher, allow_pickle=allow_pickle, base=where),
         base if not isinstance(base, (str, PathLike)) else hub.locate(base),
         data,
-        Settings(**settings),
+        chosen,
         device=device,
         partial=None if target is None else target.with_name(f"{target.name}.partial"),
         resume=resume,

@@ -21,47 +21,26 @@ from torch import nn
 from lrconvert import ablating, allocating, attaching, file, live, report, swapping
 from lrconvert.ablating import Trial
 from lrconvert.adapter import CompactAdapter, LoraAdapter
-from lrconvert.allocating import Allocation, Chooser, Cut
+from lrconvert.allocating import Allocation, Chooser, Cut, Move
 from lrconvert.dtypes import F64, Array
 from lrconvert.errors import OptionError
 from lrconvert.gathering import Data
 from lrconvert.methods.base import FitContext
 from lrconvert.refining import refine
-from lrconvert.refining.data import Pool, split
+from lrconvert.refining.data import Pool
 from lrconvert.refining.loop import Trainer
 from lrconvert.refining.pupil import NAME, Pupil
-from lrconvert.refining.refine import Keep, Progress, Refinement, Work
+from lrconvert.refining.refine import Keep, Progress, Work
 from lrconvert.refining.settings import Settings
 from lrconvert.refining.world import World
 from lrconvert.swapping import Offer
 
-MOVES = 3
 _HALF = 0.5  # of the steps: when ranks no longer move
 _SHARE = 0.05  # of the budget that moves at once, at most
 _DAMPING = 0.3  # what a new component begins with, of the best one
 _CHOOSING = 0.2  # of the progress: the first allocation
 # Texts of fixed width take the place of what a refinement will say of itself, so that a budget has room for it.
 _UNKNOWN = "hidden states -0.00000e-000 of -0.00000e-000, agreement 0.0000, 0000000000 items"
-
-
-@dataclass(frozen=True)
-class Move:
-    """What changed places before the step after `step`: how many components came and went, and the held-out distance
-    before and after, without training in between."""
-
-    step: int
-    came: int
-    went: int
-    before: float
-    after: float
-
-
-@dataclass(frozen=True)
-class Retrained(Allocation):
-    """An allocation, trained. `refinement` is against the first allocation, `moves` what happened in between."""
-
-    refinement: Refinement
-    moves: tuple[Move, ...]
 
 
 @dataclass(eq=False)
@@ -163,13 +142,13 @@ def allocate(
     base: Path | nn.Module | None,
     data: Data | None,
     settings: Settings,
-    moves: int = MOVES,
+    moves: int = allocating.MOVES,
     rounds: int = allocating.ROUNDS,
     exact: int = allocating.EXACT,
     max_tokens: int = allocating.MAX_TOKENS,
     progress: Callable[[float, str], None],
     **common: Any,
-) -> Retrained:
+) -> Allocation:
     """See `lrconvert.api.allocate`: `settings` are those of the refinement, whose texts are all that is read; on about
     `max_tokens` of those that are trained on components are scored."""
     allocating.check(total_rank, target_size, target_ratio, bits, rounds, exact)
@@ -186,7 +165,7 @@ def allocate(
     where = base if isinstance(base, Path) else None
     model = live.load_model(base, common["device"]) if isinstance(base, Path) else base
     with refine.prepared(model, lora, settings, World()) as room:
-        there = split(refine.pool_of(room, base, data, settings, lambda share, text: None), settings.seed)
+        there = refine.split_of(room, base, data, settings, lambda share, text: progress(0.0, text))
         batches = _some(there.train, settings, max_tokens)
 
         def trial(whole: LoraAdapter) -> AbstractContextManager[Trial]:
@@ -212,16 +191,13 @@ def allocate(
         train = Rounds(source, chooser.cut, context, batches, moves, exact)
         work = Work(room, first.compact, lora, where, there, settings, None, False, None, train)
         found = work.run(lambda share, text: progress(_CHOOSING + (1 - _CHOOSING) * share, text))
-    fidelity = report.fidelity(source, found.compact, common["statistics"], None)
-    return Retrained(
-        **{
-            **vars(first),
-            "compact": found.compact,
-            "sizes": file.sizes(found.compact),
-            "fidelity": fidelity,
-            "modules": allocating.modules(source, found.compact),
-        },
-        refinement=found,
+    return replace(
+        first,
+        compact=found.compact,
+        sizes=file.sizes(found.compact),
+        fidelity=report.fidelity(source, found.compact, common["statistics"]),
+        modules=allocating.modules(source, found.compact),
+        training=found,
         moves=tuple(train.moves),
     )
 

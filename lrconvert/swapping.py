@@ -130,12 +130,12 @@ def exchanged(cut: Cut, present: Array, known: Array, scores: F64, share: float)
     """The components (n,) that are there after an exchange, of those with `known` scores.
 
     The best per cost of those that may come takes the place of the worst that are there, as long as it is better than
-    each of them, what goes is at most `share` of all, and the budget is met. A module that loses a component gets none,
-    and the other way round: one whose components all deserve to stay deserves more.
+    each of them, what goes is at most `share` of all (or one), and the budget is met. A module that loses a component
+    gets none, and the other way round: one whose components all deserve to stay deserves more.
     """
     parts, kept = cut.parts, present.copy()
     worth, amounts = scores / parts.cost, cut.amounts
-    left = share * float(amounts[present].sum())
+    left = max(share * float(amounts[present].sum()), float(amounts[present].max()))
     order = [int(c) for c in parts.order(scores) if known[c]]
     worst = [c for c in reversed(order) if present[c]]
     gained, lost = set[int](), set[int]()

@@ -87,10 +87,7 @@ def refine(
         else:
             model = base
         with prepared(model, teacher, settings, here) as room:
-            pool = pool_of(room, base, data, settings, lambda share, text: quiet(0.05 * share, text))
-            there = split(pool, settings.seed)
-            if settings.task_loss and _unlabelled(there.train):
-                raise DataError("the task's loss needs labels, and the data has none", fix="leave out --task-loss")
+            there = split_of(room, base, data, settings, lambda share, text: quiet(0.05 * share, text))
             where = base if isinstance(base, Path) else None
             work = Work(room, compact, teacher, where, there, settings, partial, resume, log_to)
             found = work.run(quiet)
@@ -172,7 +169,15 @@ def _checkpointed(model: nn.Module, on: bool) -> None:
 # --- data -----------------------------------------------------------------------------------------------------------
 
 
-def pool_of(room: Room, base: Path | nn.Module, data: Any, settings: Settings, progress: Progress) -> Pool:
+def split_of(room: Room, base: Path | nn.Module, data: Any, settings: Settings, progress: Progress) -> Split:
+    """The data that there is, or that the teacher writes, and what of it is held out. Raises E-DATA."""
+    there = split(_pool(room, base, data, settings, progress), settings.seed)
+    if settings.task_loss and _unlabelled(there.train):
+        raise DataError("the task's loss needs labels, and the data has none", fix="leave out --task-loss")
+    return there
+
+
+def _pool(room: Room, base: Path | nn.Module, data: Any, settings: Settings, progress: Progress) -> Pool:
     """All the data. Raises E-DATA."""
     kind = live.kind_of(room.model)
     paths: Any = [data] if isinstance(data, (str, PathLike)) else data
