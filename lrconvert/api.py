@@ -286,8 +286,8 @@ def allocate(
 
     With `retrain`, fields of `lrconvert.refining.settings.Settings` (``{"steps": 300}``), and a `base` the result is
     trained as `refine` does it, on `data` or, without any, on texts of the LoRA's own; nothing of what is held out is
-    scored or trained on. In the first half of the steps components change places `moves` times, of the `exact` worst
-    and the `exact` best that may come. The result is what is best on held-out data, and never worse than the first
+    scored or trained on. In the first half of the steps components change places up to `moves` times, of `exact` that
+    are there and `exact` that may come. The result is what is best on held-out data, and never worse than the first
     allocation (`training` and `moves` of it say what happened); see `lrconvert.retraining` for what to expect.
 
     Raises E-BUDGET (with the smallest possible size), E-OPTION, E-DATA, E-ATTACH, E-BASE, and what `convert` raises.

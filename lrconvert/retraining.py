@@ -101,17 +101,21 @@ class Rounds:
 
 
 def scored(trial: Trial, there: Offer, exact: int) -> tuple[F64, Array]:
-    """Ablation scores (n,), and of which components (n,) they are: of the `exact` worst that are there and the `exact`
-    best that may come, by their slopes; with 0 the slopes of all."""
+    """What S, the score of the model's answers, owes to components (n,) beside the others that are there, and of which
+    components (n,) that was measured: of the `exact` with least energy per cost that are there, and of the `exact` that
+    may come with the best slopes.
+
+    These are the first two terms of the ablation score. What a component does alone says who deserves a place in an
+    adapter that is still to be made; in one that is trained, others have learned to rely on each, and what may come
+    does much alone that is done already: with all terms an exchange was measured to set training back.
+    """
     present, parts = there.present, there.parts
-    slopes = trial.slopes(present) + trial.slopes(np.zeros(len(present), bool))
-    if not exact:
-        return slopes, np.ones(len(present), bool)
-    order = parts.order(slopes)
-    chosen = [*order[present[order]][::-1][:exact], *order[~present[order]][:exact]]
+    slopes, weak = parts.order(trial.slopes(present)), parts.order(parts.energy)[::-1]
+    chosen = [*weak[present[weak]][:exact], *slopes[~present[slopes]][:exact]]
     scores, known = np.zeros(len(present)), np.zeros(len(present), bool)
     for c in chosen:
-        scores[c], known[c] = trial.ablation(present | (np.arange(len(present)) == c), int(c)), True
+        one = np.arange(len(present)) == c
+        scores[c], known[c] = trial.score(present | one) - trial.score(present & ~one), True
     return scores, known
 
 

@@ -281,6 +281,25 @@ def test_the_best_of_all_rounds_is_kept(lora: LoraAdapter, model: Any, batches: 
     assert answers.distance <= move.before * (1 + 1e-6)
 
 
+def test_heads_train_through_the_rounds() -> None:
+    """A classifier's head, in training, comes along where ranks move."""
+    import transformers
+
+    lora = api.load_lora(ADAPTERS / "bert-classifier")
+    heads = {"num_labels": 3} if any(e.shape == (3, 32) for e in lora.extras) else {}
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(BASES / "tiny-bert", **heads).eval()
+    draw = torch.Generator().manual_seed(0)
+    some = [{"input_ids": torch.randint(3, 100, (6, 9), generator=draw)} for _ in range(8)]
+    before = snapshot(model)
+    done = retrained(lora, model, some, retrain={**TRAIN, "train_heads": True}, total_rank=4, target_ratio=None)
+    assert snapshot(model) == before and done.moves and sum(done.compact.config.ranks) == 4
+    first = api.allocate(lora, total_rank=4).compact
+    assert done.training.improved and done.compact.extras != first.extras
+    held = data.split(data.Pool("encoder", given=tuple(some)), 0).held
+    answers = measuring.measure(model, lora, [done.compact], held.given).answers[0]
+    assert answers.distance == pytest.approx(done.training.after.distance, rel=1e-4)
+
+
 def test_options_that_cannot_be(lora: LoraAdapter, model: Any, batches: Any) -> None:
     for given, message in (
         ({"base": None}, "training needs the base"),
