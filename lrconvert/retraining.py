@@ -9,6 +9,7 @@ first allocation.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -165,6 +166,7 @@ def allocate(
         )
     if moves < 0:
         raise OptionError(f"--moves is {moves}; it must be at least 0")
+    started = time.monotonic()
     progress(0.0, "loading the base")
     where = base if isinstance(base, Path) else None
     model = live.load_model(base, common["device"]) if isinstance(base, Path) else base
@@ -201,7 +203,7 @@ def allocate(
         sizes=file.sizes(found.compact),
         fidelity=report.fidelity(source, found.compact, common["statistics"]),
         modules=allocating.modules(source, found.compact),
-        training=found,
+        training=replace(found, seconds=time.monotonic() - started),
         moves=tuple(train.moves),
     )
 

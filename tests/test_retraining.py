@@ -335,9 +335,9 @@ def test_the_command(tmp_path: Path) -> None:
     assert found["bytes"]["total"] == (tmp_path / "x.lrc").stat().st_size
     training = found["training"]
     assert training["after"]["distance"] <= training["before"]["distance"] and training["steps"] == 6
-    assert "first allocation -> trained   6 steps" in shown and "ranks moved:" in shown
+    assert "first allocation -> trained   6 steps" in shown and "components exchanged: " in shown
     for move in training["moves"]:
-        assert f"{move['went']} components went and {move['came']} came after step {move['step']}" in shown
+        assert f"{move['came']} for {move['went']} after step {move['step']}" in shown
     other = json.loads(invoke("-o", tmp_path / "z.lrc", "--json", "--seed", 1))
     assert (
         other["training"]["data"] == training["data"]

@@ -163,8 +163,8 @@ def _training(done: Allocation) -> str:
     """What training did to the answers of the first allocation; nothing without one."""
     if done.training is None:
         return ""
-    moved = ", ".join(f"{m.went} components went and {m.came} came after step {m.step}" for m in done.moves)
-    return f"\n\n{shown('first allocation', 'trained', done.training)}\n\nranks moved: {moved or 'none'}"
+    moved = "; ".join(f"{m.came} for {m.went} after step {m.step}" for m in done.moves)
+    return f"\n\n{shown('first allocation', 'trained', done.training)}\n\ncomponents exchanged: {moved or 'none'}"
 
 
 def ranks(done: Allocation, verbose: bool) -> str:
