@@ -11,7 +11,7 @@ ones, as nothing is lost by turning them; below, a turn would round everything a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -53,9 +53,12 @@ def joined(compact: CompactAdapter, rows: Sequence[Rows]) -> CompactAdapter:
     """`compact` with these components in place of its own."""
     bits = compact.config.levels[0]
     counts = tuple((len(next(iter(some.values()))),) for some in rows)
-    tensors = {name: np.concatenate([some[name].reshape(-1) for some in rows]) for name in rows[0]}
-    tensors = {n: round_half(a) if a.dtype == np.float32 else a for n, a in tensors.items()}
+    tensors = {n: round_half(a) if a.dtype == np.float32 else a for n, a in flat(rows).items()}
     return replace(compact, config=lowrank.Config((bits,), counts), tensors=tensors)
+
+
+def flat(rows: Sequence[Rows]) -> dict[str, Array]:
+    return {name: np.concatenate([some[name].reshape(-1) for some in rows]) for name in rows[0]}
 
 
 def _fitted(compact: CompactAdapter, pairs: Sequence[LoraTarget], context: FitContext) -> list[Rows]:
@@ -160,17 +163,37 @@ def exchanged(cut: Cut, present: Array, known: Array, scores: F64, share: float)
 def applied(compact: CompactAdapter, there: Offer, kept: Array, damping: float, context: FitContext) -> CompactAdapter:
     """`compact` with the components `kept` (n,) of an offer; what is new comes in times `damping`."""
     bits, rows = compact.config.levels[0], split(compact)
-    new = kept & ~there.present
-    coming = _fitted(compact, _of(there, new, damping), context)
+    coming = _fitted(compact, _of(there, kept & ~there.present, damping), context)
     turned = _fitted(compact, _of(there, kept & there.present, 1.0), context) if bits == 16 else rows
     found = []
-    for t, own in enumerate(rows):
-        mine = there.parts.owner == t
-        stays = kept[mine & there.present]
+    for t, (own, new) in enumerate(zip(rows, coming, strict=True)):
+        stays = kept[there.present & (there.parts.owner == t)]
         if not stays.all():
             own = turned[t] if bits == 16 else {name: some[stays] for name, some in own.items()}
-        found.append({name: np.concatenate([own[name], coming[t][name]]) for name in own})
+        found.append({name: np.concatenate([own[name], new[name]]) for name in own})
     return joined(compact, found)
+
+
+def carried(
+    old: Mapping[str, Array],
+    new: Mapping[str, Array],
+    compact: CompactAdapter,
+    changed: CompactAdapter,
+    there: Offer,
+    kept: Array,
+) -> dict[str, Array]:
+    """What goes with the numbers of `compact`, `old` by tensor, for `changed`, which `applied` made of it: components
+    whose stored numbers stayed keep theirs, all others have what is in `new`."""
+    befores, afters = split(replace(compact, tensors=old)), split(replace(changed, tensors=new))
+    found = []
+    for t, (before, after) in enumerate(zip(befores, afters, strict=True)):
+        stays = kept[there.present & (there.parts.owner == t)]
+        if compact.config.levels[0] == 16 and not stays.all():
+            found.append(after)  # its components were turned
+            continue
+        count = int(stays.sum())
+        found.append({name: np.concatenate([before[name][stays], after[name][count:]]) for name in before})
+    return flat(found)
 
 
 def _of(there: Offer, which: Array, factor: float) -> list[LoraTarget]:

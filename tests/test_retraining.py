@@ -27,6 +27,7 @@ from lrconvert.errors import BudgetError, OptionError  # noqa: E402
 from lrconvert.methods import base as methods  # noqa: E402
 from lrconvert.methods.base import FitContext  # noqa: E402
 from lrconvert.refining import data  # noqa: E402
+from lrconvert.retraining import Rounds  # noqa: E402
 
 LLAMA = BASES / "tiny-llama"
 WIDTHS = ("16", "4", "1")
@@ -188,7 +189,7 @@ def retrained(lora: LoraAdapter, model: Any, batches: Any, **given: Any) -> Any:
 
 @pytest.fixture
 def seen(monkeypatch: Any) -> Iterator[dict[str, list[Any]]]:
-    """What was exchanged, and what components were scored on."""
+    """What was exchanged, and what components were scored on. Who goes on after an exchange begins with its outcome."""
     found: dict[str, list[Any]] = {"applied": [], "scored": []}
     applied, on_trial = swapping.applied, ablating.on_trial
 
@@ -200,6 +201,14 @@ def seen(monkeypatch: Any) -> Iterator[dict[str, list[Any]]]:
         found["scored"] += batches
         return on_trial(model, lora, batches)
 
+    onward = Rounds._onward
+
+    def goes_on(self: Rounds, trainer: Any, compact: Any, changed: Any, *given: Any) -> Any:
+        new = onward(self, trainer, compact, changed, *given)
+        assert same_payload(new.pupil.compact(), changed) and new.best is not trainer.best
+        return new
+
+    monkeypatch.setattr(Rounds, "_onward", goes_on)
     monkeypatch.setattr(swapping, "applied", spy)
     monkeypatch.setattr(ablating, "on_trial", on)
     yield found
@@ -250,6 +259,23 @@ def test_without_moves_it_is_an_allocation_and_then_refine(lora: LoraAdapter, mo
     then = api.refine(first.compact, lora, model, batches, **TRAIN)
     assert not done.moves and same_payload(done.compact, then.compact)
     assert (done.training.before, done.training.after) == (then.before, then.after)
+
+
+@pytest.mark.parametrize("bits", ["16", "2"])
+def test_a_pause_in_which_nothing_moves_leaves_no_trace(
+    bits: str, lora: LoraAdapter, model: Any, batches: Any, monkeypatch: Any
+) -> None:
+    """A new student, on the model anew, goes on to the last bit as the old one would have."""
+
+    def paused(self: Rounds, trainer: Any) -> Any:
+        compact = trainer.pupil.compact()
+        there = swapping.offer(compact, self.teacher, self.context)
+        return self._onward(trainer, compact, compact, there, there.present)
+
+    monkeypatch.setattr(Rounds, "_moved", paused)
+    given = {"target_ratio": None, "total_rank": 11, "bits": bits}
+    pausing, straight = (retrained(lora, model, batches, moves=moves, **given) for moves in (3, 0))
+    assert same_payload(pausing.compact, straight.compact) and pausing.training.after == straight.training.after
 
 
 def test_never_worse_than_the_first_allocation(lora: LoraAdapter, model: Any, batches: Any) -> None:
