@@ -11,6 +11,7 @@ its share gets it from the tail of its spectrum.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lrconvert import canonical, converting
-from lrconvert.adapter import LoraAdapter, LoraTarget, Target
+from lrconvert.adapter import CompactAdapter, LoraAdapter, LoraTarget, Target
 from lrconvert.converting import Conversion
 from lrconvert.dtypes import F64, Array, Stored
 from lrconvert.errors import BudgetError, OptionError
@@ -30,10 +31,12 @@ if TYPE_CHECKING:
 
     from lrconvert.ablating import Trial
     from lrconvert.gathering import Data
+    from lrconvert.refining.refine import Refinement
 
 BITS = lowrank.WIDTHS
 ROUNDS = 8
 EXACT = 16
+MOVES = 3
 MAX_TOKENS = 1 << 13
 _NOTHING = 1e-12  # of a target's largest singular value: what is smaller is no component but rounding
 _SHARE = 0.9  # of the progress: choosing on data; the rest is the fit
@@ -52,14 +55,29 @@ class Module:
 
 
 @dataclass(frozen=True)
+class Move:
+    """What changed places before the step after `step` of a training: how many components `came` and `went`, and the
+    held-out distance right before and after."""
+
+    step: int
+    came: int
+    went: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class Allocation(Conversion):
     """A conversion to `lowrank` with ranks by score. `modules` are sorted by kind and layer; `scores` says what was
-    measured, on `items` answers of the data; `ablated`: how many components had their ablation computed."""
+    measured, on `items` answers of the data; `ablated`: how many components had their ablation computed. `training`
+    and `moves` say what came of that first allocation, if it was trained (`retraining`)."""
 
     modules: tuple[Module, ...]
     scores: str
     items: int
     ablated: int
+    training: Refinement | None = None
+    moves: tuple[Move, ...] = ()
 
 
 # --- choosing -------------------------------------------------------------------------------------------------------
@@ -81,12 +99,16 @@ class Components:
         return found
 
 
+def cost_of(target: Target, bits: int) -> int:
+    """Bits of a component of that width: below 16 it has two scales; see `lowrank`."""
+    return sum(target.matrix_shape) * bits + 32 * (bits < 16)
+
+
 def components(lora: LoraAdapter, spectra: Sequence[F64], bits: int) -> Components:
     """The components whose singular values are `spectra`, at that width."""
     sizes = [len(s) for s in spectra]
     known = [np.where(s > _NOTHING * s.max(initial=0.0), s, 0.0) for s in spectra]
-    # A component below 16 bit has two scales; see `lowrank`.
-    costs = [sum(pair.target.matrix_shape) * bits + 32 * (bits < 16) for pair in lora.targets]
+    costs = [cost_of(pair.target, bits) for pair in lora.targets]
     return Components(
         np.repeat(np.arange(len(sizes)), sizes),
         np.concatenate([np.arange(size) for size in sizes]),
@@ -123,6 +145,12 @@ class Cut:
     def config(self, kept: Array) -> lowrank.Config:
         counts: Array = np.bincount(self.parts.owner[kept], minlength=len(self.targets))
         return lowrank.Config((self.bits,), tuple((int(n),) for n in counts))
+
+    def meets(self, kept: Array) -> bool:
+        """Whether the components `kept` (n,) are within the budget."""
+        if self.budget is None:
+            return int(kept.sum()) <= (self.total_rank or 0)
+        return self.budget.fits(self.config(kept))
 
     def final(self, order: Array) -> Array:
         """The components (n,) of the best of `order` that meet the budget. Raises E-BUDGET.
@@ -215,14 +243,15 @@ def by_ablation(
 def canonical_pairs(lora: LoraAdapter, context: FitContext) -> LoraAdapter:
     """The same update with its components as rows of A (r, in) and columns of B (out, r), float32, largest first; under
     statistics orthogonal in the outputs. The scale is 1."""
-    return replace(lora, targets=tuple(_stored(p.target, *_balanced(p, context)) for p in lora.targets))
+    return replace(lora, targets=tuple(pair_of(p.target, *_balanced(p, context)) for p in lora.targets))
 
 
 def _balanced(pair: LoraTarget, context: FitContext) -> tuple[F64, F64]:
     return canonical.balanced(canonical.svd(pair, context.metric(pair)))
 
 
-def _stored(target: Target, a: Array, b: Array) -> LoraTarget:
+def pair_of(target: Target, a: Array, b: Array) -> LoraTarget:
+    """``b @ a`` in float32: `a` (r, in), `b` (out, r)."""
     one, two = (Stored("F32", np.ascontiguousarray(x, np.float32)) for x in (a, b))
     return LoraTarget(target, one, two, 1.0)
 
@@ -232,13 +261,15 @@ def reduced(whole: LoraAdapter, parts: Components, kept: Array) -> LoraAdapter:
     pairs = []
     for t, pair in enumerate(whole.targets):
         some = parts.place[kept & (parts.owner == t)]
-        pairs.append(_stored(pair.target, pair.A[some], pair.B[:, some]))
+        pairs.append(pair_of(pair.target, pair.A[some], pair.B[:, some]))
     return replace(whole, targets=tuple(pairs))
 
 
-def _modules(targets: Sequence[Target], before: Sequence[int], after: Sequence[int]) -> tuple[Module, ...]:
+def modules(source: LoraAdapter, compact: CompactAdapter) -> tuple[Module, ...]:
+    """Ranks in the LoRA `source` and in the `lowrank` adapter that was made of it."""
     found = []
-    for target, one, two in zip(targets, before, after, strict=True):
+    for pair, two in zip(source.targets, compact.config.ranks, strict=True):
+        target, one = pair.target, pair.rank
         name, view = target.name, target.view.text
         if target.view.kind not in ("matrix", "transposed"):
             name += f".{view}"
@@ -249,6 +280,56 @@ def _modules(targets: Sequence[Target], before: Sequence[int], after: Sequence[i
 
 
 # --- the conversion -------------------------------------------------------------------------------------------------
+
+
+OnTrial = Callable[[LoraAdapter], AbstractContextManager["Trial"]]
+
+
+@dataclass(eq=False)
+class Chooser:
+    """What `converting.convert` asks for the components to keep (`Choose`). `trial` puts a LoRA of components on trial
+    where there is data; `rounds` and `exact` are of `by_ablation`. It remembers what it was asked, and answered."""
+
+    total_rank: int | None
+    bits: int
+    trial: OnTrial | None
+    rounds: int
+    exact: int
+    progress: Callable[[float, str], None]
+    source: LoraAdapter | None = None
+    cut: Cut | None = None
+    choice: Choice | None = None
+    context: FitContext | None = None
+
+    def __call__(
+        self, lora: LoraAdapter, budget: Budget | None, context: FitContext
+    ) -> tuple[LoraAdapter, lowrank.Config]:
+        spectra = [canonical.singular_values(pair, context.metric(pair)) for pair in lora.targets]
+        cut = Cut(components(lora, spectra, self.bits), lora.shapes(), self.bits, self.total_rank, budget)
+        choice = by_energy(cut)  # cheap, and says whether the budget can be met
+        fitted = lora  # what is kept begins each spectrum: the fit cuts it there
+        if self.trial is not None:
+            whole = canonical_pairs(lora, context)
+            with self.trial(whole) as trial:
+                choice = by_ablation(cut, trial, self.rounds, self.exact, self.progress)
+            fitted = reduced(whole, cut.parts, choice.kept)
+        self.source, self.cut, self.choice, self.context = lora, cut, choice, context
+        return fitted, cut.config(choice.kept)
+
+    def allocation(self, done: Conversion, scores: str) -> Allocation:
+        """What was chosen, with the conversion that it led to."""
+        assert self.source is not None and self.choice is not None
+        kept, warnings = int(self.choice.kept.sum()), done.warnings
+        if self.total_rank is not None and kept < self.total_rank:
+            what = f"the LoRA has {kept} components, fewer than the {self.total_rank} asked for: all are kept"
+            warnings += (what,)
+        return Allocation(
+            **{**vars(done), "warnings": warnings},
+            modules=modules(self.source, done.compact),
+            scores=scores,
+            items=self.choice.items,
+            ablated=self.choice.ablated,
+        )
 
 
 def allocate(
@@ -269,63 +350,40 @@ def allocate(
     **common: Any,
 ) -> Allocation:
     """See `lrconvert.api.allocate`; `common` are the other options of `converting.convert`."""
-    _check(total_rank, target_size, target_ratio, bits, rounds, exact)
+    check(total_rank, target_size, target_ratio, bits, rounds, exact)
     if data is not None and base is None:
         raise OptionError("scores on data need the base", fix="give it with --base")
-    width = int(bits)
-    found: list[tuple[LoraAdapter, Choice]] = []
+    where = base if isinstance(base, Path) else None
 
-    def choose(lora: LoraAdapter, budget: Budget | None, context: FitContext) -> tuple[LoraAdapter, lowrank.Config]:
-        spectra = [canonical.singular_values(pair, context.metric(pair)) for pair in lora.targets]
-        cut = Cut(components(lora, spectra, width), lora.shapes(), width, total_rank, budget)
-        choice = by_energy(cut)  # cheap, and says whether the budget can be met
-        if data is None or base is None:
-            found.append((lora, choice))
-            return lora, cut.config(choice.kept)  # what is kept begins each spectrum: the fit cuts it there
+    def trial(whole: LoraAdapter) -> AbstractContextManager[Trial]:
         from lrconvert import ablating, gathering, live
 
+        assert data is not None and base is not None
         progress(0.0, "loading the base")
-        model = live.load_model(base, context.device) if isinstance(base, Path) else base
-        where = base if isinstance(base, Path) else None
+        model = live.load_model(base, common["device"]) if isinstance(base, Path) else base
         batches = gathering.batches(model, where, data, length, batch_tokens, max_tokens)
-        whole = canonical_pairs(lora, context)
-        with ablating.on_trial(model, whole, batches) as trial:
-            choice = by_ablation(cut, trial, rounds, exact, lambda share, text: progress(_SHARE * share, text))
-        found.append((lora, choice))
-        return reduced(whole, cut.parts, choice.kept), cut.config(choice.kept)
+        return ablating.on_trial(model, whole, batches)
+
+    def choosing(share: float, text: str) -> None:
+        progress(_SHARE * share, text)
 
     def fitting(share: float, text: str) -> None:
         progress(share if data is None else _SHARE + (1 - _SHARE) * share, text)
 
-    where = base if isinstance(base, Path) else None
-    done = converting.convert(
-        lora,
-        lowrank.METHOD.id,
-        target_size=target_size,
-        target_ratio=target_ratio,
-        base=where,
-        seed=0,  # nothing is random here
-        progress=fitting,
-        choose=choose,
-        options={"bits": str(bits)},
-        **common,
-    )
-    source, choice = found[0]
-    kept = int(choice.kept.sum())
-    warnings = done.warnings
-    if total_rank is not None and kept < total_rank:
-        warnings += (f"the LoRA has {kept} components, fewer than the {total_rank} asked for: all are kept",)
+    chooser = Chooser(total_rank, int(bits), None if data is None else trial, rounds, exact, choosing)
+    budget = {"target_size": target_size, "target_ratio": target_ratio}
+    done = converted(lora, chooser, base=where, progress=fitting, **budget, **common)
     scores = "energy" if common["statistics"] is None else "energy of outputs"
-    return Allocation(
-        **{**vars(done), "warnings": warnings},
-        modules=_modules(source.shapes(), [pair.rank for pair in source.targets], done.compact.config.ranks),
-        scores=scores if data is None else "ablation",
-        items=choice.items,
-        ablated=choice.ablated,
-    )
+    return chooser.allocation(done, scores if data is None else "ablation")
 
 
-def _check(
+def converted(lora: LoraAdapter, chooser: Chooser, **common: Any) -> Conversion:
+    """The conversion to what `chooser` chooses; `common` are the options of `converting.convert`."""
+    fixed: dict[str, Any] = {"seed": 0, "choose": chooser}  # nothing is random here
+    return converting.convert(lora, lowrank.METHOD.id, options={"bits": str(chooser.bits)}, **fixed, **common)
+
+
+def check(
     total_rank: int | None, size: int | None, ratio: float | None, bits: str | int, rounds: int, exact: int
 ) -> None:
     """Raises E-OPTION."""

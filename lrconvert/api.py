@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from lrconvert.attaching import AttachedAdapter
     from lrconvert.refining.refine import Refinement
+    from lrconvert.refining.settings import Settings
 
 AnyPath = str | PathLike[str]
 Progress = Callable[[float, str], None]
@@ -262,7 +263,7 @@ def compress(
     there = None if base is None else hub.locate(base)
     known = _statistics(statistics)
 
-    def fit(statistics: InputStatistics | None, progress: Progress) -> Compression:
+    def fit(lora: LoraAdapter, statistics: InputStatistics | None, progress: Progress) -> Compression:
         return compressing.compress(
             lora,
             target_size=target_size,
@@ -283,11 +284,12 @@ def compress(
 
     reason = compressing.no_answers(rank_by, there, data is not None, min_captured, bake_dora)
     if reason is not None or there is None:
-        return replace(fit(known, progress), note=reason or "")
+        return replace(fit(lora, known, progress), note=reason or "")
     from lrconvert.refining import contest
-    from lrconvert.refining.settings import Settings
 
-    settings = Settings(length=length, batch_tokens=batch_tokens, max_tokens=max_tokens, seed=seed)
+    settings = _settings(
+        "compress", {"length": length, "batch_tokens": batch_tokens, "max_tokens": max_tokens, "seed": seed}
+    )
     rules = contest.Rules(budget_minutes, steps)
     try:
         return contest.compress(
@@ -296,7 +298,7 @@ def compress(
     except (AttachError, BaseError, DataError) as error:  # no such model, or nothing to learn
         if rank_by == "answers" or data is not None:
             raise
-        return replace(fit(known, progress), note=compressing.RANKED_BY_FIT.format(error.what))
+        return replace(fit(lora, known, progress), note=compressing.RANKED_BY_FIT.format(error.what))
 
 
 def allocate(
@@ -318,6 +320,8 @@ def allocate(
     length: int = 512,
     batch_tokens: int = 1024,
     max_tokens: int = allocating.MAX_TOKENS,
+    retrain: Mapping[str, Any] | None = None,
+    moves: int = allocating.MOVES,
     device: str = "cpu",
     dry_run: bool = False,
     base_content: KnownContent | None = None,
@@ -331,9 +335,24 @@ def allocate(
     ablation on data that the LoRA was better not trained on, in `rounds` of pruning; in each the `exact` components
     next to the cut are ablated, two forward passes each. The other options are those of `convert` and `compare`.
 
+    With `retrain`, fields of `lrconvert.refining.settings.Settings` (``{"steps": 300}``), and a `base` the result is
+    trained as `refine` does it, on `data` or, without any, on texts of the LoRA's own; nothing of what is held out is
+    scored or trained on. In the first half of the steps components change places up to `moves` times, of `exact` that
+    are there and `exact` that may come. The result is what is best on held-out data, and never worse than the first
+    allocation (`training` and `moves` of it say what happened); see `lrconvert.retraining` for what to expect.
+
     Raises E-BUDGET (with the smallest possible size), E-OPTION, E-DATA, E-ATTACH, E-BASE, and what `convert` raises.
     """
-    return allocating.allocate(
+    if retrain is None:
+        verb: Callable[..., Allocation] = allocating.allocate
+        given: dict[str, Any] = {"length": length, "batch_tokens": batch_tokens}
+    else:
+        from lrconvert import retraining
+
+        verb = retraining.allocate
+        settings = _settings("retrain", {"length": length, "batch_tokens": batch_tokens, **retrain})
+        given = {"settings": settings, "moves": moves}
+    return verb(
         lora,
         total_rank=total_rank,
         target_size=target_size,
@@ -348,14 +367,24 @@ def allocate(
         extra_dtype=extra_dtype,
         rounds=rounds,
         exact=exact,
-        length=length,
-        batch_tokens=batch_tokens,
         max_tokens=max_tokens,
         device=device,
         dry_run=dry_run,
         base_content=base_content,
         progress=progress,
+        **given,
     )
+
+
+def _settings(verb: str, given: Mapping[str, Any]) -> Settings:
+    """Raises E-OPTION for what is no setting."""
+    from lrconvert.refining.settings import Settings
+
+    known = {field.name for field in fields(Settings)}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise OptionError(f"{verb} has no option {unknown[0]!r:.40}", fix=f"it has: {', '.join(sorted(known))}")
+    return Settings(**given)
 
 
 def _statistics(given: AnyPath | InputStatistics | None) -> InputStatistics | None:
@@ -756,12 +785,8 @@ def refine(
     E-BASE, E-FPR, E-ATTACH, E-STATS (a checkpoint of other work), E-DEPENDENCY, E-OUT-*.
     """
     from lrconvert.refining import refine as refining
-    from lrconvert.refining.settings import Settings
 
-    known = {field.name for field in fields(Settings)}
-    unknown = sorted(set(settings) - known)
-    if unknown:
-        raise OptionError(f"refine has no option {unknown[0]!r:.40}", fix=f"it has: {', '.join(sorted(known))}")
+    chosen = _settings("refine", settings)
     where = base if isinstance(base, (str, PathLike)) else None
     target = None if out is None else hub.output(out)
     if target is not None:
@@ -771,7 +796,7 @@ def refine(
         loading.lora(teacher, loading.options(allow_pickle, where, layout, alpha)),
         base if not isinstance(base, (str, PathLike)) else hub.locate(base),
         data,
-        Settings(**settings),
+        chosen,
         device=device,
         partial=None if target is None else target.with_name(f"{target.name}.partial"),
         resume=resume,

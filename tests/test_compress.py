@@ -135,7 +135,7 @@ def test_answers_rank_by_halving(ranked):
     assert f"{winner.after.distance:.6g} of" in fields["refined_after"]
     assert f"{winner.before.distance:.6g} of" in fields["refined_before"]
     assert int(fields["refined_steps"]) <= winner.steps
-    assert ranked.chosen.sizes.adapter <= 5000
+    assert file.sizes(ranked.chosen.compact) == ranked.chosen.sizes and ranked.chosen.sizes.adapter <= 5000
 
 
 def test_what_won_is_what_was_measured(ranked, tmp_path):

@@ -113,7 +113,8 @@ def by_command(*words: str) -> Callable[[Path], Write]:
 
 def of_many(folder: Path) -> Write:
     """One job of a batch, as a process of its own does it."""
-    fixed: dict[str, Any] = {"method": "lowrank", "loading": {}, "inputs": {}, "verbose": False, "verb": "convert"}
+    fixed: dict[str, Any] = {"method": "lowrank", "verb": "convert", "loading": {}, "inputs": {}, "verbose": False}
+    fixed["base_content"] = None
 
     def run(out: Path, overwrite: bool) -> None:
         job = {**fixed, "path": str(ADAPTERS / "llama-plain"), "output": str(out), "overwrite": overwrite}

@@ -28,7 +28,7 @@ ORDER = [
     {"readers", "loading", "exporters", "consumers"},
     {"heads", "merging", "baking", "attaching", "live", "texts", "collecting", "measuring"},
     {"converting"},
-    {"gathering", "compressing", "ablating", "allocating", "refining"},
+    {"gathering", "compressing", "ablating", "allocating", "swapping", "refining", "retraining"},
     {"api"},
     {"render", "page", "demo", "many", "cli", "testing", "__main__"},
 ]

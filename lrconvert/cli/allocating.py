@@ -11,6 +11,7 @@ import click
 from lrconvert.cli import many
 from lrconvert.cli.converting import check_paths, common_options
 from lrconvert.cli.measuring import DATA_HELP
+from lrconvert.cli.refining import refinement_json, shown
 from lrconvert.cli.shared import device_of, emit, progress_bar, warn
 from lrconvert.errors import printable
 
@@ -27,9 +28,9 @@ _LAYERS = 48  # ranks of one kind of module that are shown one by one
 
 def command() -> click.Command:
     """The command: it needs no model without --data."""
-    from lrconvert.allocating import BITS, EXACT, MAX_TOKENS, ROUNDS
+    from lrconvert.allocating import BITS, EXACT, MAX_TOKENS, MOVES, ROUNDS
 
-    params = [param for param in common_options() if param.name != "seed"]  # nothing here is random
+    params = [param for param in common_options() if param.name != "seed"]  # without training nothing is random
     params[3:3] = [
         click.Option(["--total-rank"], type=click.IntRange(1), help="Keep this many components over all modules."),
         click.Option(
@@ -65,11 +66,34 @@ def command() -> click.Command:
             show_default=True,
             help="Components next to the cut that are ablated in each round, two forward passes each.",
         ),
+        click.Option(
+            ["--train-steps"],
+            type=click.IntRange(0),
+            default=0,
+            show_default=True,
+            help="With --base: train the result for so many steps, as refine does, while ranks move on.",
+        ),
+        click.Option(
+            ["--moves"],
+            type=click.IntRange(0),
+            default=MOVES,
+            show_default=True,
+            help="How often components change places in the first half of --train-steps.",
+        ),
+        click.Option(
+            ["--seed"],
+            type=int,
+            default=0,
+            show_default=True,
+            help="Of what --train-steps holds out, and the order of texts.",
+        ),
     ]
     return click.Command(NAME, params=params, callback=_allocate_any, help=_ABOUT, short_help=_ABOUT)
 
 
-def _allocate_any(**given: Any) -> None:
+def _allocate_any(*, train_steps: int, moves: int, seed: int, **given: Any) -> None:
+    if train_steps:
+        given |= {"retrain": {"steps": train_steps, "seed": seed}, "moves": moves}
     if many.are_meant(given):
         data = given.pop("data")
         many.run("allocate", NAME, "", {"data": list(data) or None}, **given)
@@ -113,21 +137,34 @@ def _allocate(
         return
     warn(done.warnings)
     if not quiet:
-        shown = render.conversion(str(source), None if dry_run else str(output), done, verbose)
-        click.echo(f"{shown}\n\n{ranks(done, verbose)}")
+        told = render.conversion(str(source), None if dry_run else str(output), done, verbose)
+        click.echo(f"{told}\n\n{ranks(done, verbose)}{_training(done)}")
 
 
 def allocation_json(done: Allocation) -> dict[str, Any]:
     from lrconvert import render
 
+    trained = {}
+    if done.training is not None:
+        moves = [vars(move) for move in done.moves]
+        trained = {"training": {**refinement_json(done.training), "moves": moves}}
     return {
         **render.conversion_json(done),
+        **trained,
         "scores": {"of": done.scores, "items": done.items, "ablated": done.ablated},
         "modules": [
             {"name": m.name, "kind": m.kind, "layer": list(m.layer), "rank_before": m.before, "rank_after": m.after}
             for m in done.modules
         ],
     }
+
+
+def _training(done: Allocation) -> str:
+    """What training did to the answers of the first allocation; nothing without one."""
+    if done.training is None:
+        return ""
+    moved = "; ".join(f"{m.came} for {m.went} after step {m.step}" for m in done.moves)
+    return f"\n\n{shown('first allocation', 'trained', done.training)}\n\ncomponents exchanged: {moved or 'none'}"
 
 
 def ranks(done: Allocation, verbose: bool) -> str:

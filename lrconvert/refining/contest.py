@@ -11,14 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from lrconvert import report
+from lrconvert import file, report
 from lrconvert.adapter import LoraAdapter
 from lrconvert.compressing import Candidate, Compression
 from lrconvert.errors import LrcError, OptionError
 from lrconvert.moments import InputStatistics
 from lrconvert.refining import layers, lesson, world
 from lrconvert.refining.lesson import Lesson, Progress
-from lrconvert.refining.refine import signed
+from lrconvert.refining.refine import signed, with_room
 from lrconvert.refining.settings import Settings
 from lrconvert.refining.study import Studied, Study
 
@@ -26,7 +26,7 @@ STEPS = 32  # of the first round; every further one has twice as many
 _MORE = 8  # times as many steps at most where minutes decide
 _OPENING, _FITS = 0.05, 0.3  # of the progress: what is behind then
 
-Fit = Callable[[InputStatistics | None, Progress], Compression]
+Fit = Callable[[LoraAdapter, InputStatistics | None, Progress], Compression]
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,11 @@ def compress(
         fitting(0.0, "inputs of the layers")
         known: InputStatistics | None = statistics or layers.moments(opened, lora, settings)
         try:
-            found = fit(known, fitting)
+            found = fit(with_room(lora), known, fitting)
         except LrcError as error:
             if error.code != "E-STATS" or statistics is not None:
                 raise
-            found = fit(None, fitting)  # a layer that the data never reached
+            found = fit(with_room(lora), None, fitting)  # a layer that the data never reached
             known = None
         contest = _Contest(opened, found, known, settings, lambda s, text: progress(_FITS + (1 - _FITS) * s, text))
         return contest.run(rules)
@@ -150,5 +150,5 @@ class _Contest:
             conversion = replace(
                 conversion, fidelity=report.fidelity_on(teacher, compact, self.statistics, self.lesson.base)
             )
-        conversion = replace(conversion, compact=compact)
+        conversion = replace(conversion, compact=compact, sizes=file.sizes(compact))
         return replace(candidate, conversion=conversion, before=found.before, after=found.after, steps=found.steps)

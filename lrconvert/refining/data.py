@@ -54,11 +54,16 @@ class Pool:
         some = tuple(self.examples[n] for n in which) if self.examples else ()
         return Pool(self.kind, some, () if some else tuple(self.given[n] for n in which), self.pad)
 
-    def batch(self, which: Sequence[int]) -> Batch:
-        """The examples with these numbers, padded; or the one batch that was given under it."""
+    def inputs(self, which: Sequence[int]) -> Mapping[str, Any]:
+        """The model inputs, with labels where there are some: the examples with these numbers, padded; or the one batch
+        that was given under it."""
         if not self.examples:
-            return as_batch(self.kind, self.given[which[0]])
-        return as_batch(self.kind, _padded([self.examples[n] for n in which], self.kind, self.pad))
+            return self.given[which[0]]
+        return _padded([self.examples[n] for n in which], self.kind, self.pad)
+
+    def batch(self, which: Sequence[int]) -> Batch:
+        """`inputs`, and what of their answers counts."""
+        return as_batch(self.kind, self.inputs(which))
 
     def plan(self, seed: int, epoch: int, batch_tokens: int) -> list[list[int]]:
         """The batches of an epoch, as numbers of examples. Epoch -1 is in order, for measuring."""

@@ -67,12 +67,16 @@ class Trainer:
 
     # --- the way through ---
 
-    def train(self, keep: Callable[[State], None], progress: Callable[[float, str], None]) -> CompactAdapter:
-        """Run to the end; returns the best on held-out data. `keep` is given the state to write now and then."""
+    def train(
+        self, keep: Callable[[State], None], progress: Callable[[float, str], None], until: int | None = None
+    ) -> CompactAdapter:
+        """Run to the end, or to the step `until`, rates falling as on the way to the end; returns the best on held-out
+        data. `keep` is given the state to write now and then."""
         state, settings, world = self.state, self.settings, self.room.world
+        end = settings.steps if until is None else min(until, settings.steps)
         started, before = time.monotonic(), state.seconds
         told = ""
-        while state.step < settings.steps and state.restarts <= _RESTARTS:
+        while state.step < end and state.restarts <= _RESTARTS:
             state.seconds = world.told(before + time.monotonic() - started, self.room.device)
             share = self._share()
             if share >= 1:
@@ -80,14 +84,14 @@ class Trainer:
             loss = self._step(share)
             told = f"loss {loss:.3f}, agreement {state.best_agreed / max(1, self.items):.1%}"
             progress(share, told)
-            last = state.step >= settings.steps
+            last = state.step >= end
             if state.step % settings.eval_every == 0 or last:
                 self._evaluate(loss)
                 if settings.patience and state.waited >= settings.patience:
                     break
             if state.step % settings.checkpoint_every == 0 and not last:
                 keep(self.snapshot())
-        if self.state.step % settings.eval_every and self.state.step < settings.steps:
+        if self.state.step % settings.eval_every and self.state.step < end:
             self._evaluate(math.nan)
         assert self.best is not None
         return self.best
@@ -214,11 +218,14 @@ class Trainer:
 
     # --- what was reached ---
 
-    def _evaluate(self, loss: float) -> None:
-        state = self.state
+    def measured(self) -> losses.Sums:
+        """The student as it is, on held-out data."""
         self.room.using(NAME)
         self.pupil.show(training=False)
-        found = self.held.sums((NAME,))
+        return self.held.sums((NAME,))
+
+    def _evaluate(self, loss: float) -> None:
+        state, found = self.state, self.measured()
         told = {"step": state.step, "distance": found.mean, "agreement": found.agreement}
         self.log("held-out", {**told, "closed": 1 - found.mean / self.scale.distance, "seconds": round(state.seconds)})
         if not math.isfinite(found.mean) or found.mean > _DIVERGED * self.scale.distance:

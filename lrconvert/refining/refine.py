@@ -20,6 +20,7 @@ from lrconvert.refining.settings import Settings
 from lrconvert.refining.study import Studied, Study
 from lrconvert.report import Answers
 
+_UNKNOWN = "hidden states -0.00000e-000 of -0.00000e-000, agreement 0.0000, 0000000000 items"
 _OPENING = 0.05  # of the progress: what comes before the student
 
 
@@ -74,13 +75,25 @@ def refine(
         ) as opened:
             study = Study(opened, compact, settings, partial, resume, log_to)
             found = study.run(lambda share, text: quiet(_OPENING + (1 - _OPENING) * share, text))
-            return Refinement(
-                **vars(replace(found, compact=signed(opened, found, settings.seed))),
-                data=opened.split.digest,
-                seconds=time.monotonic() - started,
-                leads=here.leads,
-                warnings=(*teacher.warnings, *_other(compact, teacher)),
-            )
+            warnings = (*teacher.warnings, *_other(compact, teacher))
+            return refinement(opened, found, settings.seed, time.monotonic() - started, warnings)
+
+
+def refinement(there: Lesson, found: Studied, seed: int, seconds: float, warnings: tuple[str, ...] = ()) -> Refinement:
+    """What came of a student, signed."""
+    signed_one = replace(found, compact=signed(there, found, seed))
+    leads, data = there.room.world.leads, there.split.digest
+    return Refinement(**vars(signed_one), data=data, seconds=seconds, leads=leads, warnings=warnings)
+
+
+def with_room(lora: LoraAdapter) -> LoraAdapter:
+    """The LoRA with a text as long as can be for each thing that `signed` says: what is converted from it under a
+    budget is within that budget when it is refined, too."""
+    came = lora.provenance
+    fields = {"refined_layerwise": "yes", **dict.fromkeys(("refined_steps", "refined_seed"), "0" * 20)}
+    fields |= dict.fromkeys(("refined_data", *(("refined_teacher",) if came.source else ())), "0" * 64)
+    fields |= dict.fromkeys(("refined_before", "refined_after"), _UNKNOWN)
+    return replace(lora, provenance=replace(came, fields={**came.fields, **fields}))
 
 
 def _other(compact: CompactAdapter, teacher: LoraAdapter) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lrconvert.refining.pupil import NAME, Pupil
 from lrconvert.refining.settings import Settings
 from lrconvert.report import Answers
 
+Keep = Callable[[checkpoint.State], None]
 _FIRST_STAGE = 0.1  # of the progress
 
 
@@ -36,9 +38,16 @@ class Studied:
     layerwise: bool
 
 
+def _to_the_end(trainer: Trainer, keep: Keep, progress: Progress) -> Trainer:
+    trainer.train(keep, progress)
+    return trainer
+
+
 @dataclass(eq=False)
 class Study:
-    """`run` it once. Unfinished work is kept at `partial`, if that is given, and gone on with if `resume`."""
+    """`run` it once. Unfinished work is kept at `partial`, if that is given, and gone on with if `resume`. `train` is
+    the second stage: it takes the trainer, where to keep a state, and progress, and gives the trainer whose best and
+    state are the outcome."""
 
     lesson: Lesson
     compact: CompactAdapter
@@ -46,6 +55,7 @@ class Study:
     partial: Path | None = None
     resume: bool = False
     log_to: Path | None = None
+    train: Callable[[Trainer, Keep, Progress], Trainer] = _to_the_end
 
     def run(self, progress: Progress) -> Studied:
         room, teacher = self.lesson.room, layers.aligned(self.lesson.teacher, self.compact)
@@ -70,7 +80,7 @@ class Study:
             trainer.begin(self.compact)
             trainer.resume(kept, self.compact)
         if settings.end_to_end:
-            trainer.train(self._keep, lambda s, t: progress(_FIRST_STAGE + (1 - _FIRST_STAGE) * s, t))
+            trainer = self.train(trainer, self._keep, lambda s, t: progress(_FIRST_STAGE + (1 - _FIRST_STAGE) * s, t))
         assert trainer.best is not None
         state = trainer.state
         improved = trainer.best is not self.compact and state.best_distance < before.mean
@@ -89,9 +99,7 @@ class Study:
 
     def _measured(self, trainer: Trainer, compact: CompactAdapter) -> Sums:
         trainer.pupil.take(compact)
-        self.lesson.room.using(NAME)
-        trainer.pupil.show(training=False)
-        return trainer.held.sums((NAME,))
+        return trainer.measured()
 
     def _first_stage(self, trainer: Trainer, before: Sums, told: log.Log, progress: Progress) -> None:
         trainer.start(self.compact, before)
