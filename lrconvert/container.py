@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -236,7 +236,37 @@ class Appendable(Protocol):
     def copy(self, source: int, offset: int, nbytes: int) -> None: ...
 
 
-class ContainerFile:
+class OpenFile:
+    """A regular file that is open for reading, whatever its format: a context manager."""
+
+    path: Path
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Raises E-IO-KIND, E-IO-READ."""
+        self.path = Path(path)
+        self._descriptor, self._stat = open_regular(self.path)
+
+    def check_unchanged(self) -> None:
+        """Raises E-IO-CHANGED if size, time or identity of the file differ from when it was opened."""
+        now, then = os.fstat(self._descriptor), self._stat
+        if (now.st_size, now.st_mtime_ns, now.st_ino) != (then.st_size, then.st_mtime_ns, then.st_ino):
+            raise FileChangedError("the file changed while it was read", path=self.path)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class ContainerFile(OpenFile):
     """One open safetensors file. A context manager; `read` gives owned memory.
 
     Attributes: `path`, `header_bytes` (length and JSON exactly as on disk), `metadata`, `tensors` (in offset order),
@@ -244,8 +274,7 @@ class ContainerFile:
     """
 
     def __init__(self, path: str | os.PathLike[str], limits: Limits = FOREIGN) -> None:
-        self.path = Path(path)
-        self._descriptor, self._stat = open_regular(self.path)
+        super().__init__(path)
         try:
             size = self._stat.st_size
             if size > limits.file_bytes:
@@ -298,30 +327,6 @@ class ContainerFile:
     def fileno(self) -> int:
         """The open descriptor, for copies inside the kernel."""
         return self._descriptor
-
-    def check_unchanged(self) -> None:
-        """Raises E-IO-CHANGED if size, time or identity of the file differ from when it was opened."""
-        check_same(self._descriptor, self._stat, self.path)
-
-    def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def __enter__(self) -> ContainerFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def check_same(descriptor: int, then: os.stat_result, path: Path) -> None:
-    """Raises E-IO-CHANGED if size, time or identity of an open file differ from what they were."""
-    now = os.fstat(descriptor)
-    if (now.st_size, now.st_mtime_ns, now.st_ino) != (then.st_size, then.st_mtime_ns, then.st_ino):
-        raise FileChangedError("the file changed while it was read", path=path)
 
 
 # --- digests --------------------------------------------------------------------------------------------------------

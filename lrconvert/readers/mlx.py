@@ -20,13 +20,13 @@ import numpy as np
 from lrconvert.adapter import MATRIX, TRANSPOSED, ExtraTensor, LoraAdapter, LoraTarget, Target, View
 from lrconvert.container import config_text, read_json
 from lrconvert.dtypes import Stored
-from lrconvert.errors import ConfigError, FileKindError, LrcError, NotLoraError, OptionError, PairError
+from lrconvert.errors import ConfigError, LrcError, NotLoraError, OptionError, PairError
 from lrconvert.readers import naming, pairs
 from lrconvert.readers.base import CONFIG_NAME, Reader, ReadOptions
 from lrconvert.readers.naming import Component
 from lrconvert.readers.pairs import Labels, Parts
 from lrconvert.readers.peft.layers import carried
-from lrconvert.readers.weights import Weights, load_finite, open_weights
+from lrconvert.readers.weights import Weights, load_finite, open_weights, weights_in
 from lrconvert.targets import EMBEDDINGS
 
 LABELS = Labels("lora_a", "lora_b")
@@ -65,7 +65,7 @@ def read(path: Path, options: ReadOptions) -> LoraAdapter:
     component = None
     if options.base is not None:
         component = naming.base_names(options.base).component(("language_model",), "the adapter")
-    with open_weights(_weights_path(path), options) as weights:
+    with open_weights(weights_in(path, WEIGHTS_NAMES), options) as weights:
         modules = pairs.sort_parts(weights, _split)
         pairs.check_not_half(modules, LABELS)
         targets: list[LoraTarget] = []
@@ -85,15 +85,6 @@ def read(path: Path, options: ReadOptions) -> LoraAdapter:
         return pairs.finished(
             weights, targets, layout="mlx", extras=extras, warnings=notes, base_model=base_model
         )  # fmt: skip
-
-
-def _weights_path(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    for name in WEIGHTS_NAMES:
-        if (path / name).is_file():
-            return path / name
-    raise FileKindError(f"the folder has neither {' nor '.join(WEIGHTS_NAMES)}", path=path)
 
 
 # --- configuration --------------------------------------------------------------------------------------------------

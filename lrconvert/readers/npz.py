@@ -13,12 +13,11 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
 import numpy as np
 
-from lrconvert.container import TensorInfo, check_same, open_regular
+from lrconvert.container import OpenFile, TensorInfo
 from lrconvert.dtypes import STORAGE, Stored
 from lrconvert.errors import (
     CoverageError,
@@ -47,15 +46,14 @@ _DTYPES = {
 }
 
 
-class NpzFile:
+class NpzFile(OpenFile):
     """One open ``.npz``. A context manager; headers of the arrays are read at once, their data when it is asked for."""
 
     metadata: Mapping[str, str] = {}
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        descriptor, self._stat = open_regular(path)
-        self._file = os.fdopen(descriptor, "rb")
+        super().__init__(path)
+        self._file = os.fdopen(self._descriptor, "rb")
         try:
             self._zip = _opened(self._file, self._stat.st_size)
             self._entries: dict[str, tuple[zipfile.ZipInfo, int, bool]] = {}
@@ -138,17 +136,9 @@ class NpzFile:
         """An array with its stored bits."""
         return Stored(info.dtype, np.frombuffer(self.read(info), STORAGE[info.dtype]).reshape(info.shape))
 
-    def check_unchanged(self) -> None:
-        """Raises E-IO-CHANGED if size, time or identity of the file differ from when it was opened."""
-        check_same(self._file.fileno(), self._stat, self.path)
-
-    def __enter__(self) -> NpzFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self._file.close()
+        self._descriptor = -1
 
 
 def _check_frame(file: IO[bytes], size: int) -> None:

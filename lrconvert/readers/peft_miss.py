@@ -34,7 +34,6 @@ from lrconvert.errors import (
     BaseError,
     ConfigError,
     EmptyAdapterError,
-    FileKindError,
     LimitError,
     LrcError,
     PairError,
@@ -48,7 +47,7 @@ from lrconvert.limits import MAX_DIM, MAX_EXPAND_BYTES, MAX_RANK
 from lrconvert.methods.bone.form import EXACT, complete
 from lrconvert.readers.base import CONFIG_NAME, Reader, ReadOptions
 from lrconvert.readers.peft import PICKLE_NAME, WEIGHTS_NAME
-from lrconvert.readers.weights import Weights, load_finite, open_weights
+from lrconvert.readers.weights import Weights, load_finite, open_weights, weights_in
 from lrconvert.targets import NameIndex, tied_source
 
 SHAPES_NAME = "lrconvert.json"
@@ -108,7 +107,7 @@ def _read(path: Path, options: ReadOptions, widths: Widths, content: Callable[[]
         )
     except LrcError as error:
         raise error.at(folder / CONFIG_NAME) from None
-    with open_weights(_weights_path(path), options) as weights:
+    with open_weights(weights_in(path, (WEIGHTS_NAME, PICKLE_NAME)), options) as weights:
         modules, extras = _sort(weights, _BLOCKS[kind])
         blocks = {}
         for module, info in modules.items():
@@ -224,15 +223,6 @@ def _widths_of(checkpoint: Checkpoint) -> Widths:
 
 
 # --- tensors --------------------------------------------------------------------------------------------------------
-
-
-def _weights_path(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    for name in (WEIGHTS_NAME, PICKLE_NAME):
-        if (path / name).exists():
-            return path / name
-    raise FileKindError(f"the folder has no {WEIGHTS_NAME}", path=path)
 
 
 def _sort(weights: Weights, suffix: str) -> tuple[dict[str, TensorInfo], tuple[ExtraTensor, ...]]:

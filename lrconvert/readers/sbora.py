@@ -21,7 +21,6 @@ from lrconvert.dtypes import Stored, round_to
 from lrconvert.errors import (
     BaseError,
     ConfigError,
-    FileKindError,
     IndexRangeError,
     LrcError,
     PairError,
@@ -31,7 +30,7 @@ from lrconvert.readers import naming, pairs
 from lrconvert.readers.base import CONFIG_NAME, Reader, ReadOptions
 from lrconvert.readers.naming import Component
 from lrconvert.readers.pairs import Labels, Parts
-from lrconvert.readers.weights import Weights, load_finite, open_weights
+from lrconvert.readers.weights import Weights, load_finite, open_weights, weights_in
 
 LABELS = Labels("lora_A", "lora_B")
 _WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -74,7 +73,7 @@ def read(path: Path, options: ReadOptions) -> LoraAdapter:
             fix="give the base that it was trained on (--base)",
         )
     component = naming.base_names(options.base).component((), "the adapter")
-    with open_weights(_weights_path(path), options) as weights:
+    with open_weights(weights_in(path, _WEIGHTS_NAMES), options) as weights:
         modules = pairs.sort_parts(weights, _split)
         targets = [
             _target(module, parts, known, rank, alpha / rank, weights, component) for module, parts in modules.items()
@@ -107,15 +106,6 @@ def _settings(config: Mapping[str, Any]) -> tuple[float, int, str]:
     if not isinstance(name, str) or ("fa" in name) == ("fb" in name):
         raise ConfigError(f"adapter_name is {name!r:.60}, expected sbora_fa or sbora_fb")
     return float(alpha), rank, "B" if "fa" in name else "A"
-
-
-def _weights_path(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    for name in _WEIGHTS_NAMES:
-        if (path / name).exists():
-            return path / name
-    raise FileKindError(f"the folder has no {_WEIGHTS_NAMES[0]}", path=path)
 
 
 def _target(

@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from lrconvert.container import ContainerFile, TensorInfo, check_same, open_regular
+from lrconvert.container import ContainerFile, OpenFile, TensorInfo
 from lrconvert.dtypes import FLOATS, STORAGE, Stored
 from lrconvert.errors import (
     DependencyError,
     DtypeError,
+    FileKindError,
     LimitError,
     LrcError,
     PickleError,
@@ -72,6 +73,16 @@ class Weights(Protocol):
     ) -> None: ...
 
 
+def weights_in(path: Path, names: Sequence[str]) -> Path:
+    """The first file of `names` in a folder; `path` itself if it is none. Raises E-IO-KIND."""
+    if not path.is_dir():
+        return path
+    for name in names:
+        if (path / name).exists():
+            return path / name
+    raise FileKindError(f"the folder has no {' and no '.join(n for n in names if not n.endswith('.bin'))}", path=path)
+
+
 def open_weights(path: Path, options: ReadOptions) -> Weights:
     """Open a file of tensors. Raises E-PICKLE for a ``.bin`` or ``.pt`` unless pickles are allowed."""
     if path.suffix == ".npz":
@@ -100,16 +111,15 @@ def load_finite(weights: Weights, info: TensorInfo) -> Stored:
     return stored
 
 
-class PickledFile:
+class PickledFile(OpenFile):
     """A pickled dict of tensors, as ``torch.save`` writes it. The same tensors as a safetensors file of them gives.
     Those of a pickled list are named by their places: ``0``, ``1``."""
 
     metadata: Mapping[str, str] = {}
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        descriptor, self._stat = open_regular(path)
-        self._file = os.fdopen(descriptor, "rb")
+        super().__init__(path)
+        self._file = os.fdopen(self._descriptor, "rb")
         try:
             if self._stat.st_size > FOREIGN.file_bytes:
                 raise LimitError(f"the file has {self._stat.st_size} bytes; at most {FOREIGN.file_bytes} are read")
@@ -137,17 +147,9 @@ class PickledFile:
         """A tensor with its stored bits."""
         return Stored(info.dtype, np.frombuffer(self.read(info), STORAGE[info.dtype]).reshape(info.shape))
 
-    def check_unchanged(self) -> None:
-        """Raises E-IO-CHANGED if size, time or identity of the file differ from when it was opened."""
-        check_same(self._file.fileno(), self._stat, self.path)
-
-    def __enter__(self) -> PickledFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self._file.close()
+        self._descriptor = -1
 
 
 def _check_zip(file: IO[bytes], size: int) -> None:

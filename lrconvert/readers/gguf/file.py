@@ -8,16 +8,14 @@ F16, BF16 or Q8_0 (blocks of 32 int8 with an fp16 factor, decoded to float32 wit
 from __future__ import annotations
 
 import math
-import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
-from lrconvert.container import TensorInfo, check_same, open_regular, pread
+from lrconvert.container import OpenFile, TensorInfo, pread
 from lrconvert.dtypes import STORAGE, Stored
 from lrconvert.errors import (
     CoverageError,
@@ -104,7 +102,7 @@ class _Cursor:
             raise HeaderTextError("a text of the header is no UTF-8") from None
 
 
-class GgufFile:
+class GgufFile(OpenFile):
     """One open GGUF file. A context manager.
 
     `fields`: the key-value pairs; long arrays are None. `metadata`: those that are texts. `tensors`: in the order of
@@ -112,8 +110,7 @@ class GgufFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._descriptor, self._stat = open_regular(path)
+        super().__init__(path)
         try:
             self._parse()
         except LrcError as error:
@@ -211,23 +208,6 @@ class GgufFile:
             values = blocks["factor"].astype(np.float32)[:, None] * blocks["codes"].astype(np.float32)
             return Stored("F32", values.astype("<f4").reshape(info.shape))
         return Stored(info.dtype, np.frombuffer(data, STORAGE[info.dtype]).reshape(info.shape))
-
-    def check_unchanged(self) -> None:
-        """Raises E-IO-CHANGED if size, time or identity of the file differ from when it was opened."""
-        check_same(self._descriptor, self._stat, self.path)
-
-    def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def __enter__(self) -> GgufFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _name(cursor: _Cursor, what: str) -> str:

@@ -16,13 +16,13 @@ import numpy as np
 
 from lrconvert.adapter import ExtraTensor, LoraAdapter, LoraTarget, Provenance
 from lrconvert.container import ContainerFile, combined_digest, read_json, tensor_digest
-from lrconvert.errors import ConfigError, EmptyAdapterError, FileKindError, LrcError, UnsupportedLoraError
+from lrconvert.errors import ConfigError, EmptyAdapterError, LrcError, UnsupportedLoraError
 from lrconvert.readers.base import CONFIG_NAME, Reader, ReadOptions
 from lrconvert.readers.peft import config as configs
 from lrconvert.readers.peft import experts, extras, layers, names
 from lrconvert.readers.peft.config import Settings, check_config
 from lrconvert.readers.peft.patterns import check_work, compile_pattern
-from lrconvert.readers.weights import Weights, open_weights
+from lrconvert.readers.weights import Weights, open_weights, weights_in
 
 __all__ = ["CONFIG_NAME", "PICKLE_NAME", "READER", "WEIGHTS_NAME", "check_config", "check_work", "compile_pattern"]
 
@@ -63,7 +63,7 @@ def read(path: Path, options: ReadOptions) -> LoraAdapter:
         settings = configs.parse(raw)
     except LrcError as error:
         raise error.at(config_path) from None
-    weights_path = _find_weights(path)
+    weights_path = weights_in(path, (WEIGHTS_NAME, PICKLE_NAME))
     with open_weights(weights_path, options) as weights:
         try:
             found = names.sort(weights.tensors)
@@ -142,16 +142,6 @@ def _find_config(path: Path) -> Path:
             path=path,
         )
     return config
-
-
-def _find_weights(path: Path) -> Path:
-    """The weights in a folder, safetensors first as PEFT does."""
-    if not path.is_dir():
-        return path
-    for name in (WEIGHTS_NAME, PICKLE_NAME):
-        if (path / name).exists():
-            return path / name
-    raise FileKindError(f"the folder has no {WEIGHTS_NAME}", path=path)
 
 
 # --- warnings -------------------------------------------------------------------------------------------------------
