@@ -279,13 +279,15 @@ def all_cells() -> Iterator[cells.Cell]:
 # --- the table ------------------------------------------------------------------------------------------------------
 
 
-def _shown(cell: dict[str, Any] | None) -> str:
+def _shown(cell: dict[str, Any] | None, others: Sequence[dict[str, Any]] = ()) -> str:
+    """A cell, and what `others` of other seeds have closed."""
     if cell is None:
         return "not run"
     if "closed" not in cell:
         return "too small" if "refused" in cell else "skipped"
     share, low, high = cell["closed"]
-    text = f"{share:.1%} ({low:.1%} to {high:.1%}), {cell['agreement'][0]:.1%}"
+    also = "".join(f"; {other['closed'][0]:.1%}" for other in others)
+    text = f"{share:.1%} ({low:.1%} to {high:.1%}{also}), {cell['agreement'][0]:.1%}"
     return text + (f", {cell['gain'][0]:.0%}" if "gain" in cell else "")
 
 
@@ -295,9 +297,12 @@ def table() -> str:
     for name, shares in {**SHARES, "vit": (VIT_SHARE,)}.items():
         for share in shares:
             for form in FORMS if name != "vit" else ("lowrank", "vblora", "nola"):
-                found = [done.get(f"{name}, {share}%, {form}, {mode}") for mode in MODES]
+                label = f"{name}, {share}%, {form}"
+                found = [done.get(f"{label}, {mode}") for mode in MODES]
+                seeds = [c for n in (1, 2) if (c := done.get(f"{label}, refined, seed {n}")) is not None]
                 seconds = f"{found[1]['cpu_seconds']:.0f} s" if found[1] and "cpu_seconds" in found[1] else ""
-                rows.append([f"{name}, {share} %, {form}", *map(_shown, found), seconds])
+                shown = [_shown(found[0]), _shown(found[1], seeds), _shown(found[2])]
+                rows.append([f"{name}, {share:g} %, {form}", *shown, seconds])
     return cells.markdown(
         ["model, size, form", "refit", "refit and refined", "from scratch", "CPU time of refining"], rows
     )

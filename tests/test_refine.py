@@ -261,6 +261,7 @@ def test_batches_that_do_not_fit_are_cut(
     events = [json.loads(line) for line in log.read_text().splitlines()]
     assert [e["parts"] for e in events if e["event"] == "smaller"] == [2, 4]
     assert cut.after.distance == pytest.approx(whole.after.distance, rel=0.05)
+    assert whole.warnings == () and "in up to 4 parts" in cut.warnings[-1]
 
     def always(self: Room, batch: losses.Batch, hidden: bool) -> losses.Outputs:
         if torch.is_grad_enabled():
@@ -294,7 +295,8 @@ def test_far_off_it_begins_again_from_the_best(
     lora: LoraAdapter, model: Any, small: Any, batches: Any, tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
-    api.refine(small, lora, model, batches, log=log, lr=1e4, hidden=0.0, **{**FEW, "eval_every": 1})
+    done = api.refine(small, lora, model, batches, log=log, lr=1e4, hidden=0.0, **{**FEW, "eval_every": 1})
+    assert "went back to the best" in done.warnings[-1]
     events = [json.loads(line) for line in log.read_text().splitlines()]
     assert [e["rate"] for e in events if e["event"] == "again"][:2] == [0.5, 0.25]
 

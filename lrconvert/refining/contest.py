@@ -132,6 +132,7 @@ class _Contest:
                 improved=found.improved or before.improved,
                 steps=before.steps + found.steps,
                 best_step=before.best_step + found.best_step,
+                warnings=tuple(dict.fromkeys((*before.warnings, *found.warnings))),
             )
         self._studied[one] = found
 
@@ -147,8 +148,8 @@ class _Contest:
         if wins:
             compact = signed(self.lesson, found, self.settings.seed)
             teacher = layers.aligned(self.lesson.teacher, compact)
-            conversion = replace(
-                conversion, fidelity=report.fidelity_on(teacher, compact, self.statistics, self.lesson.base)
-            )
+            fidelity = report.fidelity_on(teacher, compact, self.statistics, self.lesson.base)
+            warnings = (*conversion.warnings, *found.warnings)
+            conversion = replace(conversion, fidelity=fidelity, warnings=warnings)
         conversion = replace(conversion, compact=compact, sizes=file.sizes(compact))
         return replace(candidate, conversion=conversion, before=found.before, after=found.after, steps=found.steps)

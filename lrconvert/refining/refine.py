@@ -31,8 +31,7 @@ class Refinement(Studied):
 
     data: str
     seconds: float
-    leads: bool = True
-    warnings: tuple[str, ...] = ()
+    leads: bool
 
 
 def refine(
@@ -81,9 +80,8 @@ def refine(
 
 def refinement(there: Lesson, found: Studied, seed: int, seconds: float, warnings: tuple[str, ...] = ()) -> Refinement:
     """What came of a student, signed."""
-    signed_one = replace(found, compact=signed(there, found, seed))
-    leads, data = there.room.world.leads, there.split.digest
-    return Refinement(**vars(signed_one), data=data, seconds=seconds, leads=leads, warnings=warnings)
+    done = replace(found, compact=signed(there, found, seed), warnings=(*warnings, *found.warnings))
+    return Refinement(**vars(done), data=there.split.digest, seconds=seconds, leads=there.room.world.leads)
 
 
 def with_room(lora: LoraAdapter) -> LoraAdapter:

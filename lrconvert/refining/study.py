@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ _FIRST_STAGE = 0.1  # of the progress
 class Studied:
     """What came of a student: the best of it, which is the input itself unless `improved`, and how far the input
     (`before`) and the best (`after`) are from the teacher's answers on held-out data. `best_step` of `steps` was taken
-    (0: before the first); `layerwise`: whether stage one helped."""
+    (0: before the first); `layerwise`: whether stage one helped. `warnings`: what went wrong on the way."""
 
     compact: CompactAdapter
     before: Answers
@@ -36,6 +36,7 @@ class Studied:
     steps: int
     best_step: int
     layerwise: bool
+    warnings: tuple[str, ...]
 
 
 def _to_the_end(trainer: Trainer, keep: Keep, progress: Progress) -> Trainer:
@@ -93,6 +94,7 @@ class Study:
             state.step,
             state.best_step,
             bool(state.layerwise),
+            tuple(_trouble(state)),
         )
         told("end", {"distance": found.after.distance, "closed": found.after.closed, "best_step": state.best_step})
         return found
@@ -137,3 +139,11 @@ class Study:
     def _keep(self, state: checkpoint.State) -> None:
         if self.partial is not None and self.lesson.room.world.leads:
             checkpoint.write(self.partial, self._about(), state)
+
+
+def _trouble(state: checkpoint.State) -> Iterator[str]:
+    if state.parts > 1:
+        yield f"batches did not fit into memory: they were computed in up to {state.parts} parts"
+    if state.restarts:
+        times = "once" if state.restarts == 1 else f"{state.restarts} times"
+        yield f"training lost its way and went back to the best {times}, with smaller rates: try a smaller --lr"
