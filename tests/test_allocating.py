@@ -16,6 +16,7 @@ from click.testing import CliRunner  # noqa: E402
 from conftest import ADAPTERS, BASES, dense, random_lora  # noqa: E402
 from models import auto  # noqa: E402
 
+import lrconvert  # noqa: E402
 from lrconvert import ablating, allocating, api, canonical, gathering, live, report  # noqa: E402
 from lrconvert.adapter import LoraAdapter  # noqa: E402
 from lrconvert.allocating import Allocation, Components, Cut  # noqa: E402
@@ -26,7 +27,7 @@ from lrconvert.errors import BudgetError, DataError, OptionError  # noqa: E402
 from lrconvert.methods import base as methods  # noqa: E402
 from lrconvert.methods.base import FitContext  # noqa: E402
 
-DEMO = Path(api.__file__).parent / "demo"
+DEMO = Path(lrconvert.__file__).parent / "demo"
 TOKENS = 300
 
 

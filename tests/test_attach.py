@@ -17,7 +17,7 @@ from conftest import random_lora  # noqa: E402
 from test_reader_variants import CASES, LLAMA, NET, inputs  # noqa: E402
 from torch import nn  # noqa: E402
 
-from lrconvert import api  # noqa: E402
+from lrconvert import api, report  # noqa: E402
 from lrconvert.adapter import ExtraTensor  # noqa: E402
 from lrconvert.attaching import attach, detach, disabled, set_active  # noqa: E402
 from lrconvert.errors import AttachError, BaseError, BudgetError, LrcError, OptionError  # noqa: E402
@@ -74,7 +74,7 @@ def test_compact_adapters_compute_as_they_expand(method: str, tmp_path: Path) ->
         x, one, two, three = inputs(make), make(), make(), make()
         attach(one, compact, trainable=True)
         attach(two, compact)
-        attach(three, api.report.expanded(compact))
+        attach(three, report.expanded(compact))
         outputs = [oracle.outputs(model, x) for model in (one, two, three)]
         assert max(oracle.difference(one, outputs[2]) for one in outputs[:2]) <= 1e-5
 

@@ -21,6 +21,7 @@ from conftest import ADAPTERS, BASES, random_lora  # noqa: E402
 from test_attach import snapshot  # noqa: E402
 from test_students import same_payload  # noqa: E402
 
+import lrconvert  # noqa: E402
 from lrconvert import api, file, live, measuring, texts  # noqa: E402
 from lrconvert.adapter import CompactAdapter, LoraAdapter  # noqa: E402
 from lrconvert.cli import cli  # noqa: E402
@@ -501,7 +502,7 @@ print("MEASURED", done.before.distance, done.after.distance)
 def test_two_processes_refine_as_one(tmp_path: Path) -> None:
     """As torchrun starts them: the same numbers as one process that accumulates, up to the order of sums."""
     script = tmp_path / "process.py"
-    roots = [str(Path(api.__file__).parent.parent)]
+    roots = [str(Path(lrconvert.__file__).parent.parent)]
     script.write_text(_PROCESS.format(paths=roots, lora=str(LORA), base=str(LLAMA)))
 
     def start(out: Path, accumulate: int, **environment: str) -> subprocess.Popen[str]:

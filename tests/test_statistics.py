@@ -16,6 +16,7 @@ from conftest import ADAPTERS, BASES  # noqa: E402
 from models import auto  # noqa: E402
 from torch import nn  # noqa: E402
 
+import lrconvert  # noqa: E402
 from lrconvert import api, collecting, live, statistics_file, texts  # noqa: E402
 from lrconvert.collecting import Collector, Settings, collect, watched  # noqa: E402
 from lrconvert.durable import discard  # noqa: E402
@@ -24,7 +25,7 @@ from lrconvert.manifest import content_digest  # noqa: E402
 from lrconvert.strictjson import dump_canonical  # noqa: E402
 
 LLAMA = BASES / "tiny-llama"
-DEMO = Path(api.__file__).parent / "demo"
+DEMO = Path(lrconvert.__file__).parent / "demo"
 
 
 def tokens(shape: tuple[int, ...], seed: int = 0, vocabulary: int = 100) -> Any:

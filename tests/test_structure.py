@@ -129,3 +129,9 @@ def test_import_budget(name):
 
 def test_the_budget_check_works():
     assert loaded("import torch") >= {"torch"}
+
+
+def test_every_public_name_is_there() -> None:
+    import lrconvert
+
+    assert all(hasattr(lrconvert, name) for name in lrconvert.__all__)

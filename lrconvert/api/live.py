@@ -1,0 +1,67 @@
+"""Verbs for live models: attach, detach, set_active, disabled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+from lrconvert import (
+    loading,
+)
+from lrconvert.adapter import CompactAdapter, LoraAdapter
+from lrconvert.api.shared import AnyPath
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from lrconvert.attaching import AttachedAdapter
+
+
+def attach(
+    model: nn.Module,
+    adapter: AnyPath | LoraAdapter | CompactAdapter,
+    *,
+    name: str = "default",
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+    trainable: bool = False,
+    base: AnyPath | None = None,
+    allow_pickle: bool = False,
+    layout: str | None = None,
+    alpha: float | None = None,
+) -> AttachedAdapter:
+    """Put an adapter (lrconvert file, LoRA folder, or loaded) on a live torch model, unmerged, beside those it has.
+
+    Its numbers are held in `dtype` (float32 without it), in a module of their own that is returned; `trainable` takes
+    their gradients. Heads, biases and token rows are installed. `base` (the model's folder), `layout` and `alpha` are
+    those of `load`. Raises E-ATTACH, E-BASE, E-PLACE; the model is untouched then.
+    """
+    import torch
+
+    from lrconvert import attaching
+
+    found = loading.adapter(adapter, loading.options(allow_pickle, base, layout, alpha))
+    return attaching.attach(model, found, name=name, scale=scale, dtype=dtype or torch.float32, trainable=trainable)
+
+
+def detach(model: nn.Module, name: str | None = None) -> None:
+    """Take one adapter, or all, off a live model; without adapters it is the object that it was. Raises E-ATTACH."""
+    from lrconvert import attaching
+
+    attaching.detach(model, name)
+
+
+def set_active(model: nn.Module, names: str | Sequence[str]) -> None:
+    """Choose which attached adapters a live model uses; their updates add up. Raises E-ATTACH."""
+    from lrconvert import attaching
+
+    attaching.set_active(model, names)
+
+
+def disabled(model: nn.Module) -> AbstractContextManager[None]:
+    """A context in which a live model computes without its adapters."""
+    from lrconvert import attaching
+
+    return attaching.disabled(model)
