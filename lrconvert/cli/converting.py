@@ -162,6 +162,9 @@ def check_paths(source: Path, output: Path | None, overwrite: bool, needed: bool
     return where
 
 
+_RANKING_BASE = "Base model folder or hub id: its answers rank the forms; settles orientations, records its digest."
+    "Base model folder or hub id: ranks the forms by what it answers, settles orientations, records its digest."
+)
 _RANKING_DATA = "Texts that rank the forms and refine the winner (see `refine`); without, a decoder writes its own."
 _NOT_FOR_ALL = ("dry_run", "verbose")
 
@@ -178,11 +181,12 @@ def compress_command() -> click.Command:
             help="The smallest file that keeps this share: of outputs with --statistics, else of weights.",
         ),
         click.Option(
-            ["--methods"], help="Forms to try, with commas between; default: all. For instance lowrank,vblora."
+            ["--methods"], help="Forms to try, with commas between; default: all but Bat. For instance lowrank,vblora."
         ),
     ]
-    at = next(n for n, p in enumerate(params) if p.name == "statistics")
-    params[at:at] = [
+    at = next(n for n, p in enumerate(params) if p.name == "base")
+    params[at : at + 1] = [
+        click.Option(["--base"], type=click.Path(path_type=Path), help=_RANKING_BASE),
         click.Option(["--data"], multiple=True, type=click.Path(path_type=Path), help=_RANKING_DATA),
         click.Option(
             ["--rank-by"],
