@@ -163,8 +163,6 @@ def check_paths(source: Path, output: Path | None, overwrite: bool, needed: bool
 
 
 _RANKING_BASE = "Base model folder or hub id: its answers rank the forms; settles orientations, records its digest."
-    "Base model folder or hub id: ranks the forms by what it answers, settles orientations, records its digest."
-)
 _RANKING_DATA = "Texts that rank the forms and refine the winner (see `refine`); without, a decoder writes its own."
 _NOT_FOR_ALL = ("dry_run", "verbose")
 
