@@ -26,9 +26,13 @@ import numpy as np
 import teachers
 from forms import _converted, _statistics
 
-SHARES = {"trec": (8.0, 4.0, 1.6), "e2e": (8.0, 4.0)}
-STEPS = {"trec": 250, "e2e": 450}  # half of the teachers'
-BATCH_TOKENS = {"trec": 448, "e2e": 1024}  # some 32 questions, some 12 descriptions: the teachers' batches
+SHARES = {"trec": (8.0, 4.0, 1.6), "sst2": (4.0, 1.6), "e2e": (8.0, 4.0)}
+STEPS = {"trec": 250, "sst2": 250, "e2e": 450}  # half of the teachers'
+BATCH_TOKENS = {
+    "trec": 448,
+    "sst2": 768,
+    "e2e": 1024,
+}  # 32 questions or sentences, 12 descriptions: the teachers' batches
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "lowrank": ("lowrank", {}),
     "vblora": ("vblora", {}),
