@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Iterable
 
 from lrconvert.adapter import BaseFingerprint, Target
-from lrconvert.container import Checkpoint
 from lrconvert.errors import TensorNameError
 
 
@@ -25,6 +24,6 @@ def names_digest(targets: Iterable[Target]) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(targets: Iterable[Target], checkpoint: Checkpoint | None = None) -> BaseFingerprint:
-    """The fingerprint of a base; its content is digested (every byte read) if a checkpoint is given."""
-    return BaseFingerprint(names_digest(targets), checkpoint.content_digest() if checkpoint else "")
+def fingerprint(targets: Iterable[Target]) -> BaseFingerprint:
+    """The fingerprint of a base by the names and shapes of targets alone; its contents are not known."""
+    return BaseFingerprint(names_digest(targets))

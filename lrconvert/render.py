@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lrconvert.errors import printable
 from lrconvert.methods import base as methods
-from lrconvert.report import Answers, Fidelity
+from lrconvert.report import Answers, Fidelity, inspect_statistics
 
 if TYPE_CHECKING:
     from lrconvert.compressing import Candidate, Compression
@@ -45,6 +45,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def inspection(path: str, found: dict[str, Any]) -> str:
+    if found["kind"] == "statistics":
+        return f"{_statistics(path, found)}\nbase contents: {found['base'] or 'not recorded'}"
     rows = found["targets"]
     lines = [f"{printable(path)}: {_kind(found)}, {len(rows)} targets"]
     if found["base_model"]:
@@ -324,30 +326,26 @@ def _percent(value: float | None) -> str:
 
 
 def statistics_json(found: InputStatistics, nbytes: int) -> dict[str, Any]:
-    return {
-        "tokens": found.tokens,
-        "bytes": nbytes,
-        "base": found.content,
-        "data": found.data,
-        "inputs": [
-            {"names": list(i.names), "expert": i.expert, "width": i.width, "tokens": i.tokens} for i in found.inputs
-        ],
-    }
+    told = inspect_statistics(found, nbytes)
+    return {key: told[key] for key in ("tokens", "bytes", "base", "data", "inputs")}
 
 
 def statistics(output: str, found: InputStatistics, nbytes: int) -> str:
-    layers = sum(len(i.names) for i in found.inputs)
-    widths = sorted({i.width for i in found.inputs})
+    return f"wrote {_statistics(output, inspect_statistics(found, nbytes))}"
+
+
+def _statistics(path: str, found: dict[str, Any]) -> str:
+    inputs = found["inputs"]
+    layers = sum(len(i["names"]) for i in inputs)
     lines = [
-        f"wrote {printable(output)}: {nbytes:,} bytes",
-        f"tokens  {found.tokens:,}",
-        f"inputs  {len(found.inputs)} of {layers} layers, {_range(widths)} wide",
+        f"{printable(path)}: {found['bytes']:,} bytes",
+        f"tokens  {found['tokens']:,}",
+        f"inputs  {len(inputs)} of {layers} layers, {_range({i['width'] for i in inputs})} wide",
     ]
-    few = [i for i in found.inputs if i.tokens < i.width]
+    few = [i for i in inputs if i["tokens"] < i["width"]]
     if few:
-        lines.append(
-            f"warning: {len(few)} inputs saw fewer tokens than they are wide, {printable(few[0].names[0])} for one"
-        )
+        one = printable(few[0]["names"][0])
+        lines.append(f"warning: {len(few)} inputs saw fewer tokens than they are wide, {one} for one")
     return "\n".join(lines)
 
 

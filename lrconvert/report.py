@@ -259,6 +259,20 @@ def inspect_lora(lora: LoraAdapter) -> dict[str, Any]:
 _NO_NORM = "the updates depend on the base's weights: they have no norm without it"
 
 
+def inspect_statistics(found: InputStatistics, nbytes: int) -> dict[str, Any]:
+    """What a file of input statistics holds, as JSON values."""
+    inputs = [{"names": list(i.names), "expert": i.expert, "width": i.width, "tokens": i.tokens} for i in found.inputs]
+    return {
+        "kind": "statistics",
+        "tokens": found.tokens,
+        "bytes": nbytes,
+        "base": found.content,
+        "data": found.data,
+        "inputs": inputs,
+        "warnings": [],
+    }
+
+
 def inspect_compact(compact: CompactAdapter) -> dict[str, Any]:
     """Everything worth knowing of an lrconvert file, as JSON values."""
     method = methods.get(compact.method)

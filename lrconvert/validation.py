@@ -1,16 +1,17 @@
-"""Validation of lrconvert files: every finding, not the first. Loads neither torch nor transformers."""
+"""Validation of lrconvert files and input statistics: every finding, not the first. Loads neither torch nor
+transformers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrconvert import file, targets
+from lrconvert import file, statistics_file, targets
 from lrconvert.adapter import CompactAdapter
 from lrconvert.container import open_checkpoint
 from lrconvert.errors import FingerprintError, LrcError
-from lrconvert.fingerprint import fingerprint
 
 LEVELS = ("structure", "semantics", "values", "base")
 
@@ -38,7 +39,8 @@ class Validation:
 
 
 def validate(path: Path, base: Path | None = None) -> Validation:
-    """Check a file against the format and, if `base` is given, against that base (names, shapes, contents)."""
+    """Check a file, of an adapter or of input statistics, against its format and, if `base` is given, against that base
+    (names, shapes, contents)."""
     findings: list[Finding] = []
 
     def report(level: str, error: LrcError) -> None:
@@ -46,6 +48,9 @@ def validate(path: Path, base: Path | None = None) -> Validation:
         if finding not in findings:
             findings.append(finding)
 
+    if statistics_file.is_statistics(path):
+        facts = _examine_statistics(path, base, report)
+        return Validation(str(path), tuple(findings), facts)
     compact = file.examine(path, report)
     if compact is not None and base is not None:
         try:
@@ -58,15 +63,39 @@ def validate(path: Path, base: Path | None = None) -> Validation:
     return Validation(str(path), tuple(findings), summary)
 
 
+def _examine_statistics(path: Path, base: Path | None, report: Callable[[str, LrcError], None]) -> dict[str, Any]:
+    """Read all of a statistics file, and compare the contents of its base."""
+    try:
+        found = statistics_file.read(path)
+    except LrcError as error:
+        report("structure", error.at(path))
+        return {}
+    for n in range(len(found.inputs)):
+        try:
+            found.load(n)
+        except LrcError as error:
+            report("values", error)
+    if base is not None and found.content:
+        try:
+            _check_content(base, found.content)
+        except LrcError as error:
+            report("base", error.at(path))
+    return {"method": "statistics", "targets": len(found.inputs), "bytes": path.stat().st_size}
+
+
+def _check_content(base: Path, content: str) -> None:
+    with open_checkpoint(base) as checkpoint:
+        if checkpoint.content_digest() == content:
+            return
+    raise FingerprintError(
+        f"the base {base.name!r} has other contents than the one this file was made for",
+        fix="use the same revision of the base",
+    )
+
+
 def check_base(compact: CompactAdapter, base: Path) -> None:
     """Raise E-BASE or E-ORIENT if a target does not fit the base, E-FPR if the base has other contents."""
     with open_checkpoint(base) as checkpoint:
-        resolved = targets.resolve(compact, checkpoint)
-        if not compact.base.content:
-            return
-        found = fingerprint(resolved.targets, checkpoint)
-    if found.content != compact.base.content:
-        raise FingerprintError(
-            f"the base {base.name!r} has other contents than the one this file was made for",
-            fix="use the same revision of the base",
-        )
+        targets.resolve(compact, checkpoint)
+    if compact.base.content:
+        _check_content(base, compact.base.content)

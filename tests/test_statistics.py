@@ -556,3 +556,27 @@ def test_bases_without_a_tokenizer(tmp_path: Path) -> None:
     text = lines(tmp_path / "t.jsonl", {"text": "one"})
     with pytest.raises(DataError, match="Give batches of model inputs through the Python API"):
         api.statistics(BASES / "tiny-vit", text)
+
+
+def test_validate_and_inspect_know_them(tmp_path):
+    from click.testing import CliRunner
+
+    from lrconvert.cli import cli
+
+    path = tmp_path / "base.stats"
+    (tmp_path / "t.txt").write_text("the sea is wide and so old " * 40)
+    api.statistics(DEMO / "base", tmp_path / "t.txt", path, include=["q_proj"])
+    fine = api.validate(path, base=DEMO / "base")
+    assert fine.ok and fine.summary == {"method": "statistics", "targets": 6, "bytes": path.stat().st_size}
+    assert [f.code for f in api.validate(path, base=BASES / "tiny-llama").findings] == ["E-FPR"]
+    told = api.inspect(path)
+    assert told["kind"] == "statistics" and len(told["inputs"]) == 6 and told["tokens"] > 40
+    shown = CliRunner().invoke(cli, ["inspect", str(path)]).output
+    assert "inputs  6 of 6 layers" in shown and told["base"] in shown
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    found = api.validate(path)
+    assert [(f.level, f.code) for f in found.findings] == [("values", "E-DIGEST")]
+    path.write_bytes(bytes(data).replace(b'version\\":1', b'version\\":2', 1))
+    assert [(f.level, f.code) for f in api.validate(path).findings] == [("structure", "E-VER")]

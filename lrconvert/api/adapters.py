@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lrconvert import (
     file,
     hub,
     loading,
     report,
+    statistics_file,
     validation,
 )
 from lrconvert.adapter import CompactAdapter, LoraAdapter
@@ -19,9 +20,6 @@ from lrconvert.consumers import base as consumer_base
 from lrconvert.consumers.base import Finding
 from lrconvert.durable import check_output
 from lrconvert.validation import Validation
-
-if TYPE_CHECKING:
-    pass
 
 
 def load_lora(
@@ -102,13 +100,17 @@ def inspect(
     alpha: float | None = None,
 ) -> dict[str, Any]:
     """What an adapter is, as JSON values: ``targets`` (shapes, ranks, spectra), bytes, extras, base hint, warnings. The
-    options are those of `load`."""
+    options are those of `load`. Of a file of input statistics: what inputs it has, of how many tokens."""
+    where = hub.locate(path)
+    if where.is_file() and statistics_file.is_statistics(where):
+        loading.refuse_said(loading.options(layout=layout, alpha=alpha), where)
+        return report.inspect_statistics(statistics_file.read(where), where.stat().st_size)
     adapter = load(path, allow_pickle=allow_pickle, base=base, layout=layout, alpha=alpha)
     return report.inspect_lora(adapter) if isinstance(adapter, LoraAdapter) else report.inspect_compact(adapter)
 
 
 def validate(path: AnyPath, *, base: AnyPath | None = None) -> Validation:
-    """Check an lrconvert file, and against its base if one is given; every finding is in the result."""
+    """Check an lrconvert file or input statistics, against the base if one is given; every finding is in the result."""
     return validation.validate(Path(path), None if base is None else hub.locate(base))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lrconvert import (
     hub,
@@ -22,9 +21,6 @@ from lrconvert.exporters import base as exporters
 from lrconvert.exporters.base import Exported
 from lrconvert.merging import MergeReport, Recovery, Scaled, UnmergeReport, VerifyReport
 from lrconvert.readers.base import ReadOptions
-
-if TYPE_CHECKING:
-    pass
 
 
 def export(

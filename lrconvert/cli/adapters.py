@@ -33,7 +33,7 @@ from lrconvert.errors import EXIT_REFUSED, printable
 @takes_adapters
 @as_json_option
 def inspect(source: Path, base: Path | None, as_json: bool, **reading: Any) -> None:
-    """Show what an adapter is: targets, ranks, spectrum, bytes. Any LoRA layout, and lrconvert files."""
+    """Show what an adapter is: targets, ranks, spectrum, bytes. Any LoRA layout, lrconvert files, statistics."""
     from lrconvert import api, render
 
     found = api.inspect(source, base=base, **reading)
@@ -53,7 +53,7 @@ def inspect(source: Path, base: Path | None, as_json: bool, **reading: Any) -> N
 )
 @as_json_option
 def validate(files: tuple[Path, ...], base: Path | None, as_json: bool) -> None:
-    """Check lrconvert files; prints every finding and exits 1 if there is any."""
+    """Check lrconvert files and input statistics; prints every finding and exits 1 if there is any."""
     from lrconvert import api
 
     results = [api.validate(path, base=base) for path in files]
@@ -65,9 +65,8 @@ def validate(files: tuple[Path, ...], base: Path | None, as_json: bool) -> None:
                 click.echo(f"{finding.message} [{finding.level}]")
             if result.ok:
                 facts = result.summary
-                click.echo(
-                    f"ok: {result.path}: {facts['method']}, {facts['targets']} targets, {facts['bytes']:,} bytes"
-                )
+                what = "inputs" if facts["method"] == "statistics" else "targets"
+                click.echo(f"ok: {result.path}: {facts['method']}, {facts['targets']} {what}, {facts['bytes']:,} bytes")
     if not all(r.ok for r in results):
         raise click.exceptions.Exit(EXIT_REFUSED)
 
