@@ -42,6 +42,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 MODES = ("refit", "refined", "from scratch")
 VIT_SHARE = 8.0  # a LoRA of 1,024 numbers
+VIT_FORMS = ("lowrank", "vblora", "nola")
 _FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 _SAMPLES = 1000
 
@@ -275,7 +276,7 @@ def all_cells() -> Iterator[cells.Cell]:
     for name, form, share, mode, seed in wanted:
         label = f"{name}, {share}%, {form}, {mode}" + (f", seed {seed}" if seed else "")
         yield label, lambda a=(name, form, share, mode, seed): _cell(*a)
-    for form in ("lowrank", "vblora", "nola"):
+    for form in VIT_FORMS:
         for mode in MODES:
             yield f"vit, {VIT_SHARE}%, {form}, {mode}", lambda a=(form, mode): _vit(*a)
 
@@ -297,19 +298,22 @@ def _shown(cell: dict[str, Any] | None, others: Sequence[dict[str, Any]] = ()) -
 
 def table() -> str:
     done = cells.read("accuracy")
-    rows = []
+    rows, missing = [], []
     for name, shares in {**SHARES, "vit": (VIT_SHARE,)}.items():
         for share in shares:
-            for form in FORMS if name != "vit" else ("lowrank", "vblora", "nola"):
+            for form in FORMS if name != "vit" else VIT_FORMS:
                 label = f"{name}, {share}%, {form}"
                 found = [done.get(f"{label}, {mode}") for mode in MODES]
+                title = f"{name}, {share:g} %, {form}"
+                if not any(found):
+                    missing.append(title)
+                    continue
                 seeds = [c for n in (1, 2) if (c := done.get(f"{label}, refined, seed {n}")) is not None]
                 seconds = f"{found[1]['cpu_seconds']:.0f} s" if found[1] and "cpu_seconds" in found[1] else ""
-                shown = [_shown(found[0]), _shown(found[1], seeds), _shown(found[2])]
-                rows.append([f"{name}, {share:g} %, {form}", *shown, seconds])
-    return cells.markdown(
-        ["model, size, form", "refit", "refit and refined", "from scratch", "CPU time of refining"], rows
-    )
+                rows.append([title, _shown(found[0]), _shown(found[1], seeds), _shown(found[2]), seconds])
+    head = ["model, size, form", "refit", "refit and refined", "from scratch", "CPU time of refining"]
+    told = f"\n\nNot run: {'; '.join(missing)}." if missing else ""
+    return cells.markdown(head, rows) + told
 
 
 if __name__ == "__main__":
