@@ -90,14 +90,3 @@ def place(tmp_path: Path) -> Iterator[Path]:
         return
     with TemporaryDirectory(dir=memory) as folder:
         yield Path(folder)
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--exhaustive", action="store_true", help="run the tests that take minutes each, too")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--exhaustive"):
-        for item in items:
-            if "exhaustive" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="takes minutes: run with --exhaustive"))

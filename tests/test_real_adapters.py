@@ -150,17 +150,10 @@ def test_lowrank(name, tmp_path):
     check(name, "lowrank", tmp_path, CONVERTED[name][1])
 
 
-OTHERS = [(name, method) for name in CONVERTED for method in methods.module_names() if method != "lowrank"]
-LARGE = ("bloom_lora", "cloneofsimo_pt", "cloneofsimo_safetensors/analog_svd_rank4.safetensors")  # minutes of VB-LoRA
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "method"),
-    [
-        pytest.param(*case, marks=pytest.mark.exhaustive) if case[0] in LARGE and case[1] == "vblora" else case
-        for case in OTHERS
-    ],
+    [(name, method) for name in CONVERTED for method in methods.module_names() if method != "lowrank"],
 )
 def test_other_methods(name, method, tmp_path):
     floors = CONVERTED[name][1]
