@@ -193,6 +193,7 @@ def _fitted(teacher: teachers.Teacher, lora: Any, form: str, share: float) -> An
 
 def _cell(name: str, form: str, share: float, mode: str, seed: int) -> dict[str, Any]:
     from lrconvert import api, file
+    from lrconvert.errors import BudgetError
 
     teacher = teachers.get(name)
     if isinstance(teacher, str):
@@ -200,7 +201,7 @@ def _cell(name: str, form: str, share: float, mode: str, seed: int) -> dict[str,
     lora = api.load_lora(teacher.adapter)
     try:
         compact = _fitted(teacher, lora, form, share)
-    except api.LrcError as error:
+    except BudgetError as error:
         return {"refused": str(error)}
     sizes = file.sizes(compact)
     told: dict[str, Any] = {"payload": sizes.payload, "overhead": sizes.overhead}
