@@ -122,7 +122,8 @@ def _refine(
             if not quiet:
                 click.echo(shown(str(file), str(output), done))
             if not done.improved:
-                click.echo(f"nothing was gained: {output} holds what {file} holds; try --lr 0.3, or more --steps", err=True)
+                what = f"nothing was gained: {output} holds what {file} holds"
+                click.echo(f"{what}; try --lr 0.3, or more --steps", err=True)
     if strict and not done.improved:
         raise click.exceptions.Exit(1)
 
