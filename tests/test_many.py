@@ -159,7 +159,7 @@ def test_a_base_that_changes_meanwhile(verb: Any, tmp_path: Path) -> None:
 
     method, options = ("lowrank", OPTIONS) if verb == "convert" else ("", {"target_ratio": 4})
     if verb == "compress":
-        options["forms"] = ["lowrank"]
+        options |= {"forms": ["lowrank"], "rank_by": "fit"}
     batch = many(verb, method, tmp_path / "zoo", tmp_path / "out", base=base, jobs=1, told=told, **options)
     assert [outcome.code or outcome.state for outcome in batch.outcomes] == ["done", "E-IO-CHANGED"]
     assert str(base) in batch.outcomes[1].message
