@@ -131,6 +131,9 @@ def test_answers_rank_by_halving(ranked):
     assert winner is first[0] and winner.steps == max(steps.values())
     assert all(c.after.distance <= c.before.distance for c in ranked.candidates)
     assert winner.after.distance < winner.before.distance
+    for some in ranked.candidates:  # whichever is written says what was done to it
+        told = some.conversion.compact.provenance.fields
+        assert f"{some.after.distance:.6g} of" in told["refined_after"] and int(told["refined_steps"]) <= some.steps
     fields = ranked.chosen.compact.provenance.fields
     assert f"{winner.after.distance:.6g} of" in fields["refined_after"]
     assert f"{winner.before.distance:.6g} of" in fields["refined_before"]

@@ -114,7 +114,7 @@ class _Contest:
         winner = alive[0]
         if rules.steps:
             self._go_on(winner, replace(self.settings, layerwise=False, steps=rules.steps), rounds / parts, 1 / parts)
-        ranked = [self._told(n, candidate, n == winner) for n, candidate in enumerate(self.fitted.candidates)]
+        ranked = [self._told(n, candidate) for n, candidate in enumerate(self.fitted.candidates)]
         return Compression(tuple(ranked), winner)
 
     def _go_on(self, one: int, settings: Settings, start: float, share: float) -> None:
@@ -139,17 +139,18 @@ class _Contest:
     def _rank(self, one: int) -> tuple[float, int]:
         return self._studied[one].after.distance, self.fitted.candidates[one].nbytes
 
-    def _told(self, n: int, candidate: Candidate, wins: bool) -> Candidate:
+    def _told(self, n: int, candidate: Candidate) -> Candidate:
+        """A candidate as it is now, with what was done to it: whichever of them is written says the truth."""
         if n not in self._studied:
             return candidate
-        found, conversion = self._studied[n], candidate.conversion
+        found, conversion, there = self._studied[n], candidate.conversion, self.lesson
         assert conversion is not None
-        compact = found.compact
-        if wins:
-            compact = signed(self.lesson, found, self.settings.seed)
-            teacher = layers.aligned(self.lesson.teacher, compact)
-            fidelity = report.fidelity_on(teacher, compact, self.statistics, self.lesson.base)
-            warnings = (*conversion.warnings, *found.warnings)
-            conversion = replace(conversion, fidelity=fidelity, warnings=warnings)
-        conversion = replace(conversion, compact=compact, sizes=file.sizes(compact))
-        return replace(candidate, conversion=conversion, before=found.before, after=found.after, steps=found.steps)
+        compact = signed(there, found, self.settings.seed)
+        done = replace(
+            conversion,
+            compact=compact,
+            sizes=file.sizes(compact),
+            fidelity=report.fidelity_on(layers.aligned(there.teacher, compact), compact, self.statistics, there.base),
+            warnings=(*conversion.warnings, *found.warnings),
+        )
+        return replace(candidate, conversion=done, before=found.before, after=found.after, steps=found.steps)
