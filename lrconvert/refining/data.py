@@ -8,7 +8,7 @@ the seed and the epoch, so that work can be resumed anywhere.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,15 @@ class Pool:
             batches = _cut(sorted(order[start : start + window], key=lambda n: (sizes[n], n)), sizes, batch_tokens)
             found += batches if epoch < 0 else [batches[n] for n in rng.permutation(len(batches))]
         return found
+
+    def some(self, seed: int, batch_tokens: int, tokens: int) -> Iterator[list[int]]:
+        """The batches that the first epoch begins with, until what counts in them is `tokens` (0: all of them)."""
+        seen = 0
+        for which in self.plan(seed, 0, batch_tokens):
+            yield which
+            seen += int(self.batch(which).weight)
+            if tokens and seen >= tokens:
+                return
 
     def digest(self) -> str:
         """sha256 over all that is in it, in order."""

@@ -40,14 +40,8 @@ class Lesson:
 
     def inputs(self, seed: int, batch_tokens: int) -> Iterator[Mapping[str, Any]]:
         """Model inputs of a part of what is trained on, in the order of the first epoch."""
-        tokens = 0
         pool = self.split.train
-        for which in pool.plan(seed, 0, batch_tokens):
-            batch = pool.batch(which)
-            yield batch.inputs
-            tokens += int(batch.weight)
-            if tokens >= _SOME_TOKENS:
-                return
+        return (pool.batch(which).inputs for which in pool.some(seed, batch_tokens, _SOME_TOKENS))
 
 
 @contextmanager
