@@ -86,9 +86,9 @@ def _answers(model: Any, tokenizer: Any, rows: Sequence[Mapping[str, str]]) -> A
 
 
 def _model(teacher: teachers.Teacher) -> tuple[Any, Any]:
-    from lrconvert import live
+    from lrconvert.live.load_model import load_model
 
-    return live.load_model(teacher.base), live.load_tokenizer(teacher.base)
+    return load_model.load_model(teacher.base), load_model.load_tokenizer(teacher.base)
 
 
 def _held(teacher: teachers.Teacher) -> list[dict[str, str]]:
@@ -149,7 +149,7 @@ def _scores(base: Answers, goal: Answers, found: Answers) -> dict[str, Any]:
 
 def _random_start(compact: Any, seed: int) -> Any:
     """The same file with random numbers."""
-    from lrconvert import packing
+    from lrconvert.lora import packing
     from lrconvert.methods import base as methods
 
     rng, tensors = np.random.default_rng(seed), {}
@@ -192,8 +192,9 @@ def _fitted(teacher: teachers.Teacher, lora: Any, form: str, share: float) -> An
 
 
 def _cell(name: str, form: str, share: float, mode: str, seed: int) -> dict[str, Any]:
-    from lrconvert import api, file
-    from lrconvert.errors import BudgetError
+    from lrconvert import api
+    from lrconvert.core.errors import BudgetError
+    from lrconvert.formats.lrc import file
 
     teacher = teachers.get(name)
     if isinstance(teacher, str):
@@ -238,10 +239,12 @@ def _vit(form: str, mode: str) -> dict[str, Any]:
     """A vision transformer at the size of a fixture, through batches of model inputs."""
     import torch
 
-    from lrconvert import api, file, live
+    from lrconvert import api
+    from lrconvert.formats.lrc import file
+    from lrconvert.live.load_model import load_model
 
     base, lora = _FIXTURES / "bases/tiny-vit", api.load_lora(_FIXTURES / "adapters/vit-plain")
-    model, held = live.load_model(base), _vit_images(1, 32)
+    model, held = load_model.load_model(base), _vit_images(1, 32)
 
     def answers() -> Answers:
         with torch.no_grad():

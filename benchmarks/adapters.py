@@ -15,8 +15,9 @@ from typing import Any
 
 import cells
 
-from lrconvert import api, errors
-from lrconvert.adapter import LoraAdapter
+from lrconvert import api
+from lrconvert.core import errors
+from lrconvert.lora.adapter import LoraAdapter
 from lrconvert.methods import base as methods
 
 ASSETS = cells.ROOT.parent / "shared" / "assets" / "adapters"

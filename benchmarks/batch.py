@@ -21,8 +21,8 @@ from typing import Any
 import cells
 import numpy as np
 
-from lrconvert.container import encode_header
-from lrconvert.dtypes import round_to
+from lrconvert.core.dtypes import round_to
+from lrconvert.io.container import encode_header
 
 COUNT = 16
 RANK, BLOCKS, WIDTH, WIDE = 16, 8, 1024, 2816

@@ -67,7 +67,7 @@ def _converted(lora: Any, method: str, options: dict[str, Any], share: float, st
 
 def _ternary(lora: Any, nbytes: int) -> tuple[Any, int]:
     """Signs of the largest numbers of every factor, times one size per factor, and its bytes at their entropy."""
-    from lrconvert.dtypes import Stored
+    from lrconvert.core.dtypes import Stored
 
     def bits(share: float) -> float:
         return -share * math.log2(share / 2) - (1 - share) * math.log2(1 - share) if 0 < share < 1 else 1.0
@@ -89,8 +89,8 @@ def _ternary(lora: Any, nbytes: int) -> tuple[Any, int]:
 
 def _random_columns(lora: Any, nbytes: int, statistics: Any) -> tuple[Any, int]:
     """SBoRA-FA as published: random columns, as many in every target; the numbers are the best for them, at 16 bit."""
-    from lrconvert import canonical
-    from lrconvert.dtypes import Stored
+    from lrconvert.core.dtypes import Stored
+    from lrconvert.lora import svd
 
     def size(rank: int) -> int:
         return sum(2 * rank * t.out_features + 2 * rank for t in lora.shapes())
@@ -101,7 +101,7 @@ def _random_columns(lora: Any, nbytes: int, statistics: Any) -> tuple[Any, int]:
     rng, pairs = np.random.default_rng(0), []
     for pair in lora.targets:
         inner = pair.target.in_features
-        metric = canonical.fit_metric(pair, statistics.of(pair.target))
+        metric = svd.fit_metric(pair, statistics.of(pair.target))
         unit = np.zeros((min(rank, inner), inner), np.float32)
         unit[np.arange(len(unit)), np.sort(rng.choice(inner, len(unit), replace=False))] = 1
         right = metric.times(unit) @ (pair.scale * pair.A.astype(np.float64)).T

@@ -41,8 +41,8 @@ sys.path.insert(0, str(cells.ROOT / "tests"))
 
 from peers import make
 
-from lrconvert.container import encode_header, open_checkpoint
-from lrconvert.dtypes import round_to
+from lrconvert.core.dtypes import round_to
+from lrconvert.io.container import encode_header, open_checkpoint
 
 PEERS = cells.ROOT / "tests" / "peers"
 HIDDEN, INNER, KV, VOCABULARY, RANK = 4096, 14336, 1024, 128256, 16

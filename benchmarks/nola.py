@@ -32,7 +32,7 @@ _HEAD = """
 import json, sys, time
 import numpy as np
 import lrconvert.methods.nola as nola
-from lrconvert.adapter import CompactAdapter, Target
+from lrconvert.lora.adapter import CompactAdapter, Target
 from lrconvert.methods import base as methods
 from lrconvert.methods.nola.form import Config, Form, bases, complete, places
 family, shapes, layers, rank, count = json.loads(sys.argv[1])

@@ -32,7 +32,8 @@ SHAPES = {
 _CHILD = """
 import json, pathlib, statistics, sys, time
 import torch, transformers
-from lrconvert import collecting, statistics_file
+from lrconvert.live import collect_statistics as collecting
+from lrconvert.lora import statistics_file
 hidden, inner, heads, kv, layers, rows, length, count = json.loads(sys.argv[1])
 torch.manual_seed(0)
 config = transformers.LlamaConfig(

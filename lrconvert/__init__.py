@@ -11,9 +11,12 @@ only by what computes with them.
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.0.1"
+from lrconvert.core.version import __version__ as __version__
+
 __all__ = [
     "Batch",
     "Conversion",
@@ -80,20 +83,20 @@ if TYPE_CHECKING:
         verify,
         write,
     )
-    from lrconvert.consumers.base import Finding
-    from lrconvert.converting import Conversion
-    from lrconvert.errors import LrcError
-    from lrconvert.many.run import Batch, allocate_many, compress_many, convert_many
-    from lrconvert.merging import Scaled
+    from lrconvert.api.batch.run import Batch, allocate_many, compress_many, convert_many
+    from lrconvert.convert.convert import Conversion
+    from lrconvert.core.errors import LrcError
+    from lrconvert.formats.compat.base import Finding
+    from lrconvert.merge import Scaled
 
 
 def __getattr__(name: str) -> Any:
     if name == "LrcError":
-        from lrconvert.errors import LrcError
+        from lrconvert.core.errors import LrcError
 
         return LrcError
     if name in _MANY:
-        from lrconvert.many import run
+        from lrconvert.api.batch import run
 
         return getattr(run, name)
     if name in __all__:
@@ -101,6 +104,17 @@ def __getattr__(name: str) -> Any:
 
         return getattr(api, name)
     raise AttributeError(f"module 'lrconvert' has no attribute {name!r}")
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: object) -> None:
+        """Keep `lrconvert.convert`, `merge` and `refine` the verbs: importing the folders of those names would bind
+        their modules here."""
+        if name not in __all__ or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from lrconvert.adapter import MATRIX, LoraAdapter, LoraTarget, Target, View
-from lrconvert.dtypes import Stored
+from lrconvert.core.dtypes import Stored
+from lrconvert.lora.adapter import MATRIX, LoraAdapter, LoraTarget, Target, View
 from lrconvert.testing import faults
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from lrconvert.adapter import CompactAdapter, ExtraTensor, LoraAdapter, LoraTarget, Target
-from lrconvert.base_weights import BaseWeights
-from lrconvert.container import ContainerFile, encode_header, open_checkpoint
-from lrconvert.dtypes import TORCH_NAMES, Stored, round_to
+from lrconvert.core.dtypes import TORCH_NAMES, Stored, round_to
+from lrconvert.io.container import ContainerFile, encode_header, open_checkpoint
+from lrconvert.lora.adapter import CompactAdapter, ExtraTensor, LoraAdapter, LoraTarget, Target
+from lrconvert.lora.base_weights import BaseWeights
 from lrconvert.methods import base as methods
 
 

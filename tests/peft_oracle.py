@@ -14,7 +14,7 @@ import torch
 from conftest import dense
 from torch import nn
 
-from lrconvert.adapter import LoraAdapter, LoraTarget
+from lrconvert.lora.adapter import LoraAdapter, LoraTarget
 
 Maker = Callable[[], nn.Module]
 

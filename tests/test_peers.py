@@ -13,7 +13,7 @@ import pytest
 from conftest import ADAPTERS, BASES
 from peers import make, oracle, table
 
-from lrconvert.consumers import base, llamacpp, sglang, vllm
+from lrconvert.formats.compat import base, llamacpp, sglang, vllm
 
 pytestmark = pytest.mark.slow
 

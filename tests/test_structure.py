@@ -1,100 +1,152 @@
-"""The structure that CONTRIBUTING.md promises: one way through the code, and cheap imports."""
+"""The structure that docs/architecture.md promises: one way through the code, and cheap imports."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "lrconvert"
-
-# Each group may import from the groups before it, and from its own; nothing imports upward.
-ORDER = [
-    {"errors", "limits"},
-    {
-        *("strictjson", "dtypes", "container", "durable", "hub"),
-        *("packing", "straight", "subvectors", "vectorbank", "devices", "products", "exact", "prng"),
-    },
-    {
-        *("adapter", "canonical", "renamings", "unets", "llamacpp", "targets", "fingerprint", "quantized"),
-        *("moments", "base_weights", "students"),
-    },
-    {"methods"},
-    {"manifest", "file", "report", "validation", "modelcard", "statistics_file"},
-    {"readers", "loading", "exporters", "consumers"},
-    {"heads", "merging", "baking", "attaching", "live", "texts", "collecting", "measuring"},
-    {"converting"},
-    {"gathering", "compressing", "ablating", "allocating", "swapping", "refining", "retraining"},
-    {"api"},
-    {"render", "page", "demo", "many", "cli", "testing", "__main__"},
-]
-LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
-# Lower-level numerics may use the plain nouns of the next group.
-ALLOWED = {("vectorbank", "adapter"), ("vectorbank", "moments"), ("exact", "adapter")}
+RULE = "core < io < lora < methods < formats < merge < live < convert < refine < report < api < cli"
+FOLDERS = RULE.split(" < ")
+ABOVE = ("demo", "testing", "__main__", "__init__")  # may import any folder; no folder imports them
+FLAT = {"__init__.py", "__main__.py", "py.typed"}
 
 
-def room(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def module(path: Path, package: Path = PACKAGE) -> str:
+    """The dotted name of a file of the package."""
+    return ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports(path: Path) -> list[str]:
-    """The lrconvert rooms that a file imports, wherever in it; under TYPE_CHECKING they count as well."""
-    found = []
+def imports(path: Path, package: Path = PACKAGE) -> Iterator[str]:
+    """The modules of the package that a file imports, wherever in it; under TYPE_CHECKING they count as well."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lrconvert":
-            parts = node.module.split(".")
-            found += [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
-            found += [a.name.split(".")[1] for a in node.names if a.name.startswith("lrconvert.")]
-    return [name for name in found if name != "__version__"]
+            names = [alias.name for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] != package.name:
+                continue
+            inside = package.parent.joinpath(*parts)
+            whole = inside.with_suffix(".py").exists() or (inside / "__init__.py").exists()
+            yield name if whole else ".".join(parts[:-1])
 
 
-FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py" or p.parent != PACKAGE)
+def graph(package: Path = PACKAGE) -> dict[str, set[str]]:
+    """For every file the files that it imports."""
+    return {module(p, package): set(imports(p, package)) - {module(p, package)} for p in sorted(package.rglob("*.py"))}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_go_one_way(path):
-    here = room(path)
-    assert here in LEVEL, f"{here} has no place in the import order"
-    for name in imports(path):
-        assert name in LEVEL, f"{path.name} imports the unknown room {name}"
-        assert LEVEL[name] <= LEVEL[here] or (here, name) in ALLOWED, f"{here} imports {name}, which lies above it"
+def folder(name: str) -> str:
+    """The folder of the package that a module lies in; ``__init__`` for the package itself."""
+    return ([*name.split("."), "__init__"])[1]
 
 
-def test_the_import_check_works():
-    assert LEVEL["cli"] > LEVEL["methods"] > LEVEL["container"]
-    assert "durable" in imports(PACKAGE / "file.py") and "container" in imports(PACKAGE / "file.py")
+def upward(files: dict[str, set[str]]) -> list[str]:
+    """Every import that the rule forbids."""
+    level = {name: n for n, name in enumerate(FOLDERS)} | dict.fromkeys(ABOVE, len(FOLDERS))
+    return [
+        f"{one} imports {other}"
+        for one, others in files.items()
+        for other in sorted(others)
+        if folder(one) != folder(other)
+        and not level[folder(other)] < level[folder(one)]
+        and not (folder(one) in ABOVE and folder(other) in ABOVE)
+    ]
 
 
-def test_no_junk_drawers():
+def circle(files: dict[str, set[str]]) -> list[str]:
+    """The modules of a circle of imports; none if there is no circle."""
+    try:
+        TopologicalSorter(files).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_imports_go_one_way() -> None:
+    assert upward(graph()) == []
+
+
+def test_no_circle_of_files() -> None:
+    assert circle(graph()) == []
+
+
+def test_the_rule_stands_in_the_documents() -> None:
+    assert RULE in (ROOT / "docs" / "architecture.md").read_text()
+
+
+def test_nothing_lies_flat() -> None:
+    assert {p.name for p in PACKAGE.iterdir() if p.is_file()} == FLAT
+    folders = {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name != "__pycache__"}
+    assert folders == {*FOLDERS, "demo", "testing"}
+
+
+def test_tests_mirror_the_folders() -> None:
+    mirrored = {p.parent.relative_to(ROOT / "tests").parts[0] for p in (ROOT / "tests").glob("*/test_*.py")}
+    assert mirrored == set(FOLDERS)
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Path:
+    """A package in which everything is right."""
+    package = tmp_path / "lrconvert"
+    for name in ("core", "io", "cli"):
+        (package / name).mkdir(parents=True)
+        (package / name / "__init__.py").write_text("")
+    (package / "__init__.py").write_text("")
+    (package / "core" / "one.py").write_text("from lrconvert.core import two\n")
+    (package / "core" / "two.py").write_text("x = 1\n")
+    (package / "io" / "file.py").write_text("from lrconvert.core.two import x\n")
+    assert upward(graph(package)) == [] and circle(graph(package)) == []
+    return package
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from lrconvert.io import file",
+        "def late():\n    from lrconvert.io.file import x",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import lrconvert.io.file",
+        "from lrconvert import api",
+    ],
+)
+def test_the_check_of_the_way_bites(house: Path, line: str) -> None:
+    (house / "core" / "two.py").write_text(line + "\n")
+    assert len(upward(graph(house))) == 1
+
+
+def test_the_check_of_circles_bites(house: Path) -> None:
+    (house / "core" / "two.py").write_text("def late():\n    from lrconvert.core.one import two\n")
+    assert {"lrconvert.core.one", "lrconvert.core.two"} == set(circle(graph(house)))
+
+
+def test_no_junk_drawers() -> None:
     assert not [p for p in PACKAGE.rglob("*.py") if p.stem in ("utils", "util", "helpers", "misc", "common")]
 
 
-def test_only_durable_writes():
-    """durable is the only room that creates, renames or deletes files; faults.py stands in for its disk."""
-    verbs = {
-        "mkdir",
-        "unlink",
-        "rename",
-        "replace",
-        "rmdir",
-        "rmtree",
-        "write_bytes",
-        "write_text",
-        "touch",
-        "symlink_to",
-    }
-    for path in FILES:
-        if room(path) == "durable" or path.name == "faults.py":
+WRITING = {"mkdir", "unlink", "rename", "rmdir", "rmtree", "write_bytes", "write_text", "touch", "symlink_to"}
+
+
+def test_only_durable_writes() -> None:
+    """io/durable alone creates, renames or deletes files; faults.py stands in for its disk."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.parent.name == "durable" or path.name == "faults.py":
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             of = node.value if isinstance(node, ast.Attribute) else None
             staged = getattr(of, "attr", getattr(of, "id", "")) in ("folder", "content", "files")
-            if isinstance(node, ast.Attribute) and node.attr in verbs - {"replace"} and not staged:
+            if isinstance(node, ast.Attribute) and node.attr in WRITING and not staged:
                 raise AssertionError(f"{path.name}:{node.lineno} calls .{node.attr}")
 
 
@@ -123,11 +175,11 @@ LIGHT = {
 
 
 @pytest.mark.parametrize("name", LIGHT)
-def test_import_budget(name):
+def test_import_budget(name: str) -> None:
     assert loaded(LIGHT[name]) == set()
 
 
-def test_the_budget_check_works():
+def test_the_budget_check_works() -> None:
     assert loaded("import torch") >= {"torch"}
 
 
@@ -135,3 +187,12 @@ def test_every_public_name_is_there() -> None:
     import lrconvert
 
     assert all(hasattr(lrconvert, name) for name in lrconvert.__all__)
+
+
+def test_folders_do_not_hide_the_verbs_of_their_names() -> None:
+    import lrconvert
+    from lrconvert.convert.convert import convert  # binds the folder `convert` in the package
+    from lrconvert.refine.refine import refine
+
+    assert callable(lrconvert.convert) and callable(lrconvert.merge) and callable(lrconvert.refine)
+    assert lrconvert.convert is not convert and lrconvert.refine is not refine

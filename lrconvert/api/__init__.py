@@ -7,11 +7,11 @@ from lrconvert.api.comparing import compare, load_statistics, statistics
 from lrconvert.api.conversions import allocate, compress, convert, refine
 from lrconvert.api.live import attach, detach, disabled, set_active
 from lrconvert.api.outputs import export, merge, recover, unmerge, verify
-from lrconvert.compressing import Compression
-from lrconvert.consumers.base import Finding
-from lrconvert.converting import Conversion
-from lrconvert.errors import LrcError
-from lrconvert.merging import Scaled
+from lrconvert.convert.compress import Compression
+from lrconvert.convert.convert import Conversion
+from lrconvert.core.errors import LrcError
+from lrconvert.formats.compat.base import Finding
+from lrconvert.merge import Scaled
 
 __all__ = [
     "Compression",

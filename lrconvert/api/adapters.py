@@ -6,20 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lrconvert import (
-    file,
-    hub,
-    loading,
-    report,
-    statistics_file,
-    validation,
-)
-from lrconvert.adapter import CompactAdapter, LoraAdapter
 from lrconvert.api.shared import AnyPath
-from lrconvert.consumers import base as consumer_base
-from lrconvert.consumers.base import Finding
-from lrconvert.durable import check_output
-from lrconvert.validation import Validation
+from lrconvert.formats import fidelity, loading
+from lrconvert.formats.compat import base as consumer_base
+from lrconvert.formats.compat.base import Finding
+from lrconvert.formats.lrc import file, validation
+from lrconvert.formats.lrc.validation import Validation
+from lrconvert.io import hub
+from lrconvert.io.durable import check_output
+from lrconvert.lora import statistics_file
+from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 
 
 def load_lora(
@@ -52,12 +48,12 @@ def load(
 
     `base` (a model folder or diffusers pipeline) resolves the names of layouts that spell them in their own way, and is
     needed where a file does not say how wide layers are; headers are read, or its config.json alone. `layout` names the
-    reader (``"kohya"``; see `lrconvert.readers`) instead of the content. `alpha` is for layouts that do not state one.
-    Raises E-OPTION for an unknown layout, and for an alpha that the layout states itself.
+    reader (``"kohya"``; see `lrconvert.formats.readers`) instead of the content. `alpha` is for layouts that do not
+    state one. Raises E-OPTION for an unknown layout, and for an alpha that the layout states itself.
 
     `layout` and `alpha` mean this wherever a verb takes adapters by their path, and hold for all of these that are not
     lrconvert files; E-OPTION if there is none. Wherever an adapter or a base is asked for, `path` may be a hub id
-    (``org/name``, ``org/name@revision``) that is in the local Hugging Face cache; see `lrconvert.hub`.
+    (``org/name``, ``org/name@revision``) that is in the local Hugging Face cache; see `lrconvert.io.hub`.
     """
     return loading.load(path, loading.options(allow_pickle, base, layout, alpha))
 
@@ -104,9 +100,9 @@ def inspect(
     where = hub.locate(path)
     if where.is_file() and statistics_file.is_statistics(where):
         loading.refuse_said(loading.options(layout=layout, alpha=alpha), where)
-        return report.inspect_statistics(statistics_file.read(where), where.stat().st_size)
+        return fidelity.inspect_statistics(statistics_file.read(where), where.stat().st_size)
     adapter = load(path, allow_pickle=allow_pickle, base=base, layout=layout, alpha=alpha)
-    return report.inspect_lora(adapter) if isinstance(adapter, LoraAdapter) else report.inspect_compact(adapter)
+    return fidelity.inspect_lora(adapter) if isinstance(adapter, LoraAdapter) else fidelity.inspect_compact(adapter)
 
 
 def validate(path: AnyPath, *, base: AnyPath | None = None) -> Validation:

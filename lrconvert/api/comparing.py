@@ -7,19 +7,17 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrconvert import (
-    hub,
-    loading,
-    report,
-    statistics_file,
-)
-from lrconvert.adapter import CompactAdapter, LoraAdapter
 from lrconvert.api.adapters import read
 from lrconvert.api.shared import AnyPath, Progress, silent, statistics_of
-from lrconvert.errors import LrcError, OptionError
+from lrconvert.core.errors import LrcError, OptionError
+from lrconvert.formats import fidelity as report
+from lrconvert.formats import loading
+from lrconvert.formats.fidelity import Fidelity
+from lrconvert.io import hub
+from lrconvert.lora import statistics_file
+from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
+from lrconvert.lora.input_statistics import InputStatistics
 from lrconvert.methods import base as methods
-from lrconvert.moments import InputStatistics
-from lrconvert.report import Fidelity
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,7 +62,7 @@ def compare(
         return found
     if base is None or data is None:
         raise OptionError("base and data go together", fix="give both")
-    from lrconvert import gathering
+    from lrconvert.live import statistics as gathering
 
     measured = gathering.measured(
         lora,
@@ -111,7 +109,7 @@ def statistics(
     With `out` the statistics are written there, and unfinished work beside it every `checkpoint_seconds`: the same call
     goes on with it. Raises E-DATA, E-STATS, E-BASE, E-VALUE, E-OUT-*.
     """
-    from lrconvert import gathering
+    from lrconvert.live import statistics as gathering
 
     said = loading.options(allow_pickle, base, layout, alpha)
     if adapter is None:

@@ -8,29 +8,27 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrconvert import (
-    allocating,
-    compressing,
-    converting,
-    file,
-    hub,
-    loading,
-)
-from lrconvert.adapter import CompactAdapter, LoraAdapter
-from lrconvert.allocating import Allocation
 from lrconvert.api.adapters import read
 from lrconvert.api.shared import AnyPath, Progress, settings_of, silent, statistics_of
-from lrconvert.compressing import Compression
-from lrconvert.container import KnownContent
-from lrconvert.converting import Conversion, ExtraDtype
-from lrconvert.durable import check_output, delete_leftover
-from lrconvert.errors import AttachError, BaseError, DataError
-from lrconvert.moments import InputStatistics
+from lrconvert.convert import compress as compressing
+from lrconvert.convert import convert as converting
+from lrconvert.convert import rank_allocation
+from lrconvert.convert.compress import Compression
+from lrconvert.convert.convert import Conversion, ExtraDtype
+from lrconvert.convert.rank_allocation import Allocation
+from lrconvert.core.errors import AttachError, BaseError, DataError
+from lrconvert.formats import loading
+from lrconvert.formats.lrc import file
+from lrconvert.io import hub
+from lrconvert.io.container import KnownContent
+from lrconvert.io.durable import check_output, delete_leftover
+from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
+from lrconvert.lora.input_statistics import InputStatistics
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from lrconvert.refining.refine import Refinement
+    from lrconvert.refine.refine import Refinement
 
 
 def convert(
@@ -148,14 +146,14 @@ def compress(
     reason = compressing.no_answers(rank_by, there, data is not None, min_captured, bake_dora)
     if reason is not None or there is None:
         return replace(fit(lora, known, progress), note=reason or "")
-    from lrconvert.refining import contest
+    from lrconvert.refine import successive_halving
 
     settings = settings_of(
         "compress", {"length": length, "batch_tokens": batch_tokens, "max_tokens": max_tokens, "seed": seed}
     )
-    rules = contest.Rules(budget_minutes, steps)
+    rules = successive_halving.Rules(budget_minutes, steps)
     try:
-        return contest.compress(
+        return successive_halving.compress(
             lora, fit, there, data, settings, rules, statistics=known, device=device, progress=progress
         )
     except (AttachError, BaseError, DataError) as error:  # no such model, or nothing to learn
@@ -178,13 +176,13 @@ def allocate(
     statistics: AnyPath | InputStatistics | None = None,
     bake_dora: int | None = None,
     extra_dtype: ExtraDtype | None = None,
-    rounds: int = allocating.ROUNDS,
-    exact: int = allocating.EXACT,
+    rounds: int = rank_allocation.ROUNDS,
+    exact: int = rank_allocation.EXACT,
     length: int = 512,
     batch_tokens: int = 1024,
-    max_tokens: int = allocating.MAX_TOKENS,
+    max_tokens: int = rank_allocation.MAX_TOKENS,
     retrain: Mapping[str, Any] | None = None,
-    moves: int = allocating.MOVES,
+    moves: int = rank_allocation.MOVES,
     device: str = "cpu",
     dry_run: bool = False,
     base_content: KnownContent | None = None,
@@ -198,21 +196,21 @@ def allocate(
     ablation on data that the LoRA was better not trained on, in `rounds` of pruning; in each the `exact` components
     next to the cut are ablated, two forward passes each. The other options are those of `convert` and `compare`.
 
-    With `retrain`, fields of `lrconvert.refining.settings.Settings` (``{"steps": 300}``), and a `base` the result is
+    With `retrain`, fields of `lrconvert.refine.settings.Settings` (``{"steps": 300}``), and a `base` the result is
     trained as `refine` does it, on `data` or, without any, on texts of the LoRA's own; nothing of what is held out is
     scored or trained on. In the first half of the steps components change places up to `moves` times, of `exact` that
     are there and `exact` that may come. The result is what is best on held-out data, and never worse than the first
-    allocation (`training` and `moves` of it say what happened); see `lrconvert.retraining` for what to expect.
+    allocation (`training` and `moves` of it say what happened): `lrconvert.refine.rank_training` says what to expect.
 
     Raises E-BUDGET (with the smallest possible size), E-OPTION, E-DATA, E-ATTACH, E-BASE, and what `convert` raises.
     """
     if retrain is None:
-        verb: Callable[..., Allocation] = allocating.allocate
+        verb: Callable[..., Allocation] = rank_allocation.allocate
         given: dict[str, Any] = {"length": length, "batch_tokens": batch_tokens}
     else:
-        from lrconvert import retraining
+        from lrconvert.refine import rank_training
 
-        verb = retraining.allocate
+        verb = rank_training.allocate
         settings = settings_of("retrain", {"length": length, "batch_tokens": batch_tokens, **retrain})
         given = {"settings": settings, "moves": moves}
     return verb(
@@ -264,13 +262,13 @@ def refine(
     quantizers in the loop. What is best on held-out data is the result, and never worse than the input (`improved`
     says). With `out` it is written there, unfinished work beside it as ``<out>.partial``, with which `resume` goes on:
     on one device the result is that of a run without a pause. `settings` are the fields of
-    `lrconvert.refining.settings.Settings`; `log` takes JSON lines; `load_in_4bit` quantizes the base to NF4. `layout`
+    `lrconvert.refine.settings.Settings`; `log` takes JSON lines; `load_in_4bit` quantizes the base to NF4. `layout`
     and `alpha` are those of `load` for the teacher.
 
     Under torchrun or accelerate all processes work on one adapter, and the first one writes. Raises E-DATA, E-OPTION,
     E-BASE, E-FPR, E-ATTACH, E-STATS (a checkpoint of other work), E-DEPENDENCY, E-OUT-*.
     """
-    from lrconvert.refining import refine as refining
+    from lrconvert.refine import refine as refining
 
     chosen = settings_of("refine", settings)
     where = base if isinstance(base, (str, PathLike)) else None

@@ -6,17 +6,15 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from lrconvert import (
-    loading,
-)
-from lrconvert.adapter import CompactAdapter, LoraAdapter
 from lrconvert.api.shared import AnyPath
+from lrconvert.formats import loading
+from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from lrconvert.attaching import AttachedAdapter
+    from lrconvert.live.attach import AttachedAdapter
 
 
 def attach(
@@ -40,7 +38,7 @@ def attach(
     """
     import torch
 
-    from lrconvert import attaching
+    from lrconvert.live import attach as attaching
 
     found = loading.adapter(adapter, loading.options(allow_pickle, base, layout, alpha))
     return attaching.attach(model, found, name=name, scale=scale, dtype=dtype or torch.float32, trainable=trainable)
@@ -48,20 +46,20 @@ def attach(
 
 def detach(model: nn.Module, name: str | None = None) -> None:
     """Take one adapter, or all, off a live model; without adapters it is the object that it was. Raises E-ATTACH."""
-    from lrconvert import attaching
+    from lrconvert.live import attach as attaching
 
     attaching.detach(model, name)
 
 
 def set_active(model: nn.Module, names: str | Sequence[str]) -> None:
     """Choose which attached adapters a live model uses; their updates add up. Raises E-ATTACH."""
-    from lrconvert import attaching
+    from lrconvert.live import attach as attaching
 
     attaching.set_active(model, names)
 
 
 def disabled(model: nn.Module) -> AbstractContextManager[None]:
     """A context in which a live model computes without its adapters."""
-    from lrconvert import attaching
+    from lrconvert.live import attach as attaching
 
     return attaching.disabled(model)

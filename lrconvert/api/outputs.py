@@ -6,21 +6,22 @@ from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
-from lrconvert import (
-    hub,
-    loading,
-    merging,
-    report,
-)
-from lrconvert.adapter import CompactAdapter, LoraAdapter
 from lrconvert.api.adapters import read
 from lrconvert.api.shared import AnyPath, Progress, silent
-from lrconvert.consumers import base as consumer_base
-from lrconvert.durable import atomic_directory, check_output
-from lrconvert.exporters import base as exporters
-from lrconvert.exporters.base import Exported
-from lrconvert.merging import MergeReport, Recovery, Scaled, UnmergeReport, VerifyReport
-from lrconvert.readers.base import ReadOptions
+from lrconvert.formats import fidelity as report
+from lrconvert.formats import loading
+from lrconvert.formats.compat import base as consumer_base
+from lrconvert.formats.exporters import base as exporters
+from lrconvert.formats.exporters.base import Exported
+from lrconvert.formats.readers.shared.options import ReadOptions
+from lrconvert.io import hub
+from lrconvert.io.durable import atomic_directory, check_output
+from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
+from lrconvert.merge import MergeReport, Recovery, Scaled, UnmergeReport, VerifyReport
+from lrconvert.merge import merge as merge_models
+from lrconvert.merge import recover as recover_model
+from lrconvert.merge import unmerge as unmerge_model
+from lrconvert.merge import verify as verify_model
 
 
 def export(
@@ -117,7 +118,7 @@ def merge(
     E-OUT-EXISTS, E-OUT-PATH, E-OUT-SPACE, E-LOCKED, E-DEVICE, E-IO-WRITE: nothing is changed then; E-UNFINISHED: see
     `recover`.
     """
-    return merging.merge(
+    return merge_models(
         hub.output(base) if in_place else hub.locate(base),
         _loaded(adapters, loading.options(allow_pickle, base, layout, alpha)),
         None if out is None else hub.output(out),
@@ -169,7 +170,7 @@ def unmerge(
     record is gone or was made without undo. `device` as for `merge`. Raises E-UNDO, E-UNDO-ORDER, E-DIGEST, E-FPR,
     E-OPTION, E-DEVICE, E-OUT-*; nothing is changed then.
     """
-    return merging.unmerge(
+    return unmerge_model(
         hub.output(merged) if out is None else Path(merged),
         None if out is None else hub.output(out),
         in_place=in_place,
@@ -186,7 +187,7 @@ def recover(path: AnyPath) -> Recovery:
     """Bring what a merge or unmerge in place left at `path` to the old state or the new one, verified by digests, and
     remove what killed runs have left of an output. The state is "clean", "old" or "new". Raises E-LOCKED, E-DIGEST,
     E-IO-*."""
-    return merging.recover(hub.output(path))
+    return recover_model(hub.output(path))
 
 
 def verify(
@@ -204,6 +205,6 @@ def verify(
     """Whether `merged` is the merge of `base` and `adapters`: every value is computed again, every bit compared.
     `layout`, `alpha` and `device` are those of `merge`."""
     inputs = _loaded(adapters, loading.options(allow_pickle, base, layout, alpha))
-    return merging.verify(
+    return verify_model(
         hub.locate(merged), hub.locate(base), inputs, dequantize=dequantize, device=device, progress=progress
     )

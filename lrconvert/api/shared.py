@@ -8,14 +8,12 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrconvert import (
-    statistics_file,
-)
-from lrconvert.errors import OptionError
-from lrconvert.moments import InputStatistics
+from lrconvert.core.errors import OptionError
+from lrconvert.lora import statistics_file
+from lrconvert.lora.input_statistics import InputStatistics
 
 if TYPE_CHECKING:
-    from lrconvert.refining.settings import Settings
+    from lrconvert.refine.settings import Settings
 
 AnyPath = str | PathLike[str]
 Progress = Callable[[float, str], None]
@@ -27,7 +25,7 @@ def silent(fraction: float, text: str) -> None:
 
 def settings_of(verb: str, given: Mapping[str, Any]) -> Settings:
     """Raises E-OPTION for what is no setting."""
-    from lrconvert.refining.settings import Settings
+    from lrconvert.refine.settings import Settings
 
     known = {field.name for field in fields(Settings)}
     unknown = sorted(set(given) - known)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import click
 
-from lrconvert import __version__
 from lrconvert.cli import adapters, allocating, converting, measuring, merging, refining
 from lrconvert.cli.shared import ByteSize
-from lrconvert.errors import EXIT_REFUSED, LrcError
+from lrconvert.core.errors import EXIT_REFUSED, LrcError
+from lrconvert.core.version import __version__
 
 __all__ = ["ByteSize", "cli", "main"]
 
@@ -55,11 +55,12 @@ def main() -> None:
 
 @click.command()
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Keep the files in this new folder.")
-def demo(output: Path | None) -> None:
+@click.pass_context
+def demo(context: click.Context, output: Path | None) -> None:
     """Run the whole pipeline on the bundled model and LoRA, and print what it measures."""
-    from lrconvert.demo.run import run
+    from lrconvert.cli.demo import run
 
-    run(output, click.echo)
+    run(context.find_root().command, output, click.echo)
 
 
 _LOOKING = (adapters.inspect, adapters.validate, adapters.upgrade, measuring.compare, measuring.statistics)

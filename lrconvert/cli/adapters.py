@@ -20,7 +20,7 @@ from lrconvert.cli.shared import (
     takes_adapters,
     warn,
 )
-from lrconvert.errors import EXIT_REFUSED, printable
+from lrconvert.core.errors import EXIT_REFUSED, printable
 
 
 @click.command()
@@ -34,13 +34,14 @@ from lrconvert.errors import EXIT_REFUSED, printable
 @as_json_option
 def inspect(source: Path, base: Path | None, as_json: bool, **reading: Any) -> None:
     """Show what an adapter is: targets, ranks, spectrum, bytes. Any LoRA layout, lrconvert files, statistics."""
-    from lrconvert import api, render
+    from lrconvert import api
+    from lrconvert.report import text_and_json
 
     found = api.inspect(source, base=base, **reading)
     if as_json:
         emit({"path": str(source), **found})
         return
-    click.echo(render.inspection(str(source), found))
+    click.echo(text_and_json.inspection(str(source), found))
     warn(found["warnings"])
 
 
@@ -146,7 +147,7 @@ def export(
 
 def _check(path: Path, consumers: tuple[str, ...], base: Path | None, as_json: bool, **given: Any) -> None:
     from lrconvert import api
-    from lrconvert.consumers import base as known
+    from lrconvert.formats.compat import base as known
 
     options = {name: value for name, value in given.items() if value is not None}
     findings = api.check(path, consumers, base=base, **options)
@@ -172,7 +173,7 @@ def _check(path: Path, consumers: tuple[str, ...], base: Path | None, as_json: b
 
 def check_command() -> click.Command:
     """The command `check`: its choices and options are those of the consumers."""
-    from lrconvert.consumers import base as known
+    from lrconvert.formats.compat import base as known
 
     path = click.Path(path_type=Path)
     own = {o.name: o for c in known.chosen(["all"]) for o in method_options(c.Options, {})}

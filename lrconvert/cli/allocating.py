@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import click
 
@@ -13,12 +13,13 @@ from lrconvert.cli.converting import check_paths, common_options
 from lrconvert.cli.measuring import DATA_HELP
 from lrconvert.cli.refining import refinement_json, shown
 from lrconvert.cli.shared import device_of, emit, progress_bar, warn
-from lrconvert.errors import printable
+from lrconvert.core.errors import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lrconvert.allocating import Allocation, Module
+    from lrconvert.convert.rank_allocation import Allocation, Module
+    from lrconvert.refine.rank_training import TrainedAllocation
 
 NAME = "lora-to-alora"
 _ABOUT = "Give every module the rank it deserves under one budget (ALoRA); the file is of the form lowrank."
@@ -28,7 +29,7 @@ _LAYERS = 48  # ranks of one kind of module that are shown one by one
 
 def command() -> click.Command:
     """The command: it needs no model without --data."""
-    from lrconvert.allocating import BITS, EXACT, MAX_TOKENS, MOVES, ROUNDS
+    from lrconvert.convert.rank_allocation import BITS, EXACT, MAX_TOKENS, MOVES, ROUNDS
 
     params = [param for param in common_options() if param.name != "seed"]  # without training nothing is random
     params[3:3] = [
@@ -117,7 +118,8 @@ def _allocate(
     device: str,
     **common: Any,
 ) -> None:
-    from lrconvert import api, render
+    from lrconvert import api
+    from lrconvert.report import text_and_json
 
     where = check_paths(source, output, overwrite, needed=not dry_run)
     lora = api.load_lora(where, allow_pickle=allow_pickle, base=common["base"], layout=layout, alpha=alpha)
@@ -137,19 +139,24 @@ def _allocate(
         return
     warn(done.warnings)
     if not quiet:
-        told = render.conversion(str(source), None if dry_run else str(output), done, verbose)
+        told = text_and_json.conversion(str(source), None if dry_run else str(output), done, verbose)
         click.echo(f"{told}\n\n{ranks(done, verbose)}{_training(done)}")
 
 
+def is_trained(done: Allocation) -> TypeGuard[TrainedAllocation]:
+    """Whether an allocation was trained; its class is not asked, which would load torch."""
+    return hasattr(done, "training")
+
+
 def allocation_json(done: Allocation) -> dict[str, Any]:
-    from lrconvert import render
+    from lrconvert.report import text_and_json
 
     trained = {}
-    if done.training is not None:
+    if is_trained(done):
         moves = [vars(move) for move in done.moves]
         trained = {"training": {**refinement_json(done.training), "moves": moves}}
     return {
-        **render.conversion_json(done),
+        **text_and_json.conversion_json(done),
         **trained,
         "scores": {"of": done.scores, "items": done.items, "ablated": done.ablated},
         "modules": [
@@ -161,7 +168,7 @@ def allocation_json(done: Allocation) -> dict[str, Any]:
 
 def _training(done: Allocation) -> str:
     """What training did to the answers of the first allocation; nothing without one."""
-    if done.training is None:
+    if not is_trained(done):
         return ""
     moved = "; ".join(f"{m.came} for {m.went} after step {m.step}" for m in done.moves)
     return f"\n\n{shown('first allocation', 'trained', done.training)}\n\ncomponents exchanged: {moved or 'none'}"
@@ -169,7 +176,7 @@ def _training(done: Allocation) -> str:
 
 def ranks(done: Allocation, verbose: bool) -> str:
     """Ranks before and after: a row for each kind of module with a bar and the ranks by layer; then each module."""
-    from lrconvert import render
+    from lrconvert.report import text_and_json
 
     before, after = sum(m.before for m in done.modules), sum(m.after for m in done.modules)
     told = f"by {done.scores}"
@@ -185,11 +192,11 @@ def ranks(done: Allocation, verbose: bool) -> str:
     parts = [
         f"rank      {before:,} -> {after:,} over {len(done.modules)} modules, {told}",
         "",
-        render.table(head, rows),
+        text_and_json.table(head, rows),
     ]
     if verbose:
         each = [[printable(m.name), m.before, m.after] for m in done.modules]
-        parts += ["", render.table(["module", "rank before", "after"], each)]
+        parts += ["", text_and_json.table(["module", "rank before", "after"], each)]
     return "\n".join(parts)
 
 

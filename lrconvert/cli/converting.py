@@ -129,7 +129,8 @@ def _convert(
     device: str,
     **common: Any,
 ) -> None:
-    from lrconvert import api, render
+    from lrconvert import api
+    from lrconvert.report import text_and_json
 
     where = check_paths(source, output, overwrite, needed=not dry_run)
     lora = api.load_lora(where, allow_pickle=allow_pickle, base=common["base"], layout=layout, alpha=alpha)
@@ -140,17 +141,17 @@ def _convert(
     if output is not None and not dry_run:
         api.write(done.compact, output, overwrite=overwrite)
     if as_json:
-        emit({"source": str(source), "output": None if dry_run else str(output), **render.conversion_json(done)})
+        emit({"source": str(source), "output": None if dry_run else str(output), **text_and_json.conversion_json(done)})
         return
     warn(done.warnings)
     if not quiet:
-        click.echo(render.conversion(str(source), None if dry_run else str(output), done, verbose))
+        click.echo(text_and_json.conversion(str(source), None if dry_run else str(output), done, verbose))
 
 
 def check_paths(source: Path, output: Path | None, overwrite: bool, needed: bool) -> Path:
     """Where the source is. Raises a usage error without an output that is `needed`, E-OUT-* for a bad one."""
-    from lrconvert import hub
-    from lrconvert.durable import check_output
+    from lrconvert.io import hub
+    from lrconvert.io.durable import check_output
 
     if output is None and needed:
         raise click.UsageError("Missing option '-o' / '--output'.")
@@ -169,7 +170,7 @@ _NOT_FOR_ALL = ("dry_run", "verbose")
 
 def compress_command() -> click.Command:
     """The command `compress`: the converters' options, and what is asked of the winner."""
-    from lrconvert.compressing import RANKINGS
+    from lrconvert.convert.compress import RANKINGS
 
     params = [p for p in common_options() if p.name not in _NOT_FOR_ALL]
     params[5:5] = [
@@ -234,7 +235,8 @@ def _compress(
     device: str,
     **common: Any,
 ) -> None:
-    from lrconvert import api, render
+    from lrconvert import api
+    from lrconvert.report import text_and_json
 
     where = check_paths(source, output, overwrite, needed=True)
     assert output is not None
@@ -243,11 +245,11 @@ def _compress(
         done = api.compress(lora, forms=forms, device=device_of(device), progress=progress, **common)
     api.write(done.chosen.compact, output, overwrite=overwrite)
     if as_json:
-        emit({"source": str(source), "output": str(output), **render.compression_json(done)})
+        emit({"source": str(source), "output": str(output), **text_and_json.compression_json(done)})
         return
     warn(done.chosen.warnings)
     if not quiet:
-        click.echo(render.compression(str(source), str(output), done))
+        click.echo(text_and_json.compression(str(source), str(output), done))
 
 
 def commands() -> list[click.Command]:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from lrconvert.cli.shared import device_of, emit, progress_bar, warn
-from lrconvert.errors import EXIT_REFUSED, printable
+from lrconvert.core.errors import EXIT_REFUSED, printable
 
 if TYPE_CHECKING:
-    from lrconvert.many.run import Batch, Outcome, Told
+    from lrconvert.api.batch.run import Batch, Outcome, Told
 
 Verb = Literal["convert", "compress", "allocate"]
 _OF_READING = ("allow_pickle", "layout", "alpha")  # options of `load_lora`, besides the base; others are the verb's
@@ -33,7 +33,7 @@ def jobs_option() -> click.Option:
 
 def are_meant(given: Mapping[str, Any]) -> bool:
     """Whether a command line asks for many: several sources, --jobs, or a folder of several adapters."""
-    from lrconvert.many.sources import are_many
+    from lrconvert.api.batch.sources import are_many
 
     return given["jobs"] is not None or are_many(given["sources"], given["output"])
 
@@ -62,7 +62,7 @@ def run(
     **common: Any,
 ) -> None:
     """Convert, print the table, and exit 1 if any adapter failed."""
-    from lrconvert.many import run as verbs
+    from lrconvert.api.batch import run as verbs
 
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
@@ -124,7 +124,7 @@ def _json(outcome: Outcome, dry_run: bool) -> dict[str, Any]:
 
 def table(batch: Batch) -> str:
     """A row for each adapter, and the counts."""
-    from lrconvert import render
+    from lrconvert.report import text_and_json
 
     rows = [
         [
@@ -138,4 +138,4 @@ def table(batch: Batch) -> str:
         for outcome in batch.outcomes
     ]
     counts = ", ".join(f"{count} {state}" for state, count in _counts(batch).items())
-    return f"{render.table(['adapter', 'state', 'bytes', 'ratio', 'captured', 'error'], rows)}\n\n{counts}"
+    return f"{text_and_json.table(['adapter', 'state', 'bytes', 'ratio', 'captured', 'error'], rows)}\n\n{counts}"

@@ -73,7 +73,8 @@ def statistics(
 
     Work that was broken off goes on where it was if the same command is given again.
     """
-    from lrconvert import api, render
+    from lrconvert import api
+    from lrconvert.report import text_and_json
 
     with progress_bar("statistics", quiet or as_json) as progress:
         found = api.statistics(
@@ -95,9 +96,9 @@ def statistics(
             **reading,
         )
     if as_json:
-        emit({"base": str(base), "output": str(output), **render.statistics_json(found, output.stat().st_size)})
+        emit({"base": str(base), "output": str(output), **text_and_json.statistics_json(found, output.stat().st_size)})
     elif not quiet:
-        click.echo(render.statistics(str(output), found, output.stat().st_size))
+        click.echo(text_and_json.statistics(str(output), found, output.stat().st_size))
 
 
 @click.command()
@@ -131,8 +132,11 @@ def compare(
 ) -> None:
     """Measure lrconvert FILES against the LoRA SOURCE they came from: captured energy, bytes, ratio; on data also the
     answers of the models."""
-    from lrconvert import api, hub, page, render
-    from lrconvert.durable import atomic_file, check_output
+    from lrconvert import api
+    from lrconvert.io import hub
+    from lrconvert.io.durable import atomic_file, check_output
+    from lrconvert.report import html as page
+    from lrconvert.report import text_and_json
 
     if html is not None:
         check_output(html, overwrite, inputs=[hub.locate(source), *files])
@@ -155,7 +159,7 @@ def compare(
         with atomic_file(html, overwrite=overwrite) as out:
             out.write(text.encode())
     if as_json:
-        rows = [{"path": str(p), **render.fidelity_json(f)} for p, f in zip(files, found, strict=True)]
+        rows = [{"path": str(p), **text_and_json.fidelity_json(f)} for p, f in zip(files, found, strict=True)]
         emit({"source": str(source), "files": rows})
         return
-    click.echo(render.comparison(named, verbose))
+    click.echo(text_and_json.comparison(named, verbose))

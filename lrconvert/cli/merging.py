@@ -23,16 +23,17 @@ from lrconvert.cli.shared import (
     verbose_option,
     warn,
 )
-from lrconvert.errors import EXIT_REFUSED
+from lrconvert.core.errors import EXIT_REFUSED
 
 if TYPE_CHECKING:
-    from lrconvert.merging import Scaled
+    from lrconvert.merge import Scaled
 
 
 def _weighted(texts: Sequence[str], base: Path, reading: Mapping[str, Any]) -> list[Scaled]:
     """The adapters that ``path`` or ``path=scale`` mean, loaded."""
-    from lrconvert import api, hub
-    from lrconvert.merging import Scaled
+    from lrconvert import api
+    from lrconvert.io import hub
+    from lrconvert.merge import Scaled
 
     named = [_scaled(text) for text in texts]
     found = api.load_all([name for name, _ in named], base=base, **reading)
@@ -101,7 +102,8 @@ def merge_into_base(
 
     Their sum, each times its SCALE, is added to the weights and rounded once, correctly. `unmerge` takes it out again.
     """
-    from lrconvert import api, render
+    from lrconvert import api
+    from lrconvert.report import text_and_json
 
     _check_output(output, in_place)
     with progress_bar("merge", quiet or as_json) as progress:
@@ -122,11 +124,16 @@ def merge_into_base(
         )
     if as_json:
         emit(
-            {"base": str(base), "adapters": list(adapters), "output": str(output or base), **render.merge_json(report)}
+            {
+                "base": str(base),
+                "adapters": list(adapters),
+                "output": str(output or base),
+                **text_and_json.merge_json(report),
+            }
         )
         return
     if not quiet:
-        click.echo(render.merging(str(output or base), report, verbose))
+        click.echo(text_and_json.merging(str(output or base), report, verbose))
     warn(report.warnings)
 
 
@@ -154,7 +161,8 @@ def unmerge(
     as_json: bool,
 ) -> None:
     """Undo the last merge of the model folder MERGED: every byte of the base comes back, verified."""
-    from lrconvert import api, render
+    from lrconvert import api
+    from lrconvert.report import text_and_json
 
     with progress_bar("unmerge", quiet or as_json) as progress:
         report = api.unmerge(
@@ -173,7 +181,7 @@ def unmerge(
         emit({"merged": str(merged), "output": place, **dataclasses.asdict(report)})
         return
     if not quiet:
-        click.echo(render.unmerging(place, report))
+        click.echo(text_and_json.unmerging(place, report))
     warn(report.warnings)
 
 
@@ -199,7 +207,8 @@ def verify(
     **reading: Any,
 ) -> None:
     """Confirm that MERGED is BASE with the ADAPTERs merged in: computes it again and compares every bit."""
-    from lrconvert import api, render
+    from lrconvert import api
+    from lrconvert.report import text_and_json
 
     with progress_bar("verify", quiet or as_json) as progress:
         inputs = _weighted(adapters, base, reading)
@@ -207,7 +216,7 @@ def verify(
     if as_json:
         emit({"merged": str(merged), "base": str(base), "ok": report.ok, **dataclasses.asdict(report)})
     elif not (quiet and report.ok):
-        click.echo(render.verification(str(merged), report))
+        click.echo(text_and_json.verification(str(merged), report))
     if not report.ok:
         raise click.exceptions.Exit(EXIT_REFUSED)
 
@@ -221,10 +230,11 @@ def recover(path: Path, quiet: bool, as_json: bool) -> None:
 
     Also removes what killed runs have left of an output PATH beside it.
     """
-    from lrconvert import api, render
+    from lrconvert import api
+    from lrconvert.report import text_and_json
 
     found = api.recover(path)
     if as_json:
         emit(dataclasses.asdict(found))
     elif not quiet:
-        click.echo(render.recovery(found))
+        click.echo(text_and_json.recovery(found))

@@ -21,14 +21,14 @@ from lrconvert.cli.shared import (
 )
 
 if TYPE_CHECKING:
-    from lrconvert.refining.refine import Refinement
+    from lrconvert.refine.refine import Refinement
 
 _path = click.Path(path_type=Path)
 _ABOUT = "Train FILE for a short while to answer as its LoRA does (distillation)."
 
 
 def command() -> click.Command:
-    from lrconvert.refining.settings import AUTOCASTS, Settings
+    from lrconvert.refine.settings import AUTOCASTS, Settings
 
     at = Settings()
     least, none = click.IntRange(1), click.IntRange(0)
@@ -129,7 +129,7 @@ def _refine(
 
 
 def refinement_json(done: Refinement) -> dict[str, Any]:
-    from lrconvert.render import answers_json
+    from lrconvert.report.text_and_json import answers_json
 
     return {
         "improved": done.improved,
@@ -145,8 +145,8 @@ def refinement_json(done: Refinement) -> dict[str, Any]:
 
 def shown(file: str, output: str, done: Refinement) -> str:
     """A table: the answers before and after, against the LoRA's, on data that was held out."""
-    from lrconvert import render
-    from lrconvert.errors import printable
+    from lrconvert.core.errors import printable
+    from lrconvert.report import text_and_json
 
     rows = []
     for name, some in (("before", done.before), ("after", done.after)):
@@ -155,4 +155,4 @@ def shown(file: str, output: str, done: Refinement) -> str:
     stages = f"{done.steps} steps" + (", after a fit layer by layer" if done.layerwise else "")
     head = ["", f"{done.before.kind} from the LoRA", "closed", "agreement"]
     told = f"{printable(file)} -> {printable(output)}   {stages}, {done.seconds:.0f} s"
-    return f"{told}\n\nOn {done.before.items:,} held-out items:\n\n{render.table(head, rows)}"
+    return f"{told}\n\nOn {done.before.items:,} held-out items:\n\n{text_and_json.table(head, rows)}"

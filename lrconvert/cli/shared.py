@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from lrconvert.errors import printable
+from lrconvert.core.errors import printable
 
 SCHEMA_VERSION = 1
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
@@ -52,7 +52,7 @@ ALPHA_HELP = "Alpha of a source that does not state it; a module's scale is alph
 
 
 def _from_option() -> dict[str, Any]:
-    from lrconvert.readers.base import ids
+    from lrconvert.formats.readers.base import ids
 
     known = ids()
     return {"type": click.Choice(known), "metavar": "LAYOUT", "help": FROM_HELP.format(", ".join(known))}
@@ -87,7 +87,7 @@ def device_of(name: str) -> str:
     """`auto` means CUDA if torch has been asked for and sees a GPU; plain CPU fits need no torch, so it is not loaded
     to find out where no driver is installed. Raises E-OPTION if a GPU is asked for and there is none."""
     if name == "cuda":
-        from lrconvert.devices import torch_device
+        from lrconvert.core.devices import torch_device
 
         return str(torch_device(name))
     if name != "auto":
@@ -127,7 +127,7 @@ def progress_bar(title: str, quiet: bool) -> Iterator[Callable[[float, str], Non
 
 def command_line() -> str:
     """What the user typed, without private folders: hub ids, and only the last part of each path."""
-    from lrconvert import hub
+    from lrconvert.io import hub
 
     words = [hub.hint(w) if "/" in w else w for w in sys.argv[1:]]
     return shlex.join(["lrconvert", *words])

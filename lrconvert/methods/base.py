@@ -7,8 +7,6 @@ version name the bytes and their meaning: two programs that know the same id and
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,16 +15,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from lrconvert import canonical, packing
-from lrconvert.adapter import CompactAdapter, LoraAdapter, LoraTarget, Target
-from lrconvert.base_weights import BaseWeights
-from lrconvert.dtypes import Array
-from lrconvert.errors import FingerprintError, OptionError, VersionError
-from lrconvert.moments import InputStatistics, Moment
-from lrconvert.packing import TensorSpec
+from lrconvert.core import registry
+from lrconvert.core.dtypes import Array
+from lrconvert.core.errors import FingerprintError, OptionError, VersionError
+from lrconvert.lora import packing, svd
+from lrconvert.lora.adapter import CompactAdapter, LoraAdapter, LoraTarget, Target
+from lrconvert.lora.base_weights import BaseWeights
+from lrconvert.lora.input_statistics import InputStatistics, Moment
+from lrconvert.lora.packing import TensorSpec
 
 if TYPE_CHECKING:
-    from lrconvert.students import Student
+    from lrconvert.lora.trainable import TrainableAdapter
 
 Tensors = Mapping[str, Array]
 
@@ -44,7 +43,7 @@ class FitContext:
 
     def metric(self, pair: LoraTarget) -> Moment | None:
         """What a fit measures the error of a target in, None without statistics: the plain norm. Raises E-STATS."""
-        return None if self.statistics is None else canonical.fit_metric(pair, self.statistics.of(pair.target))
+        return None if self.statistics is None else svd.fit_metric(pair, self.statistics.of(pair.target))
 
 
 @dataclass(frozen=True)
@@ -171,18 +170,16 @@ class Method(ABC):
 
     # --- training it ---
 
-    def student(self, compact: CompactAdapter) -> Student:
+    def student(self, compact: CompactAdapter) -> TrainableAdapter:
         """`compact` in training, for `refining`. The default moves all numbers and no index."""
-        from lrconvert.students import Rates, Student
+        from lrconvert.lora.trainable import Rates, TrainableAdapter
 
-        return Student(self, compact, Rates())
+        return TrainableAdapter(self, compact, Rates())
 
 
 def module_names() -> list[str]:
     """Ids of the methods: the file names of this folder."""
-    import lrconvert.methods as package
-
-    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base")
+    return registry.names("lrconvert.methods")
 
 
 @cache
@@ -192,7 +189,7 @@ def get(method_id: str) -> Method:
         raise VersionError(
             f"the method {method_id!r} is not known", fix=f"known: {', '.join(module_names())}; is lrconvert too old?"
         )
-    method: Method = importlib.import_module(f"lrconvert.methods.{method_id}").METHOD
+    method: Method = registry.load("lrconvert.methods", method_id, "METHOD")
     return method
 
 

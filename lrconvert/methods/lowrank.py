@@ -32,10 +32,8 @@ from typing import Any
 
 import numpy as np
 
-from lrconvert import canonical, packing
-from lrconvert.adapter import LoraAdapter, LoraTarget, Target
-from lrconvert.dtypes import F32, F64, Array
-from lrconvert.errors import (
+from lrconvert.core.dtypes import F32, F64, Array
+from lrconvert.core.errors import (
     BudgetError,
     CanonicalError,
     JsonSyntaxError,
@@ -44,10 +42,12 @@ from lrconvert.errors import (
     OptionError,
     UnknownFieldError,
 )
-from lrconvert.limits import MAX_DIM, MAX_RANK
+from lrconvert.core.limits import MAX_DIM, MAX_RANK
+from lrconvert.lora import packing, svd
+from lrconvert.lora.adapter import LoraAdapter, LoraTarget, Target
+from lrconvert.lora.input_statistics import Moment
+from lrconvert.lora.packing import TensorSpec
 from lrconvert.methods.base import Budget, Command, FitContext, Method, Tensors
-from lrconvert.moments import Moment
-from lrconvert.packing import TensorSpec
 
 WIDTHS = (16, 8, 4, 3, 2, 1)
 # Share of the energy of a Gaussian row that is lost at each width (uniform quantizer, best scale): what planning
@@ -229,7 +229,7 @@ class LowRank(Method):
     # --- making it ---
 
     def plan(self, lora: LoraAdapter, options: LowRankOptions, budget: Budget | None, context: FitContext) -> Config:
-        spectra = [canonical.singular_values(pair, context.metric(pair)) for pair in lora.targets]
+        spectra = [svd.singular_values(pair, context.metric(pair)) for pair in lora.targets]
         limits = _rank_limits(spectra, options)
         if not any(limits):
             limits = [min(1, len(s)) for s in spectra]  # an all-zero adapter still makes a valid file
@@ -469,8 +469,8 @@ def _fit_target(pair: LoraTarget, config: Config, which: int, metric: Moment | N
     rank = len(widths)
     if rank == 0:
         return {}
-    factors = canonical.svd(pair, metric)
-    A, B = canonical.balanced(factors, rank)  # (k, in), (out, k)
+    factors = svd.svd(pair, metric)
+    A, B = svd.balanced(factors, rank)  # (k, in), (out, k)
     full_left, full_right = factors.U * factors.s, factors.Vt  # delta = full_left @ full_right
     squares = None if metric is None else metric.squares
     total = float(np.sum(factors.s**2))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from lrconvert.dtypes import STORAGE
+from lrconvert.core.dtypes import STORAGE
 from lrconvert.testing import lazy
 from lrconvert.testing.loose import spelled, with_header
 

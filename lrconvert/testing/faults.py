@@ -1,4 +1,4 @@
-"""Disks that fail, and disks that lose power: stand-ins for `lrconvert.durable.system`.
+"""Disks that fail, and disks that lose power: stand-ins for `lrconvert.io.durable.system`.
 
 with faults.installed(faults.Faulty(7, errno.ENOSPC)) as disk:
     ...                                     # the seventh call fails; disk.made has the names of all calls
@@ -20,8 +20,8 @@ from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
 
-from lrconvert.durable import system
-from lrconvert.durable.system import System
+from lrconvert.io.durable import system
+from lrconvert.io.durable.system import System
 
 SHORT = -1  # in place of an errno: writes take half of what they are given
 _OPERATIONS = (

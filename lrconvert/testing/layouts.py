@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lrconvert.dtypes import Array
+from lrconvert.core.dtypes import Array
 from lrconvert.testing import lazy
 from lrconvert.testing.gguf import Field, gguf_file
 from lrconvert.testing.loose import spelled, with_header

@@ -14,7 +14,7 @@ else:
         try:
             from hypothesis import strategies
         except ImportError:
-            from lrconvert.errors import DependencyError
+            from lrconvert.core.errors import DependencyError
 
             raise DependencyError("hypothesis is not installed", fix="run pip install 'lrconvert[test]'") from None
         return strategies

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lrconvert import api, file
-from lrconvert.adapter import CompactAdapter, ExtraTensor, LoraAdapter, LoraTarget, Provenance, Target, View
-from lrconvert.base_weights import BLOCK, BaseWeights
-from lrconvert.dtypes import STORAGE, Array, Stored
-from lrconvert.fingerprint import fingerprint
+from lrconvert import api
+from lrconvert.core.dtypes import STORAGE, Array, Stored
+from lrconvert.formats.lrc import file
+from lrconvert.lora.adapter import CompactAdapter, ExtraTensor, LoraAdapter, LoraTarget, Provenance, Target, View
+from lrconvert.lora.base_weights import BLOCK, BaseWeights
+from lrconvert.lora.fingerprint import fingerprint
 from lrconvert.methods import base as methods
 from lrconvert.testing import lazy
 from lrconvert.testing.loose import Loose

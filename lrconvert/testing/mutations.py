@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lrconvert.dtypes import STORAGE
+from lrconvert.core.dtypes import STORAGE
 from lrconvert.testing import lazy, trees
 from lrconvert.testing.loose import Loose, header_and_data, spelled, with_header
 from lrconvert.testing.trees import Literal, Members, Node, Path

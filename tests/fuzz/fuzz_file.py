@@ -27,12 +27,12 @@ except ImportError:
     atheris = None
 
 with atheris.instrument_imports(include=["lrconvert"]) if atheris else contextlib.nullcontext():
-    from lrconvert import file, validation
-    from lrconvert.adapter import LoraAdapter
-    from lrconvert.container import INDEX_NAME, ContainerFile, open_checkpoint
-    from lrconvert.errors import LrcError
+    from lrconvert.core.errors import LrcError
+    from lrconvert.formats.lrc import file, validation
+    from lrconvert.formats.readers import base as readers
+    from lrconvert.io.container import INDEX_NAME, ContainerFile, open_checkpoint
+    from lrconvert.lora.adapter import LoraAdapter
     from lrconvert.methods import base as methods
-    from lrconvert.readers import base as readers
     from lrconvert.testing import layouts
     from lrconvert.testing.loose import Loose, spelled
 

@@ -17,12 +17,12 @@ HERE = Path(__file__).resolve().parent
 if __name__ == "__main__":
     sys.path.insert(0, str(HERE.parent))
 
-from peers import cases, make  # noqa: E402
-from peers.cases import Case  # noqa: E402
-from peers.runner import norm  # noqa: E402
+from peers import cases, make
+from peers.cases import Case
+from peers.runner import norm
 
-import lrconvert  # noqa: E402
-from lrconvert.consumers.base import Subject, look  # noqa: E402
+import lrconvert
+from lrconvert.formats.compat.base import Subject, look
 
 BASE = HERE.parent.parent / "fixtures" / "bases" / "tiny-llama"
 Answer = dict[str, Any]

@@ -10,7 +10,7 @@ import standin
 
 standin.install("axolotl", runner.library("axolotl"), ["axolotl.cli.utils.lora_merge"])
 
-from axolotl.cli.utils.lora_merge import merge_lora_sharded_efficient  # noqa: E402
+from axolotl.cli.utils.lora_merge import merge_lora_sharded_efficient
 
 
 def merge(base: Path | str, adapter: Path | str, out: Path | str) -> None:

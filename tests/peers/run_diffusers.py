@@ -12,11 +12,11 @@ import runner
 LIB = runner.library("diffusers")
 runner.prefer(LIB)
 
-import diffusers  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
+import diffusers
+import numpy as np
+import torch
+import transformers
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 
 def stable_diffusion() -> Any:

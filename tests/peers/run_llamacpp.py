@@ -18,8 +18,8 @@ LIB = runner.library("llamacpp")
 BASE = runner.base()
 sys.path[:0] = [str(LIB), str(LIB / "gguf-py")]
 
-import gguf  # noqa: E402
-import numpy as np  # noqa: E402
+import gguf
+import numpy as np
 
 MODULES = {
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",

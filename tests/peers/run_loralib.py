@@ -11,11 +11,11 @@ import runner
 LIB = runner.library("loralib")
 runner.prefer(LIB)
 
-import loralib  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from safetensors import safe_open  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+import loralib
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 
 def load(folder: Path, base: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:

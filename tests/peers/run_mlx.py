@@ -12,10 +12,10 @@ LIB = runner.library("mlx")
 BASE = runner.base()
 sys.path.insert(0, str(LIB))
 
-import numpy as np  # noqa: E402
-from mlx.utils import tree_flatten  # noqa: E402
-from mlx_lm.tuner.utils import load_adapters  # noqa: E402
-from mlx_lm.utils import load_model  # noqa: E402
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import load_adapters
+from mlx_lm.utils import load_model
 
 
 def load(folder: Path, base: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:

@@ -63,11 +63,11 @@ standin.install(
 )
 logging.disable(logging.WARNING)
 
-from sglang.srt.lora.lora import LoRAAdapter  # noqa: E402
-from sglang.srt.lora.lora_config import LoRAConfig  # noqa: E402
-from sglang.srt.lora.lora_manager import LoRAManager  # noqa: E402
-from sglang.srt.lora.mem_pool import LoRAMemoryPool  # noqa: E402
-from sglang.srt.lora.utils import get_normalized_target_modules  # noqa: E402
+from sglang.srt.lora.lora import LoRAAdapter
+from sglang.srt.lora.lora_config import LoRAConfig
+from sglang.srt.lora.lora_manager import LoRAManager
+from sglang.srt.lora.mem_pool import LoRAMemoryPool
+from sglang.srt.lora.utils import get_normalized_target_modules
 
 EMBEDDINGS = {"embed_tokens", "lm_head"}
 LAYERS = {"qkv_proj": "self_attn", "o_proj": "self_attn", "gate_up_proj": "mlp", "down_proj": "mlp"}

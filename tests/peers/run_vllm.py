@@ -22,8 +22,8 @@ standin.install(
 )
 logging.disable(logging.WARNING)
 
-from vllm.lora.lora_model import LoRAModel  # noqa: E402
-from vllm.lora.peft_helper import PEFTHelper  # noqa: E402
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.peft_helper import PEFTHelper
 
 # LlamaForCausalLM: linear layers by their unpacked names, embedding_modules.
 EXPECTED = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"}

@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 if __name__ == "__main__":
     sys.path.insert(0, str(HERE.parent))
 
-from peers import make  # noqa: E402
+from peers import make
 
 
 def reason(peer: str, chosen: Sequence[str]) -> str:
@@ -35,7 +35,10 @@ def run(peers: Sequence[str]) -> tuple[int, Counter[tuple[str, str]]]:
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
         words = ["-q", "-p", "no:cacheprovider", "-k", " or ".join(peers), f"--junitxml={report}"]
-        tests = [str(HERE.parent / name) for name in ("test_peers.py", "test_merge_peers.py", "test_export_peers.py")]
+        tests = [
+            str(HERE.parent / name)
+            for name in ("test_peers.py", "merge/test_merge_peers.py", "formats/test_export_peers.py")
+        ]
         status = subprocess.run([sys.executable, "-m", "pytest", *words, *tests], check=False).returncode
         cases = ElementTree.parse(report).iter("testcase")
         return status, Counter((p, outcome(case)) for case in cases for p in peers if p in case.attrib["name"])

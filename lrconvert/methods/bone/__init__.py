@@ -31,17 +31,17 @@ from typing import Any
 
 import numpy as np
 
-from lrconvert import packing
-from lrconvert.adapter import LoraAdapter, Target
-from lrconvert.dtypes import Array
-from lrconvert.errors import CanonicalError, JsonSyntaxError, LimitError, MissingFieldError, UnknownFieldError
-from lrconvert.limits import MAX_DIM, MAX_RANK
+from lrconvert.core.dtypes import Array
+from lrconvert.core.errors import CanonicalError, JsonSyntaxError, LimitError, MissingFieldError, UnknownFieldError
+from lrconvert.core.limits import MAX_DIM, MAX_RANK
+from lrconvert.lora import packing
+from lrconvert.lora.adapter import LoraAdapter, Target
+from lrconvert.lora.packing import TensorSpec
 from lrconvert.methods.base import Budget, Command, FitContext, Method, Tensors
 from lrconvert.methods.bone import bat, bat_fit
 from lrconvert.methods.bone.fit import fit_target, tiling
 from lrconvert.methods.bone.form import EXACT, SHARDS, VARIANTS, WIDTHS, Config, complete, groups_of, starts_of
 from lrconvert.methods.bone.plan import BoneOptions, Plan, needed
-from lrconvert.packing import TensorSpec
 
 _FIELDS = ("variant", "shard", "bits", "group_size", "mini_rank", "rank", "uniform")
 

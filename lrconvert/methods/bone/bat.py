@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lrconvert.dtypes import Array
+from lrconvert.core.dtypes import Array
 
 
 def blocks_of(block: Any) -> Any:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from lrconvert import packing
-from lrconvert.adapter import LoraTarget
-from lrconvert.base_weights import BLOCK, BaseWeights
-from lrconvert.dtypes import F32, F64, Array
+from lrconvert.core.dtypes import F32, F64, Array
+from lrconvert.lora import packing
+from lrconvert.lora.adapter import LoraTarget
+from lrconvert.lora.base_weights import BLOCK, BaseWeights
+from lrconvert.lora.input_statistics import Moment
 from lrconvert.methods.bone.bat import blocks_of
 from lrconvert.methods.bone.fit import Classes, coded, counts, factors, upper_root
 from lrconvert.methods.bone.form import Config
-from lrconvert.moments import Moment
 
 _TOLERANCE = 1e-5  # of the gradient beside the first one, where iterations end: the error is its square from the least
 _ROUNDS = 200  # that nothing needs: W_ij is small beside I, for which the preconditioner is the inverse

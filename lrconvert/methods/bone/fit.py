@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from lrconvert import packing
-from lrconvert.adapter import LoraTarget
-from lrconvert.dtypes import F32, F64, Array
+from lrconvert.core.dtypes import F32, F64, Array
+from lrconvert.lora import packing
+from lrconvert.lora.adapter import LoraTarget
+from lrconvert.lora.input_statistics import Moment
 from lrconvert.methods.bone.form import Config, groups_of
-from lrconvert.moments import Moment
 
 _SWEEPS = 2  # times that every row is quantized again for the others
 

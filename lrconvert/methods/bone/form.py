@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-from lrconvert.adapter import Target
+from lrconvert.lora.adapter import Target
 
 EXACT = 32  # bits of blocks that came from elsewhere as float32
 WIDTHS = (16, 8, 4, 3, 2, 1)

@@ -9,15 +9,15 @@ from itertools import pairwise
 
 import numpy as np
 
-from lrconvert.adapter import LoraAdapter, LoraTarget, Target
-from lrconvert.base_weights import BaseWeights
-from lrconvert.errors import BudgetError, OptionError
-from lrconvert.limits import MAX_RANK
+from lrconvert.core.errors import BudgetError, OptionError
+from lrconvert.core.limits import MAX_RANK
+from lrconvert.lora.adapter import LoraAdapter, LoraTarget, Target
+from lrconvert.lora.base_weights import BaseWeights
+from lrconvert.lora.input_statistics import Moment
 from lrconvert.methods.base import Budget, FitContext
 from lrconvert.methods.bone import bat_fit
 from lrconvert.methods.bone.fit import Classes, counts, factors, fold, per_class, upper_root
 from lrconvert.methods.bone.form import WIDTHS, Config, complete, groups_of
-from lrconvert.moments import Moment
 
 DEFAULT_RANK = 64  # PEFT's
 _MOST = 1024  # the largest rank that a search tries: each costs its cube; --rank may be larger

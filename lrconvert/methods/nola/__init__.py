@@ -33,10 +33,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lrconvert import packing, prng
-from lrconvert.adapter import CompactAdapter, LoraAdapter, Target
-from lrconvert.dtypes import Array
-from lrconvert.errors import (
+from lrconvert.core.dtypes import Array
+from lrconvert.core.errors import (
     CanonicalError,
     JsonSyntaxError,
     LimitError,
@@ -44,7 +42,10 @@ from lrconvert.errors import (
     UnknownFieldError,
     ValueRangeError,
 )
-from lrconvert.limits import MAX_DIM, MAX_RANK
+from lrconvert.core.limits import MAX_DIM, MAX_RANK
+from lrconvert.lora import packing, prng
+from lrconvert.lora.adapter import CompactAdapter, LoraAdapter, Target
+from lrconvert.lora.packing import TensorSpec
 from lrconvert.methods.base import Budget, Command, FitContext, Method, Tensors
 from lrconvert.methods.nola.basis import HADAMARD
 from lrconvert.methods.nola.fit import fit
@@ -61,10 +62,9 @@ from lrconvert.methods.nola.form import (
     specs,
 )
 from lrconvert.methods.nola.plan import NolaOptions, plan
-from lrconvert.packing import TensorSpec
 
 if TYPE_CHECKING:
-    from lrconvert.students import Student
+    from lrconvert.lora.trainable import TrainableAdapter
 
 _LARGEST = 2.0**127  # what files may expand to
 _FIELDS = {"bits": (1, 16), "rank": (1, MAX_RANK), "num_basis": (0, MAX_DIM)}
@@ -221,11 +221,11 @@ class Nola(Method):
     def fit(self, lora: LoraAdapter, config: Config, context: FitContext) -> dict[str, Array]:
         return fit(lora, config, context)
 
-    def student(self, compact: CompactAdapter) -> Student:
-        from lrconvert.students import Rates, Student
+    def student(self, compact: CompactAdapter) -> TrainableAdapter:
+        from lrconvert.lora.trainable import Rates, TrainableAdapter
 
         wide = compact.config.form.bits == 16  # stored as an index, as bytes have no room for them
-        return Student(self, compact, Rates(), numbers=("codes",) if wide else ())
+        return TrainableAdapter(self, compact, Rates(), numbers=("codes",) if wide else ())
 
 
 METHOD = Nola()

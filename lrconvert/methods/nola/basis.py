@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from lrconvert import prng
-from lrconvert.dtypes import F64
-from lrconvert.prng import hadamard
+from lrconvert.core.dtypes import F64
+from lrconvert.lora import prng
+from lrconvert.lora.prng import hadamard
 
 HADAMARD, DENSE = "hadamard", "dense"
 _TILE = 1 << 21  # numbers of a dense basis in memory, 16 MiB; a basis that is no larger is drawn once

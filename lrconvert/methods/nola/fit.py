@@ -14,13 +14,13 @@ from functools import cached_property
 
 import numpy as np
 
-from lrconvert import canonical, packing
-from lrconvert.adapter import LoraAdapter, LoraTarget
-from lrconvert.dtypes import F64, Array
+from lrconvert.core.dtypes import F64, Array
+from lrconvert.lora import packing, svd
+from lrconvert.lora.adapter import LoraAdapter, LoraTarget
+from lrconvert.lora.input_statistics import Moment
 from lrconvert.methods.base import FitContext
 from lrconvert.methods.nola.basis import DENSE, HADAMARD, Basis
 from lrconvert.methods.nola.form import Config, bases, places, specs
-from lrconvert.moments import Moment
 
 _ROUNDS = 24  # alternations before quantizing, at most
 _TRIAL_ROUNDS = 2  # alternations from each gauge before one is chosen
@@ -78,8 +78,8 @@ def quantize(coefficients: F64, bits: int, weights: F64) -> Coded:
 
 def _fit_target(pair: LoraTarget, rank: int, made: tuple[Basis, Basis], config: Config, context: FitContext) -> Found:
     metric = context.metric(pair)
-    factors = canonical.svd(pair, metric)
-    a, _ = canonical.balanced(factors, rank)
+    factors = svd.svd(pair, metric)
+    a, _ = svd.balanced(factors, rank)
     a = np.concatenate([a, np.zeros((rank - len(a), a.shape[1]))])
     problem = Problem(factors.U * factors.s, factors.Vt, metric, *made, rank, config.form.base_term)
     if not factors.s.any():

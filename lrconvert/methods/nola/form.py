@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from lrconvert import packing, prng
-from lrconvert.adapter import Target
-from lrconvert.errors import LimitError
-from lrconvert.limits import MAX_DRAWN
+from lrconvert.core.errors import LimitError
+from lrconvert.core.limits import MAX_DRAWN
+from lrconvert.lora import packing, prng
+from lrconvert.lora.adapter import Target
+from lrconvert.lora.packing import TensorSpec
 from lrconvert.methods.nola.basis import DENSE, HADAMARD, Basis
-from lrconvert.packing import TensorSpec
 
 FAMILIES = (HADAMARD, DENSE)
 WIDTHS = (16, 8, 4, 3, 2, 1)

@@ -14,11 +14,11 @@ from itertools import pairwise
 
 import numpy as np
 
-from lrconvert import canonical, prng
-from lrconvert.adapter import LoraAdapter
-from lrconvert.dtypes import F64
-from lrconvert.errors import BudgetError, OptionError
-from lrconvert.limits import MAX_DIM, MAX_RANK
+from lrconvert.core.dtypes import F64
+from lrconvert.core.errors import BudgetError, OptionError
+from lrconvert.core.limits import MAX_DIM, MAX_RANK
+from lrconvert.lora import prng, svd
+from lrconvert.lora.adapter import LoraAdapter
 from lrconvert.methods.base import Budget, FitContext
 from lrconvert.methods.nola.basis import DENSE, HADAMARD
 from lrconvert.methods.nola.form import WIDTHS, Config, Form, complete, lengths, specs
@@ -85,7 +85,7 @@ def plan(lora: LoraAdapter, options: NolaOptions, budget: Budget | None, context
     """See `Method.plan`."""
     check_options(options)
     most = options.rank or MAX_RANK
-    spectra = [canonical.singular_values(pair, context.metric(pair))[:most] for pair in lora.targets]
+    spectra = [svd.singular_values(pair, context.metric(pair))[:most] for pair in lora.targets]
     search = Search(lora, spectra, options, context.seed)
     return search.without_budget() if budget is None else search.within(budget)
 

@@ -32,10 +32,8 @@ from typing import Any
 
 import numpy as np
 
-from lrconvert import packing
-from lrconvert.adapter import LoraAdapter, Target
-from lrconvert.dtypes import Array
-from lrconvert.errors import (
+from lrconvert.core.dtypes import Array
+from lrconvert.core.errors import (
     CanonicalError,
     IndexRangeError,
     JsonSyntaxError,
@@ -43,12 +41,14 @@ from lrconvert.errors import (
     MissingFieldError,
     UnknownFieldError,
 )
-from lrconvert.limits import MAX_RANK
+from lrconvert.core.limits import MAX_RANK
+from lrconvert.lora import packing
+from lrconvert.lora.adapter import LoraAdapter, Target
+from lrconvert.lora.packing import TensorSpec
 from lrconvert.methods.base import Budget, Command, FitContext, Method, Tensors
 from lrconvert.methods.sbora.fit import fit_columns, fit_rows, store
 from lrconvert.methods.sbora.form import VARIANTS, WIDTHS, Config, most_places, settled, sizes, starts
 from lrconvert.methods.sbora.plan import SBoRAOptions, make_plan
-from lrconvert.packing import TensorSpec
 
 
 class SBoRA(Method):

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lrconvert.canonical import Factors
-from lrconvert.dtypes import F64, Array
-from lrconvert.moments import Moment
+from lrconvert.core.dtypes import F64, Array
+from lrconvert.lora.input_statistics import Moment
+from lrconvert.lora.svd import Factors
 
 _SWAP_PASSES = 3
 _BLOCK = 64  # chosen columns whose exchanges are weighed at once

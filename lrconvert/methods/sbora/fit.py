@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lrconvert import canonical, packing
-from lrconvert.adapter import LoraTarget
-from lrconvert.dtypes import F64, Array
+from lrconvert.core.dtypes import F64, Array
+from lrconvert.lora import packing, svd
+from lrconvert.lora.adapter import LoraTarget
+from lrconvert.lora.input_statistics import Moment
 from lrconvert.methods.sbora.columns import best_columns, column_energies, largest, metric_rows, row_energies
 from lrconvert.methods.sbora.form import Start
-from lrconvert.moments import Moment
 
 _SWEEPS = 4  # of quantizing columns one after another
 _LEAST_GAIN = 0.01  # of the error, for another sweep
@@ -57,7 +57,7 @@ def _masks(widths: Sequence[int]) -> dict[int, Array]:
 
 def fit_rows(pair: LoraTarget, widths: Sequence[int], metric: Moment | None) -> dict[int, Lines]:
     """The rows that hold most. A row's scale is solved again under the metric; its codes see the metric's diagonal."""
-    factors = canonical.svd(pair, metric)
+    factors = svd.svd(pair, metric)
     places = largest(row_energies(factors), len(widths))
     rows = (factors.U[places] * factors.s) @ factors.Vt
     parts = {}
@@ -74,7 +74,7 @@ def fit_rows(pair: LoraTarget, widths: Sequence[int], metric: Moment | None) -> 
 
 def fit_columns(pair: LoraTarget, widths: Sequence[int], metric: Moment | None) -> dict[int, Lines]:
     """Columns of the plain norm are those of the update that hold most; under a metric see `best_columns`."""
-    factors = canonical.svd(pair, metric)
+    factors = svd.svd(pair, metric)
     if metric is not None:
         return _fit_under(factors, widths, metric)
     places = largest(column_energies(factors), len(widths))
@@ -86,7 +86,7 @@ def fit_columns(pair: LoraTarget, widths: Sequence[int], metric: Moment | None) 
     return parts
 
 
-def _fit_under(factors: canonical.Factors, widths: Sequence[int], metric: Moment) -> dict[int, Lines]:
+def _fit_under(factors: svd.Factors, widths: Sequence[int], metric: Moment) -> dict[int, Lines]:
     """Columns under a metric: B = delta M[:, S] M[S, S]^-1. Quantized, each in turn takes over what the errors of all
     others leave in its direction, the narrowest first, while that helps: no turn raises the error."""
     chosen = best_columns(factors, len(widths), metric)

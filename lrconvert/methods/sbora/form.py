@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from lrconvert.adapter import Target
+from lrconvert.lora.adapter import Target
 
 WIDTHS = (16, 8, 4, 3, 2, 1)
 VARIANTS = ("fa", "fb", "mixed")

@@ -8,15 +8,15 @@ from itertools import combinations, pairwise
 
 import numpy as np
 
-from lrconvert import canonical, packing
-from lrconvert.adapter import LoraAdapter, LoraTarget
-from lrconvert.dtypes import F64
-from lrconvert.errors import BudgetError, OptionError
-from lrconvert.limits import MAX_RANK
+from lrconvert.core.dtypes import F64
+from lrconvert.core.errors import BudgetError, OptionError
+from lrconvert.core.limits import MAX_RANK
+from lrconvert.lora import packing, svd
+from lrconvert.lora.adapter import LoraAdapter, LoraTarget
+from lrconvert.lora.input_statistics import Moment
 from lrconvert.methods.base import Budget, FitContext
 from lrconvert.methods.sbora.columns import Columns, column_energies, largest, row_energies
 from lrconvert.methods.sbora.form import WIDTHS, Config, settled, sizes
-from lrconvert.moments import Moment
 
 # Share of the energy of a Gaussian line that is lost at each width: what planning assumes.
 _LOST = {16: 0.0, 8: 1.2e-4, 4: 0.0115, 3: 0.0374, 2: 0.119, 1: 0.363}
@@ -92,7 +92,7 @@ class Curve:
     lost: float = 1.0
     chosen: list[int] | None = None
 
-    def extend(self, factors: canonical.Factors, metric: Moment, count: int, least: float = 0.0) -> None:
+    def extend(self, factors: svd.Factors, metric: Moment, count: int, least: float = 0.0) -> None:
         """Find columns until there are `count`, or one adds less than `least`."""
         assert self.chosen is not None
         columns = Columns(factors, metric)
@@ -132,7 +132,7 @@ class Step:
 
 def _curves(pair: LoraTarget, options: SBoRAOptions, metric: Moment | None, count: int) -> list[Curve]:
     """The curves of the variants that the options allow; of columns under a metric, the first `count` lines."""
-    factors = canonical.svd(pair, metric)
+    factors = svd.svd(pair, metric)
     curves = []
     for by_rows in _variants(options):
         places, length = sizes(pair.target, by_rows)
@@ -190,7 +190,7 @@ class Planner:
                 if curve.chosen is not None and curve.gains[-1] >= least:
                     metric = self.context.metric(pair)
                     assert metric is not None
-                    curve.extend(canonical.svd(pair, metric), metric, 2 * len(curve.gains) + 8, least)
+                    curve.extend(svd.svd(pair, metric), metric, 2 * len(curve.gains) + 8, least)
                     found = True
         return found
 

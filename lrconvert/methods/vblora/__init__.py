@@ -37,10 +37,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lrconvert import canonical, packing
-from lrconvert.adapter import CompactAdapter, LoraAdapter, Target
-from lrconvert.dtypes import Array
-from lrconvert.errors import (
+from lrconvert.core.dtypes import Array
+from lrconvert.core.errors import (
     CanonicalError,
     IndexRangeError,
     JsonSyntaxError,
@@ -49,7 +47,10 @@ from lrconvert.errors import (
     UnknownFieldError,
     ValueRangeError,
 )
-from lrconvert.limits import MAX_DIM, MAX_RANK, MAX_VECTORS
+from lrconvert.core.limits import MAX_DIM, MAX_RANK, MAX_VECTORS
+from lrconvert.lora import packing, svd
+from lrconvert.lora.adapter import CompactAdapter, LoraAdapter, Target
+from lrconvert.lora.packing import TensorSpec
 from lrconvert.methods.base import Budget, Command, FitContext, Method, Tensors
 from lrconvert.methods.vblora.fit import fit
 from lrconvert.methods.vblora.form import (
@@ -66,10 +67,9 @@ from lrconvert.methods.vblora.form import (
     starts,
 )
 from lrconvert.methods.vblora.plan import Search, VBLoraOptions, check_options, default_form
-from lrconvert.packing import TensorSpec
 
 if TYPE_CHECKING:
-    from lrconvert.students import Student
+    from lrconvert.lora.trainable import TrainableAdapter
 
 _LARGEST = 2.0**127  # what files may expand to
 
@@ -250,7 +250,7 @@ class VBLora(Method):
     def plan(self, lora: LoraAdapter, options: VBLoraOptions, budget: Budget | None, context: FitContext) -> Config:
         check_options(lora, options)
         targets = lora.shapes()
-        spectra = [canonical.singular_values(pair, context.metric(pair)) for pair in lora.targets]
+        spectra = [svd.singular_values(pair, context.metric(pair)) for pair in lora.targets]
         limits = [min(len(s), options.rank or MAX_RANK) for s in spectra]
         if options.peft_compatible:
             limits = [min(limits)] * len(limits)
@@ -262,11 +262,11 @@ class VBLora(Method):
     def fit(self, lora: LoraAdapter, config: Config, context: FitContext) -> dict[str, Array]:
         return fit(lora, config, context)
 
-    def student(self, compact: CompactAdapter) -> Student:
-        from lrconvert.methods.vblora.training import BankStudent
-        from lrconvert.students import Rates
+    def student(self, compact: CompactAdapter) -> TrainableAdapter:
+        from lrconvert.lora.trainable import Rates
+        from lrconvert.methods.vblora.training import TrainableBank
 
-        return BankStudent(self, compact, Rates())
+        return TrainableBank(self, compact, Rates())
 
 
 METHOD = VBLora()

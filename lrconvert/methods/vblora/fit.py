@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lrconvert import canonical, packing, vectorbank
-from lrconvert.adapter import LoraAdapter, LoraTarget
-from lrconvert.dtypes import F64, Array
-from lrconvert.limits import MAX_DIM
+from lrconvert.core.dtypes import F64, Array
+from lrconvert.core.limits import MAX_DIM
+from lrconvert.lora import packing, svd
+from lrconvert.lora.adapter import LoraAdapter, LoraTarget
+from lrconvert.lora.input_statistics import Moment
 from lrconvert.methods.base import FitContext
+from lrconvert.methods.vblora import bank as vectorbank
 from lrconvert.methods.vblora.form import Config, Form, canonical_codes, coded_rows
-from lrconvert.moments import Moment
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,7 +109,7 @@ def top_components(pair: LoraTarget, rank: int, context: FitContext) -> Componen
     if rank == 0:
         out, inner = pair.target.matrix_shape
         return Components(np.zeros((out, 0)), np.zeros(0), np.zeros((0, inner)), np.zeros(0))
-    whole = canonical.svd(pair, context.metric(pair))
+    whole = svd.svd(pair, context.metric(pair))
     U, s, Vt = whole.U[:, :rank].copy(), whole.s[:rank], whole.Vt[:rank].copy()
     if context.statistics is None:
         return Components(U, s, Vt, np.ones(len(s)))

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from lrconvert import packing
-from lrconvert.adapter import Target
-from lrconvert.dtypes import Array
-from lrconvert.packing import TensorSpec
-from lrconvert.vectorbank import I64, Rows
+from lrconvert.core.dtypes import Array
+from lrconvert.lora import packing
+from lrconvert.lora.adapter import Target
+from lrconvert.lora.packing import TensorSpec
+from lrconvert.methods.vblora.bank import I64, Rows
 
 MAX_TOP_K = 16
 MAX_PASSES = 16

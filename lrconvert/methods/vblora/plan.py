@@ -7,24 +7,15 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lrconvert import vectorbank
-from lrconvert.adapter import LoraAdapter, Target
-from lrconvert.dtypes import F64
-from lrconvert.errors import BudgetError, OptionError
-from lrconvert.limits import MAX_DIM, MAX_RANK, MAX_VECTORS
+from lrconvert.core.dtypes import F64
+from lrconvert.core.errors import BudgetError, OptionError
+from lrconvert.core.limits import MAX_DIM, MAX_RANK, MAX_VECTORS
+from lrconvert.lora.adapter import LoraAdapter, Target
 from lrconvert.methods.base import Budget, FitContext
+from lrconvert.methods.vblora import bank
+from lrconvert.methods.vblora.bank import I64
 from lrconvert.methods.vblora.fit import Components, Problem, top_components
-from lrconvert.methods.vblora.form import (
-    MAX_PASSES,
-    MAX_TOP_K,
-    MAX_WEIGHT_BITS,
-    Config,
-    Form,
-    complete,
-    specs,
-    starts,
-)
-from lrconvert.vectorbank import I64
+from lrconvert.methods.vblora.form import MAX_PASSES, MAX_TOP_K, MAX_WEIGHT_BITS, Config, Form, complete, specs, starts
 
 _WEIGHT_BITS = 3  # 2 lose some percent of what is captured, 4 gain none per byte
 _FITTED_BITS = (16, 8, 4)
@@ -313,7 +304,7 @@ class Search:
         h, everything = config.form.num_vectors, int(problem.rows.starts[-1])
         enough = max(16 * h, 128 * len(problem.rows.counts) // config.form.vector_length)  # for bank, and gains
         coder, x = problem.train(self.context.seed, 4, 1, max(_FEW // 2, enough))
-        power = vectorbank.row_sums(coder.squares(x), coder.rows.counts) * problem.weight
+        power = bank.row_sums(coder.squares(x), coder.rows.counts) * problem.weight
         lost = coder.trace[-1] / max(power.sum(), 1e-300)
         low, high = 0.0, 1.0  # bisection: the loss per pass that explains what all passes together leave
         for _ in range(30):

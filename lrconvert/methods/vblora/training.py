@@ -16,16 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lrconvert import straight
-from lrconvert.adapter import CompactAdapter, LoraTarget
-from lrconvert.dtypes import Array
-from lrconvert.students import Rates, Student, unit_of
+from lrconvert.core.dtypes import Array
+from lrconvert.lora import fake_quant
+from lrconvert.lora.adapter import CompactAdapter, LoraTarget
+from lrconvert.lora.trainable import Rates, TrainableAdapter, unit_of
 
 _CHUNK = 1 << 24  # distances at once
 _HALVINGS = 5
 
 
-class BankStudent(Student):
+class TrainableBank(TrainableAdapter):
     """`latents` (codes, b) in units of the bank, for codes of one vector."""
 
     chosen: Tensor
@@ -54,7 +54,7 @@ class BankStudent(Student):
         if not self.moves:
             return found
         vectors = self._bank()[self.chosen]
-        found["bank"] = vectors + straight.through(self.latents * self.unit_latents, torch.zeros_like(vectors))
+        found["bank"] = vectors + fake_quant.through(self.latents * self.unit_latents, torch.zeros_like(vectors))
         found["indices"] = torch.arange(len(vectors), device=vectors.device)[:, None]
         if "scales" in self.specs:
             found["scales"] = vectors.new_ones(len(vectors))
@@ -64,8 +64,8 @@ class BankStudent(Student):
         found = super().groups()
         return [*found, {"params": [self.latents], "lr": self.rates.latents}] if self.moves else found
 
-    def lean(self, pairs: Sequence[LoraTarget]) -> None:
-        super().lean(pairs)
+    def warm_start_latents(self, pairs: Sequence[LoraTarget]) -> None:
+        super().warm_start_latents(pairs)
         if not self.moves:
             return
         shift = self.shift("bank", pairs)
@@ -79,8 +79,8 @@ class BankStudent(Student):
             self.latents.copy_((chosen + way * shift) / self.unit_latents)
 
     @torch.no_grad()
-    def settle(self) -> None:
-        super().settle()
+    def clamp_latents(self) -> None:
+        super().clamp_latents()
         if "scales" in self.specs:
             self.moving_scales.clamp_(min=0)  # a file has no negative ones
         if self.moves:

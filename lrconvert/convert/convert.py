@@ -1,0 +1,290 @@
+"""From a LoRA to a compact adapter: what is left out, what the base settles, the budget, the fit, what it kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from lrconvert.convert import bake_dora as baking
+from lrconvert.core import dtypes
+from lrconvert.core.devices import torch_device
+from lrconvert.core.errors import BudgetError, EmptyAdapterError, FingerprintError, OptionError
+from lrconvert.core.limits import OWN
+from lrconvert.formats import fidelity as report
+from lrconvert.formats.fidelity import Fidelity
+from lrconvert.formats.lrc import file
+from lrconvert.io import hub, strictjson
+from lrconvert.io.container import KnownContent, is_without_weights, open_checkpoint
+from lrconvert.lora import base_names
+from lrconvert.lora.adapter import CompactAdapter, ExtraTensor, LoraAdapter, Provenance, Target
+from lrconvert.lora.base_names import name_filter
+from lrconvert.lora.base_weights import BaseWeights
+from lrconvert.lora.fingerprint import fingerprint
+from lrconvert.lora.input_statistics import InputStatistics
+from lrconvert.methods import base as methods
+from lrconvert.methods.base import Budget, FitContext
+
+ExtraDtype = Literal["F32", "F16", "BF16"]
+
+_DORA_NOTE = (
+    "DoRA: the low-rank part is refitted; the magnitudes, to which its sum with the base is scaled, are carried along "
+    "(--bake-dora turns both into plain updates)"
+)
+
+_NAMES_ONLY = (
+    "the base holds no model.safetensors: it gave names alone; orientations stay as the adapter has them, and no "
+    "digest is recorded"
+)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A planned or finished conversion. `compact` has no tensors and `fidelity` is None after a dry run; `sizes` are
+    exact either way."""
+
+    compact: CompactAdapter
+    sizes: file.Sizes
+    source_bytes: int
+    fidelity: Fidelity | None
+    warnings: tuple[str, ...]
+
+    @property
+    def ratio(self) -> float:
+        """Source factors at 16 bit over the file's bytes, extras counted on neither side."""
+        return self.source_bytes / self.sizes.adapter
+
+
+# What is fitted in place of a LoRA, and the Config, where it is not the LoRA itself and the method's own plan.
+Choose = Callable[[LoraAdapter, Budget | None, FitContext], tuple[LoraAdapter, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedSource:
+    """What conversions of one LoRA stand on: the targets that were chosen, as the base stores them, and the base's
+    opened weights, if there is one. `source_bytes`: the factors at 16 bit."""
+
+    lora: LoraAdapter
+    source_bytes: int
+    weights: BaseWeights | None
+    base: Path | None
+    warnings: tuple[str, ...]
+
+
+@contextmanager
+def prepare_source(
+    lora: LoraAdapter,
+    *,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    base: Path | None,
+    base_content: KnownContent | None,
+    bake_dora: int | None,
+) -> Iterator[PreparedSource]:
+    """Choose targets and settle them on the base, which is read once for its digest, if that is not known, and is open
+    meanwhile."""
+    lora, warnings = _select(lora, include, exclude)
+    if hub.is_private(lora.provenance.base_model):
+        short = hub.last_part(lora.provenance.base_model)
+        warnings += (f"the source names its base by a private path; only {short!r:.80} of it is kept in the file",)
+    source_bytes = lora.half_bytes
+    with _on_base(lora, base, bake_dora, base_content) as (lora, weights, baked):
+        warnings += baked
+        if any(extra.use == "magnitude" for extra in lora.extras):
+            warnings += (_DORA_NOTE,)
+        yield PreparedSource(lora, source_bytes, weights, base, warnings)
+
+
+def convert(
+    lora: LoraAdapter,
+    method: str,
+    *,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    base: Path | None,
+    bake_dora: int | None,
+    base_content: KnownContent | None = None,
+    options: Mapping[str, Any],
+    **how: Any,
+) -> Conversion:
+    """See `lrconvert.api.convert`; `how` is what `convert_on` takes."""
+    _options(methods.get(method), options)  # before a base is read
+    with prepare_source(
+        lora, include=include, exclude=exclude, base=base, base_content=base_content, bake_dora=bake_dora
+    ) as ground:
+        return convert_on(ground, method, options=options, **how)
+
+
+def convert_on(
+    ground: PreparedSource,
+    method: str,
+    *,
+    target_size: int | None,
+    target_ratio: float | None,
+    statistics: InputStatistics | None,
+    extra_dtype: ExtraDtype | None,
+    seed: int,
+    device: str,
+    dry_run: bool,
+    progress: Callable[[float, str], None],
+    options: Mapping[str, Any],
+    choose: Choose | None = None,
+) -> Conversion:
+    """Convert what `ground` holds. With `choose` it says what is fitted; what is kept is measured against the LoRA."""
+    form = methods.get(method)
+    chosen = _options(form, options)
+    lora, weights = ground.lora, ground.weights
+    content = "" if weights is None else weights.content
+    if statistics is not None and content and statistics.content not in ("", content):
+        raise FingerprintError(
+            "the statistics are of a base with other contents", fix="collect them from this base", path=ground.base
+        )
+    default_ratio = None if options else form.default_ratio
+    budget_bytes = _budget_bytes(ground.source_bytes, target_size, target_ratio, default_ratio)
+    skeleton = CompactAdapter(
+        method=form.id,
+        config=None,
+        targets=lora.shapes(),
+        tensors={},
+        extras=tuple(_cast_extra(extra, extra_dtype) for extra in lora.extras),
+        provenance=_provenance(lora.provenance),
+        base=replace(fingerprint(lora.shapes()), content=content),
+    )
+    if device != "cpu":
+        torch_device(device)  # what is not there is refused before the work
+    context = FitContext(seed, device, progress, statistics, weights)
+    budget = None
+    if budget_bytes is not None:
+        budget = Budget(budget_bytes, lambda config: file.sizes(replace(skeleton, config=config)).adapter)
+    fitted, config = (
+        (lora, form.plan(lora, chosen, budget, context)) if choose is None else choose(lora, budget, context)
+    )
+    planned = replace(skeleton, config=config)
+    sizes = file.sizes(planned)
+    file.check(planned)  # before the work: a file that could not be written is not worth fitting
+    if dry_run:
+        return Conversion(planned, sizes, ground.source_bytes, None, ground.warnings)
+    compact = replace(planned, tensors=form.fit(fitted, config, context))
+    fidelity = report.fidelity(lora, compact, statistics, weights)
+    return Conversion(_with_captured(compact, fidelity.captured), sizes, ground.source_bytes, fidelity, ground.warnings)
+
+
+def _options(form: methods.Method, options: Mapping[str, Any]) -> Any:
+    known = {field.name for field in dataclasses.fields(form.Options)}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise OptionError(f"{form.id} has no option {unknown[0]!r}", fix=f"it has: {', '.join(sorted(known))}")
+    chosen = dict(options)
+    for field in dataclasses.fields(form.Options):
+        choices = field.metadata.get("choices")
+        if choices and field.name in options:
+            chosen[field.name] = str(options[field.name])
+            if chosen[field.name] not in choices:
+                what = f"{field.name} is {options[field.name]!r}"
+                raise OptionError(f"{what}; {form.id} takes {', '.join(choices)}")
+    return form.Options(**chosen)
+
+
+def _select(lora: LoraAdapter, include: Sequence[str], exclude: Sequence[str]) -> tuple[LoraAdapter, tuple[str, ...]]:
+    """The LoRA with the targets that the patterns choose, and its warnings, the left-out targets named."""
+    keeps = name_filter(include, exclude)
+    kept = tuple(pair for pair in lora.targets if keeps(pair.target.name))
+    if not kept:
+        raise EmptyAdapterError("--include and --exclude leave no target")
+    warnings = lora.warnings
+    if len(kept) < len(lora.targets):
+        left_out = next(pair.target.name for pair in lora.targets if pair not in kept)
+        count = len(lora.targets) - len(kept)
+        warnings += (f"{count} of {len(lora.targets)} targets are left out as asked, {left_out} for one",)
+    gone = {pair.target.name for pair in lora.targets} - {pair.target.name for pair in kept}
+    extras = tuple(e for e in lora.extras if e.use == "replace" or _owner(e) not in gone)
+    return replace(lora, targets=kept, extras=extras), warnings
+
+
+def _owner(extra: ExtraTensor) -> str:
+    """The target that a part of an update belongs to: a LoRA's bias goes with its layer."""
+    return extra.name.removesuffix(".bias") + ".weight" if extra.use == "add" else extra.name
+
+
+@contextmanager
+def _on_base(
+    lora: LoraAdapter, base: Path | None, bake_dora: int | None, known: KnownContent | None
+) -> Iterator[tuple[LoraAdapter, BaseWeights | None, tuple[str, ...]]]:
+    """The LoRA with shapes and views as the base stores them, the base's weights, and warnings, while it is open.
+
+    Names stay those of the adapter: they are what a model in memory uses, whatever prefix the base was saved with.
+    """
+    if base is None:
+        if bake_dora is not None:
+            raise OptionError("baking DoRA needs the weights of the base", fix="give it with --base")
+        yield lora, None, ()
+        return
+    if bake_dora is None and is_without_weights(base):
+        yield lora, None, (_NAMES_ONLY,)
+        return
+    with open_checkpoint(base) as checkpoint:
+        found = base_names.resolve(lora, checkpoint)
+        pairs = [
+            replace(pair, target=Target(pair.target.name, there.target.shape, there.target.view))
+            for pair, there in zip(lora.targets, found.targets, strict=True)
+        ]
+        lora = replace(lora, targets=tuple(sorted(pairs, key=lambda pair: pair.target)))
+        notes: tuple[str, ...] = ()
+        if bake_dora is not None:
+            baked = baking.bake_dora(lora, checkpoint, bake_dora)
+            lora, notes = baked.lora, (baked.note,)
+        yield lora, BaseWeights(lora, checkpoint, checkpoint.content_digest(known)), notes
+
+
+def _budget_bytes(source: int, size: int | None, ratio: float | None, default_ratio: int | None) -> int | None:
+    if size is not None and ratio is not None:
+        raise OptionError("--target-size and --target-ratio exclude each other")
+    if (size is not None and size <= 0) or (ratio is not None and not ratio > 0):
+        raise BudgetError("a size or ratio of zero or less cannot be reached")
+    if size is not None:
+        return size
+    wanted = ratio if ratio is not None else default_ratio
+    return None if wanted is None else int(source / wanted)
+
+
+def _cast_extra(extra: ExtraTensor, dtype: ExtraDtype | None) -> ExtraTensor:
+    """An extra in a narrower float dtype; untouched without `dtype`, or if it is not wider than that."""
+    if dtype is None or extra.dtype not in dtypes.FLOATS or dtypes.itemsize(extra.dtype) <= dtypes.itemsize(dtype):
+        return extra
+    values = dtypes.decode(np.frombuffer(extra.data, dtypes.STORAGE[extra.dtype]), extra.dtype)
+    return replace(extra, dtype=dtype, data=dtypes.round_to(values, dtype).tobytes())
+
+
+def _provenance(source: Provenance) -> Provenance:
+    """The source's provenance without private paths, with room for the captured share (filled in after the fit).
+
+    Its texts are notes from a configuration: they are brought into the form that a file holds rather than refused.
+    """
+    return Provenance(
+        source=source.source,
+        base_model=_note(hub.last_part(source.base_model)),
+        revision=_note(source.revision),
+        task_type=_note(source.task_type),
+        fields={**{key: _note(text) for key, text in source.fields.items()}, "captured": _share(0.0)},
+    )
+
+
+def _note(text: str) -> str:
+    """`text` as a file can hold it; nothing if it is too long, since a part of a name is another name."""
+    clean = strictjson.canonical_text(text)
+    return clean if len(clean.encode()) <= OWN.string_bytes else ""
+
+
+def _share(value: float) -> str:
+    """A share as text of fixed width, so that sizes are known before it is."""
+    return f"{min(max(value, 0.0), 1.0):.4f}"
+
+
+def _with_captured(compact: CompactAdapter, captured: float) -> CompactAdapter:
+    came = compact.provenance
+    return replace(compact, provenance=replace(came, fields={**came.fields, "captured": _share(captured)}))

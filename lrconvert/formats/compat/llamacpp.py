@@ -1,0 +1,245 @@
+"""llama.cpp: ``convert_lora_to_gguf.py FOLDER``, then ``--lora FILE.gguf``. The converter stores the factors and
+lora_alpha; the runtime multiplies by alpha / rank of each stored pair. Nearly all of the configuration is unread."""
+
+from __future__ import annotations
+
+import ntpath
+import posixpath
+from collections.abc import Iterator
+from functools import partial
+
+from lrconvert.formats.compat import base
+from lrconvert.formats.compat.base import BAKE, RESAVE, Consumer, Finding, NoOptions, Subject, example, leaf, words
+
+VERSION = "as in llama-cpp-python 0.3.36"
+refuses = partial(Finding, "refuses", "llamacpp", VERSION)
+wrong = partial(Finding, "wrong", "llamacpp", VERSION)
+warns = partial(Finding, "warns", "llamacpp", VERSION)
+
+CONVERTER = "convert_lora_to_gguf.py"
+TENSORS = f"{CONVERTER} LoraModel.get_tensors"
+RUNTIME = "src/llama-adapter.cpp llama_adapter_lora_init_impl"
+EXPAND = "expand it to plain LoRA first"
+MERGE = "merge it into the base and convert that"
+
+# conversion/base.py TextModel.filter_tensors: parts of names that no text model has.
+_SKIPPED_STARTS = words(
+    """
+    mlp vit. vpm. siglip2. conformer. merger. resampler. sound_encoder. sound_projection. speech_embeddings.
+    """
+)
+_SKIPPED = words(
+    """
+    visual. vision. audio. talker. vision_ audio_ token2wav. code2wav. projector. pre_mm_projector_norm image_newline
+    view_seperator patch_embed patch_embedding patch_merger. patch_merge_mlp. model.connector.
+    """
+)
+_CONV1D = ("c_attn", "c_proj", "c_fc", "c_fc2")
+
+
+def examine(subject: Subject, options: NoOptions) -> Iterator[Finding]:
+    if subject.foreign == "gguf":
+        return  # what the converter makes: the runtime loads it as it is
+    if (found := base.not_a_peft_folder(subject)) is not None:
+        yield refuses("layout", *found, CONVERTER)
+        return
+    if subject.pickle == "adapter_model.bin":
+        yield warns("pickle", f"the weights are a pickle, {subject.pickle}, and were not looked at", RESAVE, CONVERTER)
+    elif not subject.weights:
+        fix = "put the weights there under this name"
+        yield refuses("weights", f"there is no {base.PEFT_WEIGHTS}", fix, CONVERTER)
+    if subject.kind not in ("LORA", ""):
+        yield _other_kind(subject)
+        return
+    if subject.number("lora_alpha") is None:
+        yield refuses("alpha", "lora_alpha is missing or no number", "write it", f"{CONVERTER} LoraModel")
+    yield from _names(subject)
+    yield from _config(subject)
+    yield from _factors(subject)
+    yield from _base(subject)
+
+
+def _other_kind(subject: Subject) -> Finding:
+    """The converter does not read peft_type either: the names decide, and lora_alpha."""
+    what = f"the adapter is {subject.kind}, not LORA, which is not looked at"
+    if subject.pairs and not subject.others and subject.number("lora_alpha") is not None:
+        return wrong("kind", f"{what}; its tensors are read as LoRA", EXPAND, CONVERTER)
+    names = f": {example([info.name for info in subject.others])}" if subject.others else ""
+    return refuses("kind", f"{what}; what it stores is refused{names}", EXPAND, TENSORS)
+
+
+def _names(subject: Subject) -> Iterator[Finding]:
+    """The converter takes factors, skips base layers, keeps norms (which the runtime skips), and stops at all else."""
+    norms, unknown = [], []
+    for info in subject.others:
+        name = info.name
+        if "_layernorm" in name or ".norm" in name:
+            norms.append(name)
+        elif ".base_layer.weight" not in name and not _skipped(name):
+            unknown.append(name)
+    if unknown:
+        dora = all(name.endswith(".lora_magnitude_vector") for name in unknown)
+        what = "the magnitudes of DoRA are refused" if dora else "tensors other than LoRA factors are refused"
+        yield refuses("dora" if dora else "names", f"{what}: {example(unknown)}", MERGE, TENSORS)
+    if norms:
+        yield wrong("norms", f"trained norms are left out when loading: {example(norms)}", MERGE, RUNTIME)
+
+
+def _skipped(name: str) -> bool:
+    bare = name.replace(base.PEFT_PREFIX, "")
+    return bare.startswith(tuple(sorted(_SKIPPED_STARTS))) or any(part in bare for part in _SKIPPED)
+
+
+def _config(subject: Subject) -> Iterator[Finding]:
+    if subject.flag("use_dora") and not any("lora_magnitude_vector" in info.name for info in subject.others):
+        yield wrong("dora", "use_dora is ignored", MERGE, CONVERTER)
+    for key, rule, what in (
+        ("use_qalora", "qalora", "the factors of QA-LoRA have other shapes"),
+        ("use_bdlora", "bdlora", "the factors of block-diagonal LoRA have other shapes"),
+        ("layer_replication", "replication", "the replicated layers do not exist"),
+        ("target_parameters", "experts", "expert stacks as PEFT stores them (target_parameters) are not read"),
+    ):
+        if subject.flag(key):
+            yield refuses(rule, what, MERGE, RUNTIME)
+    if base.changes_base(subject):
+        init = subject.config["init_lora_weights"]
+        fix = "convert it to plain LoRA (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
+        what = f"the initialization {init!r:.60} changes the base's weights, which is ignored"
+        yield wrong("init", what, fix, CONVERTER)
+    alpha = subject.number("lora_alpha")
+    # get_scale takes alpha 0 for "no alpha" and leaves the factors as they are.
+    if alpha is not None and (changed := base.rescaled(subject, lambda m, rank: alpha / rank if alpha else 1.0)):
+        ignored = [key for key in ("use_rslora", "alpha_pattern") if subject.flag(key)]
+        reason = f"{' and '.join(ignored)} ignored" if ignored else "lora_alpha / rank of the tensors is the scale"
+        yield wrong("scale", f"{reason}: {changed}", BAKE, "src/llama-adapter.h get_scale")
+
+
+def _factors(subject: Subject) -> Iterator[Finding]:
+    if subject.weights and not subject.pairs and not subject.others:
+        yield wrong("names", "the file holds no LoRA factors", "is this a LoRA?", TENSORS)
+    if odd := base.ranks_at_odds(subject):
+        module = odd[0]
+        what = (
+            f"{len(odd)} modules have another rank than the configuration says and are scaled by the former, "
+            f"{module!r:.120} by alpha / {subject.pairs[module].rank}"
+        )
+        yield warns("shape", what, "correct r or rank_pattern", "src/llama-adapter.h get_scale")
+    if halves := base.incomplete(subject):
+        what = f"lora_A or lora_B is missing or does not fit: {example(halves)}"
+        yield refuses("pair", what, "the file is incomplete: save it again", TENSORS)
+    if codes := base.not_floats(subject):
+        what = f"factors that are no floats are read as plain numbers: {example(codes)}"
+        yield wrong("dtype", what, "store them as F32, F16 or BF16", "conversion/base.py ModelBase.prepare_tensors")
+    if dropped := [m for m in subject.pairs if _skipped(m + ".weight")]:
+        what = f"modules outside the text model are dropped without a word: {example(dropped)}"
+        yield wrong("modules", what, MERGE, "conversion/base.py TextModel.filter_tensors")
+    yield from _conv1d(subject)
+
+
+def _conv1d(subject: Subject) -> Iterator[Finding]:
+    """The converters of GPT-2 and Jais transpose Conv1D weights, and a LoRA's factors too, which are not transposed."""
+    model = (subject.base or {}).get("model_type")
+    if not (model in ("gpt2", "jais") if subject.base is not None else subject.flag("fan_in_fan_out")):
+        return
+    shapes = {
+        module: (pair.b.shape[0], pair.a.shape[-1])
+        for module, pair in subject.pairs.items()
+        if leaf(module) in _CONV1D and pair.a is not None and pair.b is not None
+    }
+    source = "conversion/gpt2.py GPT2Model.modify_tensors"
+    if oblong := [m for m, (out, inner) in shapes.items() if out != inner]:
+        what = f"Conv1D updates come out transposed, the file does not load: {example(oblong)}"
+        yield refuses("conv1d", what, MERGE, source)
+    elif shapes:
+        yield wrong("conv1d", f"Conv1D updates come out transposed: {example(list(shapes))}", MERGE, source)
+
+
+def _base(subject: Subject) -> Iterator[Finding]:
+    heads = [module for module in subject.pairs if leaf(module) == "lm_head"]
+    if subject.base is None:
+        named = subject.config.get("base_model_name_or_path")
+        if not isinstance(named, str) or not named or posixpath.isabs(named) or ntpath.isabs(named):
+            shown = "no base" if not named else f"the base by a path, {named!r:.80}"
+            what = f"the configuration names {shown}, which the converter would load"
+            yield warns("base", what, "give the converter --base FOLDER (its config.json is enough)", CONVERTER)
+        if heads:
+            what = f"a base whose lm_head is tied to its embeddings has no {example(heads)} to adapt"
+            yield warns("embedding", what, "give --base to have it checked", RUNTIME)
+        return
+    if subject.architecture and subject.architecture not in ARCHITECTURES:
+        what = f"the base's architecture {subject.architecture!r:.80} is not known"
+        yield refuses("model", what, "use a newer llama.cpp if it has it", "conversion/__init__.py TEXT_MODEL_MAP")
+    if heads and subject.base.get("tie_word_embeddings"):
+        # Gemma's converter drops the factors instead, without a word.
+        what = f"the base's lm_head is tied to its embeddings: there is no {example(heads)} to adapt when loading"
+        yield refuses("embedding", what, MERGE, RUNTIME)
+    lacking, _ = base.outside_base(subject)
+    if lacking:
+        what = f"{len(lacking)} modules are not in the base: {example(lacking)}"
+        yield refuses("modules", what, "is this the right base?", RUNTIME)
+
+
+# conversion/__init__.py TEXT_MODEL_MAP.
+ARCHITECTURES = words(
+    """
+    AfmoeForCausalLM ApertusForCausalLM ArceeForCausalLM ArcticForCausalLM AudioFlamingo3ForConditionalGeneration
+    BaiChuanForCausalLM BaichuanForCausalLM BailingMoeForCausalLM BailingMoeV2ForCausalLM BailingMoeV3ForCausalLM
+    BailingMoeV3VLForConditionalGeneration BambaForCausalLM BertForMaskedLM BertForSequenceClassification BertModel
+    BitNetForCausalLM BitnetForCausalLM BloomForCausalLM BloomModel CamembertModel ChameleonForCausalLM
+    ChameleonForConditionalGeneration ChatGLMForConditionalGeneration ChatGLMModel CodeShellForCausalLM
+    CogVLMForCausalLM Cohere2ForCausalLM Cohere2MoeForCausalLM CohereForCausalLM DFlash2DraftModel DFlashDraftModel
+    DSparkDraftModel DSparkSpeculator DbrxForCausalLM DeciLMForCausalLM DeepseekForCausalLM DeepseekOCRForCausalLM
+    DeepseekV2ForCausalLM DeepseekV32ForCausalLM DeepseekV3ForCausalLM DeepseekV4DSparkModel DeepseekV4ForCausalLM
+    DistilBertForMaskedLM DistilBertForSequenceClassification DistilBertModel Dots1ForCausalLM Dots3NoteForCausalLM
+    Dots3NoteForConditionalGeneration Dots3NoteTextForCausalLM DotsOCRForCausalLM DreamModel Eagle3DraftModel
+    Eagle3LlamaForCausalLM Eagle3Speculator Ernie4_5ForCausalLM Ernie4_5_ForCausalLM Ernie4_5_MoeForCausalLM
+    EuroBertModel Exaone4ForCausalLM Exaone4_5_ForConditionalGeneration ExaoneForCausalLM ExaoneMoEForCausalLM
+    ExaoneMoeForCausalLM FalconForCausalLM FalconH1ForCausalLM FalconMambaForCausalLM GPT2LMHeadModel
+    GPTBigCodeForCausalLM GPTNeoXForCausalLM GPTRefactForCausalLM Gemma2ForCausalLM Gemma3ForCausalLM
+    Gemma3ForConditionalGeneration Gemma3TextModel Gemma3nForCausalLM Gemma3nForConditionalGeneration
+    Gemma4AssistantForCausalLM Gemma4DSparkModel Gemma4ForCausalLM Gemma4ForConditionalGeneration
+    Gemma4UnifiedAssistantForCausalLM Gemma4UnifiedForConditionalGeneration GemmaForCausalLM Glm4ForCausalLM
+    Glm4MoeForCausalLM Glm4MoeLiteForCausalLM Glm4vForConditionalGeneration Glm4vMoeForConditionalGeneration
+    Glm5NextForConditionalGeneration GlmForCausalLM GlmMoeDsaForCausalLM GlmOcrForConditionalGeneration
+    GptOssForCausalLM GraniteForCausalLM GraniteMoeForCausalLM GraniteMoeHybridForCausalLM GraniteMoeSWAForCausalLM
+    GraniteMoeSharedForCausalLM GraniteSWAForCausalLM GraniteSpeechForConditionalGeneration
+    GraniteSpeechPlusForConditionalGeneration GraniteSwitchForCausalLM Grok1ForCausalLM GrokForCausalLM
+    GroveMoeForCausalLM HYV3ForCausalLM HYV4ForCausalLM HrmTextForCausalLM HunYuanDenseV1ForCausalLM
+    HunYuanMoEV1ForCausalLM HunYuanVLForConditionalGeneration IQuestCoderForCausalLM InternLM2ForCausalLM
+    InternLM3ForCausalLM JAISLMHeadModel Jais2ForCausalLM JambaForCausalLM JanusForConditionalGeneration
+    JinaBertForMaskedLM JinaBertModel JinaEmbeddingsV5Model KORMoForCausalLM KimiK25ForConditionalGeneration
+    KimiK3ForConditionalGeneration KimiLinearForCausalLM KimiLinearModel KimiVLForConditionalGeneration
+    LFM2ForCausalLM LLaDAMoEModel LLaDAMoEModelLM LLaDAModelLM LLaMAForCausalLM LagunaForCausalLM Lfm25AudioTokenizer
+    Lfm2BidirectionalModel Lfm2DSparkDraftModel Lfm2ForCausalLM Lfm2Model Lfm2MoeForCausalLM LingDSparkModel
+    Llama4ForCausalLM Llama4ForConditionalGeneration LlamaBidirectionalModel LlamaForCausalLM LlamaForCausalLMEagle3
+    LlamaModel LlavaForConditionalGeneration LlavaStableLMEpochForCausalLM MPTForCausalLM MT5ForConditionalGeneration
+    MaincoderForCausalLM Mamba2ForCausalLM MambaForCausalLM MambaLMHeadModel MapleForCausalLM MellumForCausalLM
+    MiMoV2FlashForCausalLM MiMoV2ForCausalLM MiniCPM3ForCausalLM MiniCPMForCausalLM
+    MiniCPMV4_6ForConditionalGeneration MiniMaxM1ForCausalLM MiniMaxM2ForCausalLM MiniMaxM3SparseForCausalLM
+    MiniMaxM3SparseForConditionalGeneration MiniMaxText01ForCausalLM Ministral3ForCausalLM
+    Mistral3ForConditionalGeneration MistralForCausalLM MixtralForCausalLM ModernBertForMaskedLM
+    ModernBertForSequenceClassification ModernBertModel MuseGlimmerAssistantModel MuseGlimmerForConditionalGeneration
+    NanbeigeForCausalLM NemotronForCausalLM NemotronHForCausalLM NemotronHPuzzleForCausalLM NeoBERT
+    NeoBERTForSequenceClassification NeoBERTLMHead NomicBertModel OLMoForCausalLM Olmo2ForCausalLM Olmo3ForCausalLM
+    OlmoForCausalLM OlmoeForCausalLM OpenELMForCausalLM OrionForCausalLM PLMForCausalLM PLaMo2ForCausalLM
+    PLaMo3ForCausalLM PaddleOCRVLForConditionalGeneration PanguEmbeddedForCausalLM Phi3ForCausalLM Phi4ForCausalLMV
+    PhiForCausalLM PhiMoEForCausalLM Plamo2ForCausalLM Plamo3ForCausalLM PlamoForCausalLM PocketTTSModel
+    QWenLMHeadModel Qwen2AudioForConditionalGeneration Qwen2ForCausalLM Qwen2Model Qwen2MoeForCausalLM
+    Qwen2VLForConditionalGeneration Qwen2VLModel Qwen2_5OmniModel Qwen2_5_VLForConditionalGeneration
+    Qwen3ASRForConditionalGeneration Qwen3DSparkModel Qwen3ForCausalLM Qwen3Model Qwen3MoeForCausalLM
+    Qwen3NextForCausalLM Qwen3OmniMoeForConditionalGeneration Qwen3TTSForConditionalGeneration
+    Qwen3VLForConditionalGeneration Qwen3VLMoeForConditionalGeneration Qwen3_5ForCausalLM
+    Qwen3_5ForConditionalGeneration Qwen3_5MoeForCausalLM Qwen3_5MoeForConditionalGeneration Qwen4ExpForCausalLM
+    Qwen4ExpForConditionalGeneration RND1 RWForCausalLM RWKV6Qwen2ForCausalLM RWKV7ForCausalLM
+    RobertaForSequenceClassification RobertaModel RuGPT3XLForCausalLM Rwkv6ForCausalLM Rwkv7ForCausalLM
+    RwkvHybridForCausalLM Sarashina2VisionForCausalLM SarvamMoEForCausalLM SeedOssForCausalLM SmallThinkerForCausalLM
+    SmolLM3ForCausalLM SolarOpenForCausalLM Spark2_5ForCausalLM StableLMEpochForCausalLM StableLmForCausalLM
+    Starcoder2ForCausalLM Step3p5ForCausalLM Step3p7ForConditionalGeneration StepVLForConditionalGeneration
+    T5EncoderModel T5ForConditionalGeneration T5WithLMHeadModel TalkieForCausalLM UMT5ForConditionalGeneration
+    UMT5Model UltravoxModel UnlimitedOCRForCausalLM VLlama3ForCausalLM VoxtralForConditionalGeneration WavTokenizerDec
+    XLMRobertaForSequenceClassification XLMRobertaModel XverseForCausalLM YoutuForCausalLM
+    YoutuVLForConditionalGeneration modeling_grove_moe.GroveMoeForCausalLM modeling_sarvam_moe.SarvamMoEForCausalLM
+    """
+)
+
+CONSUMER = Consumer("llamacpp", "llama.cpp", VERSION, examine)

@@ -1,0 +1,106 @@
+"""The contract of an exporter, and the registry that finds exporters by scanning this folder.
+
+An exporter is one file here that binds ``EXPORTER``. It is a pure function from a compact adapter to the files of a
+folder; writing them is not its business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lrconvert.core import registry
+from lrconvert.core.errors import ExportError, FileKindError, OptionError
+from lrconvert.formats.fidelity import Fidelity
+from lrconvert.io import hub
+from lrconvert.io.container import PIPELINE_NAME, read_json
+from lrconvert.lora.adapter import CompactAdapter
+
+Files = Mapping[str, Iterable[bytes]]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """`keep_ranks`: per-module ranks instead of one padded rank; `pad_rank`: that rank, the largest of the adapter
+    without it. `dtype`: of the factors. `command`: what the user ran, for the model card. `base_config`: the base's
+    config.json (`base_config`), for layouts whose names or orders depend on it."""
+
+    keep_ranks: bool = False
+    dtype: str = "F32"
+    command: str = ""
+    pad_rank: int | None = None
+    base_config: Mapping[str, Any] | None = None
+
+    def rank(self, top: int) -> int:
+        """The one rank of an adapter whose largest is `top`. Raises E-OPTION for a `pad_rank` below it."""
+        if self.pad_rank is None:
+            return top
+        if self.keep_ranks:
+            raise OptionError("one rank for all and their own ranks exclude each other", fix="leave one out")
+        if self.pad_rank < top:
+            fix = "give that or more, or convert again with fewer ranks"
+            raise OptionError(f"--pad-rank is {self.pad_rank}, and the adapter has a rank of {top}", fix=fix)
+        return self.pad_rank
+
+
+_DENOISERS = ("unet", "transformer")
+
+
+def base_config(root: Path) -> Mapping[str, Any]:
+    """The config.json of a model folder, of a diffusers pipeline that of its UNet or transformer. Raises E-IO-KIND and
+    what reading raises."""
+    if not (root / "config.json").exists() and (root / PIPELINE_NAME).is_file():
+        for name in _DENOISERS:
+            if (root / name / "config.json").is_file():
+                return read_json(root / name / "config.json")
+        raise FileKindError("the pipeline holds neither a UNet nor a transformer", path=root)
+    return read_json(root / "config.json")
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """One output layout. `files(compact, options, fidelity)` maps file names to their bytes in pieces."""
+
+    id: str
+    title: str
+    files: Callable[[CompactAdapter, ExportOptions, Fidelity | None], Files]
+
+
+def ids() -> list[str]:
+    """Names for `--to`, from the file names of this folder."""
+    return [name.replace("_", "-") for name in registry.names("lrconvert.formats.exporters")]
+
+
+def get(exporter_id: str) -> Exporter:
+    """The exporter of that id. Raises E-EXPORT for an unknown one."""
+    if exporter_id not in ids():
+        raise ExportError(f"there is no export to {exporter_id!r}", fix=f"known: {', '.join(ids())}")
+    found: Exporter = registry.load("lrconvert.formats.exporters", exporter_id.replace("-", "_"), "EXPORTER")
+    return found
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: the names of the files, and notes for the user, a line each."""
+
+    files: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+def public(compact: CompactAdapter, base_model_id: str | None) -> tuple[CompactAdapter, tuple[str, ...]]:
+    """`compact` as it may be given to others, and notes: the base named by `base_model_id` (``org/name``,
+    ``org/name@revision``) if there is one, else without the folders of a path. Raises E-OPTION for what is no name."""
+    came = compact.provenance
+    if base_model_id is not None:
+        name, _, revision = base_model_id.partition("@")
+        if not name or not base_model_id.isprintable():
+            raise OptionError(f"{base_model_id!r:.80} does not name a base model", fix="write org/name")
+        notes = (f"the base is named by a private path, {name!r:.80}",) if hub.is_private(name) else ()
+        return replace(compact, provenance=replace(came, base_model=name, revision=revision)), notes
+    if not hub.is_private(came.base_model):
+        return compact, ()
+    short = hub.last_part(came.base_model)
+    note = f"the base was named by a private path, of which {short!r:.80} is kept; --base-model-id names it"
+    return replace(compact, provenance=replace(came, base_model=short)), (note,)

@@ -1,0 +1,90 @@
+"""kohya (sd-scripts, and the user interfaces that follow it): ``lora_unet_<module>.lora_down.weight`` (r, in),
+``.lora_up.weight`` (out, r) and ``.alpha``, the dots of the module's name as underscores; ``lora_te_``, or
+``lora_te1_`` and ``lora_te2_``, for text encoders. alpha = r, so that the scale is 1. With own ranks every alpha
+is 1 and lora_up is multiplied by its rank instead: diffusers 0.42 scales wrongly where alphas differ.
+
+The UNet's modules have diffusers' names (``lora_unet_down_blocks_...``), as sd-scripts has them for Stable Diffusion 1
+and 2; but for Stable Diffusion XL those of Stability AI's code (``lora_unet_input_blocks_4_1_...``), since sd-scripts
+builds that UNet from it. Whether a UNet is SDXL's says the base's configuration. Without one it is
+if its attention takes texts of 2048 numbers, the width of SDXL's two encoders together. A transformer's modules are
+``lora_transformer_``, as OneTrainer writes and diffusers reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from lrconvert.core.errors import ExportError
+from lrconvert.formats import unet_names
+from lrconvert.formats.exporters.base import Exporter, ExportOptions, Files
+from lrconvert.formats.exporters.peft_lora import config_file, weights_file
+from lrconvert.formats.exporters.shared.diffusion import TRANSFORMER, UNET, placed
+from lrconvert.formats.exporters.shared.plain import EXCLUDE, Pair, entry, pairs, refuse_extras, unfolded
+from lrconvert.formats.fidelity import Fidelity
+from lrconvert.formats.model_card import model_card, origin, sidecar
+from lrconvert.lora.adapter import CompactAdapter, Target
+
+_LAYOUT = "kohya's layout"
+_CONTEXT = (".attn2.to_k", ".attn2.to_v")
+_SDXL_CONTEXT = 2048
+
+
+def files(compact: CompactAdapter, options: ExportOptions, fidelity: Fidelity | None) -> Files:
+    """See the module's docstring. Raises E-EXPORT for what the layout has no name for."""
+    refuse_extras(compact, _LAYOUT)
+    found = [(*placed(pair.target, _LAYOUT), pair) for pair in pairs(compact, options)]
+    components = {component for component, _, _ in found}
+    originals = _originals(found, options)
+    tensors, owners = [], dict[str, str]()
+    for component, module, pair in found:
+        if component == UNET and originals is not None:
+            module = _original(pair.target, module, originals)
+        name = f"{_prefix(component, components, originals is not None)}_{module.replace('.', '_')}"
+        if name in owners:
+            what = f"{pair.target.name!r:.120} and {owners[name]!r:.120} have one name there, {name!r:.120}"
+            raise ExportError(what, fix=EXCLUDE)
+        owners[name] = pair.target.name
+        down, up = unfolded(pair, _LAYOUT)
+        tensors.append(entry(f"{name}.lora_down.weight", options.dtype, down))
+        alpha = 1 if options.keep_ranks else pair.rank
+        up = up.astype(np.float64) * (pair.rank / alpha)
+        tensors.append(entry(f"{name}.lora_up.weight", options.dtype, up))
+        tensors.append(entry(f"{name}.alpha", "F32", np.full((), alpha, np.float32)))
+    ranks = {pair.rank for _, _, pair in found}
+    dim = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
+    alphas = "1" if options.keep_ranks else dim
+    notes = {"ss_network_module": "networks.lora", "ss_network_dim": dim, "ss_network_alpha": alphas}
+    return {
+        "lora.safetensors": weights_file(sorted(tensors), {**notes, **origin(compact)}),
+        "README.md": [model_card(compact, "kohya LoRA", options.command, fidelity, "diffusers")],
+        "lrconvert.json": [config_file(sidecar(compact))],
+    }
+
+
+def _originals(found: Sequence[tuple[str, str, Pair]], options: ExportOptions) -> Mapping[str, str] | None:
+    """The table of names if the UNet is SDXL's, else None."""
+    if options.base_config is not None:
+        return unet_names.stability_names(levels=3) if unet_names.is_sdxl(options.base_config) else None
+    widths = {p.target.in_features for c, m, p in found if c == UNET and m.endswith(_CONTEXT)}
+    return unet_names.stability_names(levels=3) if widths == {_SDXL_CONTEXT} else None
+
+
+def _original(target: Target, module: str, originals: Mapping[str, str]) -> str:
+    name = unet_names.renamed(module, originals, ".")
+    if name is None:
+        what = f"{target.name!r:.120} has no name in the code of Stable Diffusion XL, which sd-scripts follows"
+        raise ExportError(what, fix=EXCLUDE)
+    return name
+
+
+def _prefix(component: str, components: set[str], sdxl: bool) -> str:
+    if component in (UNET, TRANSFORMER):
+        return f"lora_{component}"
+    if component == "text_encoder":
+        return "lora_te" if components <= {UNET, "text_encoder"} and not sdxl else "lora_te1"
+    return f"lora_te{component[-1]}"
+
+
+EXPORTER = Exporter("kohya", "kohya / sd-scripts LoRA", files)

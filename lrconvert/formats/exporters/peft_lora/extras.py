@@ -1,0 +1,115 @@
+"""Extra tensors under PEFT's names, and the fields of the configuration that place them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lrconvert.core.dtypes import STORAGE
+from lrconvert.core.errors import ExportError
+from lrconvert.formats.exporters.peft_lora.layers import BASE_LAYER, PREFIX
+from lrconvert.lora.adapter import CompactAdapter, ExtraTensor
+
+Entry = tuple[str, str, tuple[int, ...], bytes]  # name, dtype, shape, data
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Tensors of the file, and what the configuration says of them."""
+
+    entries: tuple[Entry, ...]
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def place(compact: CompactAdapter, adapted: Collection[str], only: str = "lora_only") -> Placed:
+    """The extras of `compact`; `adapted` are the modules that have an update, `only` is what PEFT's option `bias` calls
+    theirs. Raises E-EXPORT for what has no place."""
+    _check_owners(compact.extras, adapted)
+    whole = [e for e in compact.extras if e.use == "replace"]
+    biases = [e for e in whole if _is_bias(e, whole)]
+    kept = [e for e in whole if e not in biases and f"{BASE_LAYER}." not in e.name]
+    entries = [(PREFIX + e.name, e.dtype, e.shape, e.data) for e in whole if e not in biases]
+    entries += [(PREFIX + _bias_name(e, adapted), e.dtype, e.shape, e.data) for e in biases]
+    entries += list(_parts(compact.extras))
+    saved = saved_modules(compact, kept)
+    both = next((module for module in sorted(adapted) if _placed(module, saved)), "")
+    if both:
+        raise ExportError(
+            f"{both!r} has an update, and PEFT would save it whole because of modules_to_save {saved}",
+            fix="convert again with --exclude for it, or merge the adapter into the base",
+        )
+    config: dict[str, Any] = {"modules_to_save": saved or None}
+    if biases:
+        own = all(owner(e.name) in adapted for e in biases)
+        config["bias"] = only if own else "all"
+    rows = {owner(e.name): _integers(e) for e in compact.extras if e.use == "row_indices"}
+    if rows:
+        config["trainable_token_indices"] = rows
+    return Placed(tuple(entries), config)
+
+
+def _check_owners(extras: Iterable[ExtraTensor], adapted: Collection[str]) -> None:
+    """Raise E-EXPORT for parts of an update that PEFT would look for in another wrapper than the one it makes."""
+    for e in extras:
+        module = owner(e.name)
+        if e.use in ("add", "magnitude") and module not in adapted:
+            raise ExportError(
+                f"{e.name!r} is a part of the update of {module!r}, which has no factors",
+                fix="convert the adapter again: its file lacks a target",
+            )
+        if e.use == "rows" and module in adapted:
+            raise ExportError(
+                f"{module!r} has factors and trained rows; PEFT has one of them in a layer",
+                fix="convert again with --exclude for it, or merge the adapter into the base",
+            )
+
+
+def _parts(extras: Iterable[ExtraTensor]) -> Iterable[Entry]:
+    """What stands beside factors."""
+    for e in extras:
+        module = PREFIX + owner(e.name)
+        if e.use == "add":
+            yield f"{module}.lora_B.bias", e.dtype, e.shape, e.data
+        elif e.use == "magnitude":
+            yield f"{module}.lora_magnitude_vector", e.dtype, e.shape, e.data
+        elif e.use == "rows":
+            yield f"{module}.token_adapter.trainable_tokens_delta", e.dtype, e.shape, e.data
+
+
+def _integers(extra: ExtraTensor) -> list[int]:
+    return [int(n) for n in np.frombuffer(extra.data, STORAGE[extra.dtype])]
+
+
+def owner(name: str) -> str:
+    """The module that a parameter belongs to, without PEFT's wrapper."""
+    return name.rpartition(".")[0].removesuffix(BASE_LAYER)
+
+
+def _is_bias(extra: ExtraTensor, whole: Iterable[ExtraTensor]) -> bool:
+    """Whether PEFT saved a tensor for its option `bias`: a bias without the weight of its module."""
+    weight = f"{owner(extra.name)}.weight"
+    return extra.name.endswith(".bias") and not any(e.name == weight for e in whole)
+
+
+def _bias_name(extra: ExtraTensor, adapted: Collection[str]) -> str:
+    module = owner(extra.name)
+    return f"{module}{BASE_LAYER if module in adapted else ''}.bias"
+
+
+def saved_modules(compact: CompactAdapter, extras: Iterable[ExtraTensor]) -> list[str]:
+    """The modules_to_save that place these extras: the source's own list if it does, else the extras' modules."""
+    owners = sorted({e.name.rpartition(".")[0] for e in extras})
+    if "" in owners:
+        raise ExportError("an extra tensor belongs to no module, PEFT cannot place it")
+    listed = [m for m in compact.provenance.fields.get("modules_to_save", "").split(",") if m]
+    return listed if owners and all(_placed(owner, listed) for owner in owners) else owners
+
+
+def _placed(owner: str, modules: list[str]) -> bool:
+    """Whether PEFT's rule (a module's path ends with a listed name) saves the module `owner` or one around it."""
+    parts = owner.split(".")
+    paths = [".".join(parts[: n + 1]) for n in range(len(parts))]
+    return any(path.endswith(m) for path in paths for m in modules)

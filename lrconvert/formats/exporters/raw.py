@@ -1,0 +1,42 @@
+"""A bare state dict, as loralib has it: ``<module>.lora_A`` (r, in) and ``<module>.lora_B`` (out, r) beside the base's
+own names, for ``model.load_state_dict(..., strict=False)``. The scale is baked in: ``lora_alpha`` of the layers is
+their rank, which the metadata repeats. Saved heads and biases stand under their own names.
+
+Convolutions are refused: loralib's are products of other shapes.
+"""
+
+from __future__ import annotations
+
+from lrconvert.core.errors import ExportError
+from lrconvert.formats.exporters.base import Exporter, ExportOptions, Files
+from lrconvert.formats.exporters.peft_lora import config_file, weights_file
+from lrconvert.formats.exporters.shared.plain import EXCLUDE, entry, module_of, pairs, refuse_extras
+from lrconvert.formats.fidelity import Fidelity
+from lrconvert.formats.model_card import model_card, origin, sidecar
+from lrconvert.lora.adapter import CompactAdapter
+
+_LAYOUT = "a bare state dict"
+
+
+def files(compact: CompactAdapter, options: ExportOptions, fidelity: Fidelity | None) -> Files:
+    """See the module's docstring. Raises E-EXPORT for what the layout cannot express."""
+    refuse_extras(compact, _LAYOUT, allowed=("replace",))
+    found = pairs(compact, options)
+    tensors = [(e.name, e.dtype, e.shape, e.data) for e in compact.extras]
+    for pair in found:
+        module = module_of(pair.target, _LAYOUT)
+        if pair.target.view.kind == "conv":
+            what = f"{pair.target.name!r:.120} is a convolution, whose factors have other shapes in {_LAYOUT}"
+            raise ExportError(what, fix=EXCLUDE)
+        tensors.append(entry(f"{module}.lora_A", options.dtype, pair.a))
+        tensors.append(entry(f"{module}.lora_B", options.dtype, pair.b))
+    ranks = {pair.rank for pair in found}
+    notes = {"lora_alpha": str(ranks.pop()) if len(ranks) == 1 else "rank"}
+    return {
+        "lora.safetensors": weights_file(sorted(tensors), {**notes, **origin(compact)}),
+        "README.md": [model_card(compact, "bare LoRA", options.command, fidelity, "")],
+        "lrconvert.json": [config_file(sidecar(compact))],
+    }
+
+
+EXPORTER = Exporter("raw", "bare state dict, as loralib's", files)

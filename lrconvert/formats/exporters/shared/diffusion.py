@@ -1,0 +1,51 @@
+"""Names of diffusion models: which component of a pipeline a target belongs to, and its name in there."""
+
+from __future__ import annotations
+
+import re
+
+from lrconvert.core.errors import ExportError
+from lrconvert.formats.exporters.shared.plain import module_of
+from lrconvert.lora.adapter import Target
+
+UNET, TRANSFORMER = "unet", "transformer"
+# The first module of a name inside a component, as diffusers calls them.
+_UNET = re.compile(
+    r"(?:conv_in|conv_out|time_embedding|add_embedding|class_embedding|encoder_hid_proj|down_blocks|mid_block"
+    r"|up_blocks)\b"
+)
+_TRANSFORMER = re.compile(
+    r"(?:transformer_blocks|single_transformer_blocks|x_embedder|context_embedder|time_text_embed|pos_embed|norm_out"
+    r"|proj_out|adaln_single|caption_projection|patch_embed|condition_embedder)\b|blocks\.\d+\.(?:attn[12]?|ffn)\b"
+)
+_CLIP = re.compile(r"(?:text_model\.)?(?:encoder\.layers\.\d+\.(?:self_attn|mlp)|embeddings)\b|text_projection\b")
+_ROOTS = {
+    UNET: _UNET,
+    TRANSFORMER: _TRANSFORMER,
+    "text_encoder": re.compile(r"\w+"),
+    "text_encoder_2": re.compile(r"\w+"),
+    "text_encoder_3": re.compile(r"\w+"),
+}
+_BARE = {UNET: _UNET, TRANSFORMER: _TRANSFORMER, "text_encoder": re.compile(r"text_model\.")}
+
+
+def placed(target: Target, layout: str) -> tuple[str, str]:
+    """(component, module) of a target: named by its first part, or known by its blocks where an adapter of one
+    component alone leaves that out. Raises E-EXPORT for what is no part of a diffusion pipeline."""
+    module = module_of(target, layout)
+    first, _, rest = module.partition(".")
+    if first in _ROOTS and _ROOTS[first].match(rest):
+        return first, _with_text_model(first, rest)
+    for component, roots in _BARE.items():
+        if roots.match(module):
+            return component, module
+    raise ExportError(
+        f"{target.name!r:.120} is no layer of a UNet, a text encoder or a diffusion transformer that {layout} names",
+        fix="export to peft-lora; names of diffusion models begin with unet., transformer. or text_encoder.",
+    )
+
+
+def _with_text_model(component: str, module: str) -> str:
+    """CLIP's modules below ``text_model``, as files call them; newer releases of transformers leave that level out."""
+    clip = component.startswith("text_encoder") and _CLIP.match(module) and not module.startswith("text_")
+    return f"text_model.{module}" if clip else module

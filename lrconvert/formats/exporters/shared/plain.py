@@ -1,0 +1,100 @@
+"""What the layouts of plain factors share: the expansion of a compact adapter, one rank for all, refusals by name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from lrconvert.core.dtypes import Array, round_to
+from lrconvert.core.errors import ExportError
+from lrconvert.formats.exporters.base import ExportOptions
+from lrconvert.lora.adapter import CompactAdapter, Target
+from lrconvert.methods import base as methods
+
+EXCLUDE = "convert again with --exclude for it, or merge the adapter into the base"
+_USES = {
+    "replace": "a saved tensor",
+    "add": "the bias of a LoRA",
+    "magnitude": "a DoRA magnitude",
+    "rows": "trained rows of an embedding",
+    "row_indices": "trained rows of an embedding",
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The factors of one target, scale included: `a` (r, in) and `b` (out, r) in float32; the update is ``b @ a``."""
+
+    target: Target
+    a: Array
+    b: Array
+
+    @property
+    def rank(self) -> int:
+        return int(self.a.shape[0])
+
+
+def pairs(compact: CompactAdapter, options: ExportOptions) -> list[Pair]:
+    """The factors of every target with an update, padded with zeros to one rank unless their own are kept.
+
+    Raises E-EXPORT if nothing is left, E-OPTION for a rank that is too small.
+    """
+    found = [Pair(target, a, b) for target, a, b in methods.expand_all(compact) if a.shape[0]]
+    if not found:
+        raise ExportError("every target has rank 0, there is nothing to export")
+    top = options.rank(max(pair.rank for pair in found))
+    return found if options.keep_ranks else [_padded(pair, top) for pair in found]
+
+
+def _padded(pair: Pair, rank: int) -> Pair:
+    more = rank - pair.rank
+    return Pair(pair.target, np.pad(pair.a, ((0, more), (0, 0))), np.pad(pair.b, ((0, 0), (0, more))))
+
+
+def refuse_extras(compact: CompactAdapter, layout: str, allowed: Collection[str] = ()) -> None:
+    """Raise E-EXPORT for the first tensor beside the factors that has no place in `layout`."""
+    for extra in compact.extras:
+        if extra.use not in allowed:
+            baking = extra.use == "magnitude"
+            raise ExportError(
+                f"{layout} has no place for {_USES[extra.use]}: {extra.name!r:.120}",
+                fix="convert again with --bake-dora" if baking else "export to peft-lora, or merge it into the base",
+            )
+
+
+def module_of(target: Target, layout: str) -> str:
+    """The module whose weight a target is. Raises E-EXPORT for a parameter of its own, or a slice or entry of one."""
+    module = target.name.removesuffix(".weight")
+    if module == target.name:
+        raise ExportError(f"{target.name!r:.120} is no module's weight, {layout} cannot name it", fix=EXCLUDE)
+    if target.view.kind not in ("matrix", "transposed", "conv"):
+        what = f"{target.name!r:.120} is updated in a part ({target.view.text}), which {layout} cannot express"
+        raise ExportError(what, fix=EXCLUDE)
+    return module
+
+
+def unfolded(pair: Pair, layout: str) -> tuple[Array, Array]:
+    """The factors in the shapes of two layers one after the other: (r, in, kernel) and (out, r, 1, 1) for a
+    convolution, as they are otherwise. Raises E-EXPORT for a convolution in groups."""
+    target = pair.target
+    if target.view.kind != "conv":
+        return pair.a, pair.b
+    if target.view.text.rpartition(":")[2] != "1":
+        raise ExportError(f"{target.name!r:.120} is a convolution in groups, {layout} has none", fix=EXCLUDE)
+    kernel = target.shape[2:]
+    return pair.a.reshape(pair.rank, -1, *kernel), pair.b.reshape(-1, pair.rank, *(1 for _ in kernel))
+
+
+def entry(name: str, dtype: str, values: Array) -> tuple[str, str, tuple[int, ...], bytes]:
+    """A tensor of a file: name, dtype, shape, data. Raises E-EXPORT for values beyond the range of `dtype`."""
+    return name, dtype, values.shape, stored(name, dtype, values)
+
+
+def stored(name: str, dtype: str, values: Array) -> bytes:
+    """Values in row-major order, rounded once to `dtype`. Raises E-EXPORT for those beyond its range."""
+    bits = round_to(np.ascontiguousarray(values), dtype)
+    if dtype == "F16" and not np.isfinite(bits).all():
+        raise ExportError(f"{name!r:.120} has values beyond the range of F16", fix="take --dtype BF16 or F32")
+    return bits.tobytes()

@@ -1,0 +1,335 @@
+"""What a conversion costs and keeps: captured energy per target, bytes, spectra. Numbers only."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lrconvert.core.dtypes import Array, Stored
+from lrconvert.core.errors import BaseError, EmptyAdapterError, OptionError
+from lrconvert.formats.lrc import file
+from lrconvert.io.container import open_checkpoint
+from lrconvert.lora import svd
+from lrconvert.lora.adapter import CompactAdapter, LoraAdapter, LoraTarget, Target
+from lrconvert.lora.base_weights import BaseWeights
+from lrconvert.lora.input_statistics import InputStatistics, Moment
+from lrconvert.methods import base as methods
+
+
+@dataclass(frozen=True)
+class TargetFidelity:
+    """One target: ranks before and after, ||delta||^2, ||delta - delta_hat||^2, and the share of energy captured. The
+    same of the outputs under input statistics (`output`) and on data (`data`): E||delta x||^2 and so on; and in the
+    metric of the fits (`fit`)."""
+
+    name: str
+    rank_before: int
+    rank_after: int
+    energy: float
+    error: float
+    output_energy: float | None = None
+    output_error: float | None = None
+    fit_energy: float | None = None
+    fit_error: float | None = None
+    data_energy: float | None = None
+    data_error: float | None = None
+
+    @property
+    def captured(self) -> float:
+        return _captured(self.error, self.energy)
+
+    @property
+    def output_captured(self) -> float | None:
+        if self.output_energy is None or self.output_error is None:
+            return None
+        return _captured(self.output_error, self.output_energy)
+
+    @property
+    def data_captured(self) -> float | None:
+        if self.data_energy is None or self.data_error is None:
+            return None
+        return _captured(self.data_error, self.data_energy)
+
+
+def _captured(error: float, energy: float) -> float:
+    return 1.0 - error / energy if energy else 1.0
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How far a model's answers are from those of the LoRA, on data. `kind`: "KL" of the logits in nats per item, or
+    the relative squared error of "hidden states" where a model has no logits. `agreement`: the share of items with the
+    same first choice. `base_...`: the same of the base without an adapter."""
+
+    kind: str
+    items: int
+    distance: float
+    base_distance: float
+    agreement: float | None = None
+    base_agreement: float | None = None
+
+    @property
+    def closed(self) -> float:
+        """The share of the distance between base and LoRA that is gone."""
+        return _captured(self.distance, self.base_distance)
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How much of a LoRA a compact adapter keeps, in the Frobenius norm of the weight update.
+
+    `source_bytes`: the LoRA's factors at 16 bit. `adapter_bytes`: the file without extra tensors; `total_bytes` with.
+    """
+
+    targets: tuple[TargetFidelity, ...]
+    method: str
+    source_bytes: int
+    payload_bytes: int
+    overhead_bytes: int
+    extras_bytes: int
+    answers: Answers | None = None
+
+    @property
+    def captured(self) -> float:
+        """1 - sum of squared errors / sum of squared norms, over all targets."""
+        return _captured(sum(t.error for t in self.targets), sum(t.energy for t in self.targets))
+
+    @property
+    def output_captured(self) -> float | None:
+        """The same of the outputs, under the input statistics; None without them."""
+        return _total([(t.output_error, t.output_energy) for t in self.targets])
+
+    @property
+    def fit_captured(self) -> float | None:
+        """The same in the metric of the fits, `canonical.fit_metric`; None without statistics."""
+        return _total([(t.fit_error, t.fit_energy) for t in self.targets])
+
+    @property
+    def data_captured(self) -> float | None:
+        """The same of the outputs on data; None without. Experts and what else is no layer of its own are not in it."""
+        return _total([(t.data_error, t.data_energy) for t in self.targets])
+
+    @property
+    def adapter_bytes(self) -> int:
+        return self.payload_bytes + self.overhead_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        return self.adapter_bytes + self.extras_bytes
+
+    @property
+    def ratio(self) -> float:
+        """Source factors at 16 bit over our bytes, extras counted on neither side."""
+        return self.source_bytes / self.adapter_bytes
+
+
+def _total(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
+    known = [(error, energy) for error, energy in pairs if error is not None and energy is not None]
+    return _captured(sum(e for e, _ in known), sum(e for _, e in known)) if known else None
+
+
+def target_key(target: Target) -> tuple[str, str]:
+    """What identifies a target in both adapters: the view may have been corrected by a base, names keep their order."""
+    kind = target.view.text if target.view.kind not in ("matrix", "transposed") else ""
+    return target.name, kind
+
+
+def fidelity(
+    lora: LoraAdapter,
+    compact: CompactAdapter,
+    statistics: InputStatistics | None = None,
+    base: BaseWeights | None = None,
+) -> Fidelity:
+    """Measure `compact` against the LoRA it came from. Raises E-BASE if their targets differ, E-STATS.
+
+    Targets of the LoRA that the compact adapter lacks (an `--exclude`) count as lost. The weights of the `base` are
+    read where updates depend on them; without them E-OPTION, with others than the adapter's E-FPR.
+    """
+    pairs = {target_key(pair.target): pair for pair in lora.targets}
+    for target in compact.targets:
+        if target_key(target) not in pairs:
+            raise BaseError(f"the target {target.name!r} is not one of the source's", fix="is this its source?")
+    found: dict[tuple[str, str], TargetFidelity] = {}
+    if methods.needs_base(compact):
+        if base is None:
+            raise OptionError(
+                "what the adapter keeps depends on the base's weights", fix="give the folder of the base with --base"
+            )
+        for target, rank, updates in methods.updates_on(compact, base):
+            key = target_key(target)
+            found[key] = _dense_fidelity(pairs[key], rank, updates, statistics)
+    else:
+        for target, a, b in methods.expand_all(compact):  # one at a time: some forms expand to many times their size
+            found[target_key(target)] = _target_fidelity(pairs[target_key(target)], (a, b), statistics)
+    rows = [found.get(key) or _target_fidelity(pair, None, statistics) for key, pair in pairs.items()]
+    size = file.sizes(compact)
+    return Fidelity(tuple(rows), compact.method, lora.half_bytes, size.payload, size.overhead, size.extras)
+
+
+def fidelity_on(
+    lora: LoraAdapter, compact: CompactAdapter, statistics: InputStatistics | None, base: Path | None
+) -> Fidelity:
+    """The same with the folder of the base, which is opened where it is needed."""
+    if base is None or not methods.needs_base(compact):
+        return fidelity(lora, compact, statistics)
+    with open_checkpoint(base) as checkpoint:
+        return fidelity(lora, compact, statistics, BaseWeights(compact, checkpoint, checkpoint.content_digest()))
+
+
+def _target_fidelity(
+    pair: LoraTarget, ours: tuple[Any, Any] | None, statistics: InputStatistics | None
+) -> TargetFidelity:
+    out, inner = pair.target.matrix_shape
+    a, b = ours if ours is not None else (np.zeros((0, inner)), np.zeros((out, 0)))
+    if a.shape[1] != inner or b.shape[0] != out:
+        raise BaseError(f"the target {pair.target.name!r} has other shapes in the two adapters")
+    error, energy = svd.distance(pair, a, b)
+    found = TargetFidelity(pair.target.name, pair.rank, a.shape[0], energy, error)
+    if statistics is None:
+        return found
+    moment = statistics.of(pair.target)
+    error, energy = svd.distance(pair, a, b, moment)
+    fit_error, fit_energy = svd.distance(pair, a, b, svd.fit_metric(pair, moment))
+    return replace(found, output_energy=energy, output_error=error, fit_energy=fit_energy, fit_error=fit_error)
+
+
+def _dense_fidelity(
+    pair: LoraTarget, rank: int, updates: Iterator[tuple[int, Array]], statistics: InputStatistics | None
+) -> TargetFidelity:
+    """The same of an update that comes as rows (first, (n, in)); the energies are those of the factors."""
+    nothing = _target_fidelity(pair, None, statistics)
+    if not rank:
+        return nothing
+    left, right = pair.scale * pair.B.astype(np.float64), pair.A.astype(np.float64)
+    metrics: list[Moment | None] = [None]
+    if statistics is not None:
+        moment = statistics.of(pair.target)
+        metrics += [moment, svd.fit_metric(pair, moment)]
+    errors = [0.0] * len(metrics)
+    for top, update in updates:
+        error = update - left[top : top + len(update)] @ right
+        for n, metric in enumerate(metrics):
+            errors[n] += float(np.vdot(error if metric is None else metric.times(error), error))
+    if statistics is None:
+        return replace(nothing, rank_after=rank, error=errors[0])
+    return replace(nothing, rank_after=rank, error=errors[0], output_error=errors[1], fit_error=errors[2])
+
+
+# --- inspection -----------------------------------------------------------------------------------------------------
+
+
+def inspect_lora(lora: LoraAdapter) -> dict[str, Any]:
+    """Everything worth knowing of a LoRA, as JSON values."""
+    rows = []
+    for pair in lora.targets:
+        s = svd.singular_values(pair)
+        rows.append(
+            {
+                **_target_row(pair.target),
+                "rank": pair.rank,
+                "scale": pair.scale,
+                "dtype": pair.a.dtype,
+                "norm": float(np.sqrt(np.sum(s * s))),
+                "spectrum": {
+                    name: svd.energy_rank(s, share) for name, share in (("90", 0.9), ("99", 0.99), ("99.9", 0.999))
+                },
+                "singular_values": [float(f"{v:.6g}") for v in s],
+            }
+        )
+    by_dtype: Counter[str] = Counter()
+    for pair in lora.targets:
+        for factor in (pair.a, pair.b):
+            by_dtype[factor.dtype] += factor.nbytes
+    return {
+        "kind": "lora",
+        "targets": rows,
+        "parameters": lora.numel,
+        "bytes_by_dtype": dict(sorted(by_dtype.items())),
+        "bytes_at_16_bit": lora.half_bytes,
+        **_common(lora.extras, lora.provenance.base_model, lora.provenance.task_type),
+        "warnings": list(lora.warnings),
+    }
+
+
+_NO_NORM = "the updates depend on the base's weights: they have no norm without it"
+
+
+def inspect_statistics(found: InputStatistics, nbytes: int) -> dict[str, Any]:
+    """What a file of input statistics holds, as JSON values."""
+    inputs = [{"names": list(i.names), "expert": i.expert, "width": i.width, "tokens": i.tokens} for i in found.inputs]
+    return {
+        "kind": "statistics",
+        "tokens": found.tokens,
+        "bytes": nbytes,
+        "base": found.content,
+        "data": found.data,
+        "inputs": inputs,
+        "warnings": [],
+    }
+
+
+def inspect_compact(compact: CompactAdapter) -> dict[str, Any]:
+    """Everything worth knowing of an lrconvert file, as JSON values."""
+    method = methods.get(compact.method)
+    size = file.sizes(compact)
+    if methods.needs_base(compact):
+        ranks = method.ranks(compact.config, compact.targets)
+        rows = [{**_target_row(t), "rank": r, "norm": None} for t, r in zip(compact.targets, ranks, strict=True)]
+    else:
+        rows = [{**_target_row(t), "rank": a.shape[0], "norm": _norm(a, b)} for t, a, b in methods.expand_all(compact)]
+    return {
+        "kind": "lrconvert",
+        "method": {"id": method.id, "version": method.version, "config": method.header(compact.config)},
+        "targets": rows,
+        "bytes": {
+            "total": size.total,
+            "payload": size.payload,
+            "overhead": size.overhead,
+            "extras": size.extras,
+        },
+        "base": {"names": compact.base.names, "content": compact.base.content},
+        "source": compact.provenance.source,
+        **_common(compact.extras, compact.provenance.base_model, compact.provenance.task_type),
+        "warnings": [_NO_NORM] if methods.needs_base(compact) else [],
+    }
+
+
+def _norm(a: Array, b: Array) -> float:
+    """||b @ a|| in the Frobenius norm, by Gram matrices."""
+    left, right = b.astype(np.float64), a.astype(np.float64)
+    return float(np.sqrt(max(np.sum((left.T @ left) * (right @ right.T)), 0.0)))
+
+
+def _target_row(target: Target) -> dict[str, Any]:
+    out, inner = target.matrix_shape
+    return {"name": target.name, "out": out, "in": inner, "shape": list(target.shape), "view": target.view.text}
+
+
+def _common(extras: Sequence[Any], base_model: str, task_type: str) -> dict[str, Any]:
+    return {
+        "extras": [{"name": e.name, "dtype": e.dtype, "shape": list(e.shape), "bytes": len(e.data)} for e in extras],
+        "base_model": base_model,
+        "task_type": task_type,
+    }
+
+
+def expanded(compact: CompactAdapter) -> LoraAdapter:
+    """A compact adapter as a plain LoRA, its factors in float32, targets of rank 0 left out."""
+    pairs = tuple(
+        LoraTarget(target, Stored("F32", np.ascontiguousarray(a)), Stored("F32", np.ascontiguousarray(b)), 1.0)
+        for target, a, b in methods.expand_all(compact)
+        if a.shape[0]
+    )
+    if not pairs:
+        raise EmptyAdapterError("every target of the file has rank 0")
+    captured = compact.provenance.fields.get("captured")
+    kept = f"a compact file that kept {captured} of its own source" if captured else "a compact adapter"
+    warning = f"the source is {kept}: what is measured is against it"
+    of_its_own = ("captured", "request")  # of that file, not of what is made from it
+    fields = {key: text for key, text in compact.provenance.fields.items() if key not in of_its_own}
+    return LoraAdapter(pairs, compact.extras, replace(compact.provenance, fields=fields), (warning,))

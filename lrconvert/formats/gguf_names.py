@@ -1,0 +1,197 @@
+"""llama.cpp's names of the layers of transformers' decoders, and the rows that it keeps in another order.
+
+Known are the models whose layers are renamed one by one; of mixtures of experts the layers beside the experts. A fused
+layer of transformers that llama.cpp splits has no entry. Facts: ``gguf-py/gguf/tensor_mapping.py`` of llama.cpp, and
+what its ``conversion`` does to the rows of a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lrconvert.core.dtypes import Array
+from lrconvert.core.errors import ConfigError
+
+# How rows lie in llama.cpp. Rotated: pairs of a head next to each other, where transformers has two halves of a head.
+# Gathered: all queries, all keys, all values, where transformers has these head by head.
+QUERIES, KEYS, GATHERED = "rotated queries", "rotated keys", "gathered"
+_ROTATED = {"attn_q": QUERIES, "attn_k": KEYS}
+
+
+def _layers(attention: Mapping[str, str], feed_forward: Mapping[str, str]) -> dict[str, str]:
+    return {
+        **{f"self_attn.{name}": ours for name, ours in attention.items()},
+        **{f"mlp.{name}": ours for name, ours in feed_forward.items()},
+    }
+
+
+_QKV = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v"}
+_ATTENTION = {**_QKV, "o_proj": "attn_output"}
+_UP_DOWN = {"up_proj": "ffn_up", "down_proj": "ffn_down"}
+_GATED = {"gate_proj": "ffn_gate", **_UP_DOWN}
+_FUSED = {"gate_up_proj": "ffn_up", "down_proj": "ffn_down"}
+_USUAL = _layers(_ATTENTION, _GATED)
+_HEADS_ONLY = _layers(_ATTENTION, {})
+_BY_HEADS = {"query_key_value": "attn_qkv", "dense": "attn_output"}
+_FOUR = {"mlp.dense_h_to_4h": "ffn_up", "mlp.dense_4h_to_h": "ffn_down"}
+_OLD = {"attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
+_EXPERT = "mlp.shared_expert"
+_SHARED = {
+    f"{_EXPERT}.gate_proj": "ffn_gate_shexp",
+    f"{_EXPERT}.up_proj": "ffn_up_shexp",
+    f"{_EXPERT}.down_proj": "ffn_down_shexp",
+}
+_LATENT = {
+    "q_a_proj": "attn_q_a",
+    "q_b_proj": "attn_q_b",
+    "kv_a_proj_with_mqa": "attn_kv_a_mqa",
+    "kv_b_proj": "attn_kv_b",
+    "o_proj": "attn_output",
+}
+
+_EMBEDDED = {"model.embed_tokens": "token_embd"}
+_WHOLE = {**_EMBEDDED, "lm_head": "output"}
+_GPT2 = {"transformer.wte": "token_embd", "wte": "token_embd"}
+_STEMS = ("model.layers.",)
+# Of models with eyes: the decoder's names, with the level that llama.cpp leaves out in one of two places.
+_SEEING = ("model.language_model.layers.", "language_model.model.layers.", *_STEMS)
+_SEEING_WHOLE = {
+    **_WHOLE,
+    "model.language_model.embed_tokens": "token_embd",
+    "language_model.model.embed_tokens": "token_embd",
+    "language_model.lm_head": "output",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of model. `id`: llama.cpp's architecture; `kind`: transformers' model_type. `layers`: modules of a block,
+    whose names begin with one of `stems` and its number; `whole`: other modules. `rows`: the order of rows of a layer
+    of llama.cpp where it is another."""
+
+    id: str
+    kind: str
+    layers: Mapping[str, str] = field(default_factory=lambda: _USUAL)
+    whole: Mapping[str, str] = field(default_factory=lambda: _WHOLE)
+    stems: tuple[str, ...] = _STEMS
+    rows: Mapping[str, str] = field(default_factory=dict)
+
+    def named(self, module: str) -> str | None:
+        """llama.cpp's name of a module of transformers, or None."""
+        if module in self.whole:
+            return self.whole[module]
+        for stem in self.stems:
+            block, _, layer = module.removeprefix(stem).partition(".")
+            if module.startswith(stem) and block.isdecimal() and layer in self.layers:
+                return f"blk.{int(block)}.{self.layers[layer]}"
+        return None
+
+    def modules(self, name: str) -> list[str]:
+        """The modules of transformers that a name of llama.cpp may mean, the usual one first."""
+        prefix, _, rest = name.partition(".")
+        block, _, leaf = rest.partition(".")
+        if prefix == "blk" and block.isdecimal():
+            found = [layer for layer, theirs in self.layers.items() if theirs == leaf]
+            return [f"{stem}{int(block)}.{layer}" for stem in self.stems for layer in found]
+        return [module for module, theirs in self.whole.items() if theirs == name]
+
+
+FAMILIES: Mapping[str, Family] = {
+    "ApertusForCausalLM": Family("apertus", "apertus", _layers(_ATTENTION, _UP_DOWN)),
+    "ArceeForCausalLM": Family("arcee", "arcee", _layers(_ATTENTION, _UP_DOWN), rows=_ROTATED),
+    "BloomForCausalLM": Family(
+        "bloom", "bloom", {**{f"self_attention.{k}": v for k, v in _BY_HEADS.items()}, **_FOUR},
+        {"transformer.word_embeddings": "token_embd", "word_embeddings": "token_embd"},
+        ("transformer.h.", "h."), {"attn_qkv": GATHERED},
+    ),
+    "Cohere2ForCausalLM": Family("cohere2", "cohere2", whole=_EMBEDDED),
+    "CohereForCausalLM": Family("command-r", "cohere", whole=_EMBEDDED),
+    "Ernie4_5ForCausalLM": Family("ernie4_5", "ernie4_5"),
+    "Exaone4ForCausalLM": Family("exaone4", "exaone4"),
+    "GPT2LMHeadModel": Family("gpt2", "gpt2", _OLD, _GPT2, ("transformer.h.", "h.")),
+    "GPTBigCodeForCausalLM": Family("starcoder", "gpt_bigcode", _OLD, _GPT2, ("transformer.h.", "h.")),
+    "GPTNeoXForCausalLM": Family(
+        "gptneox", "gpt_neox", {**{f"attention.{k}": v for k, v in _BY_HEADS.items()}, **_FOUR},
+        {"gpt_neox.embed_in": "token_embd", "embed_out": "output"},
+        ("gpt_neox.layers.", "layers."), {"attn_qkv": GATHERED},
+    ),
+    "Gemma2ForCausalLM": Family("gemma2", "gemma2", whole={}),
+    "Gemma3ForCausalLM": Family("gemma3", "gemma3_text", whole={}),
+    "Gemma3ForConditionalGeneration": Family("gemma3", "gemma3", whole={}, stems=_SEEING),
+    "GemmaForCausalLM": Family("gemma", "gemma", whole={}),
+    "Glm4ForCausalLM": Family("glm4", "glm4", _layers(_ATTENTION, _FUSED)),
+    "GlmForCausalLM": Family("chatglm", "glm", _layers(_ATTENTION, _FUSED)),
+    "GptOssForCausalLM": Family("gpt-oss", "gpt_oss", _HEADS_ONLY),
+    "GraniteForCausalLM": Family("granite", "granite", rows=_ROTATED),
+    "GraniteMoeForCausalLM": Family("granitemoe", "granitemoe", _HEADS_ONLY, rows=_ROTATED),
+    "HunYuanDenseV1ForCausalLM": Family("hunyuan-dense", "hunyuan_v1_dense"),
+    "Jais2ForCausalLM": Family("jais2", "jais2", _layers(_ATTENTION, _UP_DOWN)),
+    "LlamaForCausalLM": Family("llama", "llama", rows=_ROTATED),
+    "MiniCPM3ForCausalLM": Family("minicpm3", "minicpm3", _layers(_LATENT, _GATED)),
+    "MiniCPMForCausalLM": Family("minicpm", "minicpm", rows=_ROTATED),
+    "Ministral3ForCausalLM": Family("mistral3", "ministral3", rows=_ROTATED),
+    "Mistral3ForConditionalGeneration": Family(
+        "mistral3", "mistral3", whole=_SEEING_WHOLE, stems=_SEEING, rows=_ROTATED
+    ),
+    "MistralForCausalLM": Family("llama", "mistral", rows=_ROTATED),
+    "MixtralForCausalLM": Family("llama", "mixtral", _HEADS_ONLY, rows=_ROTATED),
+    "NemotronForCausalLM": Family("nemotron", "nemotron", _layers(_ATTENTION, _UP_DOWN)),
+    "Olmo2ForCausalLM": Family("olmo2", "olmo2"),
+    "Olmo3ForCausalLM": Family("olmo2", "olmo3"),
+    "OlmoForCausalLM": Family("olmo", "olmo", rows=_ROTATED),
+    "OlmoeForCausalLM": Family("olmoe", "olmoe", _HEADS_ONLY),
+    "OrionForCausalLM": Family("orion", "orion"),
+    "Phi3ForCausalLM": Family("phi3", "phi3", _layers({"qkv_proj": "attn_qkv", "o_proj": "attn_output"}, _FUSED)),
+    "PhiForCausalLM": Family(
+        "phi2", "phi", _layers({**_QKV, "dense": "attn_output"}, {"fc1": "ffn_up", "fc2": "ffn_down"})
+    ),
+    "Qwen2ForCausalLM": Family("qwen2", "qwen2"),
+    "Qwen2MoeForCausalLM": Family("qwen2moe", "qwen2_moe", {**_HEADS_ONLY, **_SHARED}),
+    "Qwen2VLForConditionalGeneration": Family("qwen2vl", "qwen2_vl", whole=_SEEING_WHOLE, stems=_SEEING),
+    "Qwen2_5_VLForConditionalGeneration": Family("qwen2vl", "qwen2_5_vl", whole=_SEEING_WHOLE, stems=_SEEING),
+    "Qwen3ForCausalLM": Family("qwen3", "qwen3"),
+    "Qwen3MoeForCausalLM": Family("qwen3moe", "qwen3_moe", _HEADS_ONLY),
+    "Qwen3VLForConditionalGeneration": Family("qwen3vl", "qwen3_vl", whole=_SEEING_WHOLE, stems=_SEEING),
+    "SeedOssForCausalLM": Family("seed_oss", "seed_oss"),
+    "SmolLM3ForCausalLM": Family("smollm3", "smollm3", rows=_ROTATED),
+    "StableLmForCausalLM": Family("stablelm", "stablelm"),
+    "Starcoder2ForCausalLM": Family(
+        "starcoder2", "starcoder2", _layers(_ATTENTION, {"c_fc": "ffn_up", "c_proj": "ffn_down"})
+    ),
+}  # fmt: skip
+
+
+def architecture(config: Mapping[str, Any]) -> str:
+    """The class of the model that a config.json is of, or "" if it does not say."""
+    listed = config.get("architectures")
+    return listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], str) else ""
+
+
+def family_of(config: Mapping[str, Any]) -> Family | None:
+    """The family of a base by its class, or by its model_type where the configuration names no class."""
+    name = architecture(config)
+    if name:
+        return FAMILIES.get(name)
+    kind = config.get("model_type")
+    return next((family for family in FAMILIES.values() if family.kind == kind), None)
+
+
+def row_order(order: str, rows: int, config: Mapping[str, Any]) -> Array:
+    """(rows,) integers: the row of transformers that each row of llama.cpp is, for an output of `rows` numbers.
+
+    Raises E-CONFIG if the configuration does not say how many heads there are, or they do not divide the rows.
+    """
+    text = config.get("text_config")
+    said = {**config, **(text if isinstance(text, dict) else {})}
+    heads = next((said[key] for key in ("num_attention_heads", "n_head") if said.get(key) is not None), None)
+    if order == KEYS and said.get("num_key_value_heads") is not None:
+        heads = said["num_key_value_heads"]
+    parts = 3 if order == GATHERED else 2
+    if type(heads) is not int or heads < 1 or rows % (parts * heads):
+        raise ConfigError(f"the base's config has {heads!r:.40} heads, which do not divide {rows} outputs")
+    found: Array = np.arange(rows).reshape(heads, parts, -1)
+    return (found.swapaxes(0, 1) if order == GATHERED else found.swapaxes(1, 2)).reshape(-1)

@@ -1,0 +1,165 @@
+"""diffusers: ``pytorch_lora_weights.safetensors``, in all the forms that releases wrote.
+
+``unet.<module>.lora_A.weight`` (r, in) and ``.lora_B.weight`` (out, r); ``.lora.down.weight`` and ``.lora.up.weight``,
+of text encoders ``.lora_linear_layer.``; and the oldest, attention processors:
+``<attention>.processor.to_q_lora.down.weight`` with or without ``unet.`` before it. The first word is a model of the
+pipeline.
+
+The scale is alpha / r by ``<module>.alpha``, else by the configuration that newer releases keep in the metadata, else
+1. DoRA's magnitudes and biases of lora_B ride along as PEFT's do.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lrconvert.core.dtypes import round_to
+from lrconvert.core.errors import ConfigError, LimitError, LrcError, OptionError, PairError
+from lrconvert.core.limits import FOREIGN
+from lrconvert.formats.readers.base import by_names
+from lrconvert.formats.readers.peft.config import Settings, parse
+from lrconvert.formats.readers.peft.layers import carried
+from lrconvert.formats.readers.shared import naming, pairs
+from lrconvert.formats.readers.shared.naming import BaseNames
+from lrconvert.formats.readers.shared.options import ReadOptions
+from lrconvert.formats.readers.shared.pairs import Labels, Parts
+from lrconvert.formats.readers.shared.weights import Weights, load_finite, open_weights
+from lrconvert.io import strictjson
+from lrconvert.io.container import TensorInfo
+from lrconvert.lora.adapter import ExtraTensor, LoraAdapter, LoraTarget
+
+LABELS = Labels("down (lora_A)", "up (lora_B)")
+METADATA = "lora_adapter_metadata"
+_MODELS = "unet|transformer|transformer_2|text_encoder|text_encoder_2|text_encoder_3|prior|controlnet|diffusion_model"
+# The first word of a module -> the models of a pipeline that it may mean; itself if it is not here.
+_ALIASES = {"diffusion_model": ("transformer", "unet")}
+_OURS = re.compile(rf"(?:{_MODELS})\.(?!(?:h|layers|wte|word_embeddings)\.)|(?:down_blocks|up_blocks|mid_block)\.")
+_SUFFIX = re.compile(
+    r"(?P<module>.+?)(?:"
+    r"\.(?:lora|lora_linear_layer)\.(?P<old>down|up)\.weight"
+    r"|_lora\.(?P<oldest>down|up)\.weight"
+    r"|\.lora_(?P<half>[AB])(?:\.[^.]+)?\.weight"
+    r"|\.lora_B(?:\.[^.]+)?\.(?P<bias>bias)"
+    r"|\.lora_(?P<magnitude>magnitude_vector)(?:\.[^.]+)?(?:\.weight)?"
+    r"|(?:_lora|\.lora|\.lora_linear_layer)?\.(?P<alpha>alpha))"
+)
+_HALVES = {"down": "A", "up": "B", "A": "A", "B": "B"}
+_IN_TEXT_ENCODERS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+def knows(names: Sequence[str]) -> bool:
+    """Whether most tensors are parts of a LoRA in modules of a pipeline's models."""
+    return 2 * sum(_OURS.match(name) is not None and _SUFFIX.fullmatch(name) is not None for name in names) > len(names)
+
+
+def _split(name: str) -> tuple[str, str] | None:
+    found = _SUFFIX.fullmatch(name)
+    if found is None or not _OURS.match(name):
+        return None
+    half = found["old"] or found["oldest"] or found["half"]
+    part = _HALVES[half] if half else found["bias"] or found["alpha"] or "magnitude"
+    return _module(found["module"]), part
+
+
+def _module(spelled: str) -> str:
+    """A module with its model's name first, and attention processors as the layers that they adapt."""
+    model = spelled.partition(".")[0]
+    if not re.fullmatch(_MODELS, model):
+        model, spelled = "unet", f"unet.{spelled}"
+    path, _, leaf = spelled.replace(".processor.", ".").rpartition(".")
+    if model.startswith("text_encoder"):
+        leaf = _IN_TEXT_ENCODERS.get(leaf, leaf)
+    elif leaf == "to_out":
+        leaf = "to_out.0"
+    return f"{path}.{leaf}"
+
+
+def read(path: Path, options: ReadOptions) -> LoraAdapter:
+    """See the module's docstring. With a base, names are those of its parameters; without one they are
+    ``<model>.<module>.weight``, with a warning. Raises E-NOT-LORA, E-LORA-FEATURE, E-TENSOR, E-PAIR, E-CONFIG, E-EMPTY,
+    E-BASE, E-OPTION, E-LIMIT, E-DTYPE, E-VALUE."""
+    base = None if options.base is None else naming.base_names(options.base)
+    with open_weights(path, options) as weights:
+        modules = pairs.sort_parts(weights, _split)
+        pairs.check_not_half(modules, LABELS)
+        settings = _settings(weights.metadata)
+        targets, extras = [], []
+        for module, parts in modules.items():
+            found = _pair(module, parts, weights, options, settings)
+            found = found if base is None else _placed(found, module, base)
+            targets.append(found)
+            extras += _extras(found, parts, weights)
+        warnings = [naming.unnamed("diffusers")] if base is None else []
+        return pairs.finished(weights, targets, layout="diffusers", extras=extras, warnings=warnings)
+
+
+def _settings(metadata: Mapping[str, str]) -> dict[str, Settings]:
+    """The configuration of each model, as newer releases keep it. Raises E-CONFIG and what PEFT's settings raise."""
+    text = metadata.get(METADATA)
+    if text is None:
+        return {}
+    try:
+        table = strictjson.parse(text.encode(), depth=FOREIGN.json_depth, floats=True)
+    except LrcError as error:
+        raise ConfigError(f"the metadata {METADATA} is no JSON: {error.what:.200}") from None
+    if not isinstance(table, dict):
+        raise ConfigError(f"the metadata {METADATA} is no object")
+    configs: dict[str, dict[str, object]] = {}
+    for key, value in table.items():
+        model, _, field = key.partition(".")
+        configs.setdefault(model, {})[field] = value
+    return {model: parse({**config, "peft_type": "LORA"}) for model, config in configs.items()}
+
+
+def _pair(
+    module: str, parts: Parts, weights: Weights, options: ReadOptions, settings: Mapping[str, Settings]
+) -> LoraTarget:
+    model, _, inside = module.partition(".")
+    own = settings.get(model)
+    alpha = pairs.scalar(weights, parts["alpha"]) if "alpha" in parts else None
+    if options.alpha is not None and (alpha is not None or own is not None):
+        raise OptionError(f"{module} states its alpha, another was given", fix="leave --alpha out")
+    if ("magnitude" in parts) != (own is not None and own.dora) and own is not None:
+        raise ConfigError(f"{module}: use_dora in the metadata and the tensors of the module disagree")
+    alpha = options.alpha if alpha is None else alpha
+
+    def scale(rank: int) -> float:
+        if alpha is not None:
+            return pairs.scale_of(module, alpha, rank)
+        return 1.0 if own is None else own.scale(inside, rank)
+
+    return pairs.pair(module, parts, scale, weights, LABELS)
+
+
+def _placed(pair: LoraTarget, module: str, base: BaseNames) -> LoraTarget:
+    model, _, inside = module.partition(".")
+    component = base.component(_ALIASES.get(model, (model,)), module)
+    return component.placed(pair, component.dotted(inside))
+
+
+def _extras(pair: LoraTarget, parts: Parts, weights: Weights) -> list[ExtraTensor]:
+    """Magnitudes, and the bias of lora_B with the scale folded in. Raises E-PAIR, E-LIMIT, E-DTYPE, E-VALUE."""
+    found = []
+    for part in ("magnitude", "bias"):
+        info: TensorInfo | None = parts.get(part)
+        if info is None:
+            continue
+        if math.prod(info.shape) != pair.target.out_features:
+            raise PairError(f"{info.name!r} is {list(info.shape)}, the module has {pair.target.out_features} outputs")
+        if part == "magnitude":
+            found.append(carried(pair.target.name, info, weights, "magnitude"))
+            continue
+        scaled = round_to(load_finite(weights, info).decode().astype(np.float64).reshape(-1) * pair.scale, "F32")
+        if not np.isfinite(scaled).all():
+            raise LimitError(f"{info.name!r} times the scale is beyond the range of float32")
+        name = f"{pair.target.name.removesuffix('.weight')}.bias"
+        found.append(ExtraTensor(name, "F32", (scaled.size,), scaled.tobytes(), "add"))
+    return found
+
+
+READER = by_names("diffusers", "diffusers pytorch_lora_weights", knows, read, takes_alpha=True)

@@ -1,0 +1,246 @@
+"""GGUF files, read strictly: header, key-value pairs, tensor descriptions, data; little endian, versions 2 and 3.
+
+Everything is bounded by the size of the file before it is allocated, and nothing may lie outside of it, overlap or
+follow it. Arrays among the key-value pairs are walked over, not built, but for short ones of integers. Tensors are F32,
+F16, BF16 or Q8_0 (blocks of 32 int8 with an fp16 factor, decoded to float32 without rounding).
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lrconvert.core.dtypes import STORAGE, Stored
+from lrconvert.core.errors import (
+    CoverageError,
+    DtypeError,
+    FileKindError,
+    HeaderLengthError,
+    HeaderTextError,
+    LimitError,
+    LrcError,
+    OffsetError,
+    ShapeError,
+    TensorNameError,
+    VersionError,
+)
+from lrconvert.core.limits import FOREIGN, KIB, MIB
+from lrconvert.io.container import OpenFile, TensorInfo, pread
+
+MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_HEADER_BYTES = 16 * MIB  # 2^17 tensors, or the vocabulary of a model, which an adapter does not need
+_KEPT = 4096  # integers of an array that are kept
+_ARRAY_DEPTH = 2
+_ALIGNMENTS = tuple(8 << n for n in range(14))
+_CHUNK = 64 * KIB
+
+_STRING, _ARRAY, _BOOL = 8, 9, 7
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_BLOCK = 32  # numbers of one Q8_0 block
+_Q8 = np.dtype([("factor", "<f2"), ("codes", "i1", (_BLOCK,))])
+# ggml's types: name, numbers of a block, bytes of a block
+_TYPES = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 8: ("Q8_0", _BLOCK, _Q8.itemsize)}
+
+Value = str | int | float | bool | tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where a tensor lies. `kind` is the name of ggml's type."""
+
+    kind: str
+    start: int
+    nbytes: int
+
+
+class _Cursor:
+    """Bytes of a file in order, fetched in chunks, never beyond its end or the cap of a header."""
+
+    def __init__(self, descriptor: int, size: int, path: Path) -> None:
+        self._descriptor, self._path = descriptor, path
+        self._stop = min(size, _HEADER_BYTES)
+        self._buffer, self._begin = b"", 0
+        self.at = 0
+
+    def take(self, nbytes: int) -> bytes:
+        if nbytes > self._stop - self.at:
+            raise HeaderLengthError(
+                f"the header claims {nbytes} bytes at byte {self.at}; {self._stop - self.at} are left"
+            )
+        if self.at + nbytes > self._begin + len(self._buffer):
+            count = min(max(nbytes, _CHUNK), self._stop - self.at)
+            self._buffer, self._begin = bytes(pread(self._descriptor, count, self.at, self._path)), self.at
+        start = self.at - self._begin
+        self.at += nbytes
+        return self._buffer[start : start + nbytes]
+
+    def skip(self, nbytes: int) -> None:
+        if nbytes > self._stop - self.at:
+            raise HeaderLengthError(
+                f"the header claims {nbytes} bytes at byte {self.at}; {self._stop - self.at} are left"
+            )
+        self.at += nbytes
+
+    def number(self, form: str) -> int:
+        value = struct.unpack(form, self.take(struct.calcsize(form)))[0]
+        assert isinstance(value, int)
+        return value
+
+    def text(self, most: int) -> str:
+        length = self.number("<Q")
+        if length > most:
+            raise LimitError(f"a text of the header has {length} bytes; at most {most} are read")
+        try:
+            return self.take(length).decode("utf-8")
+        except UnicodeDecodeError:
+            raise HeaderTextError("a text of the header is no UTF-8") from None
+
+
+class GgufFile(OpenFile):
+    """One open GGUF file. A context manager.
+
+    `fields`: the key-value pairs; long arrays are None. `metadata`: those that are texts. `tensors`: in the order of
+    the file, with shapes as numpy has them (ggml lists dimensions the other way round); the dtype of Q8_0 is F32.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        try:
+            self._parse()
+        except LrcError as error:
+            self.close()
+            raise error.at(path) from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _parse(self) -> None:
+        size = self._stat.st_size
+        if size > FOREIGN.file_bytes:
+            raise LimitError(f"the file has {size} bytes; at most {FOREIGN.file_bytes} are read")
+        cursor = _Cursor(self._descriptor, size, self.path)
+        if size < 24 or cursor.take(4) != MAGIC:
+            raise FileKindError("the file is no GGUF", fix="was a download cut off?")
+        version = cursor.number("<I")
+        if version not in _VERSIONS:
+            swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in _VERSIONS
+            why = "is big endian" if swapped else f"has version {version}"
+            raise VersionError(f"the GGUF file {why}; versions 2 and 3 in little endian are read")
+        tensors, pairs = cursor.number("<Q"), cursor.number("<Q")
+        if tensors > FOREIGN.tensors or pairs > FOREIGN.tensors:
+            raise LimitError(
+                f"the header names {tensors} tensors and {pairs} fields; at most {FOREIGN.tensors} are read"
+            )
+        if 24 * tensors + 13 * pairs > size:  # the least that each takes
+            raise HeaderLengthError(f"the header names {tensors} tensors and {pairs} fields, more than fit the file")
+        self.fields: dict[str, Value] = {}
+        for _ in range(pairs):
+            key = _name(cursor, "field")
+            if key in self.fields:
+                raise TensorNameError(f"the field {key!r:.120} is there twice")
+            self.fields[key] = _value(cursor, cursor.number("<I"), _ARRAY_DEPTH)
+        found = [self._described(cursor) for _ in range(tensors)]
+        self._place(found, cursor.at, size)
+
+    def _described(self, cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+        """(name, dims in ggml's order, type, offset) of one tensor."""
+        name = _name(cursor, "tensor")
+        count = cursor.number("<I")
+        if not 0 < count <= FOREIGN.ndim:
+            raise ShapeError(f"tensor {name!r:.120} has {count} dimensions; 1 to {FOREIGN.ndim} are read")
+        dims = struct.unpack(f"<{count}Q", cursor.take(8 * count))
+        if any(not 0 < n <= FOREIGN.dim for n in dims):
+            raise ShapeError(f"tensor {name!r:.120} has shape {list(dims)!s:.80}")
+        return name, dims, cursor.number("<I"), cursor.number("<Q")
+
+    def _place(self, found: list[tuple[str, tuple[int, ...], int, int]], header: int, size: int) -> None:
+        """Set `tensors`; each begins where the one before ends, up to the alignment. Raises E-OFF, E-OFF-COVER."""
+        alignment = self.fields.get("general.alignment", 32)
+        if alignment not in _ALIGNMENTS or isinstance(alignment, bool):
+            raise HeaderTextError(f"general.alignment is {alignment!r:.40}, no power of two from 8 to 65536")
+        assert isinstance(alignment, int)
+        start = header + -header % alignment
+        position, tensors, layouts = 0, [], {}
+        for name, dims, kind, offset in found:
+            if kind not in _TYPES:
+                known = ", ".join(title for title, _, _ in _TYPES.values())
+                raise DtypeError(f"tensor {name!r:.120} has ggml's type {kind}; {known} are read")
+            title, block, nbytes = _TYPES[kind]
+            if dims[0] % block:
+                raise ShapeError(f"tensor {name!r:.120}: rows of {dims[0]} are no blocks of {block}")
+            nbytes *= math.prod(dims) // block
+            if offset != position:
+                raise OffsetError(f"tensor {name!r:.120} begins at byte {offset} of the data, expected {position}")
+            if start + offset + nbytes > size:
+                raise CoverageError(f"tensor {name!r:.120} ends at byte {start + offset + nbytes}, the file at {size}")
+            if name in layouts:
+                raise TensorNameError(f"the tensor {name!r:.120} is there twice")
+            layouts[name] = _Layout(title, start + offset, nbytes)
+            dtype = "F32" if title == "Q8_0" else title
+            tensors.append(TensorInfo(name, dtype, dims[::-1], start + offset, nbytes, self.path))
+            end = position + nbytes
+            position = end + -end % alignment
+        if tensors and not start + end <= size <= start + position:
+            raise CoverageError(f"the tensors end at byte {start + end}, the file at {size}")
+        self.tensors: tuple[TensorInfo, ...] = tuple(tensors)
+        self._layouts = layouts
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        return {key: value for key, value in self.fields.items() if isinstance(value, str)}
+
+    def read(self, info: TensorInfo) -> bytes:
+        """The bytes of a tensor as they are stored."""
+        where = self._layouts[info.name]
+        return bytes(pread(self._descriptor, where.nbytes, where.start, self.path))
+
+    def load(self, info: TensorInfo) -> Stored:
+        """A tensor with its stored bits; Q8_0 decoded, which float32 holds exactly."""
+        data = self.read(info)
+        if self._layouts[info.name].kind == "Q8_0":
+            blocks = np.frombuffer(data, _Q8)
+            values = blocks["factor"].astype(np.float32)[:, None] * blocks["codes"].astype(np.float32)
+            return Stored("F32", values.astype("<f4").reshape(info.shape))
+        return Stored(info.dtype, np.frombuffer(data, STORAGE[info.dtype]).reshape(info.shape))
+
+
+def _name(cursor: _Cursor, what: str) -> str:
+    name = cursor.text(FOREIGN.name_bytes)
+    if not name or not name.isprintable():
+        raise TensorNameError(f"the {what} name {name!r:.120} is empty or has control characters")
+    return name
+
+
+def _value(cursor: _Cursor, kind: int, depth: int) -> Value:
+    """A value of a key-value pair. Raises E-HDR-TEXT, E-HDR-LEN, E-LIMIT."""
+    if kind == _STRING:
+        return cursor.text(FOREIGN.string_bytes)
+    if kind in _SCALARS:
+        raw = cursor.take(struct.calcsize(_SCALARS[kind]))
+        if kind == _BOOL and raw not in (b"\0", b"\1"):
+            raise HeaderTextError(f"a truth value of the header is {raw[0]}")
+        number: int | float | bool = struct.unpack(_SCALARS[kind], raw)[0]
+        return number
+    if kind != _ARRAY:
+        raise HeaderTextError(f"a value of the header has the unknown type {kind}")
+    inner, count = cursor.number("<I"), cursor.number("<Q")
+    if inner in _SCALARS:
+        size = struct.calcsize(_SCALARS[inner])
+        if count <= _KEPT and inner not in (6, _BOOL, 12):
+            return struct.unpack(f"<{count}{_SCALARS[inner][1]}", cursor.take(count * size))
+        cursor.skip(count * size)
+        return None
+    if depth == 0 or inner not in (_STRING, _ARRAY):
+        raise HeaderTextError(f"an array of the header has the unknown or too deep type {inner}")
+    for _ in range(count):  # each takes at least eight bytes of the header, which is bounded
+        if inner == _STRING:
+            cursor.skip(cursor.number("<Q"))
+        else:
+            _value(cursor, _ARRAY, depth - 1)
+    return None

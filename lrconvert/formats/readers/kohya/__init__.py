@@ -1,0 +1,106 @@
+"""kohya's sd-scripts and what writes its layout: ``lora_unet_<module>.lora_down.weight`` (r, in), ``.lora_up.weight``
+(out, r) and ``.alpha``, the dots of the module written as underscores; convolutions of one pixel or of several, with
+LyCORIS' ``.lora_mid.weight`` or without.
+
+The scale is alpha / r; without an alpha it is 1, as sd-scripts has it. ``lora_unet`` is a pipeline's ``unet`` or
+``transformer``, ``lora_te`` and ``lora_te1`` its ``text_encoder``, ``lora_te2`` its ``text_encoder_2``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from lrconvert.core.errors import OptionError
+from lrconvert.formats.readers.base import by_names
+from lrconvert.formats.readers.kohya import sgm
+from lrconvert.formats.readers.shared import naming, pairs
+from lrconvert.formats.readers.shared.naming import BaseNames
+from lrconvert.formats.readers.shared.options import ReadOptions
+from lrconvert.formats.readers.shared.pairs import Labels, Parts
+from lrconvert.formats.readers.shared.weights import Weights, open_weights
+from lrconvert.lora.adapter import LoraAdapter, LoraTarget
+
+LABELS = Labels("lora_down", "lora_up")
+# Role in a module's name -> the models of a pipeline that it may mean.
+ROLES = {
+    "unet": ("unet", "transformer"),
+    "transformer": ("transformer",),
+    "prior_unet": ("prior",),
+    "te": ("text_encoder",),
+    "te1": ("text_encoder",),
+    "te2": ("text_encoder_2",),
+    "te3": ("text_encoder_3",),
+}
+_MODULE = re.compile(rf"(?:lora|lycoris)_(?P<role>{'|'.join(sorted(ROLES, key=len, reverse=True))})_(?P<inside>[^.]+)")
+_ANY = re.compile(r"(?:lora|lycoris)_[A-Za-z0-9]+_[^.]+\.[^.]")
+_PARTS = {
+    "lora_down.weight": "A",
+    "lora_up.weight": "B",
+    "lora_mid.weight": "mid",
+    "lora_A.weight": "A",
+    "lora_B.weight": "B",
+    "alpha": "alpha",
+}
+
+
+def knows(names: Sequence[str]) -> bool:
+    """Whether most tensors are parts of modules that begin with ``lora_<model>_`` and have no dots."""
+    return 2 * sum(_ANY.match(name) is not None for name in names) > len(names)
+
+
+def _split(name: str) -> tuple[str, str] | None:
+    module, _, rest = name.partition(".")
+    return (module, _PARTS[rest]) if rest in _PARTS and _ANY.match(name) else None
+
+
+def read(path: Path, options: ReadOptions) -> LoraAdapter:
+    """See the module's docstring. With a base, names are those of its parameters, after the model's name in a pipeline;
+    without one they stay, with a warning. Raises E-NOT-LORA, E-LORA-FEATURE, E-TENSOR, E-PAIR, E-EMPTY, E-BASE,
+    E-OPTION, E-LIMIT, E-DTYPE, E-VALUE."""
+    base = None if options.base is None else naming.base_names(options.base)
+    with open_weights(path, options) as weights:
+        modules = pairs.sort_parts(weights, _split)
+        pairs.check_not_half(modules, LABELS)
+        unstated: list[str] = []
+        targets = []
+        for module, parts in modules.items():
+            found = _pair(module, parts, weights, options, unstated)
+            targets.append(found if base is None else _placed(found, module, base))
+        warnings = [naming.unnamed("kohya")] if base is None else []
+        if unstated and options.alpha is None:
+            warnings.append(f"{len(unstated)} modules state no alpha, {unstated[0]} for one: their scale is 1")
+        name = weights.metadata.get("ss_sd_model_name") or weights.metadata.get("ss_base_model_version", "")
+        return pairs.finished(weights, targets, layout="kohya", warnings=warnings, base_model=name)
+
+
+def _pair(module: str, parts: Parts, weights: Weights, options: ReadOptions, unstated: list[str]) -> LoraTarget:
+    alpha = None
+    if "alpha" not in parts:
+        unstated.append(module)
+        alpha = options.alpha
+    elif options.alpha is not None:
+        raise OptionError(f"{module} states its alpha, another was given", fix="leave --alpha out")
+    else:
+        alpha = pairs.scalar(weights, parts["alpha"])
+
+    def scale(rank: int) -> float:
+        return 1.0 if alpha is None else pairs.scale_of(module, alpha, rank)
+
+    return pairs.pair(module, parts, scale, weights, LABELS)
+
+
+def _placed(pair: LoraTarget, module: str, base: BaseNames) -> LoraTarget:
+    found = _MODULE.fullmatch(module)
+    if found is None:
+        role, _, inside = module.partition("_")[2].partition("_")
+        models: tuple[str, ...] = (role,)
+    else:
+        inside, models = found["inside"], ROLES[found["role"]]
+    component = base.component(models, module)
+    spelled = sgm.renamed(inside, component)
+    return component.placed(pair, component.flattened(spelled, naming.VOCABULARY))
+
+
+READER = by_names("kohya", "kohya / sd-scripts file", knows, read, takes_alpha=True)

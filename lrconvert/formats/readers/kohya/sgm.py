@@ -1,0 +1,25 @@
+"""Blocks of a UNet as Stability AI's code calls them (``input_blocks_4_1``), which is what sd-scripts writes for SDXL,
+in the words of diffusers (``down_blocks_1_attentions_0``). Both with underscores for dots; the table is that of
+`lrconvert.formats.unet_names`, by which the exporter goes the other way.
+"""
+
+from __future__ import annotations
+
+from lrconvert.formats import unet_names
+from lrconvert.formats.readers.shared.naming import Component
+
+_MOST_LAYERS = 16
+
+
+def renamed(inside: str, component: Component) -> str:
+    """`inside` in diffusers' words if it is in the other's and the base in diffusers'; unchanged if not."""
+    if component.config.get("_class_name") != unet_names.CLASS:
+        return inside
+    layers = component.config.get("layers_per_block", 2)
+    count = layers if type(layers) is int and 0 < layers <= _MOST_LAYERS else 2
+    theirs = {
+        original.replace(".", "_"): ours.replace(".", "_")
+        for attended in (True, False)
+        for ours, original in unet_names.stability_names(layers=count, attended=attended).items()
+    }
+    return unet_names.renamed(inside, theirs, "_") or inside

@@ -1,0 +1,207 @@
+"""MLX (mlx-lm, and the older mlx-examples): ``<module>.lora_a`` (in, r) and ``<module>.lora_b`` (r, out) in
+``adapters.safetensors`` or ``adapters.npz``, with an adapter_config.json that states the factor on their product
+itself, ``scale``. Stacks of experts are (experts, r, in) and (experts, out, r); embeddings (tokens, r) and (r,
+features).
+
+Only the last `num_layers` layers are adapted; modules carry their numbers in the whole model. DoRA's norms
+``<module>.m`` ride along as magnitudes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lrconvert.core.dtypes import Stored
+from lrconvert.core.errors import ConfigError, LrcError, NotLoraError, OptionError, PairError
+from lrconvert.formats.readers.base import CONFIG_NAME, Reader
+from lrconvert.formats.readers.peft.layers import carried
+from lrconvert.formats.readers.shared import naming, pairs
+from lrconvert.formats.readers.shared.naming import Component
+from lrconvert.formats.readers.shared.options import ReadOptions
+from lrconvert.formats.readers.shared.pairs import Labels, Parts
+from lrconvert.formats.readers.shared.weights import Weights, load_finite, open_weights, weights_in
+from lrconvert.io.container import config_text, read_json
+from lrconvert.lora.adapter import MATRIX, TRANSPOSED, ExtraTensor, LoraAdapter, LoraTarget, Target, View
+from lrconvert.lora.base_names import EMBEDDINGS
+
+LABELS = Labels("lora_a", "lora_b")
+WEIGHTS_NAMES = ("adapters.safetensors", "adapters.npz")
+_PARTS = {"lora_a": "A", "lora_b": "B", "m": "magnitude"}
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+
+
+def recognises(path: Path) -> bool:
+    """A folder whose adapter_config.json is of mlx-lm."""
+    try:
+        config = read_json(path / CONFIG_NAME) if path.is_dir() else {}
+    except LrcError:
+        return False
+    return "peft_type" not in config and not config.keys().isdisjoint({"fine_tune_type", "lora_parameters"})
+
+
+def knows(names: Sequence[str]) -> bool:
+    """Whether most tensors are factors in MLX's lower-case spelling."""
+    return 2 * sum(name.endswith((".lora_a", ".lora_b")) for name in names) > len(names)
+
+
+def _split(name: str) -> tuple[str, str] | None:
+    module, _, leaf = name.rpartition(".")
+    return (module, _PARTS[leaf]) if module and leaf in _PARTS else None
+
+
+def read(path: Path, options: ReadOptions) -> LoraAdapter:
+    """See the module's docstring. With a base, names are those of its parameters; without one they stay, with a
+    warning. Raises E-CONFIG if nothing states the scale, E-NOT-LORA, E-TENSOR, E-PAIR, E-EMPTY, E-BASE, E-OPTION,
+    E-LIMIT, E-DTYPE, E-VALUE, and the errors of broken files."""
+    folder = path if path.is_dir() else path.parent
+    config = read_json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
+    if config.get("fine_tune_type") == "full":
+        raise NotLoraError("the file holds whole weights (fine_tune_type is 'full')", fix="use it as a model")
+    component = None
+    if options.base is not None:
+        component = naming.base_names(options.base).component(("language_model",), "the adapter")
+    with open_weights(weights_in(path, WEIGHTS_NAMES), options) as weights:
+        modules = pairs.sort_parts(weights, _split)
+        pairs.check_not_half(modules, LABELS)
+        targets: list[LoraTarget] = []
+        extras: list[ExtraTensor] = []
+        notes: list[str] = []
+        scale = _scale(config, options, modules, notes)
+        for module, parts in modules.items():
+            found = list(_targets(module, parts, scale, config, weights))
+            if component is not None:
+                found = [_placed(pair, module, component) for pair in found]
+            targets += found
+            extras += _magnitude(found, module, parts, config, weights)
+        if component is None:
+            notes.append(naming.unnamed("MLX"))
+        notes += _depth(modules, config, component)
+        base_model = config_text(config, "model")
+        return pairs.finished(
+            weights, targets, layout="mlx", extras=extras, warnings=notes, base_model=base_model
+        )  # fmt: skip
+
+
+# --- configuration --------------------------------------------------------------------------------------------------
+
+
+def _scale(config: Mapping[str, Any], options: ReadOptions, modules: Mapping[str, Parts], notes: list[str]) -> Any:
+    """The factor on the product, as a function of the rank. Raises E-CONFIG, E-OPTION."""
+    table = config.get("lora_parameters") or {}
+    if not isinstance(table, dict):
+        raise ConfigError(f"lora_parameters is {table!r:.60}, expected an object")
+    scale, alpha = table.get("scale"), table.get("alpha")
+    before = alpha is not None and "num_layers" not in config  # releases that still multiplied by alpha / rank
+    if options.alpha is not None:
+        if scale is not None and not before:
+            raise OptionError(
+                f"the configuration states the scale {scale!r:.40}, an alpha was given", fix="leave it out"
+            )
+        given = options.alpha
+        return lambda rank: pairs.scale_of("the adapter", given, rank)
+    if scale is None:
+        raise ConfigError(
+            f"no {CONFIG_NAME} beside the weights states a scale",
+            fix="give --alpha, the scale times the rank; mlx-examples used a scale of 20 at first (rank 8: 160)",
+        )
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ConfigError(f"scale is {scale!r:.60}, expected a number")
+    if before:
+        raise ConfigError(
+            "lora_parameters has both scale and alpha, and the release that wrote it is not known: up to some release "
+            "the factor was scale * alpha / rank, later scale alone",
+            fix="give --alpha: the factor that the training used, times the rank",
+        )
+    if alpha is not None:
+        notes.append(f"lora_parameters.alpha ({alpha!r:.40}) has no meaning in mlx-lm; the scale {scale:g} is used")
+    return lambda rank: float(scale)
+
+
+def _depth(modules: Mapping[str, Parts], config: Mapping[str, Any], component: Component | None) -> Iterator[str]:
+    """Warnings for layers that are not the last `num_layers`, of which mlx-lm itself would load nothing else."""
+    numbers = {int(found[1]) for module in modules if (found := _LAYER.search(module))}
+    count = config.get("num_layers")
+    if type(count) is not int or count <= 0 or not numbers:
+        return
+    if len(numbers) != count:
+        yield f"num_layers is {count}, the file adapts {len(numbers)} layers"
+    depth = None if component is None else component.config.get("num_hidden_layers")
+    if type(depth) is int and min(numbers) < depth - count:
+        yield f"num_layers is {count} of {depth}, the file adapts layer {min(numbers)} as well"
+
+
+# --- tensors --------------------------------------------------------------------------------------------------------
+
+
+def _targets(
+    module: str, parts: Parts, scale: Any, config: Mapping[str, Any], weights: Weights
+) -> Iterator[LoraTarget]:
+    """The targets of one module. Raises E-PAIR, E-LIMIT, E-DTYPE, E-VALUE."""
+    a, b = pairs.halves(module, parts, LABELS)
+    if len(b.shape) == 3:
+        yield from _experts(module, parts, scale, weights)
+        return
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[0]:
+        shown = f"lora_a {list(a.shape)} and lora_b {list(b.shape)}"
+        if len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1]:
+            raise PairError(f"{module}: {shown} look swapped", fix="exchange lora_a and lora_b; MLX stores (in, r)")
+        raise PairError(f"{module}: {shown} do not fit; expected (in, r) and (r, out)")
+    (inner, rank), out = a.shape, b.shape[1]
+    table = config.get("lora_parameters")
+    stated = table.get("rank") if isinstance(table, dict) else None
+    if type(stated) is int and stated != rank:
+        raise PairError(f"{module}: the tensors have rank {rank}, lora_parameters says {stated}")
+    pairs.check_rank(module, rank)
+    if f"{module}.weight".endswith(EMBEDDINGS):
+        target = Target(f"{module}.weight", (inner, out), TRANSPOSED)
+    else:
+        target = Target(f"{module}.weight", (out, inner), MATRIX)
+    left, right = pairs.turned(load_finite(weights, a)), pairs.turned(load_finite(weights, b))
+    yield LoraTarget(target, left, right, scale(rank))
+
+
+def _experts(module: str, parts: Parts, scale: Any, weights: Weights) -> Iterator[LoraTarget]:
+    """A stack: A (experts, r, in), by early releases (experts * r, in), and B (experts, out, r)."""
+    a, b = parts["A"], parts["B"]
+    experts, out, rank = b.shape
+    if math.prod(a.shape[:-1]) != experts * rank or a.shape[:-1] not in ((experts, rank), (experts * rank,)):
+        raise PairError(f"{module}: lora_a {list(a.shape)} and lora_b {list(b.shape)} do not fit")
+    inner = a.shape[-1]
+    pairs.check_rank(module, rank)
+    stored_a, stored_b = load_finite(weights, a), load_finite(weights, b)
+    all_a = stored_a.array.reshape(experts, rank, inner)
+    for number in range(experts):
+        target = Target(f"{module}.weight", (experts, out, inner), View(f"expert:{number}"))
+        left = Stored(stored_a.dtype, np.ascontiguousarray(all_a[number]))
+        right = Stored(stored_b.dtype, np.ascontiguousarray(stored_b.array[number]))
+        yield LoraTarget(target, left, right, scale(rank))
+
+
+def _placed(pair: LoraTarget, module: str, component: Component) -> LoraTarget:
+    """A target on the base. A stack of experts, which MLX makes out of the base's single ones, keeps its name."""
+    if pair.target.view.kind == "expert" and f"{module}.weight" not in component.shapes:
+        return pair
+    return component.placed(pair, component.dotted(module))
+
+
+def _magnitude(
+    found: Sequence[LoraTarget], module: str, parts: Parts, config: Mapping[str, Any], weights: Weights
+) -> Iterator[ExtraTensor]:
+    info = parts.get("magnitude")
+    if info is None:
+        if config.get("fine_tune_type") == "dora":
+            raise PairError(f"{module}: fine_tune_type is 'dora', but there is no m", fix="the file is incomplete")
+        return
+    out = found[0].target.out_features
+    if len(found) != 1 or math.prod(info.shape) != out or found[0].target.view == TRANSPOSED:
+        raise PairError(f"{module}: {info.name!r} is {list(info.shape)}, no norms of a linear layer of {out} outputs")
+    yield carried(found[0].target.name, info, weights, "magnitude")
+
+
+READER = Reader("mlx", "MLX adapters folder or .npz", recognises, read, knows, takes_alpha=True)

@@ -1,0 +1,80 @@
+"""What a PEFT file carries beside its LoRAs: modules_to_save, biases, the base's own embeddings, trained tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from lrconvert.core.dtypes import FLOATS, STORAGE, Stored, decode, round_to
+from lrconvert.core.errors import ConfigError, IndexRangeError, PairError, TensorUnknownError
+from lrconvert.formats.readers.peft.config import Settings
+from lrconvert.formats.readers.shared.weights import Weights, load_finite
+from lrconvert.io.container import TensorInfo
+from lrconvert.lora.adapter import ExtraTensor
+
+
+def read_extras(others: Mapping[str, Sequence[TensorInfo]], weights: Weights) -> Iterator[ExtraTensor]:
+    """Whole tensors, byte for byte. PEFT may store one twice, under its own name and as modules_to_save.
+
+    Raises E-TENSOR if the two differ.
+    """
+    for name, infos in others.items():
+        first, *rest = infos
+        data = bytes(weights.read(first))
+        for info in rest:
+            if (info.dtype, info.shape) != (first.dtype, first.shape) or weights.read(info) != data:
+                raise TensorUnknownError(f"tensors {first.name!r} and {info.name!r} mean the same, but differ")
+        yield ExtraTensor(name, first.dtype, first.shape, data)
+
+
+def read_tokens(
+    tokens: Mapping[str, TensorInfo], whole: Mapping[str, ExtraTensor], settings: Settings, weights: Weights
+) -> Iterator[ExtraTensor]:
+    """Trained rows of embeddings, in rising order, and which rows they are.
+
+    Where the file also holds the whole embedding (`whole`, by name), as after a resize, the rows are put into it.
+    Raises E-CONFIG, E-PAIR, E-INDEX.
+    """
+    if settings.tokens and not tokens:
+        raise ConfigError("trainable_token_indices is set, but the file holds no trained rows")
+    for module, info in tokens.items():
+        name = f"{module}.weight"
+        indices = np.asarray(_rows(module, settings), np.int64)
+        order = np.argsort(indices, kind="stable")
+        if len(set(indices.tolist())) < indices.size:
+            raise IndexRangeError(f"{module}: trainable_token_indices names a row twice")
+        if len(info.shape) != 2 or info.shape[0] != indices.size:
+            raise PairError(
+                f"{module}: tensor {info.name!r} is {list(info.shape)}, the configuration names {indices.size} rows"
+            )
+        rows = load_finite(weights, info)
+        rows = Stored(rows.dtype, rows.array[order])
+        if name in whole:
+            yield _with_rows(whole[name], rows, indices[order])
+            continue
+        yield ExtraTensor(name, rows.dtype, rows.shape, rows.array.tobytes(), "rows")
+        yield ExtraTensor(name, "I64", (indices.size,), indices[order].astype("<i8").tobytes(), "row_indices")
+
+
+def _rows(module: str, settings: Settings) -> tuple[int, ...]:
+    """The rows of an embedding that were trained, by PEFT's rule: a module's path ends with the name in the
+    configuration; a plain list is for the input embedding."""
+    for name, rows in settings.tokens.items():
+        if module.endswith(name):
+            return rows
+    raise ConfigError(f"{module}: rows were trained, but trainable_token_indices does not say which")
+
+
+def _with_rows(whole: ExtraTensor, rows: Stored, indices: np.ndarray) -> ExtraTensor:
+    """A whole embedding with trained rows in it, in the dtype of the whole, as PEFT puts them there."""
+    array = np.frombuffer(whole.data, STORAGE[whole.dtype]).reshape(whole.shape).copy()
+    if array.ndim != 2 or array.shape[1] != rows.shape[1] or indices[-1] >= array.shape[0]:
+        raise IndexRangeError(f"{whole.name}: row {indices[-1]} of {list(rows.shape)} is outside {list(whole.shape)}")
+    if rows.dtype == whole.dtype:
+        array[indices] = rows.array
+    elif whole.dtype in FLOATS:
+        array[indices] = round_to(decode(rows.array, rows.dtype), whole.dtype)
+    else:
+        raise TensorUnknownError(f"{whole.name}: the rows are {rows.dtype}, the whole is {whole.dtype}")
+    return ExtraTensor(whole.name, whole.dtype, whole.shape, array.tobytes())

@@ -1,0 +1,170 @@
+"""Names of the tensors in a PEFT file: which part of which module each one is.
+
+PEFT takes the adapter's name out of the keys when it saves (``lora_A.weight``); files that were written in other ways
+keep it (``lora_A.default.weight``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+from lrconvert.core.errors import TensorUnknownError, UnsupportedLoraError
+from lrconvert.formats.readers.shared import kinds
+from lrconvert.io.container import TensorInfo
+
+PREFIX = "base_model.model."
+BASE_LAYER = ".base_layer"
+
+Key = TypeVar("Key", bound=str)
+Part = Literal["A", "B", "bias", "embedding_A", "embedding_B", "magnitude"]
+_TITLES: dict[Part, str] = {
+    "A": "lora_A.weight",
+    "B": "lora_B.weight",
+    "bias": "lora_B.bias",
+    "embedding_A": "lora_embedding_A",
+    "embedding_B": "lora_embedding_B",
+    "magnitude": "lora_magnitude_vector",
+}
+_COMPILED = re.compile(r"(?<![^.])_orig_mod\.")  # torch.compile's wrapper, around the model or any module of it
+# State of a training that an evaluated model does not use: MonteCLoRA's sampler, VeLoRA's projection.
+_TRAINING = ("monteclora_sampler", "velora_embed")
+
+
+def title(part: Part) -> str:
+    """A part as PEFT spells it."""
+    return _TITLES[part]
+
+
+@dataclass
+class Sorted:
+    """The tensors of a file by what they are. `modules`: parts of a LoRA by module. `tokens`: trained rows by
+    embedding. `others`: the rest by the name of a parameter, which several may be. `unused`: names of what has no part
+    in the model."""
+
+    modules: dict[str, dict[Part, TensorInfo]] = field(default_factory=dict)
+    tokens: dict[str, TensorInfo] = field(default_factory=dict)
+    others: dict[str, list[TensorInfo]] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+
+
+def sort(tensors: Sequence[TensorInfo]) -> Sorted:
+    """Every tensor in its place. Raises E-TENSOR for names without one, E-LORA-FEATURE for parts of other variants and
+    for several adapters in one file, E-NOT-LORA for other kinds of adapters, E-EMPTY for settings without matrices."""
+    if not any(info.name.startswith(PREFIX) for info in tensors):
+        kinds.refuse([info.name for info in tensors])
+    adapter = _adapter_name(tensors)
+    found = Sorted()
+    for info in tensors:
+        name = _local(info)
+        module, inside, _ = name.rpartition(".lora_")
+        if inside:
+            part = _part(name)
+            if part is None:
+                found.unused.append(name)
+            else:
+                _put(found.modules.setdefault(module, {}), part, info)
+        elif ".token_adapter." in name:
+            _sort_token(found, name, info, adapter)
+        elif ".original_module." in name:
+            found.unused.append(name)
+        else:
+            found.others.setdefault(_without_wrapper(name, adapter), []).append(info)
+    return found
+
+
+def _local(info: TensorInfo) -> str:
+    if not info.name.startswith(PREFIX) or info.name == PREFIX:
+        raise TensorUnknownError(f"tensor {info.name!r} does not begin with {PREFIX!r}", fix="is this a PEFT file?")
+    name = _COMPILED.sub("", info.name.removeprefix(PREFIX))
+    if name.startswith("lora_"):
+        raise TensorUnknownError(f"tensor {info.name!r} adapts the whole model, not a module of it")
+    return name
+
+
+def _put(table: dict[Key, TensorInfo], key: Key, info: TensorInfo) -> None:
+    other = table.setdefault(key, info)
+    if other is not info:
+        raise TensorUnknownError(f"tensors {other.name!r} and {info.name!r} mean the same", fix="remove one of them")
+
+
+# --- parts of a LoRA ------------------------------------------------------------------------------------------------
+
+
+def _words(name: str) -> list[str]:
+    """What follows the last ".lora_" of a name, at its dots."""
+    return name.rpartition(".lora_")[2].split(".")
+
+
+def _split(words: Sequence[str]) -> tuple[Part, str] | None:
+    """(part, name of the adapter or "") of the words after ".lora_"; None if they are no part."""
+    match words:
+        case ["A" | "B" as half, *rest, "weight"] if len(rest) <= 1:
+            return ("A" if half == "A" else "B"), "".join(rest)
+        case ["B", *rest, "bias"] if len(rest) <= 1:
+            return "bias", "".join(rest)
+        case ["embedding_A" | "embedding_B" as half, *rest] if len(rest) <= 1:
+            return ("embedding_A" if half == "embedding_A" else "embedding_B"), "".join(rest)
+        case ["magnitude_vector", *rest] if len(rest) <= 2:
+            if rest and rest[-1] == "weight":
+                rest = rest[:-1]
+            return ("magnitude", "".join(rest)) if len(rest) <= 1 else None
+    return None
+
+
+def _adapter_name(tensors: Iterable[TensorInfo]) -> str:
+    """The adapter's name where the parts carry it, else "". Raises E-LORA-FEATURE if they carry several."""
+    names = set()
+    for info in tensors:
+        if ".lora_" in info.name and (found := _split(_words(info.name))) is not None:
+            names.add(found[1])
+    if len(names) > 1:
+        listed = ", ".join(repr(name) if name else "one without a name" for name in sorted(names))
+        raise UnsupportedLoraError(
+            f"the file holds {len(names)} adapters: {listed:.400}", fix="save each adapter on its own"
+        )
+    return names.pop() if names else ""
+
+
+def _part(name: str) -> Part | None:
+    """The part of a LoRA that a tensor is; None for state of the training. Raises E-LORA-FEATURE."""
+    words = _words(name)
+    found = _split(words)
+    if found is not None:
+        return found[0]
+    if words[0] in _TRAINING:
+        return None
+    kinds.refuse([name])
+    raise UnsupportedLoraError(
+        f"tensor {name!r} is not a part of a LoRA that is known: {', '.join(_TITLES.values())}",
+        fix="this variant of LoRA is not converted",
+    )
+
+
+# --- what rides along -----------------------------------------------------------------------------------------------
+
+
+def _sort_token(found: Sorted, name: str, info: TensorInfo, adapter: str) -> None:
+    """A tensor of PEFT's wrapper around an embedding of which single rows were trained."""
+    module, _, inside = name.rpartition(".token_adapter.")
+    first, _, rest = inside.partition(".")
+    named = rest in ("", adapter, "default")
+    if first == "trainable_tokens_delta" and named:
+        _put(found.tokens, module, info)
+    elif first == "trainable_tokens_original" and named:
+        found.unused.append(name)
+    elif inside == "base_layer.weight":
+        found.others.setdefault(f"{module}.weight", []).append(info)
+    else:
+        raise TensorUnknownError(f"tensor {name!r} is no known part of an embedding with trained tokens")
+
+
+def _without_wrapper(name: str, adapter: str) -> str:
+    """The parameter that a module of modules_to_save holds: ``x.modules_to_save.default.weight`` is ``x.weight``."""
+    module, inside, rest = name.partition(".modules_to_save.")
+    if not inside:
+        return name
+    first, _, deeper = rest.partition(".")
+    return f"{module}.{deeper if deeper and first in ('default', adapter) else rest}"

@@ -1,0 +1,234 @@
+"""Names of layouts onto parameters of a base, for `--base`: a model folder, or a diffusers pipeline of several.
+
+The headers of a base's files say its names and shapes. Where there is only a config.json, transformers builds the model
+without weights (its own classes alone, never code from the folder); for diffusers' models, whose layouts spell module
+names with underscores, a vocabulary takes the names apart instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lrconvert.core.errors import BaseError, DependencyError, FileKindError
+from lrconvert.core.limits import MAX_INDEX_BYTES
+from lrconvert.io.container import INDEX_NAME, PIPELINE_NAME, SINGLE_NAME, ContainerFile, open_checkpoint, read_json
+from lrconvert.lora import renamings
+from lrconvert.lora.adapter import MATRIX, TRANSPOSED, LoraTarget, Target, View
+from lrconvert.lora.base_names import NameIndex
+
+_DIFFUSERS = "diffusion_pytorch_model.safetensors"
+_MOST_LAYERS = 2048  # of a model that is built without weights, to learn its names
+_MOST_PARSES = 16
+_MOST_WORDS = 64  # of a name with underscores; real ones have some twenty
+
+
+@dataclass(frozen=True)
+class Component:
+    """One model of a base. `name` is its folder in a pipeline, "" for a base of one model. `shapes` are its parameters;
+    the shape is None where only the name is known, and there are none at all where only a diffusers config is there."""
+
+    name: str
+    root: Path
+    config: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...] | None]
+
+    @cached_property
+    def _index(self) -> NameIndex:
+        return NameIndex(self.shapes.keys(), renamings.families(self.config), self.root)
+
+    @cached_property
+    def _flat(self) -> dict[str, list[str]]:
+        """Modules by their name with underscores for dots."""
+        found: dict[str, list[str]] = {}
+        for name in self.shapes:
+            if name.endswith(".weight"):
+                module = name.removesuffix(".weight")
+                found.setdefault(module.replace(".", "_"), []).append(module)
+        return found
+
+    def dotted(self, module: str) -> str:
+        """The module of the base that a module with dots is. Raises E-BASE."""
+        if not self.shapes:
+            return module
+        found = self._index.find(f"{module}.weight")
+        if found is None:
+            raise self._index.missing(f"{module}.weight")
+        return found.removesuffix(".weight")
+
+    def flattened(self, spelled: str, words: Iterable[str]) -> str:
+        """The module whose dots were written as underscores: among the base's own, or put together of `words` where
+        those are not known. Raises E-BASE if there is none, or several."""
+        if self.shapes:
+            shorter = spelled.partition("_")[2] if not spelled.startswith("text_model_") else spelled[11:]
+            found = self._flat.get(spelled) or self._flat.get(shorter) or []
+            longer = (
+                [m for key, ms in self._flat.items() if key.endswith(f"_{spelled}") for m in ms] if not found else []
+            )
+            found = found or longer
+        else:
+            found = parses(spelled, words)
+        if len(found) > 1:
+            listed = ", ".join(sorted(found)[:5])
+            raise BaseError(
+                f"{spelled!r:.200} may be any of {listed}", fix="rename the module in the file", path=self.root
+            )
+        if not found:
+            raise BaseError(
+                f"{spelled!r:.200} is no module of the base", fix="is this the adapter's own base?", path=self.root
+            )
+        return found[0]
+
+    def placed(self, pair: LoraTarget, module: str) -> LoraTarget:
+        """`pair` on a module of this component, in the shape that the base stores. Raises E-BASE."""
+        full = f"{self.name}.{module}.weight" if self.name else f"{module}.weight"
+        stored = self.shapes.get(f"{module}.weight")
+        target = replace(pair.target, name=full)
+        return replace(pair, target=_as_stored(target, stored, self.root))
+
+
+def _as_stored(target: Target, stored: tuple[int, ...] | None, root: Path) -> Target:
+    """The target in the shape of the base: a linear layer may be stored as a convolution of one pixel and the other way
+    round, or transposed. Raises E-BASE."""
+    if stored is None or stored == target.shape:
+        return target
+    out, inner = target.matrix_shape
+    pixel = set(target.shape[2:]) <= {1}
+    if pixel and stored[:2] == (out, inner) and set(stored[2:]) <= {1}:
+        kernel = "x".join("1" for _ in stored[2:])
+        return replace(target, shape=stored, view=View(f"conv:{kernel}:1") if kernel else MATRIX)
+    if target.view == MATRIX and stored == (inner, out):
+        return replace(target, shape=stored, view=TRANSPOSED)
+    if target.view.kind == "rows" and len(stored) == 2 and stored[1] == inner:
+        return replace(target, shape=stored)
+    raise BaseError(f"{target.name!r} is {list(target.shape)} in the adapter, {list(stored)} in the base", path=root)
+
+
+# --- bases ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BaseNames:
+    """The models of a base."""
+
+    root: Path
+    components: tuple[Component, ...]
+
+    def component(self, names: Sequence[str], what: str) -> Component:
+        """The first of `names` that is there, or the only model of a base. Raises E-BASE."""
+        for component in self.components:
+            if component.name in names:
+                return component
+        if len(self.components) == 1 and not self.components[0].name:
+            return self.components[0]
+        have = ", ".join(component.name for component in self.components)
+        raise BaseError(
+            f"{what} belongs to {' or '.join(names)}, and the base has {have}", fix="give the pipeline it is for",
+            path=self.root,
+        )  # fmt: skip
+
+
+def base_names(root: Path) -> BaseNames:
+    """The models in a folder, by headers and configurations. Raises E-IO-KIND, E-BASE and the errors of broken
+    files."""
+    if not root.is_dir():
+        raise FileKindError("is not a model folder", fix="give the folder that holds config.json", path=root)
+    if not (root / PIPELINE_NAME).is_file():
+        return BaseNames(root, (_component("", root),))
+    folders = sorted(folder for folder in root.iterdir() if (folder / "config.json").is_file())
+    parts = tuple(_component(folder.name, folder) for folder in folders)
+    if not parts:
+        raise BaseError("the pipeline holds no model", path=root)
+    return BaseNames(root, parts)
+
+
+def _component(name: str, root: Path) -> Component:
+    config = read_json(root / "config.json") if (root / "config.json").is_file() else {}
+    if (root / SINGLE_NAME).exists() or (root / INDEX_NAME).exists():
+        with open_checkpoint(root, quantized=True) as checkpoint:
+            return Component(name, root, config, {n: info.shape for n, info in checkpoint.tensors.items()})
+    if (root / _DIFFUSERS).is_file():
+        with ContainerFile(root / _DIFFUSERS) as file:
+            return Component(name, root, config, {info.name: info.shape for info in file.tensors})
+    if (root / f"{_DIFFUSERS}.index.json").is_file():
+        table = read_json(root / f"{_DIFFUSERS}.index.json", MAX_INDEX_BYTES).get("weight_map")
+        return Component(name, root, config, dict.fromkeys(table) if isinstance(table, dict) else {})
+    if not config:
+        raise FileKindError("holds neither a config.json nor weights", path=root)
+    return Component(name, root, config, {} if "_class_name" in config else _built(root, config))
+
+
+def _built(root: Path, config: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    """Parameters of the model of a config.json, without its weights. Raises E-BASE, E-DEPENDENCY."""
+    deep = [key for key in config if "layer" in key and type(config[key]) is int and config[key] > _MOST_LAYERS]
+    if deep:
+        raise BaseError(f"{deep[0]} is {config[deep[0]]}; at most {_MOST_LAYERS} are looked at", path=root)
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        raise DependencyError(
+            "the names of a base without its weights come from transformers, which is not installed",
+            fix="pip install transformers, or give the folder with the weights",
+        ) from None
+    try:
+        found = transformers.AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
+        named = (getattr(found, "architectures", None) or [""])[0]
+        kind: Any = getattr(transformers, str(named), None)
+        build: Any = getattr(kind, "_from_config", transformers.AutoModel.from_config)
+        with torch.device("meta"):
+            built = build(found)
+        return {name: tuple(value.shape) for name, value in built.state_dict().items()}
+    except Exception as why:  # whatever a configuration provokes in there
+        said = str(why).strip().splitlines() or [type(why).__name__]
+        raise BaseError(
+            f"transformers cannot build the model of this config.json: {said[0]:.200}",
+            fix="give the folder with the weights",
+            path=root,
+        ) from None
+
+
+# --- names whose dots are underscores -------------------------------------------------------------------------------
+
+# What modules of diffusers' UNets and transformers are called; numbers count as words. Text encoders are transformers'.
+VOCABULARY = frozenset(
+    (
+        *("down_blocks", "up_blocks", "mid_block", "attentions", "resnets", "transformer_blocks", "downsamplers"),
+        *("upsamplers", "attn", "attn1", "attn2", "to_q", "to_k", "to_v", "to_out", "ff", "net", "proj", "proj_in"),
+        *("proj_out", "conv", "conv1", "conv2", "conv_shortcut", "conv_in", "conv_out", "time_emb_proj"),
+        *("time_embedding", "add_embedding", "linear_1", "linear_2", "time_proj", "temp_convs", "motion_modules"),
+        *("single_transformer_blocks", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context"),
+        *("norm", "norm1", "norm1_context", "norm_out", "proj_mlp", "x_embedder", "context_embedder", "linear"),
+    )
+)
+
+
+def parses(spelled: str, words: Iterable[str] = VOCABULARY) -> list[str]:
+    """Every way to read a name with underscores as words of a vocabulary and numbers, with dots between; at most 16."""
+    known = frozenset(words)
+    parts = spelled.split("_")
+    if len(parts) > _MOST_WORDS:
+        return []
+    most = max((word.count("_") + 1 for word in known), default=1)
+    ways: list[list[str]] = [[] for _ in parts] + [[""]]
+    for start in reversed(range(len(parts))):
+        for stop in range(start + 1, min(start + most, len(parts)) + 1):
+            word = "_".join(parts[start:stop])
+            longer = "_".join(parts[start : stop + 1])
+            if stop < len(parts) and parts[stop].isdecimal() and longer in known:
+                continue  # linear_1 is a word of its own, not the first entry of linear
+            if word in known or (stop == start + 1 and word.isdecimal()):
+                ways[start] += [f"{word}.{rest}" if rest else word for rest in ways[stop]]
+        ways[start] = ways[start][:_MOST_PARSES]
+    return ways[0]
+
+
+def unnamed(layout: str) -> str:
+    """The warning of an adapter that was read without a base."""
+    return (
+        f"the names are those of the {layout} layout, not of a base's parameters: give the base (--base; its "
+        "config.json is enough) to resolve them"
+    )

@@ -1,0 +1,205 @@
+"""numpy's ``.npz``: a zip of ``.npy`` arrays, read without pickles and with every size checked before it is allocated.
+
+An array is what its own header says (dtype, order, shape), and that must fill its entry of the zip to the byte.
+bfloat16, which numpy does not have, is what mlx writes for it: two bytes without a meaning (``V2``).
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import os
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from lrconvert.core.dtypes import STORAGE, Stored
+from lrconvert.core.errors import (
+    CoverageError,
+    DtypeError,
+    FileChangedError,
+    FileKindError,
+    HeaderTextError,
+    LimitError,
+    LrcError,
+    PickleError,
+    ShapeError,
+    TensorNameError,
+)
+from lrconvert.core.limits import FOREIGN, MIB
+from lrconvert.io.container import OpenFile, TensorInfo
+
+_MAGIC = b"\x93NUMPY"
+_HEADER_BYTES = 10_000  # numpy's own cap
+_INFLATED = 16  # factors do not compress, zeros do: an entry may be this many times larger than it is stored
+_ENTRIES = 1 << 16
+_END_BYTES = 22  # of the record that ends a zip without a comment
+_TAIL_BYTES = _END_BYTES + 20 + 56  # with those of zip64 before it
+_DIRECTORY_BYTES = 16 * MIB
+_DTYPES = {
+    **{"f8": "F64", "f4": "F32", "f2": "F16", "V2": "BF16", "i8": "I64", "i4": "I32", "i2": "I16", "i1": "I8"},
+    **{"u8": "U64", "u4": "U32", "u2": "U16", "u1": "U8", "b1": "BOOL"},
+}
+
+
+class NpzFile(OpenFile):
+    """One open ``.npz``. A context manager; headers of the arrays are read at once, their data when it is asked for."""
+
+    metadata: Mapping[str, str] = {}
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._file = os.fdopen(self._descriptor, "rb")
+        try:
+            self._zip = _opened(self._file, self._stat.st_size)
+            self._entries: dict[str, tuple[zipfile.ZipInfo, int, bool]] = {}
+            found = []
+            for entry in self._zip.infolist():
+                name = entry.filename.removesuffix(".npy")
+                dtype, shape, fortran, start = self._header(name, entry)
+                if name in self._entries:
+                    raise TensorNameError(f"the array {name!r:.120} is there twice")
+                self._entries[name] = (entry, start, fortran)
+                found.append(TensorInfo(name, dtype, shape, 0, entry.file_size - start, path))
+            self.tensors: tuple[TensorInfo, ...] = tuple(found)
+        except LrcError as error:
+            self._file.close()
+            raise error.at(path) from None
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _header(self, name: str, entry: zipfile.ZipInfo) -> tuple[str, tuple[int, ...], bool, int]:
+        """(dtype, shape, whether columns come first, where the data begins) of one array."""
+        if not name or not name.isprintable() or len(name.encode("utf-8", "replace")) > FOREIGN.name_bytes:
+            raise TensorNameError(f"the array name {name!r:.120} is empty, too long or has control characters")
+        start = self._inflate(entry, min(entry.file_size, 12))
+        if start[:6] != _MAGIC or len(start) < 12 or start[6] not in (1, 2, 3):
+            raise HeaderTextError(f"the entry {name!r:.120} is no .npy array")
+        wide = start[6] > 1
+        length = int.from_bytes(start[8:12] if wide else start[8:10], "little")
+        begin = 12 if wide else 10
+        if length > _HEADER_BYTES or begin + length > entry.file_size:
+            raise HeaderTextError(f"the header of {name!r:.120} claims {length} bytes")
+        text = self._inflate(entry, begin + length)[begin:]
+        descr, fortran, shape = _parsed(name, text)
+        if len(shape) > FOREIGN.ndim or any(not 0 < n <= FOREIGN.dim for n in shape):
+            raise ShapeError(f"the array {name!r:.120} has shape {list(shape)!s:.80}")
+        if "O" in descr:
+            raise PickleError(f"the array {name!r:.120} holds Python objects", fix="save it as plain numbers")
+        dtype = _DTYPES.get(descr[1:]) if descr[:1] in "<|=" else None
+        if dtype is None:
+            raise DtypeError(f"the array {name!r:.120} has the dtype {descr!r:.40}, which is not read")
+        nbytes = math.prod(shape) * STORAGE[dtype].itemsize
+        if begin + length + nbytes != entry.file_size:
+            raise CoverageError(
+                f"the array {name!r:.120} needs {nbytes} bytes, {entry.file_size - begin - length} follow"
+            )
+        return dtype, shape, fortran, begin + length
+
+    def _inflate(self, entry: zipfile.ZipInfo, nbytes: int) -> bytes:
+        """The first `nbytes` of an entry, and no more. Raises E-IO-CHANGED."""
+        try:
+            with self._zip.open(entry) as stream:
+                data = stream.read(nbytes)
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            EOFError,
+            ValueError,
+            NotImplementedError,
+            RuntimeError,
+            OSError,
+        ) as why:
+            raise HeaderTextError(f"the entry {entry.filename!r:.120} cannot be read: {why!s:.120}") from None
+        if len(data) != nbytes:
+            raise FileChangedError("an entry of the zip ended early")
+        return data
+
+    def read(self, info: TensorInfo) -> bytes:
+        """The bytes of an array, rows first, as a safetensors file would hold them."""
+        entry, start, fortran = self._entries[info.name]
+        try:
+            data = self._inflate(entry, entry.file_size)[start:]
+        except LrcError as error:
+            raise error.at(self.path) from None
+        if fortran and len(info.shape) > 1:
+            turned = np.frombuffer(data, STORAGE[info.dtype]).reshape(info.shape[::-1])
+            return np.ascontiguousarray(turned.T).tobytes()
+        return data
+
+    def load(self, info: TensorInfo) -> Stored:
+        """An array with its stored bits."""
+        return Stored(info.dtype, np.frombuffer(self.read(info), STORAGE[info.dtype]).reshape(info.shape))
+
+    def close(self) -> None:
+        self._file.close()
+        self._descriptor = -1
+
+
+def _check_frame(file: IO[bytes], size: int) -> None:
+    """Refuse a zip that other bytes stand before or follow, a file of two kinds, and one whose directory is too large
+    to be held. Raises E-IO-KIND, E-OFF-COVER, E-LIMIT."""
+    file.seek(0)
+    head = file.read(4)
+    file.seek(max(0, size - _TAIL_BYTES))
+    tail = file.read(_TAIL_BYTES)
+    wide, end = tail[:-_END_BYTES], tail[-_END_BYTES:]
+    if head[:2] != b"PK":
+        is_inside = end[:4] == b"PK\5\6"
+        raise CoverageError("bytes stand before the zip") if is_inside else FileKindError("the file is no zip")
+    if head != b"PK\3\4" or end[:4] != b"PK\5\6":
+        raise FileKindError("the zip does not end with its directory", fix="was a download cut off?")
+    directory = int.from_bytes(end[12:16], "little")
+    if wide[-20:-16] == b"PK\6\7":  # zip64
+        directory = int.from_bytes(wide[40:48], "little")
+    if directory > _DIRECTORY_BYTES:
+        raise LimitError(f"the directory of the zip has {directory} bytes; at most {_DIRECTORY_BYTES} are read")
+
+
+def _opened(file: IO[bytes], size: int) -> zipfile.ZipFile:
+    """The zip, its directory checked: sizes before anything is inflated. Raises E-IO-KIND, E-LIMIT, E-OFF-COVER."""
+    if size > FOREIGN.file_bytes:
+        raise LimitError(f"the file has {size} bytes; at most {FOREIGN.file_bytes} are read")
+    _check_frame(file, size)
+    try:
+        archive = zipfile.ZipFile(file)
+        entries = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, IndexError, UnicodeError) as error:
+        raise FileKindError(f"the zip cannot be read: {error!s:.120}", fix="was a download cut off?") from None
+    if len(entries) > _ENTRIES:
+        raise LimitError(f"the zip has {len(entries)} entries; at most {_ENTRIES} are read")
+    for entry in entries:
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or entry.flag_bits & 1:
+            raise FileKindError(f"the entry {entry.filename!r:.120} is encrypted, or compressed in a way not read")
+        if entry.file_size > _INFLATED * max(entry.compress_size, 64):
+            raise LimitError(
+                f"the entry {entry.filename!r:.120} grows from {entry.compress_size} to {entry.file_size} bytes"
+            )
+    if sum(entry.file_size for entry in entries) > _INFLATED * size:
+        raise LimitError(f"the zip of {size} bytes grows to more than {_INFLATED} times that")
+    if any(not 0 <= entry.header_offset < size for entry in entries):
+        raise FileKindError("an entry of the zip lies outside the file")
+    return archive
+
+
+def _parsed(name: str, text: bytes) -> tuple[str, bool, tuple[int, ...]]:
+    """(dtype, whether columns come first, shape) of the text of a header. Raises E-HEADER."""
+    try:
+        header = ast.literal_eval(text.decode("utf-8").strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError, UnicodeError):
+        header = None
+    if (
+        not isinstance(header, dict)
+        or set(header) != {"descr", "fortran_order", "shape"}
+        or not isinstance(header["descr"], str)
+        or not isinstance(header["fortran_order"], bool)
+        or not isinstance(header["shape"], tuple)
+        or not all(type(n) is int for n in header["shape"])
+    ):
+        raise HeaderTextError(f"the header of the array {name!r:.120} is not understood")
+    return header["descr"], header["fortran_order"], header["shape"]

@@ -1,0 +1,205 @@
+"""Where the tensors of a foreign adapter come from: a safetensors or npz file, or a pickle if the user allows it."""
+
+from __future__ import annotations
+
+import math
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from lrconvert.core.dtypes import FLOATS, STORAGE, Stored
+from lrconvert.core.errors import (
+    DependencyError,
+    DtypeError,
+    FileKindError,
+    LimitError,
+    LrcError,
+    PickleError,
+    ShapeError,
+    TensorNameError,
+    ValueRangeError,
+)
+from lrconvert.core.limits import FOREIGN
+from lrconvert.formats.readers.shared.npz import NpzFile
+from lrconvert.formats.readers.shared.options import ReadOptions
+from lrconvert.io.container import ContainerFile, OpenFile, TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+# torch's tensors-only loader could be made to run code before this release (CVE-2025-32434, CVE-2026-24747).
+_SAFE_TORCH = (2, 10)
+_SHARED = 4  # tensors may share memory, so that they are larger than their file; not by more than this
+_DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+
+
+class Weights(Protocol):
+    """An open file of tensors. A context manager; `read` and `load` give owned memory. `metadata` are the texts that
+    the file holds beside them."""
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]: ...
+
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
+
+    def read(self, info: TensorInfo) -> bytes | bytearray: ...
+
+    def load(self, info: TensorInfo) -> Stored: ...
+
+    def check_unchanged(self) -> None: ...
+
+    def __enter__(self) -> Weights: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def weights_in(path: Path, names: Sequence[str]) -> Path:
+    """The first file of `names` in a folder; `path` itself if it is none. Raises E-IO-KIND."""
+    if not path.is_dir():
+        return path
+    for name in names:
+        if (path / name).exists():
+            return path / name
+    raise FileKindError(f"the folder has no {' and no '.join(n for n in names if not n.endswith('.bin'))}", path=path)
+
+
+def open_weights(path: Path, options: ReadOptions) -> Weights:
+    """Open a file of tensors. Raises E-PICKLE for a ``.bin`` or ``.pt`` unless pickles are allowed."""
+    if path.suffix == ".npz":
+        return NpzFile(path)
+    if path.suffix not in PICKLE_SUFFIXES:
+        return ContainerFile(path)
+    if not options.allow_pickle:
+        raise PickleError(
+            "the adapter is stored as a pickle, which can run code when it is loaded",
+            fix="save it again as safetensors (PEFT: load it and save_pretrained it), or pass --allow-pickle "
+            "(allow_pickle=True) if you trust it",
+            path=path,
+        )
+    return PickledFile(path)
+
+
+def load_finite(weights: Weights, info: TensorInfo) -> Stored:
+    """A tensor of real numbers with its stored bits. Raises E-DTYPE, and E-VALUE for NaN and infinity."""
+    if info.dtype not in FLOATS:
+        raise DtypeError(f"tensor {info.name!r} is {info.dtype}, expected one of {', '.join(FLOATS)}")
+    stored = weights.load(info)
+    if not np.isfinite(stored.decode()).all():
+        raise ValueRangeError(
+            f"tensor {info.name!r} holds NaN or infinity", fix="the training diverged; use an earlier checkpoint"
+        )
+    return stored
+
+
+class PickledFile(OpenFile):
+    """A pickled dict of tensors, as ``torch.save`` writes it. The same tensors as a safetensors file of them gives.
+    Those of a pickled list are named by their places: ``0``, ``1``."""
+
+    metadata: Mapping[str, str] = {}
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._file = os.fdopen(self._descriptor, "rb")
+        try:
+            if self._stat.st_size > FOREIGN.file_bytes:
+                raise LimitError(f"the file has {self._stat.st_size} bytes; at most {FOREIGN.file_bytes} are read")
+            _check_zip(self._file, self._stat.st_size)
+            state = _load(self._file)
+            self._values = {name: value.detach() for name, value in state.items()}
+            self.tensors = tuple(_info(name, value, path) for name, value in state.items())
+            held = sum(info.nbytes for info in self.tensors)
+            if held > _SHARED * self._stat.st_size:
+                raise LimitError(f"the tensors have {held} bytes, the file {self._stat.st_size}")
+        except LrcError as error:
+            self._file.close()
+            raise error.at(path) from None
+        except BaseException:
+            self._file.close()
+            raise
+
+    def read(self, info: TensorInfo) -> bytes:
+        """The bytes of a tensor, as a safetensors file would hold them."""
+        import torch
+
+        return self._values[info.name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+    def load(self, info: TensorInfo) -> Stored:
+        """A tensor with its stored bits."""
+        return Stored(info.dtype, np.frombuffer(self.read(info), STORAGE[info.dtype]).reshape(info.shape))
+
+    def close(self) -> None:
+        self._file.close()
+        self._descriptor = -1
+
+
+def _check_zip(file: IO[bytes], size: int) -> None:
+    """Refuse a zip that would grow when it is unpacked; torch writes its own uncompressed. Older files are no zips."""
+    if file.read(2) == b"PK":
+        try:
+            with zipfile.ZipFile(file) as archive:
+                entries = archive.infolist()
+        except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+            raise PickleError(f"the zip cannot be read: {error}", fix="was a download cut off?") from None
+        if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or sum(e.file_size for e in entries) > size:
+            raise PickleError("the zip is compressed, which torch.save does not do")
+    file.seek(0)
+
+
+def _load(file: IO[bytes]) -> dict[str, torch.Tensor]:
+    """The dict of tensors in a pickle, by torch's loader that builds nothing else. Raises E-PICKLE, E-DEPENDENCY."""
+    try:
+        import torch
+    except ImportError:
+        raise DependencyError("a pickle is read with torch, which is not installed", fix="pip install torch") from None
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < _SAFE_TORCH:
+        raise DependencyError(f"the pickle loader of torch {torch.__version__} has known holes", fix="use torch 2.10")
+    try:
+        state: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a stranger's bytes provoke in there
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise PickleError(f"the pickle holds more than tensors, or is damaged: {reason[0]:.200}") from None
+    if isinstance(state, list):
+        state = {str(place): value for place, value in enumerate(state)}
+    if not isinstance(state, dict):
+        raise PickleError(f"the pickle holds a {type(state).__name__}, not a dict of tensors")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise PickleError(f"the pickle's entry {name!r:.120} is a {type(value).__name__}, not a named tensor")
+    return state
+
+
+def _info(name: str, value: torch.Tensor, path: Path) -> TensorInfo:
+    """The description of one tensor, by the rules of `container`. Raises E-NAME, E-DTYPE, E-SHAPE, E-LIMIT."""
+    if not name or not name.isprintable() or len(name.encode("utf-8", "replace")) > FOREIGN.name_bytes:
+        raise TensorNameError(f"the tensor name {name!r:.120} is empty, too long or has control characters")
+    dtype = _DTYPES.get(str(value.dtype).removeprefix("torch."))
+    if dtype is None or str(value.layout) != "torch.strided" or value.is_quantized or value.device.type != "cpu":
+        raise DtypeError(f"tensor {name!r} is a {value.dtype} ({value.layout}), which is not read")
+    shape = tuple(value.shape)
+    if len(shape) > FOREIGN.ndim or any(not 0 < n <= FOREIGN.dim for n in shape):
+        raise ShapeError(f"tensor {name!r} has shape {list(shape)!s:.80}")
+    nbytes = math.prod(shape) * STORAGE[dtype].itemsize
+    if nbytes > value.untyped_storage().nbytes():  # a repeating view: a few bytes that claim to be many
+        raise LimitError(f"tensor {name!r} has {nbytes} bytes, of which {value.untyped_storage().nbytes()} are stored")
+    return TensorInfo(name, dtype, shape, 0, nbytes, path)

@@ -1,0 +1,577 @@
+"""Safetensors files: strict header reading, canonical header writing, pread access, sharded checkpoints.
+
+A strict subset of what the safetensors library accepts (a differential test shows it): no duplicate names, no gaps, no
+zero-size tensors, no unknown fields. Data is read by `pread` into memory we own: a file that shrinks under a memory
+map kills the process, a short read is an error. Nothing here loads a tensor that was not asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import numpy as np
+
+from lrconvert.core.dtypes import STORAGE, Stored, itemsize
+from lrconvert.core.errors import (
+    ConfigError,
+    CoverageError,
+    DtypeError,
+    FileChangedError,
+    FileKindError,
+    FileReadError,
+    HeaderLengthError,
+    HeaderTextError,
+    JsonSyntaxError,
+    LimitError,
+    LrcError,
+    OffsetError,
+    PickleError,
+    QuantizedBaseError,
+    ShapeError,
+    ShardIndexError,
+    ShardPathError,
+    TensorNameError,
+    UnfinishedError,
+    UnknownFieldError,
+)
+from lrconvert.core.limits import FOREIGN, MAX_CONFIG_BYTES, MAX_INDEX_BYTES, MAX_SHARDS, Limits
+from lrconvert.io import strictjson
+
+PIPELINE_NAME = "model_index.json"  # of a diffusers pipeline
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+JOURNAL = ".lrconvert/journal"  # of a model that is being changed in place
+READY_NAME = "ready.json"  # in it from the first changed byte to the last
+_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+_SHARED_BLOB = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}")
+_COPY_BYTES = 1 << 22
+_BITSANDBYTES = "bitsandbytes"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `start` is its absolute byte offset in `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+    file: Path
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def open_regular(path: Path) -> tuple[int, os.stat_result]:
+    """A read-only descriptor of a regular file, and its stat. Raises E-IO-KIND for anything else, without blocking."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise FileKindError(f"cannot be opened: {error.strerror}", path=path) from None
+    info = os.fstat(descriptor)
+    if not stat.S_ISREG(info.st_mode):
+        os.close(descriptor)
+        raise FileKindError("is not a regular file", path=path)
+    return descriptor, info
+
+
+def pread(descriptor: int, nbytes: int, offset: int, path: Path) -> bytearray:
+    """Exactly `nbytes` from `offset`, in memory of our own. Raises E-IO-CHANGED if the file ends early."""
+    buffer = bytearray(nbytes)
+    view = memoryview(buffer)
+    done = 0
+    while done < nbytes:
+        try:
+            got = os.preadv(descriptor, [view[done : done + (1 << 30)]], offset + done)
+        except OSError as error:
+            raise FileReadError(f"cannot be read: {error.strerror}", path=path) from None
+        if got == 0:
+            raise FileChangedError("the file ended early; it changed while it was read", path=path)
+        done += got
+    return buffer
+
+
+def read_small(path: Path, limit: int) -> bytes:
+    """The whole of a small file. Raises E-IO-KIND, or E-LIMIT if it is larger than `limit` bytes."""
+    descriptor, info = open_regular(path)
+    try:
+        if info.st_size > limit:
+            raise LimitError(f"the file has {info.st_size} bytes; at most {limit} are read", path=path)
+        return bytes(pread(descriptor, info.st_size, 0, path))
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """A JSON object of another tool (floats and null allowed, duplicates refused)."""
+    try:
+        value = strictjson.parse(read_small(path, limit), depth=FOREIGN.json_depth, floats=True)
+    except LrcError as error:
+        raise error.at(path) from None
+    if not isinstance(value, dict):
+        raise JsonSyntaxError("the file does not hold a JSON object", path=path)
+    return value
+
+
+# --- headers --------------------------------------------------------------------------------------------------------
+
+
+def encode_header(entries: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """Length and JSON of a safetensors header for tensors laid out in the given order, padded to 8 bytes.
+
+    `entries` are (name, dtype, shape). With at most one metadata key the bytes equal those of the safetensors library
+    for tensors in its order; with more, keys are sorted (the library's order is random).
+    """
+    header: dict[str, Any] = {}
+    if metadata:
+        header["__metadata__"] = dict(sorted(metadata.items()))
+    offset = 0
+    for name, dtype, shape in entries:
+        stop = offset + itemsize(dtype) * int(np.prod(shape, dtype=object))
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, stop]}
+        offset = stop
+    text = _dump(header)
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _dump(value: Any) -> bytes:
+    import json
+
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+
+
+def _integers(value: Any, count: int | None) -> list[int]:
+    """`value` as a list of non-negative integers (booleans are not), or E-SHAPE."""
+    ok = isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
+    if not ok or (count is not None and len(value) != count):
+        raise ShapeError(f"{value!r:.60} is not a list of {'' if count is None else f'{count} '}non-negative integers")
+    return list(value)
+
+
+def _check_name(name: str, limits: Limits) -> None:
+    if not name or len(name.encode("utf-8", "replace")) > limits.name_bytes:
+        raise TensorNameError(f"a tensor name is empty or longer than {limits.name_bytes} bytes")
+    if not name.isprintable():
+        raise TensorNameError(f"the tensor name {name!r} has control characters")
+
+
+def _entry(name: str, value: Any, limits: Limits) -> tuple[str, tuple[int, ...], int, int]:
+    """(dtype, shape, begin, end) of one header entry, checked on its own."""
+    _check_name(name, limits)
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise UnknownFieldError(f"the header entry of {name!r} does not have exactly dtype, shape, data_offsets")
+    dtype = value["dtype"]
+    if not isinstance(dtype, str) or dtype not in STORAGE:
+        raise DtypeError(f"tensor {name!r} has the unknown dtype {dtype!r:.40}")
+    shape = _integers(value["shape"], None)
+    if len(shape) > limits.ndim or any(not 0 < n <= limits.dim for n in shape):
+        raise ShapeError(
+            f"tensor {name!r} has shape {shape!s:.80}; at most {limits.ndim} dimensions of 1 to {limits.dim} are read"
+        )
+    begin, end = _integers(value["data_offsets"], 2)
+    count = 1
+    for n in shape:
+        count *= n
+    if end - begin != count * itemsize(dtype):
+        raise DtypeError(
+            f"tensor {name!r}: {dtype} {shape} needs {count * itemsize(dtype)} bytes, it has {end - begin}"
+        )
+    return dtype, tuple(shape), begin, end
+
+
+def parse_header(text: bytes, data_bytes: int, limits: Limits, file: Path) -> tuple[dict[str, str], list[TensorInfo]]:
+    """Metadata and tensors (in offset order) of the header `text`, followed by `data_bytes` bytes of data.
+
+    Raises one of our errors for every deviation; what it accepts, the safetensors library accepts too.
+    """
+    if not text.startswith(b"{"):
+        raise HeaderTextError("the header does not begin with '{'", fix="is this a safetensors file?")
+    # A tensor has three objects and lists. Millions more would take thirty times their bytes once they are parsed.
+    if text.count(b"{") + text.count(b"[") > 5 * limits.tensors:
+        raise LimitError(f"the header holds more objects and lists than {limits.tensors} tensors have")
+    header = strictjson.parse(text.rstrip(b" "), depth=limits.json_depth)
+    if not isinstance(header, dict):
+        raise JsonSyntaxError("the header is not a JSON object")
+    metadata = header.pop("__metadata__", {})
+    if metadata is None and limits is FOREIGN:  # as mlx writes it, and the safetensors library reads it
+        metadata = {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise JsonSyntaxError("__metadata__ is not an object of strings")
+    if len(header) > limits.tensors:
+        raise LimitError(f"the header names {len(header)} tensors; at most {limits.tensors} are allowed")
+    start = 8 + len(text)
+    tensors = []
+    for name, value in header.items():
+        dtype, shape, begin, end = _entry(name, value, limits)
+        tensors.append(TensorInfo(name, dtype, shape, start + begin, end - begin, file))
+    tensors.sort(key=lambda t: t.start)
+    position = start
+    for tensor in tensors:
+        if tensor.start != position:
+            raise OffsetError(
+                f"tensor {tensor.name!r} begins at byte {tensor.start}, the data before it ends at {position}"
+            )
+        position += tensor.nbytes
+    if position != start + data_bytes:
+        raise CoverageError(f"the tensors end at byte {position}, the file at {start + data_bytes}")
+    return metadata, tensors
+
+
+class Appendable(Protocol):
+    """What tensors are copied to."""
+
+    def write(self, data: bytes | bytearray | memoryview) -> int: ...
+
+    def copy(self, source: int, offset: int, nbytes: int) -> None: ...
+
+
+class OpenFile:
+    """A regular file that is open for reading, whatever its format: a context manager."""
+
+    path: Path
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Raises E-IO-KIND, E-IO-READ."""
+        self.path = Path(path)
+        self._descriptor, self._stat = open_regular(self.path)
+
+    def check_unchanged(self) -> None:
+        """Raises E-IO-CHANGED if size, time or identity of the file differ from when it was opened."""
+        now, then = os.fstat(self._descriptor), self._stat
+        if (now.st_size, now.st_mtime_ns, now.st_ino) != (then.st_size, then.st_mtime_ns, then.st_ino):
+            raise FileChangedError("the file changed while it was read", path=self.path)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class ContainerFile(OpenFile):
+    """One open safetensors file. A context manager; `read` gives owned memory.
+
+    Attributes: `path`, `header_bytes` (length and JSON exactly as on disk), `metadata`, `tensors` (in offset order),
+    `by_name`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], limits: Limits = FOREIGN) -> None:
+        super().__init__(path)
+        try:
+            size = self._stat.st_size
+            if size > limits.file_bytes:
+                raise LimitError(f"the file has {size} bytes; at most {limits.file_bytes} are read")
+            if size < 8:
+                raise FileKindError("the file is shorter than a safetensors header", fix="was a download cut off?")
+            prefix = bytes(pread(self._descriptor, 8, 0, self.path))
+            length = int.from_bytes(prefix, "little")
+            if prefix[:2] in (b"PK", b"\x80\x02") and length > size - 8:
+                raise PickleError("this is a pickle or a zip file, not safetensors")
+            if not 0 < length <= size - 8:
+                raise HeaderLengthError(f"the header claims {length} bytes; {size - 8} follow")
+            if length > limits.header_bytes:
+                raise HeaderLengthError(f"the header claims {length} bytes; at most {limits.header_bytes} are read")
+            text = bytes(pread(self._descriptor, length, 8, self.path))
+            self.header_bytes = prefix + text
+            self.metadata, tensors = parse_header(text, size - 8 - length, limits, self.path)
+            self.tensors: tuple[TensorInfo, ...] = tuple(tensors)
+            self.by_name: dict[str, TensorInfo] = {t.name: t for t in tensors}
+        except LrcError as error:
+            self.close()
+            raise error.at(self.path) from None
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def size(self) -> int:
+        return self._stat.st_size
+
+    @property
+    def identity(self) -> tuple[str, int, int, int]:
+        """Path, size, modification in nanoseconds and inode, as they were when the file was opened."""
+        return str(self.path.absolute()), self._stat.st_size, self._stat.st_mtime_ns, self._stat.st_ino
+
+    def read(self, info: TensorInfo, offset: int = 0, nbytes: int | None = None) -> bytearray:
+        """Bytes of a tensor of this file, or `nbytes` of them from `offset`."""
+        count = info.nbytes - offset if nbytes is None else nbytes
+        return pread(self._descriptor, count, info.start + offset, self.path)
+
+    def load(self, info: TensorInfo) -> Stored:
+        """A tensor with its stored bits."""
+        array = np.frombuffer(self.read(info), STORAGE[info.dtype]).reshape(info.shape)
+        return Stored(info.dtype, array)
+
+    def copy(self, info: TensorInfo, writer: Appendable) -> None:
+        """Append the bytes of a tensor to `writer`, inside the kernel where it can."""
+        writer.copy(self._descriptor, info.start, info.nbytes)
+
+    def fileno(self) -> int:
+        """The open descriptor, for copies inside the kernel."""
+        return self._descriptor
+
+
+# --- digests --------------------------------------------------------------------------------------------------------
+
+
+def tensor_hasher(name: str, dtype: str, shape: Sequence[int]) -> hashlib._Hash:
+    """A sha256 that has seen name, dtype and shape (each length-prefixed, 8 bytes little endian), to be given the raw
+    bytes of the tensor."""
+    digest = hashlib.sha256()
+    for part in (name.encode(), dtype.encode(), b"".join(n.to_bytes(8, "little") for n in shape)):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest
+
+
+def tensor_digest(name: str, dtype: str, shape: Sequence[int], chunks: Iterable[bytes | bytearray | memoryview]) -> str:
+    """sha256 over name, dtype, shape and the raw bytes of a tensor, in hex."""
+    digest = tensor_hasher(name, dtype, shape)
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def combined_digest(entries: Iterable[tuple[str, str]]) -> str:
+    """sha256 over the sorted (name, digest) list, in hex: one name for a set of tensors."""
+    digest = hashlib.sha256()
+    for name, value in sorted(entries):
+        encoded = name.encode()
+        digest.update(len(encoded).to_bytes(8, "little") + encoded + bytes.fromhex(value))
+    return digest.hexdigest()
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KnownContent:
+    """The digest of a checkpoint's contents, and what its files were when it was taken: path, size, modification in
+    nanoseconds and inode of each. Good for one run, in which many adapters are converted on one base."""
+
+    digest: str
+    files: tuple[tuple[str, int, int, int], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A model folder: `config` (config.json, or {}), the open shards in order, and all tensors by name."""
+
+    root: Path
+    config: dict[str, Any]
+    files: tuple[ContainerFile, ...]
+    index_path: Path | None
+    index: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_derived(self) -> bool:
+        """Whether headers and configuration are others than those on the disk."""
+        return False
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        return {info.name: info for file in self.files for info in file.tensors}
+
+    @cached_property
+    def _by_path(self) -> dict[Path, ContainerFile]:
+        return {file.path: file for file in self.files}
+
+    def file_of(self, info: TensorInfo) -> ContainerFile:
+        return self._by_path[info.file]
+
+    def read(self, info: TensorInfo, offset: int = 0, nbytes: int | None = None) -> bytearray:
+        return self.file_of(info).read(info, offset, nbytes)
+
+    def _chunks(self, info: TensorInfo) -> Iterator[bytearray]:
+        for offset in range(0, info.nbytes, _COPY_BYTES):
+            yield self.read(info, offset, min(_COPY_BYTES, info.nbytes - offset))
+
+    @property
+    def _identities(self) -> tuple[tuple[str, int, int, int], ...]:
+        return tuple(file.identity for file in self.files)
+
+    def known_content(self) -> KnownContent:
+        """The digest of the contents, to be given along. Raises E-IO-CHANGED if a file changed meanwhile."""
+        found = KnownContent(self.content_digest(), self._identities)
+        for file in self.files:
+            file.check_unchanged()
+        return found
+
+    def content_digest(self, known: KnownContent | None = None) -> str:
+        """sha256 over name, dtype, shape and bytes of every tensor; the same however the tensors are sharded.
+
+        With `known` nothing is read: it is that digest. Raises E-IO-CHANGED if the files are others than they were.
+        """
+        if known is not None:
+            if known.files != self._identities:
+                raise FileChangedError("the base changed after its contents were digested", path=self.root)
+            return known.digest
+        return combined_digest(
+            (t.name, tensor_digest(t.name, t.dtype, t.shape, self._chunks(t))) for t in self.tensors.values()
+        )
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in self.files:
+            file.close()
+
+
+def contained(root: Path, path: Path) -> bool:
+    """Whether a (possibly linked) file stays in its folder, or in the blobs of the hub cache that the folder is in."""
+    try:
+        real_root, real = root.resolve(), path.resolve()
+    except (OSError, RuntimeError):  # a link that leads to itself
+        return False
+    if real_root.parent.name != "snapshots":
+        return real.is_relative_to(real_root)
+    model = real_root.parent.parent
+    shared = model.parent / "blobs"  # huggingface_hub 2: files of several models, named by their content
+    if real.is_relative_to(shared):
+        return _SHARED_BLOB.fullmatch(real.relative_to(shared).as_posix()) is not None
+    return real.is_relative_to(real_root) or real.is_relative_to(model / "blobs")
+
+
+def _shard_names(index: dict[str, Any], path: Path) -> list[str]:
+    """File names of a shard index in sorted order. Raises E-PATH or E-INDEX-MAP."""
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ShardIndexError("the index has no weight_map", path=path)
+    names = set()
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not _SHARD.fullmatch(name):
+            raise ShardPathError(
+                f"the index sends {tensor!r} to {name!r:.80}, which is not a plain .safetensors file name", path=path
+            )
+        names.add(name)
+    if len(names) > MAX_SHARDS:
+        raise LimitError(f"the index names {len(names)} shards; at most {MAX_SHARDS} are read", path=path)
+    if len({name.casefold() for name in names}) != len(names):
+        raise ShardIndexError("two shard names differ only in upper and lower case", path=path)
+    return sorted(names)
+
+
+def _present(path: Path) -> bool:
+    """Whether there is such a name; a link that leads nowhere is one, so that it is refused and not overlooked."""
+    return path.is_symlink() or path.exists()
+
+
+def quantization_name(config: Mapping[str, Any]) -> str:
+    """How a configuration says that its weights are quantized (``bitsandbytes 4 bit``, ``gptq``), or ""."""
+    settings = config.get("quantization_config")
+    if not settings:
+        return ""
+    table = settings if isinstance(settings, dict) else {}
+    bits = next((f" {n} bit" for n in (4, 8) if table.get(f"load_in_{n}bit")), "")
+    method = table.get("quant_method") or (_BITSANDBYTES if bits else None)
+    if method == _BITSANDBYTES:
+        return f"{_BITSANDBYTES}{bits}"
+    return method if isinstance(method, str) else "a method that is not named"
+
+
+def _check_quantization(config: Mapping[str, Any], allowed: bool, root: Path) -> None:
+    """Raise E-BASE-QUANT for a quantized base, by the name of how it is; but for bitsandbytes if that is `allowed`."""
+    name = quantization_name(config)
+    known = name.startswith(_BITSANDBYTES)
+    if not name or (known and allowed):
+        return
+    advice = "use the unquantized parent of this checkpoint"
+    if known:
+        advice += ", so that the error of quantizing stays out; or pass --dequantize to merge into what it stands for"
+    raise QuantizedBaseError(f"the base is stored quantized, by {name:.60}", fix=advice, path=root)
+
+
+def unfinished(root: Path) -> UnfinishedError:
+    """What to say of a model folder in which a merge or unmerge in place was broken off."""
+    what = "is between two states: a merge or unmerge in place was broken off"
+    return UnfinishedError(what, fix="run lrconvert recover, or the same command with --resume", path=root)
+
+
+def is_without_weights(root: Path) -> bool:
+    """Whether a folder has the configuration of a model or a pipeline, and no file of a model's weights in any form."""
+    if not ((root / "config.json").is_file() or (root / PIPELINE_NAME).is_file()):
+        return False
+    return not (_present(root / INDEX_NAME) or _present(root / SINGLE_NAME) or any(root.glob("pytorch_model*.bin")))
+
+
+def open_checkpoint(path: str | os.PathLike[str], *, quantized: bool = False) -> Checkpoint:
+    """Open a Hugging Face model folder (``model.safetensors``, or an index and its shards), headers only.
+
+    With `quantized` also one that bitsandbytes has quantized, its tensors as they are stored. Raises E-IO-KIND, E-PATH,
+    E-INDEX-MAP, E-BASE-QUANT (another quantized checkpoint), E-UNFINISHED, and the container's errors.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise FileKindError("is not a model folder", fix="give the folder that holds config.json", path=root)
+    if _present(root / JOURNAL / READY_NAME):
+        raise unfinished(root)
+    config = read_json(root / "config.json") if _present(root / "config.json") else {}
+    _check_quantization(config, quantized, root)
+    index_path = root / INDEX_NAME
+    if not _present(index_path):
+        single = root / SINGLE_NAME
+        if not single.exists():
+            pickles = sorted(p.name for p in root.glob("pytorch_model*.bin"))
+            if pickles:
+                raise PickleError(
+                    f"the base is stored as pickles ({pickles[0]})",
+                    fix="save it again with save_pretrained(..., safe_serialization=True)",
+                    path=root,
+                )
+            raise FileKindError(f"holds neither {SINGLE_NAME} nor {INDEX_NAME}", path=root)
+        if not contained(root, single):
+            raise ShardPathError("the file is a link that leaves its folder", path=single)
+        return Checkpoint(root, config, (ContainerFile(single),), None)
+    index = read_json(index_path, MAX_INDEX_BYTES)
+    files: list[ContainerFile] = []
+    try:
+        for name in _shard_names(index, index_path):
+            shard = root / name
+            if not contained(root, shard):
+                raise ShardPathError("the shard is a link that leaves its folder", path=shard)
+            files.append(ContainerFile(shard))
+        found = [(info.name, file.path.name) for file in files for info in file.tensors]
+        declared = index["weight_map"]
+        if len({name for name, _ in found}) != len(found):
+            raise ShardIndexError("a tensor is stored in two shards", path=index_path)
+        wrong = sorted(name for name, file in found if declared.get(name) != file)
+        absent = sorted(set(declared) - {name for name, _ in found})
+        if wrong or absent:
+            problem = f"{wrong[0]!r} is stored elsewhere" if wrong else f"{absent[0]!r} is in no shard"
+            raise ShardIndexError(f"the index and the shards disagree: {problem}", path=index_path)
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+    return Checkpoint(root, config, tuple(files), index_path, index)
+
+
+def config_text(config: Mapping[str, Any], key: str) -> str:
+    """A string field of a foreign config, or "". Raises E-CONFIG if it has another type."""
+    value = config.get(key)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ConfigError(f"{key} is {value!r:.60}, expected a string")
+    return value

@@ -1,0 +1,98 @@
+"""Checks of an output before any work is done for it: what it would replace, what it would touch, whether it fits."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+from lrconvert.core.errors import DiskSpaceError, FileWriteError, OutputExistsError, OutputPathError
+
+StrPath = str | os.PathLike[str]
+
+
+def check_output(
+    path: StrPath, overwrite: bool, inputs: Iterable[StrPath] = (), *, directory: bool | None = None
+) -> os.stat_result | None:
+    """Refuse an output before any work is done for it; returns the stat of what it would replace, or None.
+
+    `directory` says whether the output will be a folder or a file; None allows either. Raises E-OUT-PATH (a link, the
+    wrong kind of thing, a file with other names, no parent folder, one of `inputs` or above or inside one) and
+    E-OUT-EXISTS. An empty folder does not count as existing.
+    """
+    path = Path(path)
+    if not path.name or path.name == "..":
+        raise OutputPathError("the output path does not end in a name", path=path)
+    _check_parent(path)
+    for source in map(Path, inputs):
+        _check_apart(path, source)
+    try:
+        info = path.lstat()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise OutputPathError(f"cannot be looked at: {error.strerror}", path=path) from None
+    if stat.S_ISLNK(info.st_mode):
+        raise OutputPathError("is a symbolic link", fix="give the path it points to, or remove it", path=path)
+    if directory or (directory is None and stat.S_ISDIR(info.st_mode)):
+        _check_folder(path, info, overwrite)
+        return info
+    if not stat.S_ISREG(info.st_mode):
+        raise OutputPathError("is not a regular file", fix="give the path of a file", path=path)
+    if not overwrite:
+        raise OutputExistsError("exists already", fix="choose another name, or pass --overwrite", path=path)
+    if info.st_nlink > 1:
+        raise OutputPathError(f"has {info.st_nlink} hard links", fix="remove it, or choose another name", path=path)
+    return info
+
+
+def _check_parent(path: Path) -> None:
+    parent = path.parent
+    if not parent.is_dir():
+        what = "is not a folder" if parent.exists() else "does not exist"
+        raise OutputPathError(f"the folder {str(parent)!r} {what}", fix="create it first: mkdir -p", path=path)
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):  # a link that leads to itself
+        raise OutputPathError("is a link that leads nowhere", fix="remove it, or choose another", path=path) from None
+
+
+def _check_apart(path: Path, source: Path) -> None:
+    """Raise E-OUT-PATH if writing `path` would touch `source`."""
+    ours, theirs = _resolved(path), _resolved(source)
+    if ours == theirs:
+        raise OutputPathError("is also the input", fix="choose another output", path=path)
+    if ours in theirs.parents:
+        raise OutputPathError(f"holds the input {str(source)!r}", fix="choose another output", path=path)
+    if theirs in ours.parents:
+        raise OutputPathError(f"lies inside the input {str(source)!r}", fix="choose another output", path=path)
+
+
+def _check_folder(path: Path, info: os.stat_result, overwrite: bool) -> None:
+    if not stat.S_ISDIR(info.st_mode):
+        raise OutputPathError("is not a folder", fix="give the path of a folder", path=path)
+    real = _resolved(path)
+    if real in (Path.cwd(), Path.home().resolve()) or real in Path.cwd().parents or real.is_mount():
+        raise OutputPathError("is a folder that must not be replaced", fix="choose another output", path=path)
+    if not overwrite and any(path.iterdir()):
+        raise OutputExistsError("exists already and is not empty", fix="choose another, or pass --overwrite", path=path)
+
+
+def require_space(path: StrPath, nbytes: int) -> None:
+    """Raise E-OUT-SPACE if the disk that holds `path` (or its nearest existing parent) has less than `nbytes` free."""
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    try:
+        free = shutil.disk_usage(place).free
+    except OSError as error:
+        raise FileWriteError(f"the free space cannot be determined: {error.strerror}", path=path) from None
+    if free < nbytes:
+        raise DiskSpaceError(
+            f"{nbytes} bytes are needed and {free} are free", fix="free some space, or write to another disk", path=path
+        )

@@ -1,0 +1,333 @@
+"""Files that appear whole or not at all, and the few changes that are made to files which are there."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+from lrconvert.core.errors import (
+    DurabilityError,
+    FileChangedError,
+    FileReadError,
+    FileWriteError,
+    OutputExistsError,
+    OutputPathError,
+)
+from lrconvert.io.durable import system
+from lrconvert.io.durable.checks import StrPath, check_output
+from lrconvert.io.durable.system import Buffer
+
+_COPY_BYTES = 1 << 23
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
+_NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY)
+
+
+class Writer(Protocol):
+    """What `atomic_file` and `StagedDirectory.create` give: a file that can only be appended to."""
+
+    position: int
+
+    def write(self, data: Buffer) -> int: ...
+
+    def copy(self, source: int, offset: int, nbytes: int) -> None: ...
+
+
+class File:
+    """A file that is appended to: a new one, or with `keep` one that is there, cut off after so many bytes.
+
+    Errors of the system become E-IO-WRITE on `shown`, the path the user knows. Synced when its context ends.
+    """
+
+    def __init__(self, path: Path, shown: Path, mode: int | None = None, keep: int | None = None) -> None:
+        self.path, self.shown, self.position = path, shown, 0 if keep is None else keep
+        self._descriptor = -1
+        try:
+            self._descriptor = system.current.open(path, _CREATE if keep is None else os.O_WRONLY)
+            if mode is not None:
+                system.current.chmod(self._descriptor, mode)
+            if keep is not None:
+                system.current.truncate(self._descriptor, keep)
+        except OSError as error:
+            with suppress(FileWriteError):
+                self.close()
+            raise not_written(error, shown) from None
+
+    def claim(self) -> None:
+        """Lock the file, where that works: `recover` then knows that it is not a leftover."""
+        with suppress(OSError):
+            system.current.lock(self._descriptor)
+
+    def write(self, data: Buffer) -> int:
+        """Append `data`; returns its length in bytes."""
+        view = memoryview(data).cast("B")
+        done = 0
+        while done < len(view):
+            try:
+                done += _progress(system.current.write(self._descriptor, view[done : done + (1 << 30)]))
+            except OSError as error:
+                raise not_written(error, self.shown) from None
+        self.position += done
+        return done
+
+    def copy(self, source: int, offset: int, nbytes: int) -> None:
+        """Append `nbytes` of the open descriptor `source` from `offset`, inside the kernel where it can."""
+        left = nbytes - self._copy_in_kernel(source, offset, nbytes)
+        while left:
+            try:
+                chunk = os.pread(source, min(left, _COPY_BYTES), offset + nbytes - left)
+            except OSError as error:
+                raise FileReadError(f"cannot be read: {error.strerror}", path=self.shown) from None
+            if not chunk:
+                raise FileChangedError("an input ended early; it changed while it was copied", path=self.shown)
+            left -= self.write(chunk)
+
+    def _copy_in_kernel(self, source: int, offset: int, nbytes: int) -> int:
+        """Bytes that copy_file_range has copied, 0 where the file systems do not offer it."""
+        done = 0
+        while hasattr(os, "copy_file_range") and done < nbytes:
+            try:
+                got = system.current.copy_range(source, self._descriptor, min(nbytes - done, 1 << 30), offset + done)
+            except OSError as error:
+                if error.errno in _NO_KERNEL_COPY:
+                    break
+                raise not_written(error, self.shown) from None
+            if got == 0:
+                break
+            done += got
+        self.position += done
+        return done
+
+    def sync(self) -> None:
+        try:
+            system.current.fsync(self._descriptor)
+        except OSError as error:
+            raise not_written(error, self.shown) from None
+
+    def close(self) -> None:
+        """Idempotent. An error of close is an error of writing."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            try:
+                system.current.close(descriptor)
+            except OSError as error:
+                raise not_written(error, self.shown) from None
+
+    def __enter__(self) -> File:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            try:
+                self.sync()
+            finally:
+                self.close()
+        else:
+            with suppress(FileWriteError):
+                self.close()
+
+
+def _progress(nbytes: int) -> int:
+    """Bytes of a write. A system that never takes any would keep us here forever."""
+    if nbytes <= 0:
+        raise OSError(errno.EIO, "the system takes no more bytes")
+    return nbytes
+
+
+def not_written(error: OSError, path: Path) -> FileWriteError:
+    what = f"cannot be written: {error.strerror or error}"
+    return FileWriteError(what, fix="nothing was changed; see to the cause and run it again", path=path)
+
+
+def hidden_sibling(path: Path, suffix: str) -> Path:
+    """A name in the same folder that says whose leftover it is, should the machine stop now."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.{suffix}")
+
+
+def sync_folder(path: Path) -> None:
+    """fsync a folder, so that the names in it are on the disk. A file system that does not do that for folders (some
+    network ones) sees to it in its own way, or not at all: nothing more can be asked of it. Raises OSError."""
+    descriptor = system.current.open_folder(path)
+    try:
+        try:
+            system.current.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in _NO_FOLDER_SYNC:
+                raise
+    finally:
+        system.current.close(descriptor)
+
+
+def confirm(path: Path) -> None:
+    """fsync the folder that `path` was put into. Raises E-IO-SYNC: it is there, but may not survive a power loss."""
+    try:
+        sync_folder(path.parent)
+    except OSError as error:
+        what = f"was written, but its folder was not synced to the disk: {error.strerror}"
+        raise DurabilityError(what, fix="check the disk, then what was written", path=path) from None
+
+
+@contextmanager
+def atomic_file(path: StrPath, *, overwrite: bool) -> Iterator[Writer]:
+    """Write a file that appears under `path` whole or not at all.
+
+    The mode is that of the file it replaces, else 0666 less the umask. Raises E-OUT-PATH, E-OUT-EXISTS (also if the
+    file came to be meanwhile), E-IO-WRITE, E-IO-SYNC.
+    """
+    path = Path(path)
+    old = check_output(path, overwrite, directory=False)
+    temporary = hidden_sibling(path, "tmp")
+    try:
+        with File(temporary, path, None if old is None else stat.S_IMODE(old.st_mode)) as file:
+            file.claim()
+            yield file
+        _put_file(temporary, path, overwrite)
+    except BaseException:
+        with suppress(OSError):
+            remove(temporary)
+        raise
+    delete_leftover(temporary, path)  # its name, where the commit was a link
+    confirm(path)
+
+
+def appended(path: StrPath, data: Buffer) -> None:
+    """Append to a file, which is made if it is not there: a log. Raises E-OUT-PATH, E-IO-WRITE."""
+    path = Path(path)
+    check_output(path, overwrite=True, directory=False)
+    try:
+        descriptor = system.current.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        try:
+            view = memoryview(data).cast("B")
+            while view:
+                view = view[_progress(system.current.write(descriptor, view)) :]
+        finally:
+            system.current.close(descriptor)
+    except OSError as error:
+        raise not_written(error, path) from None
+
+
+def discard(path: StrPath) -> None:
+    """Remove a file of our own that has served its purpose; it may be gone already. Raises E-IO-WRITE."""
+    try:
+        remove(Path(path))
+    except OSError as error:
+        raise FileWriteError(f"cannot be removed: {error.strerror}", path=path) from None
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with all that is in it, which may be gone already; links are not followed. Raises
+    OSError, after it has deleted all that can be."""
+    failed: OSError | None = None
+    try:
+        if stat.S_ISDIR(path.lstat().st_mode):
+            for inner in list(path.iterdir()):
+                try:
+                    remove(inner)
+                except OSError as error:
+                    failed = failed or error
+            if failed is None:
+                system.current.rmdir(path)
+        else:
+            system.current.unlink(path)
+    except FileNotFoundError:
+        return
+    if failed is not None:
+        raise failed
+
+
+def _put_file(temporary: Path, path: Path, overwrite: bool) -> None:
+    """Commit: give the file its name. Without `overwrite` a link is made, which never replaces a file."""
+    try:
+        if not overwrite:
+            try:
+                system.current.link(temporary, path)
+            except FileExistsError:
+                raise OutputExistsError("was created by another program meanwhile", path=path) from None
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+            else:
+                return
+            check_output(path, overwrite, directory=False)
+        system.current.rename(temporary, path)
+    except OSError as error:
+        raise not_written(error, path) from None
+
+
+def delete_leftover(leftover: Path, path: Path) -> None:
+    """Delete what a commit left beside `path`: a second name, the folder that was replaced, unfinished work. It may be
+    gone already. Raises E-IO-SYNC: the output is there."""
+    try:
+        remove(leftover)
+    except OSError as error:
+        what = f"is in place, but {leftover.name!r} beside it could not be deleted: {error.strerror}"
+        raise DurabilityError(what, fix="delete it", path=path) from None
+
+
+# --- changing what is there -----------------------------------------------------------------------------------------
+
+
+def check_changeable(path: Path) -> os.stat_result:
+    """The stat of a file that may be changed in place. Raises E-OUT-PATH for links, files with other names, and what is
+    no file: whoever else uses those bytes did not ask for a change."""
+    try:
+        info = path.lstat()
+    except OSError as error:
+        raise OutputPathError(f"cannot be looked at: {error.strerror}", path=path) from None
+    if stat.S_ISLNK(info.st_mode):
+        raise OutputPathError("is a symbolic link, and is not changed in place", fix="write a new folder", path=path)
+    if not stat.S_ISREG(info.st_mode):
+        raise OutputPathError("is not a regular file", path=path)
+    if info.st_nlink > 1:
+        what = f"has {info.st_nlink} hard links, and is not changed in place"
+        raise OutputPathError(what, fix="write a new folder", path=path)
+    return info
+
+
+def install(source: Path, target: Path, mode_of: Path | None = None) -> None:
+    """Move a synced file or folder to `target` in one step, over a file that is there, and sync both folders.
+
+    A file gets the mode of the one that it replaces, or of `mode_of`. Raises E-IO-WRITE.
+    """
+    model = target if mode_of is None else mode_of
+    try:
+        if model.exists() and stat.S_ISREG(source.lstat().st_mode):
+            descriptor = system.current.open(source, os.O_WRONLY)
+            try:
+                system.current.chmod(descriptor, stat.S_IMODE(model.stat().st_mode))
+            finally:
+                system.current.close(descriptor)
+        system.current.rename(source, target)
+        sync_folder(target.parent)
+        sync_folder(source.parent)
+    except OSError as error:
+        raise not_written(error, target) from None
+
+
+def overwrite_bytes(path: Path, pieces: Iterable[tuple[int, Buffer]]) -> None:
+    """Put (offset, bytes) into a file that may be changed, and sync it. Doing it again gives the same bytes. Raises
+    E-OUT-PATH, E-IO-WRITE."""
+    check_changeable(path)
+    try:
+        descriptor = system.current.open(path, os.O_WRONLY)
+        try:
+            for offset, data in pieces:
+                view = memoryview(data).cast("B")
+                done = 0
+                while done < len(view):
+                    done += _progress(system.current.pwrite(descriptor, view[done:], offset + done))
+            system.current.fsync(descriptor)
+        finally:
+            system.current.close(descriptor)
+    except OSError as error:
+        raise not_written(error, path) from None

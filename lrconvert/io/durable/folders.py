@@ -1,0 +1,182 @@
+"""Folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from lrconvert.core.errors import FileReadError, OutputPathError
+from lrconvert.io.durable import system
+from lrconvert.io.durable.checks import StrPath, check_output
+from lrconvert.io.durable.files import File, confirm, delete_leftover, hidden_sibling, not_written, remove, sync_folder
+from lrconvert.io.durable.system import Buffer
+
+
+class StagedDirectory:
+    """A folder under construction. Names may have folders in them; those are made on the way.
+
+    Attributes: `root`, where it lies now; `shown`, the path the user knows.
+    """
+
+    def __init__(self, root: Path, shown: Path) -> None:
+        self.root, self.shown = root, shown
+        self._folders = {root}
+
+    def _place(self, name: str) -> Path:
+        parts = Path(name).parts
+        if not parts or Path(name).is_absolute() or ".." in parts:
+            raise OutputPathError(f"{name!r} is not a name inside the output folder", path=self.shown)
+        path = self.root
+        for part in parts[:-1]:
+            path = path / part
+            if path not in self._folders:
+                try:
+                    with suppress(FileExistsError):  # of an earlier run
+                        system.current.mkdir(path)
+                except OSError as error:
+                    raise not_written(error, self.shown / name) from None
+                self._folders.add(path)
+        return path / parts[-1]
+
+    def create(self, name: str) -> File:
+        """A new file in the folder, synced when its context ends."""
+        return File(self._place(name), self.shown / name)
+
+    def add_folder(self, name: str) -> None:
+        """A folder of that name, which may be there already."""
+        self._place(f"{name}/x")
+
+    def remove(self, name: str) -> None:
+        """Delete a file, which may be gone already. Raises E-IO-WRITE."""
+        try:
+            remove(self._place(name))
+        except OSError as error:
+            raise not_written(error, self.shown / name) from None
+
+    def reopen(self, name: str, nbytes: int) -> File:
+        """A file that is there, cut off after `nbytes` and appended to."""
+        return File(self._place(name), self.shown / name, keep=nbytes)
+
+    def write_bytes(self, name: str, data: Buffer) -> None:
+        with self.create(name) as file:
+            file.write(data)
+
+    def copy_file(self, source: StrPath, name: str) -> int:
+        """A copy of a regular file (or of what a link points to); returns its size in bytes. Raises E-IO-READ."""
+        try:
+            descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise FileReadError(f"cannot be opened: {error.strerror}", path=source) from None
+        try:
+            info = os.fstat(descriptor)
+            if not stat.S_ISREG(info.st_mode):
+                raise FileReadError("is not a regular file", path=source)
+            with self.create(name) as file:
+                file.copy(descriptor, 0, info.st_size)
+            return info.st_size
+        finally:
+            with suppress(OSError):
+                os.close(descriptor)
+
+    def clear(self, keep: Collection[str] = ()) -> None:
+        """Remove every file but those of the names `keep`, and folders that are empty then. Raises E-IO-WRITE."""
+        for folder, _, names in os.walk(self.root, topdown=False):
+            place = Path(folder)
+            try:
+                for name in names:
+                    if (place / name).relative_to(self.root).as_posix() not in keep:
+                        remove(place / name)
+                if place != self.root and not any(place.iterdir()):
+                    remove(place)
+            except OSError as error:
+                raise not_written(error, self.shown) from None
+        self._folders = {self.root}
+
+    def sync(self) -> None:
+        """fsync every folder, the innermost first."""
+        try:
+            for folder in sorted(self._folders, key=lambda f: len(f.parts), reverse=True):
+                sync_folder(folder)
+        except OSError as error:
+            raise not_written(error, self.shown) from None
+
+
+def make_folder(path: StrPath) -> None:
+    """Make a folder, and those it lies in, where they are not there yet. Raises E-OUT-PATH for what is no folder,
+    E-IO-WRITE."""
+    path = Path(path)
+    missing = []
+    for folder in (path, *path.parents):
+        if folder.is_dir():
+            break
+        missing.append(folder)
+    try:
+        for folder in reversed(missing):
+            with suppress(FileExistsError):  # made meanwhile
+                system.current.mkdir(folder)
+        if not path.is_dir():
+            raise NotADirectoryError
+    except (FileExistsError, NotADirectoryError):
+        what = "is not a folder, nor can it become one"
+        raise OutputPathError(what, fix="choose another output", path=path) from None
+    except OSError as error:
+        raise not_written(error, path) from None
+
+
+@contextmanager
+def atomic_directory(path: StrPath, *, overwrite: bool) -> Iterator[StagedDirectory]:
+    """Build a folder that appears under `path` whole or not at all.
+
+    With `overwrite` an existing folder is replaced in one step where the system can exchange two names, and deleted
+    afterwards. Raises E-OUT-PATH, E-OUT-EXISTS, E-IO-WRITE, E-IO-SYNC.
+    """
+    path = Path(path)
+    check_output(path, overwrite, directory=True)
+    stage = hidden_sibling(path, "partial")
+    claim = -1
+    try:
+        try:
+            system.current.mkdir(stage)
+        except OSError as error:
+            raise not_written(error, path) from None
+        with suppress(OSError):  # where locks work, `recover` knows by it that this is not a leftover
+            claim = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            system.current.lock(claim)
+        try:
+            staged = StagedDirectory(stage, path)
+            yield staged
+            staged.sync()
+            old = put_folder(stage, path, overwrite)
+        except BaseException:
+            with suppress(OSError):
+                remove(stage)
+            raise
+        confirm(path)
+        if old is not None:  # not before the new names are on the disk
+            delete_leftover(old, path)
+    finally:
+        if claim >= 0:
+            os.close(claim)
+
+
+def put_folder(stage: Path, path: Path, overwrite: bool) -> Path | None:
+    """Commit: give the folder its name. Returns where the replaced folder is now, or None."""
+    try:
+        if check_output(path, overwrite, directory=True) is None or not any(path.iterdir()):
+            system.current.rename(stage, path)  # fails if `path` has content by now
+            return None
+        if system.current.exchange(stage, path):
+            return stage
+        aside = hidden_sibling(path, "old")
+        system.current.rename(path, aside)
+        try:
+            system.current.rename(stage, path)
+        except BaseException:
+            system.current.rename(aside, path)
+            raise
+        return aside
+    except OSError as error:
+        raise not_written(error, path) from None

@@ -1,0 +1,208 @@
+"""Locks, folders of unfinished work that a later run can go on with, and what killed runs have left.
+
+The work of an output `out` lies beside it in `.out.partial/`: files about the work, and `model/`, which becomes `out`.
+Whoever writes holds the lock of the folder it writes in (flock). It ends with the process, so no lock is ever stale,
+and what is not locked is a leftover. Where a file system gives no locks, only what this run has made itself is written
+in: making a folder is a lock, too, but one that outlives a crash. A network file system may keep the locks of folders
+to each machine; that cannot be seen from here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lrconvert.core.errors import DurabilityError, LockedError, OutputPathError
+from lrconvert.io.durable import system
+from lrconvert.io.durable.checks import StrPath, check_output
+from lrconvert.io.durable.files import confirm, delete_leftover, not_written, remove, sync_folder
+from lrconvert.io.durable.folders import StagedDirectory, put_folder
+
+CONTENT = "model"
+_IF_NONE_IS = "if none is, remove it, and run it again"
+
+
+@contextmanager
+def locked(folder: Path, *, needed: bool = True, fix: str = "write a new folder, or to another disk") -> Iterator[None]:
+    """Hold the lock of a folder. It is not `needed` for one that this run has just made: who finds it later needs it.
+
+    Raises E-LOCKED if another run has it or, where it is needed, if there are no locks (`fix`: what to do then);
+    E-OUT-PATH if it is no folder.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise OutputPathError(f"cannot be opened as a folder: {error.strerror}", path=folder) from None
+    try:
+        try:
+            system.current.lock(descriptor)
+        except BlockingIOError:
+            raise LockedError("another run is at work here", fix="wait until it ends", path=folder) from None
+        except OSError as error:
+            if needed:
+                raise _no_locks(error, folder, fix) from None
+        ours, there = os.fstat(descriptor), folder.stat() if folder.exists() else None
+        if there is None or (ours.st_ino, ours.st_dev) != (there.st_ino, there.st_dev):
+            raise LockedError("another run has just finished here", fix="look at it, then run it again", path=folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _no_locks(error: OSError, place: Path, fix: str) -> LockedError:
+    what = f"the file system gives no lock ({error.strerror}), so nothing shows whether another run is at work here"
+    return LockedError(what, fix=fix, path=place)
+
+
+@dataclass
+class Work:
+    """Unfinished work: `files` about it, and `content`, what will be put in place. `keep` says whether it stays, for a
+    later run, when it is broken off."""
+
+    files: StagedDirectory
+    content: StagedDirectory
+    keep: bool = field(default=False)
+
+    @classmethod
+    def at(cls, root: Path, shown: Path) -> Work:
+        """Work that is there."""
+        return cls(StagedDirectory(root, shown), StagedDirectory(root / CONTENT, shown))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files in it."""
+        return sum(p.lstat().st_size for p in self.files.root.rglob("*") if p.is_file())
+
+    def clear(self, keep: Collection[str] = ()) -> None:
+        """Remove all but the files of the names `keep`, in the folder of the work. Raises E-IO-WRITE."""
+        self.files.clear(keep)
+        again = open_work(self.files.root, self.files.shown)
+        self.files, self.content = again.files, again.content
+
+
+def work_root(path: Path) -> Path:
+    """Where the work of an output lies."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def open_work(root: Path, shown: Path) -> Work:
+    """The work folder `root`, made if it is not there. Raises E-OUT-PATH, E-IO-WRITE."""
+    for place in (root, root / CONTENT):
+        try:
+            system.current.mkdir(place)
+        except FileExistsError:
+            if place.is_symlink() or not place.is_dir():
+                raise OutputPathError("is in the way", fix="remove it", path=place) from None
+        except OSError as error:
+            raise not_written(error, shown) from None
+    return Work.at(root, shown)
+
+
+@contextmanager
+def work_directory(path: StrPath, *, overwrite: bool, resume: bool) -> Iterator[Work]:
+    """Build a folder that appears under `path` whole or not at all, by one run at a time.
+
+    With `resume` the work finds what an earlier run has left, and stays if it is broken off while `keep` is set;
+    without it all of that is removed. Raises E-LOCKED, E-OUT-PATH, E-OUT-EXISTS, E-IO-WRITE, E-IO-SYNC.
+    """
+    path = Path(path)
+    check_output(path, overwrite, directory=True)
+    root = work_root(path)
+    made = not root.exists()
+    try:
+        system.current.mkdir(root)
+    except FileExistsError:
+        made = False
+    except OSError as error:
+        raise not_written(error, path) from None
+    with locked(root, needed=not made, fix=_IF_NONE_IS):
+        if not made and not _is_ours(root):
+            raise OutputPathError("is in the way, and is not the work of an earlier run", fix="move it", path=root)
+        work = Work.at(root, path)
+        work.keep = resume
+        try:
+            if not resume:
+                work.files.clear()
+            open_work(root, path)
+            yield work
+            work.content.sync()
+            old = put_folder(work.content.root, path, overwrite)
+        except BaseException:
+            if not work.keep:
+                with suppress(OSError):
+                    remove(root)
+            raise
+        confirm(path)
+        if old is not None and old != work.content.root:
+            delete_leftover(old, path)
+        delete_leftover(root, path)
+
+
+def _is_ours(root: Path) -> bool:
+    """Whether a folder has nothing in it that work has not."""
+    names = {p.name for p in root.iterdir()}
+    return all(name == CONTENT or name.endswith((".json", ".jsonl", ".tmp")) for name in names)
+
+
+def end_work(root: Path, shown: Path) -> None:
+    """Remove a work folder inside the folder that was worked on. Raises E-IO-SYNC: what was done is done."""
+    try:
+        remove(root)
+        sync_folder(root.parent)
+    except OSError as error:
+        what = f"is done, but {root.name!r} in it could not be deleted: {error.strerror}"
+        raise DurabilityError(what, fix="run lrconvert recover", path=shown) from None
+
+
+# --- leftovers ------------------------------------------------------------------------------------------------------
+
+
+def leftovers(path: Path) -> list[Path]:
+    """What runs that were to write `path`, or unfinished work beside it, have left there, and are not at work on any
+    more. Raises E-LOCKED where the file system does not say whether they are."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}(\.partial)?\.(\d+\.[0-9a-f]{{8}}\.(tmp|partial|old)|partial)")
+    if not path.parent.is_dir():
+        return []
+    found = [p for p in sorted(path.parent.iterdir()) if pattern.fullmatch(p.name) and not p.is_symlink()]
+    return [p for p in found if (p != work_root(path) or (p.is_dir() and _is_ours(p))) and _is_idle(p)]
+
+
+def _is_idle(path: Path) -> bool:
+    """Whether nobody has locked a file or folder. Raises E-LOCKED if there are no locks."""
+    try:
+        if not stat.S_ISREG(mode := path.lstat().st_mode) and not stat.S_ISDIR(mode):
+            return False
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        system.current.lock(descriptor)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise _no_locks(error, path, _IF_NONE_IS) from None
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def clean_up(path: Path) -> tuple[str, ...]:
+    """Remove leftovers beside `path`; a folder that was set aside while it was being replaced gets its name back if
+    nothing has taken its place. Returns the names that are gone. Raises E-LOCKED, E-IO-WRITE."""
+    found = leftovers(path)
+    try:
+        for place in found:
+            if place.name.endswith(".old") and not path.exists():
+                system.current.rename(place, path)
+            else:
+                remove(place)
+        if found:
+            sync_folder(path.parent)
+    except OSError as error:
+        raise not_written(error, path) from None
+    return tuple(p.name for p in found)

@@ -1,0 +1,49 @@
+"""The quantizers of `packing` in torch, with straight-through gradients: what training sees is what will be stored.
+
+The forward value is the number that a file holds, to the last bit; the gradient is that of the number before it was
+rounded.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lrconvert.lora.packing import EXPONENT_RANGE
+
+
+def odd(x: Tensor, bits: int) -> Tensor:
+    """The odd integers ``2c + 1 - 2^bits`` of codes c nearest to x, float32, clipped to those that there are."""
+    last = (1 << bits) - 1
+    with torch.no_grad():
+        value = torch.floor(x / 2).add_(1 << (bits - 1)).clamp_(0, last).mul_(2).sub_(last)
+    return through(x, value)
+
+
+def half(x: Tensor) -> Tensor:
+    """`packing.round_half`: x as a ``half`` tensor will hold it, float32. The largest magnitude is below 2^111."""
+    with torch.no_grad():
+        largest = x.detach().float().abs().max() if x.numel() else x.new_zeros(())
+        mantissa, exponent = torch.frexp(largest)
+        power = (exponent + (torch.round(mantissa * 2048) == 2048) - 15).clamp(*EXPONENT_RANGE)
+        stored = torch.ldexp(x.double(), -power).half()
+        value = torch.ldexp(stored.double(), power).float() + 0.0  # -0 becomes +0: one spelling of zero
+    return through(x, value)
+
+
+def through(x: Tensor, value: Tensor) -> Tensor:
+    """`value`, with the gradient of x."""
+    found: Tensor = _Through.apply(x, value)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Through(torch.autograd.Function):
+    """An identity for gradients; ``x + (value - x)`` would round `value` once more."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None

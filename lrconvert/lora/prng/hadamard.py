@@ -1,0 +1,129 @@
+"""An orthogonal transform of any length whose vectors are integers, and a seeded order of its vectors.
+
+For a length d = 2^a m with m odd, the matrix is the Kronecker product of the Sylvester-Hadamard matrix of 2^a and
+``m I - 2 J`` (J all ones; for m = 1 the number 1). Where m exceeds `MAX_ODD`, d is cut into blocks of powers of two,
+one for each bit of d, largest first; a block that is 2^s times shorter than the first is multiplied with
+2^floor(s / 2), so that no two vectors differ in length by more than sqrt(2). Matrices are symmetric: rows are columns,
+and a transform is its own adjoint. Normative text: ``formats/methods/nola.md``.
+
+`transform` is the same code on numpy and torch: sums and differences, O(d log d) of them, between two buffers. Small
+matrix products would do as well, but many of them make the threads of a BLAS wait for one another on a busy machine.
+Sums of integers are exact, in any order, while they stay below 2^53; what `growth` says of them is for the caller to
+hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lrconvert.core.errors import LimitError
+from lrconvert.lora import prng
+
+MAX_ODD = 127  # above it the vectors of m I - 2 J are little more than single coordinates
+MAX_LENGTH = 1 << 40
+_ROUNDS = 4
+
+I64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Positions `start` to ``start + (odd << bits)``: vectors of the Kronecker product times 2^shift."""
+
+    start: int
+    bits: int
+    odd: int
+    shift: int = 0
+
+    @property
+    def length(self) -> int:
+        return self.odd << self.bits
+
+    @property
+    def square(self) -> int:
+        """The squared length of each vector."""
+        return self.odd * self.odd << self.bits + 2 * self.shift
+
+
+def blocks(length: int) -> tuple[Block, ...]:
+    """How a length of 1 to `MAX_LENGTH` is cut. Raises E-LIMIT."""
+    if not 1 <= length <= MAX_LENGTH:
+        raise LimitError(f"a transform has {length} numbers; 1 to {MAX_LENGTH} are allowed")
+    bits = (length & -length).bit_length() - 1
+    if length >> bits <= MAX_ODD:
+        return (Block(0, bits, length >> bits),)
+    top, start, found = length.bit_length() - 1, 0, []
+    for power in range(top, -1, -1):
+        if length >> power & 1:
+            found.append(Block(start, power, 1, (top - power) // 2))
+            start += 1 << power
+    return tuple(found)
+
+
+def growth(length: int) -> int:
+    """How many times the sum of the magnitudes of what goes in any number on the way can be; powers of two that are
+    exact in floating point do not count."""
+    return max(block.odd + 2 if block.odd > 1 else 1 for block in blocks(length))
+
+
+@lru_cache(maxsize=8)
+def squares(length: int) -> npt.NDArray[np.float64]:
+    """The squared length of each vector: float64 (length,) or, where they are all equal, (1,)."""
+    parts = blocks(length)
+    if len(parts) == 1:
+        return np.array([float(parts[0].square)])
+    return np.repeat([float(b.square) for b in parts], [b.length for b in parts])
+
+
+def transform(x: Any, xp: Any) -> Any:
+    """The matrix times each row of `x`: float64 (n, length), a numpy array or, with `xp` torch, a tensor."""
+    parts = [_block(x[:, b.start : b.start + b.length], b, xp) for b in blocks(x.shape[1])]
+    return parts[0] if len(parts) == 1 else xp.concatenate(parts, 1)
+
+
+def _block(x: Any, block: Block, xp: Any) -> Any:
+    shape, x, step = x.shape, x.reshape(-1), block.odd
+    buffers = xp.empty_like(x), xp.empty_like(x)
+    for n in range(block.bits):
+        pairs, found = x.reshape(-1, 2, step), buffers[n % 2].reshape(-1, 2, step)
+        if getattr(x, "requires_grad", False):  # gradients do not flow through buffers
+            x, step = xp.stack((pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]), 1), 2 * step
+            continue
+        xp.add(pairs[:, 0], pairs[:, 1], out=found[:, 0])
+        xp.subtract(pairs[:, 0], pairs[:, 1], out=found[:, 1])
+        x, step = found, 2 * step
+    if block.odd > 1:
+        x = x.reshape(-1, block.odd)
+        x = block.odd * x - 2 * x.sum(1)[:, None]
+    x = x.reshape(shape)
+    return x * float(1 << block.shift) if block.shift else x
+
+
+def order(stream: prng.Stream, length: int, count: int) -> I64:
+    """The first `count` numbers of a seeded order of 0 to `length` - 1, all different: int64 (count,).
+
+    The order is that of a permutation of 2^n numbers, n the bits of ``length - 1``, in which numbers from `length` on
+    are left out. The permutation multiplies, adds and folds the upper half onto the lower one, four times over.
+    """
+    bits = (length - 1).bit_length()
+    draws = prng.words(stream, (0,), 0, 2 * _ROUNDS)[0].astype(np.uint64).tolist()
+    mask, fold = np.uint64((1 << bits) - 1), np.uint64((bits + 1) // 2)
+    found: list[I64] = []
+    start, missing = 0, count
+    while missing:
+        stop = min(1 << bits, start + missing + missing * ((1 << bits) - length) // length + 64)
+        x = np.arange(start, stop, dtype=np.uint64)
+        for n in range(_ROUNDS):
+            x *= np.uint64(2 * draws[2 * n] + 1)
+            x += np.uint64(draws[2 * n + 1])
+            x &= mask
+            x ^= x >> fold
+        kept = x[x < np.uint64(length)][:missing].astype(np.int64)
+        found.append(kept)
+        start, missing = stop, missing - len(kept)
+    return np.concatenate(found) if found else np.zeros(0, np.int64)

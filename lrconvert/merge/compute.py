@@ -1,0 +1,189 @@
+"""The values of a touched tensor of the output in blocks of rows: what is written, or what a verification compares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from lrconvert.core.dtypes import F64, STORAGE, Array, decode
+from lrconvert.core.errors import LimitError, LrcError
+from lrconvert.core.limits import MAX_RATIONAL
+from lrconvert.io.container import Checkpoint, TensorInfo
+from lrconvert.merge.arithmetic import base_dependent, dora, exact
+from lrconvert.merge.arithmetic.exact import MergeStats, Term, Update, Workspace
+from lrconvert.merge.plan.plan import Output, Plan, Rows
+from lrconvert.merge.plan.updates import Piece, cuts, segment
+
+# From stored rows, the first of which has this number, to (rows of the output, what happened, the sum that was added).
+_Change = Callable[[Array, int], tuple[Array, MergeStats, Update | None]]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows from `first` on of a tensor seen as a matrix: stored bits `before` (in the base; None if it has none) and
+    `after`. `update` is what was added, its row `row` to the first of these; None where `after` is no sum."""
+
+    first: int
+    before: Array | None
+    after: Array
+    update: Update | None
+    row: int
+    tally: MergeStats
+
+
+class Computer:
+    """Computes the touched tensors of a plan."""
+
+    def __init__(self, plan: Plan, workspace: Workspace) -> None:
+        self.plan, self.workspace = plan, workspace
+        self.rational = 0
+
+    def blocks(self, output: Output) -> Iterator[Block]:
+        """The blocks of a touched tensor in order of rows. Raises E-VALUE, E-OVERFLOW, E-LIMIT."""
+        cols = output.pieces[0].cols if output.pieces else output.shape[-1]
+        rows = int(np.prod(output.shape)) // cols
+        height = exact.rows_per_block(cols)
+        segments = list(pairwise(cuts(output.pieces, rows)))
+        tops = [(top, min(height, stop - top)) for start, stop in segments for top in range(start, stop, height)]
+        with ThreadPoolExecutor(1) as reader:  # reads a block while the one before it is computed
+            ahead = (reader.submit(self._read, output, top, count, cols) for top, count in tops)
+            coming = next(ahead)
+            for start, stop in segments:
+                add = self._named_step(output, self._adder, output, start, stop, cols)
+                for top in range(start, stop, height):
+                    present, coming = coming.result(), next(ahead, coming)
+                    after, tally, update = self._named_step(output, add, present, top)
+                    self._bound(tally, output)
+                    before: Array | None = present
+                    if output.data is not None:
+                        count = present.shape[0]
+                        before = None if output.base is None else self._stored(output.base, top, count, cols)
+                    yield Block(top, before, after, update, top - start, tally)
+
+    def _named_step(self, output: Output, step: Callable[..., Any], *arguments: Any) -> Any:
+        """What `step` gives; its errors name the tensor."""
+        try:
+            return step(*arguments)
+        except LrcError as error:
+            raise self._named(error, output) from None
+
+    def _adder(self, output: Output, start: int, stop: int, cols: int) -> _Change:
+        """What is done to the rows `start` to `stop`."""
+        if output.rows is not None:
+            return _putting(output.rows)
+        for piece in output.pieces:
+            if piece.is_alone and piece.start <= start and stop <= piece.stop:
+                return self._based(output, piece) if piece.is_based else self._dora(output, piece, start, stop)
+        update = segment(output.pieces, start, stop, self.plan.sources)
+        return _keep if update is None else _adding(update, output.dtype, start, self.workspace)
+
+    def _dora(self, output: Output, piece: Piece, start: int, stop: int) -> _Change:
+        assert piece.magnitude is not None
+        whole = self.plan.sources[piece.origin.adapter].term(piece.origin)
+        values = decode(np.frombuffer(piece.magnitude.data, STORAGE[piece.magnitude.dtype]), piece.magnitude.dtype)
+        magnitude = values.astype(np.float64)
+        if not piece.origin.turned:
+            some = slice(start - piece.start, stop - piece.start)
+            term = replace(whole, left=whole.left[some])
+            return _scaling(dora.merge_rows, output.dtype, start, term, magnitude[some])
+        height = exact.rows_per_block(piece.cols)
+
+        def blocks() -> Iterator[tuple[int, Array]]:
+            for top in range(start, stop, height):
+                yield top - start, self._read(output, top, min(height, stop - top), piece.cols)
+
+        norms = dora.column_norms(blocks(), output.dtype, whole)
+        return _scaling(dora.merge_columns, output.dtype, start, whole, dora.checked_factor(magnitude, norms))
+
+    def _based(self, output: Output, piece: Piece) -> _Change:
+        source, origin = self.plan.sources[piece.origin.adapter], piece.origin
+        update_of = source.update_on(origin)
+
+        def by_rows(present: Array, top: int) -> tuple[Array, MergeStats, Update | None]:
+            first = top - piece.start
+            return *base_dependent.merge_rows(present, output.dtype, update_of, origin.scale, first), None
+
+        def by_columns(present: Array, top: int) -> tuple[Array, MergeStats, Update | None]:
+            step, above = source.step_of(origin), piece.start
+            first = above + (top - above) // step * step
+            last = above + -(-(top + len(present) - above) // step) * step
+            whole = self._read(output, first, last - first, piece.cols)
+            within = slice(top - first, top - first + len(present))
+            return *base_dependent.merge_columns(whole, output.dtype, update_of, origin.scale, within), None
+
+        return by_columns if origin.turned else by_rows
+
+    def _read(self, output: Output, first: int, count: int, cols: int) -> Array:
+        """Stored rows of what the tensor starts from."""
+        if output.data is None:
+            assert output.source is not None
+            return self._stored(output.source, first, count, cols)
+        kind = STORAGE[output.dtype]
+        return np.frombuffer(output.data, kind, count * cols, first * cols * kind.itemsize).reshape(count, cols)
+
+    def _stored(self, info: TensorInfo, first: int, count: int, cols: int) -> Array:
+        return read_rows(self.plan.checkpoint, info, first, count, cols)
+
+    def _bound(self, tally: MergeStats, output: Output) -> None:
+        self.rational += tally.rational
+        if self.rational > MAX_RATIONAL:
+            raise self._named(LimitError(f"more than {MAX_RATIONAL} elements need rational arithmetic"), output)
+
+    def _named(self, error: LrcError, output: Output) -> LrcError:
+        error.what = f"tensor {output.name!r}: {error.what}"
+        return error.at(self.plan.checkpoint.root)
+
+
+def read_rows(checkpoint: Checkpoint, info: TensorInfo, first: int, count: int, cols: int) -> Array:
+    """Rows of a stored tensor seen as a matrix with `cols` columns, with the bits of the file."""
+    kind = STORAGE[info.dtype]
+    data = checkpoint.read(info, first * cols * kind.itemsize, count * cols * kind.itemsize)
+    return np.frombuffer(data, kind).reshape(count, cols)
+
+
+# --- what can happen to rows ----------------------------------------------------------------------------------------
+
+
+def _keep(present: Array, top: int) -> tuple[Array, MergeStats, Update | None]:
+    return present, MergeStats(elements=present.size), None
+
+
+def _adding(update: Update, dtype: str, start: int, workspace: Workspace) -> _Change:
+    def change(present: Array, top: int) -> tuple[Array, MergeStats, Update | None]:
+        return *update.add(present, dtype, top - start, workspace), update
+
+    return change
+
+
+def _putting(rows: Rows) -> _Change:
+    def change(present: Array, top: int) -> tuple[Array, MergeStats, Update | None]:
+        first, last = np.searchsorted(rows.index, [top, top + present.shape[0]])
+        after = present.copy()
+        after[rows.index[first:last] - top] = rows.values[first:last]
+        changed = int(np.count_nonzero(_bits(after) != _bits(present)))
+        return after, MergeStats(elements=present.size, changed=changed), None
+
+    return change
+
+
+def _scaling(
+    merge: Callable[[Array, str, Term, F64], tuple[Array, MergeStats]], dtype: str, start: int, term: Term, by: F64
+) -> _Change:
+    """DoRA: `by` are the magnitudes of these rows, or a factor for every column."""
+    rowwise = merge is dora.merge_rows
+
+    def change(present: Array, top: int) -> tuple[Array, MergeStats, Update | None]:
+        some = slice(top - start, top - start + present.shape[0])
+        part = replace(term, left=term.left[some])
+        return *merge(present, dtype, part, by[some] if rowwise else by), None
+
+    return change
+
+
+def _bits(stored: Array) -> Array:
+    return stored.view(f"u{stored.dtype.itemsize}")

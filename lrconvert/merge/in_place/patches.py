@@ -1,0 +1,122 @@
+"""Changing a few rows of a weight file where they lie: both versions of every changed row are on the disk before.
+
+A patch is a list of entries: offset in the weight file and length (u64, little endian), the bytes of the base, those of
+the merge. Applying either side again gives the same file, so a crash between does no harm.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Generator
+from contextlib import closing, suppress
+from pathlib import Path
+
+import numpy as np
+
+from lrconvert.core.dtypes import Array
+from lrconvert.core.errors import DigestError, FileWriteError, LrcError
+from lrconvert.io.container import open_regular, pread
+from lrconvert.io.durable import File, StagedDirectory, overwrite_bytes
+from lrconvert.merge.journal import Patch
+
+BASE, MERGED = 0, 1
+_DENSE_BYTES = 1 << 20  # a block of this size of which more than half has changed is no matter of a few rows
+_ENTRY_BYTES = 1 << 24
+_CHUNK = 1 << 23
+
+
+class PatchWriter:
+    """Collects the changed rows of one weight file in `name` of a folder, until they are more than `limit` bytes."""
+
+    def __init__(self, folder: StagedDirectory, name: str, limit: int) -> None:
+        self.folder, self.name, self.limit = folder, name, limit
+        self.nbytes = 0
+        self._hash = hashlib.sha256()
+        self._file: File | None = folder.create(name)
+
+    def change(self, offset: int, base: Array, merged: Array) -> None:
+        """Rows (n, cols) that begin at byte `offset` of the file: stored bits before and after the merge."""
+        if self._file is None:
+            return
+        kind = f"u{base.dtype.itemsize}"
+        changed = np.flatnonzero((base.view(kind) != merged.view(kind)).any(axis=1))
+        width = base.shape[1] * base.dtype.itemsize
+        cost = 2 * changed.size * width
+        if self.nbytes + cost > self.limit or (base.nbytes > _DENSE_BYTES and cost > base.nbytes):
+            self.give_up()
+            return
+        height = max(1, _ENTRY_BYTES // width)
+        runs = np.split(changed, np.flatnonzero(np.diff(changed) > 1) + 1) if changed.size else []
+        for run in runs:
+            for first in range(int(run[0]), int(run[-1]) + 1, height):
+                rows = slice(first, min(first + height, int(run[-1]) + 1))
+                parts = [np.ascontiguousarray(side[rows]).tobytes() for side in (base, merged)]
+                head = np.array([offset + first * width, len(parts[0])], "<u8").tobytes()
+                for part in (head, *parts):
+                    self._hash.update(part)
+                    self.nbytes += self._file.write(part)
+
+    def close(self) -> None:
+        """After a failure: let go of the file, whatever it is."""
+        if self._file is not None:
+            with suppress(FileWriteError):
+                self._file.close()
+            self._file = None
+
+    def give_up(self) -> None:
+        """There is no patch of this file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+            self.folder.remove(self.name)
+
+    def finish(self) -> Patch | None:
+        """The patch, synced; None if there is none, or nothing has changed."""
+        if self._file is None:
+            return None
+        if not self.nbytes:
+            self.give_up()
+            return None
+        with self._file:
+            pass
+        return Patch(self.name, self.nbytes, self._hash.hexdigest())
+
+
+def is_whole(path: Path, patch: Patch) -> bool:
+    """Whether a file is that patch."""
+    try:
+        descriptor, info = open_regular(path)
+    except LrcError:
+        return False
+    try:
+        if info.st_size != patch.nbytes:
+            return False
+        digest = hashlib.sha256()
+        for offset in range(0, info.st_size, _CHUNK):
+            digest.update(pread(descriptor, min(_CHUNK, info.st_size - offset), offset, path))
+        return digest.hexdigest() == patch.sha256
+    finally:
+        os.close(descriptor)
+
+
+def apply(path: Path, patch: Patch, weights: Path, side: int) -> None:
+    """Put one side of every row of a patch into a weight file. Raises E-DIGEST, E-OUT-PATH, E-IO-WRITE."""
+    if not is_whole(path, patch):
+        raise DigestError("the rows that are to be put back are damaged", path=path)
+    with closing(_entries(path, patch, side, weights.stat().st_size)) as entries:
+        overwrite_bytes(weights, entries)
+
+
+def _entries(path: Path, patch: Patch, side: int, size: int) -> Generator[tuple[int, bytes], None, None]:
+    descriptor, _ = open_regular(path)
+    try:
+        at = 0
+        while at < patch.nbytes:
+            offset, length = (int(n) for n in np.frombuffer(pread(descriptor, 16, at, path), "<u8"))
+            if offset + length > size or at + 16 + 2 * length > patch.nbytes:
+                raise DigestError("the rows that are to be put back do not lie in the file", path=path)
+            yield offset, bytes(pread(descriptor, length, at + 16 + side * length, path))
+            at += 16 + 2 * length
+    finally:
+        os.close(descriptor)

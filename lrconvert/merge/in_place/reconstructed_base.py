@@ -1,0 +1,100 @@
+"""The base of a merge in place that was broken off, as it was.
+
+Of weight files that are merged already the headers come from the record; values, where a plan looks at some, are
+restored.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from lrconvert.core.limits import FOREIGN, MAX_INDEX_BYTES
+from lrconvert.io.container import (
+    INDEX_NAME,
+    Appendable,
+    Checkpoint,
+    ContainerFile,
+    TensorInfo,
+    parse_header,
+    read_json,
+)
+from lrconvert.io.durable import Buffer
+from lrconvert.merge.arithmetic.exact import Workspace
+from lrconvert.merge.in_place.model_folder import CommitPlan, ModelFolder
+from lrconvert.merge.in_place.patches import MERGED
+from lrconvert.merge.plan.plan import CONFIG_NAME
+from lrconvert.merge.undo.record import OpenRecord
+from lrconvert.merge.undo.restoring import Restorer
+
+
+@contextmanager
+def reconstructed_base(site: ModelFolder, ready: CommitPlan, opened: OpenRecord) -> Iterator[Checkpoint]:
+    """The base that the record `opened` is of, read from the model that is between two states."""
+    states = site.states(ready, opened)
+    with ExitStack() as stack:
+        files: list[ContainerFile] = []
+        for number, change in enumerate(ready.changes):
+            path = site.model / change.name
+            if states.get(number) == MERGED:
+                files.append(_Merged(path, opened, number))
+            else:
+                files.append(stack.enter_context(ContainerFile(path)))
+        config, index = site.text(CONFIG_NAME), site.text(INDEX_NAME)
+        yield Checkpoint(
+            site.model,
+            read_json(config) if config.exists() else {},
+            tuple(files),
+            index if index.exists() else None,
+            read_json(index, MAX_INDEX_BYTES) if index.exists() else {},
+        )
+
+
+class _Merged(ContainerFile):
+    """A weight file of the base that is not there any more, since the merged one has taken its place."""
+
+    def __init__(self, path: Path, opened: OpenRecord, number: int) -> None:
+        self.path, self._descriptor, self._opened = path, -1, opened
+        self.header_bytes, _ = opened.headers[number]
+        self._data_bytes = opened.record.files[number][1]
+        self.metadata, tensors = parse_header(self.header_bytes[8:], self._data_bytes, FOREIGN, path)
+        self.tensors = tuple(tensors)
+        self.by_name = {t.name: t for t in tensors}
+
+    @property
+    def size(self) -> int:
+        return len(self.header_bytes) + self._data_bytes
+
+    def read(self, info: TensorInfo, offset: int = 0, nbytes: int | None = None) -> bytearray:
+        """Bytes of a tensor, restored as a whole: only small ones are looked at in planning."""
+        known = {t.name: t for t in self._opened.record.tensors}
+        kept = _Memory()
+        with ContainerFile(self.path) as merged, Workspace() as workspace:
+            checkpoint = Checkpoint(self.path.parent, {}, (merged,), None)
+            with Restorer(self._opened, checkpoint, workspace) as restorer:
+                restorer.tensor(known[info.name], kept)
+        stop = info.nbytes if nbytes is None else offset + nbytes
+        return kept.data[offset:stop]
+
+    def copy(self, info: TensorInfo, writer: Appendable) -> None:
+        writer.write(self.read(info))
+
+    def check_unchanged(self) -> None:
+        """It is gone, as it should be."""
+
+
+class _Memory:
+    """A file in memory."""
+
+    def __init__(self) -> None:
+        self.data, self.position = bytearray(), 0
+
+    def write(self, data: Buffer) -> int:
+        self.data += data
+        self.position = len(self.data)
+        return memoryview(data).nbytes
+
+    def copy(self, source: int, offset: int, nbytes: int) -> None:
+        self.write(os.pread(source, nbytes, offset))

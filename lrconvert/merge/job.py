@@ -1,0 +1,178 @@
+"""What a merge does wherever it writes: its checks, its report, and one pass over the base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from lrconvert.core.errors import (
+    DeviceError,
+    DiskSpaceError,
+    FileChangedError,
+    FileReadError,
+    FileWriteError,
+    FingerprintError,
+    NoEffectError,
+    OutputPathError,
+)
+from lrconvert.io.container import Checkpoint
+from lrconvert.lora.adapter import LoraAdapter
+from lrconvert.merge.arithmetic.exact import MergeStats, Workspace
+from lrconvert.merge.arithmetic.products import Products, by_blas
+from lrconvert.merge.plan import extra_tensors
+from lrconvert.merge.plan.plan import CONFIG_NAME, Output, Plan
+from lrconvert.merge.plan.updates import Scaled
+from lrconvert.merge.quantized_base import DequantizedCheckpoint
+from lrconvert.merge.report import MergedTensor, MergeReport
+from lrconvert.merge.sinks import Sink
+from lrconvert.merge.undo import record as records
+from lrconvert.merge.writing import Merger, Progress
+
+# After these a merge may go on where it stopped; after others it would stop there again.
+BROKEN_OFF = (FileWriteError, FileReadError, FileChangedError, DiskSpaceError, DeviceError)
+
+_SPACE_MARGIN = 1.05
+_RECORD_SHARE = 0.08  # of the touched bytes, as an estimate: 3.5 % in bf16, more where updates are large
+_ALLOW = "pass --allow-no-op to write a copy of the base all the same"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be merged, and how. The bytes do not depend on who computes the `products`."""
+
+    inputs: Sequence[Scaled]
+    undo: bool
+    allow_no_op: bool
+    progress: Progress
+    products: Products = by_blas
+
+    def begin(self, planned: Plan, earlier: Mapping[int, Path], dry_run: bool) -> MergeReport:
+        """The report of what will be written. Raises E-NO-EFFECT; after a dry run also E-FPR."""
+        if not self.allow_no_op:
+            _check_effect(self.inputs, planned)
+        report = _report(self.inputs, planned)
+        if not dry_run:
+            return report
+        if planned.contents:
+            _check_content(planned.checkpoint.content_digest(), planned, earlier)
+        return replace(report, dry_run=True, warnings=(*report.warnings, *notes(planned.checkpoint)))
+
+    def needed_bytes(self, planned: Plan, files: int) -> int:
+        """Free space for so many bytes of files and, with `undo`, the record, with a margin."""
+        touched = sum(o.nbytes for o in planned.touched)
+        return int((files + (touched * _RECORD_SHARE if self.undo else 0)) * _SPACE_MARGIN)
+
+    def write(
+        self, planned: Plan, sink: Sink, number: int, earlier: Mapping[int, Path], report: MergeReport
+    ) -> MergeReport:
+        """Compute everything and give it to `sink`; the report of what was done. Raises E-FPR, E-NO-EFFECT,
+        E-IO-CHANGED and what computing raises."""
+        with (
+            Workspace(products=self.products) as workspace,
+            Merger(planned, self.inputs, workspace, number, self.undo, self.progress) as merger,
+        ):
+            merger.run(sink)
+        for file in planned.checkpoint.files:
+            file.check_unchanged()
+        _check_content(merger.content, planned, earlier)
+        report = self.done(report, planned, merger.place, merger.tallies, merger.record_bytes)
+        if not self.allow_no_op and not planned.placement.has_effect:
+            _check_moved(report)
+        return report
+
+    def done(
+        self, report: MergeReport, planned: Plan, place: str, tallies: Mapping[str, MergeStats], record_bytes: int
+    ) -> MergeReport:
+        """The report with what was measured."""
+        return replace(
+            report,
+            tensors=tuple(_row(o, tallies[o.name]) for o in planned.touched),
+            record=place,
+            record_bytes=record_bytes,
+            can_undo=self.undo,
+            warnings=(*report.warnings, *notes(planned.checkpoint)),
+        )
+
+
+def notes(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What the user should know of a base, with what was measured if all of it was read."""
+    return (checkpoint.note,) if isinstance(checkpoint, DequantizedCheckpoint) else ()
+
+
+def _report(inputs: Sequence[Scaled], planned: Plan) -> MergeReport:
+    placement = planned.placement
+    return MergeReport(
+        tensors=tuple(_row(o, MergeStats(elements=int(np.prod(o.shape)))) for o in planned.touched),
+        placed=tuple(sorted(placement.prefix + name for name in placement.replaced)),
+        added=tuple(sorted([e.name for e in placement.added] + list(placement.copies))),
+        dropped=tuple(sorted(placement.dropped)),
+        config=placement.config,
+        files=tuple(planned.files.items()),
+        left_out=planned.left_out,
+        warnings=tuple(w for item in inputs if isinstance(item.adapter, LoraAdapter) for w in item.adapter.warnings),
+        touched_bytes=sum(o.nbytes for o in planned.touched),
+    )
+
+
+def _row(output: Output, tally: MergeStats) -> MergedTensor:
+    updates = len(output.pieces) + (output.rows is not None)
+    return MergedTensor(output.name, output.dtype, output.shape, updates, tally)
+
+
+def check_replaceable(out: Path) -> None:
+    """Only a model folder, or an empty one, is ever replaced."""
+    if out.is_dir() and any(out.iterdir()) and not (out / CONFIG_NAME).exists() and not any(out.glob("*.safetensors")):
+        raise OutputPathError("is not a model folder, so it is not replaced", fix="choose another output", path=out)
+
+
+# --- checks ---------------------------------------------------------------------------------------------------------
+
+
+def _check_content(found: str, planned: Plan, earlier: Mapping[int, Path]) -> None:
+    """Raise E-FPR if an adapter names the contents of its base and neither this base nor, if it is a merged model, what
+    it was merged from has them. Updates that depend on the base are of this one alone."""
+    if not planned.contents or found in planned.contents:
+        return
+    for place in () if any(source.needs_base for source in planned.sources) else earlier.values():
+        with records.OpenRecord(place) as opened:
+            if opened.record.content in planned.contents:
+                return
+    raise FingerprintError(
+        "the base has other contents than the one that the adapter was made for",
+        fix="use the same revision of the base",
+        path=planned.checkpoint.root,
+    )
+
+
+def _check_effect(inputs: Sequence[Scaled], planned: Plan) -> None:
+    """Raise E-NO-EFFECT, before anything is written, where a look at the adapters shows that nothing would change."""
+    if planned.placement.has_effect:
+        return
+    if not planned.touched:
+        raise NoEffectError("the adapter has no target and no other tensor for this base", fix=_ALLOW)
+    if all(_is_zero(item) for item in inputs):
+        raise NoEffectError("the update is zero everywhere", fix=f"was the adapter trained? Otherwise {_ALLOW}")
+
+
+def _is_zero(item: Scaled) -> bool:
+    """Whether a look at the adapter shows that it changes nothing beside whole tensors."""
+    adapter = item.adapter
+    if any(e.use != "replace" for e in adapter.extras):
+        return False
+    return item.scale == 0 or (isinstance(adapter, LoraAdapter) and all(map(extra_tensors.is_zero, adapter.targets)))
+
+
+def _check_moved(report: MergeReport) -> None:
+    tally = report.tally
+    if tally.changed:
+        return
+    if not tally.unmoved:
+        raise NoEffectError("the update is zero everywhere", fix=f"was the adapter trained? Otherwise {_ALLOW}")
+    names = ", ".join(sorted({t.dtype for t in report.tensors}))
+    raise NoEffectError(
+        f"no element moved: all {tally.unmoved} nonzero updates are below the resolution of {names}",
+        fix=f"merge into a base of a wider dtype, or {_ALLOW}",
+    )

@@ -1,0 +1,496 @@
+"""Where the extra tensors of an adapter go in a merged model, and what follows from it: names, configuration, ties.
+
+An adapter that was trained for a task carries its head (``classifier``, ``score``) and perhaps whole embeddings. The
+merged model is the one that PEFT's ``merge_and_unload().save_pretrained()`` writes: the head under its own name, the
+architecture that has it, its labels in the configuration, without the head it takes the place of. Nothing is guessed
+from a live model: what the names, the task and the base's configuration do not settle is refused (E-PLACE).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lrconvert.core.dtypes import FLOATS, STORAGE, Array, decode, round_to
+from lrconvert.core.errors import PlacementError
+from lrconvert.io.container import Checkpoint, TensorInfo
+from lrconvert.lora import base_names
+from lrconvert.lora.adapter import CompactAdapter, ExtraTensor, LoraAdapter, LoraTarget, Target
+
+Adapter = LoraAdapter | CompactAdapter
+
+# The class of a task, as transformers names it after the architecture.
+_CLASSES = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+}
+_STEM = re.compile(r"(.+?)(?:PreTrainedModel|Model|LMHeadModel|DoubleHeadsModel|For[A-Z]\w*)")
+_NAME_LENGTH = 256  # of a class; the patterns here take quadratic time
+_LANGUAGE_MODEL = re.compile(r".*(?:LMHeadModel|DoubleHeadsModel|ForCausalLM|ForConditionalGeneration)")
+_HEADLESS = re.compile(r".*(?:Model|ForSequenceClassification|ForTokenClassification|ForQuestionAnswering)")
+# First segments of names that are a head, where a checkpoint was saved without its architecture's prefix.
+_HEAD_MODULES = frozenset(
+    (
+        *("lm_head", "embed_out", "cls", "predictions", "final_logits_bias", "vocab_projector", "vocab_transform"),
+        *("vocab_layer_norm", "generator_predictions", "generator_lm_head", "discriminator_predictions"),
+        *("classifier", "score", "qa_outputs", "classification_head", "multiple_choice_head", "pre_classifier"),
+        *("sop_classifier", "lm_predictions", "mask_predictions", "logits_proj"),
+    )
+)
+_TASK_HEADS = _HEAD_MODULES - {"lm_head", "embed_out"}
+# Parts of a task's class beside its base model and its last layer: those of the base serve, as they do for PEFT.
+_SEQUENCES = ("ForSequenceClassification",)
+_PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "bert": ("bert.pooler.", _SEQUENCES),
+    "albert": ("albert.pooler.", _SEQUENCES),
+    "deberta": ("pooler.", _SEQUENCES),
+    "deberta-v2": ("pooler.", _SEQUENCES),
+    "modernbert": ("head.", tuple(_CLASSES.values())),
+    **dict.fromkeys(("t5", "mt5", "umt5", "bart", "mbart"), ("classification_head.", _SEQUENCES)),
+}
+# The last layer of a head: its rows are the labels.
+_LAST_LAYERS = ("out_proj.weight", "classifier.weight", "score.weight", "qa_outputs.weight")
+# Families that compute differently when their embeddings are tied, so that untying them would change the model.
+_T5_LIKE = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers"})
+_BASE_LAYER = ".base_layer."
+_HEAD_NAME = "lm_head.weight"
+_COMPARE_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What becomes of the extra tensors.
+
+    `replaced`: stored name -> tensor that takes its place. `values`: name -> values to take, and to add an update to,
+    in place of the base's. `added`: new tensors. `copies`: new name -> stored tensor whose values it starts from (an
+    untied head). `dropped`: stored names that are left out. `prefix`: put before every stored name. `config`: fields to
+    set, or to remove where the value is None. `has_effect`: whether tensors beside updated ones differ from the base's.
+    """
+
+    replaced: Mapping[str, ExtraTensor] = field(default_factory=dict)
+    values: Mapping[str, ExtraTensor] = field(default_factory=dict)
+    added: tuple[ExtraTensor, ...] = ()
+    copies: Mapping[str, str] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
+    prefix: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    has_effect: bool = False
+
+
+def place(adapters: Sequence[Adapter], resolved: Sequence[Adapter], checkpoint: Checkpoint) -> Placement:
+    """The placement of all extra tensors. `resolved` are the adapters after `targets.resolve`.
+
+    Raises E-PLACE for a tensor without a place, E-BASE for an ambiguous name.
+    """
+    try:
+        return _Planner(adapters, resolved, checkpoint).plan()
+    except PlacementError as error:
+        raise error.at(checkpoint.root) from None
+
+
+class _Planner:
+    def __init__(self, adapters: Sequence[Adapter], resolved: Sequence[Adapter], checkpoint: Checkpoint) -> None:
+        self.adapters, self.checkpoint, self.config = adapters, checkpoint, checkpoint.config
+        self.extras = _gather(adapters)
+        self.index = base_names.NameIndex.of(checkpoint)
+        self.targets = {t.name for adapter in resolved for t in _targets(adapter)}
+        self.updated = {name for adapter in resolved for name in _updated(adapter)}
+        self.prefixes = {
+            self._prefix(ours.name, theirs.name)
+            for adapter, other in zip(adapters, resolved, strict=True)
+            for ours, theirs in zip(_targets(adapter), _targets(other), strict=True)
+            if theirs.name in checkpoint.tensors
+        }
+        self.replaced: dict[str, ExtraTensor] = {}
+        self.values: dict[str, ExtraTensor] = {}
+        self.added: list[ExtraTensor] = []
+        self.copies: dict[str, str] = {}
+        self.changes: dict[str, Any] = {}
+
+    def plan(self) -> Placement:
+        for extra in self.extras:
+            if _BASE_LAYER in f".{extra.name}":
+                self._place_base_layer(extra)
+            else:
+                self._place_extra(extra)
+        architecture = self._new_architecture()
+        self._check_shapes()
+        dropped: tuple[str, ...] = ()
+        if architecture:
+            self.changes["architectures"] = [architecture]
+            if self._encodes(architecture):
+                self.changes.update(is_encoder_decoder=False, use_cache=False)
+            dropped = tuple(self._old_head(architecture))
+        else:
+            self._settle_ties()
+        if self.added or self.copies:
+            self._check_added(architecture)
+        prefix = self._new_prefix if architecture or self.added or self.copies else ""
+        self._check_complete(architecture, dropped, prefix)
+        effect = bool(self.added or self.values or any(map(self._changes, self.replaced)))
+        config = self._config_changes()
+        added = tuple(sorted(self.added, key=lambda extra: extra.name))
+        return Placement(self.replaced, self.values, added, self.copies, dropped, prefix, config, effect)
+
+    # --- one tensor ---
+
+    def _place_base_layer(self, extra: ExtraTensor) -> None:
+        """The base's own weight, which PEFT stores beside the LoRA of an embedding or head."""
+        name = extra.name.replace("base_layer.", "")
+        stored = self.index.find(name) or base_names.tied_source(name, self.checkpoint)
+        if stored is None:
+            raise _no_place(extra, f"the base has no {name!r}")
+        info = self.checkpoint.tensors[stored]
+        if info.shape != extra.shape:
+            raise _no_place(
+                extra, f"it is {list(extra.shape)}, the base's {stored!r} {list(info.shape)}", "resize the base first"
+            )
+        if info.dtype not in FLOATS or extra.dtype not in FLOATS:
+            raise _no_place(extra, f"it is {extra.dtype}, the base's {stored!r} {info.dtype}")
+        if not _same_values(extra, info, self.checkpoint):
+            target = self.index.find(name) or name
+            self.values[target] = _cast(extra, info.dtype)
+
+    def _place_extra(self, extra: ExtraTensor) -> None:
+        stored = self.index.find(extra.name)
+        if extra.name.partition(".")[0] in _TASK_HEADS and stored != extra.name:
+            stored = None  # a head of another name (`sop_classifier.classifier`) is another head
+        if (stored or extra.name) in self.targets:
+            raise _no_place(extra, "it is also a target of an update")
+        if stored is not None:
+            self.replaced[stored] = extra
+        else:
+            self.added.append(extra)
+
+    # --- the architecture ---
+
+    def _prefix(self, ours: str, stored: str) -> str | None:
+        """What the adapter's name has before the stored one, None if they differ otherwise. Of names that a release
+        renamed only those of a bare model lack a prefix: what others differ in at the front is renaming."""
+        if ours.endswith(stored):
+            return ours.removesuffix(stored)
+        ours, stored = self.index.canonical(ours), self.index.canonical(stored)
+        if not (ours.endswith(stored) or stored.endswith(ours)):
+            return None
+        bare = self._architecture.endswith("Model") and not _LANGUAGE_MODEL.fullmatch(self._architecture)
+        return ours.removesuffix(stored) if bare and ours.endswith(stored) else ""
+
+    @property
+    def _new_prefix(self) -> str:
+        """What the names of the base lack in front, if it has to be added."""
+        return next(iter(self.prefixes)) or "" if len(self.prefixes) == 1 else ""
+
+    @property
+    def _architecture(self) -> str:
+        named = self.config.get("architectures")
+        return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
+
+    def _heads(self) -> list[ExtraTensor]:
+        """Extras outside the base model: tensors of a task's head."""
+        inside = self._base_prefix()
+        found = [e for name, e in self.replaced.items() if not _inside(e.name, inside) and not _inside(name, inside)]
+        return [*found, *(e for e in self.added if not e.name.endswith(base_names.HEADS))]
+
+    def _base_prefix(self) -> str:
+        """First segment, with its dot, of every name inside the base model ("bert."), or ""."""
+        firsts = {t.name.partition(".")[0] for adapter in self.adapters for t in _targets(adapter)} - _HEAD_MODULES
+        return f"{next(iter(firsts))}." if len(firsts) == 1 else ""
+
+    def _new_architecture(self) -> str:
+        """The architecture that the heads need, or "" if it is the base's own."""
+        heads = self._heads()
+        if not heads:
+            return ""
+        wanted = set()
+        for adapter in self.adapters:
+            if _whole(adapter):
+                wanted.add(self._class_of(adapter))
+        wanted.discard("")
+        if len(wanted) > 1:
+            raise PlacementError(f"the adapters bring heads of {' and '.join(sorted(wanted))}", fix="merge one of them")
+        return next(iter(wanted), "") if wanted != {self._architecture} else ""
+
+    def _class_of(self, adapter: Adapter) -> str:
+        named = adapter.provenance.fields.get("base_model_class", "")
+        if named:
+            return named
+        suffix = _CLASSES.get(adapter.provenance.task_type)
+        stem = _STEM.fullmatch(self._architecture[:_NAME_LENGTH])
+        return f"{stem[1]}{suffix}" if suffix and stem else ""
+
+    def _check_added(self, architecture: str) -> None:
+        """Every added tensor belongs to a head that the merged architecture has, or is an untied output head."""
+        for extra in self.added:
+            if extra.name.endswith(base_names.HEADS):
+                if not architecture and not self._is_headless and base_names.tied_source(extra.name, self.checkpoint):
+                    continue
+                raise _no_place(extra, "the base has no such tensor")
+            if not architecture and self._class_of_heads() != self._architecture:
+                raise _no_place(
+                    extra,
+                    "the base has no such tensor, and the adapter's task does not say which architecture has it",
+                    "set task_type in adapter_config.json (SEQ_CLS, TOKEN_CLS, QUESTION_ANS)",
+                )
+            known = extra.name.partition(".")[0] in _HEAD_MODULES or extra.name.startswith(self._part(architecture))
+            if not known and _inside(extra.name, self._base_prefix()):
+                raise _no_place(extra, "the base has no such tensor")
+        if architecture and len(self.prefixes) != 1:
+            raise PlacementError("the names of the adapter's targets do not show how the base model is named")
+
+    def _encodes(self, architecture: str) -> bool:
+        """Whether the class has no decoder although others of its family do."""
+        return architecture.endswith("ForTokenClassification") and self.config.get("model_type") in _T5_LIKE
+
+    def _part(self, architecture: str) -> str:
+        """How names begin of what `architecture` has beside its base model and its last layer; "." for nothing."""
+        part, classes = _PARTS.get(str(self.config.get("model_type")), (".", ()))
+        return part if architecture.endswith(classes) else "."
+
+    def _check_complete(self, architecture: str, dropped: Sequence[str], prefix: str) -> None:
+        """Raise E-PLACE if the task needs what neither the base nor the adapter has. PEFT saves only the modules that
+        it is told to save; others it drew at random, and draws again."""
+        part = self._part(architecture)
+        names = [prefix + name for name in self.checkpoint.tensors if name not in dropped]
+        if part != "." and not any(name.startswith(part) for name in (*names, *(e.name for e in self.added))):
+            raise PlacementError(
+                f"{architecture} needs {part.strip('.')!r}, which neither the base nor the adapter has",
+                fix="train the adapter with it in modules_to_save",
+            )
+        tasks = [_CLASSES.get(adapter.provenance.task_type, "") for adapter in self.adapters]
+        task = next((t for t in tasks if t not in self._architecture), "")
+        if task and self._architecture and not self._heads():
+            raise PlacementError(
+                f"the adapter's task needs a model {task}, and neither it nor the base has the head",
+                fix="train it with the head in modules_to_save, or take task_type out of adapter_config.json",
+            )
+
+    def _class_of_heads(self) -> str:
+        return next((c for a in self.adapters if _whole(a) and (c := self._class_of(a))), "")
+
+    def _old_head(self, architecture: str) -> Iterable[str]:
+        """Stored tensors that the new architecture does not have: another head, a pooler or decoder without use."""
+        prefix, part = self._base_prefix(), self._part(architecture)
+        has_prefix = self.prefixes == {""}
+        pooled = architecture.endswith("ForSequenceClassification") and not any(
+            e.name.endswith("out_proj.weight") for e in self._heads()
+        )
+        unused = (*(() if pooled else ("pooler.",)), *(("decoder.",) if self._encodes(architecture) else ()))
+        for name in self.checkpoint.tensors:
+            if name in self.replaced or (self._new_prefix + name).startswith(part):
+                continue
+            outside = not name.startswith(prefix) if has_prefix else name.partition(".")[0] in _HEAD_MODULES
+            if outside or name.removeprefix(prefix).startswith(unused):
+                if name in self.targets:
+                    raise PlacementError(f"{name!r} is a target of the adapter, but {architecture} does not have it")
+                yield name
+
+    # --- shapes ---
+
+    def _check_shapes(self) -> None:
+        """What replaces a tensor has its shape, but for rows of a task's head and of the vocabulary."""
+        vocabulary = set()
+        heads = {e.name for e in self._heads()}
+        for stored, extra in self.replaced.items():
+            info = self.checkpoint.tensors[stored]
+            if extra.shape == info.shape:
+                continue
+            rows_only = len(extra.shape) == len(info.shape) and extra.shape[1:] == info.shape[1:]
+            if rows_only and stored.endswith(base_names.HEADS + base_names.EMBEDDINGS):
+                vocabulary.add(extra.shape[0])
+            elif not rows_only or extra.name not in heads:
+                raise _no_place(extra, f"it is {list(extra.shape)}, the base's {stored!r} {list(info.shape)}")
+        if vocabulary:
+            self._resize_vocabulary(vocabulary)
+
+    def _resize_vocabulary(self, sizes: set[int]) -> None:
+        """All stored embeddings and heads must have been replaced by ones of one size."""
+        names = [n for n in self.checkpoint.tensors if n.endswith(base_names.HEADS + base_names.EMBEDDINGS)]
+        stale = [n for n in names if n not in self.replaced]
+        if len(sizes) > 1 or stale:
+            what = f"{stale[0]!r} keeps its own" if stale else f"tensors disagree on it: {sorted(sizes)}"
+            raise PlacementError(f"the adapter changes the size of the vocabulary, but {what}")
+        size = sizes.pop()
+        text = self.config.get("text_config")
+        if isinstance(text, dict) and "vocab_size" in text:
+            self.changes["text_config"] = {**text, "vocab_size": size}
+        if "vocab_size" in self.config or "text_config" not in self.changes:
+            self.changes["vocab_size"] = size
+
+    # --- tied embeddings ---
+
+    def _settle_ties(self) -> None:
+        """Where input and output embeddings are tied and only one changes, the other becomes a tensor of its own."""
+        if not base_names.ties_embeddings(self.config):
+            return
+        for name in sorted(self.updated - self.checkpoint.tensors.keys()):
+            source = base_names.tied_source(name, self.checkpoint)
+            if source is not None:  # an output head that is not stored, not a stack that is stored in parts
+                self.copies[name] = source
+        embedding = self._embedding()
+        if self._head_equals(embedding):
+            return
+        head = next((n for n in self.checkpoint.tensors if n.endswith(base_names.HEADS)), None)
+        new_head = bool(self.copies) or any(e.name.endswith(base_names.HEADS) for e in self.added)
+        embedding_changes = self._changes(embedding)
+        if not (embedding_changes or self._changes(head) or new_head):
+            return
+        if head is None and not new_head and self._is_headless:
+            return
+        ends = (self.replaced.get(embedding or ""), self.replaced.get(head or ""))
+        if ends[0] is not None and ends[1] is not None and _same_tensor(ends[0], ends[1]):
+            return
+        if self.config.get("model_type") in _T5_LIKE:
+            raise PlacementError(
+                "only one of the tied embeddings is changed, and this family computes differently without the tie",
+                fix="use an adapter that changes both alike",
+            )
+        if head is None and not new_head:
+            if embedding is None or not _LANGUAGE_MODEL.fullmatch(self._architecture):
+                raise PlacementError(
+                    f"{embedding!r} is tied to an output layer whose name {self._architecture!r} does not tell"
+                )
+            self.copies[_HEAD_NAME] = embedding
+        self.changes["tie_word_embeddings"] = False
+        text = self.config.get("text_config")
+        if isinstance(text, dict) and "tie_word_embeddings" in text:
+            self.changes["text_config"] = {**self.changes.get("text_config", text), "tie_word_embeddings": False}
+
+    def _embedding(self) -> str | None:
+        stored = [n for n in self.checkpoint.tensors if n.endswith(base_names.EMBEDDINGS) and n.count(".") <= 3]
+        return stored[0] if len(stored) == 1 else None
+
+    def _changes(self, name: str | None) -> bool:
+        if name is None:
+            return False
+        if name in self.updated or name in self.values:
+            return True
+        extra = self.replaced.get(name)
+        return extra is not None and not _same_bytes(extra, self.checkpoint.tensors[name], self.checkpoint)
+
+    def _head_equals(self, embedding: str | None) -> bool:
+        """Whether the adapter brings an output head that is the embedding it is tied to; it is then left out."""
+        head = next((e for e in self.added if e.name.endswith(base_names.HEADS)), None)
+        if head is None or embedding is None or embedding in self.updated or embedding in self.values:
+            return False
+        if not _same_bytes(head, self.replaced.get(embedding) or self.checkpoint.tensors[embedding], self.checkpoint):
+            return False
+        self.added.remove(head)
+        return True
+
+    @property
+    def _is_headless(self) -> bool:
+        """Whether the base's architecture is known to have no output head."""
+        named = self._architecture
+        return not _LANGUAGE_MODEL.fullmatch(named) and _HEADLESS.fullmatch(named) is not None
+
+    # --- configuration ---
+
+    def _config_changes(self) -> dict[str, Any]:
+        changes = dict(self.changes)
+        last = [e for e in self._heads() if len(e.shape) == 2 and e.name.endswith(_LAST_LAYERS)]
+        last.sort(key=lambda e: _LAST_LAYERS.index(next(tail for tail in _LAST_LAYERS if e.name.endswith(tail))))
+        if last:
+            changes.update(self._labels(last[0].shape[0]))
+        return {key: value for key, value in changes.items() if self.config.get(key) != value}
+
+    def _labels(self, count: int) -> dict[str, Any]:
+        """The fields for that many labels, as transformers writes them: two is its default and is not written."""
+        named = self.config.get("id2label")
+        before = len(named) if isinstance(named, dict) else self.config.get("num_labels", 2)
+        if count == before:
+            return {}
+        if count == 2:
+            return {"id2label": None, "label2id": None, "num_labels": None}
+        labels = [f"LABEL_{i}" for i in range(count)]
+        return {
+            "id2label": {str(i): label for i, label in enumerate(labels)},
+            "label2id": {label: i for i, label in enumerate(labels)},
+            "num_labels": None,
+        }
+
+
+# --- small things ---------------------------------------------------------------------------------------------------
+
+
+def _targets(adapter: Adapter) -> tuple[Target, ...]:
+    return adapter.shapes() if isinstance(adapter, LoraAdapter) else adapter.targets
+
+
+def is_zero(pair: LoraTarget) -> bool:
+    """Whether a look at the factors shows that the update is zero."""
+    return pair.scale == 0 or not pair.A.any() or not pair.B.any()
+
+
+def _updated(adapter: Adapter) -> Iterable[str]:
+    """Names of the targets whose update is not seen to be zero."""
+    if isinstance(adapter, LoraAdapter):
+        return (pair.target.name for pair in adapter.targets if not is_zero(pair))
+    return (target.name for target in adapter.targets)
+
+
+def _whole(adapter: Adapter) -> list[ExtraTensor]:
+    """The extras that are whole tensors; the others are parts of an update."""
+    return [extra for extra in adapter.extras if extra.use == "replace"]
+
+
+def _gather(adapters: Sequence[Adapter]) -> list[ExtraTensor]:
+    """All whole tensors by name. Raises E-PLACE if two adapters bring different tensors of one name."""
+    found: dict[str, ExtraTensor] = {}
+    for extra in (e for adapter in adapters for e in _whole(adapter)):
+        other = found.setdefault(extra.name, extra)
+        if not _same_tensor(other, extra):
+            raise _no_place(extra, "two adapters bring different ones", "merge one of them")
+    return list(found.values())
+
+
+def _inside(name: str, prefix: str) -> bool:
+    """Whether a name lies inside the base model, stored with or without its prefix."""
+    return name.startswith(prefix) if prefix else name.partition(".")[0] not in _HEAD_MODULES
+
+
+def _no_place(extra: ExtraTensor, why: str, fix: str = "") -> PlacementError:
+    return PlacementError(f"the adapter's tensor {extra.name!r} has no place: {why}", fix=fix)
+
+
+def _array(extra: ExtraTensor) -> Array:
+    return np.frombuffer(extra.data, STORAGE[extra.dtype])
+
+
+def _cast(extra: ExtraTensor, dtype: str) -> ExtraTensor:
+    """The tensor in another float dtype, as a model of that dtype loads it."""
+    if extra.dtype == dtype:
+        return extra
+    data = round_to(decode(_array(extra), extra.dtype), dtype).tobytes()
+    return ExtraTensor(extra.name, dtype, extra.shape, data)
+
+
+def _same_values(extra: ExtraTensor, info: TensorInfo, checkpoint: Checkpoint) -> bool:
+    """Whether an extra holds the numbers of a stored float tensor of its shape, in whatever dtype."""
+    ours = _array(extra)
+    step = _COMPARE_BYTES // STORAGE[info.dtype].itemsize
+    for start in range(0, ours.size, step):
+        some = ours[start : start + step]
+        size = STORAGE[info.dtype].itemsize
+        theirs = np.frombuffer(checkpoint.read(info, start * size, some.size * size), STORAGE[info.dtype])
+        if not np.array_equal(decode(some, extra.dtype), decode(theirs, info.dtype)):
+            return False
+    return True
+
+
+def _same_tensor(one: ExtraTensor, other: ExtraTensor) -> bool:
+    return (one.dtype, one.shape, one.data) == (other.dtype, other.shape, other.data)
+
+
+def _same_bytes(extra: ExtraTensor, other: TensorInfo | ExtraTensor, checkpoint: Checkpoint) -> bool:
+    if isinstance(other, ExtraTensor):
+        return _same_tensor(extra, other)
+    return (extra.dtype, extra.shape) == (other.dtype, other.shape) and all(
+        extra.data[start : start + _COMPARE_BYTES]
+        == checkpoint.read(other, start, min(_COMPARE_BYTES, other.nbytes - start))
+        for start in range(0, other.nbytes, _COMPARE_BYTES)
+    )

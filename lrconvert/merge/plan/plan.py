@@ -1,0 +1,424 @@
+"""Planning a merge: what every tensor and file of the output is made of. Nothing is written, no weight is read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lrconvert.core.dtypes import FLOATS, STORAGE, Array, decode, round_to
+from lrconvert.core.errors import BaseError, FingerprintError, LrcError, OptionError, PlacementError, QuantizedBaseError
+from lrconvert.core.limits import MAX_INDEX_BYTES
+from lrconvert.io.container import (
+    INDEX_NAME,
+    JOURNAL,
+    SINGLE_NAME,
+    Checkpoint,
+    ContainerFile,
+    TensorInfo,
+    contained,
+    encode_header,
+    read_small,
+)
+from lrconvert.lora import base_names
+from lrconvert.lora.adapter import ExtraTensor, LoraAdapter, Target
+from lrconvert.merge.plan import extra_tensors
+from lrconvert.merge.plan.extra_tensors import Placement
+from lrconvert.merge.plan.updates import Adapter, Origin, Piece, Scaled, Source, extent, is_turned, targets_of
+from lrconvert.methods import base as methods
+
+CONFIG_NAME = "config.json"
+RECORDS = ".lrconvert"
+# Weights in other formats would be those of the base, so they are left out; so are indexes of them.
+_OTHER_WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ggml"),
+    *(".tflite", ".ot", ".npz", ".pkl", ".mlmodel", ".bin.index.json", ".h5.index.json", ".msgpack.index.json"),
+    ".safetensors.index.json",
+)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Trained rows of an embedding: `values` (n, features) as the embedding stores them take the places `index`."""
+
+    index: Array
+    values: Array
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor of the output: bytes of `source`, or `data`, with the updates of `pieces` added, or `rows` put in.
+
+    `base` is the tensor of the base whose place it takes, None for one that the base does not have.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    base: TensorInfo | None = None
+    source: TensorInfo | None = None
+    data: bytes | None = None
+    pieces: tuple[Piece, ...] = ()
+    rows: Rows | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=object)) * STORAGE[self.dtype].itemsize
+
+    @property
+    def is_touched(self) -> bool:
+        """Whether its values are computed."""
+        return bool(self.pieces) or self.rows is not None
+
+    @property
+    def is_copy(self) -> bool:
+        return self.data is None and not self.is_touched
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One weight file of the output. `file` is the one of the base that has its name and order of tensors, if any."""
+
+    name: str
+    header: bytes
+    outputs: tuple[Output, ...]
+    file: ContainerFile | None = None
+
+    @property
+    def size(self) -> int:
+        return len(self.header) + sum(o.nbytes for o in self.outputs)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`texts` are config.json and index where they change, `copies` other files of the base; `contents` the digests of
+    base contents that the adapters were made for."""
+
+    checkpoint: Checkpoint
+    sources: tuple[Source, ...]
+    placement: Placement
+    shards: tuple[Shard, ...]
+    texts: Mapping[str, bytes]
+    copies: Mapping[str, Path]
+    left_out: tuple[str, ...]
+    contents: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def outputs(self) -> Iterable[Output]:
+        return (output for shard in self.shards for output in shard.outputs)
+
+    @property
+    def touched(self) -> tuple[Output, ...]:
+        return tuple(o for o in self.outputs if o.is_touched)
+
+    @property
+    def files(self) -> dict[str, int]:
+        """Name and size of every file of the output, but for the record."""
+        sizes = {name: path.stat().st_size for name, path in self.copies.items()}
+        sizes.update({name: len(text) for name, text in self.texts.items()})
+        sizes.update({shard.name: shard.size for shard in self.shards})
+        return dict(sorted(sizes.items()))
+
+
+def plan(inputs: Sequence[Scaled], checkpoint: Checkpoint, shard_bytes: int | None = None) -> Plan:
+    """The plan of merging `inputs` into `checkpoint`, with its own shards or with ones of at most `shard_bytes`.
+
+    Raises E-BASE, E-ORIENT, E-PLACE, E-BASE-QUANT, E-OPTION, and E-FPR if the adapters were made for different bases.
+    """
+    adapters = [item.adapter for item in inputs]
+    resolved = [_resolve(adapter, checkpoint) for adapter in adapters]
+    placement = extra_tensors.place(adapters, resolved, checkpoint)
+    placed = checkpoint.tensors.keys() | placement.copies.keys()
+    try:
+        found = _pieces(inputs, resolved, checkpoint)
+        pieces = {name: some for name, some in found.items() if name in placed}  # the rest is zero
+        rows = _rows(adapters, placement, pieces, checkpoint)
+    except LrcError as error:
+        raise error.at(checkpoint.root) from None
+    for name in (*pieces, *rows):
+        dtype = checkpoint.tensors[placement.copies.get(name, name)].dtype
+        if dtype not in FLOATS:
+            raise QuantizedBaseError(
+                f"the target {name!r} is stored as {dtype}",
+                fix="use the unquantized parent of this checkpoint",
+                path=checkpoint.root,
+            )
+    shards = _shards(checkpoint, placement, pieces, rows, shard_bytes)
+    copies, left_out = other_files(checkpoint)
+    texts = {}
+    if placement.config or checkpoint.is_derived:
+        texts[CONFIG_NAME] = _config_text(checkpoint.config, placement.config)
+    same = all(shard.file and shard.header == shard.file.header_bytes for shard in shards)
+    if checkpoint.index_path is not None and same and not checkpoint.is_derived:
+        copies[INDEX_NAME] = checkpoint.index_path
+    elif len(shards) > 1 or (checkpoint.index_path is not None and shard_bytes is None):
+        texts[INDEX_NAME] = _json(_index(checkpoint, shards), sort=True)
+    copies = {name: path for name, path in copies.items() if name not in texts}
+    sources = tuple(Source(adapter) for adapter in adapters)
+    return Plan(checkpoint, sources, placement, shards, texts, copies, left_out, _contents(adapters))
+
+
+def _resolve(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
+    if isinstance(adapter, LoraAdapter):
+        return base_names.resolve(adapter, checkpoint)
+    return base_names.resolve(adapter, checkpoint)
+
+
+def _contents(adapters: Sequence[Adapter]) -> frozenset[str]:
+    """The contents of the base that compact adapters name. Raises E-FPR if they name different ones."""
+    wanted = {a.base.content for a in adapters if not isinstance(a, LoraAdapter)} - {""}
+    if len(wanted) > 1:
+        raise FingerprintError("the adapters were made for bases of different contents", fix="merge one of them")
+    return frozenset(wanted)
+
+
+# --- updates --------------------------------------------------------------------------------------------------------
+
+
+def _pieces(
+    inputs: Sequence[Scaled], resolved: Sequence[Adapter], checkpoint: Checkpoint
+) -> dict[str, tuple[Piece, ...]]:
+    """The updates of every parameter, by its name in the base."""
+    found: dict[str, list[Piece]] = {}
+    index = base_names.NameIndex.of(checkpoint)
+    for number, (item, there) in enumerate(zip(inputs, resolved, strict=True)):
+        is_based = methods.needs_base(item.adapter)
+        magnitudes = {e.name: e for e in item.adapter.extras if e.use == "magnitude"}
+        if magnitudes and item.scale != 1:
+            raise OptionError("a DoRA adapter cannot be scaled: its magnitudes hold for the whole of its update")
+        for which, (ours, target) in enumerate(zip(targets_of(item.adapter), targets_of(there), strict=True)):
+            magnitude = magnitudes.pop(ours.name, None)
+            for piece_of, origin in _origins(number, which, item.scale, target, index, checkpoint):
+                found.setdefault(piece_of.name, []).append(Piece(*extent(piece_of), origin, magnitude, is_based))
+        if magnitudes:
+            raise _no_place(next(iter(magnitudes.values())), "the adapter has no update of this parameter")
+        for which, extra in enumerate(item.adapter.extras):
+            if extra.use == "add":
+                name = index.find(extra.name)
+                if name is None or checkpoint.tensors[name].shape != extra.shape:
+                    what = "has no such bias" if name is None else f"has {list(checkpoint.tensors[name].shape)}"
+                    raise _no_place(extra, f"the base {what}", "merge with `--exclude` cannot help: train without it")
+                origin = Origin(number, which, item.scale, bias=True)
+                found.setdefault(name, []).append(Piece(0, 1, extra.shape[0], origin))
+    for name, pieces in found.items():
+        if len({piece.cols for piece in pieces}) > 1:
+            raise BaseError(f"the adapters see the parameter {name!r} in views that do not go together")
+        for piece in pieces:
+            if piece.is_alone and any(p is not piece and _meet(p, piece) for p in pieces):
+                raise PlacementError(
+                    f"two adapters update {name!r}, and one of them is no sum with the base's weights",
+                    fix="merge one after the other",
+                )
+    return {name: tuple(pieces) for name, pieces in found.items()}
+
+
+def _origins(
+    number: int, which: int, scale: float, target: Target, index: base_names.NameIndex, checkpoint: Checkpoint
+) -> list[tuple[Target, Origin]]:
+    """The stored parameters that a target is, with where their updates come from: itself, or the parts of an expert."""
+    origin = Origin(number, which, scale, is_turned(target))
+    parts = () if target.name in checkpoint.tensors else base_names.parts(target, index, checkpoint)
+    if not parts:
+        return [(target, origin)]
+    return [(part.target, replace(origin, turned=False, rows=(part.start, part.stop))) for part in parts]
+
+
+def _meet(one: Piece, other: Piece) -> bool:
+    return one.start < other.stop and other.start < one.stop
+
+
+def _no_place(extra: ExtraTensor, why: str, fix: str = "") -> PlacementError:
+    return PlacementError(f"the adapter's {extra.name!r} ({extra.use}) has no place: {why}", fix=fix)
+
+
+def _rows(
+    adapters: Sequence[Adapter], placement: Placement, pieces: Mapping[str, Any], checkpoint: Checkpoint
+) -> dict[str, Rows]:
+    """Trained token rows by the stored embedding that they go into; both ends of a tie that is stored twice."""
+    index = base_names.NameIndex.of(checkpoint)
+    found: dict[str, Rows] = {}
+    for adapter in adapters:
+        places = {e.name: e for e in adapter.extras if e.use == "row_indices"}
+        for extra in (e for e in adapter.extras if e.use == "rows"):
+            if extra.name not in places:
+                raise _no_place(extra, "nothing says which rows these are")
+            name = index.find(extra.name) or base_names.tied_source(extra.name, checkpoint)
+            if name is None:
+                raise _no_place(extra, "the base has no such embedding")
+            if name in pieces or name in placement.replaced or name in placement.values:
+                raise _no_place(extra, "the embedding itself is changed too", "merge one after the other")
+            if name in placement.copies.values():
+                raise _no_place(extra, "the output layer that is tied to it becomes one of its own", "merge them apart")
+            rows = _row_patch(extra, places[extra.name], checkpoint.tensors[name])
+            for end in (name, *_tied_twin(name, checkpoint)):
+                if end in found:
+                    raise _no_place(extra, "two adapters bring rows of it", "merge one after the other")
+                found[end] = rows
+    return found
+
+
+def _row_patch(extra: ExtraTensor, places: ExtraTensor, info: TensorInfo) -> Rows:
+    index = np.frombuffer(places.data, STORAGE[places.dtype]).astype(np.int64)
+    if len(info.shape) != 2 or extra.shape[1:] != info.shape[1:] or index[-1] >= info.shape[0]:
+        raise _no_place(extra, f"the base has {list(info.shape)}, the last row is {index[-1]}", "resize the base first")
+    if extra.dtype not in FLOATS or info.dtype not in FLOATS:
+        raise _no_place(extra, f"it is {extra.dtype}, the base {info.dtype}")
+    values = np.frombuffer(extra.data, STORAGE[extra.dtype]).reshape(extra.shape)
+    if extra.dtype != info.dtype:
+        values = round_to(decode(values, extra.dtype), info.dtype)
+    return Rows(index, values)
+
+
+def _tied_twin(name: str, checkpoint: Checkpoint) -> list[str]:
+    """The output head that is tied to the embedding `name` and stored all the same."""
+    if not name.endswith(base_names.EMBEDDINGS) or not base_names.ties_embeddings(checkpoint.config):
+        return []
+    shape = checkpoint.tensors[name].shape
+    return [n for n, t in checkpoint.tensors.items() if n.endswith(base_names.HEADS) and t.shape == shape]
+
+
+# --- planning files -------------------------------------------------------------------------------------------------
+
+
+def _shards(
+    checkpoint: Checkpoint,
+    placement: Placement,
+    pieces: Mapping[str, tuple[Piece, ...]],
+    rows: Mapping[str, Rows],
+    shard_bytes: int | None,
+) -> tuple[Shard, ...]:
+    groups = [
+        [
+            _output(info, placement, pieces.get(info.name, ()), rows.get(info.name))
+            for info in file.tensors
+            if info.name not in placement.dropped
+        ]
+        for file in checkpoint.files
+    ]
+    groups[-1] += _new_outputs(checkpoint, placement, pieces)
+    _check_names(groups, checkpoint)
+    if shard_bytes is None:
+        return tuple(_shard(file, outputs) for file, outputs in zip(checkpoint.files, groups, strict=True))
+    packed = _packed([output for group in groups for output in group], shard_bytes)
+    names = [f"model-{n + 1:05}-of-{len(packed):05}.safetensors" for n in range(len(packed))]
+    metadata = checkpoint.files[0].metadata
+    return tuple(
+        _written_anew(SINGLE_NAME if len(packed) == 1 else name, outputs, metadata)
+        for name, outputs in zip(names, packed, strict=True)
+    )
+
+
+def _new_outputs(checkpoint: Checkpoint, placement: Placement, pieces: Mapping[str, tuple[Piece, ...]]) -> list[Output]:
+    """Tensors that the base does not have."""
+    added = [Output(extra.name, extra.dtype, extra.shape, data=extra.data) for extra in placement.added]
+    for name, origin in placement.copies.items():
+        info = checkpoint.tensors[origin]
+        data = placement.values[name].data if name in placement.values else None
+        added.append(Output(name, info.dtype, info.shape, None, info, data, pieces.get(name, ())))
+    return added
+
+
+def _check_names(groups: Sequence[Sequence[Output]], checkpoint: Checkpoint) -> None:
+    names = [output.name for group in groups for output in group]
+    if len(set(names)) < len(names):
+        raise PlacementError("a tensor that the adapter adds has the name of one of the base's", path=checkpoint.root)
+
+
+def _shard(file: ContainerFile, outputs: Sequence[Output]) -> Shard:
+    """A shard of the base; its header stays as it is if no tensor changes name, dtype or shape."""
+    before = [(info.name, info.dtype, info.shape) for info in file.tensors]
+    if [(o.name, o.dtype, o.shape) for o in outputs] == before:
+        return Shard(file.path.name, file.header_bytes, tuple(outputs), file)
+    return replace(_written_anew(file.path.name, outputs, file.metadata), file=file)
+
+
+def _written_anew(name: str, outputs: Sequence[Output], metadata: Mapping[str, str]) -> Shard:
+    # Wider dtypes first, as safetensors does, so that every tensor stays aligned.
+    ordered = sorted(outputs, key=lambda o: -STORAGE[o.dtype].itemsize)
+    return Shard(name, encode_header([(o.name, o.dtype, o.shape) for o in ordered], metadata), tuple(ordered))
+
+
+def _packed(outputs: Sequence[Output], shard_bytes: int) -> list[list[Output]]:
+    """`outputs` in order, in groups of at most `shard_bytes`; a larger one has a group of its own."""
+    groups: list[list[Output]] = []
+    room = 0
+    for output in outputs:
+        if not groups or output.nbytes > room:
+            groups.append([])
+            room = shard_bytes
+        groups[-1].append(output)
+        room -= output.nbytes
+    return groups
+
+
+def _output(info: TensorInfo, placement: Placement, pieces: tuple[Piece, ...], rows: Rows | None) -> Output:
+    name = placement.prefix + info.name
+    if info.name in placement.replaced:
+        extra = placement.replaced[info.name]
+        return Output(name, extra.dtype, extra.shape, info, data=extra.data)
+    data = placement.values[info.name].data if info.name in placement.values else None
+    return Output(name, info.dtype, info.shape, info, info, data, pieces, rows)
+
+
+def _index(checkpoint: Checkpoint, shards: Sequence[Shard]) -> dict[str, Any]:
+    """The shard index of the output: the base's with other names, shards and totals."""
+    outputs = [(o, shard.name) for shard in shards for o in shard.outputs]
+    totals = {
+        "total_size": sum(o.nbytes for o, _ in outputs),
+        "total_parameters": sum(int(np.prod(o.shape)) for o, _ in outputs),
+    }
+    metadata = checkpoint.index.get("metadata")
+    if checkpoint.index_path is None:
+        metadata = {"total_size": 0}
+    index = {**checkpoint.index, "weight_map": {o.name: name for o, name in outputs}}
+    if isinstance(metadata, dict):
+        index["metadata"] = {key: totals.get(key, value) for key, value in metadata.items()}
+    return index
+
+
+def _config_text(config: Mapping[str, Any], changes: Mapping[str, Any]) -> bytes:
+    """config.json with fields set, or removed where the change is None; keys stay sorted if they were."""
+    merged = {key: value for key, value in {**config, **changes}.items() if changes.get(key, ...) is not None}
+    return _json(merged, sort=list(config) == sorted(config))
+
+
+def base_texts(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """config.json and index of a base, as they are or as they would be."""
+    if checkpoint.is_derived:
+        texts = {CONFIG_NAME: _config_text(checkpoint.config, {})}
+        return texts | ({INDEX_NAME: _json(checkpoint.index, sort=True)} if checkpoint.index_path else {})
+    paths = [checkpoint.root / CONFIG_NAME, *([checkpoint.index_path] if checkpoint.index_path else [])]
+    return {path.name: read_small(path, MAX_INDEX_BYTES) for path in paths if path.exists()}
+
+
+def _json(value: Any, *, sort: bool) -> bytes:
+    """JSON as transformers writes it."""
+    return (json.dumps(value, indent=2, sort_keys=sort) + "\n").encode()
+
+
+def other_files(checkpoint: Checkpoint) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """Files of the base's folder beside its weights: those to copy (by name), and those left out (hidden folders, files
+    that are links out of the folder, weights in other formats)."""
+    root = checkpoint.root
+    ours = {file.path.name for file in checkpoint.files} | {INDEX_NAME}
+    copies, left_out = {}, []
+    for folder, folders, names in os.walk(root):
+        place = Path(folder).relative_to(root)
+        hidden = [name for name in folders if name.startswith(".") and (place / name).as_posix() != RECORDS]
+        left_out += [f"{(place / n).as_posix()}/" for n in folders if n in hidden or (Path(folder) / n).is_symlink()]
+        folders[:] = sorted(n for n in folders if n not in hidden and (place / n).as_posix() != JOURNAL)
+        for name in names:
+            path, shown = Path(folder) / name, (place / name).as_posix()
+            if shown in ours:
+                continue
+            kept = place.parts[:1] == (RECORDS,) or not name.lower().endswith(_OTHER_WEIGHTS)
+            if path.is_file() and contained(root, path) and kept:
+                copies[shown] = path
+            else:
+                left_out.append(shown)
+    return copies, tuple(sorted(left_out))

@@ -1,0 +1,94 @@
+"""What a merge, an unmerge or a verification did: plain data for people and scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lrconvert.merge.arithmetic.exact import MergeStats
+
+
+@dataclass(frozen=True)
+class MergedTensor:
+    """One tensor that updates were added to; after a dry run the tally has only its elements."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    updates: int
+    tally: MergeStats
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was merged, or would be. `files` are (name, bytes) of the output, without the record; `left_out` files of
+    the base that are not in it; `placed`, `added`, `dropped` tensors that are not the base's any more; `config` the
+    changed fields. `record` is the folder that undoes the merge, in the output, "" if none was wanted; `record_bytes`
+    its size; `touched_bytes` those of the tensors that the merge changes."""
+
+    tensors: tuple[MergedTensor, ...]
+    placed: tuple[str, ...]
+    added: tuple[str, ...]
+    dropped: tuple[str, ...]
+    config: Mapping[str, Any]
+    files: tuple[tuple[str, int], ...]
+    left_out: tuple[str, ...]
+    dry_run: bool = False
+    warnings: tuple[str, ...] = ()
+    record: str = ""
+    record_bytes: int = 0
+    touched_bytes: int = 0
+    can_undo: bool = False
+
+    @property
+    def tally(self) -> MergeStats:
+        """Over all tensors: elements, how many changed, rounding errors."""
+        return sum((t.tally for t in self.tensors), MergeStats())
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(size for _, size in self.files)
+
+
+@dataclass(frozen=True)
+class UnmergeReport:
+    """What an unmerge restored. `restored` names tensors that the merge had changed, `removed` those that it had added;
+    `files` (name, bytes) of the output; `remaining` merges that are still in it. `verified` says whether all tensors
+    were compared with the digests of the base."""
+
+    record: str
+    restored: tuple[str, ...]
+    removed: tuple[str, ...]
+    files: tuple[tuple[str, int], ...]
+    remaining: int
+    verified: bool
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(size for _, size in self.files)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One way in which a model is not the merge of a base and adapters. `elements` differ, of all that there are."""
+
+    name: str
+    what: str
+    elements: int = 0
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """Whether a model is the merge of a base and adapters: every tensor was computed again and compared."""
+
+    tensors: int
+    recomputed: int
+    nbytes: int
+    differences: tuple[Difference, ...]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        return not self.differences

@@ -1,0 +1,109 @@
+"""Where a merge puts its weight files: into a folder under construction or, in place, mostly nowhere yet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from lrconvert.core.dtypes import Array
+from lrconvert.core.errors import LrcError
+from lrconvert.io.container import ContainerFile, TensorInfo, tensor_hasher
+from lrconvert.io.durable import CONTENT, Buffer, Work, Writer
+from lrconvert.merge.journal import Done, Patch
+from lrconvert.merge.plan.plan import Output, Shard
+
+_CHUNK = 1 << 23
+
+
+class Sink(Protocol):
+    """Where a merge puts its weight files."""
+
+    work: Work
+    is_copy: bool  # whether the output is a folder of its own, with all other files of the base in it
+
+    def open(self, shard: Shard) -> AbstractContextManager[Writer]:
+        """What the bytes of a weight file are written to."""
+        ...
+
+    def change(self, output: Output, first: int, before: Array, after: Array) -> None:
+        """Told of the rows from `first` on of a touched tensor; called behind the computation, in order."""
+        ...
+
+    def finish(self, shard: Shard) -> Patch | None:
+        """Called when all of a file was written; the patch that changes it, if that is how it is done."""
+        ...
+
+    def note(self, done: Done, shard: Shard) -> None:
+        """Told of every finished file, also of an earlier run."""
+        ...
+
+    def kept(self, done: Done, shard: Shard) -> list[str] | None:
+        """The names, in the folder of the work, that an earlier run left of a finished file; None if they are not as
+        they were then."""
+        ...
+
+
+@dataclass
+class FolderSink:
+    """A new folder: every weight file is written into it."""
+
+    work: Work
+    is_copy: bool = True
+
+    def open(self, shard: Shard) -> AbstractContextManager[Writer]:
+        return self.work.content.create(shard.name)
+
+    def change(self, output: Output, first: int, before: Array, after: Array) -> None:
+        """Nothing: the file itself has them."""
+
+    def finish(self, shard: Shard) -> Patch | None:
+        return None
+
+    def note(self, done: Done, shard: Shard) -> None:
+        """Nothing: the folder has it."""
+
+    def kept(self, done: Done, shard: Shard) -> list[str] | None:
+        wanted = dict(done.added) | {t.output: t.after for t in done.tensors if t.output}
+        return [f"{CONTENT}/{shard.name}"] if has_digests(self.work.content.root / shard.name, shard, wanted) else None
+
+
+class Nowhere:
+    """Takes bytes, and counts them."""
+
+    def __init__(self) -> None:
+        self.position = 0
+
+    def write(self, data: Buffer) -> int:
+        self.position += memoryview(data).nbytes
+        return memoryview(data).nbytes
+
+    def copy(self, source: int, offset: int, nbytes: int) -> None:
+        self.position += nbytes
+
+    def __enter__(self) -> Nowhere:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """There is nothing to close."""
+
+
+def has_digests(path: Path, shard: Shard, wanted: Mapping[str, str]) -> bool:
+    """Whether a weight file has the header of `shard` and tensors with the digests `wanted`."""
+    try:
+        with ContainerFile(path) as file:
+            return file.header_bytes == shard.header and all(
+                wanted.get(info.name) == file_tensor_digest(file, info) for info in file.tensors
+            )
+    except LrcError:
+        return False
+
+
+def file_tensor_digest(file: ContainerFile, info: TensorInfo) -> str:
+    """The digest of a tensor of an open file."""
+    digest = tensor_hasher(info.name, info.dtype, info.shape)
+    for offset in range(0, info.nbytes, _CHUNK):
+        digest.update(file.read(info, offset, min(_CHUNK, info.nbytes - offset)))
+    return digest.hexdigest()

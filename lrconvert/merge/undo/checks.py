@@ -1,0 +1,60 @@
+"""What every undoing does, wherever it writes: its checks and its report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from lrconvert.core.errors import UndoError
+from lrconvert.io.container import Checkpoint
+from lrconvert.merge.plan.plan import RECORDS
+from lrconvert.merge.report import UnmergeReport
+from lrconvert.merge.undo import record as records
+from lrconvert.merge.undo.record import OpenRecord
+
+
+def check_undoable(opened: OpenRecord, checkpoint: Checkpoint) -> None:
+    """Raise E-UNDO if a record has digests only, or a merged model lacks tensors of it, or has ones that it does not
+    know."""
+    record = opened.record
+    if not record.can_undo:
+        raise UndoError(
+            "the merge was made with --no-undo, so the record has digests only",
+            fix="give the base: --from-base",
+            path=opened.folder,
+        )
+    known = {t.output for t in record.tensors if t.output} | set(record.added)
+    missing, strange = sorted(known - set(checkpoint.tensors)), sorted(set(checkpoint.tensors) - known)
+    if missing or strange:
+        what = f"lacks {missing[0]!r}" if missing else f"has {strange[0]!r}, which the merge did not write"
+        raise UndoError(
+            f"the model {what}",
+            fix="it was changed since the merge; give the base: --from-base",
+            path=checkpoint.root,
+        )
+
+
+def changed_files(opened: OpenRecord, copies: Mapping[str, Path]) -> tuple[str, ...]:
+    """What the user should know of the files beside the weights, `copies`, which are kept as they are."""
+    record, warnings = opened.record, []
+    for name, path in sorted(copies.items()):
+        if name in record.texts or name.startswith(f"{RECORDS}/"):
+            continue
+        if record.others.get(name) != records.file_digest(path):
+            how = "was changed" if name in record.others else "was added"
+            warnings.append(f"{name} {how} since the merge and is kept as it is")
+    missing = sorted(set(record.others) - set(copies) - set(record.texts))
+    return (*warnings, *(f"{name} was removed since the merge and is not restored" for name in missing))
+
+
+def undone(opened: OpenRecord, files: Mapping[str, int], warnings: tuple[str, ...]) -> UnmergeReport:
+    """The report of a merge that was undone with its record."""
+    return UnmergeReport(
+        record=opened.folder.name,
+        restored=tuple(t.name for t in opened.record.tensors if t.codes),
+        removed=tuple(sorted(opened.record.added)),
+        files=tuple(sorted(files.items())),
+        remaining=opened.record.number - 1,
+        verified=True,
+        warnings=warnings,
+    )

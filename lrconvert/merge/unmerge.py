@@ -1,0 +1,168 @@
+"""Undo a merge: every byte of the base's weights comes back, and is compared with its digest before anything appears.
+
+Normative text: ``formats/undo-v1.md``.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from lrconvert.core.errors import BaseError, FingerprintError, LrcError, OptionError
+from lrconvert.io.container import Checkpoint, TensorInfo, combined_digest, open_checkpoint, tensor_hasher, unfinished
+from lrconvert.io.durable import StagedDirectory, atomic_directory, check_output, require_space
+from lrconvert.merge.arithmetic import products
+from lrconvert.merge.arithmetic.exact import Workspace
+from lrconvert.merge.arithmetic.products import Products
+from lrconvert.merge.in_place.merge import unmerge_in_place
+from lrconvert.merge.in_place.model_folder import ModelFolder
+from lrconvert.merge.job import check_replaceable
+from lrconvert.merge.plan.plan import CONFIG_NAME, other_files
+from lrconvert.merge.report import UnmergeReport
+from lrconvert.merge.undo import record as records
+from lrconvert.merge.undo.checks import changed_files, check_undoable, undone
+from lrconvert.merge.undo.record import OpenRecord
+from lrconvert.merge.undo.restoring import Restorer, digest_into
+from lrconvert.merge.writing import Progress
+
+_SPACE_MARGIN = 1.02
+
+
+def unmerge(
+    merged: Path,
+    out: Path | None = None,
+    *,
+    in_place: bool = False,
+    resume: bool = False,
+    number: int | None = None,
+    from_base: Path | None = None,
+    overwrite: bool = False,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> UnmergeReport:
+    """Write the folder `out` (without it: replace `merged` in one step) with the base that the last merge started from.
+
+    With `in_place` the weight files of `merged` are restored one after the other, or only the rows that the merge
+    changed; a broken off one goes on with `resume`. With `from_base` the bytes come from that base, compared with the
+    record's digests where there is a record. `device` as for `merge`. Raises E-UNDO (no record, or one that cannot
+    undo), E-UNDO-ORDER (`number` is not the last merge), E-DIGEST (weights or record changed since the merge), E-OUT-*,
+    E-OPTION, E-LOCKED, E-DEVICE, E-IO-*: nothing is changed then. E-UNFINISHED: an unmerge in place was broken off;
+    `recover` finishes it.
+    """
+    report, multiply = progress or (lambda fraction, text: None), products.on(device)
+    if in_place:
+        for given, name in ((out is not None, "--output"), (overwrite, "--overwrite"), (from_base, "--from-base")):
+            if given:
+                raise OptionError(f"{name} does not go with --in-place", fix="leave out one of them")
+        return unmerge_in_place(merged, number, report, resume=resume, products=multiply)
+    if ModelFolder(merged).is_ready:
+        raise unfinished(merged)
+    if resume:
+        raise OptionError("--resume is for an unmerge in place", fix="add --in-place")
+    place = merged if out is None else out
+    if out is not None:
+        check_output(out, overwrite, [merged, *([] if from_base is None else [from_base])], directory=True)
+        check_replaceable(out)
+    if from_base is not None:
+        return _copy_base(merged, from_base, place, out is None or overwrite, number, report)
+    with ExitStack() as stack:
+        opened = stack.enter_context(OpenRecord(records.latest(merged, number)))
+        checkpoint = stack.enter_context(open_checkpoint(merged))
+        check_undoable(opened, checkpoint)
+        require_space(place, int(sum(size for _, size in opened.record.files) * _SPACE_MARGIN))
+        folder = stack.enter_context(atomic_directory(place, overwrite=out is None or overwrite))
+        try:
+            done = _write(opened, checkpoint, folder, report, multiply)
+        except LrcError as error:
+            raise error.at(merged) from None
+        for file in checkpoint.files:
+            file.check_unchanged()
+    return done
+
+
+def _write(
+    opened: OpenRecord, checkpoint: Checkpoint, folder: StagedDirectory, progress: Progress, multiply: Products
+) -> UnmergeReport:
+    """Write the base's files into a staged folder."""
+    total, done = max(1, sum(size for _, size in opened.record.files)), 0
+    files: dict[str, int] = {}
+
+    def advance(info: TensorInfo) -> None:
+        nonlocal done
+        done += info.nbytes
+        progress(min(1.0, done / total), info.name)
+
+    with Workspace(products=multiply) as workspace, Restorer(opened, checkpoint, workspace) as restorer:
+        for number, (name, _) in enumerate(opened.record.files):
+            with folder.create(name) as file:
+                restorer.file(number, file, advance)
+                files[name] = file.position
+    opened.check_content()
+    copies, _ = other_files(checkpoint)
+    warnings = changed_files(opened, copies)
+    for name, path in sorted(copies.items()):
+        if name not in opened.record.texts and not opened.holds(name):
+            files[name] = folder.copy_file(path, name)
+    for name in opened.record.texts:
+        text = opened.text(f"base/{name}")
+        folder.write_bytes(name, text)
+        files[name] = len(text)
+    return undone(opened, files, warnings)
+
+
+# --- from the base itself -------------------------------------------------------------------------------------------
+
+
+def _copy_base(
+    merged: Path, base: Path, place: Path, overwrite: bool, number: int | None, progress: Progress
+) -> UnmergeReport:
+    """A copy of `base`, if it is what the last record of `merged` says, or without a record, has tensors like it."""
+    found = records.numbered(merged)
+    folder_of_record = records.latest(merged, number) if found or number is not None else None
+    with ExitStack() as stack:
+        ours = stack.enter_context(open_checkpoint(merged))
+        theirs = stack.enter_context(open_checkpoint(base))
+        content = None
+        if folder_of_record is not None:
+            content = stack.enter_context(OpenRecord(folder_of_record)).record.content
+        else:
+            _check_alike(ours, theirs)
+        copies, _ = other_files(theirs)
+        for path in (theirs.root / CONFIG_NAME, *([theirs.index_path] if theirs.index_path else [])):
+            if path.exists():
+                copies[path.name] = path
+        sizes = {file.path.name: file.size for file in theirs.files}
+        require_space(place, int(sum(sizes.values()) * _SPACE_MARGIN))
+        folder = stack.enter_context(atomic_directory(place, overwrite=overwrite))
+        total, done = max(1, sum(sizes.values())), 0
+        digests = []
+        for file in theirs.files:
+            for info in file.tensors if content is not None else ():
+                digest = tensor_hasher(info.name, info.dtype, info.shape)
+                digest_into(theirs, info, digest)
+                digests.append((info.name, digest.hexdigest()))
+            with folder.create(file.path.name) as new:
+                new.copy(file.fileno(), 0, file.size)
+            done += file.size
+            progress(done / total, file.path.name)
+        if content is not None and combined_digest(digests) != content:
+            raise FingerprintError("is not the base that was merged into", fix="use the same revision", path=base)
+        sizes |= {name: folder.copy_file(path, name) for name, path in copies.items()}
+        for file in theirs.files:
+            file.check_unchanged()
+    return UnmergeReport(
+        record="" if folder_of_record is None else folder_of_record.name,
+        restored=(),
+        removed=tuple(sorted(set(ours.tensors) - set(theirs.tensors))),
+        files=tuple(sorted(sizes.items())),
+        remaining=len(records.numbered(place)),
+        verified=content is not None,
+        warnings=() if content is not None else ("there is no record, so nothing shows that this is the base",),
+    )
+
+
+def _check_alike(ours: Checkpoint, theirs: Checkpoint) -> None:
+    """Raise E-BASE unless the models have the same tensors but for a few."""
+    shared = [n for n, t in theirs.tensors.items() if n in ours.tensors and ours.tensors[n].shape == t.shape]
+    if 2 * len(shared) < len(theirs.tensors):
+        raise BaseError("does not have the tensors of the merged model", fix="give its own base", path=theirs.root)

@@ -1,0 +1,105 @@
+"""Confirm from the files alone that a model is the merge of a base and adapters: every value is computed again.
+
+Rounding is part of the format (``formats/merge-v1.md``), so confirming is comparing bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lrconvert.core.dtypes import STORAGE, Array
+from lrconvert.io.container import Checkpoint, TensorInfo, open_checkpoint
+from lrconvert.merge.arithmetic import products
+from lrconvert.merge.arithmetic.exact import Workspace
+from lrconvert.merge.compute import Computer, read_rows
+from lrconvert.merge.plan.plan import Output, Plan, plan
+from lrconvert.merge.plan.updates import Adapter, Scaled
+from lrconvert.merge.quantized_base import open_base
+from lrconvert.merge.report import Difference, VerifyReport
+
+_CHUNK = 1 << 24
+
+
+def verify(
+    merged: Path,
+    base: Path,
+    adapters: Sequence[Adapter | Scaled],
+    *,
+    dequantize: bool = False,
+    device: str = "cpu",
+    progress: Callable[[float, str], None] | None = None,
+) -> VerifyReport:
+    """Compare the tensors and the configuration of `merged` with what merging `adapters` into `base` gives, however
+    either is cut into files; `dequantize` and `device` as for `merge`. Reads all of both; writes nothing. Raises what a
+    merge raises before it writes.
+    """
+    inputs = [item if isinstance(item, Scaled) else Scaled(item) for item in adapters]
+    with (
+        open_checkpoint(merged) as found,
+        open_base(base, dequantize=dequantize) as checkpoint,
+        Workspace(products=products.on(device)) as workspace,
+    ):
+        planned = plan(inputs, checkpoint)
+        computer = Computer(planned, workspace)
+        differences = list(_structure(planned, found))
+        outputs = list(planned.outputs)
+        total, done, recomputed = max(1, sum(o.nbytes for o in outputs)), 0, 0
+        for output in outputs:
+            info = found.tensors.get(output.name)
+            if info is not None and (info.dtype, info.shape) == (output.dtype, output.shape):
+                elements = sum(_differ(ours, theirs) for ours, theirs in _pairs(computer, output, found, info))
+                if elements:
+                    what = f"{elements} of {int(np.prod(output.shape))} elements differ"
+                    differences.append(Difference(output.name, what, elements))
+            recomputed += output.is_touched
+            done += output.nbytes
+            if progress is not None:
+                progress(done / total, output.name)
+        for file in (*checkpoint.files, *found.files):
+            file.check_unchanged()
+    warnings = tuple(w for item in inputs for w in getattr(item.adapter, "warnings", ()))
+    return VerifyReport(len(outputs), recomputed, total, tuple(differences), warnings)
+
+
+def _structure(planned: Plan, found: Checkpoint) -> Iterator[Difference]:
+    """Tensors and fields of the configuration that one has and the other has not, or has otherwise."""
+    wanted = {o.name: (o.dtype, o.shape) for o in planned.outputs}
+    for name, (dtype, shape) in wanted.items():
+        info = found.tensors.get(name)
+        if info is None:
+            yield Difference(name, "is missing")
+        elif (info.dtype, info.shape) != (dtype, shape):
+            yield Difference(name, f"is {info.dtype} {list(info.shape)}, not {dtype} {list(shape)}")
+    for name in sorted(set(found.tensors) - set(wanted)):
+        yield Difference(name, "is not a tensor of the merge")
+    config = {**planned.checkpoint.config, **planned.placement.config}
+    config = {key: value for key, value in config.items() if value is not None or key in found.config}
+    for key in sorted(set(config) | set(found.config)):
+        if config.get(key) != found.config.get(key):
+            yield Difference(f"config.json: {key}", f"is {found.config.get(key)!r:.60}, not {config.get(key)!r:.60}")
+
+
+def _pairs(computer: Computer, output: Output, found: Checkpoint, info: TensorInfo) -> Iterator[tuple[Array, Array]]:
+    """(what a merge gives, what is there), piece by piece."""
+    if output.is_touched:
+        for block in computer.blocks(output):
+            count, cols = block.after.shape
+            yield block.after, read_rows(found, info, block.first, count, cols)
+        return
+    for offset in range(0, output.nbytes, _CHUNK):
+        count = min(_CHUNK, output.nbytes - offset)
+        if output.data is not None:
+            ours: bytes | bytearray = output.data[offset : offset + count]
+        else:
+            assert output.source is not None
+            ours = computer.plan.checkpoint.read(output.source, offset, count)
+        kind = STORAGE[output.dtype]
+        yield np.frombuffer(ours, kind), np.frombuffer(found.read(info, offset, count), kind)
+
+
+def _differ(ours: Array, theirs: Array) -> int:
+    kind = f"u{ours.dtype.itemsize}"
+    return int(np.count_nonzero(ours.view(kind) != theirs.view(kind)))

@@ -1,0 +1,71 @@
+"""Unfinished refinements: all that the next step depends on, in the container of every other file, without pickles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lrconvert.core.dtypes import Array
+from lrconvert.core.errors import StatisticsError
+from lrconvert.lora import statistics_file
+
+KEY = "lrconvert-refinement-partial"
+_DTYPES = {"float32": "F32", "float64": "F64", "int64": "I64", "uint32": "U32", "uint8": "U8"}
+
+
+@dataclass
+class State:
+    """Where a refinement is: steps done, the next batch (epoch and place in it), seconds spent, into how many parts a
+    batch is cut, what all rates are multiplied with, how often it began again from the best, steps in a row that were
+    no numbers, evaluations without a gain; and the best so far: its step, distance and agreement;
+    whether it began with what stage one found."""
+
+    step: int = 0
+    epoch: int = 0
+    place: int = 0
+    seconds: float = 0.0
+    parts: int = 1
+    rate: float = 1.0
+    restarts: int = 0
+    bad: int = 0
+    waited: int = 0
+    best_step: int = 0
+    best_distance: float = 0.0
+    best_agreed: int = 0
+    adam_steps: int = 0
+    layerwise: int = 0
+    arrays: dict[str, Array] = field(default_factory=dict, repr=False)  # latents, moments, and the best payload
+
+
+def write(path: Path, about: Mapping[str, Any], state: State) -> None:
+    """Keep `state`, atomically, over an earlier one. `about` says of what work it is. Raises E-IO-*."""
+    scalars = {k: v.hex() if isinstance(v, float) else v for k, v in vars(state).items() if k != "arrays"}
+    shapes = {name: list(array.shape) for name, array in state.arrays.items()}
+    flat = [(name, _DTYPES[array.dtype.name], array.reshape(-1)) for name, array in state.arrays.items()]
+    fields = {"about": dict(about), "state": scalars, "shapes": shapes}
+    statistics_file.write_partial(path, fields, flat, key=KEY)
+
+
+def read(path: Path, about: Mapping[str, Any]) -> State:
+    """What `write` kept. Raises E-STATS if it is of other work, and what a damaged file raises."""
+    fields, flat = statistics_file.read_partial(path, key=KEY)
+    if fields.get("about") != dict(about):
+        raise StatisticsError(
+            "this half-done refinement is of another file, teacher, base, data or other options",
+            fix="give what it was begun with, or remove it to start anew",
+            path=path,
+        )
+    try:
+        state = State()
+        for name, value in [(k, v) for k, v in vars(state).items() if k != "arrays"]:
+            stored = fields["state"][name]
+            setattr(state, name, float.fromhex(stored) if isinstance(value, float) else int(stored))
+        arrays = {name: np.array(flat[name]).reshape(shape) for name, shape in fields["shapes"].items()}
+    except (KeyError, TypeError, ValueError):
+        raise StatisticsError("this half-done refinement is not complete", fix="remove it", path=path) from None
+    state.arrays = arrays
+    return state

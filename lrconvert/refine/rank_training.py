@@ -1,0 +1,280 @@
+"""ALoRA with training between the rounds (arXiv 2403.16187): ranks move while the adapter learns from its LoRA.
+
+The first allocation is that of `allocating`, from data that is trained on. Then one refinement runs, of the steps that
+are asked for and with rates that fall once over all of them; in its first half it pauses a few times. In a pause the
+components of the adapter as it is then, and those that may come (`swapping`), are scored by ablation on the live model,
+and some change places. So the budget is met at every step, and what is best on held-out data is the result, be it the
+first allocation.
+
+What to expect: hardly more than of an allocation and then a refinement of as many steps; what was gained on the bundled
+pair was within what chance does. Once an adapter is trained, what the LoRA's update has and it has not is seldom better
+than its weakest components, so that few move.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from lrconvert.convert import ablation, rank_allocation
+from lrconvert.convert.ablation import Trial
+from lrconvert.convert.rank_allocation import Allocation, Chooser, Cut
+from lrconvert.core.dtypes import F64, Array
+from lrconvert.core.errors import OptionError
+from lrconvert.formats import fidelity
+from lrconvert.formats.lrc import file
+from lrconvert.live import attach
+from lrconvert.live.statistics import Data
+from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
+from lrconvert.methods.base import FitContext
+from lrconvert.refine import rank_exchange, refine, session
+from lrconvert.refine.attached_student import NAME, AttachedStudent
+from lrconvert.refine.distributed import Processes
+from lrconvert.refine.rank_exchange import Offer
+from lrconvert.refine.refine import Refinement
+from lrconvert.refine.run import Keep, RefineRun
+from lrconvert.refine.session import Progress
+from lrconvert.refine.settings import Settings
+from lrconvert.refine.trainer import Trainer
+
+_HALF = 0.5  # of the steps: when ranks no longer move
+_SHARE = 0.05  # of the budget that moves at once, at most
+_DAMPING = 0.3  # what a new component begins with, of the best one
+_CHOOSING = 0.2  # of the progress: the first allocation
+
+
+@dataclass(frozen=True)
+class Move:
+    """What changed places before the step after `step` of a training: how many components `came` and `went`, and the
+    held-out distance right before and after."""
+
+    step: int
+    came: int
+    went: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class TrainedAllocation(Allocation):
+    """A first allocation that was trained: the `training`, and the `moves` of components between its steps."""
+
+    training: Refinement
+    moves: tuple[Move, ...]
+
+
+@dataclass(eq=False)
+class Rounds:
+    """The second stage of a refinement (`RefineRun.train`) with `count` pauses, in which ranks move under `cut`."""
+
+    teacher: LoraAdapter  # with the targets of what is trained
+    cut: Cut
+    context: FitContext
+    batches: Sequence[Mapping[str, Any]]
+    count: int
+    exact: int
+    damping: float = _DAMPING
+    share: float = _SHARE
+    moves: list[Move] = field(default_factory=list)
+
+    def __call__(self, trainer: Trainer, keep: Keep, progress: Progress) -> Trainer:
+        steps, reached = trainer.settings.steps, [_reached(trainer)]
+        for step in sorted({round(_HALF * steps * n / self.count) for n in range(1, self.count + 1)} - {0, steps}):
+            trainer.train(keep, progress, until=step)
+            if trainer.state.step < step:
+                break  # out of time or patience
+            reached.append(_reached(trainer))
+            progress(step / steps, "which ranks move")
+            trainer = self._moved(trainer)
+        else:
+            trainer.train(keep, progress)
+        best = min([*reached, _reached(trainer)], key=lambda some: some.distance)
+        trainer.best = best.compact
+        trainer.state.best_step, trainer.state.best_distance = best.step, best.distance
+        trainer.state.best_agreed = best.agreed
+        return trainer
+
+    def _moved(self, trainer: Trainer) -> Trainer:
+        """The trainer that goes on after an exchange; the same if there is none."""
+        room, compact = trainer.room, trainer.pupil.compact()
+        there = rank_exchange.offer(compact, self.teacher, self.context)
+        cut = replace(self.cut, parts=there.parts)
+        room.using()
+        with ablation.on_trial(room.model, there.lora, self.batches) as trial:
+            scores, known = scored(trial, there, self.exact)
+        kept = rank_exchange.exchanged(cut, there.present, known, scores, self.share)
+        came, went = int((kept & ~there.present).sum()), int((there.present & ~kept).sum())
+        if not came:
+            return trainer
+        changed = rank_exchange.applied(compact, there, kept, self.damping, self.context)
+        before = trainer.measured().mean
+        onward = self._onward(trainer, compact, changed, there, kept)
+        move = Move(trainer.state.step, came, went, before, onward.state.best_distance)
+        onward.log("moved", {**vars(move)})
+        self.moves.append(move)
+        return onward
+
+    def _onward(
+        self, trainer: Trainer, compact: CompactAdapter, changed: CompactAdapter, there: Offer, kept: Array
+    ) -> Trainer:
+        """The trainer that goes on with `changed` from where `trainer` is with `compact`: numbers that stay keep their
+        latents and what the optimizer knows of them."""
+        room, before = trainer.room, trainer.snapshot()
+        attach.detach(room.model, NAME)
+        pupil = AttachedStudent(room.model, changed, self.teacher, trainer.settings.train_heads)
+        state = replace(trainer.state, bad=0, waited=0, best_step=trainer.state.step)
+        onward = replace(trainer, pupil=pupil, state=state, best=None)
+        onward.start(changed, onward.measured())
+        now = onward.snapshot()
+        arrays = {**before.arrays, **{n: a for n, a in now.arrays.items() if n[:5] in ("best.", "extra")}}
+        names = list(pupil.student.specs)  # in the order of its parameters
+
+        def of(some: Mapping[str, Array], kind: str) -> dict[str, Array]:
+            return {name: some[_of_student(kind, name)] for name in names}
+
+        def carry(kind: str, old: Mapping[str, Array], new: Mapping[str, Array]) -> None:
+            for name, array in rank_exchange.carried(old, new, compact, changed, there, kept).items():
+                place = _of_student(kind, name) if kind in ("moving", "unit") else f"{kind}.{names.index(name)}"
+                if kind != "unit" or units[name].ndim:
+                    arrays[place] = array
+
+        # Old units, so that rates and moments mean what they did; each scale has its own.
+        units, old = of(before.arrays, "unit"), of(before.arrays, "moving")
+        fresh, new = of(now.arrays, "unit"), of(now.arrays, "moving")
+        carry("moving", old, {n: a if units[n].ndim else a * (fresh[n] / units[n]) for n, a in new.items()})
+        carry("unit", _as_wide(units, old), _as_wide(fresh, new))
+        if before.adam_steps:
+            for kind in ("mean", "square"):
+                known = {name: before.arrays[f"{kind}.{n}"] for n, name in enumerate(names)}
+                carry(kind, known, {name: np.zeros_like(a) for name, a in new.items()})
+        onward.resume(replace(onward.state, arrays=arrays), changed)
+        return onward
+
+
+def _as_wide(some: Mapping[str, Array], as_these: Mapping[str, Array]) -> dict[str, Array]:
+    return {name: np.broadcast_to(value, as_these[name].shape) for name, value in some.items()}
+
+
+def _of_student(kind: str, name: str) -> str:
+    """Where a snapshot of a trainer holds the latents (``moving``) or units of a tensor."""
+    return f"now.student.{kind}_{name.replace('.', '__')}"
+
+
+def scored(trial: Trial, there: Offer, exact: int) -> tuple[F64, Array]:
+    """What S, the score of the model's answers, owes to components (n,) beside the others that are there, and of which
+    components (n,) that was measured: of the `exact` with least energy per cost that are there, and of the `exact` that
+    may come with the best slopes.
+
+    These are the first two terms of the ablation score. What a component does alone says who deserves a place in an
+    adapter that is still to be made; in one that is trained, others have learned to rely on each, and what may come
+    does much alone that is done already: with all terms an exchange was measured to set training back.
+    """
+    present, parts = there.present, there.parts
+    slopes, weak = parts.order(trial.slopes(present)), parts.order(parts.energy)[::-1]
+    chosen = [*weak[present[weak]][:exact], *slopes[~present[slopes]][:exact]]
+    scores, known = np.zeros(len(present)), np.zeros(len(present), bool)
+    for c in chosen:
+        one = np.arange(len(present)) == c
+        scores[c], known[c] = trial.score(present | one) - trial.score(present & ~one), True
+    return scores, known
+
+
+@dataclass(frozen=True)
+class _Best:
+    compact: CompactAdapter
+    step: int
+    distance: float
+    agreed: int
+
+
+def _reached(trainer: Trainer) -> _Best:
+    state = trainer.state
+    assert trainer.best is not None
+    return _Best(trainer.best, state.best_step, state.best_distance, state.best_agreed)
+
+
+# --- the conversion -------------------------------------------------------------------------------------------------
+
+
+def allocate(
+    lora: LoraAdapter,
+    *,
+    total_rank: int | None,
+    target_size: int | None,
+    target_ratio: float | None,
+    bits: str | int,
+    base: Path | nn.Module | None,
+    data: Data | None,
+    settings: Settings,
+    moves: int = rank_allocation.MOVES,
+    rounds: int = rank_allocation.ROUNDS,
+    exact: int = rank_allocation.EXACT,
+    max_tokens: int = rank_allocation.MAX_TOKENS,
+    progress: Callable[[float, str], None],
+    **common: Any,
+) -> Allocation:
+    """See `lrconvert.api.allocate`: `settings` are those of the refinement, whose texts are all that is read; on about
+    `max_tokens` of those that are trained on components are scored."""
+    rank_allocation.check(total_rank, target_size, target_ratio, bits, rounds, exact)
+    settings.check()
+    if base is None:
+        raise OptionError("training needs the base", fix="give it with --base")
+    if common["dry_run"]:
+        raise OptionError(
+            "which ranks there are is known only after training", fix="plan the first allocation, without --train-steps"
+        )
+    if moves < 0:
+        raise OptionError(f"--moves is {moves}; it must be at least 0")
+    started = time.monotonic()
+    where = base if isinstance(base, Path) else None
+    device = common["device"]
+
+    def opening(share: float, text: str) -> None:
+        progress(0.0, text)
+
+    with session.opened(
+        base, lora, data, settings, device=device, here=Processes(), load_in_4bit=False, progress=opening
+    ) as opened:
+        pool = opened.split.train
+        batches = [pool.inputs(which) for which in pool.some(settings.seed, settings.batch_tokens, max_tokens)]
+
+        def trial(whole: LoraAdapter) -> AbstractContextManager[Trial]:
+            opened.room.using()
+            return ablation.on_trial(opened.room.model, whole, batches)
+
+        chooser = Chooser(
+            total_rank, int(bits), trial, rounds, exact, lambda share, text: progress(_CHOOSING * share, text)
+        )
+        done = rank_allocation.converted(
+            refine.with_room(lora),
+            chooser,
+            base=where,
+            target_size=target_size,
+            target_ratio=target_ratio,
+            progress=lambda share, text: None,
+            **common,
+        )
+        first = chooser.allocation(done, "ablation")
+        source = chooser.source
+        assert source is not None and chooser.cut is not None and chooser.context is not None
+        context = replace(chooser.context, base=None, progress=lambda share, text: None)
+        train = Rounds(source, chooser.cut, context, batches, moves, exact)
+        study = RefineRun(opened, first.compact, settings, train=train)
+        studied = study.run(lambda share, text: progress(_CHOOSING + (1 - _CHOOSING) * share, text))
+        found = refine.refinement(opened, studied, settings.seed, time.monotonic() - started)
+    trained = {
+        "compact": found.compact,
+        "sizes": file.sizes(found.compact),
+        "fidelity": fidelity.fidelity(source, found.compact, common["statistics"]),
+        "modules": rank_allocation.modules(source, found.compact),
+        "training": found,
+        "moves": tuple(train.moves),
+    }
+    return TrainedAllocation(**{**vars(first), **trained})

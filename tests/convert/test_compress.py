@@ -1,0 +1,218 @@
+"""The budget chooses: what is tried, what wins, what is said where nothing can."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import ADAPTERS, BASES, random_lora
+from test_input_statistics import statistics_for
+
+from lrconvert import api
+from lrconvert.cli import cli
+from lrconvert.core.errors import BudgetError, OptionError, VersionError
+from lrconvert.formats.lrc import file
+from lrconvert.refine import session, successive_halving
+from lrconvert.refine.distributed import Processes
+from lrconvert.refine.settings import Settings
+
+FORMS = ("vblora", "lowrank")
+LORA = random_lora([(96, 64), (64, 96), (40, 72)], rank=6, seed=1)
+
+
+def test_the_best_of_those_that_fit_wins():
+    done = api.compress(LORA, target_size=2600, forms=FORMS)
+    assert [c.method for c in done.candidates] == ["lowrank", "vblora"]  # the cheapest first
+    for some in done.candidates:
+        alone = api.convert(LORA, some.method, target_size=2600)
+        assert some.conversion is not None and some.conversion.sizes == alone.sizes and some.nbytes <= 2600
+        assert some.captured == some.score == alone.fidelity.captured
+    assert done.chosen is max((c.conversion for c in done.candidates), key=lambda c: c.fidelity.captured)
+    ratio = api.compress(LORA, target_ratio=3, forms=["lowrank"])
+    assert ratio.chosen.ratio >= 3 and len(ratio.candidates) == 1
+
+
+def test_all_forms_are_tried():
+    from lrconvert.methods import base as methods
+
+    done = api.compress(LORA, target_size=2600)
+    assert {c.method for c in done.candidates} == set(methods.module_names())
+
+
+def test_statistics_rank():
+    statistics = statistics_for(LORA)
+    done = api.compress(LORA, target_size=2600, forms=FORMS, statistics=statistics)
+    for some in done.candidates:
+        assert some.conversion.fidelity.fit_captured == some.score
+        assert some.conversion.fidelity.output_captured == some.captured
+    assert done.chosen.fidelity.fit_captured == max(c.score for c in done.candidates)
+
+
+@pytest.mark.parametrize("share", (0.5, 0.9, 0.99))
+def test_the_smallest_that_keeps_enough_wins(share):
+    done = api.compress(LORA, min_captured=share, forms=["lowrank"])
+    found = done.candidates[0]
+    assert found.captured >= share
+    less = api.convert(LORA, "lowrank", target_size=int(0.9 * found.nbytes))
+    assert less.fidelity.captured < share
+    both = api.compress(LORA, min_captured=share, forms=FORMS)
+    assert both.chosen.sizes.adapter <= found.nbytes and both.chosen.fidelity.captured >= share
+
+
+def test_what_cannot_be_is_said():
+    with pytest.raises(BudgetError, match=r"no form can be that small: lowrank: .*smallest.*; vblora: .*smallest"):
+        api.compress(LORA, target_size=100, forms=FORMS)
+    with pytest.raises(BudgetError, match=r"no form keeps 1\.0.*; lowrank keeps 0\.9\d+, the most"):
+        api.compress(LORA, min_captured=1.0, forms=["lowrank"])
+    for given in ({}, {"target_size": 1, "target_ratio": 2.0}, {"min_captured": 0.5, "target_size": 9}):
+        with pytest.raises(OptionError, match="give one of --target-size, --target-ratio and --min-captured"):
+            api.compress(LORA, **given)
+    for share in (0.0, 1.1, -1.0):
+        with pytest.raises(OptionError, match="a share above 0, at most 1"):
+            api.compress(LORA, min_captured=share)
+    with pytest.raises(VersionError):
+        api.compress(LORA, target_ratio=9, forms=["zip"])
+    with pytest.raises(OptionError, match="is not a regular expression"):
+        api.compress(LORA, target_ratio=9, forms=FORMS, include=["("])
+
+
+def test_the_command(tmp_path):
+    def run(*words):
+        done = CliRunner().invoke(
+            cli, ["compress", str(ADAPTERS / "llama-plain"), *map(str, words)], catch_exceptions=False
+        )
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    out = tmp_path / "x.lrc"
+    shown = run("-o", out, "--target-size", "6KB", "--methods", "lowrank,vblora")
+    assert "* " in shown and "favours low rank" in shown and file.read(out).method in FORMS
+    told = json.loads(run("-o", out, "--overwrite", "--target-size", "6KB", "--methods", "lowrank", "--json"))
+    assert told["candidates"][0]["winner"] and told["candidates"][0]["bytes"] <= 6000
+
+
+# --- by answers -----------------------------------------------------------------------------------------------------
+
+LLAMA, LORA_ON_LLAMA = BASES / "tiny-llama", ADAPTERS / "llama-plain"
+
+
+def words(folder: Path, count: int = 40) -> Path:
+    """Texts for a tiny base."""
+    path = folder / "words.jsonl"
+    rng = np.random.default_rng(0)
+    rows = [{"text": " ".join(rng.choice(["the", "sea", "is", "wide", "and", "so", "old"], 12))} for _ in range(count)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def by_answers(folder: Path) -> api.Compression:
+    lora, data = api.load_lora(LORA_ON_LLAMA), words(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(successive_halving, "STEPS", 6)
+        return api.compress(
+            lora, target_size=5000, forms=["lowrank", "vblora", "nola"], base=LLAMA, data=data, batch_tokens=96, steps=4
+        )
+
+
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory: pytest.TempPathFactory) -> api.Compression:
+    return by_answers(tmp_path_factory.mktemp("data"))
+
+
+def test_answers_rank_by_halving(ranked):
+    """The better half of a round goes on, twice as long; the winner is nearest, and is what was measured."""
+    steps = {c.method: c.steps for c in ranked.candidates}
+    first = sorted(ranked.candidates, key=lambda c: c.after.distance)
+    winner = ranked.candidates[ranked.winner]
+    assert sorted(steps.values()) == [6, 18, 22]
+    assert winner is first[0] and winner.steps == max(steps.values())
+    assert all(c.after.distance <= c.before.distance for c in ranked.candidates)
+    assert winner.after.distance < winner.before.distance
+    for some in ranked.candidates:  # whichever is written says what was done to it
+        told = some.conversion.compact.provenance.fields
+        assert f"{some.after.distance:.6g} of" in told["refined_after"] and int(told["refined_steps"]) <= some.steps
+    fields = ranked.chosen.compact.provenance.fields
+    assert f"{winner.after.distance:.6g} of" in fields["refined_after"]
+    assert f"{winner.before.distance:.6g} of" in fields["refined_before"]
+    assert int(fields["refined_steps"]) <= winner.steps
+    assert file.sizes(ranked.chosen.compact) == ranked.chosen.sizes and ranked.chosen.sizes.adapter <= 5000
+
+
+def test_what_won_is_what_was_measured(ranked, tmp_path):
+    """Measured again from the file, beside the base and the LoRA themselves."""
+    api.write(ranked.chosen.compact, tmp_path / "x.lrc")
+    data, lora = words(tmp_path), api.load_lora(LORA_ON_LLAMA)
+    settings = Settings(batch_tokens=96)
+    with session.opened(
+        LLAMA, lora, data, settings, device="cpu", here=Processes(), load_in_4bit=False, progress=lambda s, t: None
+    ) as opened:
+        api.attach(opened.room.model, tmp_path / "x.lrc", name="written")
+        found = opened.held.sums(("written",))
+        api.detach(opened.room.model, "written")
+    after = ranked.candidates[ranked.winner].after
+    assert found.items == after.items and np.isclose(found.mean, after.distance, rtol=1e-4)
+
+
+def test_the_same_again(ranked, tmp_path):
+    again = by_answers(tmp_path)
+    one, two = (b"".join(file.encode(done.chosen.compact)) for done in (ranked, again))
+    assert one == two
+
+
+def test_minutes_end_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(successive_halving, "STEPS", 6)
+    done = api.compress(
+        api.load_lora(LORA_ON_LLAMA), target_size=5000, forms=FORMS, base=LLAMA, data=words(tmp_path),
+        batch_tokens=96, budget_minutes=0.02,
+    )  # fmt: skip
+    assert all(0 < c.steps <= 6 * 8 for c in done.candidates)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"rank_by": "answers"}, "answers need the base"),
+        ({"data": "x.txt"}, "which needs the base"),
+        ({"base": LLAMA, "rank_by": "answers", "target_size": None, "min_captured": 0.5}, "the smallest file"),
+        ({"base": LLAMA, "rank_by": "answers", "bake_dora": 2}, "baked DoRA"),
+        ({"base": BASES / "tiny-bert", "rank_by": "answers"}, "give --data"),
+        ({"rank_by": "luck"}, "auto, answers, fit"),
+        ({"base": LLAMA, "budget_minutes": 0.0}, "--budget-minutes is 0.0"),
+        ({"base": LLAMA, "steps": -1}, "--steps is -1"),
+    ],
+)
+def test_answers_that_cannot_rank(given, reason):
+    with pytest.raises(OptionError, match=reason):
+        api.compress(api.load_lora(LORA_ON_LLAMA), **{"target_size": 5000, "forms": ["lowrank"], **given})
+
+
+def test_without_answers_it_says_why(tmp_path):
+    lora = api.load_lora(LORA_ON_LLAMA)
+    asked = {"target_size": 5000, "forms": ["lowrank"]}
+    assert api.compress(lora, **asked).note == ""
+    assert api.compress(lora, base=LLAMA, rank_by="fit", **asked).note == ""
+    kept = api.compress(lora, base=LLAMA, min_captured=0.3, forms=["lowrank"])
+    assert "the smallest file" in kept.note and kept.candidates[0].after is None
+    bare = tmp_path / "bare"
+    shutil.copytree(LLAMA, bare)
+    for path in bare.glob("tokenizer*"):
+        path.unlink()
+    assert "give --data" in api.compress(lora, base=bare, **asked).note
+    (bare / "tokenizer.json").write_text("{}")
+    assert "tokenizer" in api.compress(lora, base=bare, **asked).note  # one that cannot be loaded
+
+
+def test_the_command_ranks_by_answers(tmp_path, monkeypatch):
+    out = tmp_path / "x.lrc"
+    monkeypatch.setattr(successive_halving, "STEPS", 6)
+    words_ = ["compress", LORA_ON_LLAMA, "-o", out, "--target-size", "5KB", "--methods", "lowrank,vblora"]
+    words_ += ["--base", LLAMA, "--data", words(tmp_path), "--batch-tokens", 96]
+    done = CliRunner().invoke(cli, [str(word) for word in words_], catch_exceptions=False)
+    assert done.exit_code == 0 and "refined" in done.output and "held-out items" in done.output
+    told = CliRunner().invoke(cli, [*map(str, words_), "--overwrite", "--json", "--budget-minutes", "0.02"])
+    rows = json.loads(told.stdout)["candidates"]
+    assert all(row["after"]["distance"] <= row["before"]["distance"] and row["steps"] for row in rows)

@@ -1,0 +1,411 @@
+"""`lrconvert check`: what each consumer would do with small adapters of one defect each, and whether PEFT agrees."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import ADAPTERS, ASSETS, BASES, asset
+from peers import oracle
+from peers.cases import MLX_CASES, PEFT_CASES, Case, numbers, plain
+
+import lrconvert
+from lrconvert.cli import cli
+from lrconvert.core.errors import JsonSyntaxError, LrcError, OptionError, PatternError, PickleError, UnknownLayoutError
+from lrconvert.formats.compat import base, peft
+
+LLAMA = BASES / "tiny-llama"
+PEFT_READERS = ("peft", "vllm", "sglang", "llamacpp")
+BY_NAME = {case.name: case for case in (*PEFT_CASES, *MLX_CASES)}
+
+
+def rules(findings: tuple[lrconvert.Finding, ...]) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for finding in findings:
+        found.setdefault(finding.consumer, set()).add(f"{finding.severity}:{finding.rule}")
+    return found
+
+
+def each(consumers: Iterable[str], rule: str) -> dict[str, set[str]]:
+    return {consumer: {rule} for consumer in consumers}
+
+
+def everywhere(case: Case, expected: dict[str, set[str]]) -> dict[str, set[str]]:
+    """The table says nothing of consumers that the layout is not for."""
+    others = ("mlx",) if case in PEFT_CASES else PEFT_READERS
+    return {**each(others, "refuses:layout"), **expected}
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_what_each_consumer_would_do(name, tmp_path):
+    case = BY_NAME[name]
+    folder = case.build().write(tmp_path / name)
+    assert rules(lrconvert.check(folder, **case.options)) == everywhere(case, case.expected)
+    if case.with_base is not None:
+        assert rules(lrconvert.check(folder, base=LLAMA, **case.options)) == everywhere(case, case.with_base)
+
+
+def test_every_rule_is_in_the_table():
+    """A finding that no case shows is a finding that nobody has seen."""
+    unseen = {
+        "vllm": {"qalora", "bdlora", "conv", "model", "vocabulary", "names", "saved", "embedding", "shape"},
+        "sglang": {"qalora", "bdlora"},
+        "llamacpp": {"qalora", "bdlora", "model", "names", "dora"},
+        "mlx": {"layout"},
+    }
+    for consumer in base.chosen(["all"]):
+        text = (Path(base.__file__).parent / f"{consumer.id}.py").read_text()
+        shown = {
+            rule.partition(":")[2]
+            for case in BY_NAME.values()
+            for table in (case.expected, case.with_base or {})
+            for rule in table.get(consumer.id, ())
+        } | {"layout"}
+        written = set(re.findall(r'(?:refuses|wrong|warns)\(\s*"([a-z0-9-]+)"', text))
+        assert written - shown <= unseen.get(consumer.id, set()), consumer.id
+
+
+def test_a_finding_says_what_to_do(tmp_path):
+    for case in BY_NAME.values():
+        for finding in lrconvert.check(case.build().write(tmp_path / case.name), **case.options):
+            assert finding.what and finding.fix and finding.source, finding
+            assert "\n" not in str(finding) and str(finding).startswith(f"{finding.severity}: {finding.consumer} ")
+            assert not finding.what.endswith(".") and not finding.fix.endswith("."), finding
+
+
+# --- rules that need a base or a feature that the table has no room for -----------------------------------------------
+
+
+def with_base(tmp_path: Path, **config: object) -> Path:
+    """A base folder that is only a configuration."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def found(tmp_path: Path, adapter, consumer: str, **options) -> set[str]:
+    folder = adapter.write(tmp_path / "adapter")
+    return rules(lrconvert.check(folder, (consumer,), **options)).get(consumer, set())
+
+
+@pytest.mark.parametrize(
+    ("consumer", "architecture", "rule"),
+    [
+        ("vllm", "GPT2LMHeadModel", "refuses:model"),
+        ("vllm", "LlamaForCausalLM", None),
+        ("llamacpp", "NobodysForCausalLM", "refuses:model"),
+        ("llamacpp", "LlamaForCausalLM", None),
+    ],
+)
+def test_the_architecture_of_the_base(tmp_path, consumer, architecture, rule):
+    config = with_base(tmp_path, architectures=[architecture])
+    assert found(tmp_path, plain(), consumer, base=config) == ({rule} if rule else set())
+
+
+@pytest.mark.parametrize("architecture", ["MistralForCausalLM", "Qwen2ForCausalLM"])
+def test_vllm_models_without_lora_on_embeddings(tmp_path, architecture):
+    adapter = BY_NAME["lm-head"].build()
+    config = with_base(tmp_path, architectures=[architecture])
+    assert found(tmp_path, adapter, "vllm", base=config) == {"refuses:embedding"}
+
+
+def test_vllm_vocabulary(tmp_path):
+    config = with_base(tmp_path, architectures=["LlamaForCausalLM"], vocab_size=90)
+    assert found(tmp_path, BY_NAME["embedding"].build(), "vllm", base=config) == {"refuses:vocabulary"}
+
+
+def test_llamacpp_tied_head(tmp_path):
+    config = with_base(tmp_path, architectures=["LlamaForCausalLM"], tie_word_embeddings=True)
+    assert found(tmp_path, BY_NAME["lm-head"].build(), "llamacpp", base=config) == {"refuses:embedding"}
+
+
+@pytest.mark.parametrize("key", ["use_qalora", "use_bdlora"])
+@pytest.mark.parametrize("consumer", ["vllm", "sglang", "llamacpp"])
+def test_variants_of_lora(tmp_path, key, consumer):
+    assert found(tmp_path, plain(**{key: {"nblocks": 2}}), consumer) == {f"refuses:{key.removeprefix('use_')}"}
+
+
+def test_vllm_convolutions(tmp_path):
+    adapter = plain(modules=())
+    adapter.tensors = {
+        "base_model.model.conv.lora_A.weight": numbers(8, 3, 3, 3),
+        "base_model.model.conv.lora_B.weight": numbers(16, 8, 1, 1),
+    }
+    assert found(tmp_path, adapter, "vllm") == {"refuses:conv"}
+
+
+def test_vllm_has_a_fixed_list_of_ranks(tmp_path):
+    folder = plain().write(tmp_path / "a")
+    with pytest.raises(OptionError, match="no --max-lora-rank 48"):
+        lrconvert.check(folder, ("vllm",), max_lora_rank=48)
+    assert not lrconvert.check(folder, ("sglang",), max_lora_rank=48)
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [("0.13.2", "refuses"), ("0.14", "warns"), ("0.17.1", None), (None, None)],
+)
+def test_fields_that_a_release_of_peft_does_not_know(tmp_path, version, expected):
+    folder = plain(target_parameters=["experts.weight"]).write(tmp_path / "a")
+    severities = [f.severity for f in lrconvert.check(folder, ("peft",), peft_version=version) if f.rule == "fields"]
+    assert severities == ([expected] if expected else [])
+
+
+@pytest.mark.parametrize("version", ["0.12", "new", "1"])
+def test_releases_of_peft_without_facts(tmp_path, version):
+    with pytest.raises(OptionError):
+        lrconvert.check(plain().write(tmp_path / "a"), ("peft",), peft_version=version)
+
+
+# --- every adapter at hand ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in ADAPTERS.iterdir()))
+def test_fixtures(name):
+    found = lrconvert.check(ADAPTERS / name)
+    assert not [f for f in found if f.consumer == "peft"]
+    assert [f.rule for f in found if f.consumer == "mlx"] == ["layout"]
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in (ASSETS / "adapters").iterdir()) if ASSETS.exists() else [])
+def test_real_adapters(name):
+    folder = asset(f"adapters/{name}")
+    found = lrconvert.check(folder)
+    assert {f.consumer for f in found} <= set(base.ids())
+    for path in folder.glob("*.safetensors"):
+        assert lrconvert.check(path)
+
+
+def compact(tmp_path: Path, method: str, **options) -> Path:
+    made = lrconvert.convert(lrconvert.load_lora(ADAPTERS / "llama-patterns"), method, **options)
+    lrconvert.write(made.compact, tmp_path / "a.lrc")
+    return tmp_path / "a.lrc"
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_our_export_is_clean(tmp_path, dtype):
+    lrconvert.export(compact(tmp_path, "lowrank"), tmp_path / "out", to="peft-lora", dtype=dtype)
+    assert not lrconvert.check(tmp_path / "out", PEFT_READERS)
+    assert not lrconvert.check(tmp_path / "out", PEFT_READERS, base=LLAMA)
+
+
+def test_our_export_with_ranks_kept(tmp_path):
+    lrconvert.export(compact(tmp_path, "lowrank"), tmp_path / "out", to="peft-lora", keep_ranks=True)
+    found = rules(lrconvert.check(tmp_path / "out", PEFT_READERS))
+    assert found == {"sglang": {"refuses:shape"}, "llamacpp": {"wrong:scale"}}
+
+
+def test_our_vblora_export(tmp_path):
+    file = compact(tmp_path, "vblora", peft_compatible=True, rank=2, num_vectors=32, vector_length=16, top_k=2)
+    lrconvert.export(file, tmp_path / "out", to="peft-vblora")
+    found = rules(lrconvert.check(tmp_path / "out", PEFT_READERS))
+    assert found == each(("vllm", "sglang", "llamacpp"), "refuses:kind")
+
+
+def test_no_server_loads_a_compact_file(tmp_path):
+    found = lrconvert.check(compact(tmp_path, "lowrank"))
+    assert rules(found) == each(base.ids(), "refuses:layout")
+    assert all("export" in f.fix for f in found)
+
+
+def test_a_file_beside_its_configuration_is_the_folder(tmp_path):
+    folder = plain(use_rslora=True).write(tmp_path / "a")
+    assert lrconvert.check(folder / "adapter_model.safetensors") == lrconvert.check(folder)
+
+
+def test_a_file_alone(tmp_path):
+    folder = plain().write(tmp_path / "a")
+    alone = (folder / "adapter_model.safetensors").rename(tmp_path / "other.safetensors")
+    assert rules(lrconvert.check(alone)) == each(base.ids(), "refuses:layout")
+
+
+# --- broken input ---------------------------------------------------------------------------------------------------
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(UnknownLayoutError):
+        lrconvert.check(tmp_path / "missing")
+    with pytest.raises(UnknownLayoutError):
+        lrconvert.check(tmp_path)
+
+
+def test_broken_files(tmp_path):
+    folder = plain().write(tmp_path / "a")
+    (folder / "adapter_config.json").write_text("{")
+    with pytest.raises(JsonSyntaxError):
+        lrconvert.check(folder)
+    folder = plain().write(tmp_path / "b")
+    (folder / "adapter_model.safetensors").write_bytes(b"\x10" + bytes(30))
+    with pytest.raises(LrcError):
+        lrconvert.check(folder)
+    pickled = tmp_path / "weights.bin"
+    pickled.write_bytes(b"PK\x03\x04" + bytes(range(40, 90)))
+    with pytest.raises(PickleError):
+        lrconvert.check(pickled)
+
+
+def test_a_hostile_pattern_is_not_run(tmp_path):
+    folder = plain(rank_pattern={"(a+)+$": 4}).write(tmp_path / "a")
+    with pytest.raises(PatternError):
+        lrconvert.check(folder)
+
+
+JUNK = [None, True, -1, 0, 2.5, 10**15, "", "text", [], ["x"], [None], [[1]], {}, {"k": None}, {"k": {"k": 1}}]
+
+
+@pytest.mark.parametrize("value", JUNK, ids=repr)
+def test_any_value_in_any_field(tmp_path, value):
+    """Configurations of strangers: whatever a field holds, there are findings or one of our errors."""
+    fields = [*plain().config, "use_qalora", "lora_bias", "trainable_token_indices", "layer_replication"]
+    layouts = {"peft": plain, "mlx": BY_NAME["mlx-clean"].build}
+    for layout, build in layouts.items():
+        for key in [*fields, "lora_parameters", "num_layers", "fine_tune_type"]:
+            adapter = build()
+            adapter.config[key] = value
+            folder = adapter.write(tmp_path / layout / key)
+            lrconvert.check(folder)
+    base_folder = with_base(
+        tmp_path, **dict.fromkeys(["architectures", "vocab_size", "text_config", "model_type"], value)
+    )
+    lrconvert.check(folder, base=base_folder)
+
+
+def test_nothing_is_read_but_headers(tmp_path, monkeypatch):
+    folder = plain().write(tmp_path / "a")
+    from lrconvert.io import container
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("a tensor was read")
+
+    monkeypatch.setattr(container.ContainerFile, "read", refuse)
+    monkeypatch.setattr(container.Checkpoint, "read", refuse)
+    lrconvert.check(folder, base=LLAMA)
+
+
+# --- the registry and the command line --------------------------------------------------------------------------------
+
+
+def test_the_folder_is_the_registry():
+    assert base.ids() == ["llamacpp", "mlx", "peft", "sglang", "vllm"]
+    assert [c.id for c in base.chosen(["all"])] == base.ids()
+    assert sorted(c.id for c in base.chosen(["vllm", "all", "vllm"])) == base.ids()
+    with pytest.raises(OptionError, match="there is no consumer 'ollama'"):
+        base.get("ollama")
+
+
+def test_an_option_of_nobody(tmp_path):
+    folder = plain().write(tmp_path / "a")
+    with pytest.raises(OptionError, match="max_lora_rank"):
+        lrconvert.check(folder, ("peft",), max_lora_rank=16)
+
+
+def run(*words: object):
+    return CliRunner().invoke(cli, ["check", *map(str, words)])
+
+
+def test_command_line(tmp_path):
+    clean = plain().write(tmp_path / "clean")
+    done = run(clean, "--for", "vllm", "--for", "peft")
+    assert done.exit_code == 0
+    assert done.output.splitlines() == ["vllm 0.33.0: nothing found", f"peft {peft.VERSION}: nothing found"]
+
+    scaled = plain(use_rslora=True).write(tmp_path / "scaled")
+    done = run(scaled, "--for", "vllm", "--for", "sglang")
+    assert done.exit_code == 1
+    first, second = done.output.splitlines()
+    assert first == "vllm 0.33.0: nothing found"
+    assert second.startswith("wrong: sglang 0.5.23: use_rslora ignored")
+
+    named = plain(base_model_name_or_path=None).write(tmp_path / "named")
+    done = run(named, "--for", "llamacpp")
+    assert done.exit_code == 0 and done.output.startswith("warns: llamacpp")
+    assert run(named, "--for", "llamacpp", "--base", LLAMA).output.endswith("nothing found\n")
+
+
+def test_command_line_options(tmp_path):
+    big = plain(rank=32).write(tmp_path / "big")
+    assert run(big, "--for", "vllm").exit_code == 1
+    assert run(big, "--for", "vllm", "--max-lora-rank", 64).exit_code == 0
+    assert run(big, "--for", "nobody").exit_code == 2
+    assert run(big).exit_code == 2
+
+
+def test_json(tmp_path):
+    folder = plain(use_dora=True).write(tmp_path / "a")
+    done = run(folder, "--for", "all", "--json")
+    assert done.exit_code == 1
+    told = json.loads(done.output)
+    assert told["schema"] == 1 and told["ok"] is False
+    assert [c["id"] for c in told["consumers"]] == base.ids()
+    fields = {"severity", "consumer", "version", "rule", "what", "fix", "source"}
+    assert told["findings"] and all(set(finding) == fields for finding in told["findings"])
+
+
+# --- PEFT itself ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llama_config():
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoConfig.from_pretrained(LLAMA)
+
+
+def peft_does(folder: Path, config) -> dict:
+    """What the installed PEFT does with a folder: refuses, or the norm of every update and the tensors left over."""
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(config)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = PeftModel.from_pretrained(model, folder)
+            result = loaded.load_adapter(folder, "default")
+    except Exception as error:
+        return {"outcome": "refuses", "why": f"{type(error).__name__}: {error}"}
+    norms = {}
+    for name, module in loaded.base_model.model.named_modules():
+        if isinstance(module, LoraLayer):
+            delta = module.get_delta_weight("default").detach().double().numpy()
+            if norm := float(np.linalg.norm(delta)):
+                norms[name] = norm
+    return {"outcome": "loads", "norms": norms, "left": list(result.unexpected_keys)}
+
+
+@pytest.mark.parametrize("case", [c for c in PEFT_CASES if "peft" not in c.unrun | c.unseen], ids=lambda c: c.name)
+def test_peft_agrees(case, tmp_path, llama_config):
+    adapter = case.build()
+    folder = adapter.write(tmp_path / case.name)
+    answer = peft_does(folder, llama_config)
+    says = oracle.told(folder, "peft", case.options)
+    if answer["outcome"] == "refuses":
+        assert says == "refuses", answer["why"]
+        return
+    right = oracle.truth(folder, adapter) if adapter.config["peft_type"] == "LORA" else answer["norms"]
+    plainly = oracle.verdict({**answer, "saved": list(adapter.tensors)}, right, adapter)
+    assert says == ("wrong" if answer["left"] or plainly == "wrong" else "right"), answer
+
+
+def test_the_facts_about_peft():
+    """Kinds, tasks and fields are those of the release that they name."""
+    import dataclasses
+
+    peft_package = pytest.importorskip("peft")
+    if peft_package.__version__ != peft.VERSION:
+        pytest.skip(f"the installed peft is {peft_package.__version__}")
+    from peft.utils.peft_types import PeftType, TaskType
+
+    assert {kind.value for kind in PeftType} == peft.KINDS
+    assert {task.value for task in TaskType} == peft.TASKS
+    assert {f.name for f in dataclasses.fields(peft_package.LoraConfig)} == peft._known_fields(None)

@@ -1,0 +1,325 @@
+"""What is exported, loaded by the programs that it is for. A peer without an environment is skipped by name: see
+tests/peers/README.md."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ADAPTERS, BASES
+from models import one_target
+from peers import make, oracle
+
+from lrconvert import api
+from lrconvert.lora.adapter import CompactAdapter, LoraAdapter, Target, View
+from lrconvert.methods import base as methods
+
+pytestmark = pytest.mark.slow
+
+
+def needed(peer: str) -> None:
+    if make.environment(peer) is None:
+        pytest.skip(f"the peer {peer} has no environment: python tests/peers/make.py {peer}")
+
+
+def made(*targets: Target) -> CompactAdapter:
+    """Targets of different ranks, of 8 bits."""
+    pairs = sorted((one_target(t, rank=2 + n % 3, seed=n) for n, t in enumerate(targets)), key=lambda p: p.target)
+    return api.convert(LoraAdapter(tuple(pairs)), "lowrank", bits="8").compact
+
+
+def converted(name: str) -> CompactAdapter:
+    return api.convert(api.load_lora(ADAPTERS / name), "lowrank", bits="8").compact
+
+
+def updates(compact: CompactAdapter) -> dict[str, np.ndarray]:
+    """What is added to each module's weight, in its stored shape."""
+    found = {}
+    for target, a, b in methods.expand_all(compact):
+        delta = b.astype(np.float64) @ a
+        found[target.name.removesuffix(".weight")] = (
+            delta.T if target.view.kind == "transposed" else delta.reshape(target.shape)
+        )
+    return found
+
+
+def ask(peer: str, jobs: Mapping[str, tuple[Path, dict[str, Any]]], base: Path = oracle.BASE) -> dict[str, Any]:
+    """What a peer answers to each job, in one process, since starting it is what takes long."""
+    answers = dict(zip(jobs, oracle.ask(peer, list(jobs.values()), base), strict=True))
+    refused = {name: answer["why"] for name, answer in answers.items() if answer["outcome"] != "loads"}
+    assert not refused, refused
+    return answers
+
+
+def same(case: str, found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray], bound: float = 1e-5) -> None:
+    assert set(found) == set(wanted), case
+    for name, delta in wanted.items():
+        assert found[name].shape == delta.shape, (case, name)
+        assert np.abs(found[name] - delta).max() <= bound * np.abs(delta).max(), (case, name)
+
+
+def tensors(path: Path) -> dict[str, np.ndarray]:
+    return dict(np.load(path))
+
+
+# --- diffusers ------------------------------------------------------------------------------------------------------
+
+BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0"
+CONV3, CONV1 = View("conv:3x3:1"), View("conv:1x1:1")
+UNET = (
+    Target(f"unet.{BLOCK}.attn1.to_q.weight", (64, 64)),
+    Target(f"unet.{BLOCK}.attn2.to_k.weight", (64, 32)),
+    Target(f"unet.{BLOCK}.attn1.to_out.0.weight", (64, 64)),
+    Target(f"unet.{BLOCK}.ff.net.0.proj.weight", (512, 64)),
+    Target(f"unet.{BLOCK}.ff.net.2.weight", (64, 256)),
+    Target("unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight", (64, 32)),
+    Target("unet.up_blocks.0.attentions.1.transformer_blocks.0.attn1.to_v.weight", (64, 64)),
+)
+CONVOLUTIONS = (
+    Target("unet.down_blocks.0.resnets.0.conv1.weight", (32, 32, 3, 3), CONV3),
+    Target("unet.down_blocks.1.attentions.0.proj_in.weight", (64, 64, 1, 1), CONV1),
+)
+TEXT = (
+    Target("text_encoder.text_model.encoder.layers.0.self_attn.q_proj.weight", (32, 32)),
+    Target("text_encoder.text_model.encoder.layers.1.self_attn.out_proj.weight", (32, 32)),
+    Target("text_encoder.text_model.encoder.layers.1.mlp.fc1.weight", (48, 32)),
+)
+FLUX = (
+    Target("transformer.transformer_blocks.0.attn.to_q.weight", (32, 32)),
+    Target("transformer.transformer_blocks.0.attn.to_out.0.weight", (32, 32)),
+    Target("transformer.single_transformer_blocks.0.attn.to_v.weight", (32, 32)),
+)
+XL = (
+    Target("text_encoder.text_model.encoder.layers.0.self_attn.out_proj.weight", (32, 32)),
+    Target("text_encoder_2.text_model.encoder.layers.1.self_attn.out_proj.weight", (32, 32)),
+    Target(f"unet.{BLOCK}.attn1.to_q.weight", (64, 64)),
+    Target("unet.down_blocks.2.attentions.1.transformer_blocks.1.attn2.to_k.weight", (96, 64)),
+    Target("unet.down_blocks.1.resnets.0.conv1.weight", (64, 32, 3, 3), CONV3),
+    Target("unet.mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj.weight", (768, 96)),
+    Target("unet.up_blocks.0.attentions.2.proj_in.weight", (96, 96)),
+    Target("unet.up_blocks.1.attentions.1.transformer_blocks.0.attn1.to_out.0.weight", (64, 64)),
+)
+XL_UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "addition_embed_type": "text_time",
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+}
+WEIGHTS = {"diffusers": "pytorch_lora_weights.safetensors", "kohya": "lora.safetensors"}
+
+
+def test_diffusers_loads_every_layer(tmp_path: Path) -> None:
+    needed("diffusers")
+    jobs, compacts = {}, {}
+    base = tmp_path / "base"  # says that the names of SDXL are Stability AI's in kohya's layout
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps(XL_UNET))
+    models = {"sd": UNET + CONVOLUTIONS + TEXT, "sdxl": XL, "flux": FLUX}
+    for (model, targets), layout, keep in product(models.items(), WEIGHTS, (False, True)):
+        case = f"{model}-{layout}-{keep}"
+        compacts[case] = made(*targets)
+        api.export(compacts[case], tmp_path / case, to=layout, keep_ranks=keep, base=base if model == "sdxl" else None)
+        out = str(tmp_path / f"{case}.npz")
+        jobs[case] = tmp_path / case, {"model": model, "file": WEIGHTS[layout], "out": out}
+    for case, answer in ask("diffusers", jobs).items():
+        said = [line for line in answer["said"] if "NoneType" not in line]  # components that are not there
+        assert not [line for line in said if re.search("unexpected|missing", line)], (case, said)
+        # transformers leaves the level text_model out of CLIP's modules, but not of those with a projection.
+        wanted, found = (
+            {name.replace("text_model.", ""): delta for name, delta in deltas.items()}
+            for deltas in (updates(compacts[case]), tensors(tmp_path / f"{case}.npz"))
+        )
+        same(case, found, wanted)
+
+
+# --- mlx-lm ---------------------------------------------------------------------------------------------------------
+
+
+def test_mlx_loads_every_layer(tmp_path: Path) -> None:
+    """Layers, embedding and head of a Llama, and GPT-2, whose names and orientation differ."""
+    needed("mlx")
+    config = json.loads((BASES / "tiny-llama" / "config.json").read_text())
+    vocabulary, width = config["vocab_size"], config["hidden_size"]
+    whole = made(
+        Target("model.embed_tokens.weight", (vocabulary, width), View("transposed")),
+        Target("lm_head.weight", (vocabulary, width)),
+        Target("model.layers.1.self_attn.o_proj.weight", (width, width)),
+    )
+    compacts = {name: converted(name) for name in ("llama-plain", "llama-patterns", "gpt2-conv1d")} | {"whole": whole}
+    jobs: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for case, compact in compacts.items():
+        api.export(compact, tmp_path / case, to="mlx")
+        jobs[case] = tmp_path / case, {"out": str(tmp_path / f"{case}.npz")}
+        assert not api.check(tmp_path / case, ("mlx",))
+    gpt2 = shutil.copytree(BASES / "tiny-gpt2-hub", tmp_path / "gpt2")
+    config = json.loads((gpt2 / "config.json").read_text())
+    (gpt2 / "config.json").write_text(json.dumps({**config, "n_ctx": config["n_positions"]}))
+    jobs["gpt2-conv1d"][1]["base"] = str(gpt2)
+    ask("mlx", jobs)
+    for case, compact in compacts.items():
+        wanted = updates(compact)
+        if case == "gpt2-conv1d":
+            wanted = {name.replace("transformer.", "model."): delta.T for name, delta in wanted.items()}
+        if case == "whole":
+            wanted["model.embed_tokens"] = wanted["model.embed_tokens"].T
+        same(case, tensors(tmp_path / f"{case}.npz"), wanted)
+
+
+# --- llama.cpp ------------------------------------------------------------------------------------------------------
+
+COMMON = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+ATTENTION = {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64), "self_attn.v_proj": (32, 64)}
+GATED = {"mlp.gate_proj": (96, 64), "mlp.up_proj": (96, 64), "mlp.down_proj": (64, 96)}
+LLAMA = {**ATTENTION, "self_attn.o_proj": (64, 64), **GATED}
+FAMILIES: dict[str, tuple[str, dict[str, tuple[int, int]]]] = {
+    "LlamaForCausalLM": ("llama", LLAMA),
+    "MistralForCausalLM": ("mistral", LLAMA),
+    "Qwen2ForCausalLM": ("qwen2", LLAMA),
+    "Qwen3ForCausalLM": ("qwen3", LLAMA),
+    "GemmaForCausalLM": ("gemma", LLAMA),
+    "Gemma2ForCausalLM": ("gemma2", LLAMA),
+    "Gemma3ForCausalLM": ("gemma3_text", LLAMA),
+    "Olmo2ForCausalLM": ("olmo2", LLAMA),
+    "Phi3ForCausalLM": (
+        "phi3",
+        {
+            "self_attn.qkv_proj": (128, 64),
+            "self_attn.o_proj": (64, 64),
+            "mlp.gate_up_proj": (192, 64),
+            "mlp.down_proj": (64, 96),
+        },
+    ),
+    "PhiForCausalLM": (
+        "phi",
+        {**ATTENTION, "self_attn.dense": (64, 64), "mlp.fc1": (96, 64), "mlp.fc2": (64, 96)},
+    ),
+    "Starcoder2ForCausalLM": (
+        "starcoder2",
+        {**ATTENTION, "self_attn.o_proj": (64, 64), "mlp.c_fc": (96, 64), "mlp.c_proj": (64, 96)},
+    ),
+}
+
+
+def a_base(folder: Path, architecture: str) -> Path:
+    folder.mkdir()
+    config = {"model_type": FAMILIES[architecture][0], "architectures": [architecture], **COMMON}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def of_family(architecture: str) -> CompactAdapter:
+    """Every layer of a family, and the whole-model ones where it has them."""
+    layers = FAMILIES[architecture][1]
+    targets = [Target(f"model.layers.{n}.{name}.weight", shape) for n in (0, 1) for name, shape in layers.items()]
+    if not architecture.startswith("Gemma"):
+        targets.append(Target("model.embed_tokens.weight", (128, 64), View("transposed")))
+        targets.append(Target("lm_head.weight", (128, 64)))
+    return made(*targets)
+
+
+def test_our_gguf_is_that_of_llamacpp(tmp_path: Path) -> None:
+    """Tensor by tensor, bit by bit, with the same scale."""
+    needed("llamacpp")
+    cases = {name: (of_family(name), a_base(tmp_path / name, name), "F32") for name in FAMILIES}
+    patterns = converted("llama-patterns")
+    cases |= {f"real {dtype}": (patterns, BASES / "tiny-llama", dtype) for dtype in ("F32", "F16")}
+    jobs = {}
+    for case, (compact, base, dtype) in cases.items():
+        api.export(compact, tmp_path / f"{case} peft", to="peft-lora")
+        api.export(compact, tmp_path / f"{case} ours", to="gguf", base=base, dtype=dtype)
+        options = {"base": str(base), "outtype": dtype.lower()}
+        written = str(tmp_path / f"{case} ours" / "adapter.gguf")
+        jobs[f"{case} 1"] = tmp_path / f"{case} peft", {**options, "out": str(tmp_path / f"{case} 1.npz")}
+        jobs[f"{case} 2"] = tmp_path, {**options, "out": str(tmp_path / f"{case} 2.npz"), "written": written}
+    answers = ask("llamacpp", jobs)
+    kept = [f"general.{key}" for key in ("architecture", "type", "quantization_version")]
+    kept += ["adapter.type", "adapter.lora.alpha"]
+    for case, (compact, _, _) in cases.items():
+        wanted, found = (tensors(tmp_path / f"{case} {n}.npz") for n in (1, 2))
+        assert set(found) == set(wanted) and len(found) == 2 * len(compact.targets), case
+        assert all(np.array_equal(found[name], wanted[name]) for name in wanted), case
+        theirs, ours = answers[f"{case} 1"], answers[f"{case} 2"]
+        assert [ours["fields"][key] for key in kept] == [theirs["fields"][key] for key in kept], case
+    norms = {name: float(np.linalg.norm(delta)) for name, delta in updates(patterns).items()}
+    assert answers["real F32 1"]["norms"] == pytest.approx(norms, rel=1e-5)
+    assert answers["real F32 2"]["norms"] == pytest.approx(norms, rel=1e-5)
+
+
+def test_what_llamacpps_converter_cannot_do(tmp_path: Path) -> None:
+    """Own ranks with one scale (alpha = 0 stands for 1), and GPT-2 with its factors not swapped."""
+    needed("llamacpp")
+    own = made(
+        Target("model.layers.0.self_attn.o_proj.weight", (48, 48)),
+        Target("model.layers.1.self_attn.v_proj.weight", (24, 48)),
+    )
+    gpt2 = converted("gpt2-conv1d")
+    api.export(own, tmp_path / "own", to="gguf", base=BASES / "tiny-llama", keep_ranks=True)
+    api.export(gpt2, tmp_path / "gpt2", to="gguf", base=BASES / "tiny-gpt2")
+    jobs = {
+        name: (tmp_path, {"written": str(tmp_path / name / "adapter.gguf"), "out": str(tmp_path / f"{name}.npz")})
+        for name in ("own", "gpt2")
+    }
+    answers = ask("llamacpp", jobs)
+    norms = {name: float(np.linalg.norm(delta)) for name, delta in updates(own).items()}
+    assert answers["own"]["norms"] == pytest.approx(norms, rel=1e-6)
+    assert answers["gpt2"]["shapes"]["blk.0.attn_qkv"] == [144, 48]
+    found = tensors(tmp_path / "gpt2.npz")
+    delta = found["blk.0.attn_qkv.weight.lora_b:F32"].astype(np.float64) @ found["blk.0.attn_qkv.weight.lora_a:F32"]
+    same("gpt2", {"": delta}, {"": updates(gpt2)["transformer.h.0.attn.c_attn"].T})
+
+
+# --- vLLM -----------------------------------------------------------------------------------------------------------
+
+
+def test_vllm_takes_padded_ranks(tmp_path: Path) -> None:
+    """What the note after an export says of --max-lora-rank is what PEFTHelper asks for."""
+    needed("vllm")
+    compact = converted("llama-plain")
+    norms = {name: float(np.linalg.norm(delta)) for name, delta in updates(compact).items()}
+    loads = {None: {16, 32, 64}, 16: {16, 32, 64}, 20: {32, 64}, 64: {64}}
+    jobs: list[tuple[Path, dict[str, Any]]] = []
+    for rank, limits in loads.items():
+        folder = tmp_path / f"r{rank}"
+        notes = api.export(compact, folder, to="peft-lora", pad_rank=rank).notes
+        assert [f"--max-lora-rank {min(limits)}" in note for note in notes] == [True] * (min(limits) > 16)
+        jobs += [(folder, {"max_lora_rank": limit}) for limit in (16, 32, 64)]
+    answers = oracle.ask("vllm", jobs)
+    for (folder, options), answer in zip(jobs, answers, strict=True):
+        rank = int(folder.name[1:]) if folder.name != "rNone" else None
+        assert (answer["outcome"] == "loads") == (options["max_lora_rank"] in loads[rank]), (folder.name, options)
+        assert answer["outcome"] == "refuses" or answer["norms"] == pytest.approx(norms, rel=1e-5)
+
+
+# --- loralib --------------------------------------------------------------------------------------------------------
+
+
+def test_loralib_merges_our_updates(tmp_path: Path) -> None:
+    needed("loralib")
+    compact = made(
+        Target("encoder.q.weight", (24, 16)),
+        Target("encoder.c_attn.weight", (16, 48), View("transposed")),
+        Target("embed.weight", (40, 12), View("transposed")),
+    )
+    layers = {"encoder.q": ("linear", 24, 16), "encoder.c_attn": ("transposed", 48, 16), "embed": ("embedding", 12, 40)}
+    jobs = {}
+    for rank in (None, 7):
+        api.export(compact, tmp_path / f"r{rank}", to="raw", pad_rank=rank)
+        jobs[f"r{rank}"] = tmp_path / f"r{rank}", {"layers": layers, "out": str(tmp_path / f"r{rank}.npz")}
+    for case in ask("loralib", jobs):
+        same(case, tensors(tmp_path / f"{case}.npz"), updates(compact))

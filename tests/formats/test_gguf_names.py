@@ -1,0 +1,186 @@
+"""llama.cpp's names and orders of rows, for every family that is claimed: against its own ``gguf`` package and its own
+converter (peers: skipped by name without their environment), and there and back through our exporter and reader."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import dense
+from models import one_target
+from peers import make, oracle
+from test_base_names import make_base
+
+from lrconvert import api
+from lrconvert.core import errors
+from lrconvert.formats import gguf_names
+from lrconvert.lora.adapter import CompactAdapter, LoraAdapter, Target, View
+from lrconvert.methods import base as methods
+
+WIDTH, HEADS, KV, WIDE, TOKENS = 64, 8, 4, 96, 128
+CONFIG: dict[str, Any] = {
+    "hidden_size": WIDTH, "n_embd": WIDTH, "n_embed": WIDTH, "intermediate_size": WIDE, "num_hidden_layers": 2,
+    "n_layer": 2, "num_attention_heads": HEADS, "n_head": HEADS, "num_key_value_heads": KV, "vocab_size": TOKENS,
+    "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "num_experts": 4,
+    "num_local_experts": 4, "rope_theta": 1e4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8, "v_head_dim": 8,
+}  # fmt: skip
+FAMILIES = gguf_names.FAMILIES
+# What the converter cannot do for an adapter; the tables and our own way back are checked for these as well.
+NO_CONVERTER = {
+    "GPT2LMHeadModel": "it swaps the factors of Conv1D layers",
+    "Ministral3ForCausalLM": "it sets out to write the base",
+    "Mistral3ForConditionalGeneration": "it sets out to write the base",
+}
+
+
+def gguf_package() -> Any:
+    folder = make.environment("llamacpp")
+    if folder is None:
+        pytest.skip("the peer llamacpp has no environment: python tests/peers/make.py llamacpp")
+    sys.path.insert(0, str(folder / "lib" / "gguf-py"))
+    try:
+        import gguf  # type: ignore[import-not-found,unused-ignore]
+    finally:
+        sys.path.pop(0)
+    return gguf
+
+
+def rows_of(leaf: str, order: str | None) -> int:
+    if order == gguf_names.GATHERED:
+        return 3 * WIDTH
+    return {"attn_k": WIDTH // HEADS * KV, "attn_v": WIDTH // HEADS * KV}.get(leaf, WIDTH)
+
+
+def targets_of(name: str) -> tuple[Target, ...]:
+    """Every layer of the last block, the shapes as the rows need them, and the whole-model modules."""
+    family = FAMILIES[name]
+    found = [
+        Target(f"{family.stems[0]}1.{layer}.weight", (rows_of(leaf, family.rows.get(leaf)), WIDTH))
+        for layer, leaf in family.layers.items()
+    ]
+    for module, theirs in list(family.whole.items()):
+        if list(family.whole.values()).index(theirs) == list(family.whole).index(module):  # the first of its meaning
+            embedding = theirs == "token_embd"
+            found.append(Target(f"{module}.weight", (TOKENS, WIDTH), View("transposed" if embedding else "matrix")))
+    return tuple(sorted(found))
+
+
+@functools.cache
+def adapter(name: str) -> CompactAdapter:
+    pairs = tuple(one_target(target, rank=3, seed=n) for n, target in enumerate(targets_of(name)))
+    return api.convert(LoraAdapter(pairs), "lowrank", bits="16").compact
+
+
+def base_of(name: str, folder: Path) -> Path:
+    """A base of these names, its headers and config.json."""
+    family = FAMILIES[name]
+    config = {**CONFIG, "model_type": family.kind, "architectures": [name]}
+    return make_base(folder, {target.name: target.shape for target in targets_of(name)}, config)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_names_are_those_of_the_gguf_package(name: str) -> None:
+    gguf = gguf_package()
+    family = FAMILIES[name]
+    (arch,) = [key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == family.id]
+    table = gguf.get_tensor_name_map(arch, 2)
+    for target in targets_of(name):
+        module = target.name.removesuffix(".weight")
+        # What llama.cpp's converter takes out of a name before it asks its table.
+        asked = module.replace("language_model.", "")
+        if family.id == "bloom":
+            asked = asked.replace("transformer.", "")
+        assert family.named(module) == table.get_name(asked, try_suffixes=(".weight",)), module
+        assert module in family.modules(family.named(module) or "")
+    for leaf in family.layers.values():
+        assert f"blk.{{bid}}.{leaf}" in {gguf.TENSOR_NAMES[tensor] for tensor in gguf.MODEL_TENSORS[arch]}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_out_and_in_again(name: str, tmp_path: Path) -> None:
+    """What is exported for a base is the same update when it is read on that base."""
+    base = base_of(name, tmp_path / "base")
+    api.export(adapter(name), tmp_path / "out", to="gguf", base=base)
+    again = {pair.target.name: dense(pair) for pair in api.load_lora(tmp_path / "out", base=base).targets}
+    wanted = {target.name: b.astype(np.float64) @ a for target, a, b in methods.expand_all(adapter(name))}
+    assert set(again) == set(wanted)
+    for target, delta in wanted.items():
+        np.testing.assert_allclose(again[target], delta, rtol=1e-6, atol=1e-9, err_msg=target)
+
+
+@pytest.mark.slow
+def test_the_converter_of_llamacpp_makes_the_same(tmp_path: Path) -> None:
+    """Tensor by tensor, bit by bit, and the same architecture, for every family."""
+    if make.environment("llamacpp") is None:
+        pytest.skip("the peer llamacpp has no environment: python tests/peers/make.py llamacpp")
+    jobs: list[tuple[Path, dict[str, Any]]] = []
+    names = [name for name in FAMILIES if name not in NO_CONVERTER]
+    for name in names:
+        base = base_of(name, tmp_path / f"{name} base")
+        api.export(adapter(name), tmp_path / f"{name} peft", to="peft-lora")
+        api.export(adapter(name), tmp_path / f"{name} ours", to="gguf", base=base)
+        written = str(tmp_path / f"{name} ours" / "adapter.gguf")
+        options = {"base": str(base), "outtype": "f32"}
+        jobs.append((tmp_path / f"{name} peft", {**options, "out": str(tmp_path / f"{name} 1.npz")}))
+        jobs.append((tmp_path, {**options, "out": str(tmp_path / f"{name} 2.npz"), "written": written}))
+    answers = oracle.ask("llamacpp", jobs)
+    wrong = {}
+    for n, name in enumerate(names):
+        theirs, ours = answers[2 * n : 2 * n + 2]
+        assert ours["outcome"] == "loads"
+        if theirs["outcome"] != "loads":
+            wrong[name] = theirs["why"]
+            continue
+        wanted, found = (dict(np.load(tmp_path / f"{name} {k}.npz")) for k in (1, 2))
+        if set(found) != set(wanted):
+            wrong[name] = f"{sorted(set(found) ^ set(wanted))}"
+        elif odd := [key for key in wanted if not np.array_equal(found[key], wanted[key])]:
+            wrong[name] = f"{odd}"
+        elif ours["fields"]["general.architecture"] != theirs["fields"]["general.architecture"]:
+            wrong[name] = theirs["fields"]["general.architecture"]
+    assert not wrong
+
+
+def test_orders_of_rows() -> None:
+    """By hand: two heads of four numbers, whose halves become pairs; two heads of one query, key and value each."""
+    config = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    assert gguf_names.row_order(gguf_names.QUERIES, 8, config).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert gguf_names.row_order(gguf_names.KEYS, 4, config).tolist() == [0, 2, 1, 3]
+    assert gguf_names.row_order(gguf_names.GATHERED, 6, {"n_head": 2}).tolist() == [0, 3, 1, 4, 2, 5]
+    assert gguf_names.row_order(gguf_names.KEYS, 4, {"text_config": config}).tolist() == [0, 2, 1, 3]
+    for broken in ({}, {"num_attention_heads": True}, {"num_attention_heads": 0}, {"num_attention_heads": "8"}):
+        with pytest.raises(errors.ConfigError, match="heads"):
+            gguf_names.row_order(gguf_names.QUERIES, 8, broken)
+    with pytest.raises(errors.ConfigError, match="do not divide 9"):
+        gguf_names.row_order(gguf_names.QUERIES, 9, config)
+
+
+def test_families_are_told_by_class_or_kind() -> None:
+    assert (
+        gguf_names.family_of({"architectures": ["Olmo3ForCausalLM"], "model_type": "llama"})
+        is FAMILIES["Olmo3ForCausalLM"]
+    )
+    assert gguf_names.family_of({"model_type": "stablelm"}) is FAMILIES["StableLmForCausalLM"]
+    assert (
+        gguf_names.family_of({"model_type": "bert"}) is None and gguf_names.family_of({"architectures": ["X"]}) is None
+    )
+    kinds = [family.kind for family in FAMILIES.values()]
+    assert len(set(kinds)) == len(kinds)
+
+
+def test_models_with_eyes(tmp_path: Path) -> None:
+    """The decoder's level has one of two names in transformers, which llama.cpp leaves out; the eyes are refused."""
+    base = base_of("Qwen2_5_VLForConditionalGeneration", tmp_path / "base")
+    pair = one_target(Target("model.visual.blocks.0.attn.qkv.weight", (8, 8)), 2)
+    seen = api.convert(LoraAdapter((pair,)), "lowrank").compact
+    with pytest.raises(errors.ExportError, match="takes no LoRA on"):
+        api.export(seen, tmp_path / "out", to="gguf", base=base)
+    family = FAMILIES["Gemma3ForConditionalGeneration"]
+    for stem in ("model.language_model.layers.7", "language_model.model.layers.7", "model.layers.7"):
+        assert family.named(f"{stem}.self_attn.q_proj") == "blk.7.attn_q"
+        assert f"{stem}.self_attn.q_proj" in family.modules("blk.7.attn_q")

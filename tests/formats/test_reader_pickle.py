@@ -1,0 +1,234 @@
+"""Pickled adapters: only if the user says so, only tensors, and the same adapter as the safetensors file beside it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import peft_oracle as oracle
+import pytest
+import safetensors.torch
+import torch
+from conftest import ADAPTERS, asset
+from peft_oracle import seeded
+from torch import nn
+
+from lrconvert import api
+from lrconvert.core import errors
+from lrconvert.formats.readers.base import load
+from lrconvert.formats.readers.shared.options import ReadOptions
+
+ALLOWED = ReadOptions(allow_pickle=True)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A PEFT folder without weights, and a function that writes them as a pickle."""
+    shutil.copy(ADAPTERS / "llama-plain" / "adapter_config.json", tmp_path)
+    return tmp_path
+
+
+def state():
+    return safetensors.torch.load_file(ADAPTERS / "llama-plain" / "adapter_model.safetensors")
+
+
+def saved(value, **options) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("name", ["llama-plain", "llama-bf16", "llama-dora", "bert-classifier", "gpt2-conv1d"])
+def test_a_pickle_gives_what_its_safetensors_twin_gives(name, legacy, tmp_path):
+    shutil.copy(ADAPTERS / name / "adapter_config.json", tmp_path)
+    values = safetensors.torch.load_file(ADAPTERS / name / "adapter_model.safetensors")
+    torch.save(values, tmp_path / "adapter_model.bin", _use_new_zipfile_serialization=not legacy)
+    assert load(tmp_path, ALLOWED) == load(ADAPTERS / name)
+    assert load(tmp_path / "adapter_model.bin", ALLOWED) == load(ADAPTERS / name)
+
+
+def test_safetensors_go_first(folder):
+    torch.save({"rubbish": torch.ones(1)}, folder / "adapter_model.bin")
+    shutil.copy(ADAPTERS / "llama-plain" / "adapter_model.safetensors", folder)
+    assert load(folder, ALLOWED) == load(folder) == load(ADAPTERS / "llama-plain")
+
+
+def test_views_and_shared_memory(folder):
+    """Tensors that are not contiguous, and two that share their memory."""
+    turned = {k: v.T.contiguous().T for k, v in state().items()}
+    torch.save(turned, folder / "adapter_model.bin")
+    assert load(folder, ALLOWED) == load(ADAPTERS / "llama-plain")
+    shared = torch.ones(64, 8)
+    names = [f"base_model.model.{m}.lora_{h}.weight" for m in "xy" for h in "AB"]
+    torch.save({n: shared.T if ".lora_A." in n else shared for n in names}, folder / "adapter_model.bin")
+    assert len(load(folder, ALLOWED).targets) == 2
+
+
+class Bomb:
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+def compressed() -> bytes:
+    buffer = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(saved(state()))) as source,
+        zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as out,
+    ):
+        for entry in source.infolist():
+            out.writestr(entry.filename, source.read(entry))
+    return buffer.getvalue()
+
+
+def repeated() -> bytes:
+    return saved({"base_model.model.x.lora_A.weight": torch.ones(1).expand(1 << 20, 1 << 20)})
+
+
+def named(value, name="base_model.model.x.lora_A.weight") -> bytes:
+    return saved({name: value})
+
+
+HOSTILE = {
+    "a list": (lambda: saved([torch.ones(1)]), errors.TensorUnknownError, "tensor '0'"),
+    "a list of lists": (lambda: saved([[torch.ones(1)]]), errors.PickleError, "entry '0' is a list"),
+    "a tuple": (lambda: saved((torch.ones(1),)), errors.PickleError, "holds a tuple"),
+    "a value that is no tensor": (lambda: saved({**state(), "alpha": 16}), errors.PickleError, "'alpha' is a int"),
+    "a name that is no text": (lambda: saved({3: torch.ones(1)}), errors.PickleError, "entry 3"),
+    "a nested dict": (lambda: saved({"state_dict": state()}), errors.PickleError, "'state_dict' is a dict"),
+    "a module": (lambda: saved(nn.Linear(2, 2)), errors.PickleError, "more than tensors"),
+    "cut off": (lambda: saved(state())[:-5000], errors.PickleError, "zip|damaged"),
+    "rubbish": (lambda: b"PK" + os.urandom(500), errors.PickleError, "zip"),
+    "text": (lambda: b"hello", errors.PickleError, "damaged"),
+    "empty": (lambda: b"", errors.PickleError, "damaged"),
+    "compressed": (compressed, errors.PickleError, "compressed"),
+    "a repeating view": (repeated, errors.LimitError, "of which 4 are stored"),
+    "one memory, many tensors": (
+        lambda: saved({f"base_model.model.{i}.lora_A.weight": s for s in [torch.ones(512, 512)] for i in range(50)}),
+        errors.LimitError,
+        "the tensors have",
+    ),
+    "complex numbers": (lambda: named(torch.ones(2, 2, dtype=torch.complex64)), errors.DtypeError, "complex64"),
+    "a sparse tensor": (lambda: named(torch.ones(2, 2).to_sparse()), errors.LrcError, "sparse|more than"),
+    "no numbers": (lambda: named(torch.ones(0, 2)), errors.ShapeError, "lora_A"),
+    "many dimensions": (lambda: named(torch.ones([1] * 9)), errors.ShapeError, "lora_A"),
+    "control characters": (lambda: named(torch.ones(1), "a\x1b[31m"), errors.TensorNameError, "control"),
+    "a long name": (lambda: named(torch.ones(1), "a" * 5000), errors.TensorNameError, "too long"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", HOSTILE)
+def test_pickles_that_are_refused(case, folder):
+    make, error, text = HOSTILE[case]
+    (folder / "adapter_model.bin").write_bytes(make())
+    with pytest.raises(error, match=text) as caught:
+        load(folder, ALLOWED)
+    assert "adapter_model.bin" in str(caught.value) and len(str(caught.value).splitlines()) == 1
+    with pytest.raises(errors.PickleError, match="allow-pickle"):
+        load(folder)
+
+
+@pytest.mark.parametrize("wrap", [lambda bomb: pickle.dumps(bomb), lambda bomb: saved({"a": bomb}), saved])
+def test_no_code_of_a_pickle_runs(wrap, folder):
+    """The same bytes do run code where they are unpickled without care."""
+    bomb = folder / "created"
+    data = wrap(Bomb(bomb))
+    (folder / "adapter_model.bin").write_bytes(data)
+    with pytest.raises(errors.PickleError, match="more than tensors"):
+        load(folder, ALLOWED)
+    assert not bomb.exists()
+    torch.load(io.BytesIO(data), weights_only=False) if data[:2] == b"PK" else pickle.loads(data)
+    assert bomb.exists()
+
+
+def test_a_pickle_under_the_name_of_safetensors_stays_refused(folder):
+    (folder / "adapter_model.safetensors").write_bytes(saved(state()))
+    with pytest.raises(errors.PickleError):
+        load(folder, ALLOWED)
+
+
+def test_an_old_torch_is_not_trusted_with_pickles(folder, monkeypatch):
+    torch.save(state(), folder / "adapter_model.bin")
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
+    with pytest.raises(errors.DependencyError, match=r"2\.5\.1"):
+        load(folder, ALLOWED)
+
+
+def test_every_command_that_reads_an_adapter_takes_the_option(folder, tmp_path):
+    torch.save(state(), folder / "adapter_model.bin")
+    plain, base = str(ADAPTERS / "llama-plain"), str(ADAPTERS.parent / "bases" / "tiny-llama")
+
+    def run(*words):
+        command = [sys.executable, "-m", "lrconvert.cli", *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+
+    assert run("lora-to-lowrank", plain, "-o", "x.lrc").returncode == 0
+    commands = [
+        ("inspect", folder, "--json"),
+        ("compare", folder, "x.lrc", "--json"),
+        ("lora-to-lowrank", folder, "-o", "y.lrc", "--overwrite"),
+        ("merge", base, folder, "-o", "out", "--dry-run"),
+        ("export", "x.lrc", "-o", "exported", "--to", "peft-lora", "--source", folder, "--overwrite"),
+    ]
+    for words in commands:
+        refused, done = run(*words), run(*words, "--allow-pickle")
+        assert refused.returncode == 1 and refused.stderr.startswith("E-PICKLE"), words
+        assert done.returncode == 0, (words, done.stderr)
+    assert json.loads(run(*commands[1], "--allow-pickle").stdout)["files"][0]["captured"] > 0.999
+
+
+def test_the_api_takes_the_option(folder):
+    torch.save(state(), folder / "adapter_model.bin")
+    for verb in (api.load_lora, api.load, api.inspect):
+        with pytest.raises(errors.PickleError):
+            verb(folder)
+        assert verb(folder, allow_pickle=True)
+    compact = api.convert(api.load_lora(folder, allow_pickle=True), "lowrank").compact
+    assert api.compare(folder, [compact], allow_pickle=True)[0].captured > 0.999
+
+
+# --- adapters that PEFT 0.6 saved as pickles, with the outputs it had ------------------------------------------------
+
+
+class MLP(nn.Module):
+    """The models of PEFT's regression tests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin0 = nn.Linear(10, 20)
+        self.lin1 = nn.Linear(20, 2)
+
+    def forward(self, x):
+        return self.lin1(self.lin0(x.float()).relu()).log_softmax(-1)
+
+
+class Conv(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv2d = nn.Conv2d(5, 10, 3)
+        self.lin0 = nn.Linear(10, 2)
+
+    def forward(self, x):
+        return self.lin0(self.conv2d(x.float().reshape(2, 5, 3, 3)).relu().flatten(1)).log_softmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("name", "model"), [("lora_mlp", MLP), ("lora_mlp_modules_to_save", MLP), ("lora_conv2d", Conv)]
+)
+def test_outputs_of_peft_0_6(name, model):
+    path = asset(f"adapters/peft_regression_{name}")
+    wanted = torch.load(path / "output.pt", weights_only=True, map_location="cpu").double()
+    x = torch.arange(90).reshape(9, 10)
+    changed = oracle.merged(load(path, ALLOWED), seeded(model)())
+    assert oracle.difference(oracle.outputs(changed, x), wanted) <= 1e-5
+    assert oracle.difference(oracle.outputs(seeded(model)(), x), wanted) > 0.05

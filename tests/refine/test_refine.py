@@ -1,0 +1,532 @@
+"""Refinement: what is trained is what is written; never worse than the input; the same again, resumed or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from click.testing import CliRunner
+from conftest import ADAPTERS, BASES, random_lora
+from test_attach import snapshot
+from test_trainable import same_payload
+
+import lrconvert
+from lrconvert import api
+from lrconvert.cli import cli
+from lrconvert.core.errors import (
+    BaseError,
+    DataError,
+    FingerprintError,
+    LrcError,
+    OptionError,
+    OutputExistsError,
+    StatisticsError,
+)
+from lrconvert.formats.lrc import file
+from lrconvert.live import compare_outputs, load_model, texts
+from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
+from lrconvert.methods import base as methods
+from lrconvert.refine import data, losses, self_generated_data
+from lrconvert.refine.evaluation import TeacherModel
+from lrconvert.refine.trainer import Trainer
+
+LLAMA, LORA = BASES / "tiny-llama", ADAPTERS / "llama-plain"
+FEW = {"steps": 4, "eval_every": 2, "batch_tokens": 96}
+
+
+@pytest.fixture(scope="module")
+def lora() -> LoraAdapter:
+    return api.load_lora(LORA)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return load_model.load_model(LLAMA).float()
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[dict[str, Any]]:
+    draw = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(3, 100, (4, 12), generator=draw)} for _ in range(12)]
+
+
+@pytest.fixture(scope="module")
+def small(lora: LoraAdapter) -> CompactAdapter:
+    return api.convert(lora, "lowrank", bits="2", rank=3).compact
+
+
+# --- losses ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_largest_logits_stand_for_all() -> None:
+    draw = torch.Generator().manual_seed(0)
+    one, other = (losses.Outputs(torch.randn(5, 64, generator=draw) * 3, True) for _ in range(2))
+    whole = losses.distance(losses.goal(one, 2.0, top_k=64), other, 2.0)
+    p, q = ((o.rows / 2).log_softmax(-1) for o in (one, other))
+    assert torch.isclose(whole, (p.exp() * (p - q)).sum(-1).mean() * 4, rtol=1e-5)
+    some = losses.distance(losses.goal(one, 2.0, top_k=24), other, 2.0)
+    assert 0 < some <= whole * (1 + 1e-5)  # what is compared as one cannot be farther apart
+    assert losses.distance(losses.goal(one, 2.0, top_k=24), one, 2.0).abs() < 1e-5
+
+
+def test_hidden_states_count_as_shares_of_the_change() -> None:
+    a, b = torch.zeros(3, 4), torch.ones(3, 4)
+    goal = losses.Goal((a, a))
+    found = losses.Outputs(a, True, (b, b))
+    assert float(losses.hidden_error(goal, found, (4.0, 0.0))) == 1.0
+    assert float(losses.hidden_error(goal, found, (8.0, 4.0))) == 0.75
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_completion_counts(tmp_path: Path) -> None:
+    tokenizer = load_model.load_tokenizer(LLAMA)
+    rows = [texts.Text(" and so on", prompt="the words"), texts.Text("all of it")]
+    found = data.examples(rows, tokenizer, "decoder", 64, 0, {})
+    pool = data.Pool("decoder", tuple(found), pad=0)
+    prompted = pool.batch([0])
+    assert "labels" not in prompted.inputs and prompted.scored is not None and prompted.labels is not None
+    ids, prompt = found[0].ids, found[0].prompt
+    assert 0 < prompt < len(ids)
+    assert prompted.scored[0].tolist() == [prompt - 1 <= n < len(ids) - 1 for n in range(len(ids))]
+    assert prompted.labels[0][prompted.scored[0]].tolist() == list(ids[prompt:])
+    assert pool.batch([1]).scored is None and pool.batch([1]).weight == len(found[1].ids)
+
+
+def test_an_epoch_is_every_text_once() -> None:
+    draw = np.random.default_rng(0)
+    rows = tuple(data.Example(tuple(range(n))) for n in draw.integers(2, 30, 200))
+    pool = data.Pool("decoder", rows)
+    plans = [pool.plan(3, epoch, 64) for epoch in (0, 1)]
+    assert plans[0] != plans[1] and plans[0] == pool.plan(3, 0, 64)
+    for plan in plans:
+        assert sorted(n for batch in plan for n in batch) == list(range(200))
+        assert all(len(b) == 1 or len(b) * max(len(rows[n].ids) for n in b) <= 64 for b in plan)
+        padded = sum(len(b) * max(len(rows[n].ids) for n in b) for b in plan)
+        assert padded < 1.2 * sum(len(r.ids) for r in rows)
+
+
+def test_equal_texts_stay_on_one_side() -> None:
+    rows = tuple(data.Example((n % 20, 1, 2)) for n in range(100))
+    found = data.split(data.Pool("decoder", rows), 0)
+    train, held = ({e.ids for e in some.examples} for some in (found.train, found.held))
+    assert held and train and not train & held
+    assert len(found.train) + len(found.held) == 100
+    with pytest.raises(DataError, match="one text"):
+        data.split(data.Pool("decoder", rows[:1] * 5), 0)
+
+
+def test_labels_are_classes() -> None:
+    tokenizer = load_model.load_tokenizer(BASES / "tiny-bert")
+    rows = [texts.Text("one", label="sad"), texts.Text("other", label="1"), texts.Text("third", label="unheard")]
+    found = data.examples(rows, tokenizer, "encoder", 16, 0, {"happy": 0, "sad": 1})
+    assert [e.label for e in found] == [1, 1, None]
+    labels = data.Pool("encoder", tuple(found)).batch([0, 1, 2]).labels
+    assert labels is not None and labels.tolist() == [1, 1, -100]
+
+
+def test_a_batch_in_parts() -> None:
+    batch = losses.Batch({"input_ids": torch.arange(20).reshape(5, 4), "use": True}, torch.ones(5, 4, dtype=torch.bool))
+    found = batch.parts(2)
+    assert [p.rows for p in found] == [2, 3] and all(p.inputs["use"] is True for p in found)
+    assert torch.equal(torch.cat([p.inputs["input_ids"] for p in found]), batch.inputs["input_ids"])
+    assert batch.parts(1) == [batch] and len(batch.parts(99)) == 5
+
+
+def test_a_teacher_writes(model: Any) -> None:
+    tokenizer = load_model.load_tokenizer(LLAMA)
+
+    def write(seed: int) -> list[data.Example]:
+        return self_generated_data.written(
+            model, tokenizer, length=16, tokens=300, batch_tokens=128, seed=seed, progress=lambda share, text: None
+        )
+
+    found = write(0)
+    assert found == write(0) != write(1)
+    assert len(set(found)) == len(found) and sum(len(e.ids) for e in found) >= 150
+    assert all(e.ids[0] == tokenizer.bos_token_id and 1 < len(e.ids) <= 16 for e in found)
+    assert all(tokenizer.eos_token_id not in e.ids[:-1] for e in found)
+
+
+# --- the verb -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", methods.module_names())
+def test_never_worse_and_written_as_measured(
+    method: str, lora: LoraAdapter, model: Any, batches: Any, tmp_path: Path
+) -> None:
+    compact = api.convert(lora, method, target_ratio=12).compact
+    before = snapshot(model)
+    done = api.refine(compact, lora, model, batches, tmp_path / "out.lrc", **FEW)
+    assert snapshot(model) == before
+    assert done.improved and done.after.distance < done.before.distance < done.after.base_distance
+    written = api.read(tmp_path / "out.lrc")
+    assert same_payload(written, done.compact) and not same_payload(written, compact)
+    assert file.sizes(written).payload == file.sizes(compact).payload
+    held = data.split(data.Pool("decoder", given=tuple(batches)), 0).held
+    for some, told in ((compact, done.before), (written, done.after)):
+        answers = compare_outputs.measure(model, lora, [some], held.given).answers[0]
+        assert answers.distance == pytest.approx(told.distance, rel=1e-5)
+        assert answers.agreement == told.agreement
+    fields = written.provenance.fields
+    assert fields["refined_steps"] == str(done.best_step) and fields["refined_data"] == done.data
+    assert fields["refined_teacher"] == lora.provenance.source
+    assert float(fields["captured"]) == pytest.approx(api.compare(lora, [written])[0].captured, abs=1e-4)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_updates_that_depend_on_the_base(lora: LoraAdapter, model: Any, batches: Any) -> None:
+    """Bat: through its own product with the weights; its fit needs their folder, training does not."""
+    compact = api.convert(lora, "bone", variant="bat", base=LLAMA, target_ratio=12).compact
+    on_disk = api.refine(compact, lora, LLAMA, batches, **FEW)
+    assert on_disk.improved and not same_payload(on_disk.compact, compact)
+    captured = api.compare(lora, [on_disk.compact], base=LLAMA)[0].captured
+    assert float(on_disk.compact.provenance.fields["captured"]) == pytest.approx(max(captured, 0), abs=1e-4)
+    live = api.refine(compact, lora, model, batches, **FEW)
+    assert live.improved and not live.layerwise and "captured" not in live.compact.provenance.fields
+    held = data.split(data.Pool("decoder", given=tuple(batches)), 0).held
+    for done in (on_disk, live):
+        answers = compare_outputs.measure(model, lora, [done.compact], held.given).answers[0]
+        assert answers.distance == pytest.approx(done.after.distance, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lowrank", pytest.param("vblora", marks=pytest.mark.slow)])
+def test_the_same_again_and_resumed(method: str, lora: LoraAdapter, model: Any, batches: Any, tmp_path: Path) -> None:
+    compact = api.convert(lora, method, target_ratio=12).compact
+    out = [tmp_path / f"{n}.lrc" for n in range(3)]
+    many = {**FEW, "steps": 7, "checkpoint_every": 3, "lr": 0.3}
+    for path in out[:2]:
+        done = api.refine(compact, lora, model, batches, path, **many)
+    assert done.best_step > 3 and out[0].read_bytes() == out[1].read_bytes()
+    told = 0
+
+    def stop(share: float, text: str) -> None:
+        nonlocal told
+        told += text.startswith("loss")
+        if told == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        api.refine(compact, lora, model, batches, out[2], progress=stop, **many)
+    partial = tmp_path / f"{out[2].name}.partial"
+    assert partial.exists() and not out[2].exists()
+    with pytest.raises(OutputExistsError, match="broken off"):
+        api.refine(compact, lora, model, batches, out[2], **many)
+    with pytest.raises(StatisticsError, match="other options"):
+        api.refine(compact, lora, model, batches, out[2], resume=True, **{**many, "lr": 0.5})
+    done = api.refine(compact, lora, model, batches, out[2], resume=True, **many)
+    assert done.steps == 7 and out[2].read_bytes() == out[0].read_bytes()
+    assert not partial.exists()
+
+
+def test_without_a_gain_the_input_comes_back(lora: LoraAdapter, model: Any, batches: Any, tmp_path: Path) -> None:
+    exact = api.convert(lora, "lowrank", bits="16").compact
+    done = api.refine(exact, lora, model, batches, tmp_path / "o.lrc", layerwise=False, lr=30.0, **FEW)
+    assert not done.improved and done.before == done.after
+    written = api.read(tmp_path / "o.lrc")
+    assert same_payload(written, exact) and written.provenance.fields["refined_steps"] == "0"
+
+
+def test_either_stage_alone(lora: LoraAdapter, model: Any, batches: Any) -> None:
+    plain = api.convert(lora, "lowrank", bits="1", rank=2).compact
+    first = api.refine(plain, lora, model, batches, end_to_end=False)
+    assert first.steps == 0 and first.after.distance <= first.before.distance
+    second = api.refine(plain, lora, model, batches, layerwise=False, lr=0.3, **FEW)
+    assert not second.layerwise and second.improved and second.best_step
+
+
+def test_batches_that_do_not_fit_are_cut(
+    lora: LoraAdapter, model: Any, small: Any, batches: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    whole = api.refine(small, lora, model, batches, layerwise=False, **FEW)
+    answers = TeacherModel.answers
+
+    def full(self: TeacherModel, batch: losses.Batch, hidden: bool) -> losses.Outputs:
+        if torch.is_grad_enabled() and batch.rows > 1:
+            raise torch.OutOfMemoryError("injected")
+        return answers(self, batch, hidden)
+
+    monkeypatch.setattr(TeacherModel, "answers", full)
+    log = tmp_path / "log"
+    cut = api.refine(small, lora, model, batches, layerwise=False, log=log, **FEW)
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [e["parts"] for e in events if e["event"] == "smaller"] == [2, 4]
+    assert cut.after.distance == pytest.approx(whole.after.distance, rel=0.05)
+    assert whole.warnings == () and "in up to 4 parts" in cut.warnings[-1]
+
+    def always(self: TeacherModel, batch: losses.Batch, hidden: bool) -> losses.Outputs:
+        if torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("injected")
+        return answers(self, batch, hidden)
+
+    monkeypatch.setattr(TeacherModel, "answers", always)
+    with pytest.raises(OptionError, match="does not fit"):
+        api.refine(small, lora, model, batches, layerwise=False, **FEW)
+
+
+def test_what_is_no_number_is_skipped(
+    lora: LoraAdapter, model: Any, small: Any, batches: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    loss = Trainer._loss
+
+    def broken(self: Trainer, batch: losses.Batch) -> Any:
+        return loss(self, batch) * (float("nan") if self.state.step in bad else 1.0)
+
+    monkeypatch.setattr(Trainer, "_loss", broken)
+    bad: Any = {1}
+    log = tmp_path / "log"
+    done = api.refine(small, lora, model, batches, log=log, **FEW)
+    assert done.improved and sum('"skipped"' in line for line in log.read_text().splitlines()) == 1
+    bad = range(1000)
+    done = api.refine(small, lora, model, batches, layerwise=False, log=log, **{**FEW, "steps": 100})
+    assert not done.improved and done.steps == 20 and '"again"' in log.read_text()  # four times five steps
+
+
+def test_far_off_it_begins_again_from_the_best(
+    lora: LoraAdapter, model: Any, small: Any, batches: Any, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    done = api.refine(small, lora, model, batches, log=log, lr=1e4, hidden=0.0, **{**FEW, "eval_every": 1})
+    assert "went back to the best" in done.warnings[-1]
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [e["rate"] for e in events if e["event"] == "again"][:2] == [0.5, 0.25]
+
+
+def test_early_stopping_and_time(lora: LoraAdapter, model: Any, batches: Any) -> None:
+    exact = api.convert(lora, "lowrank", bits="16").compact
+    stopped = api.refine(exact, lora, model, batches, lr=10.0, patience=1, **{**FEW, "steps": 50})
+    assert stopped.steps < 50
+    timed = api.refine(exact, lora, model, batches, minutes=1e-9, **FEW)
+    assert timed.steps <= 1
+
+
+def test_the_tasks_own_loss(lora: LoraAdapter, model: Any, small: Any, batches: Any) -> None:
+    slow = {**FEW, "layerwise": False, "lr": 0.3}
+    without, with_task = (api.refine(small, lora, model, batches, task_loss=w, **slow) for w in (0.0, 0.5))
+    assert without.best_step and with_task.best_step
+    assert not same_payload(with_task.compact, without.compact)
+
+
+def test_gradient_checkpointing_computes_the_same(lora: LoraAdapter, model: Any, small: Any, batches: Any) -> None:
+    before = snapshot(model)
+    plain, saving = (
+        api.refine(small, lora, model, batches, layerwise=False, gradient_checkpointing=on, **FEW)
+        for on in (False, True)
+    )
+    assert saving.after.distance == pytest.approx(plain.after.distance, rel=1e-3)
+    assert snapshot(model) == before
+
+
+# --- other models ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["vit-plain", "bert-classifier"])
+def test_models_that_read_something_else(case: str) -> None:
+    """Images; and an encoder that gives hidden states, with a trained head that stays as it is, or is trained."""
+    lora = api.load_lora(ADAPTERS / case)
+    if case == "vit-plain":
+        model = load_model.load_model(BASES / "tiny-vit")
+        shape = (4, model.config.num_channels, model.config.image_size, model.config.image_size)
+        draw = torch.Generator().manual_seed(0)
+        some = [{"pixel_values": torch.randn(shape, generator=draw)} for _ in range(8)]
+    else:
+        import transformers
+
+        heads = {"num_labels": 3} if any(e.shape == (3, 32) for e in lora.extras) else {}
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(BASES / "tiny-bert", **heads)
+        model.eval()
+        draw = torch.Generator().manual_seed(0)
+        some = [{"input_ids": torch.randint(3, 100, (6, 9), generator=draw)} for _ in range(8)]
+    compact = api.convert(lora, "lowrank", bits="1", rank=1).compact
+    done = api.refine(compact, lora, model, some, **FEW)
+    assert done.after.distance <= done.before.distance
+    assert done.compact.extras == compact.extras
+    if lora.extras:
+        before = snapshot(model)
+        trained = api.refine(compact, lora, model, some, train_heads=True, layerwise=False, **FEW)
+        assert trained.before == done.before and trained.improved and trained.compact.extras != compact.extras
+        assert snapshot(model) == before
+        held = data.split(data.Pool("encoder", given=tuple(some)), 0).held
+        answers = compare_outputs.measure(model, lora, [trained.compact], held.given).answers[0]
+        assert answers.distance == pytest.approx(trained.after.distance, rel=1e-4)
+
+
+def test_hidden_states_where_there_are_no_logits(tmp_path: Path) -> None:
+    lora = replace(api.load_lora(ADAPTERS / "bert-classifier"), extras=())
+    compact = api.convert(lora, "lowrank", bits="1", rank=1).compact
+    rows = [json.dumps({"text": "a word " * (n % 5 + 1) + str(n)}) for n in range(60)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(rows))
+    done = api.refine(compact, lora, BASES / "tiny-bert", tmp_path / "texts.jsonl", lr=0.3, **FEW)
+    assert done.improved and done.before.kind == "hidden states" and done.before.agreement is None
+
+
+def test_another_teacher_is_named(lora: LoraAdapter, model: Any, small: CompactAdapter, batches: Any) -> None:
+    other = replace(lora, provenance=replace(lora.provenance, source="0" * 64))
+    done = api.refine(small, other, model, batches, end_to_end=False)
+    assert any("not the LoRA" in line for line in done.warnings)
+    assert not api.refine(small, lora, model, batches, end_to_end=False).warnings
+
+
+def test_an_encoder_decoder() -> None:
+    import transformers
+
+    config = transformers.T5Config(
+        vocab_size=60, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    torch.manual_seed(0)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    lora = random_lora([(16, 16), (16, 16)])
+    names = ("encoder.block.0.layer.0.SelfAttention.q.weight", "decoder.block.0.layer.0.SelfAttention.v.weight")
+    pairs = [replace(p, target=replace(p.target, name=name)) for name, p in zip(names, lora.targets, strict=True)]
+    lora = replace(lora, targets=tuple(sorted(pairs, key=lambda p: p.target)))
+    draw = torch.Generator().manual_seed(0)
+    some = [
+        {
+            "input_ids": torch.randint(1, 60, (3, 7), generator=draw),
+            "labels": torch.randint(1, 60, (3, 5), generator=draw),
+        }
+        for _ in range(6)
+    ]
+    compact = api.convert(lora, "lowrank", bits="1", rank=1).compact
+    done = api.refine(compact, lora, model, some, **FEW)
+    assert done.improved and done.before.items == 15
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_refusals(lora: LoraAdapter, model: Any, small: Any, batches: Any, tmp_path: Path) -> None:
+    def refused(kind: type[LrcError], words: str, *given: Any, **named: Any) -> None:
+        before = snapshot(model)
+        with pytest.raises(kind, match=words):
+            api.refine(*given, **named)
+        assert snapshot(model) == before
+
+    for name, value in (
+        ("steps", 0),
+        ("lr", 0.0),
+        ("temperature", float("nan")),
+        ("autocast", "fp8"),
+        ("hidden", -1.0),
+    ):
+        refused(OptionError, name.replace("_", "-"), small, lora, model, batches, **{name: value})
+    refused(OptionError, "no option 'step'", small, lora, model, batches, step=3)
+    refused(OptionError, "both stages", small, lora, model, batches, layerwise=False, end_to_end=False)
+    refused(DataError, "empty", small, lora, model, [])
+    refused(BaseError, "not one of the teacher's", small, replace(lora, targets=lora.targets[:1]), model, batches)
+    refused(OptionError, "4 bit", small, lora, model, batches, load_in_4bit=True)
+    zero = replace(lora, targets=tuple(replace(pair, scale=0.0) for pair in lora.targets))
+    refused(DataError, "nothing to learn", small, zero, model, batches)
+    (tmp_path / "there.lrc").write_bytes(b"x")
+    refused(OutputExistsError, "exists", small, lora, model, batches, tmp_path / "there.lrc")
+    other = replace(small, base=replace(small.base, content="0" * 64))
+    refused(FingerprintError, "other contents", other, lora, LLAMA, batches)
+    bert = api.load_lora(ADAPTERS / "bert-classifier")
+    compact = api.convert(bert, "lowrank", bits="2").compact
+    refused(DataError, "cannot write", compact, replace(bert, extras=()), BASES / "tiny-bert")
+    unlabelled = tmp_path / "texts.jsonl"
+    unlabelled.write_text("\n".join(json.dumps({"text": f"text {n}"}) for n in range(9)))
+    labels = {"task_loss": 1.0}
+    refused(DataError, "needs labels", compact, replace(bert, extras=()), BASES / "tiny-bert", unlabelled, **labels)
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_without_data(small: CompactAdapter, tmp_path: Path) -> None:
+    api.write(small, tmp_path / "in.lrc")
+    words = ["refine", tmp_path / "in.lrc", "--base", LLAMA, "--teacher", LORA, "-o", tmp_path / "out.lrc"]
+    few = ["--steps", 3, "--own-tokens", 600, "--length", 16, "--batch-tokens", 64]
+    done = CliRunner().invoke(cli, [str(w) for w in (*words, *few, "--log", tmp_path / "log")])
+    assert done.exit_code == 0, done.output
+    assert "before" in done.output and "closed" in done.output and "held-out items" in done.output
+    assert json.loads((tmp_path / "log").read_text().splitlines()[-1])["event"] == "end"
+    assert api.validate(tmp_path / "out.lrc").ok
+
+
+def test_strict_exits_with_one_without_a_gain(lora: LoraAdapter, tmp_path: Path) -> None:
+    api.write(api.convert(lora, "lowrank", bits="16").compact, tmp_path / "in.lrc")
+    (tmp_path / "t.txt").write_text("\n".join(f"words of line {n}" for n in range(40)))
+    words = ["refine", tmp_path / "in.lrc", "--base", LLAMA, "--teacher", LORA, "--data", tmp_path / "t.txt"]
+    few = ["--steps", 2, "--lr", 30, "--no-layerwise", "--length", 24, "--json"]
+    for more, code in (([], 0), (["--strict"], 1)):
+        done = CliRunner().invoke(cli, [str(w) for w in (*words, *few, *more, "-o", tmp_path / f"{code}.lrc")])
+        assert done.exit_code == code, done.output
+        assert json.loads(done.stdout)["improved"] is False and (tmp_path / f"{code}.lrc").exists()
+
+
+# --- other machines -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_base_in_four_bit(lora: LoraAdapter, small: CompactAdapter, batches: Any) -> None:
+    """The refinement sees the quantized base, for its teacher too, and its backward pass."""
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+    done = api.refine(small, lora, LLAMA, batches, load_in_4bit=True, **FEW)
+    plain = api.refine(small, lora, LLAMA, batches, **FEW)
+    assert done.improved and done.before.base_distance != plain.before.base_distance
+    assert done.before.base_distance == pytest.approx(plain.before.base_distance, rel=0.5)
+
+
+def test_bf16(lora: LoraAdapter, model: Any, small: CompactAdapter, batches: Any) -> None:
+    done = api.refine(small, lora, model, batches, autocast="bf16", **FEW)
+    plain = api.refine(small, lora, model, batches, **FEW)
+    assert done.improved and done.after.distance == pytest.approx(plain.after.distance, rel=0.2)
+
+
+_PROCESS = """
+import sys, torch
+sys.path[:0] = {paths!r}
+from lrconvert import api
+from lrconvert.live import load_model as live
+draw = torch.Generator().manual_seed(0)
+batches = [{{"input_ids": torch.randint(3, 100, (4, 12), generator=draw)}} for _ in range(12)]
+lora = api.load_lora({lora!r})
+compact = api.convert(lora, "lowrank", bits="16", rank=2).compact
+done = api.refine(compact, lora, {base!r}, batches, sys.argv[1], steps=3, eval_every=3, accumulate=int(sys.argv[2]))
+print("MEASURED", done.before.distance, done.after.distance)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_refine_as_one(tmp_path: Path) -> None:
+    """As torchrun starts them: the same numbers as one process that accumulates, up to the order of sums."""
+    script = tmp_path / "process.py"
+    roots = [str(Path(lrconvert.__file__).parent.parent)]
+    script.write_text(_PROCESS.format(paths=roots, lora=str(LORA), base=str(LLAMA)))
+
+    def start(out: Path, accumulate: int, **environment: str) -> subprocess.Popen[str]:
+        words = [sys.executable, str(script), str(out), str(accumulate)]
+        return subprocess.Popen(
+            words, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    ranks = [{"RANK": str(n), "LOCAL_RANK": str(n)} for n in range(2)]
+    started = [start(tmp_path / "two.lrc", 1, **place, **rank) for rank in ranks]
+    started.append(start(tmp_path / "one.lrc", 2))
+    told = []
+    for process in started:
+        out, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        told.append([float(word) for word in out.split("MEASURED")[1].split()])
+    assert told[0] == told[1] == pytest.approx(told[2], rel=1e-3)
+    one, two = (api.read(tmp_path / f"{name}.lrc").tensors["half"] for name in ("one", "two"))
+    start_at = api.convert(api.load_lora(LORA), "lowrank", bits="16", rank=2).compact.tensors["half"]
+    assert np.linalg.norm(one - two) < 0.02 * np.linalg.norm(one - start_at)
