@@ -1,18 +1,19 @@
 """The budget chooses: every form that can meet a request is tried, and the one that keeps most is taken.
 
 With input statistics the forms are ranked in the metric of the fits, which came nearest to what models answer; without,
-by what they capture in the weight norm, which favours low rank. `refining.contest` ranks them by answers.
+by what they capture in the weight norm, which favours low rank. `lrconvert.refine.successive_halving` ranks them by
+answers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lrconvert.convert import convert
-from lrconvert.convert.convert import Conversion, PreparedSource
+from lrconvert.convert.convert import Conversion, PreparedSource, Progress, convert_prepared, prepare_source
+from lrconvert.convert.options import CompressOptions, ConvertOptions
 from lrconvert.core.errors import BudgetError, LrcError, OptionError
 from lrconvert.formats.fidelity import Answers, Fidelity
 from lrconvert.io.container import KnownContent, is_without_weights, open_checkpoint
@@ -20,7 +21,6 @@ from lrconvert.lora.adapter import LoraAdapter
 from lrconvert.methods import base as methods
 
 _STEPS = 5  # bisections of a size, in its logarithm: to 3 % of the bytes
-RANKINGS = ("auto", "answers", "fit")
 RANKED_BY_FIT = "Ranked by what fits keep, not by answers: {}."
 _FIRST = "lowrank"  # the cheapest fit; the others then only have to beat it
 
@@ -75,27 +75,24 @@ class Compression:
 
     @property
     def chosen(self) -> Conversion:
-        found = self.candidates[self.winner].conversion
-        assert found is not None
-        return found
+        conversion = self.candidates[self.winner].conversion
+        assert conversion is not None
+        return conversion
 
 
-def no_answers(
-    rank_by: str, base: Path | None, has_data: bool, min_captured: float | None, bake_dora: int | None
-) -> str | None:
-    """Why forms are not ranked by what the model answers; None if they are. Raises E-OPTION where that was asked for
-    and cannot be."""
-    if rank_by not in RANKINGS:
-        raise OptionError(f"--rank-by is {rank_by!r:.20}; {', '.join(RANKINGS)} are allowed")
+def no_answers(options: ConvertOptions, compress_options: CompressOptions) -> str | None:
+    """Return why forms are not ranked by what the model answers; None if they are. Raises E-OPTION where that was asked
+    for and cannot be."""
+    base, rank_by, has_data = options.base, compress_options.rank_by, compress_options.data is not None
     if has_data and base is None:
         raise OptionError("data is for ranking by answers, which needs the base", fix="give it with --base")
     if rank_by == "fit":
         return ""
     if base is None:
         reason = "answers need the base"
-    elif min_captured is not None:
+    elif compress_options.min_captured is not None:
         reason = "--min-captured asks for the smallest file"
-    elif bake_dora is not None:
+    elif options.bake_dora is not None:
         reason = "the answers of a baked DoRA would be compared with those of the DoRA"
     elif is_without_weights(base):
         reason = "the base has no weights"
@@ -118,49 +115,41 @@ def _writes(base: Path) -> bool:
 
 def compress(
     lora: LoraAdapter,
+    options: ConvertOptions,
+    compress_options: CompressOptions,
     *,
-    target_size: int | None,
-    target_ratio: float | None,
-    min_captured: float | None,
-    forms: Sequence[str],
-    include: Sequence[str],
-    exclude: Sequence[str],
-    base: Path | None,
-    base_content: KnownContent | None,
-    bake_dora: int | None,
-    progress: Callable[[float, str], None],
-    **common: Any,
+    base_content: KnownContent | None = None,
+    progress: Progress,
 ) -> Compression:
-    """See `lrconvert.api.compress`; `common` goes to `converting.convert_on`."""
-    asked = [value for value in (target_size, target_ratio, min_captured) if value is not None]
-    if len(asked) != 1:
+    """Fit every form under `options`, and choose by what the fits keep; see `lrconvert.api.compress`."""
+    wanted = compress_options.min_captured
+    requests = [value for value in (options.target_size, options.target_ratio, wanted) if value is not None]
+    if len(requests) != 1:
         raise OptionError("give one of --target-size, --target-ratio and --min-captured")
-    if min_captured is not None and not 0 < min_captured <= 1:
-        raise OptionError(f"--min-captured is {min_captured}; a share above 0, at most 1, is allowed")
-    plans = list(_plans(forms))
-    found: list[Candidate] = []
-    with convert.prepare_source(
-        lora, include=include, exclude=exclude, base=base, base_content=base_content, bake_dora=bake_dora
-    ) as ground:
-        for n, (method, options) in enumerate(plans):
+    if wanted is not None and not 0 < wanted <= 1:
+        raise OptionError(f"--min-captured is {wanted}; a share above 0, at most 1, is allowed")
+    plans = list(_plans(compress_options.forms))
+    candidates: list[Candidate] = []
+    with prepare_source(lora, options, base_content) as source:
+        for n, (method, method_options) in enumerate(plans):
 
-            def tell(fraction: float, text: str, n: int = n, method: str = method) -> None:
+            def advance(fraction: float, text: str, n: int = n, method: str = method) -> None:
                 progress((n + fraction) / len(plans), f"{method} {text}")
 
-            trial = _Trial(ground, method, options, {**common, "progress": tell})
-            if min_captured is None:
-                found.append(trial.at(target_size=target_size, target_ratio=target_ratio))
+            trial = _Trial(source, method, method_options, advance)
+            if wanted is None:
+                candidates.append(trial.at(options))
             else:
-                bound = min((c.nbytes for c in found if _meets(c, min_captured)), default=None)
-                found.append(trial.smallest(min_captured, bound))
-    return Compression(tuple(found), _winner(found, min_captured))
+                bound = min((c.nbytes for c in candidates if _meets(c, wanted)), default=None)
+                candidates.append(trial.smallest(wanted, bound))
+    return Compression(tuple(candidates), _winner(candidates, wanted))
 
 
 def _plans(forms: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(method, options) of everything to try, the cheapest first. Raises E-VER for a form that is not known."""
+    """Yield (method, options) of everything to try, the cheapest first. Raises E-VER for a form that is not known."""
     chosen = [methods.get(name) for name in dict.fromkeys(forms)] if forms else methods.all_methods()
     for form in sorted(chosen, key=lambda form: (form.id != _FIRST, form.id)):
-        for options in form.searches:
+        for options in form.searches or ({},) * bool(forms):
             yield form.id, options
 
 
@@ -168,58 +157,56 @@ def _meets(candidate: Candidate, min_captured: float) -> bool:
     return candidate.conversion is not None and candidate.captured >= min_captured
 
 
-def _winner(found: Sequence[Candidate], min_captured: float | None) -> int:
-    """Raises E-BUDGET, saying what would do, if nothing meets the request."""
-    made = [n for n, c in enumerate(found) if c.conversion is not None]
+def _winner(candidates: Sequence[Candidate], min_captured: float | None) -> int:
+    """Return the number of the best candidate. Raises E-BUDGET, saying what would do, if nothing meets the request."""
+    made = [n for n, c in enumerate(candidates) if c.conversion is not None]
     if min_captured is not None:
-        enough = [n for n in made if found[n].captured >= min_captured]
+        enough = [n for n in made if candidates[n].captured >= min_captured]
         if not enough:
-            best = max(made, key=lambda n: found[n].captured, default=None)
-            told = "" if best is None else f"; {found[best].method} keeps {found[best].captured:.8f}, the most"
-            raise BudgetError(f"no form keeps {min_captured} at 16 bit per number or less{told}")
-        return min(enough, key=lambda n: (found[n].nbytes, -found[n].score))
+            best = max(made, key=lambda n: candidates[n].captured, default=None)
+            most = (
+                "" if best is None else f"; {candidates[best].method} keeps {candidates[best].captured:.8f}, the most"
+            )
+            raise BudgetError(f"no form keeps {min_captured} at 16 bit per number or less{most}")
+        return min(enough, key=lambda n: (candidates[n].nbytes, -candidates[n].score))
     if not made:
-        errors = [c.refused for c in found if c.refused is not None]
+        errors = [c.refused for c in candidates if c.refused is not None]
         if not any(isinstance(error, BudgetError) for error in errors):
             raise errors[0]
-        reasons = [f"{c.method}: {c.refused.what}" for c in found if c.refused is not None]
+        reasons = [f"{c.method}: {c.refused.what}" for c in candidates if c.refused is not None]
         raise BudgetError(f"no form can be that small: {'; '.join(reasons)}")
-    return max(made, key=lambda n: (found[n].score, -found[n].nbytes))
+    return max(made, key=lambda n: (candidates[n].score, -candidates[n].nbytes))
 
 
 @dataclass(frozen=True)
 class _Trial:
-    ground: PreparedSource
+    source: PreparedSource
     method: str
-    options: Mapping[str, Any]
-    common: Mapping[str, Any]
+    method_options: Mapping[str, Any]
+    progress: Progress
 
-    def at(self, *, target_size: int | None = None, target_ratio: float | None = None) -> Candidate:
-        """The form under a budget; refused if it cannot be that small, or does not suit the adapter."""
+    def at(self, options: ConvertOptions) -> Candidate:
+        """Fit the form under a budget; refused if it cannot be that small, or does not suit the adapter."""
         try:
-            done = convert.convert_on(
-                self.ground,
-                self.method,
-                target_size=target_size,
-                target_ratio=target_ratio,
-                dry_run=False,
-                options=self.options,
-                **self.common,
-            )
+            source = replace(self.source, options=options)
+            conversion = convert_prepared(source, self.method, self.method_options, progress=self.progress)
         except (BudgetError, OptionError) as error:
-            return Candidate(self.method, self.options, None, error)
-        return Candidate(self.method, self.options, done)
+            return Candidate(self.method, self.method_options, None, error)
+        return Candidate(self.method, self.method_options, conversion)
+
+    def _of_size(self, nbytes: int) -> Candidate:
+        return self.at(replace(self.source.options, target_size=nbytes))
 
     def smallest(self, min_captured: float, bound: int | None) -> Candidate:
-        """The smallest size that keeps enough, by bisection; below `bound`, if that is given. Without it from the size
-        of the factors at 16 bit on. The last one tried where none keeps enough."""
-        high = self.ground.source_bytes if bound is None else bound - 1
-        best = self.at(target_size=high)
+        """Find the smallest size that keeps enough, by bisection; below `bound`, if that is given. Without it from the
+        size of the factors at 16 bit on. The last one tried where none keeps enough."""
+        high = self.source.source_bytes if bound is None else bound - 1
+        best = self._of_size(high)
         if not _meets(best, min_captured):
             return best
         high, low = best.nbytes, 0
         while low == 0:  # halve until it is too little
-            half = self.at(target_size=high // 2)
+            half = self._of_size(high // 2)
             if _meets(half, min_captured):
                 best, high = half, half.nbytes
             else:
@@ -228,9 +215,9 @@ class _Trial:
             middle = int((low * high) ** 0.5)
             if middle in (low, high):
                 break
-            there = self.at(target_size=middle)
-            if _meets(there, min_captured):
-                best, high = there, there.nbytes
+            candidate = self._of_size(middle)
+            if _meets(candidate, min_captured):
+                best, high = candidate, candidate.nbytes
             else:
                 low = middle
         return best

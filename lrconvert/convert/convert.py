@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from lrconvert.convert import bake_dora as baking
+from lrconvert.convert.bake_dora import bake_dora as baked_dora
+from lrconvert.convert.options import ConvertOptions, ExtraDtype
 from lrconvert.core import dtypes
 from lrconvert.core.devices import torch_device
 from lrconvert.core.errors import BudgetError, EmptyAdapterError, FingerprintError, OptionError
 from lrconvert.core.limits import OWN
-from lrconvert.formats import fidelity as report
+from lrconvert.core.options import make
 from lrconvert.formats.fidelity import Fidelity
+from lrconvert.formats.fidelity import fidelity as measure_fidelity
 from lrconvert.formats.lrc import file
 from lrconvert.io import hub, strictjson
 from lrconvert.io.container import KnownContent, is_without_weights, open_checkpoint
@@ -26,11 +27,8 @@ from lrconvert.lora.adapter import CompactAdapter, ExtraTensor, LoraAdapter, Pro
 from lrconvert.lora.base_names import name_filter
 from lrconvert.lora.base_weights import BaseWeights
 from lrconvert.lora.fingerprint import fingerprint
-from lrconvert.lora.input_statistics import InputStatistics
 from lrconvert.methods import base as methods
 from lrconvert.methods.base import Budget, FitContext
-
-ExtraDtype = Literal["F32", "F16", "BF16"]
 
 _DORA_NOTE = (
     "DoRA: the low-rank part is refitted; the magnitudes, to which its sum with the base is scaled, are carried along "
@@ -62,102 +60,90 @@ class Conversion:
 
 # What is fitted in place of a LoRA, and the Config, where it is not the LoRA itself and the method's own plan.
 Choose = Callable[[LoraAdapter, Budget | None, FitContext], tuple[LoraAdapter, Any]]
+Progress = Callable[[float, str], None]
 
 
 @dataclass(frozen=True, eq=False)
 class PreparedSource:
-    """What conversions of one LoRA stand on: the targets that were chosen, as the base stores them, and the base's
-    opened weights, if there is one. `source_bytes`: the factors at 16 bit."""
+    """A LoRA ready for conversions: the chosen targets, as the base stores them, and the base's opened weights, if
+    there is one. `source_bytes`: the factors at 16 bit."""
 
     lora: LoraAdapter
     source_bytes: int
     weights: BaseWeights | None
-    base: Path | None
+    options: ConvertOptions
     warnings: tuple[str, ...]
 
 
 @contextmanager
 def prepare_source(
-    lora: LoraAdapter,
-    *,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    base: Path | None,
-    base_content: KnownContent | None,
-    bake_dora: int | None,
+    lora: LoraAdapter, options: ConvertOptions, base_content: KnownContent | None
 ) -> Iterator[PreparedSource]:
     """Choose targets and settle them on the base, which is read once for its digest, if that is not known, and is open
     meanwhile."""
-    lora, warnings = _select(lora, include, exclude)
+    lora, warnings = _select(lora, options.include, options.exclude)
     if hub.is_private(lora.provenance.base_model):
         short = hub.last_part(lora.provenance.base_model)
         warnings += (f"the source names its base by a private path; only {short!r:.80} of it is kept in the file",)
     source_bytes = lora.half_bytes
-    with _on_base(lora, base, bake_dora, base_content) as (lora, weights, baked):
-        warnings += baked
+    with _on_base(lora, options.base, options.bake_dora, base_content) as (lora, weights, notes):
+        warnings += notes
         if any(extra.use == "magnitude" for extra in lora.extras):
             warnings += (_DORA_NOTE,)
-        yield PreparedSource(lora, source_bytes, weights, base, warnings)
+        yield PreparedSource(lora, source_bytes, weights, options, warnings)
 
 
 def convert(
     lora: LoraAdapter,
     method: str,
+    options: ConvertOptions,
+    method_options: Mapping[str, Any],
     *,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    base: Path | None,
-    bake_dora: int | None,
+    dry_run: bool = False,
     base_content: KnownContent | None = None,
-    options: Mapping[str, Any],
-    **how: Any,
-) -> Conversion:
-    """See `lrconvert.api.convert`; `how` is what `convert_on` takes."""
-    _options(methods.get(method), options)  # before a base is read
-    with prepare_source(
-        lora, include=include, exclude=exclude, base=base, base_content=base_content, bake_dora=bake_dora
-    ) as ground:
-        return convert_on(ground, method, options=options, **how)
-
-
-def convert_on(
-    ground: PreparedSource,
-    method: str,
-    *,
-    target_size: int | None,
-    target_ratio: float | None,
-    statistics: InputStatistics | None,
-    extra_dtype: ExtraDtype | None,
-    seed: int,
-    device: str,
-    dry_run: bool,
-    progress: Callable[[float, str], None],
-    options: Mapping[str, Any],
+    progress: Progress,
     choose: Choose | None = None,
 ) -> Conversion:
-    """Convert what `ground` holds. With `choose` it says what is fitted; what is kept is measured against the LoRA."""
-    form = methods.get(method)
-    chosen = _options(form, options)
-    lora, weights = ground.lora, ground.weights
+    """Convert `lora`; see `lrconvert.api.convert`. With `choose` it says what is fitted; what is kept is measured
+    against the LoRA."""
+    make(methods.get(method).Options, method_options, method)  # before a base is read
+    with prepare_source(lora, options, base_content) as source:
+        return convert_prepared(source, method, method_options, dry_run=dry_run, progress=progress, choose=choose)
+
+
+def convert_prepared(
+    source: PreparedSource,
+    method: str,
+    method_options: Mapping[str, Any],
+    *,
+    dry_run: bool = False,
+    progress: Progress,
+    choose: Choose | None = None,
+) -> Conversion:
+    """Convert what `source` holds, under its options. With `choose` as `convert`."""
+    form, options = methods.get(method), source.options
+    chosen = make(form.Options, method_options, method)
+    lora, weights = source.lora, source.weights
     content = "" if weights is None else weights.content
+    statistics = options.input_statistics
     if statistics is not None and content and statistics.content not in ("", content):
         raise FingerprintError(
-            "the statistics are of a base with other contents", fix="collect them from this base", path=ground.base
+            "the statistics are of a base with other contents", fix="collect them from this base", path=options.base
         )
-    default_ratio = None if options else form.default_ratio
-    budget_bytes = _budget_bytes(ground.source_bytes, target_size, target_ratio, default_ratio)
+    default_ratio = None if method_options else form.default_ratio
+    budget_bytes = _budget_bytes(source.source_bytes, options.target_size, options.target_ratio, default_ratio)
     skeleton = CompactAdapter(
         method=form.id,
         config=None,
         targets=lora.shapes(),
         tensors={},
-        extras=tuple(_cast_extra(extra, extra_dtype) for extra in lora.extras),
+        extras=tuple(_cast_extra(extra, options.extra_dtype) for extra in lora.extras),
         provenance=_provenance(lora.provenance),
         base=replace(fingerprint(lora.shapes()), content=content),
     )
-    if device != "cpu":
-        torch_device(device)  # what is not there is refused before the work
-    context = FitContext(seed, device, progress, statistics, weights)
+    if options.device != "cpu":
+        torch_device(options.device)  # what is not there is refused before the work
+    context = FitContext(options.seed, options.device, progress, statistics, weights)
     budget = None
     if budget_bytes is not None:
         budget = Budget(budget_bytes, lambda config: file.sizes(replace(skeleton, config=config)).adapter)
@@ -168,26 +154,11 @@ def convert_on(
     sizes = file.sizes(planned)
     file.check(planned)  # before the work: a file that could not be written is not worth fitting
     if dry_run:
-        return Conversion(planned, sizes, ground.source_bytes, None, ground.warnings)
+        return Conversion(planned, sizes, source.source_bytes, None, source.warnings)
     compact = replace(planned, tensors=form.fit(fitted, config, context))
-    fidelity = report.fidelity(lora, compact, statistics, weights)
-    return Conversion(_with_captured(compact, fidelity.captured), sizes, ground.source_bytes, fidelity, ground.warnings)
-
-
-def _options(form: methods.Method, options: Mapping[str, Any]) -> Any:
-    known = {field.name for field in dataclasses.fields(form.Options)}
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise OptionError(f"{form.id} has no option {unknown[0]!r}", fix=f"it has: {', '.join(sorted(known))}")
-    chosen = dict(options)
-    for field in dataclasses.fields(form.Options):
-        choices = field.metadata.get("choices")
-        if choices and field.name in options:
-            chosen[field.name] = str(options[field.name])
-            if chosen[field.name] not in choices:
-                what = f"{field.name} is {options[field.name]!r}"
-                raise OptionError(f"{what}; {form.id} takes {', '.join(choices)}")
-    return form.Options(**chosen)
+    fidelity = measure_fidelity(lora, compact, statistics, weights)
+    compact = _with_captured(compact, fidelity.captured)
+    return Conversion(compact, sizes, source.source_bytes, fidelity, source.warnings)
 
 
 def _select(lora: LoraAdapter, include: Sequence[str], exclude: Sequence[str]) -> tuple[LoraAdapter, tuple[str, ...]]:
@@ -236,7 +207,7 @@ def _on_base(
         lora = replace(lora, targets=tuple(sorted(pairs, key=lambda pair: pair.target)))
         notes: tuple[str, ...] = ()
         if bake_dora is not None:
-            baked = baking.bake_dora(lora, checkpoint, bake_dora)
+            baked = baked_dora(lora, checkpoint, bake_dora)
             lora, notes = baked.lora, (baked.note,)
         yield lora, BaseWeights(lora, checkpoint, checkpoint.content_digest(known)), notes
 

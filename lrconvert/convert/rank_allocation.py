@@ -3,7 +3,7 @@
 The canonical rank-one components of all targets compete for one budget, of ranks or of bytes. Under input statistics
 they are orthogonal in the outputs, so that squared errors add up. Without data the score of a component is its energy
 in the metric of the fit, and one sort over all targets is the optimum; on data it is the ablation score of AB-LoRA
-(see `ablating`): slopes say who is near the cut, and there the ablation itself decides, in rounds of pruning. Either is
+(see `ablation`): slopes say who is near the cut, and there the ablation itself decides, in rounds of pruning. Either is
 divided by what a component costs, so that a budget only says where one order is cut. A module that deserves more than
 its share gets it from the tail of its spectrum.
 """
@@ -13,15 +13,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lrconvert.convert import convert
-from lrconvert.convert.convert import Conversion
+from lrconvert.convert.convert import Conversion, Progress, convert
+from lrconvert.convert.options import AllocateOptions, ConvertOptions
 from lrconvert.core.dtypes import F64, Array, Stored
 from lrconvert.core.errors import BudgetError, OptionError
+from lrconvert.io.container import KnownContent
 from lrconvert.lora import svd
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter, LoraTarget, Target
 from lrconvert.methods import lowrank
@@ -31,13 +31,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lrconvert.convert.ablation import Trial
-    from lrconvert.live.statistics import Data
 
-BITS = lowrank.WIDTHS
-ROUNDS = 8
-EXACT = 16
-MOVES = 3
-MAX_TOKENS = 1 << 13
 _NOTHING = 1e-12  # of a target's largest singular value: what is smaller is no component but rounding
 _SHARE = 0.9  # of the progress: choosing on data; the rest is the fit
 
@@ -272,15 +266,12 @@ OnTrial = Callable[[LoraAdapter], AbstractContextManager["Trial"]]
 
 @dataclass(eq=False)
 class Chooser:
-    """What `converting.convert` asks for the components to keep (`Choose`). `trial` puts a LoRA of components on trial
-    where there is data; `rounds` and `exact` are of `by_ablation`. It remembers what it was asked, and answered."""
+    """Choose the components to keep (`lrconvert.convert.convert.Choose`). `trial` puts a LoRA of components on trial
+    where there is data. What was asked, and the answer, stay in the last four fields."""
 
-    total_rank: int | None
-    bits: int
+    options: AllocateOptions
     trial: OnTrial | None
-    rounds: int
-    exact: int
-    progress: Callable[[float, str], None]
+    progress: Progress
     source: LoraAdapter | None = None
     cut: Cut | None = None
     choice: Choice | None = None
@@ -289,14 +280,15 @@ class Chooser:
     def __call__(
         self, lora: LoraAdapter, budget: Budget | None, context: FitContext
     ) -> tuple[LoraAdapter, lowrank.Config]:
+        options, bits = self.options, int(self.options.bits)
         spectra = [svd.singular_values(pair, context.metric(pair)) for pair in lora.targets]
-        cut = Cut(components(lora, spectra, self.bits), lora.shapes(), self.bits, self.total_rank, budget)
+        cut = Cut(components(lora, spectra, bits), lora.shapes(), bits, options.total_rank, budget)
         choice = by_energy(cut)  # cheap, and says whether the budget can be met
         fitted = lora  # what is kept begins each spectrum: the fit cuts it there
         if self.trial is not None:
             whole = canonical_pairs(lora, context)
             with self.trial(whole) as trial:
-                choice = by_ablation(cut, trial, self.rounds, self.exact, self.progress)
+                choice = by_ablation(cut, trial, options.rounds, options.exact, self.progress)
             fitted = reduced(whole, cut.parts, choice.kept)
         self.source, self.cut, self.choice, self.context = lora, cut, choice, context
         return fitted, cut.config(choice.kept)
@@ -305,8 +297,9 @@ class Chooser:
         """What was chosen, with the conversion that it led to."""
         assert self.source is not None and self.choice is not None
         kept, warnings = int(self.choice.kept.sum()), done.warnings
-        if self.total_rank is not None and kept < self.total_rank:
-            what = f"the LoRA has {kept} components, fewer than the {self.total_rank} asked for: all are kept"
+        total_rank = self.options.total_rank
+        if total_rank is not None and kept < total_rank:
+            what = f"the LoRA has {kept} components, fewer than the {total_rank} asked for: all are kept"
             warnings += (what,)
         return Allocation(
             **{**vars(done), "warnings": warnings},
@@ -319,36 +312,34 @@ class Chooser:
 
 def allocate(
     lora: LoraAdapter,
+    options: ConvertOptions,
+    allocate_options: AllocateOptions,
     *,
-    total_rank: int | None,
-    target_size: int | None,
-    target_ratio: float | None,
-    bits: str | int,
-    base: Path | nn.Module | None,
-    data: Data | None,
-    rounds: int = ROUNDS,
-    exact: int = EXACT,
-    length: int = 512,
-    batch_tokens: int = 1024,
-    max_tokens: int = MAX_TOKENS,
-    progress: Callable[[float, str], None],
-    **common: Any,
+    model: nn.Module | None = None,
+    dry_run: bool = False,
+    base_content: KnownContent | None = None,
+    progress: Progress,
 ) -> Allocation:
-    """See `lrconvert.api.allocate`; `common` are the other options of `converting.convert`."""
-    check(total_rank, target_size, target_ratio, bits, rounds, exact)
-    if data is not None and base is None:
+    """Allocate ranks and convert; see `lrconvert.api.allocate`. `model` is the base where it is a live model."""
+    check(options, allocate_options)
+    data = allocate_options.data
+    if data is not None and model is None and options.base is None:
         raise OptionError("scores on data need the base", fix="give it with --base")
-    where = base if isinstance(base, Path) else None
 
     def trial(whole: LoraAdapter) -> AbstractContextManager[Trial]:
         from lrconvert.convert import ablation
-        from lrconvert.live import load_model, statistics
+        from lrconvert.live import statistics
+        from lrconvert.live.load_model import load_model
 
-        assert data is not None and base is not None
-        progress(0.0, "loading the base")
-        model = load_model.load_model(base, common["device"]) if isinstance(base, Path) else base
-        batches = statistics.batches(model, where, data, length, batch_tokens, max_tokens)
-        return ablation.on_trial(model, whole, batches)
+        assert data is not None
+        live = model
+        if live is None:
+            assert options.base is not None
+            progress(0.0, "loading the base")
+            live = load_model(options.base, options.device)
+        asked = allocate_options
+        batches = statistics.batches(live, options.base, data, asked.length, asked.batch_tokens, asked.max_tokens)
+        return ablation.on_trial(live, whole, batches)
 
     def choosing(share: float, text: str) -> None:
         progress(_SHARE * share, text)
@@ -356,27 +347,36 @@ def allocate(
     def fitting(share: float, text: str) -> None:
         progress(share if data is None else _SHARE + (1 - _SHARE) * share, text)
 
-    chooser = Chooser(total_rank, int(bits), None if data is None else trial, rounds, exact, choosing)
-    budget = {"target_size": target_size, "target_ratio": target_ratio}
-    done = converted(lora, chooser, base=where, progress=fitting, **budget, **common)
-    scores = "energy" if common["statistics"] is None else "energy of outputs"
-    return chooser.allocation(done, scores if data is None else "ablation")
+    chooser = Chooser(allocate_options, None if data is None else trial, choosing)
+    conversion = converted(lora, options, chooser, dry_run=dry_run, base_content=base_content, progress=fitting)
+    scores = "energy" if options.statistics is None else "energy of outputs"
+    return chooser.allocation(conversion, scores if data is None else "ablation")
 
 
-def converted(lora: LoraAdapter, chooser: Chooser, **common: Any) -> Conversion:
-    """The conversion to what `chooser` chooses; `common` are the options of `converting.convert`."""
-    fixed: dict[str, Any] = {"seed": 0, "choose": chooser}  # nothing is random here
-    return convert.convert(lora, lowrank.METHOD.id, options={"bits": str(chooser.bits)}, **fixed, **common)
+def converted(
+    lora: LoraAdapter,
+    options: ConvertOptions,
+    chooser: Chooser,
+    *,
+    dry_run: bool = False,
+    base_content: KnownContent | None = None,
+    progress: Progress,
+) -> Conversion:
+    """Convert `lora` to what `chooser` chooses; nothing is random here."""
+    return convert(
+        lora,
+        lowrank.METHOD.id,
+        replace(options, seed=0),
+        {"bits": chooser.options.bits},
+        dry_run=dry_run,
+        base_content=base_content,
+        progress=progress,
+        choose=chooser,
+    )
 
 
-def check(
-    total_rank: int | None, size: int | None, ratio: float | None, bits: str | int, rounds: int, exact: int
-) -> None:
-    """Raises E-OPTION."""
-    if sum(given is not None for given in (total_rank, size, ratio)) != 1:
+def check(options: ConvertOptions, allocate_options: AllocateOptions) -> None:
+    """Raise E-OPTION unless exactly one budget is given."""
+    budgets = (allocate_options.total_rank, options.target_size, options.target_ratio)
+    if sum(budget is not None for budget in budgets) != 1:
         raise OptionError("give one of --total-rank, --target-size and --target-ratio")
-    if str(bits) not in map(str, BITS):
-        raise OptionError(f"bits is {bits!r:.20}; {', '.join(map(str, BITS))} are allowed")
-    for name, value, least in (("total-rank", total_rank, 1), ("rounds", rounds, 1), ("exact", exact, 0)):
-        if value is not None and value < least:
-            raise OptionError(f"--{name} is {value}; it must be at least {least}")

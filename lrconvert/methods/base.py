@@ -80,7 +80,8 @@ class Method(ABC):
     commands: ClassVar[tuple[Command, ...]]
     Options: ClassVar[type[Any]]
     examples: ClassVar[tuple[Mapping[str, Any], ...]]  # option sets that the law tests and golden files run over
-    searches: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)  # option sets that `compress` tries under a budget
+    searches: ClassVar[tuple[Mapping[str, Any], ...]] = ()  # option sets that `compress` tries; none: it passes by
+    uses: ClassVar[tuple[str, ...]] = ("statistics",)  # which of seed, device and statistics mean something to its fit
     default_ratio: ClassVar[int | None] = 50  # --target-ratio when no size is asked for; None: no budget
 
     # --- what the file holds ---

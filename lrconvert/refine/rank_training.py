@@ -14,10 +14,9 @@ than its weakest components, so that few move.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,13 +24,14 @@ from torch import nn
 
 from lrconvert.convert import ablation, rank_allocation
 from lrconvert.convert.ablation import Trial
+from lrconvert.convert.options import AllocateOptions, ConvertOptions
 from lrconvert.convert.rank_allocation import Allocation, Chooser, Cut
 from lrconvert.core.dtypes import F64, Array
 from lrconvert.core.errors import OptionError
 from lrconvert.formats import fidelity
 from lrconvert.formats.lrc import file
+from lrconvert.io.container import KnownContent
 from lrconvert.live import attach
-from lrconvert.live.statistics import Data
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 from lrconvert.methods.base import FitContext
 from lrconvert.refine import rank_exchange, refine, session
@@ -205,74 +205,57 @@ def _reached(trainer: Trainer) -> _Best:
 
 def allocate(
     lora: LoraAdapter,
-    *,
-    total_rank: int | None,
-    target_size: int | None,
-    target_ratio: float | None,
-    bits: str | int,
-    base: Path | nn.Module | None,
-    data: Data | None,
+    options: ConvertOptions,
+    allocate_options: AllocateOptions,
     settings: Settings,
-    moves: int = rank_allocation.MOVES,
-    rounds: int = rank_allocation.ROUNDS,
-    exact: int = rank_allocation.EXACT,
-    max_tokens: int = rank_allocation.MAX_TOKENS,
-    progress: Callable[[float, str], None],
-    **common: Any,
+    *,
+    model: nn.Module | None = None,
+    dry_run: bool = False,
+    base_content: KnownContent | None = None,
+    progress: Progress,
 ) -> Allocation:
-    """See `lrconvert.api.allocate`: `settings` are those of the refinement, whose texts are all that is read; on about
-    `max_tokens` of those that are trained on components are scored."""
-    rank_allocation.check(total_rank, target_size, target_ratio, bits, rounds, exact)
+    """Allocate ranks, convert and train; see `lrconvert.api.allocate`. `settings` are those of the refinement, whose
+    texts are all that is read; on about `max_tokens` of those that are trained on components are scored."""
+    rank_allocation.check(options, allocate_options)
     settings.check()
+    base = options.base if model is None else model
     if base is None:
         raise OptionError("training needs the base", fix="give it with --base")
-    if common["dry_run"]:
+    if dry_run:
         raise OptionError(
             "which ranks there are is known only after training", fix="plan the first allocation, without --train-steps"
         )
-    if moves < 0:
-        raise OptionError(f"--moves is {moves}; it must be at least 0")
-    started = time.monotonic()
-    where = base if isinstance(base, Path) else None
-    device = common["device"]
+    started, data = time.monotonic(), allocate_options.data
 
     def opening(share: float, text: str) -> None:
         progress(0.0, text)
 
     with session.opened(
-        base, lora, data, settings, device=device, here=Processes(), load_in_4bit=False, progress=opening
+        base, lora, data, settings, device=options.device, here=Processes(), load_in_4bit=False, progress=opening
     ) as opened:
-        pool = opened.split.train
-        batches = [pool.inputs(which) for which in pool.some(settings.seed, settings.batch_tokens, max_tokens)]
+        pool, most = opened.split.train, allocate_options.max_tokens
+        batches = [pool.inputs(which) for which in pool.some(settings.seed, settings.batch_tokens, most)]
 
         def trial(whole: LoraAdapter) -> AbstractContextManager[Trial]:
             opened.room.using()
             return ablation.on_trial(opened.room.model, whole, batches)
 
-        chooser = Chooser(
-            total_rank, int(bits), trial, rounds, exact, lambda share, text: progress(_CHOOSING * share, text)
-        )
+        chooser = Chooser(allocate_options, trial, lambda share, text: progress(_CHOOSING * share, text))
         done = rank_allocation.converted(
-            refine.with_room(lora),
-            chooser,
-            base=where,
-            target_size=target_size,
-            target_ratio=target_ratio,
-            progress=lambda share, text: None,
-            **common,
+            refine.with_room(lora), options, chooser, base_content=base_content, progress=lambda share, text: None
         )
         first = chooser.allocation(done, "ablation")
         source = chooser.source
         assert source is not None and chooser.cut is not None and chooser.context is not None
         context = replace(chooser.context, base=None, progress=lambda share, text: None)
-        train = Rounds(source, chooser.cut, context, batches, moves, exact)
+        train = Rounds(source, chooser.cut, context, batches, allocate_options.moves, allocate_options.exact)
         study = RefineRun(opened, first.compact, settings, train=train)
         studied = study.run(lambda share, text: progress(_CHOOSING + (1 - _CHOOSING) * share, text))
         found = refine.refinement(opened, studied, settings.seed, time.monotonic() - started)
     trained = {
         "compact": found.compact,
         "sizes": file.sizes(found.compact),
-        "fidelity": fidelity.fidelity(source, found.compact, common["statistics"]),
+        "fidelity": fidelity.fidelity(source, found.compact, options.input_statistics),
         "modules": rank_allocation.modules(source, found.compact),
         "training": found,
         "moves": tuple(train.moves),

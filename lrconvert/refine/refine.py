@@ -18,7 +18,7 @@ from lrconvert.methods import base as methods
 from lrconvert.refine import distributed, layerwise, session
 from lrconvert.refine.run import RefineResult, RefineRun
 from lrconvert.refine.session import Progress, RefineSession
-from lrconvert.refine.settings import Settings
+from lrconvert.refine.settings import RunOptions, Settings
 
 _UNKNOWN = "hidden states -0.00000e-000 of -0.00000e-000, agreement 0.0000, 0000000000 items"
 _OPENING = 0.05  # of the progress: what comes before the student
@@ -40,39 +40,38 @@ def refine(
     base: Path | nn.Module,
     data: Any,
     settings: Settings,
+    run: RunOptions,
     *,
-    device: str,
     partial: Path | None,
-    resume: bool,
-    log_to: Path | None,
-    load_in_4bit: bool,
     progress: Progress,
 ) -> Refinement:
-    """See `lrconvert.api.refine`; unfinished work is kept at `partial`."""
+    """Refine `compact`; see `lrconvert.api.refine`. Unfinished work is kept at `partial`."""
     settings.check()
-    if partial is not None and partial.exists() and not resume:
+    if partial is not None and partial.exists() and not run.resume:
         raise OutputExistsError(
             "holds a refinement that was broken off", fix="pass --resume to go on with it, or remove it", path=partial
         )
     layerwise.aligned(teacher, compact)
-    if load_in_4bit and not isinstance(base, Path):
+    if run.load_in_4bit and not isinstance(base, Path):
         raise OptionError("a live model cannot be loaded in 4 bit", fix="load it so, or give its folder")
     if isinstance(base, Path):
         _check_base(compact, base)
     started = time.monotonic()
-    with distributed.joined(device) as here:
+    with distributed.joined(run.device) as here:
         quiet = progress if here.leads else lambda share, text: None
         with session.opened(
             base,
             teacher,
             data,
             settings,
-            device=distributed.own_device(device),
+            device=distributed.own_device(run.device),
             here=here,
-            load_in_4bit=load_in_4bit,
+            load_in_4bit=run.load_in_4bit,
             progress=lambda share, text: quiet(_OPENING * share, text),
         ) as opened:
-            study = RefineRun(opened, compact, settings, partial, resume, log_to)
+            study = RefineRun(
+                opened, compact, settings, partial, run.resume, None if run.log is None else Path(run.log)
+            )
             found = study.run(lambda share, text: quiet(_OPENING + (1 - _OPENING) * share, text))
             warnings = (*teacher.warnings, *_other(compact, teacher))
             return refinement(opened, found, settings.seed, time.monotonic() - started, warnings)

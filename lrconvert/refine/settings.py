@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from lrconvert.core.errors import OptionError
+from lrconvert.core.options import make, option
 
 AUTOCASTS = ("auto", "off", "bf16")
 
@@ -21,42 +23,48 @@ class Settings:
     `own_tokens`: how much a decoder writes that is given no data. `checkpoint_every`: steps between checkpoints.
     """
 
-    steps: int = 300
-    minutes: float | None = None
-    length: int = 512
-    batch_tokens: int = 1024
-    accumulate: int = 1
-    max_tokens: int = 0
-    own_tokens: int = 1 << 16
-    temperature: float = 1.0
-    hidden: float = 1.0
-    task_loss: float = 0.0
-    layerwise: bool = True
-    end_to_end: bool = True
-    lr: float = 1.0
-    seed: int = 0
-    autocast: str = "auto"
-    gradient_checkpointing: bool = False
-    eval_every: int = 50
-    patience: int = 0
-    checkpoint_every: int = 100
-    train_heads: bool = False
+    steps: int = option(300, "Steps of the end-to-end stage.", least=1)
+    minutes: float | None = option(None, "Stop after that long, rates falling in time.")
+    length: int = option(512, "Tokens of a text, at most.", least=2)
+    batch_tokens: int = option(1024, "Tokens of a batch.", least=1)
+    accumulate: int = option(1, "Batches of a step.", least=1)
+    max_tokens: int = option(0, "Tokens of --data in all; 0: everything.", least=0)
+    own_tokens: int = option(1 << 16, "Tokens that the teacher writes without --data.", least=1)
+    temperature: float = option(1.0, "Temperature of the answers that are compared.")
+    hidden: float = option(1.0, "Weight of the error of hidden states beside the KL.", least=0)
+    task_loss: float = option(0.0, "Weight of the task's own loss, where data has labels.", least=0)
+    layerwise: bool = option(True, "Leave out the fit layer by layer.", flag="--no-layerwise")
+    end_to_end: bool = option(True, "Leave out the training end to end.", flag="--no-end-to-end")
+    lr: float = option(1.0, "Multiplies all learning rates.")
+    seed: int = option(0, "Seed of the split, the order of texts, and of texts that are written.")
+    autocast: str = option("auto", "Compute in bf16; auto: on CUDA.", choices=AUTOCASTS)
+    gradient_checkpointing: bool = option(False, "Less memory, a third more time.")
+    eval_every: int = option(50, "Steps between measurements on held-out data.", least=1)
+    patience: int = option(0, "Stop after so many measurements without a gain; 0: never.", least=0)
+    checkpoint_every: int = option(100, "Steps between checkpoints.", least=1)
+    train_heads: bool = option(False, "Train the heads that FILE carries, too.")
 
     def check(self) -> None:
-        """Raises E-OPTION for what cannot be."""
-        least = {
-            "steps": 1, "length": 2, "batch_tokens": 1, "accumulate": 1, "max_tokens": 0, "own_tokens": 1,
-            "eval_every": 1, "patience": 0, "checkpoint_every": 1, "hidden": 0, "task_loss": 0,
-        }  # fmt: skip
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if not bound <= value < math.inf:
-                raise OptionError(f"--{name.replace('_', '-')} is {value}; it must be at least {bound}")
+        """Raise E-OPTION for what cannot be."""
+        make(Settings, {name: value for name, value in vars(self).items() if value is not None}, "refine")
+        for name in ("hidden", "task_loss", "steps"):
+            if not getattr(self, name) < math.inf:
+                raise OptionError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be finite")
         for name in ("temperature", "lr", "minutes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise OptionError(f"--{name} is {value}; it must be above 0")
         if not self.layerwise and not self.end_to_end:
             raise OptionError("without both stages nothing is refined")
-        if self.autocast not in AUTOCASTS:
-            raise OptionError(f"--autocast is {self.autocast!r:.20}; {', '.join(AUTOCASTS)} are allowed")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a refinement runs, and what it does with work that was broken off. `log` takes JSON lines; `load_in_4bit`
+    quantizes the base to NF4 (bitsandbytes, CUDA)."""
+
+    device: str = option("cpu", "Where the model runs.", kind="device")
+    resume: bool = option(False, "Go on with a refinement that was broken off.")
+    log: Path | None = option(None, "Append what happens to this file, a JSON object a line.", kind="path")
+    load_in_4bit: bool = option(False, "Quantize the base to NF4 (needs bitsandbytes).")
+    overwrite: bool = False

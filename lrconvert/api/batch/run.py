@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from lrconvert.api.batch import pool, request
 from lrconvert.api.batch.sources import AnyPath, Job, plan
+from lrconvert.api.shared import take_reading
 from lrconvert.core.errors import OptionError, OutputPathError
+from lrconvert.core.options import option, take
 from lrconvert.formats.lrc import file
+from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.io import hub
 from lrconvert.io.container import KnownContent
 
@@ -54,89 +57,100 @@ class Batch:
         return sum(outcome.state == state for outcome in self.outcomes)
 
 
-def convert_many(sources: AnyPath | Sequence[AnyPath], out: AnyPath, method: str, **options: Any) -> Batch:
+@dataclass(frozen=True)
+class BatchOptions:
+    """How a batch runs: `jobs` processes at once (without it as many as there are cores, one with a GPU); `verbose`
+    adds the reports as text, `dry_run` plans only. `told(done, of)` is called after each adapter."""
+
+    jobs: int | None = option(None, "Work in this many processes.", least=1)
+    overwrite: bool = False
+    dry_run: bool = False
+    verbose: bool = False
+    told: Told = lambda done, of: None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is done to every adapter of a batch: a `verb` with its `method`, and its options by their names, as JSON
+    holds them. Options that are left out have their defaults."""
+
+    verb: Verb
+    method: str
+    options: Mapping[str, Any]
+
+
+def convert_many(sources: AnyPath | Sequence[AnyPath], out: AnyPath, method: str, **more: Any) -> Batch:
     """Convert many adapters into files in the folder `out`, which is made if it is not there.
 
-    `sources` are adapters, or folders of adapters: ``OUT/<name>.lrc``, by the path in the folder. `jobs` processes work
-    at once (without it: as many as there are cores, one with a GPU); a failure is one outcome among the others. What is
-    finished is passed by: the output is there, passes every check, and its provenance holds the digest of the same
-    sources and options. Another file of that name fails with E-OUT-EXISTS, unless `overwrite`. `dry_run` plans only.
+    `sources` are adapters, or folders of adapters: ``OUT/<name>.lrc``, by the path in the folder. A failure is one
+    outcome among the others. What is finished is passed by: the output is there, passes every check, and its provenance
+    holds the digest of the same sources and options. Another file of that name fails with E-OUT-EXISTS, unless
+    `overwrite`.
 
-    `allow_pickle`, and `loading` for other options of `load_lora`; `verbose` adds the reports as text; `told(done, of)`
-    is called after each. The other options are those of `convert`, with paths for `base` and `statistics`. The outputs
-    are the same bytes whatever `jobs` is. Raises E-OPTION, E-OUT-PATH and E-LAYOUT for what no adapter could be
-    converted with, before any is.
+    `more` are single fields of `BatchOptions`, `allow_pickle`, `layout` and `alpha` as in `load`, and what `convert`
+    takes, with paths for `base` and `statistics`. The outputs are the same bytes whatever `jobs` is. Raises E-OPTION,
+    E-OUT-PATH and E-LAYOUT for what no adapter could be converted with, before any is.
     """
-    return many("convert", method, sources, out, **options)
+    return _many("convert", method, sources, out, more)
 
 
-def compress_many(sources: AnyPath | Sequence[AnyPath], out: AnyPath, **options: Any) -> Batch:
-    """`compress` for many adapters at once; see `convert_many`."""
-    return many("compress", "", sources, out, **options)
+def compress_many(sources: AnyPath | Sequence[AnyPath], out: AnyPath, **more: Any) -> Batch:
+    """Compress many adapters, as `compress` does; see `convert_many`."""
+    return _many("compress", "", sources, out, more)
 
 
-def allocate_many(sources: AnyPath | Sequence[AnyPath], out: AnyPath, **options: Any) -> Batch:
-    """`allocate` for many adapters at once; see `convert_many`. `data` are files."""
-    return many("allocate", "", sources, out, **options)
+def allocate_many(sources: AnyPath | Sequence[AnyPath], out: AnyPath, **more: Any) -> Batch:
+    """Allocate the ranks of many adapters, as `allocate` does; see `convert_many`. `data` are files."""
+    return _many("allocate", "", sources, out, more)
 
 
-def many(
-    verb: Verb,
-    method: str,
-    sources: AnyPath | Sequence[AnyPath],
-    out: AnyPath | None,
-    *,
-    jobs: int | None = None,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    verbose: bool = False,
-    allow_pickle: bool = False,
-    loading: Mapping[str, Any] | None = None,
-    told: Told = lambda done, of: None,
-    **options: Any,
+def _many(verb: Verb, method: str, sources: AnyPath | Sequence[AnyPath], out: AnyPath, more: dict[str, Any]) -> Batch:
+    batch = take(BatchOptions, None, more, verb)
+    reading = take_reading(more, more.get("base"))
+    return run(Work(verb, method, more), sources, out, reading, batch)
+
+
+def run(
+    work: Work, sources: AnyPath | Sequence[AnyPath], out: AnyPath | None, reading: ReadOptions, batch: BatchOptions
 ) -> Batch:
-    if jobs is not None and jobs < 1:
-        raise OptionError(f"{jobs} processes cannot work", fix="give 1 or more")
-    if dry_run and verb == "compress":
+    """Do `work` to every adapter of `sources`, into files in the folder `out`; see `convert_many`."""
+    if batch.dry_run and work.verb == "compress":
         raise OptionError("compress has no dry run", fix="leave it out")
     listed = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     root = None if out is None else hub.output(out)
-    if root is None and not dry_run:
+    if root is None and not batch.dry_run:
         raise OptionError("there is no folder for the outputs", fix="name one, or plan only")
     if root is not None and root.exists() and not root.is_dir():
         raise OutputPathError("is not a folder", fix="give a folder for the outputs", path=root)
-    planned = plan(listed, root)
-    inputs, content = _inputs(options)
-    options = {key: _plain(key, value) for key, value in options.items()}
+    jobs = plan(listed, root)
+    inputs, content = _inputs(work.options)
     shared = {
-        "verb": verb,
-        "method": method,
-        "overwrite": overwrite,
-        "verbose": verbose,
-        "options": options,
+        "verb": work.verb,
+        "method": work.method,
+        "overwrite": batch.overwrite,
+        "verbose": batch.verbose,
+        "options": {key: _plain(key, value) for key, value in work.options.items()},
         "inputs": inputs,
         "base_content": None if content is None else asdict(content),
     }
-    said = _loading({"allow_pickle": allow_pickle, "base": options.get("base"), **(loading or {})})
-    asked = [
+    requests = [
         {
             **shared,
-            "loading": reading,
+            "loading": _plain_reading(options),
             "path": str(job.path.absolute()),
-            "output": None if dry_run else str(job.output.absolute()),
+            "output": None if batch.dry_run else str(job.output.absolute()),
         }
-        for job, reading in zip(planned, _readings(planned, said), strict=True)
+        for job, options in zip(jobs, _readings(jobs, reading), strict=True)
     ]
-    count = jobs if jobs is not None else _processes(options)
-    known = 0
+    finished = 0
 
-    def tell(number: int, answer: pool.Answer) -> None:
-        nonlocal known
-        known += 1
-        told(known, len(planned))
+    def advance(number: int, answer: pool.Answer) -> None:
+        nonlocal finished
+        finished += 1
+        batch.told(finished, len(jobs))
 
-    answers = pool.run(asked, count, tell)
-    return Batch(tuple(_outcome(job, answer) for job, answer in zip(planned, answers, strict=True)))
+    answers = pool.run(requests, batch.jobs or _processes(work.options), advance)
+    return Batch(tuple(_outcome(job, answer) for job, answer in zip(jobs, answers, strict=True)))
 
 
 def _processes(options: Mapping[str, Any]) -> int:
@@ -177,16 +191,16 @@ def _plain(key: str, value: Any) -> Any:
         raise OptionError(f"{key} cannot be given to other processes", fix="give a path, a number or a text") from None
 
 
-def _loading(given: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _plain(key, value) for key, value in given.items() if value is not None}
+def _plain_reading(reading: ReadOptions) -> dict[str, Any]:
+    return {key: _plain(key, value) for key, value in vars(reading).items() if value is not None}
 
 
-def _readings(jobs: Sequence[Job], said: dict[str, Any]) -> list[dict[str, Any]]:
-    """What is said of each source: a layout and an alpha hold for those that are not lrconvert files. Where all are,
-    each refuses what is said."""
+def _readings(jobs: Sequence[Job], reading: ReadOptions) -> list[ReadOptions]:
+    """How each source is read: a layout and an alpha hold for those that are not lrconvert files. Where all are, each
+    refuses them."""
     ours = [job.path.is_file() and file.is_lrconvert(job.path) for job in jobs]
-    bare = {key: value for key, value in said.items() if key not in ("layout", "alpha")}
-    return [bare if own and not all(ours) else said for own in ours]
+    bare = replace(reading, layout=None, alpha=None)
+    return [bare if own and not all(ours) else reading for own in ours]
 
 
 def _outcome(job: Job, answer: pool.Answer) -> Outcome:

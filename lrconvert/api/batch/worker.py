@@ -27,8 +27,6 @@ from lrconvert.io.durable import check_output, make_folder
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 from lrconvert.report import text_and_json
 
-_PATHS = ("base", "statistics", "data")  # options that stand for contents: their digests are in ``inputs``
-
 
 def work(job: Mapping[str, Any]) -> dict[str, Any]:
     """The answer to one job; whatever goes wrong is in it."""
@@ -50,8 +48,8 @@ def _work(job: Mapping[str, Any]) -> dict[str, Any]:
     path, options, loading = Path(job["path"]), dict(job["options"]), dict(job["loading"])
     known = job["base_content"]
     output = None if job["output"] is None else Path(job["output"])
-    plain = {key: value for key, value in {**loading, **options}.items() if key not in _PATHS}
-    wanted = request.digest(job["verb"], job["method"], plain, request.of_source(path), job["inputs"])
+    chosen = {**request.settled(job["verb"], job["method"], options), "loading": _without_base(loading)}
+    wanted = request.digest(job["verb"], job["method"], chosen, request.of_source(path), job["inputs"])
     if output is not None:
         if (found := request.finished(output, wanted)) is not None:
             return {"state": "skipped", **_of_file(found)}
@@ -83,6 +81,10 @@ def _convert(job: Mapping[str, Any], lora: LoraAdapter, options: dict[str, Any],
     if job["verb"] == "allocate":
         return api.allocate(lora, dry_run=dry_run, **options)
     return api.compress(lora, **options).chosen
+
+
+def _without_base(loading: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in loading.items() if key != "base" and value is not False}
 
 
 def _marked(lora: LoraAdapter, wanted: str) -> LoraAdapter:

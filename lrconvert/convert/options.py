@@ -1,0 +1,122 @@
+"""Options of the ways from a LoRA to a compact form: one declaration for `convert`, `compress`, `allocate`, their
+batches and their commands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+from lrconvert.core.options import option
+from lrconvert.io import hub
+from lrconvert.lora import statistics_file
+from lrconvert.lora.input_statistics import InputStatistics
+from lrconvert.methods.lowrank import WIDTHS
+
+ExtraDtype = Literal["F32", "F16", "BF16"]
+Data = str | Path | Iterable[str | Path] | Iterable[Mapping[str, Any]]
+RANKINGS = ("auto", "answers", "fit")
+ROUNDS, EXACT, MOVES = 8, 16, 3
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What every conversion takes.
+
+    `target_size` (bytes) or `target_ratio` (factors at 16 bit over the file's bytes) bound the file without its extra
+    tensors. `include` and `exclude` are regular expressions searched in target names. `base` (a folder) settles the
+    orientation of square weights and adds the digest of its contents. `statistics` make the fit minimize the mean
+    squared error of the layers' outputs, not of their weights. `bake_dora` turns DoRA's magnitudes, which are carried
+    along otherwise, into plain updates of that rank; it needs `base`. `device` is a torch device name.
+    """
+
+    target_size: int | None = option(None, "At most this many bytes without extra tensors, e.g. 200KB.", kind="size")
+    target_ratio: float | None = option(None, "At least this many times smaller than the factors at 16 bit.")
+    include: tuple[str, ...] = option((), "Only targets whose name this pattern finds; repeatable.")
+    exclude: tuple[str, ...] = option((), "No targets whose name this pattern finds; repeatable.")
+    base: Path | None = option(
+        None, "Base model folder or hub id: settles orientations, records its digest.", kind="path"
+    )
+    statistics: Path | InputStatistics | None = option(
+        None,
+        "Input statistics of the base (see `statistics`): the fit then minimizes the error of outputs.",
+        kind="path",
+    )
+    bake_dora: int | None = option(
+        None, "Turn DoRA's magnitudes into plain updates of this rank (needs --base); default: carried along.", least=1
+    )
+    extra_dtype: ExtraDtype | None = option(
+        None,
+        "Narrow extra tensors (heads) to this dtype; carried byte for byte otherwise.",
+        choices=("F32", "F16", "BF16"),
+    )
+    seed: int = option(0, "Seed of the fit.")
+    device: str = option("cpu", "Where the fit computes.", kind="device")
+
+    def resolved(self) -> ConvertOptions:
+        """Return the options with the base found, in the local cache if it is named by a hub id, and the statistics
+        opened. Raises E-BASE, E-IO-*, E-STATS."""
+        base = None if self.base is None else hub.locate(self.base)
+        given = self.statistics
+        statistics = statistics_file.read(Path(given)) if isinstance(given, (str, PathLike)) else given
+        return replace(self, base=base, statistics=statistics, include=tuple(self.include), exclude=tuple(self.exclude))
+
+    @property
+    def input_statistics(self) -> InputStatistics | None:
+        """The statistics of `resolved` options."""
+        assert not isinstance(self.statistics, PathLike)
+        return self.statistics
+
+
+@dataclass(frozen=True)
+class CompressOptions:
+    """What `compress` asks of the winner, and how it ranks.
+
+    `min_captured` asks for the smallest file that keeps this share: of the outputs' energy under statistics, else of
+    the weights'. `forms` are the ids of the methods to try; all that join `compress` without. `data` (files as in
+    `refine`) and the budgets are for ranking by answers.
+    """
+
+    min_captured: float | None = option(
+        None, "The smallest file that keeps this share: of outputs with --statistics, else of weights."
+    )
+    forms: tuple[str, ...] = ()
+    data: tuple[Path, ...] | None = option(
+        None,
+        "Texts that rank the forms and refine the winner (see `refine`); without, a decoder writes its own.",
+        kind="paths",
+    )
+    rank_by: str = option(
+        "auto",
+        "What the model answers after a short refinement, or what fits keep; auto: answers, with --base.",
+        choices=RANKINGS,
+    )
+    budget_minutes: float | None = option(None, "Time for ranking by answers, instead of a number of steps.")
+    steps: int = option(0, "Refine the winner by so many more.", least=0)
+    length: int = option(512, "Tokens of a text.", least=2)
+    batch_tokens: int = option(1024, "Tokens of a batch.", least=1)
+    max_tokens: int = option(0, "Tokens of --data; 0: all.", least=0)
+
+
+@dataclass(frozen=True)
+class AllocateOptions:
+    """What `allocate` (ALoRA) asks for: one budget of `total_rank` components, or the size or ratio of the conversion.
+
+    With a base and `data` (files, or batches of model inputs) components are scored by ablation, in `rounds` of
+    pruning; in each the `exact` components next to the cut are ablated, two forward passes each."""
+
+    total_rank: int | None = option(None, "Keep this many components over all modules.", least=1)
+    bits: str = option("16", "Bits per number.", choices=tuple(map(str, WIDTHS)))
+    data: Data | None = option(
+        None, "With --base: score by ablation on held-out texts instead of by energy.", kind="paths"
+    )
+    length: int = option(512, "Tokens of a text, at most.", least=1)
+    max_tokens: int = option(1 << 13, "Tokens of --data in all; 0: all.", least=0)
+    rounds: int = option(ROUNDS, "Rounds of pruning on data.", least=1)
+    exact: int = option(
+        EXACT, "Components next to the cut that are ablated in each round, two forward passes each.", least=0
+    )
+    batch_tokens: int = 1024
+    moves: int = option(MOVES, "How often components change places in the first half of --train-steps.", least=0)

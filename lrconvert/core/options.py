@@ -1,0 +1,71 @@
+"""Options declared once, as fields of a frozen dataclass: the keyword of the Python API, the option of the command
+line, its help and its checks follow from the declaration.
+
+    >>> @dataclass(frozen=True)
+    ... class Options:
+    ...     rank: int = option(4, "Keep this rank.", least=1)
+    >>> make(Options, {"rank": 2}, "the form")
+    Options(rank=2)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+from lrconvert.core.errors import OptionError
+
+T = TypeVar("T")
+
+__all__ = ["dataclass", "make", "option", "take"]
+
+
+def option(
+    default: Any, help: str, *, choices: tuple[str, ...] = (), least: int | None = None, kind: str = "", flag: str = ""
+) -> Any:
+    """Declare a field that a user may set.
+
+    `help` is one sentence for the command line; a field without this function is no option there. `choices` and `least`
+    bound the value. `kind` "size" reads 200KB on the command line, "path" and "paths" read paths. `flag` is the name of
+    the option where it is not the field's own, ``--no-undo`` of a field ``undo``.
+    """
+    return field(
+        default=default, metadata={"help": help, "choices": choices, "least": least, "kind": kind, "flag": flag}
+    )
+
+
+def names(options: type[Any]) -> tuple[str, ...]:
+    """Return the names of the fields of `options`."""
+    return tuple(entry.name for entry in fields(options))
+
+
+def make(options: type[T], values: Mapping[str, Any], owner: str) -> T:
+    """Return `options` with these values. Raises E-OPTION, naming the `owner`, for a name that is no field, a value
+    that is no choice, and a number below the least."""
+    known = {entry.name: entry for entry in fields(options)}  # type: ignore[arg-type]
+    refuse_unknown(set(values) - set(known), owner, list(known))
+    chosen = dict(values)
+    for name, value in values.items():
+        choices, least = known[name].metadata.get("choices"), known[name].metadata.get("least")
+        if choices and value is not None:
+            chosen[name] = str(value)
+            if chosen[name] not in choices:
+                raise OptionError(f"{name} is {value!r:.40}; {owner} takes {', '.join(choices)}")
+        if least is not None and value is not None and value < least:
+            raise OptionError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+    return options(**chosen)
+
+
+def take(options: type[T], given: T | None, keywords: MutableMapping[str, Any], owner: str) -> T:
+    """Remove the fields of `options` from `keywords`, and return `given`, or the defaults, with their values. Raises
+    what `make` raises."""
+    own = {name: keywords.pop(name) for name in names(options) if name in keywords}
+    checked = make(options, own, owner)
+    return checked if given is None else replace(given, **{name: getattr(checked, name) for name in own})  # type: ignore[type-var]
+
+
+def refuse_unknown(unknown: set[str], owner: str, known: list[str]) -> None:
+    """Raise E-OPTION for the first of the `unknown` names; `known` are those that `owner` has."""
+    if unknown:
+        raise OptionError(f"{owner} has no option {min(unknown)!r:.40}", fix=f"it has: {', '.join(sorted(known))}")
