@@ -16,15 +16,15 @@ from lrconvert.testing.containers import safetensors_files
 from lrconvert.testing.gguf import gguf_file, gguf_mutations
 from lrconvert.testing.indexes import shard_indexes
 from lrconvert.testing.layouts import WRITERS, Known, layout_folders
-from lrconvert.testing.loose import Loose, header_and_data, with_header
 from lrconvert.testing.manifests import lrconvert_files, manifests
 from lrconvert.testing.mutations import Mutation, folder_mutations, mutations
 from lrconvert.testing.peft import peft_configs, peft_folders
+from lrconvert.testing.raw_files import RawFile, header_and_data, with_header
 
 __all__ = [
     "WRITERS",
     "Known",
-    "Loose",
+    "RawFile",
     "Mutation",
     "folder_mutations",
     "gguf_file",

@@ -18,7 +18,7 @@ import numpy as np
 from lrconvert.core.dtypes import Array
 from lrconvert.testing import lazy
 from lrconvert.testing.gguf import Field, gguf_file
-from lrconvert.testing.loose import spelled, with_header
+from lrconvert.testing.raw_files import spelled, with_header
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy

@@ -17,7 +17,7 @@ from lrconvert.lora.base_weights import BLOCK, BaseWeights
 from lrconvert.lora.fingerprint import fingerprint
 from lrconvert.methods import base as methods
 from lrconvert.testing import lazy
-from lrconvert.testing.loose import Loose
+from lrconvert.testing.raw_files import RawFile
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy
@@ -106,4 +106,4 @@ def lrconvert_files(method: str | None = None) -> SearchStrategy[bytes]:
 
 def manifests(method: str | None = None) -> SearchStrategy[dict[str, Any]]:
     """The manifests of `lrconvert_files`, as JSON values."""
-    return lrconvert_files(method).map(lambda data: dict(Loose.of(data).manifest))
+    return lrconvert_files(method).map(lambda data: dict(RawFile.of(data).manifest))

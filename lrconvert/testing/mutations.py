@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lrconvert.core.dtypes import STORAGE
-from lrconvert.testing import lazy, trees
-from lrconvert.testing.loose import Loose, header_and_data, spelled, with_header
-from lrconvert.testing.trees import Literal, Members, Node, Path
+from lrconvert.testing import json_trees, lazy
+from lrconvert.testing.json_trees import Literal, Members, Node, Path
+from lrconvert.testing.raw_files import RawFile, header_and_data, spelled, with_header
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy
@@ -61,7 +61,7 @@ def _json_changes(root: Node) -> dict[str, list[tuple[Path, Callable[[Node, Any]
     def one_of(values: tuple[Node, ...]) -> Callable[[Node, Any], Node]:
         return lambda node, draw: draw(st.sampled_from(values))
 
-    for path, node in trees.places(root):
+    for path, node in json_trees.places(root):
         offer("null", path, lambda node, draw: None)
         offer("type", path, one_of(_OTHER_TYPES))
         offer("nest", path, lambda node, draw: Literal("[" * (n := draw(st.sampled_from([8, 17, 3000]))) + "]" * n))
@@ -128,15 +128,15 @@ _FRAMES: dict[str, Callable[[bytes], bytes]] = {
 
 def _json_mutations(text: bytes) -> SearchStrategy[Mutation]:
     st = lazy.st
-    root = trees.parsed(text)
+    root = json_trees.parsed(text)
     changes = _json_changes(root)
 
     @st.composite
     def structured(draw: DrawFn) -> Mutation:
         kind = draw(st.sampled_from(sorted(changes)))
         path, change = draw(st.sampled_from(changes[kind]))
-        where = trees.keys_to(root, path)
-        mutated = trees.spell(trees.changed(root, path, lambda node: change(node, draw)))
+        where = json_trees.keys_to(root, path)
+        mutated = json_trees.spell(json_trees.changed(root, path, lambda node: change(node, draw)))
         return Mutation(kind, where, mutated.encode("utf-8"))
 
     frames = st.sampled_from(sorted(_FRAMES)).map(lambda kind: Mutation(kind, "the whole", _FRAMES[kind](text)))
@@ -179,27 +179,27 @@ def _manifest_mutations(file: bytes) -> SearchStrategy[Mutation]:
     get past the digests. `where` begins with ``manifest``."""
 
     def signed(mutation: Mutation) -> Mutation:
-        loose = Loose.of(file)
+        raw = RawFile.of(file)
         text = mutation.data
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            loose.manifest = json.loads(text)
-            if spelled(loose.manifest) == text:  # not for what is misspelled
-                text = spelled(loose.sign_content().manifest, sort=True)
+            raw.manifest = json.loads(text)
+            if spelled(raw.manifest) == text:  # not for what is misspelled
+                text = spelled(raw.sign_content().manifest, sort=True)
         try:
-            return Mutation(mutation.kind, f"manifest: {mutation.where}", loose.file(text))
+            return Mutation(mutation.kind, f"manifest: {mutation.where}", raw.file(text))
         except UnicodeError:  # no file can hold it as text
             return Mutation("cut", "the end", file[:-1])
 
-    return _json_mutations(spelled(Loose.of(file).manifest, sort=True)).map(signed)
+    return _json_mutations(spelled(RawFile.of(file).manifest, sort=True)).map(signed)
 
 
 def mutations(value: Any) -> SearchStrategy[Mutation]:
     """Mutations of a file, by what its bytes are (lrconvert, safetensors, JSON, anything), or of a JSON value, as its
     text."""
     if not isinstance(value, bytes):
-        return _json_mutations(trees.spell(trees.tree(value)).encode())
+        return _json_mutations(json_trees.spell(json_trees.tree(value)).encode())
     try:
-        Loose.of(value)
+        RawFile.of(value)
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
     else:
@@ -212,7 +212,7 @@ def mutations(value: Any) -> SearchStrategy[Mutation]:
 
 def _is_json(text: bytes) -> bool:
     try:
-        trees.parsed(text)
+        json_trees.parsed(text)
     except ValueError:
         return False
     return True

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lrconvert.testing import lazy
-from lrconvert.testing.loose import spelled, with_header
+from lrconvert.testing.raw_files import spelled, with_header
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy

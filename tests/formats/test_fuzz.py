@@ -28,7 +28,7 @@ from lrconvert.formats.lrc import file
 from lrconvert.formats.lrc.validation import validate
 from lrconvert.io import container
 from lrconvert.methods import base as methods
-from lrconvert.testing import trees
+from lrconvert.testing import json_trees
 from lrconvert.testing.peft import CONFIG_NAME, WEIGHTS_NAME
 
 FUZZ = Path(__file__).resolve().parent / "fuzz"
@@ -259,10 +259,10 @@ def test_mutations_are_many_and_mutate() -> None:
 
 def test_trees_spell_what_they_read() -> None:
     text = '{"a":[1,2.5,true,null,"\\u00e9\\n"],"a":{},"b":-3}'
-    assert trees.spell(trees.parsed(text)) == text.replace("\\u00e9", "é")
-    changed = trees.changed(trees.parsed(text), (0, 1), lambda node: trees.Literal("1e999"))
-    assert trees.spell(changed) == trees.spell(trees.parsed(text)).replace("2.5", "1e999")
-    assert trees.keys_to(trees.parsed(text), (0, 1)) == "a[1]"
+    assert json_trees.spell(json_trees.parsed(text)) == text.replace("\\u00e9", "é")
+    changed = json_trees.changed(json_trees.parsed(text), (0, 1), lambda node: json_trees.Literal("1e999"))
+    assert json_trees.spell(changed) == json_trees.spell(json_trees.parsed(text)).replace("2.5", "1e999")
+    assert json_trees.keys_to(json_trees.parsed(text), (0, 1)) == "a[1]"
 
 
 def test_manifests_are_those_of_files() -> None:

@@ -31,7 +31,7 @@ from lrconvert.core.limits import FOREIGN, MAX_CONFIG_BYTES, MAX_INDEX_BYTES, MA
 from lrconvert.formats.lrc import file
 from lrconvert.formats.lrc.validation import validate
 from lrconvert.io import container
-from lrconvert.testing.loose import spelled, with_header
+from lrconvert.testing.raw_files import spelled, with_header
 
 
 def _script() -> Any:

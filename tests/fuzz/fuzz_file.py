@@ -34,7 +34,7 @@ with atheris.instrument_imports(include=["lrconvert"]) if atheris else contextli
     from lrconvert.lora.adapter import LoraAdapter
     from lrconvert.methods import base as methods
     from lrconvert.testing import layouts
-    from lrconvert.testing.loose import Loose, spelled
+    from lrconvert.testing.raw_files import RawFile, spelled
 
     methods.all_methods(), readers.all_readers()  # these are imported by name, when they are first needed
 
@@ -124,9 +124,9 @@ class Target:
     def signed(self, manifest: bytes, source: bytes) -> None:
         """The lrconvert file `source` with another manifest and right digests, which guard all that lies behind."""
         try:
-            loose = Loose.of(source)
-            loose.manifest = json.loads(manifest)
-            data = loose.sign().file()
+            raw = RawFile.of(source)
+            raw.manifest = json.loads(manifest)
+            data = raw.sign().file()
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             return  # nothing that can be signed
         check_file(self._put("x.lrc", data), data)
@@ -170,7 +170,7 @@ def seeds() -> Iterator[tuple[str, bytes]]:
     for path in sorted([*(FIXTURES / "golden").rglob("*.lrc"), *hostile.glob("*.lrc"), *hostile.glob("*.safetensors")]):
         yield f"{path.parent.name}-{path.name}", path.read_bytes()
         if path.parent.parent.name == "v1":
-            text = spelled(Loose.of(path.read_bytes()).manifest, sort=True)
+            text = spelled(RawFile.of(path.read_bytes()).manifest, sort=True)
             yield f"signed-{path.parent.name}-{path.name}", joined(SIGN, text, path.read_bytes())
     yield from small_weights()
     folders = [*sorted(hostile.iterdir()), *(FIXTURES / "adapters" / name for name in ("vit-plain", "bert-classifier"))]

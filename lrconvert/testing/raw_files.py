@@ -34,14 +34,14 @@ def tensor_digest(name: str, dtype: str, shape: Sequence[int], data: bytes) -> s
 
 
 @dataclass
-class Loose:
+class RawFile:
     """An lrconvert file in pieces that may be changed at will. `tensors` are (dtype, shape, data) in file order."""
 
     manifest: Any
     tensors: dict[str, tuple[str, list[int], bytes]]
 
     @classmethod
-    def of(cls, file: bytes) -> Loose:
+    def of(cls, file: bytes) -> RawFile:
         text, data = header_and_data(file)
         header = json.loads(text)
         manifest = json.loads(header.pop("__metadata__")["lrconvert"])
@@ -49,13 +49,13 @@ class Loose:
         cut = {n: (e["dtype"], e["shape"], data[slice(*e["data_offsets"])]) for n, e in entries}
         return cls(manifest, cut)
 
-    def sign(self) -> Loose:
+    def sign(self) -> RawFile:
         """Make every digest right again that has a place."""
         digests = {name: tensor_digest(name, *tensor) for name, tensor in self.tensors.items()}
         self.manifest["digests"] = {"content": "", "tensors": digests}
         return self.sign_content()
 
-    def sign_content(self) -> Loose:
+    def sign_content(self) -> RawFile:
         """Make ``digests.content`` right; the digests of the tensors stay as they are."""
         digest = hashlib.sha256()
         for name, value in sorted(self.manifest["digests"]["tensors"].items()):
