@@ -13,9 +13,9 @@ from conftest import random_lora
 from models import extra, one_target, random_base, save_base
 
 from lrconvert import api
+from lrconvert.api import merge, unmerge
 from lrconvert.core.dtypes import Stored, round_to
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter, Target
-from lrconvert.merge import merge, unmerge
 from lrconvert.testing import faults
 
 

@@ -21,7 +21,6 @@ from lrconvert.core.errors import (
 from lrconvert.io.container import Checkpoint
 from lrconvert.lora.adapter import LoraAdapter
 from lrconvert.merge.arithmetic.exact import MergeStats, Workspace
-from lrconvert.merge.arithmetic.products import Products, by_blas
 from lrconvert.merge.plan import extra_tensors
 from lrconvert.merge.plan.plan import CONFIG_NAME, Output, Plan
 from lrconvert.merge.plan.updates import Scaled
@@ -41,13 +40,12 @@ _ALLOW = "pass --allow-no-op to write a copy of the base all the same"
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be merged, and how. The bytes do not depend on who computes the `products`."""
+    """What is to be merged, and how."""
 
     inputs: Sequence[Scaled]
     undo: bool
     allow_no_op: bool
     progress: Progress
-    products: Products = by_blas
 
     def begin(self, planned: Plan, earlier: Mapping[int, Path], dry_run: bool) -> MergeReport:
         """The report of what will be written. Raises E-NO-EFFECT; after a dry run also E-FPR."""
@@ -71,7 +69,7 @@ class Job:
         """Compute everything and give it to `sink`; the report of what was done. Raises E-FPR, E-NO-EFFECT,
         E-IO-CHANGED and what computing raises."""
         with (
-            Workspace(products=self.products) as workspace,
+            Workspace() as workspace,
             Merger(planned, self.inputs, workspace, number, self.undo, self.progress) as merger,
         ):
             merger.run(sink)

@@ -11,12 +11,11 @@ from pathlib import Path
 from lrconvert.core.errors import BaseError, FingerprintError, LrcError, OptionError
 from lrconvert.io.container import Checkpoint, TensorInfo, combined_digest, open_checkpoint, tensor_hasher, unfinished
 from lrconvert.io.durable import StagedDirectory, atomic_directory, check_output, require_space
-from lrconvert.merge.arithmetic import products
 from lrconvert.merge.arithmetic.exact import Workspace
-from lrconvert.merge.arithmetic.products import Products
 from lrconvert.merge.in_place.merge import unmerge_in_place
 from lrconvert.merge.in_place.model_folder import ModelFolder
 from lrconvert.merge.job import check_replaceable
+from lrconvert.merge.options import UnmergeOptions
 from lrconvert.merge.plan.plan import CONFIG_NAME, other_files
 from lrconvert.merge.report import UnmergeReport
 from lrconvert.merge.undo import record as records
@@ -28,43 +27,29 @@ from lrconvert.merge.writing import Progress
 _SPACE_MARGIN = 1.02
 
 
-def unmerge(
-    merged: Path,
-    out: Path | None = None,
-    *,
-    in_place: bool = False,
-    resume: bool = False,
-    number: int | None = None,
-    from_base: Path | None = None,
-    overwrite: bool = False,
-    device: str = "cpu",
-    progress: Progress | None = None,
-) -> UnmergeReport:
+def unmerge(merged: Path, out: Path | None, options: UnmergeOptions, progress: Progress) -> UnmergeReport:
     """Write the folder `out` (without it: replace `merged` in one step) with the base that the last merge started from.
 
     With `in_place` the weight files of `merged` are restored one after the other, or only the rows that the merge
     changed; a broken off one goes on with `resume`. With `from_base` the bytes come from that base, compared with the
-    record's digests where there is a record. `device` as for `merge`. Raises E-UNDO (no record, or one that cannot
-    undo), E-UNDO-ORDER (`number` is not the last merge), E-DIGEST (weights or record changed since the merge), E-OUT-*,
-    E-OPTION, E-LOCKED, E-DEVICE, E-IO-*: nothing is changed then. E-UNFINISHED: an unmerge in place was broken off;
-    `recover` finishes it.
+    record's digests where there is a record. Raises E-UNDO (no record, or one that cannot undo), E-UNDO-ORDER (`number`
+    is not the last merge), E-DIGEST (weights or record changed since the merge), E-OUT-*, E-OPTION, E-LOCKED, E-IO-*:
+    nothing is changed then. E-UNFINISHED: an unmerge in place was broken off; `recover` finishes it.
     """
-    report, multiply = progress or (lambda fraction, text: None), products.on(device)
-    if in_place:
-        for given, name in ((out is not None, "--output"), (overwrite, "--overwrite"), (from_base, "--from-base")):
-            if given:
-                raise OptionError(f"{name} does not go with --in-place", fix="leave out one of them")
-        return unmerge_in_place(merged, number, report, resume=resume, products=multiply)
+    options.check(out)
+    number, from_base, overwrite = options.number, options.from_base, options.overwrite
+    if options.in_place:
+        return unmerge_in_place(merged, number, progress, resume=options.resume)
     if ModelFolder(merged).is_ready:
         raise unfinished(merged)
-    if resume:
+    if options.resume:
         raise OptionError("--resume is for an unmerge in place", fix="add --in-place")
     place = merged if out is None else out
     if out is not None:
         check_output(out, overwrite, [merged, *([] if from_base is None else [from_base])], directory=True)
         check_replaceable(out)
     if from_base is not None:
-        return _copy_base(merged, from_base, place, out is None or overwrite, number, report)
+        return _copy_base(merged, from_base, place, out is None or overwrite, number, progress)
     with ExitStack() as stack:
         opened = stack.enter_context(OpenRecord(records.latest(merged, number)))
         checkpoint = stack.enter_context(open_checkpoint(merged))
@@ -72,7 +57,7 @@ def unmerge(
         require_space(place, int(sum(size for _, size in opened.record.files) * _SPACE_MARGIN))
         folder = stack.enter_context(atomic_directory(place, overwrite=out is None or overwrite))
         try:
-            done = _write(opened, checkpoint, folder, report, multiply)
+            done = _write(opened, checkpoint, folder, progress)
         except LrcError as error:
             raise error.at(merged) from None
         for file in checkpoint.files:
@@ -80,9 +65,7 @@ def unmerge(
     return done
 
 
-def _write(
-    opened: OpenRecord, checkpoint: Checkpoint, folder: StagedDirectory, progress: Progress, multiply: Products
-) -> UnmergeReport:
+def _write(opened: OpenRecord, checkpoint: Checkpoint, folder: StagedDirectory, progress: Progress) -> UnmergeReport:
     """Write the base's files into a staged folder."""
     total, done = max(1, sum(size for _, size in opened.record.files)), 0
     files: dict[str, int] = {}
@@ -92,7 +75,7 @@ def _write(
         done += info.nbytes
         progress(min(1.0, done / total), info.name)
 
-    with Workspace(products=multiply) as workspace, Restorer(opened, checkpoint, workspace) as restorer:
+    with Workspace() as workspace, Restorer(opened, checkpoint, workspace) as restorer:
         for number, (name, _) in enumerate(opened.record.files):
             with folder.create(name) as file:
                 restorer.file(number, file, advance)

@@ -12,7 +12,6 @@ import numpy as np
 
 from lrconvert.core.dtypes import STORAGE, Array
 from lrconvert.io.container import Checkpoint, TensorInfo, open_checkpoint
-from lrconvert.merge.arithmetic import products
 from lrconvert.merge.arithmetic.exact import Workspace
 from lrconvert.merge.compute import Computer, read_rows
 from lrconvert.merge.plan.plan import Output, Plan, plan
@@ -29,18 +28,17 @@ def verify(
     adapters: Sequence[Adapter | Scaled],
     *,
     dequantize: bool = False,
-    device: str = "cpu",
     progress: Callable[[float, str], None] | None = None,
 ) -> VerifyReport:
     """Compare the tensors and the configuration of `merged` with what merging `adapters` into `base` gives, however
-    either is cut into files; `dequantize` and `device` as for `merge`. Reads all of both; writes nothing. Raises what a
+    either is cut into files; `dequantize` as for `merge`. Reads all of both; writes nothing. Raises what a
     merge raises before it writes.
     """
     inputs = [item if isinstance(item, Scaled) else Scaled(item) for item in adapters]
     with (
         open_checkpoint(merged) as found,
         open_base(base, dequantize=dequantize) as checkpoint,
-        Workspace(products=products.on(device)) as workspace,
+        Workspace() as workspace,
     ):
         planned = plan(inputs, checkpoint)
         computer = Computer(planned, workspace)

@@ -17,9 +17,9 @@ from conftest import ADAPTERS, BASES
 from crashes import KINDS, Scene, whole
 
 from lrconvert import api
+from lrconvert.api import merge, unmerge, verify
 from lrconvert.cli import cli
 from lrconvert.core.errors import DeviceError, LrcError, OptionError, UnfinishedError
-from lrconvert.merge import merge, unmerge, verify
 from lrconvert.merge.arithmetic import products
 from lrconvert.merge.arithmetic.products import OnDevice
 from lrconvert.merge.in_place import recover

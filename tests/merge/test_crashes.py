@@ -24,9 +24,9 @@ from crashes import ALL, KINDS, Scene, nothing_fails, whole
 from models import random_base
 
 from lrconvert import api
+from lrconvert.api import merge, verify
 from lrconvert.core.errors import DurabilityError, LrcError, UnfinishedError
 from lrconvert.io.container import JOURNAL
-from lrconvert.merge import merge, verify
 from lrconvert.merge.in_place import recover
 from lrconvert.testing import faults
 

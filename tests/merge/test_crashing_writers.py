@@ -20,6 +20,7 @@ from crashes import ALL, nothing_fails, whole
 from models import one_target, random_base
 
 from lrconvert import api
+from lrconvert.api import merge, unmerge
 from lrconvert.api.batch import worker
 from lrconvert.cli import cli
 from lrconvert.core.errors import DurabilityError, LrcError
@@ -27,7 +28,6 @@ from lrconvert.live.load_model import load_model
 from lrconvert.lora import statistics_file
 from lrconvert.lora.adapter import LoraAdapter, Target, View
 from lrconvert.lora.input_statistics import Input, InputStatistics, Moment
-from lrconvert.merge import merge, unmerge
 from lrconvert.merge.in_place import recover
 from lrconvert.testing import faults
 

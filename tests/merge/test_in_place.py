@@ -20,6 +20,7 @@ from crashes import KINDS, Scene, whole
 from models import load_all, one_target, random_base, save_base, tree
 
 from lrconvert import api
+from lrconvert.api import merge, unmerge, verify
 from lrconvert.core.dtypes import Stored
 from lrconvert.core.errors import (
     DigestError,
@@ -37,7 +38,7 @@ from lrconvert.core.errors import (
 from lrconvert.io import durable
 from lrconvert.io.container import JOURNAL, READY_NAME, open_checkpoint
 from lrconvert.lora.adapter import LoraAdapter, Target, View
-from lrconvert.merge import Scaled, merge, unmerge, verify
+from lrconvert.merge import Scaled
 from lrconvert.merge.in_place import recover
 from lrconvert.merge.in_place.model_folder import PATCH, SAME, SWAP, ModelFolder
 from lrconvert.merge.undo.record_json import sign

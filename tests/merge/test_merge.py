@@ -34,6 +34,7 @@ from models import (
 )
 
 from lrconvert import api
+from lrconvert.api import merge
 from lrconvert.core.dtypes import STORAGE, TORCH_NAMES, Stored, decode, round_to
 from lrconvert.core.errors import (
     BaseError,
@@ -51,7 +52,7 @@ from lrconvert.core.errors import (
 from lrconvert.io.container import ContainerFile, encode_header, open_checkpoint
 from lrconvert.lora import base_names, renamings
 from lrconvert.lora.adapter import ExtraTensor, LoraAdapter, Provenance, Target, View
-from lrconvert.merge import MergeReport, merge
+from lrconvert.merge import MergeReport
 from lrconvert.merge.arithmetic import exact
 
 torch = pytest.importorskip("torch")
@@ -937,7 +938,7 @@ from pathlib import Path
 import numpy as np
 from lrconvert.lora.adapter import *
 from lrconvert.core.dtypes import Stored
-from lrconvert.merge import merge
+from lrconvert.api import merge
 rng = np.random.default_rng(0)
 a = Stored("F32", rng.standard_normal((4, {cols})).astype("f4"))
 b = Stored("F32", rng.standard_normal(({rows}, 4)).astype("f4"))

@@ -17,12 +17,12 @@ from models import load_all, save_base, tree
 from test_reader_variants import CASES, inputs
 
 from lrconvert import api
+from lrconvert.api import merge, unmerge, verify
 from lrconvert.convert.bake_dora import bake_dora
 from lrconvert.core.dtypes import Stored, decode, round_to
 from lrconvert.core.errors import LrcError
 from lrconvert.io.container import open_checkpoint
 from lrconvert.lora import base_names
-from lrconvert.merge import merge, unmerge, verify
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's
 

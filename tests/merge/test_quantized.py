@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from models import auto, load_all, load_clean, one_target, save_base, tree
 
 from lrconvert import api
+from lrconvert.api import merge, unmerge, verify
 from lrconvert.core.dtypes import STORAGE, Stored, decode, round_to
 from lrconvert.core.errors import LrcError, QuantizedBaseError
 from lrconvert.io.container import open_checkpoint
 from lrconvert.lora.adapter import LoraAdapter, Target
-from lrconvert.merge import merge, quantized_base, unmerge, verify
+from lrconvert.merge import quantized_base
 from lrconvert.merge.quantized_base import open_base
 
 NF4 = np.array(

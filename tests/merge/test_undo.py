@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from models import cast_base, extra, load_all, one_target, random_base, save_base, tree
 
 from lrconvert import api
+from lrconvert.api import merge, unmerge, verify
 from lrconvert.core.dtypes import FLOATS, STORAGE, Stored, round_to
 from lrconvert.core.errors import DigestError, FingerprintError, LrcError, OutputExistsError, UndoError, UndoOrderError
 from lrconvert.io import durable
 from lrconvert.lora.adapter import LoraAdapter, Target, View
-from lrconvert.merge import Scaled, merge, unmerge, verify
+from lrconvert.merge import Scaled
 from lrconvert.merge.arithmetic import exact
 from lrconvert.merge.undo import residual
 from lrconvert.merge.undo.record import RECORD_NAME, OpenRecord, numbered

@@ -20,6 +20,7 @@ from test_export import load_in_peft, logits
 from test_peft_miss import as_bone, saved
 
 from lrconvert import api
+from lrconvert.api import merge, unmerge, verify
 from lrconvert.core import errors
 from lrconvert.core.dtypes import Stored, round_to
 from lrconvert.formats.readers import base as readers
@@ -27,7 +28,7 @@ from lrconvert.io.container import open_checkpoint
 from lrconvert.live import attach
 from lrconvert.lora.adapter import TRANSPOSED, CompactAdapter, LoraAdapter, Target, View
 from lrconvert.lora.base_weights import BaseWeights
-from lrconvert.merge import Scaled, merge, unmerge, verify
+from lrconvert.merge import Scaled
 from lrconvert.methods import base as methods
 from lrconvert.methods.bone import bat_fit
 from lrconvert.methods.bone.form import complete

@@ -13,6 +13,7 @@ from typing import Any
 
 from lrconvert.core import registry
 from lrconvert.core.errors import ExportError, FileKindError, OptionError
+from lrconvert.core.options import option
 from lrconvert.formats.fidelity import Fidelity
 from lrconvert.io import hub
 from lrconvert.io.container import PIPELINE_NAME, read_json
@@ -24,13 +25,19 @@ Files = Mapping[str, Iterable[bytes]]
 @dataclass(frozen=True)
 class ExportOptions:
     """`keep_ranks`: per-module ranks instead of one padded rank; `pad_rank`: that rank, the largest of the adapter
-    without it. `dtype`: of the factors. `command`: what the user ran, for the model card. `base_config`: the base's
-    config.json (`base_config`), for layouts whose names or orders depend on it."""
+    without it. `dtype`: of the factors. `base_model_id` names the base in the output. `command`: what the user ran, for
+    the model card. `base_config`: the base's config.json (`base_config`), for layouts whose names or orders depend on
+    it."""
 
-    keep_ranks: bool = False
-    dtype: str = "F32"
+    keep_ranks: bool = option(False, "Write rank_pattern and alpha_pattern instead of one padded rank.")
+    pad_rank: int | None = option(
+        None,
+        "Pad with zeros to this rank; without it to the largest. vLLM's --max-lora-rank has few values.",
+        least=1,
+    )
+    dtype: str = option("F32", "Of the factors.", choices=("F32", "F16", "BF16"))
+    base_model_id: str | None = option(None, "How the output names the base: org/name, or org/name@revision.")
     command: str = ""
-    pad_rank: int | None = None
     base_config: Mapping[str, Any] | None = None
 
     def rank(self, top: int) -> int:

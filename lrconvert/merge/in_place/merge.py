@@ -20,7 +20,6 @@ from lrconvert.core.errors import FileChangedError, LrcError, OptionError, UndoE
 from lrconvert.io.container import INDEX_NAME, Checkpoint, TensorInfo, open_checkpoint, tensor_hasher, unfinished
 from lrconvert.io.durable import CONTENT, Work, Writer, locked, require_space
 from lrconvert.merge.arithmetic.exact import Workspace
-from lrconvert.merge.arithmetic.products import Products
 from lrconvert.merge.background_writer import BackgroundWriter
 from lrconvert.merge.compute import Computer
 from lrconvert.merge.in_place.model_folder import (
@@ -167,7 +166,7 @@ def _broken_off(site: ModelFolder, error: LrcError) -> UnfinishedError:
 
 def _swap(site: ModelFolder, ready: CommitPlan, planned: Plan, job: Job) -> None:
     """Replace the weight files that change as a whole; the last first, as it may have copies of tensors of others."""
-    with site.open_record(ready) as opened, Workspace(products=job.products) as workspace:
+    with site.open_record(ready) as opened, Workspace() as workspace:
         wanted = dict(opened.record.added) | {t.output: t.after for t in opened.record.tensors if t.output}
         computer = Computer(planned, workspace)
         states = site.states(ready, opened)
@@ -304,9 +303,7 @@ def _compare(digest: Any, wanted: str, name: str, shard: Shard) -> None:
 # --- undoing --------------------------------------------------------------------------------------------------------
 
 
-def unmerge_in_place(
-    merged: Path, number: int | None, progress: Progress, *, resume: bool, products: Products
-) -> UnmergeReport:
+def unmerge_in_place(merged: Path, number: int | None, progress: Progress, *, resume: bool) -> UnmergeReport:
     """Turn `merged` into the base again. Raises what `unmerge` raises; but for E-UNFINISHED nothing is changed then."""
     site = ModelFolder(merged)
     with locked(merged), ExitStack() as stack:
@@ -315,7 +312,7 @@ def unmerge_in_place(
             if not resume or ready.kind != UNMERGE:
                 raise unfinished(merged)
             with site.open_record(ready) as opened:
-                return _restore(site, ready, opened, products)
+                return _restore(site, ready, opened)
         opened = stack.enter_context(OpenRecord(records.latest(merged, number)))
         with open_checkpoint(merged) as checkpoint:
             check_undoable(opened, checkpoint)
@@ -325,7 +322,7 @@ def unmerge_in_place(
             require_space(merged, int((largest + largest // 2) * _SPACE_MARGIN))
             try:
                 with _new_work(site) as work:
-                    ready = _rehearse(opened, checkpoint, work, progress, products)
+                    ready = _rehearse(opened, checkpoint, work, progress)
                     site.begin(work, ready)
             except LrcError as error:
                 _take_back(site, keep=False)
@@ -333,7 +330,7 @@ def unmerge_in_place(
             except BaseException:
                 _take_back(site, keep=False)
                 raise
-        return _restore(site, ready, opened, products)
+        return _restore(site, ready, opened)
 
 
 @contextmanager
@@ -358,9 +355,7 @@ def _check_files(opened: OpenRecord, checkpoint: Checkpoint) -> None:
     raise UndoError(what, fix="give --output", path=checkpoint.root)
 
 
-def _rehearse(
-    opened: OpenRecord, checkpoint: Checkpoint, work: Work, progress: Progress, products: Products
-) -> CommitPlan:
+def _rehearse(opened: OpenRecord, checkpoint: Checkpoint, work: Work, progress: Progress) -> CommitPlan:
     """Restore everything once, into nothing: whatever is damaged is found before anything changes. Collects patches."""
     record = opened.record
     place = f"{opened.folder.parent.name}/{opened.folder.name}"
@@ -383,7 +378,7 @@ def _rehearse(
 
     with (
         ExitStack() as stack,
-        Workspace(products=products) as workspace,
+        Workspace() as workspace,
         Restorer(opened, checkpoint, workspace, change) as restorer,
     ):
         for number, (name, size) in enumerate(record.files):
@@ -412,11 +407,11 @@ def _rehearse(
     return CommitPlan(UNMERGE, record.number, place, tuple(changes), tuple(texts))
 
 
-def _restore(site: ModelFolder, ready: CommitPlan, opened: OpenRecord, products: Products) -> UnmergeReport:
+def _restore(site: ModelFolder, ready: CommitPlan, opened: OpenRecord) -> UnmergeReport:
     """Change the weights; a failure is tried again once, since only forward leads out."""
     try:
         site.hide()
-        site.restore(ready, opened, products)
+        site.restore(ready, opened)
         site.commit(ready, opened)
     except LrcError as error:
         if not site.is_ready:

@@ -31,7 +31,6 @@ from lrconvert.io.durable import (
     sync_folder,
 )
 from lrconvert.merge.arithmetic.exact import Workspace
-from lrconvert.merge.arithmetic.products import Products, by_blas
 from lrconvert.merge.in_place import patches
 from lrconvert.merge.in_place.patches import BASE, MERGED
 from lrconvert.merge.journal import PLAN_NAME, Patch, plan_text, read_signed
@@ -227,13 +226,13 @@ class ModelFolder:
             if change.patch is not None:
                 patches.apply(self.root / change.patch.name, change.patch, self.model / change.name, side)
 
-    def restore(self, ready: CommitPlan, opened: OpenRecord, products: Products = by_blas) -> None:
+    def restore(self, ready: CommitPlan, opened: OpenRecord) -> None:
         """Bring every weight file to the state of the base."""
         merged = [n for n, state in self.states(ready, opened).items() if state == MERGED]
         files = {n: ContainerFile(self.model / ready.changes[n].name) for n in merged}
         checkpoint = Checkpoint(self.model, {}, tuple(files.values()), None)
         try:
-            with Workspace(products=products) as workspace, Restorer(opened, checkpoint, workspace) as restorer:
+            with Workspace() as workspace, Restorer(opened, checkpoint, workspace) as restorer:
                 for number, source in files.items():
                     with self.fresh(ready.changes[number].name) as file:
                         restorer.file(number, file)

@@ -1,0 +1,66 @@
+"""Options of a merge and of an unmerge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lrconvert.core.errors import OptionError
+from lrconvert.core.options import option
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """How a merge is done.
+
+    `in_place` changes the base itself. With `resume` work that is broken off stays, and the same merge goes on from
+    there. Without `undo` the record holds digests only. `shard_bytes` bounds the weight files of the output; without it
+    they are cut as the base's. `dequantize` takes a base that bitsandbytes has quantized as bf16.
+    """
+
+    in_place: bool = option(False, "Change BASE itself, file by file; a crash is taken back by `recover`.")
+    resume: bool = option(False, "Keep what is done if it is broken off, and go on from there.")
+    dry_run: bool = option(False, "Print what would be written; write nothing.")
+    undo: bool = option(True, "Write no undo record: only the base itself can undo it then.", flag="--no-undo")
+    shard_bytes: int | None = option(
+        None, "Largest weight file, as 5GB; default: cut as the base is.", kind="size", flag="--out-shard-size"
+    )
+    allow_no_op: bool = option(False, "Write a copy of the base even if the adapter changes nothing.")
+    dequantize: bool = option(False, "Take a base that bitsandbytes has quantized as bf16.")
+    overwrite: bool = False
+
+    def check(self, out: Path | None) -> None:
+        """Raise E-OPTION for options that exclude each other, and for a missing output."""
+        if not self.in_place:
+            if out is None:
+                raise OptionError("a merge needs an output", fix="give --output, or --in-place")
+            return
+        refuse_with_in_place({"--output": out, "--overwrite": self.overwrite, "--dequantize": self.dequantize})
+        if self.shard_bytes is not None:
+            raise OptionError("--in-place keeps the weight files as they are cut", fix="leave out --out-shard-size")
+        if not self.undo:
+            raise OptionError("--in-place needs its undo record: a broken off merge is taken back with it")
+
+
+@dataclass(frozen=True)
+class UnmergeOptions:
+    """How a merge is undone. `number` insists on a certain merge, which must be the last. `from_base` takes the bytes
+    from the base, where the record is gone or was made without undo."""
+
+    in_place: bool = option(False, "Change MERGED file by file, with one file of extra space.")
+    resume: bool = option(False, "Finish an unmerge in place that was broken off.")
+    number: int | None = option(None, "Insist on this merge; only the last one can be undone.", flag="--merge")
+    from_base: Path | None = option(None, "Take the bytes from this base.", kind="path")
+    overwrite: bool = False
+
+    def check(self, out: Path | None) -> None:
+        """Raise E-OPTION for options that exclude each other."""
+        if self.in_place:
+            refuse_with_in_place({"--output": out, "--overwrite": self.overwrite, "--from-base": self.from_base})
+
+
+def refuse_with_in_place(given: dict[str, object]) -> None:
+    """Raise E-OPTION for the first of the `given` options that is set."""
+    for name, value in given.items():
+        if value:
+            raise OptionError(f"{name} does not go with --in-place", fix="leave out one of them")
