@@ -13,11 +13,13 @@ from lrconvert.io.container import open_checkpoint
 from lrconvert.io.durable import check_output, delete_leftover
 from lrconvert.live import collect_statistics, compare_outputs, load_model, texts
 from lrconvert.live.compare_outputs import Measured
+from lrconvert.live.options import CompareOptions, StatisticsOptions
 from lrconvert.lora import statistics_file
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 from lrconvert.lora.base_names import NameIndex, name_filter
 from lrconvert.lora.input_statistics import InputStatistics
 
+Progress = Callable[[float, str], None]
 Data = str | PathLike[str] | Sequence[str | PathLike[str]] | Iterable[Mapping[str, Any]]
 
 
@@ -25,46 +27,36 @@ def statistics(
     base: Path | nn.Module,
     data: Data,
     out: Path | None,
+    options: StatisticsOptions,
     *,
     adapter: LoraAdapter | CompactAdapter | None,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    length: int,
-    batch_tokens: int,
-    max_tokens: int,
-    exact_width: int,
-    rank: int,
-    seed: int,
-    device: str,
-    checkpoint_seconds: float,
-    overwrite: bool,
-    progress: Callable[[float, str], None],
+    progress: Progress,
 ) -> InputStatistics:
-    """See `lrconvert.api.statistics`."""
+    """Measure the inputs of a base's layers; see `lrconvert.api.statistics`."""
+    where = base if isinstance(base, Path) else None
     if out is not None:
-        inputs = [base] if isinstance(base, Path) else []
-        check_output(out, overwrite, inputs=inputs)
+        check_output(out, options.overwrite, inputs=[] if where is None else [where])
     progress(0.0, "loading the base")
     content = ""
-    if isinstance(base, Path):
-        with open_checkpoint(base) as checkpoint:
+    if where is not None:
+        with open_checkpoint(where) as checkpoint:
             content = checkpoint.content_digest()
-    model = load_model.load_model(base, device) if isinstance(base, Path) else base
-    fed = batches(model, base if isinstance(base, Path) else None, data, length, batch_tokens, max_tokens)
-    found = collect_statistics.collect(
+    model = load_model.load_model(base, options.device) if isinstance(base, Path) else base
+    inputs = batches(model, where, data, options.length, options.batch_tokens, options.max_tokens)
+    measured = collect_statistics.collect(
         model,
-        fed,
-        settings=collect_statistics.Settings(exact_width, rank, seed),
-        wanted=wanted(model, adapter, include, exclude),
+        inputs,
+        settings=collect_statistics.Settings(options.exact_width, options.rank, options.seed),
+        wanted=wanted(model, adapter, options.include, options.exclude),
         content=content,
         partial=None if out is None else out.with_name(f"{out.name}.partial"),
-        every=checkpoint_seconds,
-        progress=_counting(fed, progress),
+        every=options.checkpoint_seconds,
+        progress=_counting(inputs, progress),
     )
     if out is not None:
-        statistics_file.write(found, out, overwrite=overwrite)
+        statistics_file.write(measured, out, overwrite=options.overwrite)
         delete_leftover(out.with_name(f"{out.name}.partial"), out)  # not before the result is there
-    return found
+    return measured
 
 
 def measured(
@@ -72,18 +64,15 @@ def measured(
     compacts: Sequence[CompactAdapter],
     base: Path | nn.Module,
     data: Data,
-    *,
-    length: int,
-    batch_tokens: int,
-    max_tokens: int,
-    device: str,
-    progress: Callable[[float, str], None],
+    options: CompareOptions,
+    progress: Progress,
 ) -> Measured:
-    """What the adapters do to the base's outputs on data; see `lrconvert.api.compare`."""
+    """Measure what the adapters do to the base's outputs on data; see `lrconvert.api.compare`."""
     progress(0.0, "loading the base")
-    model = load_model.load_model(base, device) if isinstance(base, Path) else base
-    fed = batches(model, base if isinstance(base, Path) else None, data, length, batch_tokens, max_tokens)
-    return compare_outputs.measure(model, lora, compacts, fed, _counting(fed, progress))
+    where = base if isinstance(base, Path) else None
+    model = load_model.load_model(base, options.device) if isinstance(base, Path) else base
+    inputs = batches(model, where, data, options.length, options.batch_tokens, options.max_tokens)
+    return compare_outputs.measure(model, lora, compacts, inputs, _counting(inputs, progress))
 
 
 def _counting(fed: Any, progress: Callable[[float, str], None]) -> Callable[[int], None]:
