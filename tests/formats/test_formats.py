@@ -36,7 +36,7 @@ from lrconvert.formats.lrc import file, validation
 from lrconvert.formats.lrc import manifest as manifest_module
 from lrconvert.formats.readers.base import load
 from lrconvert.io.container import open_checkpoint
-from lrconvert.lora import packing, svd
+from lrconvert.lora import packing
 from lrconvert.lora.adapter import TRANSPOSED, CompactAdapter, ExtraTensor, LoraAdapter, Provenance, Target, View
 from lrconvert.lora.base_weights import BaseWeights
 from lrconvert.lora.fingerprint import fingerprint
@@ -713,24 +713,8 @@ def test_tests_named_on_the_threats_page_exist():
     assert re.findall(r"^\| (H\d\d) ", page, re.MULTILINE) == [f"H{n:02}" for n in range(1, 37)]
 
 
-def test_the_method_in_contributing_works(tmp_path, monkeypatch):
-    """The sketch is a whole method: it makes files that are read, checked and expanded."""
-    page = (ROOT / "CONTRIBUTING.md").read_text()
-    room: dict[str, Any] = {"__name__": "rankone"}
-    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], room)
-    method = room["METHOD"]
-    monkeypatch.setattr(methods, "get", lambda method_id: method)
-    compact = fitted(method, source(0), {})
-    (tmp_path / "x.lrc").write_bytes(encoded(compact))
-    assert validation.validate(tmp_path / "x.lrc").ok
-    for pair, (_, a, b) in zip(source(0).targets, methods.expand_all(file.read(tmp_path / "x.lrc")), strict=True):
-        assert np.isclose(np.linalg.norm(b @ a, 2), svd.singular_values(pair)[0], rtol=1e-3)
-    with pytest.raises(errors.BudgetError, match="smallest possible file has"):
-        fitted(method, source(0), {"target_size": 100})
-
-
 def test_links_between_pages_lead_somewhere():
-    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]:
+    for page in [*PAGES, *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
             assert "://" in link or (page.parent / link).exists(), f"{page.name}: {link}"
 

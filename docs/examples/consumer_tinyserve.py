@@ -1,0 +1,42 @@
+"""A made-up server: ``tinyserve --adapter FOLDER``. It loads PEFT folders up to a largest rank, multiplies by alpha / r
+of the whole adapter, and passes DoRA's magnitudes by.
+
+A complete consumer. As ``lrconvert/formats/compat/tinyserve.py`` it is found by itself, as ``check --for tinyserve``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+from lrconvert.formats.compat.base import BAKE, Consumer, Finding, Subject, not_a_peft_folder, rescaled
+
+VERSION = "1.0.0"
+refuses = partial(Finding, "refuses", "tinyserve", VERSION)
+wrong = partial(Finding, "wrong", "tinyserve", VERSION)
+
+LOAD = "tinyserve/adapters.py load"  # each finding names where the program's source says so
+
+
+@dataclass(frozen=True)
+class TinyserveOptions:
+    max_rank: int = field(default=16, metadata={"help": "The largest rank that the server was started with."})
+
+
+def examine(subject: Subject, options: TinyserveOptions) -> Iterator[Finding]:
+    """Yield what the program would refuse or get wrong, from the configuration and the headers alone."""
+    if problem := not_a_peft_folder(subject):
+        yield refuses("layout", *problem, LOAD)
+        return
+    large = [module for module, pair in subject.pairs.items() if (pair.rank or 0) > options.max_rank]
+    if large:
+        yield refuses("rank", f"{large[0]!r:.120} has a rank above {options.max_rank}", "start it with more", LOAD)
+    alpha, rank = subject.number("lora_alpha", 8), subject.number("r", 8)
+    if alpha and rank and (modules := rescaled(subject, lambda module, stored: alpha / rank)):
+        yield wrong("scale", f"one scale for all: {modules}", BAKE, LOAD)
+    if subject.flag("use_dora"):
+        yield wrong("dora", "the magnitudes of DoRA are passed by", "convert it with --bake-dora", LOAD)
+
+
+CONSUMER = Consumer("tinyserve", "tinyserve", VERSION, examine, TinyserveOptions)
