@@ -106,18 +106,25 @@ def read(kind: type[T], value: Any, what: str) -> T:
 
     Raises E-MISSING and E-UNKNOWN for fields, E-JSON-SYNTAX for a value of another type, and what checks raise.
     """
-    return _reader(kind, False)(value, what)  # type: ignore[no-any-return]
+    form: Any = kind
+    return _reader(form, False)(value, what)  # type: ignore[no-any-return]
 
 
 def read_config(kind: type[T], value: Any) -> T:
     """Return the configuration of another tool as a `kind`. Its other fields are ignored, and null is a field that is
     not there. Raises E-CONFIG where `read` raises E-MISSING or E-JSON-SYNTAX."""
-    return _reader(kind, True)(value, "")  # type: ignore[no-any-return]
+    form: Any = kind
+    return _reader(form, True)(value, "")  # type: ignore[no-any-return]
 
 
-def names(kind: type[Any]) -> frozenset[str]:
+def names(kind: Any) -> frozenset[str]:
     """Return the names of the fields of `kind` in the JSON."""
     return frozenset(member.key for member in _members(kind))
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
 
 
 class _Member(NamedTuple):
@@ -128,8 +135,8 @@ class _Member(NamedTuple):
 
 
 @cache
-def _members(kind: type[Any]) -> tuple[_Member, ...]:
-    hints = get_type_hints(kind, include_extras=True)
+def _members(kind: Any) -> tuple[_Member, ...]:
+    hints = _hints(kind)
     members = []
     for field in (field for field in fields(kind) if field.init):
         default = field.default if field.default_factory is MISSING else field.default_factory()
@@ -169,8 +176,7 @@ def _reader(kind: Any, foreign: bool) -> _Reader:
         return _list(_reader(arguments[0], foreign), error)
     if is_dataclass(kind):
         return _object(kind, foreign)
-    hints = get_type_hints(kind, include_extras=True)
-    return _row([_reader(hints[name], foreign) for name in kind._fields], lambda values: kind(*values), error)
+    return _row([_reader(hint, foreign) for hint in _hints(kind).values()], lambda values: kind(*values), error)
 
 
 def _simple(test: Callable[[Any], bool], expected: str, error: type[LrcError]) -> _Reader:
@@ -241,7 +247,7 @@ def _row(items: Sequence[_Reader], make: Callable[[Any], Any], error: type[LrcEr
     return reader
 
 
-def _object(kind: type[Any], foreign: bool) -> _Reader:
+def _object(kind: Any, foreign: bool) -> _Reader:
     members = _members(kind)
     readers = {member.key: _reader(member.kind, foreign) for member in members}
 
@@ -269,26 +275,39 @@ def _object(kind: type[Any], foreign: bool) -> _Reader:
 
 def as_json(value: Any) -> Any:
     """Return `value` as JSON: a dataclass as an object of its fields, less those that have their default."""
-    return _written(type(value), value)
+    form: Any = type(value)
+    return _writer(form)(value)
 
 
-def _written(kind: Any, value: Any) -> Any:
+def _same(value: Any) -> Any:
+    return value
+
+
+@cache
+def _writer(kind: Any) -> Callable[[Any], Any]:
+    """The function that makes JSON of a value of the annotation `kind`; `_same` if it is JSON already."""
     origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        return value if value is None else _written(arguments[0], value)
     if origin is Annotated:
         conversions = [extra.write for extra in arguments[1:] if isinstance(extra, By)]
-        return conversions[0](value) if conversions else _written(arguments[0], value)
-    if is_dataclass(value):
-        given = ((m, getattr(value, m.name)) for m in _members(type(value)))
-        return {m.key: _written(m.kind, entry) for m, entry in given if m.default is MISSING or entry != m.default}
-    if isinstance(value, Mapping):
-        return {key: _written(arguments[1] if arguments else Any, entry) for key, entry in value.items()}
-    if hasattr(value, "_fields"):
-        hints = get_type_hints(type(value), include_extras=True)
-        return [_written(hints[name], entry) for name, entry in zip(value._fields, value, strict=True)]
-    if isinstance(value, (tuple, list)):
-        fixed = origin is tuple and arguments[-1] is not ...
-        kinds = arguments if fixed else [arguments[0] if arguments else Any] * len(value)
-        return [_written(one, entry) for one, entry in zip(kinds, value, strict=True)]
-    return value
+        return conversions[0] if conversions else _writer(arguments[0])
+    if origin in (Union, types.UnionType):
+        parts = [_writer(part) for part in arguments if part is not types.NoneType]
+        return lambda value: value if value is None else parts[0](value)
+    if origin in (dict, Mapping):
+        item = _writer(arguments[1])
+        return lambda value: {key: item(entry) for key, entry in value.items()}
+    if origin in (tuple, list, Sequence) and (origin is not tuple or arguments[-1] is ...):
+        item = _writer(arguments[0])
+        return list if item is _same else lambda value: [item(entry) for entry in value]
+    if origin is tuple or hasattr(kind, "_fields"):
+        items = [_writer(part) for part in arguments or _hints(kind).values()]
+        return lambda value: [write(entry) for write, entry in zip(items, value, strict=True)]
+    if not hasattr(kind, "__dataclass_fields__"):
+        return _same
+    writers = [(member, _writer(member.kind)) for member in _members(kind)]
+
+    def writer(value: Any) -> dict[str, Any]:
+        given = [(member, write, getattr(value, member.name)) for member, write in writers]
+        return {m.key: write(entry) for m, write, entry in given if m.default is MISSING or entry != m.default}
+
+    return writer
