@@ -74,6 +74,16 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scene]:
     return {kind: scene(folder, kind) for kind in KINDS}
 
 
+@pytest.fixture(scope="session")
+def hostile_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that fixtures/hostile.py makes, written once by each worker (0.1 s). Tests do not change it."""
+    import hostile
+
+    folder = tmp_path_factory.mktemp("made") / "hostile"
+    hostile.write(folder)
+    return folder
+
+
 @pytest.fixture
 def quick_disk() -> Iterator[None]:
     """No call waits for the disk: nothing here loses power really."""

@@ -20,6 +20,9 @@ from types import ModuleType
 import numpy as np
 import safetensors
 
+FIXTURES = Path(__file__).resolve().parent.parent.parent / "fixtures"
+sys.path.append(str(FIXTURES))
+
 atheris: ModuleType | None
 try:
     import atheris
@@ -36,9 +39,10 @@ with atheris.instrument_imports(include=["lrconvert"]) if atheris else contextli
     from lrconvert.testing import layouts
     from lrconvert.testing.raw_files import RawFile, spelled
 
+    import hostile  # isort: skip
+
     methods.all_methods(), readers.all_readers()  # these are imported by name, when they are first needed
 
-FIXTURES = Path(__file__).resolve().parent.parent.parent / "fixtures"
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 
 # Two files in one input: a tag, the length of the first, the first, the second.
@@ -165,22 +169,23 @@ class Target:
 
 
 def seeds() -> Iterator[tuple[str, bytes]]:
-    """(name, input) from the golden and the hostile files and the small adapters, as they lie in fixtures/."""
-    hostile = FIXTURES / "hostile"
-    for path in sorted([*(FIXTURES / "golden").rglob("*.lrc"), *hostile.glob("*.lrc"), *hostile.glob("*.safetensors")]):
-        yield f"{path.parent.name}-{path.name}", path.read_bytes()
+    """(name, input) from the golden files, those of fixtures/hostile.py, and the small adapters."""
+    for path in sorted((FIXTURES / "golden").rglob("*.lrc")):
+        data, name = path.read_bytes(), f"{path.parent.name}-{path.name}"
+        yield name, data
         if path.parent.parent.name == "v1":
-            text = spelled(RawFile.of(path.read_bytes()).manifest, sort=True)
-            yield f"signed-{path.parent.name}-{path.name}", joined(SIGN, text, path.read_bytes())
+            yield f"signed-{name}", joined(SIGN, spelled(RawFile.of(data).manifest, sort=True), data)
     yield from small_weights()
-    folders = [*sorted(hostile.iterdir()), *(FIXTURES / "adapters" / name for name in ("vit-plain", "bert-classifier"))]
-    for folder in folders:
-        config, weights, index = folder / CONFIG_NAME, folder / WEIGHTS_NAME, folder / INDEX_NAME
-        if config.exists() and weights.exists():
-            yield folder.name, joined(LORA, config.read_bytes(), weights.read_bytes())
-        elif index.exists():
-            shard = folder / "m.safetensors"
-            yield folder.name, joined(BASE, index.read_bytes(), shard.read_bytes() if shard.exists() else b"")
+    folders = {case.path: case.files for case in hostile.cases()}
+    for name in ("vit-plain", "bert-classifier"):
+        folders[name] = {path.name: path.read_bytes() for path in (FIXTURES / "adapters" / name).iterdir()}
+    for name, files in folders.items():
+        if "" in files:
+            yield f"hostile-{name}", files[""]
+        elif CONFIG_NAME in files and WEIGHTS_NAME in files:
+            yield name, joined(LORA, files[CONFIG_NAME], files[WEIGHTS_NAME])
+        elif INDEX_NAME in files:
+            yield name, joined(BASE, files[INDEX_NAME], files.get("m.safetensors", b""))
 
 
 def small_weights() -> Iterator[tuple[str, bytes]]:

@@ -13,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import hostile
 import numpy as np
 import pytest
-from conftest import ADAPTERS, BASES, FIXTURES, random_lora
+from conftest import ADAPTERS, BASES, random_lora
 from crashes import KINDS, Scene, whole
 from models import load_all, one_target, random_base, save_base, tree
 
@@ -267,15 +268,15 @@ def test_weights_in_other_formats_stay_and_are_named(scenes: dict[str, Scene], t
     assert any("pytorch_model.bin stays" in w for w in report.warnings)
 
 
-HOSTILE = [
-    c for c in json.loads((FIXTURES / "hostile" / "cases.json").read_text()) if c["reads"] == "base" and c["code"]
-]
+HOSTILE = [case for case in hostile.cases() if case.reads == "base" and case.code]
 
 
-@pytest.mark.parametrize("case", HOSTILE, ids=lambda c: c["path"])
-def test_hostile_bases_on_every_path(case: dict[str, str], scenes: dict[str, Scene], tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", HOSTILE, ids=lambda case: case.path)
+def test_hostile_bases_on_every_path(
+    case: hostile.Case, hostile_files: Path, scenes: dict[str, Scene], tmp_path: Path
+) -> None:
     """Every verb that opens a base refuses it with the code of the case, and leaves everything as it was."""
-    bad = shutil.copytree(FIXTURES / "hostile" / case["path"], tmp_path / "bad")
+    bad = shutil.copytree(hostile_files / case.path, tmp_path / "bad")
     good, lora, out = scenes["swap"], scenes["swap"].adapter, tmp_path / "out"
     merged = shutil.copytree(good.merged, tmp_path / "merged")
     undoable = shutil.copytree(bad, tmp_path / "undoable")
@@ -297,7 +298,7 @@ def test_hostile_bases_on_every_path(case: dict[str, str], scenes: dict[str, Sce
     for name, verb in verbs.items():
         with pytest.raises(LrcError) as caught:
             verb()
-        assert caught.value.code == case["code"], (name, caught.value)
+        assert caught.value.code == case.code, (name, caught.value)
         assert whole(tmp_path) == before, name
     assert recover(bad).state == "clean" and whole(tmp_path) == before
 
