@@ -24,7 +24,7 @@ from typing import Any
 import cells
 import numpy as np
 import teachers
-from forms import _converted, _statistics
+from forms import converted, statistics_of
 
 SHARES = {"trec": (8.0, 4.0, 1.6), "sst2": (4.0, 1.6), "e2e": (8.0, 4.0)}
 STEPS = {"trec": 250, "sst2": 250, "e2e": 450}  # half of the teachers'
@@ -63,40 +63,40 @@ def _answers(model: Any, tokenizer: Any, rows: Sequence[Mapping[str, str]]) -> A
     """What a model answers: a class for each text, or a token after each token."""
     import torch
 
-    known = {str(k): int(n) for k, n in (model.config.label2id or {}).items()}
+    classes = {str(k): int(n) for k, n in (model.config.label2id or {}).items()}
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     logs, texts, labels = [], [], []
     with torch.no_grad():
         for at in range(0, len(rows), 50):
-            some = rows[at : at + 50]
-            given = tokenizer(
-                [r["text"] for r in some], return_tensors="pt", padding=True, truncation=True, max_length=160
+            part = rows[at : at + 50]
+            batch = tokenizer(
+                [r["text"] for r in part], return_tensors="pt", padding=True, truncation=True, max_length=160
             )
-            found = model(**given).logits.float().log_softmax(-1)
-            if found.dim() == 2:
-                where = torch.arange(len(some))
-                labels.append(np.array([known.get(r.get("label", ""), -1) for r in some]))
+            answers = model(**batch).logits.float().log_softmax(-1)
+            if answers.dim() == 2:
+                where = torch.arange(len(part))
+                labels.append(np.array([classes.get(r.get("label", ""), -1) for r in part]))
             else:
-                mask = given["attention_mask"].bool()
-                where, found = torch.nonzero(mask)[:, 0], found[mask]
-                labels.append(np.full(len(found), -1))
-            logs.append(found.numpy())
+                mask = batch["attention_mask"].bool()
+                where, answers = torch.nonzero(mask)[:, 0], answers[mask]
+                labels.append(np.full(len(answers), -1))
+            logs.append(answers.numpy())
             texts.append(at + where.numpy())
     return Answers(np.concatenate(logs), np.concatenate(texts), np.concatenate(labels))
 
 
 def _model(teacher: teachers.Teacher) -> tuple[Any, Any]:
-    from lrconvert.live.load_model import load_model
+    from lrconvert.live.load_model import load_model, load_tokenizer
 
-    return load_model.load_model(teacher.base), load_model.load_tokenizer(teacher.base)
+    return load_model(teacher.base), load_tokenizer(teacher.base)
 
 
 def _held(teacher: teachers.Teacher) -> list[dict[str, str]]:
     return [json.loads(line) for line in teacher.held.read_text().splitlines()]
 
 
-def _known(teacher: teachers.Teacher) -> tuple[Answers, Answers]:
-    """The answers of the base and of the base with the LoRA, kept in the cache."""
+def _reference(teacher: teachers.Teacher) -> tuple[Answers, Answers]:
+    """Return the answers of the base and of the base with the LoRA, kept in the cache."""
     from lrconvert import api
 
     path = teacher.base.parent / "answers.npz"
@@ -110,14 +110,14 @@ def _known(teacher: teachers.Teacher) -> tuple[Answers, Answers]:
     return tuple(Answers(kept[name], kept["texts"], kept["labels"]) for name in ("base", "goal"))  # type: ignore[return-value]
 
 
-def _scores(base: Answers, goal: Answers, found: Answers) -> dict[str, Any]:
-    """Share of the KL closed, agreement, accuracy gain, each with its interval."""
+def _scores(base: Answers, goal: Answers, ours: Answers) -> dict[str, Any]:
+    """Return the share of the KL closed, agreement, accuracy gain, each with its interval."""
 
-    def kl(some: Answers) -> np.ndarray:
-        return np.sum(np.exp(goal.logs) * (goal.logs - some.logs), axis=1, dtype=np.float64)
+    def kl(answers: Answers) -> np.ndarray:
+        return np.sum(np.exp(goal.logs) * (goal.logs - answers.logs), axis=1, dtype=np.float64)
 
-    def hits(some: Answers) -> np.ndarray:
-        return (some.logs.argmax(1) == some.labels).astype(np.float64)
+    def hits(answers: Answers) -> np.ndarray:
+        return (answers.logs.argmax(1) == answers.labels).astype(np.float64)
 
     texts = int(base.texts.max()) + 1
 
@@ -125,8 +125,8 @@ def _scores(base: Answers, goal: Answers, found: Answers) -> dict[str, Any]:
         return np.bincount(base.texts, values, texts)
 
     items = by_text(np.ones(len(base.texts)))
-    far, near = by_text(kl(base)), by_text(kl(found))
-    same = by_text((found.logs.argmax(1) == goal.logs.argmax(1)).astype(np.float64))
+    far, near = by_text(kl(base)), by_text(kl(ours))
+    same = by_text((ours.logs.argmax(1) == goal.logs.argmax(1)).astype(np.float64))
     rng = np.random.default_rng(0)
     weights = rng.multinomial(texts, np.full(texts, 1 / texts), _SAMPLES).astype(np.float64)
 
@@ -136,12 +136,12 @@ def _scores(base: Answers, goal: Answers, found: Answers) -> dict[str, Any]:
         low, high = np.quantile(shares[1:], [0.025, 0.975])
         return [round(float(x), 4) for x in (shares[0], low, high)]
 
-    told = {"closed": interval(near, far, True), "agreement": interval(same, items), "items": len(base.texts)}
+    scores = {"closed": interval(near, far, True), "agreement": interval(same, items), "items": len(base.texts)}
     if (base.labels >= 0).all():
-        before, after, ours = by_text(hits(base)), by_text(hits(goal)), by_text(hits(found))
-        told |= {"gain": interval(ours - before, after - before), "accuracy": round(float(ours.sum() / texts), 4)}
-        told |= {"accuracies": [round(float(x.sum() / texts), 4) for x in (before, after)]}
-    return told
+        before, after, now = (by_text(hits(answers)) for answers in (base, goal, ours))
+        scores |= {"gain": interval(now - before, after - before), "accuracy": round(float(now.sum() / texts), 4)}
+        scores |= {"accuracies": [round(float(x.sum() / texts), 4) for x in (before, after)]}
+    return scores
 
 
 # --- what is compared -----------------------------------------------------------------------------------------------
@@ -171,13 +171,13 @@ def _random_start(compact: Any, seed: int) -> Any:
 
 def _random_places(compact: Any, rng: np.random.Generator) -> np.ndarray:
     """SBoRA's columns and rows as published: random ones."""
-    found: list[int] = []
+    places_of_all: list[int] = []
     for target, row, by_rows in zip(compact.targets, compact.config.counts, compact.config.by_rows, strict=True):
         places = rng.permutation(target.matrix_shape[not by_rows]).tolist()
         for count in row:
-            found += sorted(places[:count])
+            places_of_all += sorted(places[:count])
             places = places[count:]
-    return np.array(found, np.uint32)
+    return np.array(places_of_all, np.uint32)
 
 
 def _fitted(teacher: teachers.Teacher, lora: Any, form: str, share: float) -> Any:
@@ -187,7 +187,7 @@ def _fitted(teacher: teachers.Teacher, lora: Any, form: str, share: float) -> An
     path = teacher.base.parent / f"{form}-{share}.lrc"
     if not path.exists():
         method, options = FORMS[form]
-        api.write(_converted(lora, method, options, share, _statistics(teacher, teacher.seen)).compact, path)
+        api.write(converted(lora, method, options, share, statistics_of(teacher, teacher.seen)).compact, path)
     return api.read(path)
 
 
@@ -205,7 +205,7 @@ def _cell(name: str, form: str, share: float, mode: str, seed: int) -> dict[str,
     except BudgetError as error:
         return {"refused": str(error)}
     sizes = file.sizes(compact)
-    told: dict[str, Any] = {"payload": sizes.payload, "overhead": sizes.overhead}
+    row: dict[str, Any] = {"payload": sizes.payload, "overhead": sizes.overhead}
     start = time.process_time()
     if mode != "refit":
         made = api.refine(
@@ -219,12 +219,12 @@ def _cell(name: str, form: str, share: float, mode: str, seed: int) -> dict[str,
             seed=seed,
         )
         compact = made.compact
-        told |= {"steps": made.steps, "best_step": made.best_step, "layerwise": made.layerwise}
-    told["cpu_seconds"] = round(time.process_time() - start, 1)
+        row |= {"steps": made.steps, "best_step": made.best_step, "layerwise": made.layerwise}
+    row["cpu_seconds"] = round(time.process_time() - start, 1)
     model, tokenizer = _model(teacher)
-    base, goal = _known(teacher)
+    base, goal = _reference(teacher)
     api.attach(model, compact)
-    return told | _scores(base, goal, _answers(model, tokenizer, _held(teacher)))
+    return row | _scores(base, goal, _answers(model, tokenizer, _held(teacher)))
 
 
 def _vit_images(seed: int, count: int) -> list[dict[str, Any]]:
@@ -244,7 +244,7 @@ def _vit(form: str, mode: str) -> dict[str, Any]:
     from lrconvert.live.load_model import load_model
 
     base, lora = _FIXTURES / "bases/tiny-vit", api.load_lora(_FIXTURES / "adapters/vit-plain")
-    model, held = load_model.load_model(base), _vit_images(1, 32)
+    model, held = load_model(base), _vit_images(1, 32)
 
     def answers() -> Answers:
         with torch.no_grad():
@@ -307,17 +307,17 @@ def table() -> str:
         for share in shares:
             for form in FORMS if name != "vit" else VIT_FORMS:
                 label = f"{name}, {share}%, {form}"
-                found = [done.get(f"{label}, {mode}") for mode in MODES]
+                by_mode = [done.get(f"{label}, {mode}") for mode in MODES]
                 title = f"{name}, {share:g} %, {form}"
-                if not any(found):
+                if not any(by_mode):
                     missing.append(title)
                     continue
                 seeds = [c for n in (1, 2) if (c := done.get(f"{label}, refined, seed {n}")) is not None]
-                seconds = f"{found[1]['cpu_seconds']:.0f} s" if found[1] and "cpu_seconds" in found[1] else ""
-                rows.append([title, _shown(found[0]), _shown(found[1], seeds), _shown(found[2]), seconds])
+                seconds = f"{by_mode[1]['cpu_seconds']:.0f} s" if by_mode[1] and "cpu_seconds" in by_mode[1] else ""
+                rows.append([title, _shown(by_mode[0]), _shown(by_mode[1], seeds), _shown(by_mode[2]), seconds])
     head = ["model, size, form", "refit", "refit and refined", "from scratch", "CPU time of refining"]
-    told = f"\n\nNot run: {'; '.join(missing)}." if missing else ""
-    return cells.markdown(head, rows) + told
+    absent = f"\n\nNot run: {'; '.join(missing)}." if missing else ""
+    return cells.markdown(head, rows) + absent
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ torch's tensors-only loader. Adapters that are too small for every share (toys o
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from lrconvert.core import errors
 from lrconvert.lora.adapter import LoraAdapter
 from lrconvert.methods import base as methods
 
-ASSETS = cells.ROOT.parent / "shared" / "assets" / "adapters"
 SHARES = (0.08, 0.04, 0.016)
 
 
@@ -29,15 +29,13 @@ def load(path: Path) -> LoraAdapter:
 
 
 def adapters() -> list[Path]:
-    """The folders that the readers of this version accept."""
-    found = []
-    for path in sorted(ASSETS.iterdir()) if ASSETS.exists() else []:
-        try:
+    """Return the folders that the readers of this version accept."""
+    accepted = []
+    for path in sorted((cells.ASSETS / "adapters").glob("*")):
+        with contextlib.suppress(errors.LrcError):
             load(path)
-            found.append(path)
-        except errors.LrcError:
-            continue
-    return found
+            accepted.append(path)
+    return accepted
 
 
 def convert(path: Path, method: str, share: float) -> dict[str, Any]:
@@ -67,7 +65,7 @@ def all_cells() -> Iterator[cells.Cell]:
 def table() -> str:
     done = cells.read("adapters")
     measured = {cell.split()[0] for cell in done}
-    names = sorted({cell.split()[0] for cell, found in done.items() if "refused" not in found})
+    names = sorted({cell.split()[0] for cell, row in done.items() if "refused" not in row})
     ids = sorted({cell.split()[1] for cell in done})
     head = ["adapter", "bytes at 16 bit", *(f"{m} {s:.1%}" for s in SHARES for m in ids)]
     rows = []

@@ -9,7 +9,6 @@ each, in bf16. ``one by one`` is a command for each adapter, ``again`` the same 
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -40,7 +39,7 @@ WAYS = {"one by one": [], "--jobs 1": ["--jobs", "1"], "--jobs 2": ["--jobs", "2
 
 
 def adapter(folder: Path, seed: int) -> Path:
-    """A PEFT folder with a decaying spectrum."""
+    """Write a PEFT folder with a decaying spectrum."""
     rng = np.random.default_rng(seed)
     decay = (0.8 ** np.arange(RANK)).astype(np.float32)
     entries, data = [], []
@@ -56,13 +55,12 @@ def adapter(folder: Path, seed: int) -> Path:
                 data.append(round_to(values, "BF16").tobytes())
     folder.mkdir(parents=True)
     (folder / "adapter_model.safetensors").write_bytes(encode_header(entries, {"format": "pt"}) + b"".join(data))
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": [n.split(".")[1] for n in LAYERS]}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter_config.json").write_text(cells.peft_config(RANK, RANK, LAYERS))
     return folder
 
 
 def command(words: Sequence[Any]) -> float:
-    """Seconds that a command takes. Raises CalledProcessError if it fails."""
+    """Return the seconds that a command takes. Raises CalledProcessError if it fails."""
     start = time.perf_counter()
     subprocess.run([sys.executable, "-m", "lrconvert.cli", *map(str, words), "-q"], check=True, capture_output=True)
     return time.perf_counter() - start

@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,18 +21,44 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
-
+ASSETS = ROOT.parent / "shared" / "assets"  # real adapters and data sets; what needs them is skipped without
 
 Cell = tuple[str, Callable[[], dict[str, Any]]]  # its name, and what measures it
 
+# Python for child processes: the peak memory of a process in KiB. VmHWM, not getrusage: that of a child starts with the
+# peak of the process that started it.
+PEAK = """
+import json, pathlib, sys, time
+def peak():
+    return int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+"""
+
+
+def child(*words: str, two_threads: bool = False) -> dict[str, Any]:
+    """Run Python with these arguments and return the JSON object of its last line, or ``{"failed": why}``."""
+    threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS") if two_threads else ()
+    environment = {**os.environ, **dict.fromkeys(threads, "2")}
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        return {"failed": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1][:200]}
+    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return measured
+
+
+def peft_config(rank: int, alpha: int, modules: Iterable[str]) -> str:
+    """Return the adapter_config.json of a LoRA on these modules, given by their names in a layer."""
+    targets = sorted({module.split(".")[-1] for module in modules})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": targets, "task_type": "CAUSAL_LM"}
+    return json.dumps({**config, "base_model_name_or_path": "llama-3-8b-shaped"})
+
 
 def machine() -> str:
-    """Processor count, model and memory of this machine; no host name."""
+    """Return processor count, model and memory of this machine; no host name."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        found = re.search(r"model name\s*: (.+)", cpuinfo.read_text())
-        model = found[1] if found else model
+        match = re.search(r"model name\s*: (.+)", cpuinfo.read_text())
+        model = match[1] if match else model
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{len(os.sched_getaffinity(0))} cores of {model}, {memory:.0f} GiB"
 
@@ -44,7 +71,7 @@ def commit() -> str:
 
 
 def read(name: str) -> dict[str, dict[str, Any]]:
-    """The latest measurement of every cell of a benchmark, by cell name."""
+    """Return the latest measurement of every cell of a benchmark, by cell name."""
     path = RESULTS / f"{name}.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return {cell["cell"]: cell for cell in map(json.loads, lines)}
@@ -58,10 +85,10 @@ def measure(name: str, cells: Iterable[Cell], *, only: str = "", again: bool = F
         if not re.search(only, cell) or (cell in done and not again):
             continue
         start = time.perf_counter()
-        found = run()
+        measured = run()
         row = {
             "cell": cell,
-            **found,
+            **measured,
             "wall_seconds": round(time.perf_counter() - start, 2),
             "commit": commit(),
             "machine": machine(),
@@ -72,16 +99,16 @@ def measure(name: str, cells: Iterable[Cell], *, only: str = "", again: bool = F
 
 
 def main(name: str, about: str | None, cells: Callable[[], Iterable[Cell]], table: Callable[[], str]) -> None:
-    """The command line that every benchmark has."""
+    """Run the command line that every benchmark has."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="a pattern that cell names must contain")
     parser.add_argument("--again", action="store_true", help="measure cells that are there, too")
     parser.add_argument("--render", action="store_true", help="write the README table and measure nothing")
-    given = parser.parse_args()
-    if given.render:
+    arguments = parser.parse_args()
+    if arguments.render:
         render(name, table())
     else:
-        measure(name, cells(), only=given.only, again=given.again)
+        measure(name, cells(), only=arguments.only, again=arguments.again)
 
 
 def render(name: str, table: str) -> None:

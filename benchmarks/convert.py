@@ -12,8 +12,6 @@ a few modules of the same shapes and is scaled up.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +50,7 @@ CELLS = {
 
 
 def make_adapter(folder: Path) -> None:
-    """The random adapter, as a PEFT folder."""
+    """Write the random adapter, as a PEFT folder."""
     from safetensors.numpy import save_file
 
     rng = np.random.default_rng(0)
@@ -64,19 +62,11 @@ def make_adapter(folder: Path) -> None:
             tensors[f"{prefix}.lora_A.weight"] = rng.standard_normal((RANK, inner), np.float32) * decay
             tensors[f"{prefix}.lora_B.weight"] = rng.standard_normal((out, RANK), np.float32) * np.float32(0.01)
     save_file(tensors, folder / "adapter_model.safetensors")
-    config = {
-        "peft_type": "LORA",
-        "r": RANK,
-        "lora_alpha": 32,
-        "target_modules": sorted({name.split(".")[-1] for name in SHAPES}),
-        "base_model_name_or_path": "llama-3-8b-shaped",
-        "task_type": "CAUSAL_LM",
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter_config.json").write_text(cells.peft_config(RANK, 32, SHAPES))
 
 
 def make_base(folder: Path) -> Path:
-    """A base with these layers, a file for each; the weights of all layers are the same."""
+    """Write a base with these layers, a file for each; the weights of all layers are the same."""
     import torch
     from safetensors.torch import save_file
 
@@ -94,33 +84,23 @@ def make_base(folder: Path) -> Path:
     return folder
 
 
-def _child(code: str, *arguments: str) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {
-            "failed": done.stderr.strip().splitlines()[-1][:200] if done.stderr.strip() else f"exit {done.returncode}"
-        }
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-# VmHWM, not getrusage: that of a child starts with the peak of the process that started it.
-_RUN = """
-import json, pathlib, sys, time
+_RUN = (
+    cells.PEAK
+    + """
 import lrconvert.api, lrconvert.cli
 if "vblora" in sys.argv[1]:
     import torch
-def peak():
-    return int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 idle = peak()
 start = time.perf_counter()
 lrconvert.cli.cli.main(args=[*sys.argv[1:], "-q"], standalone_mode=False)
 seconds = time.perf_counter() - start
 print(json.dumps({"seconds": round(seconds, 2), "peak_mb": round((peak() - idle) / 1000)}))
 """
+)
 
 
 def run(adapter: Path, words: list[str]) -> dict[str, Any]:
-    """Time and peak memory of one command, then what it kept."""
+    """Return time and peak memory of one command, and what its output keeps."""
     from lrconvert import api
 
     output = adapter / "out.lrc"
@@ -129,14 +109,14 @@ def run(adapter: Path, words: list[str]) -> dict[str, Any]:
     if "BASE" in words and not base.exists():
         make_base(base)
     words = [str(base) if word == "BASE" else word for word in words]
-    found = _child(_RUN, words[0], str(adapter), "-o", str(output), *words[1:])
-    if "failed" in found:
-        return found
+    row = cells.child("-c", _RUN, words[0], str(adapter), "-o", str(output), *words[1:])
+    if "failed" in row:
+        return row
     compact = api.read(output)
-    found["adapter_mb"] = round((adapter / "adapter_model.safetensors").stat().st_size / 1e6)
-    found["bytes"] = output.stat().st_size
-    found["captured"] = float(compact.provenance.fields["captured"])
-    return found
+    row["adapter_mb"] = round((adapter / "adapter_model.safetensors").stat().st_size / 1e6)
+    row["bytes"] = output.stat().st_size
+    row["captured"] = float(compact.provenance.fields["captured"])
+    return row
 
 
 _PEFT = """
@@ -166,7 +146,7 @@ def all_cells() -> Iterator[cells.Cell]:
         make_adapter(adapter)
         for name, words in CELLS.items():
             yield name, lambda w=words: run(adapter, w)
-    yield "peft convert_to_lora rank 4, q and k of one layer", lambda: _child(_PEFT)
+    yield "peft convert_to_lora rank 4, q and k of one layer", lambda: cells.child("-c", _PEFT)
 
 
 def table() -> str:

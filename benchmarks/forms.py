@@ -38,8 +38,8 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 PEERS = ("sbora, random columns", "ternary (ComPEFT)")
 
 
-def _statistics(teacher: teachers.Teacher, data: Path) -> Any:
-    """Statistics of a part of a teacher's data, kept in the cache."""
+def statistics_of(teacher: teachers.Teacher, data: Path) -> Any:
+    """Return the statistics of a part of a teacher's data, kept in the cache."""
     from lrconvert import api
 
     path = teacher.base.parent / f"{data.stem}.stats"
@@ -48,8 +48,8 @@ def _statistics(teacher: teachers.Teacher, data: Path) -> Any:
     return api.load_statistics(path)
 
 
-def _converted(lora: Any, method: str, options: dict[str, Any], share: float, statistics: Any) -> Any:
-    """The conversion whose payload is at most `share` percent, as near as two sizes lead to it."""
+def converted(lora: Any, method: str, options: dict[str, Any], share: float, statistics: Any) -> Any:
+    """Return the conversion whose payload is at most `share` percent, as near as two sizes lead to it."""
     from lrconvert import api
 
     goal = int(lora.half_bytes * share / 100)
@@ -66,7 +66,8 @@ def _converted(lora: Any, method: str, options: dict[str, Any], share: float, st
 
 
 def _ternary(lora: Any, nbytes: int) -> tuple[Any, int]:
-    """Signs of the largest numbers of every factor, times one size per factor, and its bytes at their entropy."""
+    """Return the signs of the largest numbers of every factor, times one size per factor, and the bytes at their
+    entropy."""
     from lrconvert.core.dtypes import Stored
 
     def bits(share: float) -> float:
@@ -121,30 +122,30 @@ def _cell(name: str, form: str, share: float) -> dict[str, Any]:
     if isinstance(teacher, str):
         return {"skipped": teacher}
     lora = api.load_lora(teacher.adapter)
-    known, held = _statistics(teacher, teacher.seen), _statistics(teacher, teacher.held)
+    seen, held = statistics_of(teacher, teacher.seen), statistics_of(teacher, teacher.held)
     goal = int(lora.half_bytes * share / 100)
     start = time.perf_counter()
     if form in FORMS:
         method, options = FORMS[form]
         options = options | ({"base": teacher.base} if form == "bat" else {})
         try:
-            done = _converted(lora, method, options, share, known)
+            done = converted(lora, method, options, share, seen)
         except api.LrcError as error:
             return {"refused": str(error)}
         compact, payload, overhead = done.compact, done.sizes.payload, done.sizes.overhead
     else:
-        made, payload = _ternary(lora, goal) if form.startswith("ternary") else _random_columns(lora, goal, known)
+        made, payload = _ternary(lora, goal) if form.startswith("ternary") else _random_columns(lora, goal, seen)
         if made is None:
             return {"refused": f"one column of every target takes {payload} bytes"}
         compact, overhead = api.convert(made, "lowrank", bits="16").compact, 0
     seconds = time.perf_counter() - start
-    (found,) = api.compare(lora, [compact], statistics=held, base=teacher.base, data=teacher.held, max_tokens=0)
-    assert found.answers is not None
+    (fidelity,) = api.compare(lora, [compact], statistics=held, base=teacher.base, data=teacher.held, max_tokens=0)
+    assert fidelity.answers is not None
     return {
         "seconds": round(seconds, 1), "goal": goal, "payload": payload, "overhead": overhead,
-        "captured": round(found.captured, 4), "outputs": round(found.output_captured, 4),
-        "closed": round(found.answers.closed, 4), "agreement": round(found.answers.agreement, 4),
-        "base_agreement": round(found.answers.base_agreement, 4), "items": found.answers.items,
+        "captured": round(fidelity.captured, 4), "outputs": round(fidelity.output_captured, 4),
+        "closed": round(fidelity.answers.closed, 4), "agreement": round(fidelity.answers.agreement, 4),
+        "base_agreement": round(fidelity.answers.base_agreement, 4), "items": fidelity.answers.items,
     }  # fmt: skip
 
 
@@ -164,12 +165,12 @@ def _shown(cell: dict[str, Any] | None) -> str:
 
 
 def table() -> str:
-    found = cells.read("forms")
+    done = cells.read("forms")
     rows = []
     for form in (*FORMS, *PEERS):
         row = [form]
         for name in TEACHERS:
-            row += [_shown(found.get(f"{name}, {share}%, {form}")) for share in SHARES]
+            row += [_shown(done.get(f"{name}, {share}%, {form}")) for share in SHARES]
         rows.append(row)
     head = ["form", *(f"{name} {share}%" for name in TEACHERS for share in SHARES)]
     return cells.markdown(head, rows)

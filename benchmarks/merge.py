@@ -81,24 +81,24 @@ SMALL, LARGE = Size("4 GB", 4 * 10**9), Size("16 GB", 16 * 10**9)
 
 
 def shapes(layers: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of the base, in the order of its files."""
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+    """Return the tensors of the base, in the order of its files."""
+    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
     for layer in range(layers):
         prefix = f"model.layers.{layer}"
-        found |= {f"{prefix}.{name}.weight": shape for name, shape in SHAPES.items()}
-        found |= {f"{prefix}.{name}_layernorm.weight": (HIDDEN,) for name in ("input", "post_attention")}
-    return found | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
+        tensors |= {f"{prefix}.{name}.weight": shape for name, shape in SHAPES.items()}
+        tensors |= {f"{prefix}.{name}_layernorm.weight": (HIDDEN,) for name in ("input", "post_attention")}
+    return tensors | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
 
 
 def cut(tensors: dict[str, tuple[int, ...]]) -> list[list[str]]:
-    """Names of the tensors of each file."""
+    """Return the names of the tensors of each file."""
     shards: list[list[str]] = [[]]
-    room = SHARD_BYTES
+    free = SHARD_BYTES
     for name, shape in tensors.items():
-        room -= 2 * int(np.prod(shape))
-        if room < 0 and shards[-1]:
+        free -= 2 * int(np.prod(shape))
+        if free < 0 and shards[-1]:
             shards.append([])
-            room = SHARD_BYTES - 2 * int(np.prod(shape))
+            free = SHARD_BYTES - 2 * int(np.prod(shape))
         shards[-1].append(name)
     return shards
 
@@ -152,40 +152,31 @@ def make_adapter(folder: Path, layers: int) -> None:
             tensors[f"{prefix}.lora_A.weight"] = rng.standard_normal((RANK, shape[1]), np.float32) * np.float32(0.02)
             tensors[f"{prefix}.lora_B.weight"] = rng.standard_normal((shape[0], RANK), np.float32) * np.float32(0.01)
     save_file(tensors, folder / "adapter_model.safetensors")
-    config = {
-        "peft_type": "LORA",
-        "r": RANK,
-        "lora_alpha": 2 * RANK,
-        "target_modules": sorted({name.split(".")[-1] for name in SHAPES} | {"lm_head"}),
-        "base_model_name_or_path": "llama-3-8b-shaped",
-        "task_type": "CAUSAL_LM",
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter_config.json").write_text(cells.peft_config(RANK, 2 * RANK, [*SHAPES, "lm_head"]))
 
 
 # --- running --------------------------------------------------------------------------------------------------------
 
-# VmHWM, not getrusage: that of a child starts with the peak of the process that started it.
-_CHILD = """
-import json, pathlib, sys
-def peak():
-    return int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+_CHILD = (
+    cells.PEAK
+    + """
 imports, work, report = sys.argv[1:4]
 sys.argv[1:] = sys.argv[4:]
-given = sys.argv[1:]
+arguments = sys.argv[1:]
 exec(imports)
 idle = peak()
 exec(work)
 pathlib.Path(report).write_text(json.dumps({"idle_kib": idle, "peak_kib": peak()}))
 """
+)
 
 
 @dataclass(frozen=True)
 class Command:
     """A program to time: Python statements, of which the `imports` do not count as memory, or with `shell` a line of
-    it. `given` are its arguments, `creates` what is removed before each run."""
+    it. `creates` is removed before each run."""
 
-    given: Sequence[Path | str] = ()
+    arguments: Sequence[Path | str] = ()
     imports: str = ""
     work: str = ""
     shell: str = ""
@@ -193,10 +184,10 @@ class Command:
     path: Sequence[Path] = ()
 
     def words(self, report: Path) -> list[str]:
-        given = [str(word) for word in self.given]
+        arguments = [str(argument) for argument in self.arguments]
         if self.shell:
-            return ["sh", "-c", self.shell, "sh", *given]
-        return [sys.executable, "-c", _CHILD, self.imports, self.work, str(report), *given]
+            return ["sh", "-c", self.shell, "sh", *arguments]
+        return [sys.executable, "-c", _CHILD, self.imports, self.work, str(report), *arguments]
 
 
 @dataclass(frozen=True)
@@ -210,7 +201,7 @@ class Run:
 
 
 def busy() -> float:
-    """Processor seconds that this machine has spent since it started."""
+    """Return the processor seconds that this machine has spent since it started."""
     user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
@@ -221,7 +212,7 @@ def ours() -> float:
 
 
 def once(command: Command, folder: Path, read: Sequence[Path]) -> Run:
-    """One run, from the same start: no output there, nothing to be written, inputs in the page cache."""
+    """Run it once, from the same start: no output, nothing to be written, inputs in the page cache."""
     for path in command.creates:
         shutil.rmtree(path, ignore_errors=True)
     os.sync()
@@ -238,8 +229,8 @@ def once(command: Command, folder: Path, read: Sequence[Path]) -> Run:
     others = (busy() - before - (ours() - mine)) / seconds
     if done.returncode:
         raise RuntimeError(f"{done.stderr.strip()[-1500:]}")
-    found = json.loads(report.read_text()) if report.exists() else {}
-    return Run(seconds, found, done.stdout, others)
+    memory = json.loads(report.read_text()) if report.exists() else {}
+    return Run(seconds, memory, done.stdout, others)
 
 
 def warm(folder: Path) -> None:
@@ -259,7 +250,7 @@ def await_quiet() -> None:
 
 
 def timed(command: Command, folder: Path, read: Sequence[Path], nbytes: int) -> tuple[dict[str, Any], str]:
-    """(the median run as a row, what it printed)."""
+    """Return the median run as a row, and what it printed."""
     runs: list[Run] = []
     spoiled: list[Run] = []
     while len(runs) < RUNS:
@@ -287,10 +278,10 @@ def timed(command: Command, folder: Path, read: Sequence[Path], nbytes: int) -> 
 
 _HASH = "import hashlib, sys; [hashlib.file_digest(open(path, 'rb'), 'sha256') for path in sys.argv[1:]]"
 _CLI = "import lrconvert.api, lrconvert.cli"
-_CALL = "lrconvert.cli.cli.main(args=given, standalone_mode=False)"
+_CALL = "lrconvert.cli.cli.main(args=arguments, standalone_mode=False)"
 _PEFT_IMPORTS = "import peft, torch, transformers\nfrom transformers import AutoModelForCausalLM"
 _PEFT = """
-base, adapter, out = given
+base, adapter, out = arguments
 model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
 peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
 """
@@ -330,8 +321,8 @@ class Bench:
 
     def plain_copy(self, line: str) -> dict[str, Any]:
         self.prepare()
-        given = [self.base, self.copy, sys.executable, _HASH]
-        row, _ = self.time(Command(given, shell=f'cp -r "$1" "$2" && {line}', creates=[self.copy]), self.base)
+        arguments = [self.base, self.copy, sys.executable, _HASH]
+        row, _ = self.time(Command(arguments, shell=f'cp -r "$1" "$2" && {line}', creates=[self.copy]), self.base)
         shutil.rmtree(self.copy)
         return row
 
@@ -344,9 +335,9 @@ class Bench:
 
     def merge(self) -> dict[str, Any]:
         row, printed = self.time(self.merge_command(), self.base)
-        said = json.loads(printed)
-        share = said["record_bytes"] / said["touched_bytes"]
-        return {**row, "record_bytes": said["record_bytes"], "record_share": round(share, 4)}
+        report = json.loads(printed)
+        share = report["record_bytes"] / report["touched_bytes"]
+        return {**row, "record_bytes": report["record_bytes"], "record_share": round(share, 4)}
 
     def merge_without(self) -> dict[str, Any]:
         row, _ = self.time(self.merge_command("--no-undo", to=self.copy), self.base)
@@ -379,13 +370,13 @@ class Bench:
         return row
 
     def peft(self) -> dict[str, Any]:
-        given = [self.base, self.adapter, self.other]
-        return self.against(Command(given, _PEFT_IMPORTS, _PEFT, creates=[self.other]))
+        arguments = [self.base, self.adapter, self.other]
+        return self.against(Command(arguments, _PEFT_IMPORTS, _PEFT, creates=[self.other]))
 
     def axolotl(self) -> dict[str, Any]:
-        given = [self.base, self.adapter, self.other]
-        work = "run_axolotl.merge(*given)"
-        return self.against(Command(given, "import run_axolotl", work, creates=[self.other], path=[PEERS]))
+        arguments = [self.base, self.adapter, self.other]
+        work = "run_axolotl.merge(*arguments)"
+        return self.against(Command(arguments, "import run_axolotl", work, creates=[self.other], path=[PEERS]))
 
     def mergekit(self) -> dict[str, Any]:
         """Its way: PEFT merges into a cache, which is then passed through."""
@@ -393,18 +384,18 @@ class Bench:
         assert lib is not None
         self.prepare()
         config, scratch = self.folder / "mergekit.json", self.folder / "scratch"
-        asked = {
+        recipe = {
             "merge_method": "passthrough",
             "models": [{"model": f"{self.base}+{self.adapter}"}],
             "dtype": "bfloat16",
         }
-        config.write_text(json.dumps(asked))  # JSON is YAML
-        given = [config, self.other, "--lora-merge-cache", scratch, "--lora-merge-dtype", "bfloat16"]
-        given += ["--no-copy-tokenizer", "--no-write-model-card", "--quiet"]
-        work = "mergekit.scripts.run_yaml.main(args=given, standalone_mode=False)"
+        config.write_text(json.dumps(recipe))  # JSON is YAML
+        arguments = [config, self.other, "--lora-merge-cache", scratch, "--lora-merge-dtype", "bfloat16"]
+        arguments += ["--no-copy-tokenizer", "--no-write-model-card", "--quiet"]
+        work = "mergekit.scripts.run_yaml.main(args=arguments, standalone_mode=False)"
         creates = [self.other, scratch]
         return self.against(
-            Command(given, "import mergekit.scripts.run_yaml", work, creates=creates, path=[lib / "lib"])
+            Command(arguments, "import mergekit.scripts.run_yaml", work, creates=creates, path=[lib / "lib"])
         )
 
     def cells(self) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -422,15 +413,15 @@ class Bench:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    found = {}
+    sums = {}
     for path in sorted(folder.glob("*.safetensors*")):
         with path.open("rb") as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+            sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
 
 
 def same(theirs: Path, ours: Path) -> float:
-    """Share of the weights of one matrix that have the same bits."""
+    """Return the share of the weights of one matrix that have the same bits."""
     name = "model.layers.0.self_attn.q_proj.weight"
     with open_checkpoint(theirs) as one, open_checkpoint(ours) as other:
         first, second = (c.file_of(c.tensors[name]).load(c.tensors[name]).array for c in (one, other))
@@ -490,13 +481,13 @@ def main() -> None:
     parser.add_argument("--render", action="store_true", help="write the README table and measure nothing")
     parser.add_argument("--large", action="store_true", help="a base of 16 GB; needs 70 GB of disk")
     parser.add_argument("--budget-minutes", type=float, default=float("inf"), help="start no cell after that")
-    given = parser.parse_args()
-    if given.render:
+    arguments = parser.parse_args()
+    if arguments.render:
         cells.render("merge", table())
         return
     with tempfile.TemporaryDirectory() as folder:
-        found = all_cells(LARGE if given.large else SMALL, Path(folder), given.budget_minutes)
-        cells.measure("merge", found, only=given.only, again=given.again)
+        chosen = all_cells(LARGE if arguments.large else SMALL, Path(folder), arguments.budget_minutes)
+        cells.measure("merge", chosen, only=arguments.only, again=arguments.again)
 
 
 if __name__ == "__main__":

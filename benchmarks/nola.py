@@ -12,9 +12,6 @@ expanding rests on: drawing the signs and orders of all Hadamard bases, which is
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,31 +72,25 @@ print(json.dumps({"seconds": round(time.perf_counter() - start, 3)}))
 
 
 def _child(code: str, family: str, layers: int, shapes: list[Any], backend: str, repeats: int) -> dict[str, Any]:
-    words = [json.dumps([family, shapes, layers, RANK, COUNT]), backend, str(repeats)]
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "2")
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False, env={**os.environ, **threads}
-    )
-    if done.returncode:
-        return {"failed": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1][:200]}
-    return json.loads(done.stdout.splitlines()[-1])
+    shape = json.dumps([family, shapes, layers, RANK, COUNT])
+    return cells.child("-c", code, shape, backend, str(repeats), two_threads=True)
 
 
 def hadamard(backend: str) -> dict[str, Any]:
-    """All 224 targets."""
+    """Expand all 224 targets."""
     return _child(_EXPAND, "hadamard", LAYERS, list(SHAPES.items()), backend, 3)
 
 
 def dense(backend: str) -> dict[str, Any]:
-    """Three targets whose factors have the sizes of all others, scaled up by numbers to draw."""
-    found = _child(_EXPAND, "dense", 1, [("gate", (11008, 4096)), ("down", (4096, 11008))], backend, 1)
-    if "failed" in found:
-        return found
+    """Expand two targets whose factors have the sizes of all others, scaled up by numbers to draw."""
+    cell = _child(_EXPAND, "dense", 1, [("gate", (11008, 4096)), ("down", (4096, 11008))], backend, 1)
+    if "failed" in cell:
+        return cell
     numbers = LAYERS * sum(RANK * (out + inner) for out, inner in SHAPES.values())
-    seconds = found["seconds"] * numbers / found["numbers"]
+    seconds = cell["seconds"] * numbers / cell["numbers"]
     return {
         "seconds": round(seconds, 1),
-        "measured_seconds": found["seconds"],
+        "measured_seconds": cell["seconds"],
         "measured_targets": 2,
         "numbers": numbers,
     }

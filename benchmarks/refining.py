@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -57,26 +55,26 @@ def _model(name: str) -> Any:
     import torch
     import transformers
 
-    asked = MODELS[name]
-    heads, groups = asked["heads"]
-    config = transformers.LlamaConfig(num_attention_heads=heads, num_key_value_heads=groups, **asked["config"])
+    shape = MODELS[name]
+    heads, groups = shape["heads"]
+    config = transformers.LlamaConfig(num_attention_heads=heads, num_key_value_heads=groups, **shape["config"])
     torch.manual_seed(0)
-    with torch.device(asked["device"]):
-        kind = torch.bfloat16 if asked["device"] == "cuda" else torch.float32
+    with torch.device(shape["device"]):
+        kind = torch.bfloat16 if shape["device"] == "cuda" else torch.float32
         return transformers.AutoModelForCausalLM.from_config(config, dtype=kind).eval()
 
 
 def _batches(name: str) -> list[dict[str, Any]]:
     import torch
 
-    asked = MODELS[name]
+    model = MODELS[name]
     draw = torch.Generator().manual_seed(0)
-    size = asked["config"]["vocab_size"]
-    return [{"input_ids": torch.randint(0, size, asked["batch"], generator=draw)} for _ in range(asked["steps"] + 4)]
+    size = model["config"]["vocab_size"]
+    return [{"input_ids": torch.randint(0, size, model["batch"], generator=draw)} for _ in range(model["steps"] + 4)]
 
 
 def _teacher(model: Any, folder: Path) -> None:
-    """A LoRA whose update is about a tenth of the weights."""
+    """Write a LoRA whose update is about a tenth of the weights."""
     import peft
     import torch
 
@@ -91,7 +89,7 @@ def _teacher(model: Any, folder: Path) -> None:
 
 
 def _plain(name: str) -> dict[str, Any]:
-    """PEFT's own: two adapters on one model."""
+    """Time PEFT's own: two adapters on one model."""
     import peft
     import torch
 
@@ -113,13 +111,13 @@ def _plain(name: str) -> dict[str, Any]:
             goal = both(input_ids=ids).logits.float().log_softmax(-1)
         both.set_adapter("student")
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            found = both(input_ids=ids).logits
-        loss = (goal.exp() * (goal - found.float().log_softmax(-1))).sum(-1).mean()
+            answers = both(input_ids=ids).logits
+        loss = (goal.exp() * (goal - answers.float().log_softmax(-1))).sum(-1).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         times.append(_now(device) - start)
-    return _told(name, times)
+    return _row(name, times)
 
 
 def _ours(name: str, form: str) -> dict[str, Any]:
@@ -142,7 +140,7 @@ def _ours(name: str, form: str) -> dict[str, Any]:
     api.refine(
         compact, lora, model, batches, steps=steps, layerwise=False, eval_every=steps, device=device, progress=progress
     )
-    return _told(name, [b - a for a, b in itertools.pairwise(ends)])
+    return _row(name, [b - a for a, b in itertools.pairwise(ends)])
 
 
 def _now(device: str) -> float:
@@ -153,18 +151,17 @@ def _now(device: str) -> float:
     return time.perf_counter()
 
 
-def _told(name: str, times: list[float]) -> dict[str, Any]:
+def _row(name: str, times: list[float]) -> dict[str, Any]:
     import torch
 
-    asked = MODELS[name]
+    model = MODELS[name]
     seconds = float(np.median(times[_IDLE:]))
-    if asked["device"] == "cuda":
+    if model["device"] == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
-        rows = Path("/proc/self/status").read_text().splitlines()
-        peak = next(int(row.split()[1]) << 10 for row in rows if row.startswith("VmHWM"))
-    tokens = asked["batch"][0] * asked["batch"][1]
-    gpu = {"gpu": torch.cuda.get_device_name()} if asked["device"] == "cuda" else {}
+        peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) << 10
+    tokens = model["batch"][0] * model["batch"][1]
+    gpu = {"gpu": torch.cuda.get_device_name()} if model["device"] == "cuda" else {}
     return {"seconds": round(seconds, 4), "tokens_per_second": round(tokens / seconds), "peak_bytes": peak, **gpu}
 
 
@@ -173,13 +170,7 @@ def _child(name: str, form: str) -> dict[str, Any]:
 
     if MODELS[name]["device"] == "cuda" and not torch.cuda.is_available():
         return {"skipped": "no GPU"}
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "2")
-    words = [sys.executable, __file__, "--child", name, form]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, env={**os.environ, **threads})
-    if done.returncode:
-        return {"failed": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1][:200]}
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return cells.child(__file__, "--child", name, form, two_threads=True)
 
 
 def all_cells() -> Iterator[cells.Cell]:
@@ -194,13 +185,13 @@ def table() -> str:
     for name in MODELS:
         plain = done.get(f"{name}, PEFT LoRA", {}).get("seconds")
         for form in ("PEFT LoRA", *FORMS):
-            found = done.get(f"{name}, {form}")
-            if found is None or "seconds" not in found:
-                rows.append([f"{name}, {form}", "not run" if found is None else "skipped", "", "", ""])
+            cell = done.get(f"{name}, {form}")
+            if cell is None or "seconds" not in cell:
+                rows.append([f"{name}, {form}", "not run" if cell is None else "skipped", "", "", ""])
                 continue
-            times = f"{found['seconds'] / plain:.2f}" if plain else ""
-            peak = f"{found['peak_bytes'] / 2**20:,.0f} MiB"
-            shown = [f"{found['seconds']:.3f} s", times, peak, f"{found['tokens_per_second']:,}"]
+            times = f"{cell['seconds'] / plain:.2f}" if plain else ""
+            peak = f"{cell['peak_bytes'] / 2**20:,.0f} MiB"
+            shown = [f"{cell['seconds']:.3f} s", times, peak, f"{cell['tokens_per_second']:,}"]
             rows.append([f"{name}, {form}", *shown])
     return cells.markdown(["model, form", "a step", "of PEFT's", "peak memory", "tokens a second"], rows)
 

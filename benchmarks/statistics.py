@@ -15,8 +15,6 @@ resident size above that of the process with the model loaded and the plain pass
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,11 +27,12 @@ SHAPES = {
     "4096 wide": (4096, 14336, 32, 8, 2, 4, 512, 2),
 }
 
-_CHILD = """
-import json, pathlib, statistics, sys, time
+_CHILD = (
+    cells.PEAK
+    + """
+import statistics
 import torch, transformers
-from lrconvert.live import collect_statistics as collecting
-from lrconvert.lora import statistics_file
+from lrconvert.live.collect_statistics import collect
 hidden, inner, heads, kv, layers, rows, length, count = json.loads(sys.argv[1])
 torch.manual_seed(0)
 config = transformers.LlamaConfig(
@@ -51,15 +50,12 @@ def plain():
         torch.cuda.synchronize()
 
 def ours():
-    return collecting.collect(model, batches)
-
-def peak():  # not getrusage, which in a child starts with the peak of the process that started it
-    return int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+    return collect(model, batches)
 
 plain()
 before = peak()
-found = ours()
-above = peak() - before
+moments = ours()
+above = (peak() - before) / 1024
 times = {plain: [], ours: []}
 for _ in range(3):
     for way in times:
@@ -68,12 +64,13 @@ for _ in range(3):
         times[way].append(time.perf_counter() - start)
 tokens = rows * length * count
 values = sum(m.matrix.nbytes if m.matrix is not None else m.diagonal.nbytes + (0 if m.rows is None else m.rows.nbytes)
-             for m in map(found.load, range(len(found.inputs))))
+             for m in map(moments.load, range(len(moments.inputs))))
 print(json.dumps({
     "plain": tokens / statistics.median(times[plain]), "ours": tokens / statistics.median(times[ours]),
-    "above_mib": above, "held_mib": values / 2**20, "inputs": len(found.inputs),
+    "above_mib": above, "held_mib": values / 2**20, "inputs": len(moments.inputs),
 }))
 """
+)
 
 
 def _cells(device: str) -> Iterator[cells.Cell]:
@@ -82,17 +79,16 @@ def _cells(device: str) -> Iterator[cells.Cell]:
 
 
 def _run(shape: tuple[int, ...], device: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-c", _CHILD, json.dumps(shape), device], capture_output=True, text=True, check=True
-    )
-    return {k: round(v, 1) for k, v in json.loads(done.stdout.splitlines()[-1]).items()}
+    row = cells.child("-c", _CHILD, json.dumps(shape), device)
+    return {name: round(value, 1) if isinstance(value, float) else value for name, value in row.items()}
 
 
 ANSWERS = [(method, ratio) for method in ("lowrank", "vblora") for ratio in (10, 20, 50)]
 
 
 def _answers(method: str, ratio: int) -> dict[str, Any]:
-    """Share of the KL distance between base and LoRA that an adapter closes, agreement, captured: without, with."""
+    """Return the share of the KL distance between base and LoRA that an adapter closes, agreement, captured: without
+    statistics, and with them."""
     import tempfile
     from pathlib import Path
 
@@ -101,21 +97,21 @@ def _answers(method: str, ratio: int) -> dict[str, Any]:
 
     demo = Path(lrconvert.__file__).parent / "demo"
     with tempfile.TemporaryDirectory() as folder:
-        known = api.statistics(demo / "base", demo / "train.jsonl", Path(folder) / "demo.stats")
+        measured = api.statistics(demo / "base", demo / "train.jsonl", Path(folder) / "demo.stats")
         lora = api.load_lora(demo / "adapter")
-        made = [api.convert(lora, method, target_ratio=ratio, statistics=some) for some in (None, known)]
+        made = [api.convert(lora, method, target_ratio=ratio, statistics=moments) for moments in (None, measured)]
         files = [done.compact for done in made]
-        told = api.compare(lora, files, statistics=known, base=demo / "base", data=demo / "heldout.jsonl")
-    found: dict[str, Any] = {"items": told[0].answers.items}
-    for name, done, some in zip(("without", "with"), made, told, strict=True):
-        found[name] = {
+        rows = api.compare(lora, files, statistics=measured, base=demo / "base", data=demo / "heldout.jsonl")
+    cell: dict[str, Any] = {"items": rows[0].answers.items}
+    for name, done, row in zip(("without", "with"), made, rows, strict=True):
+        cell[name] = {
             "bytes": done.sizes.adapter,
-            "captured": round(some.captured, 4),
-            "output_captured": round(some.output_captured, 4),
-            "closed": round(some.answers.closed, 4),
-            "agreement": round(some.answers.agreement, 4),
+            "captured": round(row.captured, 4),
+            "output_captured": round(row.output_captured, 4),
+            "closed": round(row.answers.closed, 4),
+            "agreement": round(row.answers.agreement, 4),
         }
-    return found
+    return cell
 
 
 def all_cells() -> Iterator[cells.Cell]:
@@ -129,12 +125,12 @@ def all_cells() -> Iterator[cells.Cell]:
 
 
 def table() -> str:
-    found = cells.read("statistics")
+    done = cells.read("statistics")
     rows = []
     for device in ("cpu", "cuda"):
         for name, shape in SHAPES.items():
-            cell = found.get(f"{name}, {device}")
-            if cell is None:
+            cell = done.get(f"{name}, {device}")
+            if cell is None or "failed" in cell:
                 rows.append([f"{name}, {shape[4]} layers, {device}", *["not run"] * 3, "", ""])
                 continue
             rows.append([
@@ -142,13 +138,13 @@ def table() -> str:
                 f"{cell['plain'] / cell['ours']:.2f}x", f"{cell['above_mib']:,.0f} MiB", f"{cell['held_mib']:,.0f} MiB",
             ])  # fmt: skip
     head = ["model", "tokens/s, plain pass", "with statistics", "time", "peak memory above", "moments"]
-    return f"{cells.markdown(head, rows)}\n\n{_answer_table(found)}"
+    return f"{cells.markdown(head, rows)}\n\n{_answer_table(done)}"
 
 
-def _answer_table(found: dict[str, Any]) -> str:
+def _answer_table(done: dict[str, Any]) -> str:
     rows = []
     for method, ratio in ANSWERS:
-        cell = found.get(f"answers, {method}, ratio {ratio}")
+        cell = done.get(f"answers, {method}, ratio {ratio}")
         if cell is None:
             rows.append([f"{method}, {ratio} times smaller", *["not run"] * 4, "", ""])
             continue

