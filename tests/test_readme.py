@@ -18,9 +18,8 @@ README = (ROOT / "README.md").read_text()
 
 
 def block(language: str) -> str:
-    found = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-    assert len(found) == 1
-    return found[0]
+    (content,) = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return content
 
 
 @pytest.fixture
