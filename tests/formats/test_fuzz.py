@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import safetensors
-from conftest import FIXTURES
+from conftest import FIXTURES, ROOT
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from test_container import check_against_the_library
@@ -31,7 +31,7 @@ from lrconvert.methods import base as methods
 from lrconvert.testing import json_trees
 from lrconvert.testing.peft import CONFIG_NAME, WEIGHTS_NAME
 
-FUZZ = Path(__file__).resolve().parent / "fuzz"
+FUZZ = ROOT / "tests" / "fuzz"
 CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 SLOW = pytest.param(1000, marks=pytest.mark.slow)
 
