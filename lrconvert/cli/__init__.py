@@ -1,31 +1,78 @@
-"""The command line: each command parses, calls the API, and renders text or JSON.
+"""The command line: each command parses, calls the API, and renders text or JSON. A command is loaded when it is used.
 
 Exit 0 done, 1 refused or failed (one line: code, file, what, what to do), 2 usage.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
-from pathlib import Path
 
 import click
 
-from lrconvert.cli import adapters, allocating, converting, measuring, merging, refining
-from lrconvert.cli.shared import ByteSize
+from lrconvert.core import registry
 from lrconvert.core.errors import EXIT_REFUSED, LrcError
 from lrconvert.core.version import __version__
 
-__all__ = ["ByteSize", "cli", "main"]
+__all__ = ["cli", "main"]
+
+# Name, where the command is bound or made, and its line in the help: before the converters, and after them.
+_FIRST = {
+    "inspect": ("adapters:inspect", "Show what an adapter is: targets, ranks, spectrum, bytes."),
+    "validate": ("validating:validate", "Check lrconvert files and input statistics."),
+    "upgrade": ("validating:upgrade", "Write an lrconvert FILE in the newest version of the format."),
+    "compare": ("measuring:compare", "Measure lrconvert FILES against the LoRA they came from."),
+    "statistics": ("measuring:statistics", "Measure what flows into the layers of BASE on texts."),
+    "compress": ("converting:compress_command()", "Try every form that can meet a size or a share to keep."),
+}
+_LAST = {
+    "lora-to-alora": ("converting:allocate_command()", "Give every module the rank it deserves under one budget."),
+    "refine": ("refining:refine", "Train FILE for a short while to answer as its LoRA does."),
+    "export": ("adapters:export", "Write an lrconvert FILE as a folder that other tools load."),
+    "check": ("adapters:check", "Say what a server would refuse or get wrong in an adapter."),
+    "merge-into-base": ("merging:merge_into_base", "Bake ADAPTERs into a copy of the model folder BASE."),
+    "unmerge": ("merging:unmerge", "Undo the last merge of the model folder MERGED."),
+    "verify": ("merging:verify", "Confirm that MERGED is BASE with the ADAPTERs merged in."),
+    "recover": ("merging:recover", "Bring PATH, in which a merge was broken off, to its old state or the new one."),
+    "demo": ("demo:demo", "Run the whole pipeline on the bundled model and LoRA."),
+}
+_ALIASES = {"merge": "merge-into-base"}
 
 
-class Group(click.Group):
-    """Commands in the order of a user's work; converter commands are found by scanning the methods."""
+class _Commands(click.Group):
+    """Commands in the order of a user's work; those of the methods are found by scanning them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [name for name in self.commands if name != "merge"]
+        return [*_FIRST, *_of_methods(), *_LAST]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        name = _ALIASES.get(cmd_name, cmd_name)
+        where = (_FIRST | _LAST).get(name, ("", ""))[0]
+        if not where:
+            if name not in _of_methods():
+                return None
+            where = f"converting:method_command({name})"
+        module, _, bound = where.partition(":")
+        attribute, called, argument = bound.partition("(")
+        found = getattr(importlib.import_module(f"lrconvert.cli.{module}"), attribute)
+        command: click.Command = found(*filter(None, [argument.rstrip(")")])) if called else found
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without loading them."""
+        about = {name: text for name, (_, text) in (_FIRST | _LAST).items()} | _of_methods()
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, about[name]) for name in self.list_commands(ctx)])
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+def _of_methods() -> dict[str, str]:
+    """Return the names and help lines of the converters, as the methods declare them in `Command`."""
+    folder = "lrconvert.methods"
+    declared = (registry.calls(folder, method, "Command") for method in registry.names(folder))
+    return {name: text for commands in declared for name, text, *_ in commands}
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="lrconvert")
 def cli() -> None:
     """Make LoRA adapters 10 to 100 times smaller, with the loss measured.
@@ -51,28 +98,3 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(EXIT_REFUSED)
-
-
-@click.command()
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Keep the files in this new folder.")
-@click.pass_context
-def demo(context: click.Context, output: Path | None) -> None:
-    """Run the whole pipeline on the bundled model and LoRA, and print what it measures."""
-    from lrconvert.cli.demo import run
-
-    run(context.find_root().command, output, click.echo)
-
-
-_LOOKING = (adapters.inspect, adapters.validate, adapters.upgrade, measuring.compare, measuring.statistics)
-_MERGING = (merging.merge_into_base, merging.unmerge, merging.verify, merging.recover)
-_GOING_OUT = (adapters.export, adapters.check_command(), *_MERGING, demo)
-for _command in (
-    *_LOOKING,
-    converting.compress_command(),
-    *converting.commands(),
-    allocating.command(),
-    refining.command(),
-    *_GOING_OUT,
-):
-    cli.add_command(_command)
-cli.add_command(merging.merge_into_base, "merge")

@@ -1,259 +1,223 @@
-"""The converters ``lora-to-...``: found by scanning the methods, their options made from the methods' own."""
+"""The ways to a compact form: ``lora-to-...`` for every method, `compress`, and `lora-to-alora`.
+
+Commands and options are those that the methods and the dataclasses of `lrconvert.convert.options` declare.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import types
-import typing
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from lrconvert.cli import many
+from lrconvert.api.batch.run import Work
+from lrconvert.cli import batch
+from lrconvert.cli.request import Request
 from lrconvert.cli.shared import (
-    DEVICE,
-    DEVICE_OPTION,
-    PICKLE,
-    PICKLE_HELP,
-    ByteSize,
-    device_of,
+    DATA_HELP,
+    PATH,
+    as_json_option,
+    chosen,
     emit,
-    layout_options,
+    options_of,
+    overwrite_option,
     progress_bar,
+    quiet_option,
+    reading_options,
+    verbose_option,
     warn,
 )
+from lrconvert.convert.options import AllocateOptions, CompressOptions, ConvertOptions
+from lrconvert.methods import base as methods
+
+if TYPE_CHECKING:
+    from lrconvert.convert.convert import Conversion, Progress
+    from lrconvert.lora.adapter import LoraAdapter
+
+_USES = ("seed", "device", "statistics")  # options that mean something to some methods
+_MANY = "The file to write, or the folder for many (not with --dry-run alone)."
 
 
-def method_options(options: type[Any], fixed: typing.Mapping[str, Any]) -> list[click.Option]:
-    """Click options from the fields of a method's Options. All default to "not given": the method's own default."""
-    found = []
-    hints = typing.get_type_hints(options)
-    for field in dataclasses.fields(options):
-        if field.name in fixed:
-            continue
-        kinds = [k for k in _members(hints[field.name]) if k is not type(None)]
-        choices = field.metadata.get("choices")
-        flag = "--" + field.name.replace("_", "-")
-        shown = field.metadata["help"] + ("" if field.default is None else f"  [default: {field.default}]")
-        if kinds == [bool]:
-            found.append(click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=shown))
-        else:
-            found.append(click.Option([flag], type=click.Choice(choices) if choices else kinds[0], help=shown))
-    return found
+@dataclass(frozen=True)
+class Result:
+    """A conversion, and how it is shown."""
+
+    conversion: Conversion
+    json: Mapping[str, Any]
+    text: str
 
 
-def _members(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-
-
-def common_options() -> list[click.Parameter]:
-    path = click.Path(path_type=Path)
-    return [
-        many.sources_argument(),
-        click.Option(
-            ["-o", "--output"], type=path, help="The file to write, or the folder for many (not with --dry-run alone)."
-        ),
-        many.jobs_option(),
-        click.Option(
-            ["--target-size"], type=ByteSize(), help="At most this many bytes without extra tensors, e.g. 200KB."
-        ),
-        click.Option(
-            ["--target-ratio"], type=float, help="At least this many times smaller than the factors at 16 bit."
-        ),
-        click.Option(["--include"], multiple=True, help="Only targets whose name this pattern finds; repeatable."),
-        click.Option(["--exclude"], multiple=True, help="No targets whose name this pattern finds; repeatable."),
-        click.Option(
-            ["--base"], type=path, help="Base model folder or hub id: settles orientations, records its digest."
-        ),
-        click.Option(
-            ["--statistics"],
-            type=path,
-            help="Input statistics of the base (see `statistics`): the fit then minimizes the error of outputs.",
-        ),
-        click.Option(
-            ["--bake-dora"],
-            type=click.IntRange(min=1),
-            metavar="RANK",
-            help="Turn DoRA's magnitudes into plain updates of this rank (needs --base); default: carried along.",
-        ),
-        click.Option(
-            ["--extra-dtype"],
-            type=click.Choice(["F32", "F16", "BF16"]),
-            help="Narrow extra tensors (heads) to this dtype; carried byte for byte otherwise.",
-        ),
-        click.Option(["--seed"], type=int, default=0, show_default=True, help="Seed of the fit."),
-        click.Option(DEVICE, help="Where the fit computes.", **DEVICE_OPTION),
-        click.Option(PICKLE, is_flag=True, help=PICKLE_HELP),
-        *layout_options(),
-        click.Option(["--dry-run"], is_flag=True, help="Print the plan and the exact size; write nothing."),
-        click.Option(["--overwrite"], is_flag=True, help="Replace the output if it exists."),
-        click.Option(["-q", "--quiet"], is_flag=True, help="No progress bar, no report."),
-        click.Option(["-v", "--verbose"], is_flag=True, help="One line per target."),
-        click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object instead of text."),
+def _command(
+    name: str, about: str, own: list[click.Option], run: Callable[..., None], skip: Collection[str] = ()
+) -> click.Command:
+    """Make a converter: its `own` options, those of every conversion but for `skip`, and what is printed."""
+    plan = click.Option(["--dry-run"], is_flag=True, help="Print the plan and the exact size; write nothing.")
+    common = options_of(ConvertOptions, skip=[*skip, *(str(option.name) for option in own)])
+    params: list[click.Parameter] = [
+        click.Argument(["sources"], metavar="SOURCE...", nargs=-1, required=True, type=PATH),
+        click.Option(["-o", "--output"], type=PATH, help=_MANY),
+        batch.jobs_option(),
+        *own,
+        *common,
+        *reading_options(),
+        *(option for option in (plan, verbose_option) if option.name not in skip),
+        overwrite_option,
+        quiet_option,
+        as_json_option,
     ]
+    return click.Command(name, params=params, callback=run, help=about, short_help=about)
 
 
-def _converter(method_id: str, command: Any, options: type[Any]) -> click.Command:
-    """The command of a method."""
-    own = method_options(options, command.fixed)
-    own_names = [option.name for option in own]
+def method_command(name: str) -> click.Command:
+    """Make the converter of that name, which a method declares."""
+    method, declared = next((m, c) for m in methods.all_methods() for c in m.commands if c.name == name)
 
     def run(**given: Any) -> None:
-        chosen = {name: value for name in own_names if name and (value := given.pop(name)) is not None}
-        settings = {**command.fixed, **chosen}
-        if many.are_meant(given):
-            many.run("convert", command.name, method_id, settings, **given)
-        else:
-            _convert(method_id, settings, **many.single(given))
+        options = {**declared.fixed, **chosen(given, method.Options, ConvertOptions)}
+        request = Request.of(given)
+        if batch.is_meant(request):
+            batch.run(request, Work("convert", method.id, options), name)
+            return
 
-    params = common_options()
-    params[3:3] = own  # after sources, output and jobs
-    return click.Command(command.name, params=params, callback=run, help=command.help, short_help=command.help)
+        def convert(lora: LoraAdapter, progress: Progress) -> Result:
+            from lrconvert import api
+
+            done = api.convert(lora, method.id, dry_run=request.dry_run, progress=progress, **options)
+            return _shown(request, done)
+
+        _one(request, name, options, convert)
+
+    own = options_of(method.Options, skip=declared.fixed)
+    return _command(name, declared.help, own, run, skip=[use for use in _USES if use not in method.uses])
 
 
-def _convert(
-    method: str,
-    options: dict[str, Any],
-    *,
-    source: Path,
-    output: Path | None,
-    allow_pickle: bool,
-    layout: str | None,
-    alpha: float | None,
-    dry_run: bool,
-    overwrite: bool,
-    quiet: bool,
-    verbose: bool,
-    as_json: bool,
-    device: str,
-    **common: Any,
+def _one(
+    request: Request, title: str, options: Mapping[str, Any], convert: Callable[[LoraAdapter, Progress], Result]
 ) -> None:
+    """Convert one adapter, write it, and print what became of it."""
     from lrconvert import api
+
+    where = _check_paths(request)
+    lora = api.load_lora(where, base=options.get("base"), **request.reading)
+    with progress_bar(title, request.quiet or request.as_json) as progress:
+        result = convert(lora, progress)
+    output = None if request.dry_run else request.output
+    if output is not None:
+        api.write(result.conversion.compact, output, overwrite=request.overwrite)
+    if request.as_json:
+        shown = None if output is None and request.dry_run else str(output)
+        emit({"source": str(request.sources[0]), "output": shown, **result.json})
+        return
+    warn(result.conversion.warnings)
+    if not request.quiet:
+        click.echo(result.text)
+
+
+def _shown(request: Request, conversion: Conversion) -> Result:
     from lrconvert.report import text_and_json
 
-    where = check_paths(source, output, overwrite, needed=not dry_run)
-    lora = api.load_lora(where, allow_pickle=allow_pickle, base=common["base"], layout=layout, alpha=alpha)
-    with progress_bar(f"lora-to-{method}", quiet or as_json) as progress:
-        done = api.convert(
-            lora, method, dry_run=dry_run, device=device_of(device), progress=progress, **common, **options
-        )
-    if output is not None and not dry_run:
-        api.write(done.compact, output, overwrite=overwrite)
-    if as_json:
-        emit({"source": str(source), "output": None if dry_run else str(output), **text_and_json.conversion_json(done)})
-        return
-    warn(done.warnings)
-    if not quiet:
-        click.echo(text_and_json.conversion(str(source), None if dry_run else str(output), done, verbose))
+    output = None if request.dry_run else str(request.output)
+    text = text_and_json.conversion(str(request.sources[0]), output, conversion, request.verbose)
+    return Result(conversion, text_and_json.conversion_json(conversion), text)
 
 
-def check_paths(source: Path, output: Path | None, overwrite: bool, needed: bool) -> Path:
-    """Where the source is. Raises a usage error without an output that is `needed`, E-OUT-* for a bad one."""
+def _check_paths(request: Request) -> Path:
+    """Return where the source is. Raises a usage error without an output that is needed, E-OUT-* for a bad one."""
     from lrconvert.io import hub
     from lrconvert.io.durable import check_output
 
-    if output is None and needed:
+    if request.output is None and not request.dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
-    where = hub.locate(source)
-    if output is not None:
+    where = hub.locate(request.sources[0])
+    if request.output is not None:
         # A compact file beside the adapter is an earlier output, which --overwrite may replace.
         inputs = [p for p in where.iterdir() if p.suffix != ".lrc"] if where.is_dir() else [where]
-        check_output(hub.output(output), overwrite, inputs=inputs)
+        check_output(hub.output(request.output), request.overwrite, inputs=inputs)
     return where
 
 
-_RANKING_BASE = "Base model folder or hub id: its answers rank the forms; settles orientations, records its digest."
-_RANKING_DATA = "Texts that rank the forms and refine the winner (see `refine`); without, a decoder writes its own."
-_NOT_FOR_ALL = ("dry_run", "verbose")
+# --- compress -------------------------------------------------------------------------------------------------------
 
 
 def compress_command() -> click.Command:
-    """The command `compress`: the converters' options, and what is asked of the winner."""
-    from lrconvert.convert.compress import RANKINGS
-
-    params = [p for p in common_options() if p.name not in _NOT_FOR_ALL]
-    params[5:5] = [
-        click.Option(
-            ["--min-captured"],
-            type=float,
-            help="The smallest file that keeps this share: of outputs with --statistics, else of weights.",
-        ),
-        click.Option(
-            ["--methods"], help="Forms to try, with commas between; default: all but Bat. For instance lowrank,vblora."
-        ),
-    ]
-    at = next(n for n, p in enumerate(params) if p.name == "base")
-    params[at : at + 1] = [
-        click.Option(["--base"], type=click.Path(path_type=Path), help=_RANKING_BASE),
-        click.Option(["--data"], multiple=True, type=click.Path(path_type=Path), help=_RANKING_DATA),
-        click.Option(
-            ["--rank-by"],
-            type=click.Choice(RANKINGS),
-            default="auto",
-            show_default=True,
-            help="What the model answers after a short refinement, or what fits keep; auto: answers, with --base.",
-        ),
-        click.Option(
-            ["--budget-minutes"], type=float, help="Time for ranking by answers, instead of a number of steps."
-        ),
-        click.Option(
-            ["--steps"], type=click.IntRange(0), default=0, show_default=True, help="Refine the winner by so many more."
-        ),
-        click.Option(["--length"], type=click.IntRange(2), default=512, show_default=True, help="Tokens of a text."),
-        click.Option(
-            ["--batch-tokens"], type=click.IntRange(1), default=1024, show_default=True, help="Tokens of a batch."
-        ),
-        click.Option(
-            ["--max-tokens"], type=click.IntRange(0), default=0, show_default=True, help="Tokens of --data; 0: all."
-        ),
-    ]
+    """Make `compress`: the converters' options, and what is asked of the winner."""
     about = "Try every form that can meet a size, a ratio or a share to keep; print them all, write the best."
-    return click.Command("compress", params=params, callback=_compress_any, help=about, short_help=about)
+    forms = "Forms to try, with commas between; default: all but Bat. For instance lowrank,vblora."
+    base = "Base model folder or hub id: its answers rank the forms; settles orientations, records its digest."
+    own = [
+        click.Option(["--methods"], help=forms),
+        *options_of(CompressOptions),
+        *options_of(ConvertOptions, skip={field.name for field in fields(ConvertOptions)} - {"base"}, base=base),
+    ]
+    return _command("compress", about, own, _compress, skip=("dry_run", "verbose"))
 
 
-def _compress_any(*, data: tuple[Path, ...], methods: str | None, **given: Any) -> None:
+def _compress(*, methods: str | None, **given: Any) -> None:
+    options = chosen(given, CompressOptions, ConvertOptions)
     forms = [name.strip() for name in (methods or "").split(",") if name.strip()]
-    given["data"] = list(data) or None
-    if many.are_meant(given):
-        many.run("compress", "compress", "", {"forms": forms}, dry_run=False, verbose=False, **given)
-    else:
-        _compress(forms=forms, **many.single(given))
-
-
-def _compress(
-    *,
-    source: Path,
-    output: Path | None,
-    forms: list[str],
-    allow_pickle: bool,
-    layout: str | None,
-    alpha: float | None,
-    overwrite: bool,
-    quiet: bool,
-    as_json: bool,
-    device: str,
-    **common: Any,
-) -> None:
-    from lrconvert import api
-    from lrconvert.report import text_and_json
-
-    where = check_paths(source, output, overwrite, needed=True)
-    assert output is not None
-    lora = api.load_lora(where, allow_pickle=allow_pickle, base=common["base"], layout=layout, alpha=alpha)
-    with progress_bar("compress", quiet or as_json) as progress:
-        done = api.compress(lora, forms=forms, device=device_of(device), progress=progress, **common)
-    api.write(done.chosen.compact, output, overwrite=overwrite)
-    if as_json:
-        emit({"source": str(source), "output": str(output), **text_and_json.compression_json(done)})
+    options |= {"forms": tuple(forms)} if forms else {}
+    request = Request.of(given)
+    if batch.is_meant(request):
+        batch.run(request, Work("compress", "", options), "compress")
         return
-    warn(done.chosen.warnings)
-    if not quiet:
-        click.echo(text_and_json.compression(str(source), str(output), done))
+
+    def compress(lora: LoraAdapter, progress: Progress) -> Result:
+        from lrconvert import api
+        from lrconvert.report import text_and_json
+
+        done = api.compress(lora, progress=progress, **options)
+        text = text_and_json.compression(str(request.sources[0]), str(request.output), done)
+        return Result(done.chosen, text_and_json.compression_json(done), text)
+
+    _one(request, "compress", options, compress)
 
 
-def commands() -> list[click.Command]:
-    """A command for every way to a compact form."""
-    from lrconvert.methods import base as methods
+# --- lora-to-alora --------------------------------------------------------------------------------------------------
 
-    return [_converter(m.id, command, m.Options) for m in methods.all_methods() for command in m.commands]
+ALORA = "lora-to-alora"
+
+
+def allocate_command() -> click.Command:
+    """Make `lora-to-alora`: the converters' options, and those of the allocation. It needs no model without --data."""
+    about = "Give every module the rank it deserves under one budget (ALoRA); the file is of the form lowrank."
+    data = f"With --base: score by ablation on held-out texts instead of by energy. {DATA_HELP}"
+    own = [
+        *options_of(AllocateOptions, data=data),
+        click.Option(
+            ["--train-steps"],
+            type=click.IntRange(0),
+            default=0,
+            show_default=True,
+            help="With --base: train the result for so many steps, as refine does, while ranks move on.",
+        ),
+        click.Option(
+            ["--seed"],
+            type=int,
+            default=0,
+            show_default=True,
+            help="Of what --train-steps holds out, and the order of texts.",
+        ),
+    ]
+    return _command(ALORA, about, own, _allocate)
+
+
+def _allocate(*, train_steps: int, seed: int, **given: Any) -> None:
+    options = chosen(given, AllocateOptions, ConvertOptions)
+    if train_steps:
+        options["retrain"] = {"steps": train_steps, "seed": seed}
+    request = Request.of(given)
+    if batch.is_meant(request):
+        batch.run(request, Work("allocate", "", options), ALORA)
+        return
+
+    def allocate(lora: LoraAdapter, progress: Progress) -> Result:
+        from lrconvert import api
+        from lrconvert.cli import allocating
+
+        done = api.allocate(lora, dry_run=request.dry_run, progress=progress, **options)
+        text = f"{_shown(request, done).text}\n\n{allocating.allocation_text(done, request.verbose)}"
+        return Result(done, allocating.allocation_json(done), text)
+
+    _one(request, ALORA, options, allocate)

@@ -12,12 +12,20 @@ from typing import Any
 
 import click
 
+from lrconvert.cli.shared import command, output_option
 from lrconvert.io.durable import check_output, make_folder
 from lrconvert.report.text_and_json import table
 
 HERE = Path(__file__).resolve().parent.parent / "demo"
 RATIO, STEPS = 30, 100
 _HELD_OUT = 100  # texts
+
+
+@command("demo", output_option("Keep the files in this new folder.", required=False))
+@click.pass_context
+def demo(context: click.Context, output: Path | None) -> None:
+    """Run the whole pipeline on the bundled model and LoRA, and print what it measures."""
+    run(context.find_root().command, output, click.echo)
 
 
 def run(cli: click.Command, output: Path | None, echo: Callable[[str], None]) -> None:

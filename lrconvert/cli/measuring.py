@@ -8,67 +8,39 @@ from typing import Any
 import click
 
 from lrconvert.cli.shared import (
+    DATA_HELP,
+    PATH,
     as_json_option,
-    device_of,
-    device_option,
+    base_option,
+    chosen,
+    command,
+    data_option,
     emit,
+    options_of,
+    output_option,
     overwrite_option,
     progress_bar,
     quiet_option,
-    source_argument,
-    takes_adapters,
+    reading_options,
     verbose_option,
 )
+from lrconvert.formats.readers.shared.options import ReadOptions
+from lrconvert.live.options import CompareOptions, StatisticsOptions
 
-_path = click.Path(path_type=Path)
-DATA_HELP = "Texts: .txt (running text) or .jsonl (`text`; `prompt` and `completion`; `text` and `label`); repeatable."
 
-
-@click.command()
-@click.argument("base", type=_path)
-@click.option("--data", multiple=True, required=True, type=_path, help=DATA_HELP)
-@click.option("-o", "--output", required=True, type=_path, help="The file to write.")
-@click.option("--adapter", type=_path, help="Only the inputs of this adapter's targets.")
-@click.option("--include", multiple=True, help="Only parameters whose name this pattern finds; repeatable.")
-@click.option("--exclude", multiple=True, help="No parameters whose name this pattern finds; repeatable.")
-@click.option("--length", type=click.IntRange(1), default=512, show_default=True, help="Tokens of a text, at most.")
-@click.option("--batch-tokens", type=click.IntRange(1), default=4096, show_default=True, help="Tokens at a time.")
-@click.option(
-    "--max-tokens", type=click.IntRange(0), default=1 << 18, show_default=True, help="Tokens in all; 0: everything."
+@command(
+    "statistics",
+    click.Argument(["base"], type=PATH),
+    data_option(required=True),
+    output_option("The file to write."),
+    click.Option(["--adapter"], type=PATH, help="Only the inputs of this adapter's targets."),
+    *options_of(StatisticsOptions),
+    *reading_options(),
+    overwrite_option,
+    quiet_option,
+    as_json_option,
 )
-@click.option(
-    "--exact-width",
-    type=click.IntRange(0),
-    default=1024,
-    show_default=True,
-    help="Inputs up to this width keep their whole moment, wider ones a sketch.",
-)
-@click.option("--rank", type=click.IntRange(1), default=256, show_default=True, help="Rows of a sketch.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sketches.")
-@device_option
-@takes_adapters
-@overwrite_option
-@quiet_option
-@as_json_option
-def statistics(
-    base: Path,
-    data: tuple[Path, ...],
-    output: Path,
-    adapter: Path | None,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-    length: int,
-    batch_tokens: int,
-    max_tokens: int,
-    exact_width: int,
-    rank: int,
-    seed: int,
-    device: str,
-    overwrite: bool,
-    quiet: bool,
-    as_json: bool,
-    **reading: Any,
-) -> None:
+def statistics(base: Path, data: tuple[Path, ...], output: Path, adapter: Path | None, **given: Any) -> None:
     """Measure what flows into the layers of BASE on texts, for --statistics of every converter.
 
     Work that was broken off goes on where it was if the same command is given again.
@@ -76,90 +48,59 @@ def statistics(
     from lrconvert import api
     from lrconvert.report import text_and_json
 
+    quiet, as_json = given.pop("quiet"), given.pop("as_json")
     with progress_bar("statistics", quiet or as_json) as progress:
-        found = api.statistics(
-            base,
-            data,
-            output,
-            adapter=adapter,
-            include=include,
-            exclude=exclude,
-            length=length,
-            batch_tokens=batch_tokens,
-            max_tokens=max_tokens,
-            exact_width=exact_width,
-            rank=rank,
-            seed=seed,
-            device=device_of(device),
-            overwrite=overwrite,
-            progress=progress,
-            **reading,
-        )
+        options = chosen(given, StatisticsOptions, ReadOptions)
+        measured = api.statistics(base, data, output, adapter=adapter, progress=progress, **options)
+    nbytes = output.stat().st_size
     if as_json:
-        emit({"base": str(base), "output": str(output), **text_and_json.statistics_json(found, output.stat().st_size)})
+        emit({"base": str(base), "output": str(output), **text_and_json.statistics_json(measured, nbytes)})
     elif not quiet:
-        click.echo(text_and_json.statistics(str(output), found, output.stat().st_size))
+        click.echo(text_and_json.statistics(str(output), measured, nbytes))
 
 
-@click.command()
-@source_argument
-@click.argument("files", nargs=-1, required=True, type=_path)
-@click.option("--statistics", type=_path, help="Input statistics: adds the captured energy of the layers' outputs.")
-@click.option("--base", type=_path, help="Base model folder or hub id, for --data and for names.")
-@click.option("--data", multiple=True, type=_path, help=f"Measure the models' answers on data. {DATA_HELP}")
-@click.option("--length", type=click.IntRange(1), default=512, show_default=True, help="Tokens of a text, at most.")
-@click.option("--max-tokens", type=click.IntRange(0), default=1 << 15, show_default=True, help="Tokens in all; 0: all.")
-@click.option("--html", type=_path, help="Write it as one HTML page, too: plots, a map of the layers, all tables.")
-@takes_adapters
-@device_option
-@overwrite_option
-@verbose_option
-@as_json_option
-def compare(
-    source: Path,
-    files: tuple[Path, ...],
-    statistics: Path | None,
-    base: Path | None,
-    data: tuple[Path, ...],
-    length: int,
-    max_tokens: int,
-    html: Path | None,
-    device: str,
-    overwrite: bool,
-    verbose: bool,
-    as_json: bool,
-    **reading: Any,
-) -> None:
+@command(
+    "compare",
+    click.Argument(["source"], type=PATH),
+    click.Argument(["files"], nargs=-1, required=True, type=PATH),
+    click.Option(
+        ["--statistics"], type=PATH, help="Input statistics: adds the captured energy of the layers' outputs."
+    ),
+    base_option("Base model folder or hub id, for --data and for names."),
+    data_option(f"Measure the models' answers on data. {DATA_HELP}"),
+    *options_of(CompareOptions),
+    click.Option(["--html"], type=PATH, help="Write it as one HTML page, too: plots, a map of the layers, all tables."),
+    *reading_options(),
+    overwrite_option,
+    verbose_option,
+    as_json_option,
+)
+def compare(source: Path, files: tuple[Path, ...], html: Path | None, **given: Any) -> None:
     """Measure lrconvert FILES against the LoRA SOURCE they came from: captured energy, bytes, ratio; on data also the
     answers of the models."""
     from lrconvert import api
     from lrconvert.io import hub
     from lrconvert.io.durable import atomic_file, check_output
-    from lrconvert.report import html as page
+    from lrconvert.report import html as pages
     from lrconvert.report import text_and_json
 
+    overwrite, verbose, as_json = given.pop("overwrite"), given.pop("verbose"), given.pop("as_json")
+    data = given.pop("data") or None
     if html is not None:
         check_output(html, overwrite, inputs=[hub.locate(source), *files])
     with progress_bar("compare", as_json or not data) as progress:
-        found = api.compare(
-            source,
-            files,
-            statistics=statistics,
-            base=base,
-            data=data or None,
-            length=length,
-            max_tokens=max_tokens,
-            device=device_of(device),
-            progress=progress,
-            **reading,
-        )
-    named = [(p.name, f) for p, f in zip(files, found, strict=True)]
+        options = chosen(given, CompareOptions, ReadOptions)
+        rows = api.compare(source, files, data=data, progress=progress, **options, **given)
+    named = [(path.name, fidelity) for path, fidelity in zip(files, rows, strict=True)]
     if html is not None:
-        text = page.page(f"What {len(files)} compact files keep", hub.hint(str(source)), named)
+        text = pages.page(f"What {len(files)} compact files keep", hub.hint(str(source)), named)
         with atomic_file(html, overwrite=overwrite) as out:
             out.write(text.encode())
     if as_json:
-        rows = [{"path": str(p), **text_and_json.fidelity_json(f)} for p, f in zip(files, found, strict=True)]
-        emit({"source": str(source), "files": rows})
+        measured = [
+            {"path": str(path), **text_and_json.fidelity_json(fidelity)}
+            for path, fidelity in zip(files, rows, strict=True)
+        ]
+        emit({"source": str(source), "files": measured})
         return
     click.echo(text_and_json.comparison(named, verbose))

@@ -5,43 +5,44 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from lrconvert.cli.shared import (
-    DEVICE,
-    DEVICE_OPTION,
-    ByteSize,
+    PATH,
     as_json_option,
-    device_of,
+    base_option,
+    chosen,
+    command,
     emit,
+    options_of,
+    output_option,
     overwrite_option,
     progress_bar,
     quiet_option,
-    takes_adapters,
+    reading_options,
     verbose_option,
     warn,
 )
 from lrconvert.core.errors import EXIT_REFUSED
-
-if TYPE_CHECKING:
-    from lrconvert.merge import Scaled
+from lrconvert.formats.readers.shared.options import ReadOptions
+from lrconvert.merge.options import MergeOptions, UnmergeOptions
+from lrconvert.merge.plan.updates import Scaled
 
 
 def _weighted(texts: Sequence[str], base: Path, reading: Mapping[str, Any]) -> list[Scaled]:
-    """The adapters that ``path`` or ``path=scale`` mean, loaded."""
+    """Load the adapters that ``path`` or ``path=scale`` mean."""
     from lrconvert import api
     from lrconvert.io import hub
-    from lrconvert.merge import Scaled
 
     named = [_scaled(text) for text in texts]
-    found = api.load_all([name for name, _ in named], base=base, **reading)
-    return [Scaled(adapter, scale, hub.hint(name)) for adapter, (name, scale) in zip(found, named, strict=True)]
+    adapters = api.load_all([name for name, _ in named], base=base, **reading)
+    return [Scaled(adapter, scale, hub.hint(name)) for adapter, (name, scale) in zip(adapters, named, strict=True)]
 
 
 def _scaled(text: str) -> tuple[str, float]:
-    """The path and the scale of ``path`` or ``path=scale``."""
+    """Return the path and the scale of ``path`` or ``path=scale``."""
     name, equals, number = text.rpartition("=")
     if not equals or Path(text).exists():
         return text, 1.0
@@ -51,53 +52,19 @@ def _scaled(text: str) -> tuple[str, float]:
         raise click.UsageError(f"{text!r}: what follows the last '=' is not a scale") from None
 
 
-def _check_output(output: Path | None, in_place: bool) -> None:
-    if (output is None) != in_place:
-        raise click.UsageError("give --output, or --in-place")
-
-
-_resume = click.option("--resume", is_flag=True, help="Keep what is done if it is broken off, and go on from there.")
-_device = click.option(
-    *DEVICE, help="Where products are computed; the bytes are the same.", **(DEVICE_OPTION | {"default": "cpu"})
+@command(
+    "merge-into-base",
+    click.Argument(["base"], type=PATH),
+    click.Argument(["adapters"], nargs=-1, required=True, metavar="ADAPTER[=SCALE]..."),
+    output_option("The model folder to write.", required=False),
+    *options_of(MergeOptions),
+    *reading_options(),
+    overwrite_option,
+    quiet_option,
+    verbose_option,
+    as_json_option,
 )
-_dequantize = click.option("--dequantize", is_flag=True, help="Take a base that bitsandbytes has quantized as bf16.")
-
-
-@click.command("merge-into-base")
-@click.argument("base", type=click.Path(path_type=Path))
-@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[=SCALE]...")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="The model folder to write.")
-@click.option("--in-place", is_flag=True, help="Change BASE itself, file by file; a crash is taken back by `recover`.")
-@_resume
-@click.option("--dry-run", is_flag=True, help="Print what would be written; write nothing.")
-@click.option("--no-undo", is_flag=True, help="Write no undo record: only the base itself can undo it then.")
-@click.option("--out-shard-size", type=ByteSize(), help="Largest weight file, as 5GB; default: cut as the base is.")
-@click.option("--allow-no-op", is_flag=True, help="Write a copy of the base even if the adapter changes nothing.")
-@_dequantize
-@_device
-@takes_adapters
-@overwrite_option
-@quiet_option
-@verbose_option
-@as_json_option
-def merge_into_base(
-    base: Path,
-    adapters: tuple[str, ...],
-    output: Path | None,
-    in_place: bool,
-    resume: bool,
-    dry_run: bool,
-    no_undo: bool,
-    out_shard_size: int | None,
-    allow_no_op: bool,
-    dequantize: bool,
-    device: str,
-    overwrite: bool,
-    quiet: bool,
-    verbose: bool,
-    as_json: bool,
-    **reading: Any,
-) -> None:
+def merge_into_base(base: Path, adapters: tuple[str, ...], output: Path | None, **given: Any) -> None:
     """Bake one or more ADAPTERs (lrconvert files, LoRA folders) into a copy of the model folder BASE.
 
     Their sum, each times its SCALE, is added to the weights and rounded once, correctly. `unmerge` takes it out again.
@@ -105,77 +72,37 @@ def merge_into_base(
     from lrconvert import api
     from lrconvert.report import text_and_json
 
-    _check_output(output, in_place)
+    quiet, verbose, as_json = given.pop("quiet"), given.pop("verbose"), given.pop("as_json")
+    if (output is None) != given["in_place"]:
+        raise click.UsageError("give --output, or --in-place")
     with progress_bar("merge", quiet or as_json) as progress:
-        report = api.merge(
-            base,
-            _weighted(adapters, base, reading),
-            output,
-            in_place=in_place,
-            resume=resume,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            undo=not no_undo,
-            shard_bytes=out_shard_size,
-            allow_no_op=allow_no_op,
-            dequantize=dequantize,
-            device=device_of(device),
-            progress=progress,
-        )
+        scaled = _weighted(adapters, base, chosen(given, ReadOptions))
+        report = api.merge(base, scaled, output, progress=progress, **chosen(given, MergeOptions))
     if as_json:
-        emit(
-            {
-                "base": str(base),
-                "adapters": list(adapters),
-                "output": str(output or base),
-                **text_and_json.merge_json(report),
-            }
-        )
+        named = {"base": str(base), "adapters": list(adapters), "output": str(output or base)}
+        emit({**named, **text_and_json.merge_json(report)})
         return
     if not quiet:
         click.echo(text_and_json.merging(str(output or base), report, verbose))
     warn(report.warnings)
 
 
-@click.command()
-@click.argument("merged", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="The folder to write; default: in its place.")
-@click.option("--in-place", is_flag=True, help="Change MERGED file by file, with one file of extra space.")
-@click.option("--resume", is_flag=True, help="Finish an unmerge in place that was broken off.")
-@click.option("--merge", "number", type=int, help="Insist on this merge; only the last one can be undone.")
-@click.option("--from-base", type=click.Path(path_type=Path), help="Take the bytes from this base.")
-@_device
-@overwrite_option
-@quiet_option
-@as_json_option
-def unmerge(
-    merged: Path,
-    output: Path | None,
-    in_place: bool,
-    resume: bool,
-    number: int | None,
-    from_base: Path | None,
-    device: str,
-    overwrite: bool,
-    quiet: bool,
-    as_json: bool,
-) -> None:
+@command(
+    "unmerge",
+    click.Argument(["merged"], type=PATH),
+    output_option("The folder to write; default: in its place.", required=False),
+    *options_of(UnmergeOptions),
+    overwrite_option,
+    quiet_option,
+    as_json_option,
+)
+def unmerge(merged: Path, output: Path | None, quiet: bool, as_json: bool, **given: Any) -> None:
     """Undo the last merge of the model folder MERGED: every byte of the base comes back, verified."""
     from lrconvert import api
     from lrconvert.report import text_and_json
 
     with progress_bar("unmerge", quiet or as_json) as progress:
-        report = api.unmerge(
-            merged,
-            output,
-            in_place=in_place,
-            resume=resume,
-            number=number,
-            from_base=from_base,
-            device=device_of(device),
-            overwrite=overwrite,
-            progress=progress,
-        )
+        report = api.unmerge(merged, output, progress=progress, **chosen(given, UnmergeOptions))
     place = str(output or merged)
     if as_json:
         emit({"merged": str(merged), "output": place, **dataclasses.asdict(report)})
@@ -185,34 +112,31 @@ def unmerge(
     warn(report.warnings)
 
 
-@click.command()
-@click.argument("merged", type=click.Path(path_type=Path))
-@click.option("--base", required=True, type=click.Path(path_type=Path), help="Model folder or hub id of the base.")
-@click.option(
-    "--adapter", "adapters", required=True, multiple=True, metavar="ADAPTER[=SCALE]", help="As merged; repeatable."
+@command(
+    "verify",
+    click.Argument(["merged"], type=PATH),
+    base_option("Model folder or hub id of the base.", required=True),
+    click.Option(
+        ["--adapter", "adapters"],
+        required=True,
+        multiple=True,
+        metavar="ADAPTER[=SCALE]",
+        help="As merged; repeatable.",
+    ),
+    *(option for option in options_of(MergeOptions) if option.name == "dequantize"),
+    *reading_options(),
+    quiet_option,
+    as_json_option,
 )
-@_dequantize
-@_device
-@takes_adapters
-@quiet_option
-@as_json_option
-def verify(
-    merged: Path,
-    base: Path,
-    adapters: tuple[str, ...],
-    dequantize: bool,
-    device: str,
-    quiet: bool,
-    as_json: bool,
-    **reading: Any,
-) -> None:
+def verify(merged: Path, base: Path, adapters: tuple[str, ...], dequantize: bool, **given: Any) -> None:
     """Confirm that MERGED is BASE with the ADAPTERs merged in: computes it again and compares every bit."""
     from lrconvert import api
     from lrconvert.report import text_and_json
 
+    quiet, as_json = given.pop("quiet"), given.pop("as_json")
     with progress_bar("verify", quiet or as_json) as progress:
-        inputs = _weighted(adapters, base, reading)
-        report = api.verify(merged, base, inputs, dequantize=dequantize, device=device_of(device), progress=progress)
+        scaled = _weighted(adapters, base, chosen(given, ReadOptions))
+        report = api.verify(merged, base, scaled, dequantize=dequantize, progress=progress)
     if as_json:
         emit({"merged": str(merged), "base": str(base), "ok": report.ok, **dataclasses.asdict(report)})
     elif not (quiet and report.ok):
@@ -221,10 +145,7 @@ def verify(
         raise click.exceptions.Exit(EXIT_REFUSED)
 
 
-@click.command()
-@click.argument("path", type=click.Path(path_type=Path))
-@quiet_option
-@as_json_option
+@command("recover", click.Argument(["path"], type=PATH), quiet_option, as_json_option)
 def recover(path: Path, quiet: bool, as_json: bool) -> None:
     """Bring PATH, in which a merge or unmerge was broken off, to its old state or the new one.
 
@@ -233,8 +154,8 @@ def recover(path: Path, quiet: bool, as_json: bool) -> None:
     from lrconvert import api
     from lrconvert.report import text_and_json
 
-    found = api.recover(path)
+    recovery = api.recover(path)
     if as_json:
-        emit(dataclasses.asdict(found))
+        emit(dataclasses.asdict(recovery))
     elif not quiet:
-        click.echo(text_and_json.recovery(found))
+        click.echo(text_and_json.recovery(recovery))

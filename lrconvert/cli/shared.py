@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import sys
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,52 +36,108 @@ class ByteSize(click.ParamType):  # type: ignore[type-arg,unused-ignore]
             self.fail(f"{value!r} is not a size; write 200KB, 1.5MiB or 4096", param, ctx)
 
 
-as_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
-quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress bar, no report.")
-verbose_option = click.option("-v", "--verbose", is_flag=True, help="One line per target.")
-source_argument = click.argument("source", type=click.Path(path_type=Path))
-PICKLE = ["--allow-pickle"]
-PICKLE_HELP = "Read .bin and .pt adapters too, with torch's tensors-only loader; only files that you trust."
-pickle_option = click.option(*PICKLE, is_flag=True, help=PICKLE_HELP)
+as_json_option = click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object instead of text.")
+overwrite_option = click.Option(["--overwrite"], is_flag=True, help="Replace the output if it exists.")
+quiet_option = click.Option(["-q", "--quiet"], is_flag=True, help="No progress bar, no report.")
+verbose_option = click.Option(["-v", "--verbose"], is_flag=True, help="One line per target.")
+PATH = click.Path(path_type=Path)
+DATA_HELP = "Texts: .txt (running text) or .jsonl (`text`; `prompt` and `completion`; `text` and `label`); repeatable."
 
 
-FROM = ["--from", "layout"]
-FROM_HELP = "The layout of the source, whatever it looks like: {}."
-ALPHA = ["--alpha"]
-ALPHA_HELP = "Alpha of a source that does not state it; a module's scale is alpha / r."
+def output_option(help: str, required: bool = True) -> click.Option:
+    return click.Option(["-o", "--output"], required=required, type=PATH, help=help)
 
 
-def _from_option() -> dict[str, Any]:
+def base_option(help: str, required: bool = False) -> click.Option:
+    return click.Option(["--base"], required=required, type=PATH, help=help)
+
+
+def data_option(help: str = DATA_HELP, required: bool = False) -> click.Option:
+    return click.Option(["--data"], multiple=True, required=required, type=PATH, help=help)
+
+
+def command(name: str, *params: click.Parameter, help: str = "") -> Callable[[Callable[..., None]], click.Command]:
+    """Make a command of a function, whose docstring is the help where none is given."""
+
+    def made(callback: Callable[..., None]) -> click.Command:
+        return click.Command(name, params=list(params), callback=callback, help=help or callback.__doc__)
+
+    return made
+
+
+# --- options declared in dataclasses --------------------------------------------------------------------------------
+
+
+def options_of(*kinds: type[Any], skip: Collection[str] = (), **help: str) -> list[click.Option]:
+    """Make a click option of every field of the dataclasses `kinds` that has a help text, but for those to `skip`.
+    `help` replaces the text of a field. What a user does not give stays out of `chosen`: defaults are the dataclass's.
+    """
+    options = {}
+    for kind in kinds:
+        hints = typing.get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            about = help.get(field.name, field.metadata.get("help"))
+            if about and field.name not in skip:
+                options.setdefault(field.name, _option(field, hints[field.name], about))
+    return list(options.values())
+
+
+def _option(field: dataclasses.Field[Any], hint: Any, help: str) -> click.Option:
+    kind, names = field.metadata.get("kind"), [_flag(field), field.name]
+    if isinstance(field.default, bool):
+        return click.Option(names, is_flag=True, help=help)
+    default = "auto" if kind == "device" else field.default
+    return click.Option(
+        names,
+        type=_type(field, hint),
+        multiple=kind == "paths" or typing.get_origin(hint) is tuple,
+        metavar="LAYOUT" if kind == "layout" else None,
+        help=help if default in (None, ()) else f"{help}  [default: {default}]",
+    )
+
+
+def _flag(field: dataclasses.Field[Any]) -> str:
+    return field.metadata.get("flag") or "--" + field.name.replace("_", "-")
+
+
+def _type(field: dataclasses.Field[Any], hint: Any) -> Any:
+    """Return the click type of a field that is no switch."""
+    kind, choices, least = (field.metadata.get(key) for key in ("kind", "choices", "least"))
+    if kind == "size":
+        return ByteSize()
+    if kind in ("path", "paths"):
+        return PATH
+    if kind == "device":
+        return click.Choice(["auto", "cpu", "cuda"])
+    if kind == "layout":
+        from lrconvert.formats.readers.base import ids
+
+        return click.Choice(ids())
+    if choices:
+        return click.Choice(choices)
+    plain = next(member for member in (typing.get_args(hint) or (hint,)) if member is not type(None))
+    return click.IntRange(least) if plain is int and least is not None else plain
+
+
+def chosen(given: MutableMapping[str, Any], *kinds: type[Any]) -> dict[str, Any]:
+    """Remove the fields of the dataclasses `kinds` from what a command was `given`; return those that a user set."""
+    values: dict[str, Any] = {}
+    for field in (field for kind in kinds for field in dataclasses.fields(kind) if field.name in given):
+        value = given.pop(field.name)
+        if field.metadata.get("kind") == "device":
+            value = device_of(value or "auto")
+        if value is not None and value is not False and value != ():
+            values[field.name] = not value if field.default is True else value
+    return values
+
+
+def reading_options() -> list[click.Option]:
+    """Return the options that say how adapters are read; `chosen(given, ReadOptions)` takes them."""
     from lrconvert.formats.readers.base import ids
+    from lrconvert.formats.readers.shared.options import ReadOptions
 
-    known = ids()
-    return {"type": click.Choice(known), "metavar": "LAYOUT", "help": FROM_HELP.format(", ".join(known))}
-
-
-def layout_options() -> list[click.Option]:
-    """What a user may say about the layout of a source."""
-    return [click.Option(FROM, **_from_option()), click.Option(ALPHA, type=float, help=ALPHA_HELP)]
-
-
-def takes_layout(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The same options, as a decorator."""
-    return click.option(*FROM, **_from_option())(click.option(*ALPHA, type=float, help=ALPHA_HELP)(command))
-
-
-def takes_adapters(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What a user may say of adapters that a command reads, by the names of the verbs' parameters: `allow_pickle`,
-    `layout`, `alpha`."""
-    return takes_layout(pickle_option(command))
-
-
-DEVICE = ["--device"]
-DEVICE_OPTION: dict[str, Any] = {
-    "type": click.Choice(["auto", "cpu", "cuda"]),
-    "default": "auto",
-    "show_default": True,
-}
-device_option = click.option(*DEVICE, help="Where the model runs.", **DEVICE_OPTION)
+    known = ", ".join(ids())
+    return options_of(ReadOptions, layout=f"The layout of the source, whatever it looks like: {known}.")
 
 
 def device_of(name: str) -> str:

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
-import pkgutil
+from pathlib import Path
 from typing import Any
 
-_NOT_ENTRIES = ("base", "shared")  # of every such folder: the contract, and the subfolder of what entries share
+_NOT_ENTRIES = ("__init__", "base", "shared")  # the contract, and the subfolder of what entries share
 
 
 def names(folder: str) -> list[str]:
-    """The modules and packages that lie in the package `folder`, sorted: every one is an entry, but for ``base.py`` and
-    the subfolder ``shared``."""
-    where = importlib.import_module(folder).__path__
-    return sorted(module.name for module in pkgutil.iter_modules(where) if module.name not in _NOT_ENTRIES)
+    """List the modules and packages that lie in the package `folder`, sorted: every one is an entry, but for
+    ``base.py`` and the subfolder ``shared``."""
+    return sorted(name for name in _sources(folder) if name not in _NOT_ENTRIES)
 
 
 def load(folder: str, name: str, attribute: str) -> Any:
-    """What the entry `name` of `folder` binds to `attribute`; the module is imported at first use."""
+    """Return what the entry `name` of `folder` binds to `attribute`; the module is imported at first use."""
     return getattr(importlib.import_module(f"{folder}.{name}"), attribute)
+
+
+def calls(folder: str, name: str, function: str) -> list[tuple[Any, ...]]:
+    """Read the constant arguments of every call of `function` in the source of the entry `name`, without importing it:
+    a list of commands needs no numerics."""
+    tree = ast.parse(_sources(folder)[name].read_text("utf-8"))
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    return [
+        tuple(argument.value for argument in call.args if isinstance(argument, ast.Constant))
+        for call in found
+        if call.func.id == function  # type: ignore[attr-defined]
+    ]
+
+
+def _sources(folder: str) -> dict[str, Path]:
+    """The source file of every module and package directly in a package."""
+    where = Path(importlib.import_module(folder).__path__[0])
+    packages = {path.parent.name: path for path in where.glob("*/__init__.py")}
+    return {path.stem: path for path in where.glob("*.py")} | packages

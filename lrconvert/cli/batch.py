@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import click
 
-from lrconvert.cli.shared import device_of, emit, progress_bar, warn
+from lrconvert.api.batch.run import Batch, BatchOptions, Outcome, Told, Work
+from lrconvert.api.batch.run import run as run_batch
+from lrconvert.api.batch.sources import are_many
+from lrconvert.cli.request import Request
+from lrconvert.cli.shared import emit, progress_bar, warn
 from lrconvert.core.errors import EXIT_REFUSED, printable
-
-if TYPE_CHECKING:
-    from lrconvert.api.batch.run import Batch, Outcome, Told
-
-Verb = Literal["convert", "compress", "allocate"]
-_OF_READING = ("allow_pickle", "layout", "alpha")  # options of `load_lora`, besides the base; others are the verb's
-
-
-def sources_argument() -> click.Argument:
-    return click.Argument(["sources"], metavar="SOURCE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 
 
 def jobs_option() -> click.Option:
@@ -31,64 +25,39 @@ def jobs_option() -> click.Option:
     )
 
 
-def are_meant(given: Mapping[str, Any]) -> bool:
+def is_meant(request: Request) -> bool:
     """Whether a command line asks for many: several sources, --jobs, or a folder of several adapters."""
-    from lrconvert.api.batch.sources import are_many
-
-    return given["jobs"] is not None or are_many(given["sources"], given["output"])
+    return request.jobs is not None or are_many(request.sources, request.output)
 
 
-def single(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a command for one adapter is called with."""
-    rest = {key: value for key, value in given.items() if key not in ("sources", "jobs")}
-    return {"source": given["sources"][0], **rest}
-
-
-def run(
-    verb: Verb,
-    title: str,
-    method: str,
-    settings: Mapping[str, Any],
-    *,
-    sources: tuple[Path, ...],
-    output: Path | None,
-    jobs: int | None,
-    dry_run: bool,
-    overwrite: bool,
-    quiet: bool,
-    verbose: bool,
-    as_json: bool,
-    device: str,
-    **common: Any,
-) -> None:
+def run(request: Request, work: Work, title: str) -> None:
     """Convert, print the table, and exit 1 if any adapter failed."""
-    from lrconvert.api.batch import run as verbs
+    from lrconvert.formats import loading
 
-    if output is None and not dry_run:
+    if request.output is None and not request.dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
-    reading = {key: common.pop(key) for key in _OF_READING if key in common}
-    with _progress(title, quiet or as_json) as told:
-        batch = verbs.many(
-            verb,
-            method,
-            sources,
-            output or Path(),
-            jobs=jobs,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            verbose=verbose and not as_json,
-            loading=reading,
-            told=told,
-            device=device_of(device),
-            **common,
-            **settings,
+    reading = loading.options(base=work.options.get("base"), **request.reading)
+    with _progress(title, request.quiet or request.as_json) as told:
+        batch = run_batch(
+            work,
+            request.sources,
+            request.output or Path(),
+            reading,
+            BatchOptions(
+                jobs=request.jobs,
+                overwrite=request.overwrite,
+                dry_run=request.dry_run,
+                verbose=request.verbose and not request.as_json,
+                told=told,
+            ),
         )
-    if as_json:
-        emit({"ok": batch.ok, **_counts(batch), "adapters": [_json(outcome, dry_run) for outcome in batch.outcomes]})
+    if request.as_json:
+        rows = [_json(outcome, request.dry_run) for outcome in batch.outcomes]
+        emit({"ok": batch.ok, **_counts(batch), "adapters": rows})
     else:
         for outcome in batch.outcomes:
             warn(f"{outcome.source}: {line}" for line in outcome.warnings)
-        if not quiet:
+        if not request.quiet:
             click.echo("".join(f"{outcome.text}\n\n" for outcome in batch.outcomes if outcome.text), nl=False)
             click.echo(table(batch))
         for outcome in batch.outcomes:

@@ -1,0 +1,33 @@
+"""What a converter was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from lrconvert.cli.shared import chosen
+from lrconvert.formats.readers.shared.options import ReadOptions
+
+
+@dataclass(frozen=True)
+class Request:
+    """A conversion as it was typed: adapters, how they are read, where the result goes, and what is printed."""
+
+    sources: tuple[Path, ...]
+    output: Path | None
+    jobs: int | None
+    reading: Mapping[str, Any]
+    dry_run: bool
+    overwrite: bool
+    quiet: bool
+    verbose: bool
+    as_json: bool
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> Request:
+        """Take the request out of what a command was `given`; what is left are options of the conversion."""
+        reading = chosen(given, ReadOptions)
+        names = [field.name for field in fields(cls) if field.name != "reading"]
+        return cls(reading=reading, **{name: given.pop(name, False) for name in names})

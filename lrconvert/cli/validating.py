@@ -1,0 +1,52 @@
+"""`validate` and `upgrade`: lrconvert files as they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import click
+
+from lrconvert.cli.shared import PATH, as_json_option, base_option, command, emit, output_option, overwrite_option
+from lrconvert.core.errors import EXIT_REFUSED, printable
+
+
+@command(
+    "validate",
+    click.Argument(["files"], nargs=-1, required=True, type=PATH),
+    base_option("Model folder or hub id; its names, shapes and contents are checked."),
+    as_json_option,
+)
+def validate(files: tuple[Path, ...], base: Path | None, as_json: bool) -> None:
+    """Check lrconvert files and input statistics; prints every finding and exits 1 if there is any."""
+    from lrconvert.formats.lrc import validation
+    from lrconvert.io import hub
+
+    located = None if base is None else hub.locate(base)
+    results = [validation.validate(path, located) for path in files]
+    if as_json:
+        emit({"ok": all(r.ok for r in results), "files": [{**dataclasses.asdict(r), "ok": r.ok} for r in results]})
+    else:
+        for result in results:
+            for finding in result.findings:
+                click.echo(f"{finding.message} [{finding.level}]")
+            if result.ok:
+                facts = result.summary
+                what = "inputs" if facts["method"] == "statistics" else "targets"
+                click.echo(f"ok: {result.path}: {facts['method']}, {facts['targets']} {what}, {facts['bytes']:,} bytes")
+    if not all(r.ok for r in results):
+        raise click.exceptions.Exit(EXIT_REFUSED)
+
+
+@command(
+    "upgrade",
+    click.Argument(["path"], metavar="FILE", type=PATH),
+    output_option("The file to write."),
+    overwrite_option,
+)
+def upgrade(path: Path, output: Path, overwrite: bool) -> None:
+    """Write an lrconvert FILE in the newest version of the format."""
+    from lrconvert import api
+
+    sizes = api.upgrade(path, output, overwrite=overwrite)
+    click.echo(f"wrote {printable(str(output))}: {sizes.total:,} bytes, the update unchanged")
