@@ -22,6 +22,7 @@ is refused. A `NamedTuple` is a list of its fields. ``Annotated`` narrows a type
 from __future__ import annotations
 
 import re
+import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -63,10 +64,11 @@ class Check:
 
 @dataclass(frozen=True)
 class By:
-    """Functions that read and write a value, in place of its type: ``read(value, path)`` raises our errors."""
+    """Functions that read and write a value in place of its type. ``read(value, path)`` raises errors of its own;
+    without `write` the type says how the value is written."""
 
     read: Callable[[Any, str], Any]
-    write: Callable[[Any], Any] = lambda value: value
+    write: Callable[[Any], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ def matches(pattern: str, expected: str, error: type[LrcError] = JsonSyntaxError
     return Check(lambda value: compiled.fullmatch(value) is not None, expected, error)
 
 
-Hex = Annotated[str, matches("[0-9a-f]{64}", "64 lower-case hexadecimal digits", DigestError)]
+HEX = matches("[0-9a-f]{64}", "64 lower-case hexadecimal digits", DigestError)
+Hex = Annotated[str, HEX]
 """A sha256 in hexadecimal; anything else raises E-DIGEST."""
 Whole = Annotated[int, Check(lambda value: value >= 0, "an integer of at least 0")]
 """An integer of at least 0; anything else raises E-JSON-SYNTAX."""
@@ -124,7 +127,8 @@ def names(kind: Any) -> frozenset[str]:
 
 @cache
 def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind, include_extras=True)
+    # Names stand for those of the module, also inside a lambda.
+    return get_type_hints(kind, vars(sys.modules[kind.__module__]), {}, include_extras=True)
 
 
 class _Member(NamedTuple):
@@ -199,6 +203,8 @@ def _annotated(kind: Any, extras: Sequence[Any], foreign: bool) -> _Reader:
         try:
             found = base(value, path)
         except (JsonSyntaxError, ConfigError):
+            if conversions:
+                raise
             raise _refusal(value, path, checks[0].expected, checks[0].error) from None
         for check in checks:
             if not check.test(found):
@@ -288,7 +294,7 @@ def _writer(kind: Any) -> Callable[[Any], Any]:
     """The function that makes JSON of a value of the annotation `kind`; `_same` if it is JSON already."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        conversions = [extra.write for extra in arguments[1:] if isinstance(extra, By)]
+        conversions = [extra.write for extra in arguments[1:] if isinstance(extra, By) and extra.write]
         return conversions[0] if conversions else _writer(arguments[0])
     if origin in (Union, types.UnionType):
         parts = [_writer(part) for part in arguments if part is not types.NoneType]

@@ -29,7 +29,7 @@ from lrconvert.formats.lrc.validation import validate
 from lrconvert.io import container, strictjson
 from lrconvert.lora import packing
 from lrconvert.lora.adapter import BaseFingerprint, CompactAdapter, ExtraTensor, LoraAdapter, Provenance, Target, View
-from lrconvert.lora.fingerprint import fingerprint
+from lrconvert.lora.fingerprint import content_digest, fingerprint
 from lrconvert.methods import lowrank
 
 EXTRAS = (
@@ -69,7 +69,7 @@ def resign(data: bytes, edit) -> bytes:
         AttributeError, KeyError, TypeError, ValueError
     ):  # digests too broken to be signed stay so
         if manifest["digests"]["content"] == content:
-            manifest["digests"]["content"] = manifest_module.content_digest(manifest["digests"]["tensors"], manifest)
+            manifest["digests"]["content"] = content_digest(manifest["digests"]["tensors"], manifest)
     header["__metadata__"]["lrconvert"] = strictjson.dump_canonical(manifest).decode()
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

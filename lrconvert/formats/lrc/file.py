@@ -13,26 +13,16 @@ from typing import Any
 
 import numpy as np
 
+from lrconvert.core import errors
 from lrconvert.core.dtypes import STORAGE, Array, itemsize
-from lrconvert.core.errors import (
-    CanonicalError,
-    DigestError,
-    DtypeError,
-    IndexRangeError,
-    JsonSyntaxError,
-    LimitError,
-    LrcError,
-    MissingFieldError,
-    ShapeError,
-    UnknownFieldError,
-)
+from lrconvert.core.errors import LrcError
 from lrconvert.core.limits import MAX_EXPAND_BYTES, MAX_INT, OWN
 from lrconvert.formats.lrc import manifest as manifests
-from lrconvert.formats.lrc.manifest import MANIFEST_BYTES, Digests
-from lrconvert.io import strictjson
+from lrconvert.formats.lrc.manifest import MANIFEST_BYTES, Digests, Manifest
+from lrconvert.io import fields, strictjson
 from lrconvert.io.container import ContainerFile, TensorInfo, encode_header, parse_header, tensor_digest
 from lrconvert.io.durable import atomic_file
-from lrconvert.io.strictjson import as_hex, as_object
+from lrconvert.io.fields import Hex
 from lrconvert.lora import packing
 from lrconvert.lora.adapter import BaseFingerprint, CompactAdapter, ExtraTensor, Target
 from lrconvert.lora.fingerprint import content_digest, names_digest
@@ -87,7 +77,7 @@ def _blank_header(compact: CompactAdapter, specs: Sequence[TensorSpec]) -> bytes
 def _header(compact: CompactAdapter, specs: Sequence[TensorSpec], digests: Digests, exponents: str) -> bytes:
     text = _manifest_text(compact, digests, exponents)
     if len(text.encode()) > MANIFEST_BYTES:
-        raise LimitError(f"the manifest has {len(text.encode())} bytes; at most {MANIFEST_BYTES} are allowed")
+        raise errors.LimitError(f"the manifest has {len(text.encode())} bytes; at most {MANIFEST_BYTES} are allowed")
     return encode_header(_entries(specs, compact.extras), {METADATA_KEY: text})
 
 
@@ -126,10 +116,14 @@ def encode(compact: CompactAdapter) -> Iterator[bytes]:
     arrays = {**method.layout(compact.config), **compact.tensors}
     unknown = set(arrays) - {s.name for s in specs}
     if unknown:
-        raise UnknownFieldError(f"the method {method.id} does not declare the tensors {', '.join(sorted(unknown))}")
+        raise errors.UnknownFieldError(
+            f"the method {method.id} does not declare the tensors {', '.join(sorted(unknown))}"
+        )
     absent = [s.name for s in specs if s.name not in arrays]
     if absent:
-        raise MissingFieldError(f"the adapter lacks the tensor {absent[0]!r}", fix="fit it first; a dry run does not")
+        raise errors.MissingFieldError(
+            f"the adapter lacks the tensor {absent[0]!r}", fix="fit it first; a dry run does not"
+        )
     data: dict[str, bytes] = {f"{EXTRA_PREFIX}{i}": extra.data for i, extra in enumerate(compact.extras)}
     exponents = ""
     for spec in specs:
@@ -153,7 +147,7 @@ def check(compact: CompactAdapter) -> None:
     manifest = strictjson.parse_canonical(text, depth=OWN.json_depth)
     parsed = {key: parse(manifest[key]) for key, parse in manifests.SECTIONS.items()}
     if parsed["targets"] != tuple(compact.targets):
-        raise CanonicalError("the targets are not sorted")
+        raise errors.CanonicalError("the targets are not sorted")
     _check_names_digest(parsed["base"], parsed["targets"])
     for declared, extra in zip(parsed["extras"], compact.extras, strict=True):
         manifests.check_extra_bytes(declared, len(extra.data))
@@ -163,7 +157,9 @@ def check(compact: CompactAdapter) -> None:
     header = _blank_header(compact, specs)
     data_bytes = sum(s.nbytes for s in specs) + sum(len(e.data) for e in compact.extras)
     if len(header) + data_bytes > OWN.file_bytes:
-        raise LimitError(f"the file would have {len(header) + data_bytes} bytes; at most {OWN.file_bytes} are allowed")
+        raise errors.LimitError(
+            f"the file would have {len(header) + data_bytes} bytes; at most {OWN.file_bytes} are allowed"
+        )
     parse_header(header[8:], data_bytes, OWN, Path())
 
 
@@ -175,7 +171,7 @@ def _check_config(compact: CompactAdapter, header: dict[str, Any]) -> None:
     for spec in method.layout_specs(header, compact.targets):
         layout[spec.name] = packing.decode(spec, *packing.encode(spec, stored[spec.name]))
     if method.config(header, layout, compact.targets) != compact.config:
-        raise CanonicalError(f"the configuration of {method.id} is not the one that its file would give back")
+        raise errors.CanonicalError(f"the configuration of {method.id} is not the one that its file would give back")
     _check_needs(method, compact.config, compact.base)
     _checked_specs(method, compact.config, compact.targets)
 
@@ -246,20 +242,20 @@ def _examine(file: ContainerFile, report: Report) -> CompactAdapter | None:
     manifest = None if stated is None else attempt("structure", manifests.upgraded, stated)
     if manifest is None:
         return None
-    known = [*manifests.SECTIONS, "format", "version", "requires", "digests"]
-    attempt("structure", as_object, manifest, "the manifest", known)
+    attempt("structure", fields.read, Manifest, manifest, "the manifest")
     parsed = {
         key: attempt("structure", parse, manifest[key]) for key, parse in manifests.SECTIONS.items() if key in manifest
     }
-    digests = attempt("structure", as_object, manifest.get("digests"), "digests", ["content", "tensors"]) or {}
-    declared = attempt("structure", _digest_table, digests.get("tensors")) or {}
+    digests = attempt("structure", fields.read, _StatedDigests, manifest.get("digests"), "digests")
+    digests = digests or _StatedDigests(None, {})
+    declared = digests.tensors
 
     stored = {info.name: bytes(file.read(info)) for info in file.tensors}
     for info in file.tensors:
         attempt("semantics", _check_digest, info, stored[info.name], declared.get(info.name))
     for name in sorted(set(declared) - set(stored)):
-        attempt("semantics", _fail, MissingFieldError(f"the digest of {name!r:.80} belongs to no tensor"))
-    attempt("semantics", _check_content, digests, declared, stated)
+        attempt("semantics", _fail, errors.MissingFieldError(f"the digest of {name!r:.80} belongs to no tensor"))
+    attempt("semantics", _check_content, digests, stated)
     if any(parsed.get(key) is None for key in manifests.SECTIONS):
         return None
 
@@ -285,7 +281,7 @@ def _examine(file: ContainerFile, report: Report) -> CompactAdapter | None:
     attempt("values", method.check, config, targets, tensors)
     compact = CompactAdapter(method.id, config, targets, tensors, full, parsed["provenance"], parsed["base"])
     if stated["version"] == manifests.VERSION:
-        written = Digests(digests["content"], declared), manifest["method"]["exponents"]
+        written = Digests(digests.content, declared), manifest["method"]["exponents"]
         attempt("structure", _check_canonical, file, compact, *written)
     attempt("structure", file.check_unchanged)
     return compact if sound else None
@@ -295,25 +291,26 @@ def _check_row_indices(extra: ExtraTensor) -> None:
     if extra.use == "row_indices":
         rows = np.frombuffer(extra.data, "<i8")
         if rows[0] < 0 or bool((np.diff(rows) <= 0).any()):
-            raise IndexRangeError(f"the row indices of {extra.name!r:.80} do not rise from 0 or more")
+            raise errors.IndexRangeError(f"the row indices of {extra.name!r:.80} do not rise from 0 or more")
 
 
 def _check_names_digest(base: BaseFingerprint, targets: Sequence[Target]) -> None:
     if base.names != names_digest(targets):
-        raise DigestError("base.names is not the digest of the names and shapes of the targets")
+        raise errors.DigestError("base.names is not the digest of the names and shapes of the targets")
 
 
 def _check_needs(method: Method, config: Any, base: BaseFingerprint) -> None:
     if method.needs_base(config) and not base.content:
         what = "base.content is missing: the updates depend on the weights of the base"
-        raise MissingFieldError(what, fix="convert with --base")
+        raise errors.MissingFieldError(what, fix="convert with --base")
 
 
-def _digest_table(value: Any) -> dict[str, Any]:
-    """``digests.tensors`` as an object; its values are checked one by one."""
-    if not isinstance(value, dict):
-        raise JsonSyntaxError("digests.tensors is not an object")
-    return value
+@dataclass(frozen=True)
+class _StatedDigests:
+    """Digests as they stand in a manifest, each still to be checked."""
+
+    content: Any
+    tensors: dict[str, Any]
 
 
 def _fail(error: LrcError) -> None:
@@ -323,33 +320,35 @@ def _fail(error: LrcError) -> None:
 def _read_manifest(file: ContainerFile) -> dict[str, Any]:
     """The manifest as it stands in the file. Raises E-MISSING, E-UNKNOWN, E-LIMIT and the JSON errors."""
     if METADATA_KEY not in file.metadata:
-        raise MissingFieldError(
+        raise errors.MissingFieldError(
             "the file has no lrconvert manifest", fix="this is not an lrconvert file; try `inspect`"
         )
     if len(file.metadata) != 1:
-        raise UnknownFieldError("the file has metadata besides the manifest")
+        raise errors.UnknownFieldError("the file has metadata besides the manifest")
     text = file.metadata[METADATA_KEY].encode()
     if len(text) > MANIFEST_BYTES:
-        raise LimitError(f"the manifest has {len(text)} bytes; at most {MANIFEST_BYTES} are read")
+        raise errors.LimitError(f"the manifest has {len(text)} bytes; at most {MANIFEST_BYTES} are read")
     manifest = strictjson.parse_canonical(text, depth=OWN.json_depth)
     if not isinstance(manifest, dict):
-        raise JsonSyntaxError("the manifest is not an object")
+        raise errors.JsonSyntaxError("the manifest is not an object")
     return manifest
 
 
 def _check_digest(info: TensorInfo, data: bytes, declared: Any) -> None:
     if declared is None:
-        raise MissingFieldError(f"tensor {info.name!r} has no digest")
-    if tensor_digest(info.name, info.dtype, info.shape, [data]) != as_hex(declared, f"the digest of {info.name!r}"):
-        raise DigestError(f"tensor {info.name!r} does not match its digest", fix="the file is damaged; get it again")
+        raise errors.MissingFieldError(f"tensor {info.name!r} has no digest")
+    stated = fields.read(Hex, declared, f"digests.tensors[{info.name!r}]")
+    if tensor_digest(info.name, info.dtype, info.shape, [data]) != stated:
+        what = f"tensor {info.name!r} does not match its digest"
+        raise errors.DigestError(what, fix="the file is damaged; get it again")
 
 
-def _check_content(digests: dict[str, Any], declared: dict[str, Any], manifest: dict[str, Any]) -> None:
-    """The content digest is that of the file as it is, before any upgrade."""
-    content = as_hex(digests.get("content"), "digests.content")
-    tensors = {name: as_hex(value, f"the digest of {name!r:.80}") for name, value in declared.items()}
-    if content_digest(tensors, manifest) != content:
-        raise DigestError("the manifest does not match the content digest", fix="the file is damaged; get it again")
+def _check_content(digests: _StatedDigests, manifest: dict[str, Any]) -> None:
+    """Raise E-DIGEST unless the content digest is that of the file as it is, before any upgrade."""
+    stated = fields.read(Digests, vars(digests), "digests")
+    if content_digest(stated.tensors, manifest) != stated.content:
+        what = "the manifest does not match the content digest"
+        raise errors.DigestError(what, fix="the file is damaged; get it again")
 
 
 def _read_config(method: Method, header: dict[str, Any], targets: Sequence[Target], reader: _TensorReader) -> Any:
@@ -366,17 +365,19 @@ def _checked_specs(method: Method, config: Any, targets: Sequence[Target]) -> tu
     for target, rank in zip(targets, method.ranks(config, targets), strict=True):
         expanded += 4 * rank * sum(target.matrix_shape)
     if expanded > MAX_EXPAND_BYTES:
-        raise LimitError(f"the file expands to {expanded} bytes of factors; at most {MAX_EXPAND_BYTES} are allowed")
+        raise errors.LimitError(
+            f"the file expands to {expanded} bytes of factors; at most {MAX_EXPAND_BYTES} are allowed"
+        )
     specs = method.specs(config, targets)
     if sum(s.nbytes for s in specs) > MAX_INT:
-        raise LimitError("the declared payload is too large")
+        raise errors.LimitError("the declared payload is too large")
     return specs
 
 
 def _check_canonical(file: ContainerFile, compact: CompactAdapter, digests: Digests, exponents: str) -> None:
     """The header must be the one that the writer makes (E-CANON): order, spelling, padding, everything."""
     if _header(compact, _all_specs(compact), digests, exponents) != file.header_bytes:
-        raise CanonicalError("the header is not the canonical one of its content")
+        raise errors.CanonicalError("the header is not the canonical one of its content")
 
 
 class _TensorReader:
@@ -391,11 +392,11 @@ class _TensorReader:
         """True; raises E-MISSING, E-DTYPE or E-SHAPE if the tensor is not there as its spec says."""
         info = self._infos.get(spec.name)
         if info is None:
-            raise MissingFieldError(f"the tensor {spec.name!r} is missing")
+            raise errors.MissingFieldError(f"the tensor {spec.name!r} is missing")
         if info.dtype != spec.dtype:
-            raise DtypeError(f"tensor {spec.name!r} is {info.dtype}, its method stores {spec.dtype}")
+            raise errors.DtypeError(f"tensor {spec.name!r} is {info.dtype}, its method stores {spec.dtype}")
         if info.shape != spec.stored_shape:
-            raise ShapeError(
+            raise errors.ShapeError(
                 f"tensor {spec.name!r} has shape {list(info.shape)}, its method stores {list(spec.stored_shape)}"
             )
         return True
@@ -405,7 +406,7 @@ class _TensorReader:
         exponent = 0
         if spec.kind == "half":
             if not self._exponents:
-                raise MissingFieldError(f"tensor {spec.name!r} has no exponent")
+                raise errors.MissingFieldError(f"tensor {spec.name!r} has no exponent")
             exponent = self._exponents.pop(0)
         return packing.decode(spec, np.frombuffer(self._data[spec.name], STORAGE[spec.dtype]), exponent)
 
@@ -413,9 +414,11 @@ class _TensorReader:
         name = f"{EXTRA_PREFIX}{number}"
         info = self._infos.pop(name, None)
         if info is None:
-            raise MissingFieldError(f"the tensor {name!r} of the extra {declared.name!r} is missing")
+            raise errors.MissingFieldError(f"the tensor {name!r} of the extra {declared.name!r} is missing")
         if info.dtype != "U8" or len(info.shape) != 1:
-            raise ShapeError(f"tensor {name!r} is {info.dtype} {list(info.shape)}; an extra is stored as plain U8")
+            raise errors.ShapeError(
+                f"tensor {name!r} is {info.dtype} {list(info.shape)}; an extra is stored as plain U8"
+            )
         manifests.check_extra_bytes(declared, info.nbytes)
         extra = replace(declared, data=self._data[name])
         _check_row_indices(extra)
@@ -423,6 +426,6 @@ class _TensorReader:
 
     def check_nothing_left(self) -> None:
         if self._infos:
-            raise UnknownFieldError(f"the file holds the unknown tensor {sorted(self._infos)[0]!r}")
+            raise errors.UnknownFieldError(f"the file holds the unknown tensor {sorted(self._infos)[0]!r}")
         if self._exponents:
-            raise UnknownFieldError("the manifest has more exponents than half tensors")
+            raise errors.UnknownFieldError("the manifest has more exponents than half tensors")
