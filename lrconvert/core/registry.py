@@ -34,7 +34,9 @@ def calls(folder: str, name: str, function: str) -> list[tuple[Any, ...]]:
 
 
 def _sources(folder: str) -> dict[str, Path]:
-    """The source file of every module and package directly in a package."""
-    where = Path(importlib.import_module(folder).__path__[0])
-    packages = {path.parent.name: path for path in where.glob("*/__init__.py")}
-    return {path.stem: path for path in where.glob("*.py")} | packages
+    """Return the source file of every module and package directly in a package."""
+    sources: dict[str, Path] = {}
+    for path in map(Path, importlib.import_module(folder).__path__):
+        sources |= {file.stem: file for file in path.glob("*.py")}
+        sources |= {file.parent.name: file for file in path.glob("*/__init__.py")}
+    return sources
