@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
+import os
 import pkgutil
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -152,6 +155,23 @@ def test_docstrings(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     shutil.copytree(PLAIN, tmp_path / "my-adapter")
     monkeypatch.chdir(tmp_path)
     assert doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS).failed == 0
+
+
+# --- benchmarks -----------------------------------------------------------------------------------------------------
+
+
+def test_the_tables_in_readme_are_those_of_the_results() -> None:
+    """Every benchmark is imported, in a process of its own since their names are short, and renders what is there."""
+    tables = re.findall(r"<!-- table (\w+) -->\n(.*?)\n<!-- end table", (ROOT / "README.md").read_text(), re.DOTALL)
+    names = {"statistics": "input_statistics"}  # a file of the first name would hide the standard library's
+    script = (
+        "import json, importlib, sys; print(json.dumps([importlib.import_module(n).table() for n in sys.argv[1:]]))"
+    )
+    words = [sys.executable, "-c", script, *(names.get(name, name) for name, _ in tables)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT / "benchmarks"), str(ROOT)))}
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
+    assert [table.strip() for table in json.loads(done.stdout)] == [table for _, table in tables]
+    assert len(tables) == len(list((ROOT / "benchmarks" / "results").glob("*.jsonl"))) == 9
 
 
 # --- the pages ------------------------------------------------------------------------------------------------------
