@@ -17,11 +17,13 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from conftest import ADAPTERS, ROOT
 from test_structure import PACKAGE, folder, graph
 
 import lrconvert
 from lrconvert import api
+from lrconvert.cli import cli
 from lrconvert.core import errors
 from lrconvert.formats.lrc import file, validation
 from lrconvert.lora import svd
@@ -89,6 +91,13 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
         del sys.modules[name]
 
 
+def run(*words: object) -> str:
+    """Run a command and return what it printed."""
+    done = CliRunner().invoke(cli, [str(word) for word in words])
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done.output
+
+
 def test_every_example_has_a_test() -> None:
     source = Path(__file__).read_text()
     examples = [path.stem for path in (DOCS / "examples").glob("*.py")]
@@ -99,8 +108,9 @@ def test_every_example_has_a_test() -> None:
 def test_the_method(tmp_path: Path, install: Install) -> None:
     """It makes files that are read, checked and expanded."""
     assert install("method_rankone", "lrconvert.methods") in methods.module_names()
+    run("lora-to-rankone", PLAIN, "-o", tmp_path / "x.lrc")
+    assert "--seed" not in run("lora-to-rankone", "-h")
     lora = api.load_lora(PLAIN)
-    api.write(api.convert(lora, "rankone").compact, tmp_path / "x.lrc")
     assert validation.validate(tmp_path / "x.lrc").ok
     for pair, (_, a, b) in zip(lora.targets, methods.expand_all(file.read(tmp_path / "x.lrc")), strict=True):
         assert np.isclose(np.linalg.norm(b @ a, 2), svd.singular_values(pair)[0], rtol=1e-3)
@@ -125,7 +135,8 @@ def test_the_reader(tmp_path: Path, install: Install) -> None:
 def test_the_exporter(tmp_path: Path, install: Install) -> None:
     install("exporter_npz", "lrconvert.formats.exporters")
     compact = api.convert(api.load_lora(PLAIN), "lowrank", target_ratio=4).compact
-    api.export(compact, tmp_path / "out", to="npz")
+    api.write(compact, tmp_path / "x.lrc")
+    run("export", tmp_path / "x.lrc", "-o", tmp_path / "out", "--to", "npz")
     with np.load(tmp_path / "out" / "factors.npz") as arrays:
         for target, a, b in methods.expand_all(compact):
             np.testing.assert_allclose(arrays[f"{target.name}.B"] @ arrays[f"{target.name}.A"], b @ a, atol=1e-6)

@@ -7,9 +7,10 @@ A complete consumer. As ``lrconvert/formats/compat/tinyserve.py`` it is found by
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
+from lrconvert.core.options import option
 from lrconvert.formats.compat.base import BAKE, Consumer, Finding, Subject, not_a_peft_folder, rescaled
 
 VERSION = "1.0.0"
@@ -21,7 +22,9 @@ LOAD = "tinyserve/adapters.py load"  # each finding names where the program's so
 
 @dataclass(frozen=True)
 class TinyserveOptions:
-    max_rank: int = field(default=16, metadata={"help": "The largest rank that the server was started with."})
+    """Settings that change the answer; each field becomes an option of `check`."""
+
+    max_rank: int = option(16, "The largest rank that the server was started with.", least=1)
 
 
 def examine(subject: Subject, options: TinyserveOptions) -> Iterator[Finding]:
