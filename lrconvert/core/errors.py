@@ -401,12 +401,6 @@ class WorkerError(LrcError):
     code = "E-WORKER"
 
 
-class DeviceError(LrcError):
-    """A device that was there failed while it computed, as for want of memory."""
-
-    code = "E-DEVICE"
-
-
 class DependencyError(LrcError):
     """An optional dependency is not installed."""
 

@@ -12,10 +12,12 @@ import numpy as np
 
 from lrconvert.core.dtypes import F64, STORAGE, Array, decode
 from lrconvert.core.errors import LimitError, LrcError
-from lrconvert.core.limits import MAX_RATIONAL
+from lrconvert.core.limits import BLOCK_BYTES, MAX_RATIONAL
 from lrconvert.io.container import Checkpoint, TensorInfo
-from lrconvert.merge.arithmetic import base_dependent, dora, exact
-from lrconvert.merge.arithmetic.exact import MergeStats, Term, Update, Workspace
+from lrconvert.merge.arithmetic import base_dependent, dora
+from lrconvert.merge.arithmetic.exact import Term, Update
+from lrconvert.merge.arithmetic.stats import MergeStats
+from lrconvert.merge.arithmetic.workspace import Workspace
 from lrconvert.merge.plan.plan import Output, Plan, Rows
 from lrconvert.merge.plan.updates import Piece, cuts, segment
 
@@ -47,7 +49,7 @@ class Computer:
         """The blocks of a touched tensor in order of rows. Raises E-VALUE, E-OVERFLOW, E-LIMIT."""
         cols = output.pieces[0].cols if output.pieces else output.shape[-1]
         rows = int(np.prod(output.shape)) // cols
-        height = exact.rows_per_block(cols)
+        height = rows_per_block(cols)
         segments = list(pairwise(cuts(output.pieces, rows)))
         tops = [(top, min(height, stop - top)) for start, stop in segments for top in range(start, stop, height)]
         with ThreadPoolExecutor(1) as reader:  # reads a block while the one before it is computed
@@ -91,7 +93,7 @@ class Computer:
             some = slice(start - piece.start, stop - piece.start)
             term = replace(whole, left=whole.left[some])
             return _scaling(dora.merge_rows, output.dtype, start, term, magnitude[some])
-        height = exact.rows_per_block(piece.cols)
+        height = rows_per_block(piece.cols)
 
         def blocks() -> Iterator[tuple[int, Array]]:
             for top in range(start, stop, height):
@@ -137,6 +139,11 @@ class Computer:
     def _named(self, error: LrcError, output: Output) -> LrcError:
         error.what = f"tensor {output.name!r}: {error.what}"
         return error.at(self.plan.checkpoint.root)
+
+
+def rows_per_block(cols: int) -> int:
+    """Return how many rows of a matrix of that width are read and computed at a time."""
+    return max(1, BLOCK_BYTES // (8 * cols))
 
 
 def read_rows(checkpoint: Checkpoint, info: TensorInfo, first: int, count: int, cols: int) -> Array:

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from lrconvert.core.errors import (
-    DeviceError,
     DiskSpaceError,
     FileChangedError,
     FileReadError,
@@ -20,7 +19,8 @@ from lrconvert.core.errors import (
 )
 from lrconvert.io.container import Checkpoint
 from lrconvert.lora.adapter import LoraAdapter
-from lrconvert.merge.arithmetic.exact import MergeStats, Workspace
+from lrconvert.merge.arithmetic.stats import MergeStats
+from lrconvert.merge.arithmetic.workspace import Workspace
 from lrconvert.merge.plan import extra_tensors
 from lrconvert.merge.plan.plan import CONFIG_NAME, Output, Plan
 from lrconvert.merge.plan.updates import Scaled
@@ -31,7 +31,7 @@ from lrconvert.merge.undo import record as records
 from lrconvert.merge.writing import Merger, Progress
 
 # After these a merge may go on where it stopped; after others it would stop there again.
-BROKEN_OFF = (FileWriteError, FileReadError, FileChangedError, DiskSpaceError, DeviceError)
+BROKEN_OFF = (FileWriteError, FileReadError, FileChangedError, DiskSpaceError)
 
 _SPACE_MARGIN = 1.05
 _RECORD_SHARE = 0.08  # of the touched bytes, as an estimate: 3.5 % in bf16, more where updates are large

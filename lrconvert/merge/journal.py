@@ -20,7 +20,7 @@ from lrconvert.io import strictjson
 from lrconvert.io.container import open_regular, pread, read_small
 from lrconvert.io.durable import StagedDirectory
 from lrconvert.io.strictjson import as_hex, as_object
-from lrconvert.merge.arithmetic.exact import MergeStats
+from lrconvert.merge.arithmetic.stats import MergeStats
 from lrconvert.merge.undo.record_json import TensorRecord, digests_of, parse_tensor, sign, tensor_json
 
 FORMAT, VERSION = "lrconvert-journal", 1

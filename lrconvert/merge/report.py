@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lrconvert.merge.arithmetic.exact import MergeStats
+from lrconvert.merge.arithmetic.stats import MergeStats
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from lrconvert.core.errors import BaseError, FingerprintError, LrcError, OptionError
 from lrconvert.io.container import Checkpoint, TensorInfo, combined_digest, open_checkpoint, tensor_hasher, unfinished
 from lrconvert.io.durable import StagedDirectory, atomic_directory, check_output, require_space
-from lrconvert.merge.arithmetic.exact import Workspace
+from lrconvert.merge.arithmetic.workspace import Workspace
 from lrconvert.merge.in_place.merge import unmerge_in_place
 from lrconvert.merge.in_place.model_folder import ModelFolder
 from lrconvert.merge.job import check_replaceable

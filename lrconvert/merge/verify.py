@@ -12,7 +12,7 @@ import numpy as np
 
 from lrconvert.core.dtypes import STORAGE, Array
 from lrconvert.io.container import Checkpoint, TensorInfo, open_checkpoint
-from lrconvert.merge.arithmetic.exact import Workspace
+from lrconvert.merge.arithmetic.workspace import Workspace
 from lrconvert.merge.compute import Computer, read_rows
 from lrconvert.merge.plan.plan import Output, Plan, plan
 from lrconvert.merge.plan.updates import Adapter, Scaled

@@ -27,7 +27,8 @@ from lrconvert.io.container import (
 )
 from lrconvert.io.durable import CONTENT, Writer
 from lrconvert.merge import journal as journals
-from lrconvert.merge.arithmetic.exact import MergeStats, Workspace
+from lrconvert.merge.arithmetic.stats import MergeStats
+from lrconvert.merge.arithmetic.workspace import Workspace
 from lrconvert.merge.background_writer import BackgroundWriter
 from lrconvert.merge.compute import Block, Computer
 from lrconvert.merge.journal import Done, Journal, Patch

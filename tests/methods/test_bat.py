@@ -209,7 +209,7 @@ def test_blocks_of_rows_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         base, compact = made(folder, lora, rank=8)
         merge(base, [compact], folder / "one")
         with monkeypatch.context() as patch:
-            patch.setattr("lrconvert.merge.arithmetic.exact.rows_per_block", lambda cols: 5)
+            patch.setattr("lrconvert.merge.compute.rows_per_block", lambda cols: 5)
             patch.setattr("lrconvert.merge.arithmetic.base_dependent._TILE", 100)
             merge(base, [compact], folder / "two")
         assert tree(folder / "one") == tree(folder / "two")

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import numpy as np
 
 from lrconvert.core.dtypes import F64, Array, decode
-from lrconvert.merge.arithmetic.exact import MergeStats
 from lrconvert.merge.arithmetic.rounding import rounded
+from lrconvert.merge.arithmetic.stats import MergeStats
 
 _TILE = 1 << 16  # elements that are computed at a time: they stay in the cache
 
@@ -22,20 +22,20 @@ UpdateOf = Callable[[F64, int], F64]
 
 
 def merge_rows(stored: Array, dtype: str, update_of: UpdateOf, scale: float, first: int) -> tuple[Array, MergeStats]:
-    """(stored bits of the merged rows, what happened): `stored` (n, in), row `first` of the target and on."""
+    """Return the merged rows as stored bits, and what happened: `stored` (n, in), row `first` of the target and on."""
     out = np.empty_like(stored)
-    tally = MergeStats(elements=stored.size)
+    stats = MergeStats(elements=stored.size)
     height = max(1, _TILE // stored.shape[1])
     for top in range(0, stored.shape[0], height):
         weight = decode(stored[top : top + height], dtype).astype(np.float64)
-        tally += rounded(update_of(weight, first + top) * scale + weight, stored, out, top, dtype)
-    return out, tally
+        stats += rounded(update_of(weight, first + top) * scale + weight, stored, out, top, dtype)
+    return out, stats
 
 
 def merge_columns(
     stored: Array, dtype: str, update_of: UpdateOf, scale: float, within: slice
 ) -> tuple[Array, MergeStats]:
-    """The same of a parameter stored (in, out): the rows `within` of `stored`, which holds whole blocks of inputs."""
+    """Do the same for a parameter stored (in, out): rows `within` of `stored`, which holds whole blocks of inputs."""
     weight = decode(stored, dtype).astype(np.float64)
     update = update_of(np.ascontiguousarray(weight.T), 0).T
     values = (update * scale + weight)[within]

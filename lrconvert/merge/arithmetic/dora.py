@@ -13,25 +13,26 @@ import numpy as np
 
 from lrconvert.core.dtypes import F64, Array, decode
 from lrconvert.core.errors import ValueRangeError
-from lrconvert.merge.arithmetic.exact import MergeStats, Term
+from lrconvert.merge.arithmetic.exact import Term
 from lrconvert.merge.arithmetic.rounding import rounded
+from lrconvert.merge.arithmetic.stats import MergeStats
 
 LANES = 64  # partial sums of a squared norm: element i is added to number i mod 64
 _TILE = 1 << 16  # elements that are computed at a time: they stay in the cache
 
 
 def merge_rows(stored: Array, dtype: str, term: Term, magnitude: F64) -> tuple[Array, MergeStats]:
-    """(stored bits of the merged rows, what happened): `stored` (n, in), `term` those rows', `magnitude` (n,)."""
+    """Return the merged rows as stored bits, and what happened: `stored` (n, in), their `term`, `magnitude` (n,)."""
     out = np.empty_like(stored)
-    tally = MergeStats(elements=stored.size)
+    stats = MergeStats(elements=stored.size)
     for top, v in _tiles(stored, dtype, term):
         factor = magnitude[top : top + v.shape[0]] / _norms(v.T)
-        tally += rounded(v * factor[:, None], stored, out, top, dtype)
-    return out, tally
+        stats += rounded(v * factor[:, None], stored, out, top, dtype)
+    return out, stats
 
 
 def column_norms(blocks: Iterable[tuple[int, Array]], dtype: str, term: Term) -> F64:
-    """The norms (out,) of a parameter stored (in, out), read as `blocks` of (first row, stored rows)."""
+    """Return the norms (out,) of a parameter stored (in, out), read as `blocks` of (first row, stored rows)."""
     lanes = np.zeros((LANES, term.right.shape[1]))
     for first, stored in blocks:
         part = Term(term.scale, term.left[first : first + stored.shape[0]], term.right)
@@ -42,17 +43,17 @@ def column_norms(blocks: Iterable[tuple[int, Array]], dtype: str, term: Term) ->
 
 
 def merge_columns(stored: Array, dtype: str, term: Term, factor: F64) -> tuple[Array, MergeStats]:
-    """(stored bits of the merged rows, what happened): `stored` (n, out) rows of a parameter stored (in, out), `factor`
-    (out,) magnitudes over norms."""
+    """Return the merged rows as stored bits, and what happened: `stored` (n, out) rows of a parameter stored (in, out),
+    `factor` (out,) magnitudes over norms."""
     out = np.empty_like(stored)
-    tally = MergeStats(elements=stored.size)
+    stats = MergeStats(elements=stored.size)
     for top, v in _tiles(stored, dtype, term):
-        tally += rounded(v * factor, stored, out, top, dtype)
-    return out, tally
+        stats += rounded(v * factor, stored, out, top, dtype)
+    return out, stats
 
 
 def checked_factor(magnitude: F64, norms: F64) -> F64:
-    """``magnitude / norms``. Raises E-VALUE where a norm is zero or not finite."""
+    """Return ``magnitude / norms``. Raises E-VALUE where a norm is zero or not finite."""
     if not (np.isfinite(norms).all() and norms.all()):
         raise ValueRangeError("a row of W + B A has a norm of zero or beyond float64, DoRA is not defined there")
     return magnitude / norms
@@ -79,8 +80,8 @@ def _norms(columns: F64) -> F64:
     whole = -(-columns.shape[0] // LANES) * LANES
     lanes = np.zeros((LANES, columns.shape[1]))
     for start in range(0, whole, LANES):
-        some = columns[start : start + LANES]
-        lanes[: some.shape[0]] += some * some
+        part = columns[start : start + LANES]
+        lanes[: part.shape[0]] += part * part
     norms = np.sqrt(_folded(lanes))
     checked_factor(norms, norms)
     return norms

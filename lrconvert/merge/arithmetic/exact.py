@@ -4,8 +4,8 @@ Every element becomes the value of its dtype that is nearest (ties to even) to t
 not depend on the machine, the BLAS or its threads. Three stages, each taking what the one before cannot decide:
 
 1. *Filter.* ``p = W + L @ R`` in float64, where the columns of L and rows of R are those of all terms and L has the
-   scales multiplied in. With u = 2^-53 and k columns, in whatever order and with or without fused operations, on
-   whatever device (what this asks of a product is in `lrconvert.merge.arithmetic.products`),
+   scales multiplied in. With u = 2^-53 and k columns, in whatever order and with or without fused operations (what this
+   asks of a product: `lrconvert.merge.arithmetic.workspace.multiply`),
 
        |p - exact| <= g * sum_j |L_oj| |R_ji| + u |p|,   g = (k + 2) u / (1 - (k + 2) u)
 
@@ -33,33 +33,26 @@ one that underflows keeps the sign of the exact result.
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from types import TracebackType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from lrconvert.core.dtypes import F32, F64, FLOATS, STORAGE, U32, Array, Index, decode, f16_half_up, f16_small, round_to
 from lrconvert.core.errors import DtypeError, LimitError, LrcError, MergeOverflowError, ShapeError, ValueRangeError
-from lrconvert.core.limits import BLOCK_BYTES, MAX_RATIONAL
-from lrconvert.merge.arithmetic.products import Products, by_blas
-
-Mask = npt.NDArray[np.bool_]
-U64 = npt.NDArray[np.uint64]
+from lrconvert.core.limits import MAX_RATIONAL
+from lrconvert.merge.arithmetic.error_free import Sum, certain, product_error, to_odd, two_sum
+from lrconvert.merge.arithmetic.rounding import bits
+from lrconvert.merge.arithmetic.stats import MergeStats
+from lrconvert.merge.arithmetic.workspace import TILE, Mask, Workspace
 
 _U = 2.0**-53
 _K = 1 << 18  # float32 filter: units in the last place of float64 around a boundary that are not decided at once
-_TILE = 1 << 17  # elements of one pass of the filter: what they need stays in the cache of a core
 _WIDTH = 1 << 11  # columns of a block
 _BLOCK = 1 << 21  # elements of a block
 _FACTOR = 1 << 20  # float64 numbers of one factor of a block
-_MAX_THREADS = 4
 _GATHER = 1 << 14  # elements of one pass of the compensated stage
 
 # Products of factors and scales within these powers of two neither overflow nor lose bits to underflow in float64.
@@ -85,88 +78,6 @@ class Term:
     scale: float
     left: Array
     right: Array
-
-
-@dataclass(frozen=True)
-class MergeStats:
-    """What an update did to a number of elements. Errors are |stored - exact|, in float64 estimates.
-
-    `changed` is exact. `unmoved`: elements with a nonzero update that is too small to change them, where float64 does
-    not take it for zero. `recomputed`, `rational`: elements that the second and the third stage decided. These, and the
-    errors, may differ in a little between devices.
-    """
-
-    elements: int = 0
-    changed: int = 0
-    unmoved: int = 0
-    max_error: float = 0.0
-    sum_error: float = 0.0
-    recomputed: int = 0
-    rational: int = 0
-
-    def __add__(self, other: MergeStats) -> MergeStats:
-        return MergeStats(
-            self.elements + other.elements,
-            self.changed + other.changed,
-            self.unmoved + other.unmoved,
-            max(self.max_error, other.max_error),
-            self.sum_error + other.sum_error,
-            self.recomputed + other.recomputed,
-            self.rational + other.rational,
-        )
-
-    @property
-    def mean_error(self) -> float:
-        return self.sum_error / self.elements if self.elements else 0.0
-
-
-class _Buffers(threading.local):
-    """What one thread computes a tile in; small enough for its cache."""
-
-    def __init__(self) -> None:
-        self.sums: F64 = np.empty(_TILE)
-        self.double: F64 = np.empty(_TILE)
-        self.long: U64 = np.empty(_TILE, np.uint64)
-        self.single: F32 = np.empty(_TILE, np.float32)
-        self.value: F32 = np.empty(_TILE, np.float32)
-        self.word: U32 = np.empty(_TILE, np.uint32)
-        self.flag: Mask = np.empty(_TILE, np.bool_)
-        self.other_flag: Mask = np.empty(_TILE, np.bool_)
-        self.nonzero: Mask = np.empty(_TILE, np.bool_)
-
-
-class Workspace:
-    """Threads and buffers that one block after the other is computed with, and what multiplies; a context manager.
-
-    The threads are ours, not the BLAS's: the products are too thin for those. Results depend neither on them nor on
-    `products` (see `lrconvert.merge.arithmetic.products`).
-    """
-
-    def __init__(self, threads: int | None = None, products: Products = by_blas) -> None:
-        count = threads or min(_MAX_THREADS, os.cpu_count() or 1)
-        self.products = products
-        self.buffers = _Buffers()
-        self._pool = ThreadPoolExecutor(count) if count > 1 else None
-
-    def map(self, work: Callable[[_Block], MergeStats], blocks: Sequence[_Block]) -> list[MergeStats]:
-        """The results of `work` in order; the first error in order is raised."""
-        if self._pool is None or len(blocks) == 1:
-            return [work(block) for block in blocks]
-        return list(self._pool.map(work, blocks))
-
-    def __enter__(self) -> Workspace:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-
-
-def rows_per_block(cols: int) -> int:
-    """Rows of a matrix of that width that are read and computed at a time."""
-    return max(1, BLOCK_BYTES // (8 * cols))
 
 
 # --- the update -----------------------------------------------------------------------------------------------------
@@ -195,7 +106,7 @@ class Update:
 
     @property
     def is_zero(self) -> bool:
-        """Whether a look at the factors shows that the update is zero everywhere."""
+        """True if a look at the factors shows that the update is zero everywhere."""
         return not self.terms
 
     @property
@@ -205,7 +116,7 @@ class Update:
     def add(
         self, stored: Array, dtype: str, first_row: int = 0, workspace: Workspace | None = None
     ) -> tuple[Array, MergeStats]:
-        """(stored bits of ``W + update`` correctly rounded, what happened) for rows of W from `first_row` on.
+        """Return (stored bits of ``W + update`` correctly rounded, what happened) for rows of W from `first_row` on.
 
         `stored` (n, cols) has the storage type of `dtype`: F32, F16, BF16 or F64. Raises E-VALUE if an element that is
         not finite would change and E-OVERFLOW if a result is beyond the range of `dtype`; both name the element.
@@ -229,16 +140,17 @@ class Update:
         return out, sum(workspace.map(_Block.run, blocks), MergeStats(elements=stored.size))
 
     def negated(self) -> Update:
+        """Return the update that takes this one out again."""
         return Update([replace(t, scale=-t.scale) for t in self.terms]) if self.terms else self
 
     def window(self, first_row: int, count: int) -> tuple[Any, Any] | None:
-        """What selects the elements that `add` may change in `count` rows from `first_row` on; None if there are none.
-        A function of the factors alone."""
+        """Return the index of the elements that `add` may change in `count` rows from `first_row` on; None if there are
+        none. A function of the factors alone."""
         rows, cols = _chosen(self._live_rows[first_row : first_row + count]), _chosen(self._live_cols)
         return _window(rows, cols) if rows.size and cols.size else None
 
     def exact(self, row: int, col: int) -> Fraction:
-        """One element of the update, as the rational number it is."""
+        """Return one element of the update, as the rational number it is."""
         total = Fraction(0)
         for t in self.terms:
             pairs = zip(t.left[row].tolist(), t.right[:, col].tolist(), strict=True)
@@ -279,40 +191,39 @@ def _window(rows: Index, cols: Index) -> tuple[Any, Any]:
 # --- one block ------------------------------------------------------------------------------------------------------
 
 
+@dataclass
 class _Block:
-    """Some rows and columns of an update, with where to read and write: `rows` of `stored` and `out` are rows of the
-    update from `first_row` on."""
+    """Some `rows` and `cols` of an update, with where to read and write: rows of `stored` and `out`, row 0 of which is
+    row `first_row` of the update."""
 
-    def __init__(
-        self,
-        update: Update,
-        stored: Array,
-        out: Array,
-        dtype: str,
-        first_row: int,
-        rows: Index,
-        cols: Index,
-        workspace: Workspace,
-    ) -> None:
-        self.update, self.stored, self.out, self.dtype = update, stored, out, dtype
-        self.products, self.buffers = workspace.products, workspace.buffers
-        self.window = _window(rows, cols)
-        self.rows, self.cols = first_row + rows, cols
+    update: Update
+    stored: Array
+    out: Array
+    dtype: str
+    first_row: int
+    rows: Index
+    cols: Index
+    workspace: Workspace
+
+    def __post_init__(self) -> None:
+        self.buffers = self.workspace.buffers
+        self.window = _window(self.rows, self.cols)
+        self.rows = self.first_row + self.rows
 
     def run(self) -> MergeStats:
         flat, goal = self.stored[self.window].reshape(-1), self.out[self.window]
         codes = goal.reshape(-1)  # what the window shows of `out`, if it shows whole rows, else a copy
         if self.dtype == "F64":  # p has no digits to spare: everything is compensated
-            tally, open_ = MergeStats(), np.arange(flat.size)
+            stats, open_ = MergeStats(), np.arange(flat.size)
         else:
-            tally, open_ = self._filter(flat, codes)
+            stats, open_ = self._filter(flat, codes)
         for start in range(0, open_.size, _GATHER):
-            tally += self._compensate(flat, codes, open_[start : start + _GATHER])
-            if tally.rational > MAX_RATIONAL:
+            stats += self._compensate(flat, codes, open_[start : start + _GATHER])
+            if stats.rational > MAX_RATIONAL:
                 raise LimitError(f"more than {MAX_RATIONAL} elements need rational arithmetic to be rounded")
         if not np.shares_memory(codes, self.out):
             self.out[self.window] = codes.reshape(goal.shape)
-        return tally
+        return stats
 
     # --- stage 1 ---
 
@@ -324,14 +235,13 @@ class _Block:
         tau, noise = self._thresholds(left, right)
         decided = self._decided(tau)
         narrow = self._to_single if self.dtype == "F32" else self._to_half
-        height = max(1, _TILE // width)
-        product = self.products(left, right)
-        done, parts = [], []
+        height = max(1, TILE // width)
+        stats, parts = [], []
         with np.errstate(over="ignore", invalid="ignore"):
             for top in range(0, self.rows.size, height):
                 start = top * width
                 sums = self.buffers.sums[: min(height, self.rows.size - top) * width]
-                product(top, sums.reshape(-1, width))
+                self.workspace.multiply(left[top : top + height], right, sums.reshape(-1, width))
                 piece = slice(start, start + sums.size)
                 nonzero, doubtful = self._effects(sums, noise)
                 open_ = narrow(flat[piece], sums, out[piece], *decided)
@@ -339,11 +249,12 @@ class _Block:
                     open_ = np.union1d(open_, doubtful)
                 doubt = np.isin(open_, doubtful) if doubtful.size else np.zeros(open_.size, np.bool_)
                 parts.append((open_ + start, self.buffers.double[open_], nonzero[open_], doubt))
-                done.append(self._measure(flat[piece], out[piece], nonzero, open_))
+                stats.append(self._measure(flat[piece], out[piece], nonzero, open_))
         index, p, nonzero, doubt = (np.concatenate(group) for group in zip(*parts, strict=True))
         bound = np.linalg.norm(left, axis=1)[index // width] * np.linalg.norm(right, axis=0)[index % width]
-        found, sure = self._interval(flat, out, index, p, _gamma(left.shape[1]) * bound, nonzero, ~doubt)
-        return sum(done, found), index[~sure]
+        slack = _gamma(left.shape[1]) * bound
+        decided_now, sure = self._interval(flat, out, index, p, slack, nonzero, ~doubt)
+        return sum(stats, decided_now), index[~sure]
 
     def _thresholds(self, left: F64, right: F64) -> tuple[float, float]:
         """tau of the module's docstring (results smaller than this are not decided at once), and the largest error of
@@ -381,13 +292,13 @@ class _Block:
         np.copyto(p, _decode_half(w, self.dtype, work.value[:n]))
         np.add(delta, p, out=p)
         np.copyto(f, p, casting="same_kind")
-        bits = f.view(np.uint32)
-        np.bitwise_and(bits, np.uint32(0x7FFFFFFF), out=word)
+        pattern = f.view(np.uint32)
+        np.bitwise_and(pattern, np.uint32(0x7FFFFFFF), out=word)
         np.subtract(word, least, out=word)
         np.greater_equal(word, count, out=far)
         drop = np.uint32(13 if self.dtype == "F16" else 16)  # mantissa bits that go
         half = np.uint32(1) << (drop - np.uint32(1))
-        np.add(bits, half + np.uint32(1), out=word)
+        np.add(pattern, half + np.uint32(1), out=word)
         if self.dtype == "BF16":  # rounded half up; half - 1 goes up as well, but it is undecided
             np.copyto(codes, np.right_shift(word, drop, out=code), casting="unsafe")
         np.bitwise_and(word, half + half - np.uint32(1), out=word)  # half - 1, half and half + 1 are now 0, 1 and 2
@@ -404,11 +315,11 @@ class _Block:
         np.copyto(p, w)
         np.add(p, delta, out=p)
         np.copyto(codes, p, casting="same_kind")
-        bits = p.view(np.uint64)
-        np.bitwise_and(bits, np.uint64(2**63 - 1), out=word)
+        pattern = p.view(np.uint64)
+        np.bitwise_and(pattern, np.uint64(2**63 - 1), out=word)
         np.subtract(word, least, out=word)
         np.greater_equal(word, count, out=far)
-        np.add(bits, np.uint64(2**28 + _K), out=word)
+        np.add(pattern, np.uint64(2**28 + _K), out=word)
         np.bitwise_and(word, np.uint64(2**29 - 1), out=word)
         np.less_equal(word, np.uint64(2 * _K), out=near)
         np.logical_or(far, near, out=far)
@@ -417,7 +328,7 @@ class _Block:
     def _measure(self, w: Array, codes: Array, nonzero: Mask, open_: Index) -> MergeStats:
         """What happened to a tile, its elements `open_` left out; uses up p and f."""
         work, n = self.buffers, w.size
-        moved = np.not_equal(_bits(codes), _bits(w), out=work.flag[:n])
+        moved = np.not_equal(bits(codes), bits(w), out=work.flag[:n])
         moved[open_] = nonzero[open_] = False
         unmoved = np.greater(nonzero, moved, out=work.other_flag[:n])
         if self.dtype == "F32":
@@ -445,17 +356,17 @@ class _Block:
             below, above = p - e, p + e
             codes, other = round_to(below, self.dtype), round_to(above, self.dtype)
             values = decode(codes, self.dtype)
-            sure = wanted & (_bits(codes) == _bits(other)) & np.isfinite(values) & ((below > 0) | (above < 0))
+            sure = wanted & (bits(codes) == bits(other)) & np.isfinite(values) & ((below > 0) | (above < 0))
             errors = np.abs(p - values)[sure]
         out[index[sure]] = codes[sure]
-        moved = _bits(codes) != _bits(stored)
-        tally = MergeStats(
+        moved = bits(codes) != bits(stored)
+        stats = MergeStats(
             changed=int(np.count_nonzero(moved & sure)),
             unmoved=int(np.count_nonzero(nonzero & ~moved & sure)),
             max_error=float(errors.max(initial=0.0)),
             sum_error=float(errors.sum()),
         )
-        return tally, sure
+        return stats, sure
 
     # --- stage 2 ---
 
@@ -466,31 +377,31 @@ class _Block:
         w = decode(stored, self.dtype).astype(np.float64)
         with np.errstate(all="ignore"):
             total = self._sum(rows, cols)
-            change = _two_sum(total.high, total.low)
+            change = two_sum(total.high, total.low)
             no_change = (change[0] == 0) & (total.lost == 0)
-            some_change = np.abs(change[0]) > total.lost  # for the tally: what is within `lost` of zero counts as zero
+            some_change = np.abs(change[0]) > total.lost  # for the counts: what is within `lost` of zero counts as zero
             total.add(w)
-            high, low = _two_sum(total.high, total.low)
+            high, low = two_sum(total.high, total.low)
             lost = total.lost * (1 + 2.0**-20)  # the bound was itself added up with rounding
-            certain = no_change | _certain(high, low, lost, self.dtype)
+            sure = no_change | certain(high, low, lost, self.dtype)
             # Whether W moves at all must be certain too where W is infinite or NaN: those are left to stage 3.
-            certain &= no_change | np.isfinite(w)
-            result = high if self.dtype == "F64" else _to_odd(high, low)
+            sure &= no_change | np.isfinite(w)
+            result = high if self.dtype == "F64" else to_odd(high, low)
             codes = round_to(result, self.dtype)
             error = np.abs((high - decode(codes, self.dtype)) + low)
         keep = no_change | ((high == w) & (low == 0) & (lost == 0))
         codes = np.where(keep, stored, codes)
         error[keep] = 0
-        overflow = certain & ~keep & ~np.isfinite(decode(codes, self.dtype))
+        overflow = sure & ~keep & ~np.isfinite(decode(codes, self.dtype))
         if overflow.any():
             raise _overflow(self.dtype, rows[overflow][0], cols[overflow][0])
-        unmoved = some_change & (_bits(codes) == _bits(stored))
-        unclear = np.flatnonzero(~certain)
+        unmoved = some_change & (bits(codes) == bits(stored))
+        unclear = np.flatnonzero(~sure)
         for i in unclear:
             codes[i], error[i], unmoved[i] = self._rational(stored[i], float(w[i]), int(rows[i]), int(cols[i]))
         out[index] = codes
         return MergeStats(
-            changed=int(np.count_nonzero(_bits(codes) != _bits(stored))),
+            changed=int(np.count_nonzero(bits(codes) != bits(stored))),
             unmoved=int(np.count_nonzero(unmoved)),
             max_error=float(error.max(initial=0.0)),
             sum_error=float(error.sum()),
@@ -498,18 +409,18 @@ class _Block:
             rational=unclear.size,
         )
 
-    def _sum(self, rows: Index, cols: Index) -> _Sum:
+    def _sum(self, rows: Index, cols: Index) -> Sum:
         """The update at (rows[n], cols[n])."""
-        total = _Sum(rows.size)
+        total = Sum(rows.size)
         for term in self.update.terms:
-            part = _Sum(rows.size)
+            part = Sum(rows.size)
             for j in range(term.left.shape[1]):
                 a = term.left[rows, j].astype(np.float64)
                 b = term.right[j, cols].astype(np.float64)
                 product = a * b
                 part.add(product)
                 if self.update._wide:  # the product of two float32 is exact
-                    part.add(_product_error(a, b, product))
+                    part.add(product_error(a, b, product))
             total.add_scaled(part, term.scale)
         return total
 
@@ -529,15 +440,9 @@ class _Block:
         if code & ~_sign_bit(self.dtype) >= _FORMATS[self.dtype][2]:
             raise _overflow(self.dtype, row, col)
         kind = STORAGE[self.dtype]
-        bits = np.array(code, f"<u{kind.itemsize}").view(kind)[()]
-        error = abs(exact - Fraction(float(decode(np.array([bits], kind), self.dtype)[0])))
-        same = bits.tobytes() == stored.tobytes()
-        return bits, float(error), same
-
-
-def _bits(stored: Array) -> Array:
-    """The bits as integers, so that -0 and +0 differ and NaN equals itself."""
-    return stored.view(f"u{stored.dtype.itemsize}")
+        element = np.array([code], f"<u{kind.itemsize}").view(kind)
+        error = abs(exact - Fraction(float(decode(element, self.dtype)[0])))
+        return element[0], float(error), element[0].tobytes() == stored.tobytes()
 
 
 def _overflow(dtype: str, row: int, col: int) -> LrcError:
@@ -563,10 +468,11 @@ def _decode_half(w: Array, dtype: str, out: F32) -> F32:
 
 def _to_f16(f: F32, codes: Array, word: U32, undecided: Mask) -> None:
     """fp16 codes of `f`, rounding half up; subnormal ones that are near a boundary are added to `undecided`."""
-    bits, out = f.view(np.uint32), codes.view(np.uint16)
+    pattern, out = f.view(np.uint32), codes.view(np.uint16)
     small = f16_half_up(f, out, word)
     if small.size:
-        around = np.where(bits[small] << np.uint32(1) == 0, bits[small] | np.uint32(1), bits[small])
+        near = pattern[small]
+        around = np.where(near << np.uint32(1) == 0, near | np.uint32(1), near)
         out[small] = f16_small(around + np.uint32(1))
         undecided[small] |= out[small] != f16_small(around - np.uint32(1))
 
@@ -575,10 +481,9 @@ def _where(mask: Mask) -> Index:
     """Positions of the few True of a mask that begins a buffer: eight at a time."""
     whole = mask.size // 8 * 8
     hot = np.flatnonzero(mask[:whole].view(np.uint64) != 0)
-    some = (hot[:, None] * 8 + np.arange(8)).reshape(-1)
-    some = np.concatenate((some, np.arange(whole, mask.size)))
-    found: Index = some[mask[some]]
-    return found
+    near = (hot[:, None] * 8 + np.arange(8)).reshape(-1)
+    candidates = np.concatenate((near, np.arange(whole, mask.size)))
+    return candidates[mask[candidates]]
 
 
 def _gamma(terms: int) -> float:
@@ -597,77 +502,6 @@ def _bits64(x: float) -> np.uint64:
     return np.uint64(np.float64(x).view(np.uint64))
 
 
-# --- stage 2: error-free transformations ----------------------------------------------------------------------------
-
-
-class _Sum:
-    """Running sums ``high + low + lost`` of exact numbers: `lost` bounds what the two levels could not hold."""
-
-    def __init__(self, size: int) -> None:
-        self.high, self.low, self.lost = np.zeros(size), np.zeros(size), np.zeros(size)
-
-    def add(self, x: F64) -> None:
-        self.high, rest = _two_sum(self.high, x)
-        self.low, rest = _two_sum(self.low, rest)
-        np.abs(rest, out=rest)
-        self.lost += rest
-
-    def add_scaled(self, other: _Sum, scale: float) -> None:
-        """Add ``scale * other``."""
-        exact = np.frexp(scale)[0] in (0.5, -0.5)  # a power of two
-        for part in (other.high, other.low):
-            product = part * scale
-            self.add(product)
-            if not exact:
-                self.add(_product_error(part, np.full_like(part, scale), product))
-        self.lost += other.lost * abs(scale)
-
-
-def _two_sum(a: F64, b: F64) -> tuple[F64, F64]:
-    """(a + b rounded, what the rounding lost); exact (Knuth)."""
-    s = a + b
-    b_part = s - a
-    return s, (a - (s - b_part)) + (b - b_part)
-
-
-def _product_error(a: F64, b: F64, product: F64) -> F64:
-    """a * b - product, exact if nothing under- or overflows (Dekker, with Veltkamp's splitting)."""
-    a_high, a_low = _split(a)
-    b_high, b_low = _split(b)
-    return ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
-
-
-def _split(a: F64) -> tuple[F64, F64]:
-    """Two halves of at most 26 bits each."""
-    c = a * 134217729.0  # 2^27 + 1
-    high = c - (c - a)
-    return high, a - high
-
-
-def _certain(high: F64, low: F64, lost: F64, dtype: str) -> Mask:
-    """Where ``high + low``, known up to `lost`, rounds the same whatever was lost.
-
-    For F64 the result is `high`, so `low` must stay clear of half a unit of it. For the narrower dtypes boundaries are
-    float64 numbers, so only the sign of `low` matters: it says on which side of `high` the result lies.
-    """
-    half_unit = np.spacing(np.nextafter(np.abs(high), 0)) / 2
-    if dtype == "F64":
-        clear = (np.abs(low) < half_unit * (1 - 2.0**-40)) & (lost < half_unit * 2.0**-41)
-    else:
-        clear = (np.abs(low) > 2 * lost) & (lost < half_unit * 2.0**-10)
-    known: Mask = np.isfinite(high) & np.isfinite(low) & np.isfinite(lost) & ((lost == 0) | clear)
-    return known
-
-
-def _to_odd(high: F64, low: F64) -> F64:
-    """``high + low`` rounded to odd: a later rounding to fewer than 52 bits then is the only one (see `dtypes`)."""
-    bits = high.view(np.int64).copy()
-    outward = np.signbit(high) == np.signbit(low)
-    step = np.where(outward, 1, -1)
-    move = (low != 0) & ((bits & 1) == 0)
-    return (bits + np.where(move, step, 0)).view(np.float64)
-
-
 # --- stage 3: rational numbers --------------------------------------------------------------------------------------
 
 
@@ -676,7 +510,7 @@ def _sign_bit(dtype: str) -> int:
 
 
 def round_fraction(x: Fraction, dtype: str) -> int:
-    """The code (bits as an integer) of the value of `dtype` nearest to `x`, ties to even; infinity beyond its range."""
+    """Return the bits, as an integer, of the value of `dtype` nearest to `x`, ties to even; or infinity."""
     mantissa, smallest, infinity = _FORMATS[dtype]
     sign = _sign_bit(dtype) if x < 0 else 0
     x = abs(x)

@@ -1,4 +1,4 @@
-"""The one rounding of values that float64 formulas give, where correct rounding of an exact sum is out of reach."""
+"""Rounding of values that float64 formulas give, where correct rounding of an exact sum is out of reach."""
 
 from __future__ import annotations
 
@@ -6,18 +6,23 @@ import numpy as np
 
 from lrconvert.core.dtypes import F64, Array, decode, round_to
 from lrconvert.core.errors import MergeOverflowError
-from lrconvert.merge.arithmetic.exact import MergeStats
+from lrconvert.merge.arithmetic.stats import MergeStats
+
+
+def bits(stored: Array) -> Array:
+    """Return the bits of numbers as unsigned integers: -0 and +0 differ, and NaN equals itself."""
+    return stored.view(f"u{stored.dtype.itemsize}")
 
 
 def rounded(values: F64, stored: Array, out: Array, top: int, dtype: str) -> MergeStats:
-    """Round `values` into `out` from row `top` on and say what happened."""
+    """Round `values` into `out` from row `top` on, and return what happened to these rows of `stored`."""
     codes = round_to(values, dtype)
-    found = decode(codes, dtype)
-    if not np.isfinite(found).all():
-        row, col = np.argwhere(~np.isfinite(found))[0]
+    results = decode(codes, dtype)
+    if not np.isfinite(results).all():
+        row, col = np.argwhere(~np.isfinite(results))[0]
         raise MergeOverflowError(f"element [{top + row}, {col}] would be beyond the range of {dtype}")
-    out[top : top + values.shape[0]] = codes
-    moved = codes.view(f"u{codes.itemsize}") != stored[top : top + values.shape[0]].view(f"u{codes.itemsize}")
-    errors = np.abs(values - found)
-    changed = int(np.count_nonzero(moved))
+    rows = slice(top, top + values.shape[0])
+    out[rows] = codes
+    changed = int(np.count_nonzero(bits(codes) != bits(stored[rows])))
+    errors = np.abs(values - results)
     return MergeStats(0, changed, values.size - changed, float(errors.max()), float(errors.sum()))

@@ -19,7 +19,7 @@ from lrconvert.core.dtypes import STORAGE, Array
 from lrconvert.core.errors import FileChangedError, LrcError, OptionError, UndoError, UnfinishedError
 from lrconvert.io.container import INDEX_NAME, Checkpoint, TensorInfo, open_checkpoint, tensor_hasher, unfinished
 from lrconvert.io.durable import CONTENT, Work, Writer, locked, require_space
-from lrconvert.merge.arithmetic.exact import Workspace
+from lrconvert.merge.arithmetic.workspace import Workspace
 from lrconvert.merge.background_writer import BackgroundWriter
 from lrconvert.merge.compute import Computer
 from lrconvert.merge.in_place.model_folder import (

@@ -30,7 +30,7 @@ from lrconvert.io.durable import (
     open_work,
     sync_folder,
 )
-from lrconvert.merge.arithmetic.exact import Workspace
+from lrconvert.merge.arithmetic.workspace import Workspace
 from lrconvert.merge.in_place import patches
 from lrconvert.merge.in_place.patches import BASE, MERGED
 from lrconvert.merge.journal import PLAN_NAME, Patch, plan_text, read_signed

@@ -22,7 +22,7 @@ from lrconvert.io.container import (
     read_json,
 )
 from lrconvert.io.durable import Buffer
-from lrconvert.merge.arithmetic.exact import Workspace
+from lrconvert.merge.arithmetic.workspace import Workspace
 from lrconvert.merge.in_place.model_folder import CommitPlan, ModelFolder
 from lrconvert.merge.in_place.patches import MERGED
 from lrconvert.merge.plan.plan import CONFIG_NAME

@@ -16,10 +16,10 @@ from lrconvert.core.dtypes import Array
 from lrconvert.core.errors import DigestError, UndoError
 from lrconvert.io.container import Checkpoint, TensorInfo, tensor_hasher
 from lrconvert.io.durable import Writer
-from lrconvert.merge.arithmetic import exact
-from lrconvert.merge.arithmetic.exact import Update, Workspace
+from lrconvert.merge import compute
+from lrconvert.merge.arithmetic.exact import Update
+from lrconvert.merge.arithmetic.workspace import Workspace
 from lrconvert.merge.background_writer import BackgroundWriter
-from lrconvert.merge.compute import read_rows
 from lrconvert.merge.plan.updates import cuts, segment
 from lrconvert.merge.undo import residual
 from lrconvert.merge.undo.record import OpenRecord
@@ -106,19 +106,19 @@ class Restorer:
     def _restored(self, tensor: TensorRecord, info: TensorInfo) -> Iterator[tuple[Array, Callable[[], Array]]]:
         """(rows as they are now, what makes those of the base), in order; what no code covers did not change."""
         rows = int(np.prod(tensor.shape)) // tensor.cols
-        height = exact.rows_per_block(tensor.cols)
+        height = compute.rows_per_block(tensor.cols)
         ends = cuts(tensor.pieces, rows)
         updates: dict[int, Update] = {}
         at = 0
 
         def unchanged(start: int, stop: int) -> Iterator[tuple[Array, Callable[[], Array]]]:
             for top in range(start, stop, height):
-                some = read_rows(self.checkpoint, info, top, min(height, stop - top), tensor.cols)
+                some = compute.read_rows(self.checkpoint, info, top, min(height, stop - top), tensor.cols)
                 yield some, partial(_same, some)
 
         for code, data in self._stored(tensor):
             yield from unchanged(at, code.first)
-            present = read_rows(self.checkpoint, info, code.first, code.count, tensor.cols)
+            present = compute.read_rows(self.checkpoint, info, code.first, code.count, tensor.cols)
             if code.mode == RESIDUAL:
                 start, stop = next(
                     ((a, b) for a, b in pairwise(ends) if a <= code.first and code.first + code.count <= b), (0, 0)

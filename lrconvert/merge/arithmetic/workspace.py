@@ -1,0 +1,86 @@
+"""Threads, buffers and the matrix product that blocks of weights are computed with."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from lrconvert.core.dtypes import F32, F64, U32
+
+TILE = 1 << 17  # elements of one pass of the filter: what they need stays in the cache of a core
+_MAX_THREADS = 4
+_GEMM_ROWS = 32
+_GEMM_WORK = 1 << 18  # multiplications of one call of the BLAS: more, and OpenBLAS starts threads of its own
+
+Mask = npt.NDArray[np.bool_]
+U64 = npt.NDArray[np.uint64]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# Fills `out` with ``left @ right``, see `multiply`.
+Product = Callable[[F64, F64, F64], None]
+
+
+def multiply(left: F64, right: F64, out: F64) -> None:
+    """Fill `out` (rows, cols) with ``left @ right``, in pieces that the BLAS computes in the calling thread.
+
+    The bound of `exact` rests on this: every element is the sum of the k products ``L_oj R_ji``, each rounded at most
+    once, and added up in float64 in some order, fused or not. A BLAS does that in whatever order it likes. Algorithms
+    that form other products (Strassen), narrower formats, and sums of integer slices do not.
+    """
+    rank = left.shape[1]
+    across = max(16, _GEMM_WORK // (_GEMM_ROWS * rank))
+    down = max(_GEMM_ROWS, _GEMM_WORK // (min(across, right.shape[1]) * rank))
+    for c in range(0, right.shape[1], across):
+        for r in range(0, left.shape[0], down):
+            np.matmul(left[r : r + down], right[:, c : c + across], out=out[r : r + down, c : c + across])
+
+
+class Buffers(threading.local):
+    """What one thread computes a tile in; small enough for its cache."""
+
+    def __init__(self) -> None:
+        self.sums: F64 = np.empty(TILE)
+        self.double: F64 = np.empty(TILE)
+        self.long: U64 = np.empty(TILE, np.uint64)
+        self.single: F32 = np.empty(TILE, np.float32)
+        self.value: F32 = np.empty(TILE, np.float32)
+        self.word: U32 = np.empty(TILE, np.uint32)
+        self.flag: Mask = np.empty(TILE, np.bool_)
+        self.other_flag: Mask = np.empty(TILE, np.bool_)
+        self.nonzero: Mask = np.empty(TILE, np.bool_)
+
+
+class Workspace:
+    """Threads and buffers that one block after the other is computed with; a context manager.
+
+    The threads are ours, not the BLAS's: the products are too thin for those. Results do not depend on them.
+    """
+
+    def __init__(self, threads: int | None = None, multiply: Product = multiply) -> None:
+        count = threads or min(_MAX_THREADS, os.cpu_count() or 1)
+        self.multiply = multiply
+        self.buffers = Buffers()
+        self._pool = ThreadPoolExecutor(count) if count > 1 else None
+
+    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """Return the results of `function` in order; raise the first error in order."""
+        if self._pool is None or len(items) == 1:
+            return [function(item) for item in items]
+        return list(self._pool.map(function, items))
+
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
