@@ -13,7 +13,7 @@ import safetensors.numpy
 from conftest import ADAPTERS, BASES, dense
 
 from lrconvert.core import errors
-from lrconvert.formats.readers import peft as reader
+from lrconvert.formats.readers.peft import patterns as reader
 from lrconvert.formats.readers.base import load
 from lrconvert.formats.readers.peft import config
 from lrconvert.io.container import open_checkpoint
@@ -189,7 +189,7 @@ CONTRADICTIONS = {
     "slices of linear layers": ({"enable_lora": [True, False]}, errors.PairError, "enable_lora"),
     "text for true": ({"use_rslora": "false"}, errors.ConfigError, "use_rslora is 'false'"),
     "a number for true": ({"fan_in_fan_out": 1}, errors.ConfigError, "fan_in_fan_out is 1"),
-    "no r": ({"r": None}, errors.ConfigError, "r is None"),
+    "no r": ({"r": None}, errors.ConfigError, "r is missing"),
 }
 
 

@@ -22,7 +22,7 @@ from lrconvert.core.limits import MAX_PATTERNS
 from lrconvert.formats import loading
 from lrconvert.formats.lrc import file
 from lrconvert.formats.readers import base as readers
-from lrconvert.formats.readers.peft import check_work, compile_pattern
+from lrconvert.formats.readers.peft.patterns import check_work, compile_pattern
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.io.container import INDEX_NAME, SINGLE_NAME, ContainerFile, TensorInfo, open_checkpoint, read_json
 

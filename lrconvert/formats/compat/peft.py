@@ -10,7 +10,7 @@ from functools import partial
 from lrconvert.core.errors import OptionError, PatternError
 from lrconvert.formats.compat import base
 from lrconvert.formats.compat.base import RESAVE, Consumer, Finding, Subject, example, leaf, words
-from lrconvert.formats.readers.peft import check_work, compile_pattern
+from lrconvert.formats.readers.peft.patterns import check_work, compile_pattern
 
 VERSION = "0.21.2"
 refuses = partial(Finding, "refuses", "peft", VERSION)

@@ -26,12 +26,12 @@ from pathlib import Path
 
 from lrconvert.core.errors import BaseError, PairError
 from lrconvert.formats import unet_names
-from lrconvert.formats.readers.base import by_names
+from lrconvert.formats.readers.base import Reader
 from lrconvert.formats.readers.shared import naming, pairs
 from lrconvert.formats.readers.shared.naming import BaseNames, Component
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.formats.readers.shared.pairs import Labels
-from lrconvert.formats.readers.shared.weights import Weights, open_weights
+from lrconvert.formats.readers.shared.weights import Weights, load_extra, open_weights
 from lrconvert.lora.adapter import LoraAdapter, LoraTarget
 
 LABELS = Labels("down", "up")
@@ -45,9 +45,8 @@ _NOTE = (
 
 
 def knows(names: Sequence[str]) -> bool:
-    """Whether tensors are named by numbers, as this layout does it, or are the entries of a list."""
-    found = sum(_NAME.fullmatch(name) is not None for name in names)
-    return 2 * found > len(names) or _is_list(names)
+    """Return whether tensors are named by numbers, as this layout does it, or are the entries of a list."""
+    return 2 * sum(_NAME.fullmatch(name) is not None for name in names) > len(names) or _is_list(names)
 
 
 def _is_list(names: Sequence[str]) -> bool:
@@ -55,8 +54,8 @@ def _is_list(names: Sequence[str]) -> bool:
 
 
 def _split(name: str) -> tuple[str, str] | None:
-    found = _NAME.fullmatch(name)
-    return None if found is None else (found["module"], "A" if found["half"] == "down" else "B")
+    match = _NAME.fullmatch(name)
+    return None if match is None else (match["module"], "A" if match["half"] == "down" else "B")
 
 
 def _split_list(name: str) -> tuple[str, str]:
@@ -65,7 +64,7 @@ def _split_list(name: str) -> tuple[str, str]:
 
 
 def read(path: Path, options: ReadOptions) -> LoraAdapter:
-    """See the module's docstring. Raises E-BASE if the modules are not those of the base, E-PICKLE, E-NOT-LORA,
+    """Read cloneofsimo's file. Raises E-BASE if the modules are not those of the base, E-PICKLE, E-NOT-LORA,
     E-TENSOR, E-PAIR, E-EMPTY, E-LIMIT, E-DTYPE, E-VALUE."""
     base = None if options.base is None else naming.base_names(options.base)
     with open_weights(path, options) as weights:
@@ -74,21 +73,21 @@ def read(path: Path, options: ReadOptions) -> LoraAdapter:
         split = _split_list if _is_list(names) else _split
         modules = pairs.sort_parts(weights, lambda name: ("", name) if name in tokens else split(name))
         modules.pop("", None)
-        pairs.check_not_half(modules, LABELS)
+        pairs.check_both_halves(modules, LABELS)
         targets = []
         for module, parts in modules.items():
-            found = pairs.pair(module, parts, lambda rank: 1.0, weights, LABELS)
-            stated = weights.metadata.get(f"{module}:rank", str(found.rank))
-            if stated != str(found.rank):
-                raise PairError(f"{module}: the tensors have rank {found.rank}, the metadata says {stated!r:.20}")
-            targets.append(found)
+            pair = pairs.read_pair(module, parts, lambda rank: 1.0, weights, LABELS)
+            stated = weights.metadata.get(f"{module}:rank", str(pair.rank))
+            if stated != str(pair.rank):
+                raise PairError(f"{module}: the tensors have rank {pair.rank}, the metadata says {stated!r:.20}")
+            targets.append(pair)
         if base is not None:
             targets = _placed(dict(zip(modules, targets, strict=True)), base, weights.metadata)
-        extras = [pairs.carried(name, info, weights) for name, info in tokens.items()]
+        extras = [load_extra(name, info, weights) for name, info in tokens.items()]
         warnings = [_NOTE] if base is None else []
         if tokens:
             warnings.append(f"the embeddings of new tokens are carried along: {', '.join(sorted(tokens))[:200]}")
-        return pairs.finished(weights, targets, layout="cloneofsimo", extras=extras, warnings=warnings)
+        return pairs.build_adapter(weights, targets, layout="cloneofsimo", extras=extras, warnings=warnings)
 
 
 # --- numbers onto a base --------------------------------------------------------------------------------------------
@@ -122,35 +121,35 @@ class _Walk:
     shapes: tuple[tuple[int, ...], ...]
 
     def agreeing(self, shapes: Sequence[tuple[int, ...]]) -> int:
-        """How many modules have the shapes of a file, counted from the first one to the first that has not."""
+        """Count the modules that have the shapes of a file, from the first one to the first that has not."""
         fits = [_plain(one) == _plain(other) for one, other in zip(self.shapes, shapes, strict=False)]
         return next((n for n, fit in enumerate(fits) if not fit), len(fits))
 
 
 def _plain(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A convolution of one pixel is a linear layer."""
+    """Return the shape with a convolution of one pixel as a linear layer."""
     return shape[:2] if set(shape[2:]) <= {1} else shape
 
 
-def _placed(found: Mapping[str, LoraTarget], base: BaseNames, metadata: Mapping[str, str]) -> list[LoraTarget]:
+def _placed(targets: Mapping[str, LoraTarget], base: BaseNames, metadata: Mapping[str, str]) -> list[LoraTarget]:
     models: dict[str, dict[int, LoraTarget]] = {}
-    for module, pair in found.items():
+    for module, pair in targets.items():
         model, _, number = module.partition(":")
         if models.setdefault(model, {}).setdefault(int(number), pair) is not pair:
             raise PairError(f"{model} has two modules of the number {int(number)}")
-    targets = []
+    placed = []
     for model, numbered in models.items():
         absent = [n for n in range(len(numbered)) if n not in numbered]
         if absent:
             raise PairError(f"{model}:{absent[0]} is missing between others", fix="the file is incomplete")
         ordered = [numbered[n] for n in range(len(numbered))]
-        walk = _found(model, [pair.target.shape for pair in ordered], base, metadata.get(model))
-        targets += [walk.component.placed(pair, name) for pair, name in zip(ordered, walk.names, strict=True)]
-    return targets
+        walk = _matching_walk(model, [pair.target.shape for pair in ordered], base, metadata.get(model))
+        placed += [walk.component.placed(pair, name) for pair, name in zip(ordered, walk.names, strict=True)]
+    return placed
 
 
-def _found(model: str, shapes: Sequence[tuple[int, ...]], base: BaseNames, stated: str | None) -> _Walk:
-    """The one walk through the base that meets these shapes. Raises E-BASE."""
+def _matching_walk(model: str, shapes: Sequence[tuple[int, ...]], base: BaseNames, stated: str | None) -> _Walk:
+    """Return the one walk through the base that meets these shapes. Raises E-BASE."""
     components = base.components if model == _ANYWHERE else (base.component((model,), f"{model}:0"),)
     choices = _CHOICES if stated is None else (_chosen(model, stated),)
     walks = {
@@ -178,7 +177,7 @@ def _found(model: str, shapes: Sequence[tuple[int, ...]], base: BaseNames, state
 
 
 def _chosen(model: str, stated: str) -> set[str]:
-    """What classes were adapted, as the metadata says. Raises E-BASE for those that are not known here."""
+    """Return the kinds of modules that were adapted, as the metadata says. Raises E-BASE for unknown classes."""
     try:
         classes = json.loads(stated)
     except (ValueError, RecursionError):
@@ -198,15 +197,15 @@ def _walks(component: Component, parts: set[str]) -> Iterator[_Walk]:
             names = tuple(unet_names.walk(shapes, parts, gate_last))
             yield _Walk(component, names, tuple(shapes[name] for name in names))
     elif parts == {_CLIP}:
-        known = {n.removesuffix(".weight"): shape for n, shape in component.shapes.items() if n.endswith(".weight")}
-        found = [(at, name) for name in known if (at := _CLIP_MODULE.fullmatch(name)) is not None]
-        found.sort(key=lambda item: (int(item[0]["layer"]), _CLIP_LEAVES.index(item[0]["leaf"])))
-        yield _Walk(component, tuple(name for _, name in found), tuple(known[name] or () for _, name in found))
+        matches = [match for name in component.modules if (match := _CLIP_MODULE.fullmatch(name)) is not None]
+        matches.sort(key=lambda match: (int(match["layer"]), _CLIP_LEAVES.index(match["leaf"])))
+        names = tuple(match[0] for match in matches)
+        yield _Walk(component, names, tuple(component.shapes[f"{name}.weight"] or () for name in names))
 
 
 def _unet_shapes(component: Component) -> Mapping[str, tuple[int, ...]]:
-    """Modules of a UNet and their shapes: by the headers, or by the configuration where those do not say them."""
-    stored = {name.removesuffix(".weight"): s for name, s in component.shapes.items() if name.endswith(".weight") and s}
+    """Return the modules of a UNet and their shapes: by the headers, else by the configuration."""
+    stored = {name: shape for name in component.modules if (shape := component.shapes[f"{name}.weight"])}
     if stored:
         return stored
     try:
@@ -219,4 +218,4 @@ def _is_token(name: str, weights: Weights) -> bool:
     return weights.metadata.get(name) == _EMBED or _TOKEN.fullmatch(name) is not None
 
 
-READER = by_names("cloneofsimo", "cloneofsimo lora file or .pt list", knows, read)
+READER = Reader("cloneofsimo", "cloneofsimo lora file or .pt list", read, knows=knows)

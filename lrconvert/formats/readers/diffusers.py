@@ -11,26 +11,20 @@ The scale is alpha / r by ``<module>.alpha``, else by the configuration that new
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from lrconvert.core.dtypes import round_to
-from lrconvert.core.errors import ConfigError, LimitError, LrcError, OptionError, PairError
+from lrconvert.core.errors import ConfigError, LrcError, OptionError
 from lrconvert.core.limits import FOREIGN
-from lrconvert.formats.readers.base import by_names
+from lrconvert.formats.readers.base import Reader
 from lrconvert.formats.readers.peft.config import Settings, parse
-from lrconvert.formats.readers.peft.layers import carried
 from lrconvert.formats.readers.shared import naming, pairs
 from lrconvert.formats.readers.shared.naming import BaseNames
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.formats.readers.shared.pairs import Labels, Parts
-from lrconvert.formats.readers.shared.weights import Weights, load_finite, open_weights
+from lrconvert.formats.readers.shared.weights import Weights, load_finite_extra, open_weights
 from lrconvert.io import strictjson
-from lrconvert.io.container import TensorInfo
 from lrconvert.lora.adapter import ExtraTensor, LoraAdapter, LoraTarget
 
 LABELS = Labels("down (lora_A)", "up (lora_B)")
@@ -53,21 +47,21 @@ _IN_TEXT_ENCODERS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_o
 
 
 def knows(names: Sequence[str]) -> bool:
-    """Whether most tensors are parts of a LoRA in modules of a pipeline's models."""
+    """Return whether most tensors are parts of a LoRA in modules of a pipeline's models."""
     return 2 * sum(_OURS.match(name) is not None and _SUFFIX.fullmatch(name) is not None for name in names) > len(names)
 
 
 def _split(name: str) -> tuple[str, str] | None:
-    found = _SUFFIX.fullmatch(name)
-    if found is None or not _OURS.match(name):
+    match = _SUFFIX.fullmatch(name)
+    if match is None or not _OURS.match(name):
         return None
-    half = found["old"] or found["oldest"] or found["half"]
-    part = _HALVES[half] if half else found["bias"] or found["alpha"] or "magnitude"
-    return _module(found["module"]), part
+    half = match["old"] or match["oldest"] or match["half"]
+    part = _HALVES[half] if half else match["bias"] or match["alpha"] or "magnitude"
+    return _module(match["module"]), part
 
 
 def _module(spelled: str) -> str:
-    """A module with its model's name first, and attention processors as the layers that they adapt."""
+    """Return a module with its model's name first, and attention processors as the layers that they adapt."""
     model = spelled.partition(".")[0]
     if not re.fullmatch(_MODELS, model):
         model, spelled = "unet", f"unet.{spelled}"
@@ -80,26 +74,26 @@ def _module(spelled: str) -> str:
 
 
 def read(path: Path, options: ReadOptions) -> LoraAdapter:
-    """See the module's docstring. With a base, names are those of its parameters; without one they are
+    """Read a pipeline's LoRA. With a base, names are those of its parameters; without one they are
     ``<model>.<module>.weight``, with a warning. Raises E-NOT-LORA, E-LORA-FEATURE, E-TENSOR, E-PAIR, E-CONFIG, E-EMPTY,
     E-BASE, E-OPTION, E-LIMIT, E-DTYPE, E-VALUE."""
     base = None if options.base is None else naming.base_names(options.base)
     with open_weights(path, options) as weights:
         modules = pairs.sort_parts(weights, _split)
-        pairs.check_not_half(modules, LABELS)
+        pairs.check_both_halves(modules, LABELS)
         settings = _settings(weights.metadata)
         targets, extras = [], []
         for module, parts in modules.items():
-            found = _pair(module, parts, weights, options, settings)
-            found = found if base is None else _placed(found, module, base)
-            targets.append(found)
-            extras += _extras(found, parts, weights)
+            pair = _pair(module, parts, weights, options, settings)
+            pair = pair if base is None else _placed(pair, module, base)
+            targets.append(pair)
+            extras += _extras(pair, parts, weights)
         warnings = [naming.unnamed("diffusers")] if base is None else []
-        return pairs.finished(weights, targets, layout="diffusers", extras=extras, warnings=warnings)
+        return pairs.build_adapter(weights, targets, layout="diffusers", extras=extras, warnings=warnings)
 
 
 def _settings(metadata: Mapping[str, str]) -> dict[str, Settings]:
-    """The configuration of each model, as newer releases keep it. Raises E-CONFIG and what PEFT's settings raise."""
+    """Return the settings of each model, as newer releases keep them. Raises E-CONFIG and what `parse` raises."""
     text = metadata.get(METADATA)
     if text is None:
         return {}
@@ -133,7 +127,7 @@ def _pair(
             return pairs.scale_of(module, alpha, rank)
         return 1.0 if own is None else own.scale(inside, rank)
 
-    return pairs.pair(module, parts, scale, weights, LABELS)
+    return pairs.read_pair(module, parts, scale, weights, LABELS)
 
 
 def _placed(pair: LoraTarget, module: str, base: BaseNames) -> LoraTarget:
@@ -143,23 +137,14 @@ def _placed(pair: LoraTarget, module: str, base: BaseNames) -> LoraTarget:
 
 
 def _extras(pair: LoraTarget, parts: Parts, weights: Weights) -> list[ExtraTensor]:
-    """Magnitudes, and the bias of lora_B with the scale folded in. Raises E-PAIR, E-LIMIT, E-DTYPE, E-VALUE."""
-    found = []
-    for part in ("magnitude", "bias"):
-        info: TensorInfo | None = parts.get(part)
-        if info is None:
-            continue
-        if math.prod(info.shape) != pair.target.out_features:
-            raise PairError(f"{info.name!r} is {list(info.shape)}, the module has {pair.target.out_features} outputs")
-        if part == "magnitude":
-            found.append(carried(pair.target.name, info, weights, "magnitude"))
-            continue
-        scaled = round_to(load_finite(weights, info).decode().astype(np.float64).reshape(-1) * pair.scale, "F32")
-        if not np.isfinite(scaled).all():
-            raise LimitError(f"{info.name!r} times the scale is beyond the range of float32")
-        name = f"{pair.target.name.removesuffix('.weight')}.bias"
-        found.append(ExtraTensor(name, "F32", (scaled.size,), scaled.tobytes(), "add"))
-    return found
+    """Return magnitudes, and the bias of lora_B with the scale folded in. Raises E-PAIR, E-LIMIT, E-DTYPE, E-VALUE."""
+    extras = []
+    if "magnitude" in parts:
+        pairs.check_outputs(parts["magnitude"], pair)
+        extras.append(load_finite_extra(pair.target.name, parts["magnitude"], weights, "magnitude"))
+    if "bias" in parts:
+        extras.append(pairs.scaled_bias(parts["bias"], pair, weights))
+    return extras
 
 
-READER = by_names("diffusers", "diffusers pytorch_lora_weights", knows, read, takes_alpha=True)
+READER = Reader("diffusers", "diffusers pytorch_lora_weights", read, knows=knows, takes_alpha=True)

@@ -11,33 +11,31 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from lrconvert.core.dtypes import Stored
 from lrconvert.core.errors import ConfigError, LrcError, NotLoraError, OptionError, PairError
-from lrconvert.formats.readers.base import CONFIG_NAME, Reader
-from lrconvert.formats.readers.peft.layers import carried
+from lrconvert.formats.readers.base import Reader
 from lrconvert.formats.readers.shared import naming, pairs
+from lrconvert.formats.readers.shared.folders import CONFIG_NAME, config_path, weights_in
 from lrconvert.formats.readers.shared.naming import Component
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.formats.readers.shared.pairs import Labels, Parts
-from lrconvert.formats.readers.shared.weights import Weights, load_finite, open_weights, weights_in
+from lrconvert.formats.readers.shared.weights import Weights, load_finite, load_finite_extra, open_weights
 from lrconvert.io.container import config_text, read_json
-from lrconvert.lora.adapter import MATRIX, TRANSPOSED, ExtraTensor, LoraAdapter, LoraTarget, Target, View
+from lrconvert.lora.adapter import MATRIX, TRANSPOSED, ExtraTensor, LoraAdapter, LoraTarget, Target
 from lrconvert.lora.base_names import EMBEDDINGS
 
 LABELS = Labels("lora_a", "lora_b")
 WEIGHTS_NAMES = ("adapters.safetensors", "adapters.npz")
+Scale = Callable[[int], float]  # by the rank
 _PARTS = {"lora_a": "A", "lora_b": "B", "m": "magnitude"}
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
 def recognises(path: Path) -> bool:
-    """A folder whose adapter_config.json is of mlx-lm."""
+    """Return whether a folder's adapter_config.json is of mlx-lm."""
     try:
         config = read_json(path / CONFIG_NAME) if path.is_dir() else {}
     except LrcError:
@@ -46,7 +44,7 @@ def recognises(path: Path) -> bool:
 
 
 def knows(names: Sequence[str]) -> bool:
-    """Whether most tensors are factors in MLX's lower-case spelling."""
+    """Return whether most tensors are factors in MLX's lower-case spelling."""
     return 2 * sum(name.endswith((".lora_a", ".lora_b")) for name in names) > len(names)
 
 
@@ -56,43 +54,38 @@ def _split(name: str) -> tuple[str, str] | None:
 
 
 def read(path: Path, options: ReadOptions) -> LoraAdapter:
-    """See the module's docstring. With a base, names are those of its parameters; without one they stay, with a
+    """Read an adapter of mlx-lm. With a base, names are those of its parameters; without one they stay, with a
     warning. Raises E-CONFIG if nothing states the scale, E-NOT-LORA, E-TENSOR, E-PAIR, E-EMPTY, E-BASE, E-OPTION,
     E-LIMIT, E-DTYPE, E-VALUE, and the errors of broken files."""
-    folder = path if path.is_dir() else path.parent
-    config = read_json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
+    config = read_json(config_path(path)) if config_path(path).is_file() else {}
     if config.get("fine_tune_type") == "full":
         raise NotLoraError("the file holds whole weights (fine_tune_type is 'full')", fix="use it as a model")
-    component = None
-    if options.base is not None:
-        component = naming.base_names(options.base).component(("language_model",), "the adapter")
+    component = naming.base_component(options, ("language_model",))
     with open_weights(weights_in(path, WEIGHTS_NAMES), options) as weights:
         modules = pairs.sort_parts(weights, _split)
-        pairs.check_not_half(modules, LABELS)
+        pairs.check_both_halves(modules, LABELS)
         targets: list[LoraTarget] = []
         extras: list[ExtraTensor] = []
         notes: list[str] = []
-        scale = _scale(config, options, modules, notes)
+        scale = _scale(config, options, notes)
         for module, parts in modules.items():
-            found = list(_targets(module, parts, scale, config, weights))
+            own = list(_targets(module, parts, scale, config, weights))
             if component is not None:
-                found = [_placed(pair, module, component) for pair in found]
-            targets += found
-            extras += _magnitude(found, module, parts, config, weights)
+                own = [_placed(pair, module, component) for pair in own]
+            targets += own
+            extras += _magnitude(own, module, parts, config, weights)
         if component is None:
             notes.append(naming.unnamed("MLX"))
         notes += _depth(modules, config, component)
         base_model = config_text(config, "model")
-        return pairs.finished(
-            weights, targets, layout="mlx", extras=extras, warnings=notes, base_model=base_model
-        )  # fmt: skip
+        return pairs.build_adapter(weights, targets, layout="mlx", extras=extras, warnings=notes, base_model=base_model)
 
 
 # --- configuration --------------------------------------------------------------------------------------------------
 
 
-def _scale(config: Mapping[str, Any], options: ReadOptions, modules: Mapping[str, Parts], notes: list[str]) -> Any:
-    """The factor on the product, as a function of the rank. Raises E-CONFIG, E-OPTION."""
+def _scale(config: Mapping[str, Any], options: ReadOptions, notes: list[str]) -> Scale:
+    """Return the factor on the product, as a function of the rank. Raises E-CONFIG, E-OPTION."""
     table = config.get("lora_parameters") or {}
     if not isinstance(table, dict):
         raise ConfigError(f"lora_parameters is {table!r:.60}, expected an object")
@@ -103,8 +96,8 @@ def _scale(config: Mapping[str, Any], options: ReadOptions, modules: Mapping[str
             raise OptionError(
                 f"the configuration states the scale {scale!r:.40}, an alpha was given", fix="leave it out"
             )
-        given = options.alpha
-        return lambda rank: pairs.scale_of("the adapter", given, rank)
+        stated = options.alpha
+        return lambda rank: pairs.scale_of("the adapter", stated, rank)
     if scale is None:
         raise ConfigError(
             f"no {CONFIG_NAME} beside the weights states a scale",
@@ -124,8 +117,8 @@ def _scale(config: Mapping[str, Any], options: ReadOptions, modules: Mapping[str
 
 
 def _depth(modules: Mapping[str, Parts], config: Mapping[str, Any], component: Component | None) -> Iterator[str]:
-    """Warnings for layers that are not the last `num_layers`, of which mlx-lm itself would load nothing else."""
-    numbers = {int(found[1]) for module in modules if (found := _LAYER.search(module))}
+    """Yield warnings for layers that are not the last `num_layers`, all that mlx-lm itself would load."""
+    numbers = {int(match[1]) for module in modules if (match := _LAYER.search(module))}
     count = config.get("num_layers")
     if type(count) is not int or count <= 0 or not numbers:
         return
@@ -140,9 +133,9 @@ def _depth(modules: Mapping[str, Parts], config: Mapping[str, Any], component: C
 
 
 def _targets(
-    module: str, parts: Parts, scale: Any, config: Mapping[str, Any], weights: Weights
+    module: str, parts: Parts, scale: Scale, config: Mapping[str, Any], weights: Weights
 ) -> Iterator[LoraTarget]:
-    """The targets of one module. Raises E-PAIR, E-LIMIT, E-DTYPE, E-VALUE."""
+    """Yield the targets of one module. Raises E-PAIR, E-LIMIT, E-DTYPE, E-VALUE."""
     a, b = pairs.halves(module, parts, LABELS)
     if len(b.shape) == 3:
         yield from _experts(module, parts, scale, weights)
@@ -162,46 +155,41 @@ def _targets(
         target = Target(f"{module}.weight", (inner, out), TRANSPOSED)
     else:
         target = Target(f"{module}.weight", (out, inner), MATRIX)
-    left, right = pairs.turned(load_finite(weights, a)), pairs.turned(load_finite(weights, b))
+    left, right = pairs.transpose(load_finite(weights, a)), pairs.transpose(load_finite(weights, b))
     yield LoraTarget(target, left, right, scale(rank))
 
 
-def _experts(module: str, parts: Parts, scale: Any, weights: Weights) -> Iterator[LoraTarget]:
-    """A stack: A (experts, r, in), by early releases (experts * r, in), and B (experts, out, r)."""
+def _experts(module: str, parts: Parts, scale: Scale, weights: Weights) -> Iterator[LoraTarget]:
+    """Yield the targets of a stack: A (experts, r, in), of early releases (experts * r, in), B (experts, out, r)."""
     a, b = parts["A"], parts["B"]
-    experts, out, rank = b.shape
+    experts, _, rank = b.shape
     if math.prod(a.shape[:-1]) != experts * rank or a.shape[:-1] not in ((experts, rank), (experts * rank,)):
         raise PairError(f"{module}: lora_a {list(a.shape)} and lora_b {list(b.shape)} do not fit")
-    inner = a.shape[-1]
     pairs.check_rank(module, rank)
-    stored_a, stored_b = load_finite(weights, a), load_finite(weights, b)
-    all_a = stored_a.array.reshape(experts, rank, inner)
-    for number in range(experts):
-        target = Target(f"{module}.weight", (experts, out, inner), View(f"expert:{number}"))
-        left = Stored(stored_a.dtype, np.ascontiguousarray(all_a[number]))
-        right = Stored(stored_b.dtype, np.ascontiguousarray(stored_b.array[number]))
-        yield LoraTarget(target, left, right, scale(rank))
+    stored_a = pairs.reshape(load_finite(weights, a), (experts, rank, a.shape[-1]))
+    yield from pairs.read_experts(f"{module}.weight", stored_a, load_finite(weights, b), scale(rank))
 
 
 def _placed(pair: LoraTarget, module: str, component: Component) -> LoraTarget:
-    """A target on the base. A stack of experts, which MLX makes out of the base's single ones, keeps its name."""
+    """Put a target on the base. A stack of experts, which MLX makes out of the base's single ones, keeps its name."""
     if pair.target.view.kind == "expert" and f"{module}.weight" not in component.shapes:
         return pair
     return component.placed(pair, component.dotted(module))
 
 
 def _magnitude(
-    found: Sequence[LoraTarget], module: str, parts: Parts, config: Mapping[str, Any], weights: Weights
+    targets: Sequence[LoraTarget], module: str, parts: Parts, config: Mapping[str, Any], weights: Weights
 ) -> Iterator[ExtraTensor]:
     info = parts.get("magnitude")
     if info is None:
         if config.get("fine_tune_type") == "dora":
             raise PairError(f"{module}: fine_tune_type is 'dora', but there is no m", fix="the file is incomplete")
         return
-    out = found[0].target.out_features
-    if len(found) != 1 or math.prod(info.shape) != out or found[0].target.view == TRANSPOSED:
+    target = targets[0].target
+    out = target.out_features
+    if len(targets) != 1 or math.prod(info.shape) != out or target.view == TRANSPOSED:
         raise PairError(f"{module}: {info.name!r} is {list(info.shape)}, no norms of a linear layer of {out} outputs")
-    yield carried(found[0].target.name, info, weights, "magnitude")
+    yield load_finite_extra(target.name, info, weights, "magnitude")
 
 
-READER = Reader("mlx", "MLX adapters folder or .npz", recognises, read, knows, takes_alpha=True)
+READER = Reader("mlx", "MLX adapters folder or .npz", read, recognises, knows, takes_alpha=True)

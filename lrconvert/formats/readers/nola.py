@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,52 +24,49 @@ import numpy as np
 from lrconvert.core.dtypes import F32, F64, Stored
 from lrconvert.core.errors import BaseError, DependencyError, DigestError, LimitError, PairError
 from lrconvert.core.limits import MAX_DRAWN
-from lrconvert.formats.readers.base import by_names
+from lrconvert.formats.readers.base import Reader
 from lrconvert.formats.readers.shared import naming, pairs
 from lrconvert.formats.readers.shared.naming import Component
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.formats.readers.shared.pairs import Parts
-from lrconvert.formats.readers.shared.weights import Weights, load_finite, open_weights
+from lrconvert.formats.readers.shared.weights import Weights, load_extra, load_finite, open_weights
 from lrconvert.io.container import TensorInfo
-from lrconvert.lora.adapter import MATRIX, ExtraTensor, LoraAdapter, LoraTarget, Target
+from lrconvert.lora.adapter import MATRIX, LoraAdapter, LoraTarget, Target
 
 if TYPE_CHECKING:
     import torch
 
 _NAME = re.compile(r"(?P<layer>fc[12])_(?P<part>alpha|beta|A)_(?P<block>\d{1,5})")
 _HEAD = re.compile(r"fc_\d{1,9}in_\d{1,9}out")
-_MLP = re.compile(r"(?:.*\.)?blocks\.(?P<block>\d{1,5})\.mlp\.(?P<layer>fc[12])\.weight")
+_MLP = re.compile(r"(?:.*\.)?blocks\.(?P<block>\d{1,5})\.mlp\.(?P<layer>fc[12])")
 _CHECKED = 10
 _MOST_RANK = 256
 _SEED = 0
 
 
 def knows(names: Sequence[str]) -> bool:
-    """Whether there are coefficients of both factors of the layers of blocks."""
+    """Return whether there are coefficients of both factors of the layers of blocks."""
     return any(_NAME.fullmatch(name) and "_beta_" in name for name in names)
 
 
 def _split(name: str) -> tuple[str, str] | None:
     if _HEAD.fullmatch(name):
         return "", name
-    found = _NAME.fullmatch(name)
-    return None if found is None else (f"{int(found['block']):05d}.{found['layer']}", found["part"])
+    match = _NAME.fullmatch(name)
+    return None if match is None else (f"{int(match['block']):05d}.{match['layer']}", match["part"])
 
 
 def read(path: Path, options: ReadOptions) -> LoraAdapter:
-    """See the module's docstring. Raises E-BASE without a base that says how wide the layers are, E-DIGEST if the bases
+    """Read a checkpoint of NOLA. Raises E-BASE without a base that says how wide the layers are, E-DIGEST if the bases
     are not those of the file, E-TENSOR, E-PAIR, E-LIMIT, E-DEPENDENCY, E-DTYPE, E-VALUE."""
-    if options.base is None:
+    component = naming.base_component(options, ("",))
+    if component is None:
         raise BaseError(
             "the file holds coefficients of seeded bases and does not say how wide the layers are, the base does",
             fix="give the vision transformer that it was trained on (--base)",
         )
-    component = naming.base_names(options.base).component(("",), "the adapter")
-    layers = {
-        f"{int(found['block']):05d}.{found['layer']}": name.removesuffix(".weight")
-        for name in component.shapes
-        if (found := _MLP.fullmatch(name))
-    }
+    matches = [match for name in component.modules if (match := _MLP.fullmatch(name))]
+    layers = {f"{int(match['block']):05d}.{match['layer']}": match[0] for match in matches}
     with open_weights(path, options) as weights:
         modules = pairs.sort_parts(weights, _split)
         heads = modules.pop("", {})
@@ -77,21 +74,23 @@ def read(path: Path, options: ReadOptions) -> LoraAdapter:
         targets = []
         for module, parts in modules.items():
             name = _layer(module, layers, component)
-            targets.append(_target(module, parts, rank, _shape(name, component), name, weights))
-        extras = [ExtraTensor("head.weight", i.dtype, i.shape, bytes(weights.read(i))) for i in heads.values()]
+            target = Target(f"{name}.weight", _shape(name, component), MATRIX)
+            targets.append(_pair(module, parts, rank, target, weights))
+        extras = [load_extra("head.weight", info, weights) for info in heads.values()]
         notes = [f"the trained head {name} is carried along as head.weight" for name in heads]
         notes.append(f"bases of rank {rank} were made again by torch's CPU generator; the ten stored numbers agree")
-        return pairs.finished(weights, targets, layout="nola", extras=extras, warnings=notes)
+        return pairs.build_adapter(weights, targets, layout="nola", extras=extras, warnings=notes)
 
 
-def _layer(module: str, layers: dict[str, str], component: Component) -> str:
+def _layer(module: str, layers: Mapping[str, str], component: Component) -> str:
+    """Return the layer of the base that ``<block>.<layer>`` is. Raises E-BASE."""
     if module not in layers:
         raise BaseError(f"the base has no layer blocks.{module.replace('.', '.mlp.')}", path=component.root)
     return layers[module]
 
 
 def _shape(name: str, component: Component) -> tuple[int, int]:
-    """(out, in) of a layer. Raises E-BASE."""
+    """Return (out, in) of a layer. Raises E-BASE."""
     shape = component.shapes[f"{name}.weight"]
     if shape is None or len(shape) != 2:
         raise BaseError(f"{name!r} is {shape} in the base, no linear layer", path=component.root)
@@ -99,7 +98,7 @@ def _shape(name: str, component: Component) -> tuple[int, int]:
 
 
 def _bound(*sizes: int) -> float:
-    """Half the width of torch's Kaiming uniform distribution with a = sqrt(5) for bases of these sizes."""
+    """Return half the width of torch's Kaiming uniform distribution with a = sqrt(5) for bases of these sizes."""
     return math.sqrt(3.0) * (math.sqrt(2.0 / 6.0) / math.sqrt(math.prod(sizes)))
 
 
@@ -111,8 +110,8 @@ def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(_SEED)
 
 
-def _rank(modules: dict[str, Parts], layers: dict[str, str], component: Component, weights: Weights) -> int:
-    """The rank whose first basis holds the stored numbers, in every block. Raises E-DIGEST, E-PAIR."""
+def _rank(modules: Mapping[str, Parts], layers: Mapping[str, str], component: Component, weights: Weights) -> int:
+    """Return the rank whose first basis holds the stored numbers, in every block. Raises E-DIGEST, E-PAIR."""
     stored: list[tuple[int, F32]] = []
     for module, parts in modules.items():
         if "A" in parts:
@@ -136,7 +135,7 @@ def _rank(modules: dict[str, Parts], layers: dict[str, str], component: Componen
 
 
 def _first(inner: int, rank: int, count: int) -> F32:
-    """The first column of the first basis of A, as far as it is stored."""
+    """Return the first column of the first basis of A, as far as it is stored."""
     return _drawn(_generator(), (count, rank), _bound(inner, rank))[:, 0]
 
 
@@ -147,8 +146,9 @@ def _drawn(generator: torch.Generator, shape: tuple[int, ...], bound: float) -> 
     return numbers
 
 
-def _target(module: str, parts: Parts, rank: int, shape: tuple[int, int], name: str, weights: Weights) -> LoraTarget:
-    out, inner = shape
+def _pair(module: str, parts: Parts, rank: int, target: Target, weights: Weights) -> LoraTarget:
+    """Return the sums of the bases as factors. Raises E-PAIR, E-LIMIT, E-DEPENDENCY, E-DTYPE, E-VALUE."""
+    out, inner = target.shape
     if "alpha" not in parts or "beta" not in parts:
         raise PairError(f"{module}: has not both alpha and beta", fix="the file is incomplete")
     alpha, beta = (_coefficients(parts[half], weights) for half in ("alpha", "beta"))
@@ -158,7 +158,7 @@ def _target(module: str, parts: Parts, rank: int, shape: tuple[int, int], name: 
     a = _sum(alpha, generator, (inner, rank))
     b = _sum(beta, generator, (rank, out))
     left, right = (Stored("F64", np.ascontiguousarray(factor.T)) for factor in (a, b))
-    return LoraTarget(Target(f"{name}.weight", (out, inner), MATRIX), left, right, 1.0 / rank)
+    return LoraTarget(target, left, right, 1.0 / rank)
 
 
 def _coefficients(info: TensorInfo, weights: Weights) -> F64:
@@ -169,12 +169,12 @@ def _coefficients(info: TensorInfo, weights: Weights) -> F64:
 
 
 def _sum(coefficients: F64, generator: torch.Generator, shape: tuple[int, int]) -> F64:
-    """The bases times their coefficients, one after the other: the generator does not care how its numbers are asked
-    for."""
+    """Return the sum of the bases times their coefficients, drawn one after the other: the generator gives the same
+    numbers in any portions."""
     total = np.zeros(shape)
     for coefficient in coefficients:
         total += coefficient * _drawn(generator, shape, _bound(*shape)).astype(np.float64)
     return total
 
 
-READER = by_names("nola", "NOLA file of a vision transformer", knows, read)
+READER = Reader("nola", "NOLA file of a vision transformer", read, knows=knows)

@@ -7,7 +7,7 @@ the stored weights, and what they leave for the last vector. Paper: VB-LoRA, arX
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ import numpy as np
 
 from lrconvert.core.dtypes import F32, Array
 from lrconvert.core.errors import (
-    ConfigError,
     EmptyAdapterError,
     LrcError,
     PairError,
@@ -23,10 +22,14 @@ from lrconvert.core.errors import (
     TensorUnknownError,
     ValueRangeError,
 )
-from lrconvert.formats.readers.base import CONFIG_NAME, Reader
-from lrconvert.formats.readers.peft import WEIGHTS_NAME
+from lrconvert.formats.readers.base import Reader
+from lrconvert.formats.readers.shared.config import Count
+from lrconvert.formats.readers.shared.folders import PEFT_WEIGHTS, config_path, peft_type
 from lrconvert.formats.readers.shared.options import ReadOptions
-from lrconvert.io.container import ContainerFile, TensorInfo, combined_digest, config_text, read_json, tensor_digest
+from lrconvert.formats.readers.shared.pairs import sort_extras
+from lrconvert.formats.readers.shared.weights import load_extra, source_digest
+from lrconvert.io import fields
+from lrconvert.io.container import ContainerFile, TensorInfo, read_json
 from lrconvert.lora.adapter import MATRIX, TRANSPOSED, CompactAdapter, ExtraTensor, Provenance, Target
 from lrconvert.lora.fingerprint import fingerprint
 from lrconvert.methods.vblora import METHOD
@@ -35,18 +38,29 @@ from lrconvert.methods.vblora.form import EXACT, Form, canonical_codes, complete
 BANK = "base_model.vblora_vector_bank"
 _PREFIX = "base_model.model."
 _CODES = re.compile(r"(?P<module>.+)\.vblora_logits_(?P<half>[AB])(?P<kind>|_topk_indices|_topk_weights)")
-_NUMBERS = ("r", "num_vectors", "vector_length", "topk")
 
-Halves = dict[
-    str, dict[str, TensorInfo]
-]  # {"A": {"": info} or {"_topk_indices": info, "_topk_weights": info}, "B": ...}
+Halves = dict[str, dict[str, TensorInfo]]  # {"A": {"": logits} or {"_topk_indices": ..., "_topk_weights": ...}, "B": }
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What the configuration says."""
+
+    r: Count
+    num_vectors: Count
+    vector_length: Count
+    topk: Count
+    fan_in_fan_out: Any = False
+    base_model_name_or_path: str = ""
+    revision: str = ""
+    task_type: str = ""
 
 
 def recognises(path: Path) -> bool:
-    """A folder whose configuration says VBLORA, or a file with a vector bank."""
+    """Return whether a folder's configuration says VBLORA, or a file has a vector bank."""
+    if path.is_dir():
+        return peft_type(path) == "VBLORA"
     try:
-        if path.is_dir():
-            return read_json(path / CONFIG_NAME).get("peft_type") == "VBLORA"
         with ContainerFile(path) as file:
             return BANK in file.by_name
     except LrcError:
@@ -54,78 +68,75 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path, options: ReadOptions) -> CompactAdapter:
-    """See the module's docstring. Raises E-CONFIG, E-PAIR, E-SHAPE, E-TENSOR, E-VALUE, E-INDEX, E-EMPTY."""
-    folder = path if path.is_dir() else path.parent
-    config = read_json(folder / CONFIG_NAME)
+    """Read a VB-LoRA. Raises E-CONFIG, E-PAIR, E-SHAPE, E-TENSOR, E-VALUE, E-INDEX, E-EMPTY."""
+    config = read_json(config_path(path))
     try:
-        rank, h, b, k = (_integer(config, key) for key in _NUMBERS)
+        settings = fields.read_config(_Settings, config)
     except LrcError as error:
-        raise error.at(folder / CONFIG_NAME) from None
-    with ContainerFile(folder / WEIGHTS_NAME if path.is_dir() else path) as file:
+        raise error.at(config_path(path)) from None
+    rank, length = settings.r, settings.vector_length
+    with ContainerFile(path / PEFT_WEIGHTS[0] if path.is_dir() else path) as file:
         modules, extras = _sort(file)
-        info = file.by_name.get(BANK)
-        if info is None or info.shape != (h, b):
-            raise ShapeError(f"the tensor {BANK!r} is {list(info.shape) if info else 'missing'}; expected {[h, b]}")
-        bank = _finite(file.load(info).decode(), BANK)
-        targets, codes = [], []
+        bank = _bank(file, (settings.num_vectors, length))
+        codes = {}
         for module, halves in modules.items():
-            a, right = (_codes(file, module, half, halves.get(half, {}), k) for half in "AB")
-            if a[0].shape[0] != rank or right[0].shape[1] != rank:
+            a, b = (_codes(file, module, half, halves.get(half, {}), settings.topk) for half in "AB")
+            if a[0].shape[0] != rank or b[0].shape[1] != rank:
                 raise PairError(f"{module}: the codes of A and B are not of rank {rank}, as r says")
-            out, inner = right[0].shape[0] * b, a[0].shape[1] * b
-            turned = bool(config.get("fan_in_fan_out"))
-            shape, view = ((inner, out), TRANSPOSED) if turned else ((out, inner), MATRIX)
-            rows = [[part.reshape(-1, part.shape[2]) for part in a]]
-            rows.append([np.ascontiguousarray(part.swapaxes(0, 1)).reshape(-1, part.shape[2]) for part in right])
-            targets.append(Target(f"{module}.weight", shape, view))
-            codes.append(tuple(np.concatenate(parts) for parts in zip(*rows, strict=True)))
-        source = combined_digest(
-            (i.name, tensor_digest(i.name, i.dtype, i.shape, [file.read(i)])) for i in file.tensors
-        )
-        file.check_unchanged()
-    order = sorted(range(len(targets)), key=lambda n: targets[n])
-    listed = tuple(targets[n] for n in order)
-    indices, weights = (np.concatenate([codes[n][part] for n in order]) for part in (0, 1))
-    form = Form(b, h, k, EXACT, EXACT if k > 1 else 0, gains=False)
+            out, inner = b[0].shape[0] * length, a[0].shape[1] * length
+            shape, view = ((inner, out), TRANSPOSED) if settings.fan_in_fan_out else ((out, inner), MATRIX)
+            codes[Target(f"{module}.weight", shape, view)] = [
+                np.concatenate([_rows(of_a), _rows(np.swapaxes(of_b, 0, 1))]) for of_a, of_b in zip(a, b, strict=True)
+            ]
+        source = source_digest(file)
+    targets = tuple(sorted(codes))
+    indices, weights = (np.concatenate([codes[target][part] for target in targets]) for part in (0, 1))
+    form = Form(length, settings.num_vectors, settings.topk, EXACT, EXACT if settings.topk > 1 else 0, gains=False)
     tensors: dict[str, Array] = {"bank": bank, **_canonical(indices, weights)}
-    adapter = complete(form, listed, [rank] * len(listed), [])
-    METHOD.check(adapter, listed, tensors)
-    base_model, revision, task = (config_text(config, k) for k in ("base_model_name_or_path", "revision", "task_type"))
-    came = Provenance(source, base_model, revision, task, {"source_format": "peft-vblora"})
-    return CompactAdapter("vblora", adapter, listed, tensors, extras, came, fingerprint(listed))
+    adapter = complete(form, targets, [rank] * len(targets), [])
+    METHOD.check(adapter, targets, tensors)
+    hints = (settings.base_model_name_or_path, settings.revision, settings.task_type)
+    provenance = Provenance(source, *hints, fields={"source_format": "peft-vblora"})
+    return CompactAdapter("vblora", adapter, targets, tensors, extras, provenance, fingerprint(targets))
 
 
-def _integer(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    if type(value) is not int or value < 1:
-        raise ConfigError(f"{key} is {value!r:.60}, expected a positive integer", fix=f"correct {CONFIG_NAME}")
-    return value
+def _bank(file: ContainerFile, shape: tuple[int, int]) -> F32:
+    info = file.by_name.get(BANK)
+    if info is None or info.shape != shape:
+        stored = list(info.shape) if info else "missing"
+        raise ShapeError(f"the tensor {BANK!r} is {stored}; expected {list(shape)}")
+    return _finite(file.load(info).decode(), BANK)
+
+
+def _rows(part: Array) -> Array:
+    """Return the codes of a half one after the other."""
+    return np.ascontiguousarray(part).reshape(-1, part.shape[2])
 
 
 def _sort(file: ContainerFile) -> tuple[dict[str, Halves], tuple[ExtraTensor, ...]]:
-    """({module: halves}, extras), both sorted. Raises E-TENSOR for a name without a place."""
+    """Return ({module: halves}, extras), both sorted. Raises E-TENSOR for a name without a place."""
     modules: dict[str, Halves] = {}
     extras = []
     for info in file.tensors:
         name = info.name.removeprefix(_PREFIX)
-        found = _CODES.fullmatch(name)
+        match = _CODES.fullmatch(name)
         if info.name == BANK:
             continue
-        if name == info.name or (found is None and ".vblora_" in name):
+        if name == info.name or (match is None and ".vblora_" in name):
             raise TensorUnknownError(
                 f"tensor {info.name!r:.200} is no part of a PEFT VB-LoRA", fix="is this a PEFT file?"
             )
-        if found:
-            modules.setdefault(found["module"], {}).setdefault(found["half"], {})[found["kind"]] = info
+        if match:
+            modules.setdefault(match["module"], {}).setdefault(match["half"], {})[match["kind"]] = info
         else:
-            extras.append(ExtraTensor(name, info.dtype, info.shape, bytes(file.read(info))))
+            extras.append(load_extra(name, info, file))
     if not modules:
         raise EmptyAdapterError("the file holds no codes of any module", fix="is it an adapter that was saved empty?")
-    return dict(sorted(modules.items())), tuple(sorted(extras, key=lambda extra: extra.name))
+    return dict(sorted(modules.items())), sort_extras(extras)
 
 
 def _codes(file: ContainerFile, module: str, half: str, parts: dict[str, TensorInfo], k: int) -> tuple[Array, F32]:
-    """(indices (n, m, k), weights (n, m, k - 1) of all but the last) as PEFT stores them, n and m in its order."""
+    """Return (indices (n, m, k), weights (n, m, k - 1) of all but the last) as PEFT stores them, in its order."""
     if set(parts) == {""}:
         logits = _finite(file.load(parts[""]).decode(), parts[""].name)
         if logits.ndim != 3 or logits.shape[2] < k:
@@ -150,7 +161,7 @@ def _finite(values: Array, name: str) -> F32:
 
 
 def _canonical(indices: Array, weights: F32) -> dict[str, Array]:
-    """Codes as `vblora` spells them. PEFT's last vector, which takes what the others leave, comes first."""
+    """Return codes as `vblora` spells them. PEFT's last vector, which takes what the others leave, comes first."""
     if indices.min() < 0:
         raise ValueRangeError("an index is negative")
     if weights.shape[1] == 0:
@@ -166,4 +177,4 @@ def _canonical(indices: Array, weights: F32) -> dict[str, Array]:
     return {"indices": indices.astype(np.uint32), "weights": units[:, 1:].astype(np.float32)}
 
 
-READER = Reader("peft_vblora", "PEFT VB-LoRA folder", recognises, read)
+READER = Reader("peft_vblora", "PEFT VB-LoRA folder", read, recognises)

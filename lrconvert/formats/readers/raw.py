@@ -1,9 +1,9 @@
 """State dicts of factors without a configuration, as loralib and many training scripts save them: ``<module>.lora_A``
 (r, in) and ``<module>.lora_B`` (out, r), with or without ``.weight`` after them.
 
-Nothing in them states alpha, so it is asked for; the scale is alpha / r. Other tensors (biases, heads) ride along.
-Embeddings are told by their names: A (r, tokens), B (features, r). loralib's slices of fused layers (MergedLinear) are
-refused, since no file says which slices they are.
+Nothing in them states alpha, so the user must; the scale is alpha / r. Other tensors (biases, heads) ride along.
+Embeddings are recognised by their names: A (r, tokens), B (features, r). loralib's slices of fused layers
+(MergedLinear) are refused, since no file says which slices they are.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from pathlib import Path
 
 from lrconvert.core.errors import ConfigError, TensorUnknownError, UnsupportedLoraError
 from lrconvert.formats.readers import diffusers
-from lrconvert.formats.readers.base import by_names
+from lrconvert.formats.readers.base import Reader
 from lrconvert.formats.readers.shared import kinds, naming, pairs
-from lrconvert.formats.readers.shared.naming import Component
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.formats.readers.shared.pairs import Labels, Parts
-from lrconvert.formats.readers.shared.weights import Weights, open_weights
+from lrconvert.formats.readers.shared.weights import Weights, load_extra, open_weights
 from lrconvert.lora.adapter import TRANSPOSED, LoraAdapter, LoraTarget
 from lrconvert.lora.base_names import EMBEDDINGS
 
@@ -29,26 +28,24 @@ _FACTOR = re.compile(r"(?!base_model\.)(?P<module>.+)\.lora_(?P<half>[AB])(?:(?:
 
 
 def knows(names: Sequence[str]) -> bool:
-    """Whether there are factors under names of modules, without PEFT's prefix and not those of a pipeline's models."""
+    """Return whether there are factors under names of modules, without PEFT's prefix and not those of a pipeline."""
     return any(_FACTOR.fullmatch(name) for name in names) and not diffusers.knows(names)
 
 
 def _split(name: str) -> tuple[str, str]:
-    found = _FACTOR.fullmatch(name)
-    return (found["module"], found["half"]) if found else ("", name)
+    match = _FACTOR.fullmatch(name)
+    return (match["module"], match["half"]) if match else ("", name)
 
 
 def read(path: Path, options: ReadOptions) -> LoraAdapter:
-    """See the module's docstring. Raises E-CONFIG without an alpha, E-LORA-FEATURE, E-NOT-LORA, E-TENSOR, E-PAIR,
-    E-EMPTY, E-BASE, E-LIMIT, E-DTYPE, E-VALUE."""
-    component = None
-    if options.base is not None:
-        component = naming.base_names(options.base).component((), "the adapter")
+    """Read a state dict. Raises E-CONFIG without an alpha, E-LORA-FEATURE, E-NOT-LORA, E-TENSOR, E-PAIR, E-EMPTY,
+    E-BASE, E-LIMIT, E-DTYPE, E-VALUE."""
+    component = naming.base_component(options)
     with open_weights(path, options) as weights:
         modules = pairs.sort_parts(weights, _split)
         others = modules.pop("", {})
         kinds.refuse(list(others))
-        pairs.check_not_half(modules, LABELS)
+        pairs.check_both_halves(modules, LABELS)
         if options.alpha is None:
             raise ConfigError(
                 "nothing in the file states alpha, which the scale alpha / r needs",
@@ -61,33 +58,30 @@ def read(path: Path, options: ReadOptions) -> LoraAdapter:
                 f"the file holds {whole[0]!r:.160} beside its factors, which may be merged into it or not",
                 fix="save the factors alone (loralib.lora_state_dict)",
             )
-        extras = [pairs.carried(name, info, weights) for name, info in others.items()]
-        notes = [] if not extras else [f"{len(extras)} other tensors ride along, {extras[0].name!r:.120} for one"]
-        if component is not None:
-            targets = [_placed(pair, component) for pair in targets]
-        else:
+        extras = [load_extra(name, info, weights) for name, info in others.items()]
+        notes = [f"{len(extras)} other tensors ride along, {extras[0].name!r:.120} for one"] if extras else []
+        if component is None:
             notes.append(naming.unnamed("raw"))
-        return pairs.finished(weights, targets, layout="raw", extras=extras, warnings=notes)
+        else:
+            names = [pair.target.name.removesuffix(".weight") for pair in targets]
+            targets = [component.placed(p, component.dotted(n)) for p, n in zip(targets, names, strict=True)]
+        return pairs.build_adapter(weights, targets, layout="raw", extras=extras, warnings=notes)
 
 
 def _target(module: str, parts: Parts, alpha: float, weights: Weights) -> LoraTarget:
     a, b = pairs.halves(module, parts, LABELS)
     flat = len(a.shape) == len(b.shape) == 2
-    # Where the other two sides are equal they look swapped, which is said below.
+    # Where the other two sides are equal they look swapped, which `read_pair` says.
     if flat and a.shape[0] > b.shape[1] and a.shape[0] % b.shape[1] == 0 and a.shape[1] != b.shape[0]:
         raise UnsupportedLoraError(
             f"{module}: lora_A has {a.shape[0] // b.shape[1]} times the rank of lora_B: slices of a fused layer "
             "(MergedLinear), and no file says which",
             fix='write a PEFT folder with "enable_lora": [true, false, true] or what it has, and convert that',
         )
-    found = pairs.pair(module, parts, lambda rank: pairs.scale_of(module, alpha, rank), weights, LABELS)
-    if found.target.name.endswith(EMBEDDINGS):
-        return replace(found, target=replace(found.target, shape=found.target.shape[::-1], view=TRANSPOSED))
-    return found
+    pair = pairs.read_pair(module, parts, lambda rank: pairs.scale_of(module, alpha, rank), weights, LABELS)
+    if pair.target.name.endswith(EMBEDDINGS):
+        return replace(pair, target=replace(pair.target, shape=pair.target.shape[::-1], view=TRANSPOSED))
+    return pair
 
 
-def _placed(pair: LoraTarget, component: Component) -> LoraTarget:
-    return component.placed(pair, component.dotted(pair.target.name.removesuffix(".weight")))
-
-
-READER = by_names("raw", "raw state dict of lora_A and lora_B", knows, read, takes_alpha=True)
+READER = Reader("raw", "raw state dict of lora_A and lora_B", read, knows=knows, takes_alpha=True)

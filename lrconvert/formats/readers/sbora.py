@@ -10,105 +10,101 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from lrconvert.core.dtypes import Stored, round_to
 from lrconvert.core.errors import BaseError, ConfigError, IndexRangeError, LrcError, PairError, UnsupportedLoraError
-from lrconvert.formats.readers.base import CONFIG_NAME, Reader
+from lrconvert.formats.readers.base import Reader
 from lrconvert.formats.readers.shared import naming, pairs
+from lrconvert.formats.readers.shared.config import Count, check_known
+from lrconvert.formats.readers.shared.folders import PEFT_WEIGHTS, config_path, peft_type, weights_in
 from lrconvert.formats.readers.shared.naming import Component
 from lrconvert.formats.readers.shared.options import ReadOptions
-from lrconvert.formats.readers.shared.pairs import Labels, Parts
-from lrconvert.formats.readers.shared.weights import Weights, load_finite, open_weights, weights_in
-from lrconvert.io.container import TensorInfo, config_text, read_json
+from lrconvert.formats.readers.shared.pairs import INTEGERS, Labels, Parts
+from lrconvert.formats.readers.shared.weights import Weights, load_finite, open_weights
+from lrconvert.io import fields
+from lrconvert.io.container import TensorInfo, read_json
+from lrconvert.io.fields import Check
 from lrconvert.lora.adapter import MATRIX, LoraAdapter, LoraTarget, Target
 
 LABELS = Labels("lora_A", "lora_B")
-_WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<half>[AB])(?:\.weight)?")
 _NO_EFFECT = frozenset(
     (
-        *("base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "lora_dropout", "merge_weights"),
-        *("modules_to_save", "peft_type", "target_modules", "task_type", "enable_lora", "revision", "auto_mapping"),
+        *("bias", "fan_in_fan_out", "inference_mode", "lora_dropout", "merge_weights", "modules_to_save"),
+        *("peft_type", "target_modules", "task_type", "enable_lora", "revision", "auto_mapping"),
     )
 )
-_READ_HERE = frozenset(("adapter_name", "lora_alpha", "r"))
-_INTEGERS = ("I64", "I32", "I16", "I8", "U8")
+
+
+def _names_variant(name: str) -> bool:
+    return ("fa" in name) != ("fb" in name)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What the configuration says."""
+
+    lora_alpha: float
+    r: Count
+    adapter_name: Annotated[str, Check(_names_variant, "sbora_fa or sbora_fb", ConfigError)]
+    base_model_name_or_path: str = ""
+
+    @property
+    def has_b(self) -> bool:
+        """Whether B is stored in full, and the numbers of inputs for A; else A, and the numbers of outputs."""
+        return "fa" in self.adapter_name
 
 
 def recognises(path: Path) -> bool:
-    """A folder whose configuration says SBORA."""
-    try:
-        return path.is_dir() and read_json(path / CONFIG_NAME).get("peft_type") == "SBORA"
-    except LrcError:
-        return False
+    """Return whether a folder's configuration says SBORA."""
+    return peft_type(path) == "SBORA"
 
 
 def _split(name: str) -> tuple[str, str] | None:
-    found = _FACTOR.fullmatch(name)
-    return None if found is None else (found["module"], found["half"])
+    match = _FACTOR.fullmatch(name)
+    return None if match is None else (match["module"], match["half"])
 
 
 def read(path: Path, options: ReadOptions) -> LoraAdapter:
-    """See the module's docstring. Raises E-BASE without a base, E-CONFIG, E-LORA-FEATURE, E-INDEX, E-PAIR, E-TENSOR,
+    """Read a folder of SBoRA. Raises E-BASE without a base, E-CONFIG, E-LORA-FEATURE, E-INDEX, E-PAIR, E-TENSOR,
     E-DTYPE, E-VALUE, E-PICKLE."""
-    folder = path if path.is_dir() else path.parent
-    config = read_json(folder / CONFIG_NAME)
+    config = read_json(config_path(path))
     try:
-        alpha, rank, known = _settings(config)
+        settings = _settings(config)
     except LrcError as error:
-        raise error.at(folder / CONFIG_NAME) from None
-    if options.base is None:
+        raise error.at(config_path(path)) from None
+    component = naming.base_component(options)
+    if component is None:
         raise BaseError(
-            f"the file does not say how many {'inputs' if known == 'B' else 'outputs'} a layer has, the base does",
+            f"the file does not say how many {'inputs' if settings.has_b else 'outputs'} a layer has",
             fix="give the base that it was trained on (--base)",
         )
-    component = naming.base_names(options.base).component((), "the adapter")
-    with open_weights(weights_in(path, _WEIGHTS_NAMES), options) as weights:
+    with open_weights(weights_in(path, PEFT_WEIGHTS), options) as weights:
         modules = pairs.sort_parts(weights, _split)
-        targets = [
-            _target(module, parts, known, rank, alpha / rank, weights, component) for module, parts in modules.items()
-        ]
-        return pairs.finished(
-            weights,
-            targets,
-            layout="sbora",
-            base_model=config_text(config, "base_model_name_or_path"),
-        )
+        targets = [_target(module, parts, settings, weights, component) for module, parts in modules.items()]
+        return pairs.build_adapter(weights, targets, layout="sbora", base_model=settings.base_model_name_or_path)
 
 
-def _settings(config: Mapping[str, Any]) -> tuple[float, int, str]:
-    """(alpha, r, which half is stored as numbers of the layer itself). Raises E-CONFIG, E-LORA-FEATURE."""
-    for key in sorted(set(config) - _NO_EFFECT - _READ_HERE):
-        if config[key] not in (None, False, "", [], {}):
-            raise UnsupportedLoraError(
-                f"the configuration field {key!r} is not known and is set to {config[key]!r:.60}",
-                fix="remove the field if it does not change the update",
-            )
+def _settings(config: Mapping[str, Any]) -> _Settings:
+    """Return the settings. Raises E-CONFIG, E-LORA-FEATURE."""
+    check_known(config, _NO_EFFECT | fields.names(_Settings))
     if config.get("enable_lora") or config.get("modules_to_save"):
         raise UnsupportedLoraError(
             "enable_lora and modules_to_save are not read here", fix="merge it with its own code"
         )
-    alpha, rank, name = (config.get(key) for key in ("lora_alpha", "r", "adapter_name"))
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise ConfigError(f"lora_alpha is {alpha!r:.60}, expected a number")
-    if type(rank) is not int or rank < 1:
-        raise ConfigError(f"r is {rank!r:.60}, expected a positive integer")
-    if not isinstance(name, str) or ("fa" in name) == ("fb" in name):
-        raise ConfigError(f"adapter_name is {name!r:.60}, expected sbora_fa or sbora_fb")
-    return float(alpha), rank, "B" if "fa" in name else "A"
+    return fields.read_config(_Settings, config)
 
 
-def _target(
-    module: str, parts: Parts, known: str, rank: int, scale: float, weights: Weights, component: Component
-) -> LoraTarget:
+def _target(module: str, parts: Parts, settings: _Settings, weights: Weights, component: Component) -> LoraTarget:
     pairs.halves(module, parts, LABELS)
-    other = "A" if known == "B" else "B"
-    factor, picked = parts[known], parts[other]
-    side = 0 if known == "B" else 1  # of (out, in): where the stored factor says the width
+    rank = settings.r
+    factor, picked = (parts["B"], parts["A"]) if settings.has_b else (parts["A"], parts["B"])
+    side = 0 if settings.has_b else 1  # of (out, in): where the stored factor says the width
     if len(factor.shape) != 2 or factor.shape[1 - side] != rank or picked.shape != (rank,):
         raise PairError(f"{module}: {list(factor.shape)} and {list(picked.shape)} do not fit r = {rank}")
     pairs.check_rank(module, rank)
@@ -120,14 +116,14 @@ def _target(
     free = shape[1 - side] if shape[side] == width else shape[side]
     stored = load_finite(weights, factor)
     units = _units(module, picked, free, stored.dtype, weights)
-    a, b = (units, stored) if known == "B" else (stored, pairs.turned(units))
-    pair = LoraTarget(Target(f"{module}.weight", (b.shape[0], a.shape[1]), MATRIX), a, b, scale)
-    return component.placed(pair, name)
+    a, b = (units, stored) if settings.has_b else (stored, pairs.transpose(units))
+    target = Target(f"{module}.weight", (b.shape[0], a.shape[1]), MATRIX)
+    return component.placed(LoraTarget(target, a, b, pairs.scale_of(module, settings.lora_alpha, rank)), name)
 
 
 def _units(module: str, picked: TensorInfo, width: int, dtype: str, weights: Weights) -> Stored:
-    """Unit vectors (r, width) in the dtype of the other factor. Raises E-DTYPE as E-PAIR, E-INDEX."""
-    if picked.dtype not in _INTEGERS:
+    """Return unit vectors (r, width) in the dtype of the other factor. Raises E-PAIR, E-INDEX."""
+    if picked.dtype not in INTEGERS:
         raise PairError(f"{module}: {picked.name!r} is {picked.dtype}, expected the numbers of rows or columns")
     indices = weights.load(picked).array.astype(np.int64)
     if indices.min() < 0 or indices.max() >= width or len(set(indices.tolist())) < indices.size:
@@ -137,4 +133,4 @@ def _units(module: str, picked: TensorInfo, width: int, dtype: str, weights: Wei
     return Stored(dtype, round_to(units, dtype))
 
 
-READER = Reader("sbora", "SBoRA folder", recognises, read)
+READER = Reader("sbora", "SBoRA folder", read, recognises)

@@ -11,9 +11,6 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
-from lrconvert.core.dtypes import Stored
 from lrconvert.core.errors import ConfigError, NotLoraError, PairError, UnsupportedLoraError
 from lrconvert.formats.readers.base import Reader
 from lrconvert.formats.readers.gguf import names
@@ -22,7 +19,7 @@ from lrconvert.formats.readers.shared import naming, pairs
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.formats.readers.shared.pairs import Labels, Parts
 from lrconvert.formats.readers.shared.weights import load_finite
-from lrconvert.lora.adapter import TRANSPOSED, LoraAdapter, LoraTarget, Target, View
+from lrconvert.lora.adapter import TRANSPOSED, LoraAdapter, LoraTarget, Target
 
 LABELS = Labels("lora_a", "lora_b")
 EMBEDDING = "token_embd"
@@ -30,7 +27,7 @@ _PARTS = {".weight.lora_a": "A", ".weight.lora_b": "B"}
 
 
 def recognises(path: Path) -> bool:
-    """A file that begins with GGUF's four letters."""
+    """Return whether a file begins with GGUF's four letters."""
     try:
         if not path.is_file():
             return False
@@ -48,30 +45,29 @@ def _split(name: str) -> tuple[str, str] | None:
 
 
 def read(path: Path, options: ReadOptions) -> LoraAdapter:
-    """See the module's docstring. Raises E-NOT-LORA for models and other adapters, E-LORA-FEATURE, E-TENSOR, E-PAIR,
-    E-EMPTY, E-BASE, E-LIMIT, E-DTYPE, E-VALUE, E-CONFIG, and E-VER and the E-HDR and E-OFF codes for broken files."""
-    component = None
-    if options.base is not None:
-        component = naming.base_names(options.base).component((), "the adapter")
+    """Read a GGUF adapter. Raises E-NOT-LORA for models and other adapters, E-LORA-FEATURE, E-TENSOR, E-PAIR, E-EMPTY,
+    E-BASE, E-LIMIT, E-DTYPE, E-VALUE, E-CONFIG, and E-VER and the E-HDR and E-OFF codes for broken files."""
+    component = naming.base_component(options)
     with GgufFile(path) as file:
         alpha = _alpha(file)
         architecture = file.metadata.get("general.architecture", "")
         modules = pairs.sort_parts(file, _split)
-        idle = modules.pop("", {})
-        pairs.check_not_half(modules, LABELS)
+        norms = modules.pop("", {})
+        pairs.check_both_halves(modules, LABELS)
         targets: list[LoraTarget] = []
         for module, parts in modules.items():
-            found = list(_targets(module, parts, alpha, file))
-            if component is not None:
-                found = [names.placed(pair, module, architecture, component) for pair in found]
-            targets += found
-        notes = _notes(architecture, list(idle), named=component is not None)
+            own = _targets(module, parts, alpha, file)
+            if component is None:
+                targets += own
+            else:
+                targets += [names.placed(pair, module, architecture, component) for pair in own]
+        notes = _notes(architecture, list(norms), named=component is not None)
         model = file.metadata.get("general.base_model.0.name") or file.metadata.get("general.name", "")
-        return pairs.finished(file, targets, layout="gguf", warnings=notes, base_model=model)
+        return pairs.build_adapter(file, targets, layout="gguf", warnings=notes, base_model=model)
 
 
 def _alpha(file: GgufFile) -> float:
-    """adapter.lora.alpha of a LoRA. Raises E-NOT-LORA, E-LORA-FEATURE, E-CONFIG."""
+    """Return adapter.lora.alpha of a LoRA. Raises E-NOT-LORA, E-LORA-FEATURE, E-CONFIG."""
     kind, adapter = file.metadata.get("general.type", "model"), file.metadata.get("adapter.type", "")
     if kind != "adapter" or adapter != "lora":
         shown = f"an adapter of the type {adapter!r:.40}" if kind == "adapter" else f"a {kind:.40}"
@@ -94,38 +90,32 @@ def _targets(module: str, parts: Parts, alpha: float, file: GgufFile) -> Iterato
         (tokens, rank), features = a.shape, b.shape[0]
         pairs.check_rank(module, rank)
         target = Target(f"{module}.weight", (tokens, features), TRANSPOSED)
-        left = pairs.turned(load_finite(file, a))
+        left = pairs.transpose(load_finite(file, a))
         yield LoraTarget(target, left, load_finite(file, b), _scale(module, alpha, rank))
-        return
-    if len(a.shape) == 3:
-        experts, rank, inner = a.shape
+    elif len(a.shape) == 3:
+        experts, rank, _ = a.shape
         if len(b.shape) != 3 or (b.shape[0], b.shape[2]) != (experts, rank):
             raise PairError(f"{module}: lora_a {list(a.shape)} and lora_b {list(b.shape)} do not fit")
         pairs.check_rank(module, rank)
-        stored_a, stored_b = load_finite(file, a), load_finite(file, b)
-        for number in range(experts):
-            target = Target(f"{module}.weight", (experts, b.shape[1], inner), View(f"expert:{number}"))
-            left, right = (
-                Stored(stored.dtype, np.ascontiguousarray(stored.array[number])) for stored in (stored_a, stored_b)
-            )
-            yield LoraTarget(target, left, right, _scale(module, alpha, rank))
-        return
-    yield pairs.pair(module, parts, lambda rank: _scale(module, alpha, rank), file, LABELS)
+        scale = _scale(module, alpha, rank)
+        yield from pairs.read_experts(f"{module}.weight", load_finite(file, a), load_finite(file, b), scale)
+    else:
+        yield pairs.read_pair(module, parts, lambda rank: _scale(module, alpha, rank), file, LABELS)
 
 
 def _scale(module: str, alpha: float, rank: int) -> float:
     return pairs.scale_of(module, alpha, rank) if alpha else 1.0
 
 
-def _notes(architecture: str, idle: list[str], *, named: bool) -> list[str]:
+def _notes(architecture: str, norms: list[str], *, named: bool) -> list[str]:
     notes = []
     if not named:
         notes.append(naming.unnamed("GGUF"))
         if names.reorders(architecture):
             notes.append(f"rows of attn_q and attn_k are in llama.cpp's own order for {architecture!r:.40}")
-    if idle:
-        notes.append(f"{len(idle)} norms are left out, as llama.cpp leaves them out: {idle[0]!r:.120} for one")
+    if norms:
+        notes.append(f"{len(norms)} norms are left out, as llama.cpp leaves them out: {norms[0]!r:.120} for one")
     return notes
 
 
-READER = Reader("gguf", "GGUF LoRA file", recognises, read)
+READER = Reader("gguf", "GGUF LoRA file", read, recognises)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,13 +23,13 @@ from lrconvert.core.errors import (
     HeaderLengthError,
     HeaderTextError,
     LimitError,
-    LrcError,
     OffsetError,
     ShapeError,
     TensorNameError,
     VersionError,
 )
 from lrconvert.core.limits import FOREIGN, KIB, MIB
+from lrconvert.formats.readers.shared.files import check_file_size, check_shape, closed_on_error
 from lrconvert.io.container import OpenFile, TensorInfo, pread
 
 MAGIC = b"GGUF"
@@ -48,6 +48,7 @@ _Q8 = np.dtype([("factor", "<f2"), ("codes", "i1", (_BLOCK,))])
 _TYPES = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 8: ("Q8_0", _BLOCK, _Q8.itemsize)}
 
 Value = str | int | float | bool | tuple[int, ...] | None
+_Description = tuple[str, tuple[int, ...], int, int]  # name, dims in ggml's order, type, offset
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,13 @@ class _Cursor:
         self._buffer, self._begin = b"", 0
         self.at = 0
 
+    def _check(self, nbytes: int) -> None:
+        left = self._stop - self.at
+        if nbytes > left:
+            raise HeaderLengthError(f"the header claims {nbytes} bytes at byte {self.at}; {left} are left")
+
     def take(self, nbytes: int) -> bytes:
-        if nbytes > self._stop - self.at:
-            raise HeaderLengthError(
-                f"the header claims {nbytes} bytes at byte {self.at}; {self._stop - self.at} are left"
-            )
+        self._check(nbytes)
         if self.at + nbytes > self._begin + len(self._buffer):
             count = min(max(nbytes, _CHUNK), self._stop - self.at)
             self._buffer, self._begin = bytes(pread(self._descriptor, count, self.at, self._path)), self.at
@@ -81,10 +84,7 @@ class _Cursor:
         return self._buffer[start : start + nbytes]
 
     def skip(self, nbytes: int) -> None:
-        if nbytes > self._stop - self.at:
-            raise HeaderLengthError(
-                f"the header claims {nbytes} bytes at byte {self.at}; {self._stop - self.at} are left"
-            )
+        self._check(nbytes)
         self.at += nbytes
 
     def number(self, form: str) -> int:
@@ -111,19 +111,12 @@ class GgufFile(OpenFile):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        try:
+        with closed_on_error(self):
             self._parse()
-        except LrcError as error:
-            self.close()
-            raise error.at(path) from None
-        except BaseException:
-            self.close()
-            raise
 
     def _parse(self) -> None:
         size = self._stat.st_size
-        if size > FOREIGN.file_bytes:
-            raise LimitError(f"the file has {size} bytes; at most {FOREIGN.file_bytes} are read")
+        check_file_size(size)
         cursor = _Cursor(self._descriptor, size, self.path)
         if size < 24 or cursor.take(4) != MAGIC:
             raise FileKindError("the file is no GGUF", fix="was a download cut off?")
@@ -145,21 +138,10 @@ class GgufFile(OpenFile):
             if key in self.fields:
                 raise TensorNameError(f"the field {key!r:.120} is there twice")
             self.fields[key] = _value(cursor, cursor.number("<I"), _ARRAY_DEPTH)
-        found = [self._described(cursor) for _ in range(tensors)]
-        self._place(found, cursor.at, size)
+        descriptions = [_description(cursor) for _ in range(tensors)]
+        self._place(descriptions, cursor.at, size)
 
-    def _described(self, cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
-        """(name, dims in ggml's order, type, offset) of one tensor."""
-        name = _name(cursor, "tensor")
-        count = cursor.number("<I")
-        if not 0 < count <= FOREIGN.ndim:
-            raise ShapeError(f"tensor {name!r:.120} has {count} dimensions; 1 to {FOREIGN.ndim} are read")
-        dims = struct.unpack(f"<{count}Q", cursor.take(8 * count))
-        if any(not 0 < n <= FOREIGN.dim for n in dims):
-            raise ShapeError(f"tensor {name!r:.120} has shape {list(dims)!s:.80}")
-        return name, dims, cursor.number("<I"), cursor.number("<Q")
-
-    def _place(self, found: list[tuple[str, tuple[int, ...], int, int]], header: int, size: int) -> None:
+    def _place(self, descriptions: Sequence[_Description], header: int, size: int) -> None:
         """Set `tensors`; each begins where the one before ends, up to the alignment. Raises E-OFF, E-OFF-COVER."""
         alignment = self.fields.get("general.alignment", 32)
         if alignment not in _ALIGNMENTS or isinstance(alignment, bool):
@@ -167,10 +149,10 @@ class GgufFile(OpenFile):
         assert isinstance(alignment, int)
         start = header + -header % alignment
         position, tensors, layouts = 0, [], {}
-        for name, dims, kind, offset in found:
+        for name, dims, kind, offset in descriptions:
             if kind not in _TYPES:
-                known = ", ".join(title for title, _, _ in _TYPES.values())
-                raise DtypeError(f"tensor {name!r:.120} has ggml's type {kind}; {known} are read")
+                titles = ", ".join(title for title, _, _ in _TYPES.values())
+                raise DtypeError(f"tensor {name!r:.120} has ggml's type {kind}; {titles} are read")
             title, block, nbytes = _TYPES[kind]
             if dims[0] % block:
                 raise ShapeError(f"tensor {name!r:.120}: rows of {dims[0]} are no blocks of {block}")
@@ -196,18 +178,29 @@ class GgufFile(OpenFile):
         return {key: value for key, value in self.fields.items() if isinstance(value, str)}
 
     def read(self, info: TensorInfo) -> bytes:
-        """The bytes of a tensor as they are stored."""
-        where = self._layouts[info.name]
-        return bytes(pread(self._descriptor, where.nbytes, where.start, self.path))
+        """Return the bytes of a tensor as they are stored."""
+        layout = self._layouts[info.name]
+        return bytes(pread(self._descriptor, layout.nbytes, layout.start, self.path))
 
     def load(self, info: TensorInfo) -> Stored:
-        """A tensor with its stored bits; Q8_0 decoded, which float32 holds exactly."""
+        """Return a tensor with its stored bits; Q8_0 decoded, which float32 holds exactly."""
         data = self.read(info)
         if self._layouts[info.name].kind == "Q8_0":
             blocks = np.frombuffer(data, _Q8)
             values = blocks["factor"].astype(np.float32)[:, None] * blocks["codes"].astype(np.float32)
             return Stored("F32", values.astype("<f4").reshape(info.shape))
         return Stored(info.dtype, np.frombuffer(data, STORAGE[info.dtype]).reshape(info.shape))
+
+
+def _description(cursor: _Cursor) -> _Description:
+    """Return the description of one tensor. Raises E-NAME, E-SHAPE, E-HDR-LEN, E-LIMIT."""
+    name = _name(cursor, "tensor")
+    count = cursor.number("<I")
+    if not 0 < count <= FOREIGN.ndim:
+        raise ShapeError(f"tensor {name!r:.120} has {count} dimensions; 1 to {FOREIGN.ndim} are read")
+    dims = struct.unpack(f"<{count}Q", cursor.take(8 * count))
+    check_shape(name, dims)
+    return name, dims, cursor.number("<I"), cursor.number("<Q")
 
 
 def _name(cursor: _Cursor, what: str) -> str:
@@ -218,7 +211,7 @@ def _name(cursor: _Cursor, what: str) -> str:
 
 
 def _value(cursor: _Cursor, kind: int, depth: int) -> Value:
-    """A value of a key-value pair. Raises E-HDR-TEXT, E-HDR-LEN, E-LIMIT."""
+    """Read a value of a key-value pair. Raises E-HDR-TEXT, E-HDR-LEN, E-LIMIT."""
     if kind == _STRING:
         return cursor.text(FOREIGN.string_bytes)
     if kind in _SCALARS:

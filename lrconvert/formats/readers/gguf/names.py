@@ -1,5 +1,6 @@
-"""llama.cpp's names of parameters onto those of transformers, and rows back in transformers' order; the table is
-`lrconvert.formats.gguf_names`, by which the exporter goes the other way.
+"""Resolve llama.cpp's names of parameters to those of transformers, and put rows back in transformers' order.
+
+The table is `lrconvert.formats.gguf_names`, by which the exporter goes the other way.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ KNOWN = frozenset(family.id for family in gguf_names.FAMILIES.values())
 
 
 def reorders(architecture: str) -> bool:
-    """Whether rows of some layers may be in llama.cpp's own order."""
+    """Return whether rows of attn_q and attn_k may be in llama.cpp's own order."""
     families = [family for family in gguf_names.FAMILIES.values() if family.id == architecture]
     return not families or any(family.rows for family in families)
 
 
 def placed(pair: LoraTarget, name: str, architecture: str, component: Component) -> LoraTarget:
-    """`pair`, of llama.cpp's module `name`, on a base. Raises E-BASE for architectures and modules that are not known
-    and for bases of another family."""
+    """Put `pair`, of llama.cpp's module `name`, on a base. Raises E-BASE for architectures and modules that are not
+    known and for bases of another family."""
     if architecture not in KNOWN:
         raise BaseError(
             f"the names of llama.cpp's architecture {architecture!r:.60} are not known here",
@@ -33,9 +34,9 @@ def placed(pair: LoraTarget, name: str, architecture: str, component: Component)
         )
     family = gguf_names.family_of(component.config)
     if family is None or family.id != architecture:
-        kind = component.config.get("model_type")
+        theirs = component.config.get("model_type")
         raise BaseError(
-            f"the adapter is for llama.cpp's {architecture}, the base is of the family {kind!r:.60}",
+            f"the adapter is for llama.cpp's {architecture}, the base is of the family {theirs!r:.60}",
             fix="give the adapter's own base",
             path=component.root,
         )
@@ -46,16 +47,16 @@ def placed(pair: LoraTarget, name: str, architecture: str, component: Component)
 
 
 def _module(name: str, family: Family, component: Component) -> str:
-    """The module of the base. Raises E-BASE."""
+    """Return the module of the base. Raises E-BASE."""
     modules = family.modules(name)
     if not modules:
         raise BaseError(f"the module {name!r:.120} of {family.id} is not known here", path=component.root)
-    there = [module for module in modules if f"{module}.weight" in component.shapes]
-    return component.dotted(there[0] if there else modules[0])
+    present = [module for module in modules if f"{module}.weight" in component.shapes]
+    return component.dotted(present[0] if present else modules[0])
 
 
 def _in_order(pair: LoraTarget, order: str, component: Component) -> LoraTarget:
-    """Rows of B as transformers has them. Raises E-BASE."""
+    """Put the rows of B in transformers' order. Raises E-BASE."""
     rows = pair.b.array
     try:
         index = gguf_names.row_order(order, rows.shape[0], component.config)

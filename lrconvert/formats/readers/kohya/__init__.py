@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lrconvert.core.errors import OptionError
-from lrconvert.formats.readers.base import by_names
+from lrconvert.formats.readers.base import Reader
 from lrconvert.formats.readers.kohya import sgm
 from lrconvert.formats.readers.shared import naming, pairs
 from lrconvert.formats.readers.shared.naming import BaseNames
@@ -36,17 +36,13 @@ ROLES = {
 _MODULE = re.compile(rf"(?:lora|lycoris)_(?P<role>{'|'.join(sorted(ROLES, key=len, reverse=True))})_(?P<inside>[^.]+)")
 _ANY = re.compile(r"(?:lora|lycoris)_[A-Za-z0-9]+_[^.]+\.[^.]")
 _PARTS = {
-    "lora_down.weight": "A",
-    "lora_up.weight": "B",
-    "lora_mid.weight": "mid",
-    "lora_A.weight": "A",
-    "lora_B.weight": "B",
-    "alpha": "alpha",
+    **{"lora_down.weight": "A", "lora_up.weight": "B", "lora_mid.weight": "mid"},
+    **{"lora_A.weight": "A", "lora_B.weight": "B", "alpha": "alpha"},
 }
 
 
 def knows(names: Sequence[str]) -> bool:
-    """Whether most tensors are parts of modules that begin with ``lora_<model>_`` and have no dots."""
+    """Return whether most tensors are parts of modules that begin with ``lora_<model>_`` and have no dots."""
     return 2 * sum(_ANY.match(name) is not None for name in names) > len(names)
 
 
@@ -56,51 +52,48 @@ def _split(name: str) -> tuple[str, str] | None:
 
 
 def read(path: Path, options: ReadOptions) -> LoraAdapter:
-    """See the module's docstring. With a base, names are those of its parameters, after the model's name in a pipeline;
+    """Read a file of sd-scripts. With a base, names are those of its parameters, after the model's name in a pipeline;
     without one they stay, with a warning. Raises E-NOT-LORA, E-LORA-FEATURE, E-TENSOR, E-PAIR, E-EMPTY, E-BASE,
     E-OPTION, E-LIMIT, E-DTYPE, E-VALUE."""
     base = None if options.base is None else naming.base_names(options.base)
     with open_weights(path, options) as weights:
         modules = pairs.sort_parts(weights, _split)
-        pairs.check_not_half(modules, LABELS)
-        unstated: list[str] = []
+        pairs.check_both_halves(modules, LABELS)
         targets = []
         for module, parts in modules.items():
-            found = _pair(module, parts, weights, options, unstated)
-            targets.append(found if base is None else _placed(found, module, base))
+            pair = _pair(module, parts, weights, options)
+            targets.append(pair if base is None else _placed(pair, module, base))
+        unstated = [module for module, parts in modules.items() if "alpha" not in parts]
         warnings = [naming.unnamed("kohya")] if base is None else []
         if unstated and options.alpha is None:
             warnings.append(f"{len(unstated)} modules state no alpha, {unstated[0]} for one: their scale is 1")
         name = weights.metadata.get("ss_sd_model_name") or weights.metadata.get("ss_base_model_version", "")
-        return pairs.finished(weights, targets, layout="kohya", warnings=warnings, base_model=name)
+        return pairs.build_adapter(weights, targets, layout="kohya", warnings=warnings, base_model=name)
 
 
-def _pair(module: str, parts: Parts, weights: Weights, options: ReadOptions, unstated: list[str]) -> LoraTarget:
-    alpha = None
-    if "alpha" not in parts:
-        unstated.append(module)
-        alpha = options.alpha
-    elif options.alpha is not None:
-        raise OptionError(f"{module} states its alpha, another was given", fix="leave --alpha out")
-    else:
+def _pair(module: str, parts: Parts, weights: Weights, options: ReadOptions) -> LoraTarget:
+    alpha = options.alpha
+    if "alpha" in parts:
+        if alpha is not None:
+            raise OptionError(f"{module} states its alpha, another was given", fix="leave --alpha out")
         alpha = pairs.scalar(weights, parts["alpha"])
 
     def scale(rank: int) -> float:
         return 1.0 if alpha is None else pairs.scale_of(module, alpha, rank)
 
-    return pairs.pair(module, parts, scale, weights, LABELS)
+    return pairs.read_pair(module, parts, scale, weights, LABELS)
 
 
 def _placed(pair: LoraTarget, module: str, base: BaseNames) -> LoraTarget:
-    found = _MODULE.fullmatch(module)
-    if found is None:
-        role, _, inside = module.partition("_")[2].partition("_")
-        models: tuple[str, ...] = (role,)
+    match = _MODULE.fullmatch(module)
+    if match is not None:
+        inside, models = match["inside"], ROLES[match["role"]]
     else:
-        inside, models = found["inside"], ROLES[found["role"]]
+        role, _, inside = module.partition("_")[2].partition("_")
+        models = (role,)
     component = base.component(models, module)
     spelled = sgm.renamed(inside, component)
     return component.placed(pair, component.flattened(spelled, naming.VOCABULARY))
 
 
-READER = by_names("kohya", "kohya / sd-scripts file", knows, read, takes_alpha=True)
+READER = Reader("kohya", "kohya / sd-scripts file", read, knows=knows, takes_alpha=True)

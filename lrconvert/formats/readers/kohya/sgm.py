@@ -12,14 +12,14 @@ _MOST_LAYERS = 16
 
 
 def renamed(inside: str, component: Component) -> str:
-    """`inside` in diffusers' words if it is in the other's and the base in diffusers'; unchanged if not."""
+    """Return `inside` in diffusers' words if the base is in diffusers'; unchanged if it is not in the other's."""
     if component.config.get("_class_name") != unet_names.CLASS:
         return inside
-    layers = component.config.get("layers_per_block", 2)
-    count = layers if type(layers) is int and 0 < layers <= _MOST_LAYERS else 2
+    stated = component.config.get("layers_per_block", 2)
+    layers = stated if type(stated) is int and 0 < stated <= _MOST_LAYERS else 2
     theirs = {
         original.replace(".", "_"): ours.replace(".", "_")
         for attended in (True, False)
-        for ours, original in unet_names.stability_names(layers=count, attended=attended).items()
+        for ours, original in unet_names.stability_names(layers=layers, attended=attended).items()
     }
     return unet_names.renamed(inside, theirs, "_") or inside

@@ -4,34 +4,30 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, NamedTuple
 
 from lrconvert.core.errors import ConfigError, NotLoraError, PairError, PatternError, UnsupportedLoraError
 from lrconvert.core.limits import MAX_DIM, MAX_PATTERNS
-from lrconvert.formats.readers.base import CONFIG_NAME
-from lrconvert.formats.readers.peft.patterns import Lookup, check_work, compile_pattern
-from lrconvert.io.container import config_text
+from lrconvert.formats.readers.peft.patterns import Lookup, Rules, check_work, compile_pattern, rules
+from lrconvert.formats.readers.shared.config import check_known, is_set
+from lrconvert.formats.readers.shared.folders import CONFIG_NAME
+from lrconvert.formats.readers.shared.pairs import scale_of
+from lrconvert.io import fields
+from lrconvert.io.fields import By, Key
 
 # Fields of LoraConfig that say how the adapter was trained or placed, and not what its update is.
 _NO_EFFECT = frozenset(
     (
-        *("auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config"),
-        *("exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform"),
-        *("loftq_config", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "merge_weights"),
-        *("modules_to_save", "monteclora_config", "peft_type", "peft_version", "qalora_group_size", "revision"),
-        *("runtime_config", "target_modules", "task_type", "velora_config"),
-    )
-)
-_READ_HERE = frozenset(
-    (
-        *("alpha_pattern", "enable_lora", "fan_in_fan_out", "lora_alpha", "lora_bias", "r", "rank_pattern"),
-        *("target_parameters", "trainable_token_indices", "use_dora", "use_rslora"),
+        *("bias", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "inference_mode"),
+        *("init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout"),
+        *("lora_ga_config", "megatron_config", "megatron_core", "merge_weights", "monteclora_config", "peft_type"),
+        *("qalora_group_size", "runtime_config", "velora_config"),
     )
 )
 _AS_PLAIN = "train it as a plain LoRA, or merge it into its base with PEFT and use the merged model"
-# Fields whose presence makes the update another one than scale * B @ A: what they do, and what to do.
+# Fields that make the update another one than scale * B @ A: what they do, and what to do.
 _REFUSED = {
     "use_qalora": ("QA-LoRA pools its inputs", _AS_PLAIN),
     "use_bdlora": ("BD-LoRA stores the blocks of block-diagonal factors", _AS_PLAIN),
@@ -72,98 +68,167 @@ OTHER_KINDS = {
 }
 
 
+# --- single fields --------------------------------------------------------------------------------------------------
+
+
+class AutoMapping(NamedTuple):
+    """The class of the base and the library it is from, "" where the configuration does not say them."""
+
+    base_class: str = ""
+    library: str = ""
+
+
+_NO_MAPPING = AutoMapping()
+
+
+def _auto_mapping(value: Any, path: str) -> AutoMapping:
+    table = value if isinstance(value, dict) else {}
+    return AutoMapping(*(_text(table.get(key), path) for key in ("base_model_class", "parent_library")))
+
+
+def _text(value: Any, path: str) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _names(value: Any, path: str) -> tuple[str, ...]:
+    """Return a list of names; what is no such list says nothing about the update and counts as empty."""
+    return tuple(v for v in value if isinstance(v, str)) if isinstance(value, list) else ()
+
+
+def _modules(value: Any, path: str) -> str | tuple[str, ...]:
+    return value if isinstance(value, str) else _names(value, path)
+
+
+def _rules(value: Any, path: str) -> Rules:
+    table = value or {}
+    if not isinstance(table, dict) or len(table) > MAX_PATTERNS:
+        raise ConfigError(f"{path} is not an object of at most {MAX_PATTERNS} patterns")
+    for pattern, number in table.items():
+        if type(number) not in (int, float):
+            raise ConfigError(f"{pattern} is {number!r:.60}, expected a number", fix=f"correct {path} in {CONFIG_NAME}")
+    return rules(table)
+
+
+def _parameters(value: Any, path: str) -> tuple[str, ...]:
+    names = value or []
+    if not isinstance(names, list) or len(names) > MAX_PATTERNS or not all(isinstance(v, str) and v for v in names):
+        raise ConfigError(f"{path} is not a list of at most {MAX_PATTERNS} names")
+    return tuple(names)
+
+
+def _enabled(value: Any, path: str) -> tuple[bool, ...]:
+    if not isinstance(value, list) or len(value) > MAX_PATTERNS or not all(isinstance(v, bool) for v in value):
+        raise ConfigError(f"{path} is {value!r:.60}, expected a list of true and false")
+    if value and not any(value):
+        raise ConfigError(f"{path} adapts no slice")
+    return tuple(value)
+
+
+def _tokens(value: Any, path: str) -> dict[str, tuple[int, ...]]:
+    table = value if isinstance(value, dict) else {"": value or []}
+    for rows in table.values():
+        if not isinstance(rows, list) or not all(type(row) is int and 0 <= row <= MAX_DIM for row in rows):
+            raise ConfigError(f"{path} are not lists of numbers of rows")
+    return {module: tuple(rows) for module, rows in table.items() if rows}
+
+
+# --- all of them ----------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Settings:
-    """What a configuration says about the update.
+    """What a configuration says about the update, its base, and what an export needs.
 
     `tokens`: embedding module -> rows that were trained; "" stands for the input embedding. `parameters`: names of
     parameters that are adapted themselves. `enable_lora`: which slices of a fused layer are adapted (PEFT 0.2).
-    `version`: (major, minor) of the PEFT that wrote it, (0, 0) if it does not say.
     """
 
-    ranks: Lookup
-    alphas: Lookup
-    rslora: bool
-    transposed: bool
-    dora: bool
-    lora_bias: bool
-    enable_lora: tuple[bool, ...]
-    parameters: tuple[str, ...]
-    tokens: Mapping[str, tuple[int, ...]]
-    modules: str | tuple[str, ...]
-    saved: tuple[str, ...]
-    version: tuple[int, int]
-    base_model: str
-    base_class: str
-    base_library: str
-    revision: str
-    task_type: str
-    fields: Mapping[str, str]
+    r: float
+    lora_alpha: float
+    rank_rules: Annotated[Rules, Key("rank_pattern"), By(_rules)] = ()
+    alpha_rules: Annotated[Rules, Key("alpha_pattern"), By(_rules)] = ()
+    rslora: Annotated[bool, Key("use_rslora")] = False
+    transposed: Annotated[bool, Key("fan_in_fan_out")] = False
+    dora: Annotated[bool, Key("use_dora")] = False
+    lora_bias: bool = False
+    enable_lora: Annotated[tuple[bool, ...], By(_enabled)] = ()
+    parameters: Annotated[tuple[str, ...], Key("target_parameters"), By(_parameters)] = ()
+    tokens: Annotated[Mapping[str, tuple[int, ...]], Key("trainable_token_indices"), By(_tokens)] = field(
+        default_factory=dict
+    )
+    modules: Annotated[str | tuple[str, ...], Key("target_modules"), By(_modules)] = ()
+    saved: Annotated[tuple[str, ...], Key("modules_to_save"), By(_names)] = ()
+    peft_version: Annotated[str, By(_text)] = ""
+    auto_mapping: Annotated[AutoMapping, By(_auto_mapping)] = _NO_MAPPING
+    base_model: Annotated[str, Key("base_model_name_or_path")] = ""
+    revision: str = ""
+    task_type: str = ""
+
+    @property
+    def ranks(self) -> Lookup:
+        return Lookup(self.rank_rules, self.r)
+
+    @property
+    def alphas(self) -> Lookup:
+        return Lookup(self.alpha_rules, self.lora_alpha)
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """(major, minor) of the PEFT that wrote the configuration, (0, 0) if it does not say."""
+        match = re.match(r"(\d{1,6})\.(\d{1,6})", self.peft_version)
+        return (int(match[1]), int(match[2])) if match else (0, 0)
 
     def scale(self, module: str, rank: int) -> float:
-        """alpha / r, or alpha / sqrt(r). Raises E-PAIR if the stored rank is not that of the configuration."""
+        """Return alpha / r, or alpha / sqrt(r). Raises E-PAIR if the stored rank is not that of the configuration,
+        E-CONFIG for a scale that is not finite."""
         wanted = self.ranks.value(module)
         if wanted != rank:
             raise PairError(
                 f"{module}: the tensors have rank {rank}, the configuration says {wanted!s:.40}",
                 fix=f"correct r or rank_pattern in {CONFIG_NAME}",
             )
-        alpha = self.alphas.value(module)
-        try:
-            scale = alpha / math.sqrt(rank) if self.rslora else alpha / rank
-        except OverflowError:  # an integer beyond the range of floats
-            scale = math.inf
-        if not math.isfinite(scale):
-            raise ConfigError(f"{module}: the scale alpha / r is not finite")
-        return scale
+        return scale_of(module, self.alphas.value(module), math.sqrt(rank) if self.rslora else rank)
 
     def names_module(self, module: str) -> bool:
-        """Whether target_modules names a module, as far as that shows without the model."""
+        """Return whether target_modules names a module, as far as that shows without the model."""
         if self.modules == _ALL_LINEAR:
             return True
         if isinstance(self.modules, tuple):
             return any(module == name or module.endswith(f".{name}") for name in self.modules)
         try:
-            found = compile_pattern(self.modules)
+            pattern = compile_pattern(self.modules)
             check_work([self.modules], [module])
-            return bool(self.modules) and found.match(module) is not None
+            return bool(self.modules) and pattern.match(module) is not None
         except PatternError:
             return False
 
 
 def parse(config: Mapping[str, Any]) -> Settings:
-    """The settings of a LoRA's configuration. Raises E-NOT-LORA, E-LORA-FEATURE, E-CONFIG, E-PATTERN."""
+    """Return the settings of a LoRA's configuration. Raises E-NOT-LORA, E-LORA-FEATURE, E-CONFIG, E-PATTERN."""
     check_config(config)
-    enabled = _enabled(config)
-    later = [key for key in ("use_dora", "lora_bias", "target_parameters") if enabled and _is_set(config.get(key))]
-    if later:
+    settings = fields.read_config(Settings, config)
+    later = [key for key in ("use_dora", "lora_bias", "target_parameters") if is_set(config.get(key))]
+    if settings.enable_lora and later:
         raise ConfigError(f"enable_lora is of PEFT 0.2, which had no {later[0]}; both are set")
-    mapping = config.get("auto_mapping")
-    mapped = mapping if isinstance(mapping, dict) else {}
-    base_class = _string(mapped.get("base_model_class"))
-    library = _string(mapped.get("parent_library"))
-    saved = _names(config, "modules_to_save")
-    modules = config.get("target_modules")
-    return Settings(
-        ranks=_lookup(config, "rank_pattern", _number(config, "r")),
-        alphas=_lookup(config, "alpha_pattern", _number(config, "lora_alpha")),
-        rslora=_flag(config, "use_rslora"),
-        transposed=_flag(config, "fan_in_fan_out"),
-        dora=_flag(config, "use_dora"),
-        lora_bias=_flag(config, "lora_bias"),
-        enable_lora=enabled,
-        parameters=_parameters(config),
-        tokens=_tokens(config.get("trainable_token_indices")),
-        modules=modules if isinstance(modules, str) else _names(config, "target_modules"),
-        saved=saved,
-        version=_version(config.get("peft_version")),
-        base_model=config_text(config, "base_model_name_or_path"),
-        base_class=base_class,
-        base_library=library,
-        revision=config_text(config, "revision"),
-        task_type=config_text(config, "task_type"),
-        fields=_fields(config, base_class, library, saved),
-    )
+    return settings
+
+
+def provenance_fields(config: Mapping[str, Any], settings: Settings) -> dict[str, str]:
+    """Return the few strings of a configuration that an export needs."""
+    mapping = settings.auto_mapping
+    texts = {"source_format": "peft"}
+    if isinstance(config.get("peft_version"), str):
+        texts["peft_version"] = settings.peft_version
+    if mapping.base_class:
+        texts["base_model_class"] = mapping.base_class
+    saved = settings.saved
+    if saved and len(saved) == len(config["modules_to_save"]) and all("," not in name for name in saved):
+        texts["modules_to_save"] = ",".join(saved)
+    if settings.parameters and all("," not in name for name in settings.parameters):
+        texts["target_parameters"] = ",".join(settings.parameters)
+        if mapping.library:
+            texts["parent_library"] = mapping.library
+    return texts
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -173,28 +238,19 @@ def check_config(config: Mapping[str, Any]) -> None:
     """Refuse what is not scale * B @ A: E-NOT-LORA for other adapter kinds, E-LORA-FEATURE for features that change the
     update, for initializations that changed the base, and for unknown fields that are set."""
     kind = config.get("peft_type")
-    if kind != "LORA":
-        name = kind if isinstance(kind, str) else "of no stated kind"
+    if not isinstance(kind, str):
         raise NotLoraError(
-            f"the adapter is {name}, not LORA",
-            fix=OTHER_KINDS.get(name, "only LoRA adapters are converted")
-            if isinstance(kind, str)
-            else f"if it is a LoRA, {CONFIG_NAME} needs peft_type LORA, r and lora_alpha as it was trained",
+            "the adapter is of no stated kind, not LORA",
+            fix=f"if it is a LoRA, {CONFIG_NAME} needs peft_type LORA, r and lora_alpha as it was trained",
         )
+    if kind != "LORA":
+        fix = OTHER_KINDS.get(kind, "only LoRA adapters are converted")
+        raise NotLoraError(f"the adapter is {kind}, not LORA", fix=fix)
     for key, (reason, advice) in _REFUSED.items():
-        if _is_set(config.get(key)):
+        if is_set(config.get(key)):
             raise UnsupportedLoraError(f"{key} is set: {reason}", fix=advice)
     _check_init(config.get("init_lora_weights"))
-    for key in sorted(set(config) - _NO_EFFECT - _READ_HERE - set(_REFUSED)):
-        if _is_set(config[key]):
-            raise UnsupportedLoraError(
-                f"the configuration field {key!r} is not known and is set to {config[key]!r:.60}",
-                fix="remove the field if it does not change the update",
-            )
-
-
-def _is_set(value: Any) -> bool:
-    return value not in (None, False, "", [], {})
+    check_known(config, _NO_EFFECT | fields.names(Settings) | _REFUSED.keys())
 
 
 def _check_init(init: Any) -> None:
@@ -212,86 +268,3 @@ def _check_init(init: Any) -> None:
         f"init_lora_weights is {init!r:.60}, an initialization that is not known",
         fix="set it to true if it does not change the base weights",
     )
-
-
-# --- single fields --------------------------------------------------------------------------------------------------
-
-
-def _number(config: Mapping[str, Any], key: str) -> float:
-    value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigError(f"{key} is {value!r:.60}, expected a number", fix=f"set {key} in {CONFIG_NAME}")
-    return value
-
-
-def _flag(config: Mapping[str, Any], key: str) -> bool:
-    value = config.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise ConfigError(f"{key} is {value!r:.60}, expected true or false")
-    return bool(value)
-
-
-def _string(value: Any) -> str:
-    return value if isinstance(value, str) else ""
-
-
-def _names(config: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    """A list of names; what is no such list says nothing about the update and counts as empty."""
-    value = config.get(key)
-    return tuple(v for v in value if isinstance(v, str)) if isinstance(value, list) else ()
-
-
-def _lookup(config: Mapping[str, Any], key: str, default: float) -> Lookup:
-    table = config.get(key) or {}
-    if not isinstance(table, dict) or len(table) > MAX_PATTERNS:
-        raise ConfigError(f"{key} is not an object of at most {MAX_PATTERNS} patterns")
-    return Lookup.of({text: _number(table, text) for text in table}, default)
-
-
-def _parameters(config: Mapping[str, Any]) -> tuple[str, ...]:
-    value = config.get("target_parameters") or []
-    if not isinstance(value, list) or len(value) > MAX_PATTERNS or not all(isinstance(v, str) and v for v in value):
-        raise ConfigError(f"target_parameters is not a list of at most {MAX_PATTERNS} names")
-    return tuple(value)
-
-
-def _enabled(config: Mapping[str, Any]) -> tuple[bool, ...]:
-    value = config.get("enable_lora")
-    if value is None or value == []:
-        return ()
-    if not isinstance(value, list) or len(value) > MAX_PATTERNS or not all(isinstance(v, bool) for v in value):
-        raise ConfigError(f"enable_lora is {value!r:.60}, expected a list of true and false")
-    if not any(value):
-        raise ConfigError("enable_lora adapts no slice")
-    return tuple(value)
-
-
-def _tokens(value: Any) -> dict[str, tuple[int, ...]]:
-    table = value if isinstance(value, dict) else {"": value or []}
-    for rows in table.values():
-        if not isinstance(rows, list) or not all(type(row) is int and 0 <= row <= MAX_DIM for row in rows):
-            raise ConfigError("trainable_token_indices are not lists of numbers of rows")
-    return {module: tuple(rows) for module, rows in table.items() if rows}
-
-
-def _version(value: Any) -> tuple[int, int]:
-    found = re.match(r"(\d{1,6})\.(\d{1,6})", _string(value))
-    return (int(found[1]), int(found[2])) if found else (0, 0)
-
-
-def _fields(config: Mapping[str, Any], base_class: str, library: str, saved: Sequence[str]) -> dict[str, str]:
-    """The few strings that an export needs."""
-    fields = {"source_format": "peft"}
-    if isinstance(config.get("peft_version"), str):
-        fields["peft_version"] = config["peft_version"]
-    if base_class:
-        fields["base_model_class"] = base_class
-    named = config.get("modules_to_save")
-    if saved and saved == tuple(named or ()) and all("," not in name for name in saved):
-        fields["modules_to_save"] = ",".join(saved)
-    parameters = _names(config, "target_parameters")
-    if parameters and all("," not in name for name in parameters):
-        fields["target_parameters"] = ",".join(parameters)
-        if library:
-            fields["parent_library"] = library
-    return fields

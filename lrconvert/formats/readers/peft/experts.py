@@ -7,17 +7,18 @@ the module alone: ``mlp.experts.base_layer.lora_A`` is the first adapted paramet
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from lrconvert.core.dtypes import Stored
 from lrconvert.core.errors import ConfigError, LimitError, PairError, UnsupportedLoraError
 from lrconvert.core.limits import FOREIGN
-from lrconvert.formats.readers.base import CONFIG_NAME
 from lrconvert.formats.readers.peft.config import Settings
-from lrconvert.formats.readers.peft.layers import Parts, check_rank, halves, misfit
+from lrconvert.formats.readers.peft.layers import Parts, halves, misfit
 from lrconvert.formats.readers.peft.names import BASE_LAYER
+from lrconvert.formats.readers.shared.folders import CONFIG_NAME
+from lrconvert.formats.readers.shared.pairs import check_rank
 from lrconvert.formats.readers.shared.weights import Weights, load_finite
 from lrconvert.lora.adapter import MATRIX, LoraTarget, Target, View
 
@@ -31,25 +32,27 @@ _READS_OUT_IN = (0, 19)
 
 
 def wrapped(modules: Iterable[str], settings: Settings) -> dict[str, str]:
-    """{module of the file: parameter} for the modules that wrap a parameter. Raises E-CONFIG, E-LORA-FEATURE."""
+    """Return {module of the file: parameter} for the modules that wrap a parameter. Raises E-CONFIG, E-PAIR,
+    E-LORA-FEATURE."""
     depths: dict[str, list[str]] = {}
     for module in modules:
         depths.setdefault(_root(module), []).append(module)
-    found = {}
+    parameters = {}
     for root, levels in depths.items():
-        names, held = _candidates(root, settings.parameters)
-        if not names or (not held and levels == [root] and settings.names_module(root)):
+        names, is_named = _candidates(root, settings.parameters)
+        if not names or (not is_named and levels == [root] and settings.names_module(root)):
             continue
         levels.sort(key=len, reverse=True)  # the innermost wrapper first
         if levels != [root + BASE_LAYER * depth for depth in reversed(range(len(levels)))]:
             raise PairError(f"{root}: the wrapper of a parameter is missing", fix="the file is incomplete")
         for module, name in zip(levels, _in_order(root, names, len(levels)), strict=True):
-            found[module] = f"{root}.{name}"
-    return found
+            parameters[module] = f"{root}.{name}"
+    return parameters
 
 
 def read_parameter(module: str, name: str, parts: Parts, settings: Settings, weights: Weights) -> Iterator[LoraTarget]:
-    """One target for each expert of a stack; one for a matrix. `name` is the parameter's."""
+    """Yield a target for each expert of a stack; one for a matrix. `name` is the parameter's. Raises E-CONFIG, E-PAIR,
+    E-LIMIT, E-DTYPE, E-VALUE."""
     if settings.dora or settings.lora_bias or settings.transposed:
         raise ConfigError(
             "target_parameters does not go together with use_dora, lora_bias and fan_in_fan_out; PEFT refuses that",
@@ -75,7 +78,7 @@ def read_parameter(module: str, name: str, parts: Parts, settings: Settings, wei
 
 
 def _stack(name: str, experts: int, stored: tuple[Stored, Stored], scale: float, in_out: bool) -> Iterator[LoraTarget]:
-    """Expert i has rows i * r to (i + 1) * r of A, and columns i, i + experts, ... of B."""
+    """Yield the experts. Expert i has rows i * r to (i + 1) * r of A, and columns i, i + experts, ... of B."""
     a, b = stored
     rank, out, inner = a.shape[0] // experts, b.shape[0], a.shape[1]
     shape = (experts, inner, out) if in_out else (experts, out, inner)
@@ -89,11 +92,11 @@ def _stack(name: str, experts: int, stored: tuple[Stored, Stored], scale: float,
         )
 
 
-def count(modules: dict[str, str], parts: dict[str, Parts], settings: Settings) -> None:
-    """Refuse, before any is made, more targets than a file may have tensors. Raises E-LIMIT."""
+def check_count(parameters: Mapping[str, str], modules: Mapping[str, Parts], settings: Settings) -> None:
+    """Raise E-LIMIT, before any is made, for more targets than a file may have tensors."""
     total = 0
-    for module, name in modules.items():
-        info = parts[module].get("A")
+    for module, name in parameters.items():
+        info = modules[module].get("A")
         total += info.shape[0] // max(int(settings.ranks.value(name)), 1) if info is not None and info.shape else 0
     if total > FOREIGN.tensors:
         raise LimitError(f"the file adapts {total} experts; at most {FOREIGN.tensors} are read")
@@ -103,33 +106,33 @@ def count(modules: dict[str, str], parts: dict[str, Parts], settings: Settings) 
 
 
 def _root(module: str) -> str:
-    """The wrapped module, without the wrappers around it."""
+    """Return the wrapped module, without the wrappers around it."""
     while module.endswith(BASE_LAYER):
         module = module.removesuffix(BASE_LAYER)
     return module
 
 
 def _candidates(root: str, parameters: Sequence[str]) -> tuple[list[str], bool]:
-    """Names of parameters that the configuration adapts in a module that has them, and whether it names the module."""
-    found, held = set(), False
+    """Return the parameters that the configuration may adapt in a module, and whether it names the module itself."""
+    names, is_named = set(), False
     for parameter in parameters:
         holder, _, name = parameter.rpartition(".")
         if not holder or root == holder or root.endswith(f".{holder}"):
-            found.add(name)
-            held = held or bool(holder)
-    return sorted(found), held
+            names.add(name)
+            is_named = is_named or bool(holder)
+    return sorted(names), is_named
 
 
 def _in_order(root: str, names: Sequence[str], wrappers: int) -> list[str]:
-    """The parameters of a module from the innermost wrapper to the outermost. Raises E-CONFIG, E-LORA-FEATURE."""
+    """Return the parameters of a module from the innermost wrapper to the outermost. Raises E-CONFIG,
+    E-LORA-FEATURE."""
+    listed = ", ".join(repr(name) for name in names)
     if len(names) != wrappers:
-        listed = ", ".join(repr(name) for name in names)
         raise ConfigError(
             f"{root}: {wrappers} of its parameters are adapted, target_parameters names {len(names)}: {listed:.300}",
             fix="name in target_parameters the parameters that are adapted, each with its module",
         )
     if wrappers > 1 and not set(names) <= set(_ORDER):
-        listed = ", ".join(repr(name) for name in names)
         raise UnsupportedLoraError(
             f"{root}: the order of its parameters {listed:.300} is not known, and the file does not tell it",
             fix="adapt one of them alone",
@@ -141,22 +144,22 @@ def _in_order(root: str, names: Sequence[str], wrappers: int) -> list[str]:
 
 
 def reads_in_out(settings: Settings) -> bool:
-    """Whether PEFT read the stack as (experts, in, out): always before 0.19, then only where the model says so."""
+    """Return whether PEFT reads the stack as (experts, in, out): always before 0.19, then where the model says so."""
     return settings.version < _READS_OUT_IN or _says_transposed(settings)
 
 
 def _says_transposed(settings: Settings) -> bool:
-    return says_transposed(settings.base_class, settings.base_model)
+    return says_transposed(settings.auto_mapping.base_class, settings.base_model)
 
 
 def says_transposed(base_class: str, hint: str) -> bool:
-    """Whether the model tells PEFT that its experts are stored (experts, in, out), as far as its names show."""
+    """Return whether the model tells PEFT that its experts are stored (experts, in, out), as far as its names show."""
     return base_class.startswith(_TRANSPOSED_CLASSES) or any(name in hint.lower() for name in _TRANSPOSED_NAMES)
 
 
 def doubt(names: Sequence[str], settings: Settings) -> str:
-    """A warning where only the base can tell how its experts are stored, else ""."""
-    told = settings.base_library.startswith("transformers.") or _says_transposed(settings)
-    if not names or told or settings.version < _READS_OUT_IN:
+    """Return a warning where only the base can tell how its experts are stored, else ""."""
+    is_stated = settings.auto_mapping.library.startswith("transformers.") or _says_transposed(settings)
+    if not names or is_stated or settings.version < _READS_OUT_IN:
         return ""
     return f"{names[0]} is taken as (experts, out, in), which the configuration does not say; check with the base"

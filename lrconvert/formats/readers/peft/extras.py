@@ -9,29 +9,26 @@ import numpy as np
 from lrconvert.core.dtypes import FLOATS, STORAGE, Stored, decode, round_to
 from lrconvert.core.errors import ConfigError, IndexRangeError, PairError, TensorUnknownError
 from lrconvert.formats.readers.peft.config import Settings
-from lrconvert.formats.readers.shared.weights import Weights, load_finite
+from lrconvert.formats.readers.shared.weights import Weights, load_extra, load_finite
 from lrconvert.io.container import TensorInfo
 from lrconvert.lora.adapter import ExtraTensor
 
 
 def read_extras(others: Mapping[str, Sequence[TensorInfo]], weights: Weights) -> Iterator[ExtraTensor]:
-    """Whole tensors, byte for byte. PEFT may store one twice, under its own name and as modules_to_save.
-
-    Raises E-TENSOR if the two differ.
-    """
+    """Yield whole tensors, byte for byte. PEFT may store one twice, under its own name and as modules_to_save: raises
+    E-TENSOR if the two differ."""
     for name, infos in others.items():
-        first, *rest = infos
-        data = bytes(weights.read(first))
-        for info in rest:
-            if (info.dtype, info.shape) != (first.dtype, first.shape) or weights.read(info) != data:
-                raise TensorUnknownError(f"tensors {first.name!r} and {info.name!r} mean the same, but differ")
-        yield ExtraTensor(name, first.dtype, first.shape, data)
+        first, *rest = (load_extra(name, info, weights) for info in infos)
+        for info, extra in zip(infos[1:], rest, strict=True):
+            if extra != first:
+                raise TensorUnknownError(f"tensors {infos[0].name!r} and {info.name!r} mean the same, but differ")
+        yield first
 
 
 def read_tokens(
     tokens: Mapping[str, TensorInfo], whole: Mapping[str, ExtraTensor], settings: Settings, weights: Weights
 ) -> Iterator[ExtraTensor]:
-    """Trained rows of embeddings, in rising order, and which rows they are.
+    """Yield trained rows of embeddings, in rising order, and which rows they are.
 
     Where the file also holds the whole embedding (`whole`, by name), as after a resize, the rows are put into it.
     Raises E-CONFIG, E-PAIR, E-INDEX.
@@ -58,7 +55,7 @@ def read_tokens(
 
 
 def _rows(module: str, settings: Settings) -> tuple[int, ...]:
-    """The rows of an embedding that were trained, by PEFT's rule: a module's path ends with the name in the
+    """Return the rows of an embedding that were trained, by PEFT's rule: a module's path ends with the name in the
     configuration; a plain list is for the input embedding."""
     for name, rows in settings.tokens.items():
         if module.endswith(name):
@@ -67,7 +64,7 @@ def _rows(module: str, settings: Settings) -> tuple[int, ...]:
 
 
 def _with_rows(whole: ExtraTensor, rows: Stored, indices: np.ndarray) -> ExtraTensor:
-    """A whole embedding with trained rows in it, in the dtype of the whole, as PEFT puts them there."""
+    """Return a whole embedding with trained rows in it, in the dtype of the whole, as PEFT puts them there."""
     array = np.frombuffer(whole.data, STORAGE[whole.dtype]).reshape(whole.shape).copy()
     if array.ndim != 2 or array.shape[1] != rows.shape[1] or indices[-1] >= array.shape[0]:
         raise IndexRangeError(f"{whole.name}: row {indices[-1]} of {list(rows.shape)} is outside {list(whole.shape)}")

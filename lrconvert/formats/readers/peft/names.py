@@ -9,16 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Literal
 
 from lrconvert.core.errors import TensorUnknownError, UnsupportedLoraError
 from lrconvert.formats.readers.shared import kinds
+from lrconvert.formats.readers.shared.pairs import put_once
 from lrconvert.io.container import TensorInfo
 
 PREFIX = "base_model.model."
 BASE_LAYER = ".base_layer"
 
-Key = TypeVar("Key", bound=str)
 Part = Literal["A", "B", "bias", "embedding_A", "embedding_B", "magnitude"]
 _TITLES: dict[Part, str] = {
     "A": "lora_A.weight",
@@ -34,7 +34,7 @@ _TRAINING = ("monteclora_sampler", "velora_embed")
 
 
 def title(part: Part) -> str:
-    """A part as PEFT spells it."""
+    """Return a part as PEFT spells it."""
     return _TITLES[part]
 
 
@@ -51,28 +51,29 @@ class Sorted:
 
 
 def sort(tensors: Sequence[TensorInfo]) -> Sorted:
-    """Every tensor in its place. Raises E-TENSOR for names without one, E-LORA-FEATURE for parts of other variants and
-    for several adapters in one file, E-NOT-LORA for other kinds of adapters, E-EMPTY for settings without matrices."""
+    """Return every tensor in its place. Raises E-TENSOR for names without one, E-LORA-FEATURE for parts of other
+    variants and for several adapters in one file, E-NOT-LORA for other kinds of adapters, E-EMPTY for settings without
+    matrices."""
     if not any(info.name.startswith(PREFIX) for info in tensors):
         kinds.refuse([info.name for info in tensors])
     adapter = _adapter_name(tensors)
-    found = Sorted()
+    places = Sorted()
     for info in tensors:
         name = _local(info)
         module, inside, _ = name.rpartition(".lora_")
         if inside:
             part = _part(name)
             if part is None:
-                found.unused.append(name)
+                places.unused.append(name)
             else:
-                _put(found.modules.setdefault(module, {}), part, info)
+                put_once(places.modules.setdefault(module, {}), part, info)
         elif ".token_adapter." in name:
-            _sort_token(found, name, info, adapter)
+            _sort_token(places, name, info, adapter)
         elif ".original_module." in name:
-            found.unused.append(name)
+            places.unused.append(name)
         else:
-            found.others.setdefault(_without_wrapper(name, adapter), []).append(info)
-    return found
+            places.others.setdefault(_without_wrapper(name, adapter), []).append(info)
+    return places
 
 
 def _local(info: TensorInfo) -> str:
@@ -84,12 +85,6 @@ def _local(info: TensorInfo) -> str:
     return name
 
 
-def _put(table: dict[Key, TensorInfo], key: Key, info: TensorInfo) -> None:
-    other = table.setdefault(key, info)
-    if other is not info:
-        raise TensorUnknownError(f"tensors {other.name!r} and {info.name!r} mean the same", fix="remove one of them")
-
-
 # --- parts of a LoRA ------------------------------------------------------------------------------------------------
 
 
@@ -99,27 +94,26 @@ def _words(name: str) -> list[str]:
 
 
 def _split(words: Sequence[str]) -> tuple[Part, str] | None:
-    """(part, name of the adapter or "") of the words after ".lora_"; None if they are no part."""
+    """Return (part, name of the adapter or "") of the words after ".lora_"; None if they are no part."""
+    part: Part
     match words:
-        case ["A" | "B" as half, *rest, "weight"] if len(rest) <= 1:
-            return ("A" if half == "A" else "B"), "".join(rest)
-        case ["B", *rest, "bias"] if len(rest) <= 1:
-            return "bias", "".join(rest)
-        case ["embedding_A" | "embedding_B" as half, *rest] if len(rest) <= 1:
-            return ("embedding_A" if half == "embedding_A" else "embedding_B"), "".join(rest)
-        case ["magnitude_vector", *rest] if len(rest) <= 2:
-            if rest and rest[-1] == "weight":
-                rest = rest[:-1]
-            return ("magnitude", "".join(rest)) if len(rest) <= 1 else None
-    return None
+        case ["A" | "B" as part, *rest, "weight"]:
+            pass
+        case ["B", *rest, "bias"]:
+            part = "bias"
+        case ["embedding_A" | "embedding_B" as part, *rest]:
+            pass
+        case ["magnitude_vector", *rest, "weight"] | ["magnitude_vector", *rest]:
+            part = "magnitude"
+        case _:
+            return None
+    return (part, "".join(rest)) if len(rest) <= 1 else None
 
 
 def _adapter_name(tensors: Iterable[TensorInfo]) -> str:
-    """The adapter's name where the parts carry it, else "". Raises E-LORA-FEATURE if they carry several."""
-    names = set()
-    for info in tensors:
-        if ".lora_" in info.name and (found := _split(_words(info.name))) is not None:
-            names.add(found[1])
+    """Return the adapter's name where the parts carry it, else "". Raises E-LORA-FEATURE if they carry several."""
+    split = [_split(_words(info.name)) for info in tensors if ".lora_" in info.name]
+    names = {part_and_name[1] for part_and_name in split if part_and_name is not None}
     if len(names) > 1:
         listed = ", ".join(repr(name) if name else "one without a name" for name in sorted(names))
         raise UnsupportedLoraError(
@@ -129,11 +123,11 @@ def _adapter_name(tensors: Iterable[TensorInfo]) -> str:
 
 
 def _part(name: str) -> Part | None:
-    """The part of a LoRA that a tensor is; None for state of the training. Raises E-LORA-FEATURE."""
+    """Return the part of a LoRA that a tensor is; None for state of the training. Raises E-LORA-FEATURE."""
     words = _words(name)
-    found = _split(words)
-    if found is not None:
-        return found[0]
+    part_and_name = _split(words)
+    if part_and_name is not None:
+        return part_and_name[0]
     if words[0] in _TRAINING:
         return None
     kinds.refuse([name])
@@ -146,23 +140,23 @@ def _part(name: str) -> Part | None:
 # --- what rides along -----------------------------------------------------------------------------------------------
 
 
-def _sort_token(found: Sorted, name: str, info: TensorInfo, adapter: str) -> None:
-    """A tensor of PEFT's wrapper around an embedding of which single rows were trained."""
+def _sort_token(places: Sorted, name: str, info: TensorInfo, adapter: str) -> None:
+    """Sort a tensor of PEFT's wrapper around an embedding of which single rows were trained."""
     module, _, inside = name.rpartition(".token_adapter.")
     first, _, rest = inside.partition(".")
     named = rest in ("", adapter, "default")
     if first == "trainable_tokens_delta" and named:
-        _put(found.tokens, module, info)
+        put_once(places.tokens, module, info)
     elif first == "trainable_tokens_original" and named:
-        found.unused.append(name)
+        places.unused.append(name)
     elif inside == "base_layer.weight":
-        found.others.setdefault(f"{module}.weight", []).append(info)
+        places.others.setdefault(f"{module}.weight", []).append(info)
     else:
         raise TensorUnknownError(f"tensor {name!r} is no known part of an embedding with trained tokens")
 
 
 def _without_wrapper(name: str, adapter: str) -> str:
-    """The parameter that a module of modules_to_save holds: ``x.modules_to_save.default.weight`` is ``x.weight``."""
+    """Return the parameter of a module of modules_to_save: ``x.modules_to_save.default.weight`` is ``x.weight``."""
     module, inside, rest = name.partition(".modules_to_save.")
     if not inside:
         return name

@@ -22,8 +22,8 @@ _MOST_REPEATS = 3
 
 
 def _simple_repeats(parsed: Any) -> int:
-    """Unbounded repeats of a parsed pattern, each over one character; raises E-PATTERN for anything that could
-    backtrack exponentially or that has no business in a module name."""
+    """Count the unbounded repeats of a parsed pattern, each over one character. Raises E-PATTERN for anything that
+    could backtrack exponentially or that has no business in a module name."""
     repeats = 0
     for op, argument in parsed:
         if op in (_sre.MAX_REPEAT, _sre.MIN_REPEAT):
@@ -42,7 +42,7 @@ def _simple_repeats(parsed: Any) -> int:
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """PEFT's rule for keys of rank_pattern and alpha_pattern, ``re.match(r"(.*\\.)?(KEY)$", module)``, compiled after a
+    """Compile PEFT's rule for keys of rank_pattern and alpha_pattern, ``re.match(r"(.*\\.)?(KEY)$", module)``, after a
     look at the pattern's structure: hostile ones (E-PATTERN) never reach the matcher."""
     if len(pattern) > MAX_PATTERN_LENGTH:
         raise PatternError(f"a pattern has {len(pattern)} characters; at most {MAX_PATTERN_LENGTH} are allowed")
@@ -75,39 +75,42 @@ def check_work(patterns: Iterable[str], modules: Iterable[str]) -> None:
         )
 
 
+Rules = tuple[tuple[str, re.Pattern[str], float], ...]  # (pattern, compiled, the number of modules that match it)
+
+
+def rules(table: Mapping[str, float]) -> Rules:
+    """Return the compiled patterns of a table. Raises E-PATTERN."""
+    return tuple((text, compile_pattern(text), value) for text, value in table.items())
+
+
 @dataclass(frozen=True)
 class Lookup:
     """A number for every module: that of the first pattern that matches its name, else the default."""
 
-    rules: tuple[tuple[str, re.Pattern[str], float], ...]
+    rules: Rules
     default: float
-
-    @classmethod
-    def of(cls, table: Mapping[str, float], default: float) -> Lookup:
-        """Raises E-PATTERN."""
-        return cls(tuple((text, compile_pattern(text), value) for text, value in table.items()), default)
 
     @property
     def patterns(self) -> list[str]:
         return [text for text, _, _ in self.rules]
 
     def _rule(self, module: str) -> tuple[str, float] | None:
-        for text, rule, value in self.rules:
-            if text == module or rule.match(module):
+        for text, compiled, value in self.rules:
+            if text == module or compiled.match(module):
                 return text, value
         return None
 
     def value(self, module: str) -> float:
-        found = self._rule(module)
-        return self.default if found is None else found[1]
+        rule = self._rule(module)
+        return self.default if rule is None else rule[1]
 
     def unmatched(self, modules: Iterable[str]) -> set[str]:
-        """Patterns that decide for none of `modules`."""
-        left = {text for text, _, _ in self.rules}
+        """Return the patterns that decide for none of `modules`."""
+        left = set(self.patterns)
         for module in modules:
             if not left:
                 break
-            found = self._rule(module)
-            if found is not None:
-                left.discard(found[0])
+            rule = self._rule(module)
+            if rule is not None:
+                left.discard(rule[0])
         return left

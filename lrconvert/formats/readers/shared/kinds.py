@@ -1,4 +1,4 @@
-"""Adapters that are no LoRA, told by the names of their tensors: what each is, and what to do instead."""
+"""Adapters that are no LoRA, recognised by the names of their tensors: what each is, and what to do instead."""
 
 from __future__ import annotations
 
@@ -11,40 +11,34 @@ _AS_LORA = "load it with its own tool, merge it into its base, and extract a LoR
 _MERGE = "merge it into its base with the tool that trained it, and use the merged model"
 _NO_WEIGHTS = "it changes no weight of the base, so there is nothing to convert"
 
-# (names, what it is, what to do). The first that finds a name wins.
-_KINDS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
-    (re.compile(pattern), what, advice)
-    for pattern, what, advice in (
-        (
-            r"\.lora_[AB]\.(seed|coefficients)$",
-            "a NOLA of a language model: its bases were drawn by the generator of the device that it was trained on, "
-            "in the dtype of its coefficients, and on a GPU the numbers depend on how many processors the device has; "
-            "they cannot be made again here",
-            "with NOLA's own code, on the kind of GPU that it was trained on, merge it and use the merged model",
-        ),
-        (r"\.hada_(w\d|t\d)", "a LoHa: products of two low-rank matrices, element by element", _AS_LORA),
-        (r"\.lokr_(w\d|t\d)", "a LoKr: Kronecker products", _AS_LORA),
-        (r"\.oft_(blocks|diag|R|r)\b", "an OFT: rotations of the base's weights", _MERGE),
-        (r"\.boft_", "a BOFT: rotations of the base's weights", _MERGE),
-        (r"\.hra_u\b", "an HRA: reflections of the base's weights", _MERGE),
-        (r"\.ia3_l\b|\.on_input$", "an (IA)^3: factors on activations", _MERGE),
-        (r"\.lora_E\b|\.ranknum\b", "an AdaLoRA: singular values beside the factors", _AS_LORA),
-        (r"vera_lambda_|^vera_[AB]\b", "a VeRA: scales of shared random matrices", _AS_LORA),
-        (r"\.randlora_", "a RandLoRA: scales of shared random matrices", _AS_LORA),
-        (r"\.fourierft_spectrum", "a FourierFT: entries of a spectrum", _AS_LORA),
-        (r"prompt_embeddings|prompt_encoder|prefix_", "a tuned prompt", _NO_WEIGHTS),
-        (r"_custom_diffusion\.", "a Custom Diffusion: whole weights of the attention", _MERGE),
-        (r"\.[ab][12]\.weight$", "a GLoRA", _AS_LORA),
-    )
+# (pattern of a name, what it is, what to do). The first whose pattern is in a name wins.
+_KINDS = (
+    (
+        r"\.lora_[AB]\.(seed|coefficients)$",
+        "a NOLA of a language model: its bases were drawn by the generator of the device that it was trained on, "
+        "in the dtype of its coefficients, and on a GPU the numbers depend on how many processors the device has; "
+        "they cannot be made again here",
+        "with NOLA's own code, on the kind of GPU that it was trained on, merge it and use the merged model",
+    ),
+    (r"\.hada_(w\d|t\d)", "a LoHa: products of two low-rank matrices, element by element", _AS_LORA),
+    (r"\.lokr_(w\d|t\d)", "a LoKr: Kronecker products", _AS_LORA),
+    (r"\.oft_(blocks|diag|R|r)\b", "an OFT: rotations of the base's weights", _MERGE),
+    (r"\.boft_", "a BOFT: rotations of the base's weights", _MERGE),
+    (r"\.hra_u\b", "an HRA: reflections of the base's weights", _MERGE),
+    (r"\.ia3_l\b|\.on_input$", "an (IA)^3: factors on activations", _MERGE),
+    (r"\.lora_E\b|\.ranknum\b", "an AdaLoRA: singular values beside the factors", _AS_LORA),
+    (r"vera_lambda_|^vera_[AB]\b", "a VeRA: scales of shared random matrices", _AS_LORA),
+    (r"\.randlora_", "a RandLoRA: scales of shared random matrices", _AS_LORA),
+    (r"\.fourierft_spectrum", "a FourierFT: entries of a spectrum", _AS_LORA),
+    (r"prompt_embeddings|prompt_encoder|prefix_", "a tuned prompt", _NO_WEIGHTS),
+    (r"_custom_diffusion\.", "a Custom Diffusion: whole weights of the attention", _MERGE),
+    (r"\.[ab][12]\.weight$", "a GLoRA", _AS_LORA),
 )
 # Parts of files that are LoRAs otherwise: dropping them would change the model.
-_PARTS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
-    (re.compile(pattern), what, advice)
-    for pattern, what, advice in (
-        (r"\.dora_scale$", "the magnitudes of a DoRA in LyCORIS' form, whose norms may run along either axis", _MERGE),
-        (r"\.(diff|diff_b|w_norm|b_norm|set_weight)$", "a whole difference of weights, not a pair of factors", _MERGE),
-        (r"\.lora_(up|down)\.\d+\.weight$", "a pair of one slice of a fused layer", "save it again with sd-scripts"),
-    )
+_PARTS = (
+    (r"\.dora_scale$", "the magnitudes of a DoRA in LyCORIS' form, whose norms may run along either axis", _MERGE),
+    (r"\.(diff|diff_b|w_norm|b_norm|set_weight)$", "a whole difference of weights, not a pair of factors", _MERGE),
+    (r"\.lora_(up|down)\.\d+\.weight$", "a pair of one slice of a fused layer", "save it again with sd-scripts"),
 )
 _FACTOR = re.compile(r"(?i)lora_?(a|b|up|down)\b|\.(up|down)\b|w_[ab]_\d")
 _SCALAR = re.compile(r"\.(alpha|scale|lora_alpha|lora_dropout|dropout|dropout_p)\b")
@@ -55,9 +49,9 @@ def refuse(names: Sequence[str]) -> None:
     of LoRA that are not converted, E-EMPTY if there are only settings."""
     for table, error in ((_KINDS, NotLoraError), (_PARTS, UnsupportedLoraError)):
         for pattern, what, advice in table:
-            found = next((name for name in names if pattern.search(name)), None)
-            if found is not None:
-                raise error(f"tensor {found!r:.120} belongs to {what}", fix=advice)
+            for name in names:
+                if re.search(pattern, name):
+                    raise error(f"tensor {name!r:.120} belongs to {what}", fix=advice)
     if names and not any(_FACTOR.search(name) for name in names) and all(_SCALAR.search(name) for name in names):
         raise EmptyAdapterError(
             f"the file holds {len(names)} settings such as {names[0]!r:.120}, and no matrices",

@@ -1,4 +1,4 @@
-"""Names of layouts onto parameters of a base, for `--base`: a model folder, or a diffusers pipeline of several.
+"""Resolve the names of a layout to parameters of a base (`--base`): a model folder, or a diffusers pipeline of several.
 
 The headers of a base's files say its names and shapes. Where there is only a config.json, transformers builds the model
 without weights (its own classes alone, never code from the folder); for diffusers' models, whose layouts spell module
@@ -15,6 +15,7 @@ from typing import Any
 
 from lrconvert.core.errors import BaseError, DependencyError, FileKindError
 from lrconvert.core.limits import MAX_INDEX_BYTES
+from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.io.container import INDEX_NAME, PIPELINE_NAME, SINGLE_NAME, ContainerFile, open_checkpoint, read_json
 from lrconvert.lora import renamings
 from lrconvert.lora.adapter import MATRIX, TRANSPOSED, LoraTarget, Target, View
@@ -43,56 +44,54 @@ class Component:
     @cached_property
     def _flat(self) -> dict[str, list[str]]:
         """Modules by their name with underscores for dots."""
-        found: dict[str, list[str]] = {}
-        for name in self.shapes:
-            if name.endswith(".weight"):
-                module = name.removesuffix(".weight")
-                found.setdefault(module.replace(".", "_"), []).append(module)
-        return found
+        flat: dict[str, list[str]] = {}
+        for module in self.modules:
+            flat.setdefault(module.replace(".", "_"), []).append(module)
+        return flat
+
+    @cached_property
+    def modules(self) -> list[str]:
+        """The modules that have a weight."""
+        return [name.removesuffix(".weight") for name in self.shapes if name.endswith(".weight")]
 
     def dotted(self, module: str) -> str:
-        """The module of the base that a module with dots is. Raises E-BASE."""
+        """Return the base's name of a module that the adapter spells with dots. Raises E-BASE."""
         if not self.shapes:
             return module
-        found = self._index.find(f"{module}.weight")
-        if found is None:
+        name = self._index.find(f"{module}.weight")
+        if name is None:
             raise self._index.missing(f"{module}.weight")
-        return found.removesuffix(".weight")
+        return name.removesuffix(".weight")
 
     def flattened(self, spelled: str, words: Iterable[str]) -> str:
-        """The module whose dots were written as underscores: among the base's own, or put together of `words` where
-        those are not known. Raises E-BASE if there is none, or several."""
+        """Return the base's name of a module whose dots the adapter writes as underscores: among the base's own names,
+        or put together of `words` where those are not known. Raises E-BASE if there is none, or several."""
         if self.shapes:
-            shorter = spelled.partition("_")[2] if not spelled.startswith("text_model_") else spelled[11:]
-            found = self._flat.get(spelled) or self._flat.get(shorter) or []
-            longer = (
-                [m for key, ms in self._flat.items() if key.endswith(f"_{spelled}") for m in ms] if not found else []
-            )
-            found = found or longer
+            shorter = spelled[11:] if spelled.startswith("text_model_") else spelled.partition("_")[2]
+            candidates = self._flat.get(spelled) or self._flat.get(shorter)
+            if not candidates:
+                longer = (modules for flat, modules in self._flat.items() if flat.endswith(f"_{spelled}"))
+                candidates = [module for modules in longer for module in modules]
         else:
-            found = parses(spelled, words)
-        if len(found) > 1:
-            listed = ", ".join(sorted(found)[:5])
-            raise BaseError(
-                f"{spelled!r:.200} may be any of {listed}", fix="rename the module in the file", path=self.root
-            )
-        if not found:
-            raise BaseError(
-                f"{spelled!r:.200} is no module of the base", fix="is this the adapter's own base?", path=self.root
-            )
-        return found[0]
+            candidates = parses(spelled, words)
+        if len(candidates) > 1:
+            what, fix = f"may be any of {', '.join(sorted(candidates)[:5])}", "rename the module in the file"
+            raise BaseError(f"{spelled!r:.200} {what}", fix=fix, path=self.root)
+        if not candidates:
+            fix = "is this the adapter's own base?"
+            raise BaseError(f"{spelled!r:.200} is no module of the base", fix=fix, path=self.root)
+        return candidates[0]
 
     def placed(self, pair: LoraTarget, module: str) -> LoraTarget:
-        """`pair` on a module of this component, in the shape that the base stores. Raises E-BASE."""
+        """Put `pair` on a module of this component, in the shape that the base stores. Raises E-BASE."""
         full = f"{self.name}.{module}.weight" if self.name else f"{module}.weight"
-        stored = self.shapes.get(f"{module}.weight")
         target = replace(pair.target, name=full)
-        return replace(pair, target=_as_stored(target, stored, self.root))
+        return replace(pair, target=_as_stored(target, self.shapes.get(f"{module}.weight"), self.root))
 
 
 def _as_stored(target: Target, stored: tuple[int, ...] | None, root: Path) -> Target:
-    """The target in the shape of the base: a linear layer may be stored as a convolution of one pixel and the other way
-    round, or transposed. Raises E-BASE."""
+    """Give the target the shape of the base: a linear layer may be stored as a convolution of one pixel and the other
+    way round, or transposed. Raises E-BASE."""
     if stored is None or stored == target.shape:
         return target
     out, inner = target.matrix_shape
@@ -118,21 +117,24 @@ class BaseNames:
     components: tuple[Component, ...]
 
     def component(self, names: Sequence[str], what: str) -> Component:
-        """The first of `names` that is there, or the only model of a base. Raises E-BASE."""
+        """Return the first model of these names, or the only model of a base. Raises E-BASE."""
         for component in self.components:
             if component.name in names:
                 return component
         if len(self.components) == 1 and not self.components[0].name:
             return self.components[0]
-        have = ", ".join(component.name for component in self.components)
-        raise BaseError(
-            f"{what} belongs to {' or '.join(names)}, and the base has {have}", fix="give the pipeline it is for",
-            path=self.root,
-        )  # fmt: skip
+        what += f" belongs to {' or '.join(names)}, and the base has {', '.join(c.name for c in self.components)}"
+        raise BaseError(what, fix="give the pipeline it is for", path=self.root)
+
+
+def base_component(options: ReadOptions, names: Sequence[str] = ()) -> Component | None:
+    """Return the model of the base in `options` that an adapter of one model belongs to; None without a base. Raises
+    what `base_names` and `BaseNames.component` raise."""
+    return None if options.base is None else base_names(options.base).component(names, "the adapter")
 
 
 def base_names(root: Path) -> BaseNames:
-    """The models in a folder, by headers and configurations. Raises E-IO-KIND, E-BASE and the errors of broken
+    """Return the models in a folder, by headers and configurations. Raises E-IO-KIND, E-BASE and the errors of broken
     files."""
     if not root.is_dir():
         raise FileKindError("is not a model folder", fix="give the folder that holds config.json", path=root)
@@ -162,7 +164,7 @@ def _component(name: str, root: Path) -> Component:
 
 
 def _built(root: Path, config: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
-    """Parameters of the model of a config.json, without its weights. Raises E-BASE, E-DEPENDENCY."""
+    """Return the parameters of the model of a config.json, without its weights. Raises E-BASE, E-DEPENDENCY."""
     deep = [key for key in config if "layer" in key and type(config[key]) is int and config[key] > _MOST_LAYERS]
     if deep:
         raise BaseError(f"{deep[0]} is {config[deep[0]]}; at most {_MOST_LAYERS} are looked at", path=root)
@@ -175,17 +177,17 @@ def _built(root: Path, config: Mapping[str, Any]) -> dict[str, tuple[int, ...] |
             fix="pip install transformers, or give the folder with the weights",
         ) from None
     try:
-        found = transformers.AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
-        named = (getattr(found, "architectures", None) or [""])[0]
-        kind: Any = getattr(transformers, str(named), None)
-        build: Any = getattr(kind, "_from_config", transformers.AutoModel.from_config)
+        parsed = transformers.AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
+        class_name = (getattr(parsed, "architectures", None) or [""])[0]
+        model_class: Any = getattr(transformers, str(class_name), None)
+        build: Any = getattr(model_class, "_from_config", transformers.AutoModel.from_config)
         with torch.device("meta"):
-            built = build(found)
-        return {name: tuple(value.shape) for name, value in built.state_dict().items()}
-    except Exception as why:  # whatever a configuration provokes in there
-        said = str(why).strip().splitlines() or [type(why).__name__]
+            model = build(parsed)
+        return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    except Exception as error:  # whatever a configuration provokes in there
+        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise BaseError(
-            f"transformers cannot build the model of this config.json: {said[0]:.200}",
+            f"transformers cannot build the model of this config.json: {reason[0]:.200}",
             fix="give the folder with the weights",
             path=root,
         ) from None
@@ -207,27 +209,28 @@ VOCABULARY = frozenset(
 
 
 def parses(spelled: str, words: Iterable[str] = VOCABULARY) -> list[str]:
-    """Every way to read a name with underscores as words of a vocabulary and numbers, with dots between; at most 16."""
-    known = frozenset(words)
+    """Return every way to read a name with underscores as words of a vocabulary and numbers, with dots between; at most
+    16."""
+    vocabulary = frozenset(words)
     parts = spelled.split("_")
     if len(parts) > _MOST_WORDS:
         return []
-    most = max((word.count("_") + 1 for word in known), default=1)
+    most = max((word.count("_") + 1 for word in vocabulary), default=1)
     ways: list[list[str]] = [[] for _ in parts] + [[""]]
     for start in reversed(range(len(parts))):
         for stop in range(start + 1, min(start + most, len(parts)) + 1):
             word = "_".join(parts[start:stop])
             longer = "_".join(parts[start : stop + 1])
-            if stop < len(parts) and parts[stop].isdecimal() and longer in known:
+            if stop < len(parts) and parts[stop].isdecimal() and longer in vocabulary:
                 continue  # linear_1 is a word of its own, not the first entry of linear
-            if word in known or (stop == start + 1 and word.isdecimal()):
+            if word in vocabulary or (stop == start + 1 and word.isdecimal()):
                 ways[start] += [f"{word}.{rest}" if rest else word for rest in ways[stop]]
         ways[start] = ways[start][:_MOST_PARSES]
     return ways[0]
 
 
 def unnamed(layout: str) -> str:
-    """The warning of an adapter that was read without a base."""
+    """Return the warning of an adapter that was read without a base."""
     return (
         f"the names are those of the {layout} layout, not of a base's parameters: give the base (--base; its "
         "config.json is enough) to resolve them"

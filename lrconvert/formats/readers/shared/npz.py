@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import ast
 import math
-import os
 import zipfile
 import zlib
-from collections.abc import Mapping
-from pathlib import Path
 from typing import IO
 
 import numpy as np
 
-from lrconvert.core.dtypes import STORAGE, Stored
+from lrconvert.core.dtypes import STORAGE
 from lrconvert.core.errors import (
     CoverageError,
     DtypeError,
@@ -27,11 +24,11 @@ from lrconvert.core.errors import (
     LimitError,
     LrcError,
     PickleError,
-    ShapeError,
     TensorNameError,
 )
-from lrconvert.core.limits import FOREIGN, MIB
-from lrconvert.io.container import OpenFile, TensorInfo
+from lrconvert.core.limits import MIB
+from lrconvert.formats.readers.shared.files import StreamedFile, check_name, check_shape
+from lrconvert.io.container import TensorInfo
 
 _MAGIC = b"\x93NUMPY"
 _HEADER_BYTES = 10_000  # numpy's own cap
@@ -44,101 +41,70 @@ _DTYPES = {
     **{"f8": "F64", "f4": "F32", "f2": "F16", "V2": "BF16", "i8": "I64", "i4": "I32", "i2": "I16", "i1": "I8"},
     **{"u8": "U64", "u4": "U32", "u2": "U16", "u1": "U8", "b1": "BOOL"},
 }
+_UNZIPPING = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError, OSError)
 
 
-class NpzFile(OpenFile):
+class NpzFile(StreamedFile):
     """One open ``.npz``. A context manager; headers of the arrays are read at once, their data when it is asked for."""
 
-    metadata: Mapping[str, str] = {}
+    def _read_header(self, size: int) -> tuple[TensorInfo, ...]:
+        self._zip = _open_zip(self._file, size)
+        self._entries: dict[str, tuple[zipfile.ZipInfo, int, bool]] = {}
+        tensors = []
+        for entry in self._zip.infolist():
+            name = entry.filename.removesuffix(".npy")
+            dtype, shape, fortran, start = self._array_header(name, entry)
+            if name in self._entries:
+                raise TensorNameError(f"the array {name!r:.120} is there twice")
+            self._entries[name] = (entry, start, fortran)
+            tensors.append(TensorInfo(name, dtype, shape, 0, entry.file_size - start, self.path))
+        return tuple(tensors)
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self._file = os.fdopen(self._descriptor, "rb")
-        try:
-            self._zip = _opened(self._file, self._stat.st_size)
-            self._entries: dict[str, tuple[zipfile.ZipInfo, int, bool]] = {}
-            found = []
-            for entry in self._zip.infolist():
-                name = entry.filename.removesuffix(".npy")
-                dtype, shape, fortran, start = self._header(name, entry)
-                if name in self._entries:
-                    raise TensorNameError(f"the array {name!r:.120} is there twice")
-                self._entries[name] = (entry, start, fortran)
-                found.append(TensorInfo(name, dtype, shape, 0, entry.file_size - start, path))
-            self.tensors: tuple[TensorInfo, ...] = tuple(found)
-        except LrcError as error:
-            self._file.close()
-            raise error.at(path) from None
-        except BaseException:
-            self._file.close()
-            raise
-
-    def _header(self, name: str, entry: zipfile.ZipInfo) -> tuple[str, tuple[int, ...], bool, int]:
-        """(dtype, shape, whether columns come first, where the data begins) of one array."""
-        if not name or not name.isprintable() or len(name.encode("utf-8", "replace")) > FOREIGN.name_bytes:
-            raise TensorNameError(f"the array name {name!r:.120} is empty, too long or has control characters")
+    def _array_header(self, name: str, entry: zipfile.ZipInfo) -> tuple[str, tuple[int, ...], bool, int]:
+        """Return (dtype, shape, whether columns come first, where the data begins) of one array."""
+        check_name(name, "array")
         start = self._inflate(entry, min(entry.file_size, 12))
         if start[:6] != _MAGIC or len(start) < 12 or start[6] not in (1, 2, 3):
             raise HeaderTextError(f"the entry {name!r:.120} is no .npy array")
-        wide = start[6] > 1
-        length = int.from_bytes(start[8:12] if wide else start[8:10], "little")
-        begin = 12 if wide else 10
+        begin = 12 if start[6] > 1 else 10
+        length = int.from_bytes(start[8:begin], "little")
         if length > _HEADER_BYTES or begin + length > entry.file_size:
             raise HeaderTextError(f"the header of {name!r:.120} claims {length} bytes")
         text = self._inflate(entry, begin + length)[begin:]
-        descr, fortran, shape = _parsed(name, text)
-        if len(shape) > FOREIGN.ndim or any(not 0 < n <= FOREIGN.dim for n in shape):
-            raise ShapeError(f"the array {name!r:.120} has shape {list(shape)!s:.80}")
+        descr, fortran, shape = _parse_header(name, text)
+        check_shape(name, shape)
         if "O" in descr:
             raise PickleError(f"the array {name!r:.120} holds Python objects", fix="save it as plain numbers")
         dtype = _DTYPES.get(descr[1:]) if descr[:1] in "<|=" else None
         if dtype is None:
             raise DtypeError(f"the array {name!r:.120} has the dtype {descr!r:.40}, which is not read")
-        nbytes = math.prod(shape) * STORAGE[dtype].itemsize
-        if begin + length + nbytes != entry.file_size:
-            raise CoverageError(
-                f"the array {name!r:.120} needs {nbytes} bytes, {entry.file_size - begin - length} follow"
-            )
+        nbytes, stored = math.prod(shape) * STORAGE[dtype].itemsize, entry.file_size - begin - length
+        if nbytes != stored:
+            raise CoverageError(f"the array {name!r:.120} needs {nbytes} bytes, {stored} follow")
         return dtype, shape, fortran, begin + length
 
     def _inflate(self, entry: zipfile.ZipInfo, nbytes: int) -> bytes:
-        """The first `nbytes` of an entry, and no more. Raises E-IO-CHANGED."""
+        """Unpack the first `nbytes` of an entry, and no more. Raises E-HDR-TEXT, E-IO-CHANGED."""
         try:
             with self._zip.open(entry) as stream:
                 data = stream.read(nbytes)
-        except (
-            zipfile.BadZipFile,
-            zlib.error,
-            EOFError,
-            ValueError,
-            NotImplementedError,
-            RuntimeError,
-            OSError,
-        ) as why:
-            raise HeaderTextError(f"the entry {entry.filename!r:.120} cannot be read: {why!s:.120}") from None
+        except _UNZIPPING as error:
+            raise HeaderTextError(f"the entry {entry.filename!r:.120} cannot be read: {error!s:.120}") from None
         if len(data) != nbytes:
             raise FileChangedError("an entry of the zip ended early")
         return data
 
     def read(self, info: TensorInfo) -> bytes:
-        """The bytes of an array, rows first, as a safetensors file would hold them."""
+        """Return the bytes of an array, rows first, as a safetensors file would hold them."""
         entry, start, fortran = self._entries[info.name]
         try:
             data = self._inflate(entry, entry.file_size)[start:]
         except LrcError as error:
             raise error.at(self.path) from None
         if fortran and len(info.shape) > 1:
-            turned = np.frombuffer(data, STORAGE[info.dtype]).reshape(info.shape[::-1])
-            return np.ascontiguousarray(turned.T).tobytes()
+            columns = np.frombuffer(data, STORAGE[info.dtype]).reshape(info.shape[::-1])
+            return np.ascontiguousarray(columns.T).tobytes()
         return data
-
-    def load(self, info: TensorInfo) -> Stored:
-        """An array with its stored bits."""
-        return Stored(info.dtype, np.frombuffer(self.read(info), STORAGE[info.dtype]).reshape(info.shape))
-
-    def close(self) -> None:
-        self._file.close()
-        self._descriptor = -1
 
 
 def _check_frame(file: IO[bytes], size: int) -> None:
@@ -161,10 +127,9 @@ def _check_frame(file: IO[bytes], size: int) -> None:
         raise LimitError(f"the directory of the zip has {directory} bytes; at most {_DIRECTORY_BYTES} are read")
 
 
-def _opened(file: IO[bytes], size: int) -> zipfile.ZipFile:
-    """The zip, its directory checked: sizes before anything is inflated. Raises E-IO-KIND, E-LIMIT, E-OFF-COVER."""
-    if size > FOREIGN.file_bytes:
-        raise LimitError(f"the file has {size} bytes; at most {FOREIGN.file_bytes} are read")
+def _open_zip(file: IO[bytes], size: int) -> zipfile.ZipFile:
+    """Open the zip and check its directory: sizes before anything is inflated. Raises E-IO-KIND, E-LIMIT,
+    E-OFF-COVER."""
     _check_frame(file, size)
     try:
         archive = zipfile.ZipFile(file)
@@ -187,19 +152,14 @@ def _opened(file: IO[bytes], size: int) -> zipfile.ZipFile:
     return archive
 
 
-def _parsed(name: str, text: bytes) -> tuple[str, bool, tuple[int, ...]]:
-    """(dtype, whether columns come first, shape) of the text of a header. Raises E-HEADER."""
+def _parse_header(name: str, text: bytes) -> tuple[str, bool, tuple[int, ...]]:
+    """Return (dtype, whether columns come first, shape) of the text of a header. Raises E-HDR-TEXT."""
     try:
-        header = ast.literal_eval(text.decode("utf-8").strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError, UnicodeError):
-        header = None
-    if (
-        not isinstance(header, dict)
-        or set(header) != {"descr", "fortran_order", "shape"}
-        or not isinstance(header["descr"], str)
-        or not isinstance(header["fortran_order"], bool)
-        or not isinstance(header["shape"], tuple)
-        or not all(type(n) is int for n in header["shape"])
-    ):
-        raise HeaderTextError(f"the header of the array {name!r:.120} is not understood")
-    return header["descr"], header["fortran_order"], header["shape"]
+        match ast.literal_eval(text.decode("utf-8").strip()):
+            case {"descr": str(descr), "fortran_order": bool(fortran), "shape": tuple(shape), **rest} if (
+                not rest and all(type(n) is int for n in shape)
+            ):
+                return descr, fortran, shape
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        pass
+    raise HeaderTextError(f"the header of the array {name!r:.120} is not understood")

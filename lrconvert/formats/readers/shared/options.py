@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from lrconvert.core.options import option
+
 
 @dataclass(frozen=True)
 class ReadOptions:
@@ -16,7 +18,9 @@ class ReadOptions:
     of a module is alpha / r.
     """
 
-    allow_pickle: bool = False
+    allow_pickle: bool = option(
+        False, "Read .bin and .pt adapters too, with torch's tensors-only loader; only files that you trust."
+    )
     base: Path | None = None
-    layout: str | None = None
-    alpha: float | None = None
+    layout: str | None = option(None, "The layout of the source, whatever it looks like.", kind="layout", flag="--from")
+    alpha: float | None = option(None, "Alpha of a source that does not state it; a module's scale is alpha / r.")

@@ -7,13 +7,14 @@ A pair is A (r, in) and B (out, r); of a convolution A (r, in, K, L) and B (out,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 
-from lrconvert.core.dtypes import Stored
+from lrconvert.core.dtypes import Stored, round_to
 from lrconvert.core.errors import (
     ConfigError,
     EmptyAdapterError,
@@ -24,11 +25,13 @@ from lrconvert.core.errors import (
 )
 from lrconvert.core.limits import MAX_RANK
 from lrconvert.formats.readers.shared import kinds
-from lrconvert.formats.readers.shared.weights import Weights, load_finite
-from lrconvert.io.container import TensorInfo, combined_digest, tensor_digest
+from lrconvert.formats.readers.shared.weights import Weights, load_finite, source_digest
+from lrconvert.io.container import TensorInfo
 from lrconvert.lora.adapter import MATRIX, ExtraTensor, LoraAdapter, LoraTarget, Provenance, Target, View
 
-Parts = dict[str, TensorInfo]  # part of a module -> tensor
+Parts = Mapping[str, TensorInfo]  # part of a module -> tensor
+Key = TypeVar("Key", bound=str)
+INTEGERS = ("I64", "I32", "I16", "I8", "U8")
 _MOST_KERNEL = 9999  # what a view can spell
 
 
@@ -40,23 +43,18 @@ class Labels:
     b: str
 
 
-def sort_parts(weights: Weights, split: Callable[[str], tuple[str, str] | None]) -> dict[str, Parts]:
-    """{module: {part: tensor}}, sorted, by `split`: (module, part) of a tensor's name, None for a name that it does not
-    know. Raises E-NOT-LORA and E-LORA-FEATURE for parts of other kinds of adapters, E-TENSOR for other names and for
-    two tensors of one meaning."""
-    modules: dict[str, Parts] = {}
+def sort_parts(weights: Weights, split: Callable[[str], tuple[str, str] | None]) -> dict[str, dict[str, TensorInfo]]:
+    """Return {module: {part: tensor}}, sorted, by `split`: (module, part) of a tensor's name, None for a name that it
+    does not know. Raises E-NOT-LORA and E-LORA-FEATURE for parts of other kinds of adapters, E-TENSOR for other names
+    and for two tensors of one meaning."""
+    modules: dict[str, dict[str, TensorInfo]] = {}
     unknown = []
     for info in weights.tensors:
-        found = split(info.name)
-        if found is None:
+        place = split(info.name)
+        if place is None:
             unknown.append(info.name)
-            continue
-        parts = modules.setdefault(found[0], {})
-        other = parts.setdefault(found[1], info)
-        if other is not info:
-            raise TensorUnknownError(
-                f"tensors {other.name!r} and {info.name!r} mean the same", fix="remove one of them"
-            )
+        else:
+            put_once(modules.setdefault(place[0], {}), place[1], info)
     if unknown:
         kinds.refuse(unknown)
         raise TensorUnknownError(
@@ -66,27 +64,33 @@ def sort_parts(weights: Weights, split: Callable[[str], tuple[str, str] | None])
     return dict(sorted(modules.items()))
 
 
-def halves(module: str, parts: Mapping[str, TensorInfo], labels: Labels) -> tuple[TensorInfo, TensorInfo]:
-    """The parts "A" and "B". Raises E-PAIR if one is missing."""
-    for here, there in (("A", "B"), ("B", "A")):
-        if here not in parts:
-            name = {"A": labels.a, "B": labels.b}
-            what = f"{module}: {name[there]} has no {name[here]}" if there in parts else f"{module}: has no factors"
-            raise PairError(what, fix="the file is incomplete")
+def put_once(parts: dict[Key, TensorInfo], part: Key, info: TensorInfo) -> None:
+    """Add a tensor to `parts`. Raises E-TENSOR if another one has its place."""
+    other = parts.setdefault(part, info)
+    if other is not info:
+        raise TensorUnknownError(f"tensors {other.name!r} and {info.name!r} mean the same", fix="remove one of them")
+
+
+def halves(module: str, parts: Parts, labels: Labels) -> tuple[TensorInfo, TensorInfo]:
+    """Return the parts "A" and "B". Raises E-PAIR if one is missing."""
+    names = {"A": labels.a, "B": labels.b}
+    for half, other in (("A", "B"), ("B", "A")):
+        if half not in parts:
+            what = f"{names[other]} has no {names[half]}" if other in parts else "has no factors"
+            raise PairError(f"{module}: {what}", fix="the file is incomplete")
     return parts["A"], parts["B"]
 
 
-def check_not_half(modules: Mapping[str, Parts], labels: Labels) -> None:
+def check_both_halves(modules: Mapping[str, Parts], labels: Labels) -> None:
     """Raise E-PAIR if the file holds one half of every pair, E-EMPTY if it holds neither."""
-    present = {part for parts in modules.values() for part in parts}
-    for half, name in (("A", labels.a), ("B", labels.b)):
-        other = labels.b if half == "A" else labels.a
-        if half in present and not present & {"A", "B"} - {half}:
-            raise PairError(
-                f"the file holds {name} of {len(modules)} modules and not one {other}",
-                fix="one half has no update; export both from the training",
-            )
-    if modules and not present & {"A", "B"}:
+    present = {part for parts in modules.values() for part in parts} & {"A", "B"}
+    if len(present) == 1:
+        name, other = (labels.a, labels.b) if present == {"A"} else (labels.b, labels.a)
+        raise PairError(
+            f"the file holds {name} of {len(modules)} modules and not one {other}",
+            fix="one half has no update; export both from the training",
+        )
+    if modules and not present:
         first = next(iter(next(iter(modules.values())).values()))
         raise EmptyAdapterError(
             f"the file holds settings such as {first.name!r:.120}, and no matrices",
@@ -95,17 +99,20 @@ def check_not_half(modules: Mapping[str, Parts], labels: Labels) -> None:
 
 
 def scalar(weights: Weights, info: TensorInfo) -> float:
-    """The one number of a tensor. Raises E-PAIR, E-DTYPE, E-VALUE."""
+    """Return the one number of a tensor. Raises E-PAIR, E-DTYPE, E-VALUE."""
     if math.prod(info.shape) != 1:
         raise PairError(f"tensor {info.name!r} is {list(info.shape)}, expected one number")
-    if info.dtype in ("I64", "I32", "I16", "I8", "U8"):
+    if info.dtype in INTEGERS:
         return float(weights.load(info).array.reshape(-1)[0])
     return float(load_finite(weights, info).decode().reshape(-1)[0])
 
 
-def scale_of(module: str, alpha: float, rank: int) -> float:
-    """alpha / r. Raises E-CONFIG if it is not finite."""
-    scale = alpha / rank
+def scale_of(module: str, alpha: float, rank: float) -> float:
+    """Return alpha / r. Raises E-CONFIG if it is not finite."""
+    try:
+        scale = alpha / rank
+    except OverflowError:  # an integer beyond the range of floats
+        scale = math.inf
     if not math.isfinite(scale):
         raise ConfigError(f"{module}: the scale alpha / r is not finite")
     return scale
@@ -115,33 +122,44 @@ def scale_of(module: str, alpha: float, rank: int) -> float:
 
 
 def rank_of(module: str, a: TensorInfo, b: TensorInfo, labels: Labels) -> int:
-    """r of two halves that fit. Raises E-PAIR for those that do not or that look swapped, E-LIMIT."""
+    """Return r of two halves that fit. Raises E-PAIR for those that do not or that look swapped, E-LIMIT."""
     shown = f"{labels.a} {list(a.shape)} and {labels.b} {list(b.shape)}"
+    exchange = f"exchange {labels.a} and {labels.b}"
+    swaps = len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[0]  # they fit the other way round
     if min(len(a.shape), len(b.shape)) < 2 or a.shape[0] != b.shape[1]:
-        if len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[0]:
-            raise PairError(f"{module}: {shown} look swapped", fix=f"exchange {labels.a} and {labels.b}")
+        if swaps:
+            raise PairError(f"{module}: {shown} look swapped", fix=exchange)
         raise PairError(f"{module}: {shown} do not fit; expected (r, in) and (out, r)")
     rank = a.shape[0]
-    if len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[0] < rank:
-        raise PairError(
-            f"{module}: {shown} look swapped: the rank {rank} would be above both sides",
-            fix=f"exchange {labels.a} and {labels.b}",
-        )
+    if swaps and b.shape[0] < rank:
+        raise PairError(f"{module}: {shown} look swapped: the rank {rank} would be above both sides", fix=exchange)
     check_rank(module, rank)
     return rank
 
 
 def check_rank(module: str, rank: int) -> None:
-    """Raises E-LIMIT."""
+    """Raise E-LIMIT for a rank above the largest."""
     if rank > MAX_RANK:
         raise LimitError(f"{module}: rank {rank} is above {MAX_RANK}")
 
 
-def pair(
-    module: str, parts: Mapping[str, TensorInfo], scale: Callable[[int], float], weights: Weights, labels: Labels
-) -> LoraTarget:
-    """A linear layer or a convolution, `scale` by the rank. Raises E-PAIR, E-LORA-FEATURE, E-LIMIT, E-DTYPE,
-    E-VALUE."""
+def conv_view(module: str, label: str, shape: Sequence[int]) -> View:
+    """Return the view of a convolution whose A, called `label`, has this shape (r, in, K, L). Raises E-LORA-FEATURE for
+    three dimensions, E-LIMIT for a kernel that a view cannot spell."""
+    kernel = list(shape[2:])
+    if len(kernel) > 2:
+        raise UnsupportedLoraError(
+            f"{module}: {label} is {list(shape)}, a convolution in three dimensions, which no view describes",
+            fix="train it without this layer, or merge it with the tool that trained it",
+        )
+    if max(kernel) > _MOST_KERNEL:
+        raise LimitError(f"{module}: the kernel {kernel} is above {_MOST_KERNEL}")
+    return View(f"conv:{'x'.join(map(str, kernel))}:1")
+
+
+def read_pair(module: str, parts: Parts, scale: Callable[[int], float], weights: Weights, labels: Labels) -> LoraTarget:
+    """Return a linear layer or a convolution as a target, `scale` by the rank. Raises E-PAIR, E-LORA-FEATURE, E-LIMIT,
+    E-DTYPE, E-VALUE."""
     a, b = halves(module, parts, labels)
     rank = rank_of(module, a, b, labels)
     middle = parts.get("mid")
@@ -156,40 +174,57 @@ def pair(
         core = load_finite(weights, middle).decode().astype(np.float64)
         down = stored_a.decode().astype(np.float64).reshape(rank, inner)
         stored_a = Stored("F64", np.ascontiguousarray(np.einsum("pq...,qi->pi...", core, down)))
-    if len(kernel) > 2:
-        raise UnsupportedLoraError(
-            f"{module}: {labels.a} is {list(a.shape)}, a convolution in three dimensions, which no view describes",
-            fix="train it without this layer, or merge it with the tool that trained it",
-        )
-    if kernel and max(kernel) > _MOST_KERNEL:
-        raise LimitError(f"{module}: the kernel {kernel} is above {_MOST_KERNEL}")
-    view = View(f"conv:{'x'.join(map(str, kernel))}:1") if kernel else MATRIX
+    view = conv_view(module, labels.a, (rank, inner, *kernel)) if kernel else MATRIX
     return LoraTarget(
         Target(f"{module}.weight", (out, inner, *kernel), view),
-        reshaped(stored_a, (rank, inner * math.prod(kernel))),
-        reshaped(stored_b, (out, rank)),
+        reshape(stored_a, (rank, inner * math.prod(kernel))),
+        reshape(stored_b, (out, rank)),
         scale(rank),
     )
 
 
-def reshaped(stored: Stored, shape: tuple[int, ...]) -> Stored:
+def read_experts(name: str, a: Stored, b: Stored, scale: float) -> Iterator[LoraTarget]:
+    """Yield a target for each expert of a stack: A (experts, r, in) and B (experts, out, r)."""
+    experts, out, _ = b.shape
+    for number in range(experts):
+        one_a, one_b = (Stored(half.dtype, np.ascontiguousarray(half.array[number])) for half in (a, b))
+        yield LoraTarget(Target(name, (experts, out, a.shape[2]), View(f"expert:{number}")), one_a, one_b, scale)
+
+
+def reshape(stored: Stored, shape: tuple[int, ...]) -> Stored:
     return replace(stored, array=stored.array.reshape(shape))
 
 
-def turned(stored: Stored) -> Stored:
-    """The transpose of a matrix, its bits unchanged."""
+def transpose(stored: Stored) -> Stored:
+    """Return the transpose of a matrix, its bits unchanged."""
     return replace(stored, array=np.ascontiguousarray(stored.array.T))
 
 
-def carried(name: str, info: TensorInfo, weights: Weights) -> ExtraTensor:
-    """A tensor of any kind as an extra, byte for byte."""
-    return ExtraTensor(name, info.dtype, info.shape, bytes(weights.read(info)))
+# --- what goes with a pair ------------------------------------------------------------------------------------------
+
+
+def check_outputs(info: TensorInfo, pair: LoraTarget) -> None:
+    """Raise E-PAIR if a magnitude or a bias has not one number for each output of the module."""
+    out = pair.target.out_features
+    if math.prod(info.shape) != out:
+        raise PairError(f"{pair.target.name}: {info.name!r} is {list(info.shape)}, the module has {out} outputs")
+
+
+def scaled_bias(info: TensorInfo, pair: LoraTarget, weights: Weights) -> ExtraTensor:
+    """Return the bias of lora_B with the scale folded in, in float32, rounded once. Raises E-PAIR, E-LIMIT, E-DTYPE,
+    E-VALUE."""
+    check_outputs(info, pair)
+    scaled = round_to(load_finite(weights, info).decode().astype(np.float64).reshape(-1) * pair.scale, "F32")
+    if not np.isfinite(scaled).all():
+        raise LimitError(f"{info.name!r} times the scale is beyond the range of float32")
+    name = f"{pair.target.name.removesuffix('.weight')}.bias"
+    return ExtraTensor(name, "F32", (scaled.size,), scaled.tobytes(), "add")
 
 
 # --- the whole ------------------------------------------------------------------------------------------------------
 
 
-def finished(
+def build_adapter(
     weights: Weights,
     targets: Sequence[LoraTarget],
     *,
@@ -197,25 +232,24 @@ def finished(
     extras: Iterable[ExtraTensor] = (),
     warnings: Sequence[str] = (),
     base_model: str = "",
-    fields: Mapping[str, str] | None = None,
 ) -> LoraAdapter:
-    """The adapter, sorted, with the digest of its source. Raises E-EMPTY without targets, E-TENSOR for two targets on
-    one matrix, E-IO-CHANGED."""
+    """Return the adapter, sorted, with the digest of its source. Raises E-EMPTY without targets, E-TENSOR for two
+    targets on one matrix, E-IO-CHANGED."""
     if not targets:
         raise EmptyAdapterError("the file holds no pair of factors", fix="is it an adapter that was saved empty?")
-    ordered = tuple(sorted(targets, key=lambda found: found.target))
+    ordered = tuple(sorted(targets, key=lambda pair: pair.target))
     for one, two in pairwise(ordered):
         if (one.target.name, one.target.view) == (two.target.name, two.target.view):
             raise TensorUnknownError(f"two pairs of the file mean the same parameter {one.target.name!r}")
-    source = combined_digest(
-        (i.name, tensor_digest(i.name, i.dtype, i.shape, [weights.read(i)])) for i in weights.tensors
-    )
-    weights.check_unchanged()
-    idle = [t.target.name for t in ordered if t.scale == 0 or not np.any(t.b.decode()) or not np.any(t.a.decode())]
-    zero = [f"{len(idle)} of {len(ordered)} targets have an all-zero update, {idle[0]} for one"] if idle else []
-    return LoraAdapter(
-        ordered,
-        tuple(sorted(extras, key=lambda extra: (extra.name, extra.use))),
-        Provenance(source, base_model, fields={"source_format": layout, **(fields or {})}),
-        (*zero, *warnings),
-    )
+    source = Provenance(source_digest(weights), base_model, fields={"source_format": layout})
+    return LoraAdapter(ordered, sort_extras(extras), source, (*all_zero(ordered), *warnings))
+
+
+def sort_extras(extras: Iterable[ExtraTensor]) -> tuple[ExtraTensor, ...]:
+    return tuple(sorted(extras, key=lambda extra: (extra.name, extra.use)))
+
+
+def all_zero(targets: Sequence[LoraTarget]) -> list[str]:
+    """Return the warning, if any, of targets that have no update."""
+    zero = [t.target.name for t in targets if t.scale == 0 or not np.any(t.b.decode()) or not np.any(t.a.decode())]
+    return [f"{len(zero)} of {len(targets)} targets have an all-zero update, {zero[0]} for one"] if zero else []

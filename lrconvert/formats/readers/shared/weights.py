@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Protocol
@@ -13,40 +12,23 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from lrconvert.core.dtypes import FLOATS, STORAGE, Stored
-from lrconvert.core.errors import (
-    DependencyError,
-    DtypeError,
-    FileKindError,
-    LimitError,
-    LrcError,
-    PickleError,
-    ShapeError,
-    TensorNameError,
-    ValueRangeError,
-)
-from lrconvert.core.limits import FOREIGN
+from lrconvert.core.errors import DependencyError, DtypeError, LimitError, PickleError, ValueRangeError
+from lrconvert.formats.readers.shared.files import StreamedFile, check_name, check_shape
 from lrconvert.formats.readers.shared.npz import NpzFile
 from lrconvert.formats.readers.shared.options import ReadOptions
-from lrconvert.io.container import ContainerFile, OpenFile, TensorInfo
+from lrconvert.io.container import ContainerFile, TensorInfo, combined_digest, tensor_digest
+from lrconvert.lora.adapter import ExtraTensor, Use
 
 if TYPE_CHECKING:
     import torch
 
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # torch's tensors-only loader could be made to run code before this release (CVE-2025-32434, CVE-2026-24747).
 _SAFE_TORCH = (2, 10)
 _SHARED = 4  # tensors may share memory, so that they are larger than their file; not by more than this
 _DTYPES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
+    **{"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"},
+    **{"int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"},
 }
 
 
@@ -73,21 +55,11 @@ class Weights(Protocol):
     ) -> None: ...
 
 
-def weights_in(path: Path, names: Sequence[str]) -> Path:
-    """The first file of `names` in a folder; `path` itself if it is none. Raises E-IO-KIND."""
-    if not path.is_dir():
-        return path
-    for name in names:
-        if (path / name).exists():
-            return path / name
-    raise FileKindError(f"the folder has no {' and no '.join(n for n in names if not n.endswith('.bin'))}", path=path)
-
-
 def open_weights(path: Path, options: ReadOptions) -> Weights:
     """Open a file of tensors. Raises E-PICKLE for a ``.bin`` or ``.pt`` unless pickles are allowed."""
     if path.suffix == ".npz":
         return NpzFile(path)
-    if path.suffix not in PICKLE_SUFFIXES:
+    if path.suffix not in _PICKLE_SUFFIXES:
         return ContainerFile(path)
     if not options.allow_pickle:
         raise PickleError(
@@ -100,7 +72,7 @@ def open_weights(path: Path, options: ReadOptions) -> Weights:
 
 
 def load_finite(weights: Weights, info: TensorInfo) -> Stored:
-    """A tensor of real numbers with its stored bits. Raises E-DTYPE, and E-VALUE for NaN and infinity."""
+    """Return a tensor of real numbers with its stored bits. Raises E-DTYPE, and E-VALUE for NaN and infinity."""
     if info.dtype not in FLOATS:
         raise DtypeError(f"tensor {info.name!r} is {info.dtype}, expected one of {', '.join(FLOATS)}")
     stored = weights.load(info)
@@ -111,45 +83,48 @@ def load_finite(weights: Weights, info: TensorInfo) -> Stored:
     return stored
 
 
-class PickledFile(OpenFile):
+def load_extra(name: str, info: TensorInfo, weights: Weights) -> ExtraTensor:
+    """Return a tensor of any kind as an extra, byte for byte."""
+    return ExtraTensor(name, info.dtype, info.shape, bytes(weights.read(info)))
+
+
+def load_finite_extra(name: str, info: TensorInfo, weights: Weights, use: Use) -> ExtraTensor:
+    """Return a tensor of finite numbers as an extra, with its stored bits. Raises E-DTYPE, E-VALUE."""
+    stored = load_finite(weights, info)
+    return ExtraTensor(name, stored.dtype, stored.shape, stored.array.tobytes(), use)
+
+
+def source_digest(weights: Weights) -> str:
+    """Return the sha256 over all tensors of the file, in hex. Raises E-IO-CHANGED if the file changed meanwhile."""
+    digest = combined_digest(
+        (info.name, tensor_digest(info.name, info.dtype, info.shape, [weights.read(info)])) for info in weights.tensors
+    )
+    weights.check_unchanged()
+    return digest
+
+
+# --- pickles --------------------------------------------------------------------------------------------------------
+
+
+class PickledFile(StreamedFile):
     """A pickled dict of tensors, as ``torch.save`` writes it. The same tensors as a safetensors file of them gives.
     Those of a pickled list are named by their places: ``0``, ``1``."""
 
-    metadata: Mapping[str, str] = {}
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self._file = os.fdopen(self._descriptor, "rb")
-        try:
-            if self._stat.st_size > FOREIGN.file_bytes:
-                raise LimitError(f"the file has {self._stat.st_size} bytes; at most {FOREIGN.file_bytes} are read")
-            _check_zip(self._file, self._stat.st_size)
-            state = _load(self._file)
-            self._values = {name: value.detach() for name, value in state.items()}
-            self.tensors = tuple(_info(name, value, path) for name, value in state.items())
-            held = sum(info.nbytes for info in self.tensors)
-            if held > _SHARED * self._stat.st_size:
-                raise LimitError(f"the tensors have {held} bytes, the file {self._stat.st_size}")
-        except LrcError as error:
-            self._file.close()
-            raise error.at(path) from None
-        except BaseException:
-            self._file.close()
-            raise
+    def _read_header(self, size: int) -> tuple[TensorInfo, ...]:
+        _check_zip(self._file, size)
+        state = _unpickle(self._file)
+        self._values = {name: value.detach() for name, value in state.items()}
+        tensors = tuple(_info(name, value, self.path) for name, value in state.items())
+        nbytes = sum(info.nbytes for info in tensors)
+        if nbytes > _SHARED * size:
+            raise LimitError(f"the tensors have {nbytes} bytes, the file {size}")
+        return tensors
 
     def read(self, info: TensorInfo) -> bytes:
-        """The bytes of a tensor, as a safetensors file would hold them."""
+        """Return the bytes of a tensor, as a safetensors file would hold them."""
         import torch
 
         return self._values[info.name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-    def load(self, info: TensorInfo) -> Stored:
-        """A tensor with its stored bits."""
-        return Stored(info.dtype, np.frombuffer(self.read(info), STORAGE[info.dtype]).reshape(info.shape))
-
-    def close(self) -> None:
-        self._file.close()
-        self._descriptor = -1
 
 
 def _check_zip(file: IO[bytes], size: int) -> None:
@@ -165,8 +140,9 @@ def _check_zip(file: IO[bytes], size: int) -> None:
     file.seek(0)
 
 
-def _load(file: IO[bytes]) -> dict[str, torch.Tensor]:
-    """The dict of tensors in a pickle, by torch's loader that builds nothing else. Raises E-PICKLE, E-DEPENDENCY."""
+def _unpickle(file: IO[bytes]) -> dict[str, torch.Tensor]:
+    """Return the dict of tensors in a pickle, by torch's loader that builds nothing else. Raises E-PICKLE,
+    E-DEPENDENCY."""
     try:
         import torch
     except ImportError:
@@ -190,15 +166,13 @@ def _load(file: IO[bytes]) -> dict[str, torch.Tensor]:
 
 
 def _info(name: str, value: torch.Tensor, path: Path) -> TensorInfo:
-    """The description of one tensor, by the rules of `container`. Raises E-NAME, E-DTYPE, E-SHAPE, E-LIMIT."""
-    if not name or not name.isprintable() or len(name.encode("utf-8", "replace")) > FOREIGN.name_bytes:
-        raise TensorNameError(f"the tensor name {name!r:.120} is empty, too long or has control characters")
+    """Describe one tensor, by the rules of `container`. Raises E-NAME, E-DTYPE, E-SHAPE, E-LIMIT."""
+    check_name(name)
     dtype = _DTYPES.get(str(value.dtype).removeprefix("torch."))
     if dtype is None or str(value.layout) != "torch.strided" or value.is_quantized or value.device.type != "cpu":
         raise DtypeError(f"tensor {name!r} is a {value.dtype} ({value.layout}), which is not read")
     shape = tuple(value.shape)
-    if len(shape) > FOREIGN.ndim or any(not 0 < n <= FOREIGN.dim for n in shape):
-        raise ShapeError(f"tensor {name!r} has shape {list(shape)!s:.80}")
+    check_shape(name, shape)
     nbytes = math.prod(shape) * STORAGE[dtype].itemsize
     if nbytes > value.untyped_storage().nbytes():  # a repeating view: a few bytes that claim to be many
         raise LimitError(f"tensor {name!r} has {nbytes} bytes, of which {value.untyped_storage().nbytes()} are stored")

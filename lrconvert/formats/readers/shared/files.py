@@ -1,0 +1,76 @@
+"""What files of tensors other than safetensors share: opening, and the checks of names and shapes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from lrconvert.core.dtypes import STORAGE, Stored
+from lrconvert.core.errors import LimitError, LrcError, ShapeError, TensorNameError
+from lrconvert.core.limits import FOREIGN
+from lrconvert.io.container import OpenFile, TensorInfo
+
+
+@contextmanager
+def closed_on_error(file: OpenFile) -> Iterator[None]:
+    """Close `file` if its header cannot be read, and name it in the error."""
+    try:
+        yield
+    except LrcError as error:
+        file.close()
+        raise error.at(file.path) from None
+    except BaseException:
+        file.close()
+        raise
+
+
+class StreamedFile(OpenFile):
+    """A file of tensors that a library reads through a stream. A context manager; it holds no texts beside them."""
+
+    metadata: Mapping[str, str] = {}
+    tensors: tuple[TensorInfo, ...]
+
+    def __init__(self, path: Path) -> None:
+        """Raises E-LIMIT for a file that is too large, E-IO-KIND, E-IO-READ, and what reading the header raises."""
+        super().__init__(path)
+        self._file = os.fdopen(self._descriptor, "rb")
+        with closed_on_error(self):
+            check_file_size(self._stat.st_size)
+            self.tensors = self._read_header(self._stat.st_size)
+
+    def _read_header(self, size: int) -> tuple[TensorInfo, ...]:
+        raise NotImplementedError
+
+    def read(self, info: TensorInfo) -> bytes:
+        """Return the bytes of a tensor, rows first, as a safetensors file would hold them."""
+        raise NotImplementedError
+
+    def load(self, info: TensorInfo) -> Stored:
+        """Return a tensor with its stored bits."""
+        return Stored(info.dtype, np.frombuffer(self.read(info), STORAGE[info.dtype]).reshape(info.shape))
+
+    def close(self) -> None:
+        self._file.close()
+        self._descriptor = -1
+
+
+def check_file_size(size: int) -> None:
+    """Raise E-LIMIT for a file that is larger than any adapter."""
+    if size > FOREIGN.file_bytes:
+        raise LimitError(f"the file has {size} bytes; at most {FOREIGN.file_bytes} are read")
+
+
+def check_name(name: str, kind: str = "tensor") -> None:
+    """Raise E-NAME for a name that is empty, too long or not printable."""
+    if not name or not name.isprintable() or len(name.encode("utf-8", "replace")) > FOREIGN.name_bytes:
+        raise TensorNameError(f"the {kind} name {name!r:.120} is empty, too long or has control characters")
+
+
+def check_shape(name: str, shape: Sequence[int]) -> None:
+    """Raise E-SHAPE for too many dimensions, and for a dimension that is not positive or too large."""
+    if len(shape) > FOREIGN.ndim or any(not 0 < n <= FOREIGN.dim for n in shape):
+        raise ShapeError(f"tensor {name!r:.120} has shape {list(shape)!s:.80}")
