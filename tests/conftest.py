@@ -29,6 +29,14 @@ BASES = FIXTURES / "bases"
 ASSETS = ROOT.parent / "shared" / "assets"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as `quick` whatever is neither `medium` nor `slow`."""
+    for item in items:
+        if not any(item.iter_markers("medium")) and not any(item.iter_markers("slow")):
+            item.add_marker("quick")
+
+
 def asset(name: str) -> Path:
     """A real adapter or base; skips the test where it is absent."""
     path = ASSETS / name

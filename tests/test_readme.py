@@ -38,6 +38,7 @@ def test_python_example(folder):
     assert (folder / "merged-model" / "config.json").exists()
 
 
+@pytest.mark.medium
 def test_console_example(folder, monkeypatch):
     """Sizes and times are those of a large adapter; the tiny fixture gets what suits it."""
     monkeypatch.chdir(folder)

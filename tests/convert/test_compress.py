@@ -52,6 +52,7 @@ def test_statistics_rank():
     assert done.chosen.fidelity.fit_captured == max(c.score for c in done.candidates)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("share", (0.5, 0.9, 0.99))
 def test_the_smallest_that_keeps_enough_wins(share):
     done = api.compress(LORA, min_captured=share, forms=["lowrank"])
@@ -123,6 +124,7 @@ def ranked(tmp_path_factory: pytest.TempPathFactory) -> api.Compression:
     return by_answers(tmp_path_factory.mktemp("data"))
 
 
+@pytest.mark.medium
 def test_answers_rank_by_halving(ranked):
     """The better half of a round goes on, twice as long; the winner is nearest, and is what was measured."""
     steps = {c.method: c.steps for c in ranked.candidates}
@@ -157,12 +159,14 @@ def test_what_won_is_what_was_measured(ranked, tmp_path):
     assert found.items == after.items and np.isclose(found.mean, after.distance, rtol=1e-4)
 
 
+@pytest.mark.medium
 def test_the_same_again(ranked, tmp_path):
     again = by_answers(tmp_path)
     one, two = (b"".join(file.encode(done.chosen.compact)) for done in (ranked, again))
     assert one == two
 
 
+@pytest.mark.medium
 def test_minutes_end_it(tmp_path, monkeypatch):
     monkeypatch.setattr(successive_halving, "STEPS", 6)
     done = api.compress(
@@ -206,6 +210,7 @@ def test_without_answers_it_says_why(tmp_path):
     assert "tokenizer" in api.compress(lora, base=bare, **asked).note  # one that cannot be loaded
 
 
+@pytest.mark.medium
 def test_the_command_ranks_by_answers(tmp_path, monkeypatch):
     out = tmp_path / "x.lrc"
     monkeypatch.setattr(successive_halving, "STEPS", 6)

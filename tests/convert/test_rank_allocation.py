@@ -258,6 +258,7 @@ def test_numbers_that_are_none(lora: LoraAdapter, model: Any, batches: list[dict
 # --- choosing -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("bits", ["16", "4"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_without_data_it_is_what_lowrank_chooses(lora: LoraAdapter, statistics: Any, weighted: bool, bits: str) -> None:
@@ -285,6 +286,7 @@ def test_uneven_modules_get_uneven_ranks() -> None:
     assert error == pytest.approx(float((dense(lora.targets[0]) ** 2).sum()), rel=1e-3)
 
 
+@pytest.mark.medium
 def test_budgets_are_met(lora: LoraAdapter, model: Any, batches: list[dict[str, Any]], tmp_path: Path) -> None:
     for given in ({}, {"base": model, "data": batches[:1]}):
         for rank in (1, 41, 671):

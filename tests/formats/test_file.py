@@ -9,7 +9,10 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -153,21 +156,41 @@ def test_golden_files_mean_the_same_forever(path, tmp_path):
     assert b"".join(file.encode(compact)) == path.read_bytes()
 
 
-@pytest.mark.parametrize("path", golden_files(), ids=lambda p: p.stem)
-def test_any_flipped_byte_is_found(path, tmp_path):
-    """Every byte of every golden file, one bit each (which one varies with the position)."""
-    good = path.read_bytes()
-    target = tmp_path / "x.lrc"
+def missed_flips(good: bytes, target: Path, bits: Iterable[int]) -> list[int]:
+    """Write `good` to `target`, flip these bits one at a time, and return those of which `validate` finds nothing."""
+    target.write_bytes(good)
     missed = []
-    for position in range(len(good)):
-        bad = bytearray(good)
-        bad[position] ^= 1 << (position % 8)
-        target.write_bytes(bad)
-        if validate(target).ok:
-            missed.append(position)
-    assert missed == []
+    with target.open("r+b", buffering=0) as out:
+        for bit in bits:
+            position, value = bit // 8, good[bit // 8]
+            os.pwrite(out.fileno(), bytes([value ^ 1 << bit % 8]), position)
+            if validate(target).ok:
+                missed.append(bit)
+            os.pwrite(out.fileno(), bytes([value]), position)
+    assert target.read_bytes() == good and validate(target).ok
+    return missed
 
 
+@pytest.mark.parametrize("path", golden_files(), ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_flipped_bits_are_found(path, tmp_path):
+    """A sample: 100 bits of every golden file, drawn anew only when the file changes. The slow test has them all."""
+    good = path.read_bytes()
+    bits = Random(good).sample(range(8 * len(good)), 100)
+    assert missed_flips(good, tmp_path / "x.lrc", bits) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", golden_files(), ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_any_flipped_bit_is_found(path, place):
+    """Every bit of the two smallest golden files, and one bit of every byte of the others (which one varies with the
+    position); in memory."""
+    good = path.read_bytes()
+    smallest = sorted(golden_files(), key=lambda other: other.stat().st_size)[:2]
+    bits = range(8 * len(good)) if path in smallest else [8 * n + n % 8 for n in range(len(good))]
+    assert missed_flips(good, place / "x.lrc", bits) == []
+
+
+@pytest.mark.medium
 @given(st.data())
 @settings(max_examples=150, deadline=None)
 def test_random_damage_gives_only_our_errors(tmp_path_factory, data):
@@ -529,6 +552,7 @@ def test_target_grouping_is_a_bijection(items):
         assert len({t.name for t in targets}) < len(targets)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("options", [{"bits": "16"}, {"bits": "2"}, {"target_ratio": 12}])
 def test_small_stays_small(options):
     """32 layers, 224 targets: header, manifest and padding are at most max(2 KiB, 3 % of the payload)."""

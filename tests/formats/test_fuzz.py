@@ -59,6 +59,7 @@ def mutated(data: st.DataObject, files: Mapping[str, bytes], often: str) -> dict
 # --- containers -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("examples", [150, SLOW])
 def test_containers(examples: int, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
@@ -85,6 +86,7 @@ def meaning(path: Path) -> list[Any]:
     return [(t, a.tobytes(), b.tobytes()) for t, a, b in methods.without_base(file.read(path))]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("examples", [200, SLOW])
 def test_lrconvert_files(examples: int, tmp_path: Path) -> None:
     """Refused by every verb alike; or the same file; or, where digests were made right, a file that the writer writes
@@ -145,6 +147,7 @@ def container_tensors(data: bytes) -> list[tuple[str, tuple[str, list[int], byte
     return [(n, (i["dtype"], i["shape"], bytes(i["data"]))) for n, i in safetensors.deserialize(data)]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("examples", [250, SLOW])
 def test_peft_folders(examples: int, tmp_path: Path) -> None:
     """Refused; or factors and scales are those that the configuration and the weights spell out."""
@@ -170,6 +173,7 @@ def test_peft_folders(examples: int, tmp_path: Path) -> None:
     fuzz(examples, check)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("examples", [60, SLOW])
 def test_peft_configurations_of_real_adapters(examples: int, tmp_path: Path) -> None:
     """The configurations that PEFT wrote, with one thing wrong: refused, or read; nothing else is raised."""
@@ -192,6 +196,7 @@ def test_peft_configurations_of_real_adapters(examples: int, tmp_path: Path) -> 
 # --- bases ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("examples", [150, SLOW])
 def test_shard_indexes(examples: int, tmp_path: Path) -> None:
     """Refused; or every tensor that the index names is there, from the shard that it names, and no other."""

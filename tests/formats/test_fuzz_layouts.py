@@ -116,6 +116,7 @@ def read(layout: str, folder: Path) -> LoraAdapter:
     return api.load_lora(folder, alpha=ALPHA if layout == "raw" else None)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("examples", [60, SLOW])
 @pytest.mark.parametrize("layout", [name for name in layouts.WRITERS if name != "gguf"])
 def test_layouts(layout: str, examples: int, tmp_path: Path) -> None:
@@ -142,6 +143,7 @@ def test_layouts(layout: str, examples: int, tmp_path: Path) -> None:
 _MEANS_ANOTHER = ("dimension", "type of a tensor")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("examples", [200, SLOW])
 def test_gguf(examples: int, tmp_path: Path) -> None:
     """A wrong number of the frame is refused, or is of no consequence; a wrong byte is refused or is data; memory stays

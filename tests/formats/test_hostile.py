@@ -763,6 +763,7 @@ def test_nothing_moves_the_cursor(words: list[str], hostile_files: Path, capfd: 
     assert out and all(line.isprintable() for line in (out + err).splitlines()), repr(out + err)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "environment", [{"PYTHONHASHSEED": "77", "LC_ALL": "C", "TZ": "Asia/Tokyo"}, {"PYTHONHASHSEED": "1"}]
 )

@@ -164,6 +164,7 @@ def test_an_old_torch_is_not_trusted_with_pickles(folder, monkeypatch):
         load(folder, ALLOWED)
 
 
+@pytest.mark.medium
 def test_every_command_that_reads_an_adapter_takes_the_option(folder, tmp_path):
     torch.save(state(), folder / "adapter_model.bin")
     plain, base = str(ADAPTERS / "llama-plain"), str(ADAPTERS.parent / "bases" / "tiny-llama")

@@ -134,6 +134,7 @@ def test_pickles_are_opened_only_when_allowed(name):
             api.load_lora(path)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", NORMS)
 def test_norms_and_memory(name):
     path = asset(f"adapters/{name}")
@@ -147,6 +148,7 @@ def test_norms_and_memory(name):
     assert peak < MOST_MEMORY * 2 * lora.half_bytes + MIB
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", CONVERTED)
 def test_lowrank(name, tmp_path):
     check(name, "lowrank", tmp_path, CONVERTED[name][1])

@@ -316,6 +316,7 @@ def test_every_verb_takes_ids(adapter, base, tmp_path):
         assert (Path("merged") / path.name).read_bytes() == (Path("merged too") / path.name).read_bytes()
 
 
+@pytest.mark.medium
 def test_commands_take_ids_and_show_them(cache, adapter, base):
     words = ["lora-to-lowrank", ADAPTER, "-o", "x.lrc", "--base", f"{BASE}@main", "--json"]
     done = run(*words)

@@ -89,6 +89,7 @@ def test_hostile_text_is_scanned_once(unit):
         strictjson.parse(b'{"k":' + unit * 2_000_000, depth=8)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "part", (b'"",', b"1,", b"[],", b'{"":1},', b'{"a":[1,2]},'), ids=("strings", "numbers", "lists", "objects", "both")
 )

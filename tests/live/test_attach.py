@@ -179,6 +179,7 @@ def test_mixed_precision(tmp_path: Path) -> None:
     assert torch.equal(model(x).logits, theirs(x).logits)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ("every layer", "DoRA", "tokens, tied", "lora_bias"))
 def test_compiles_in_one_graph(name: str, tmp_path: Path) -> None:
     make, config, _, _ = CASES[name]

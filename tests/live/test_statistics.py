@@ -21,8 +21,11 @@ from lrconvert import api
 from lrconvert.core.errors import DataError, FingerprintError, LrcError, StatisticsError, ValueRangeError
 from lrconvert.io.durable import discard
 from lrconvert.io.strictjson import dump_canonical
-from lrconvert.live import collect_statistics, load_model, texts
-from lrconvert.live.collect_statistics import Collector, Settings, collect, watched
+from lrconvert.live import load_model, texts
+from lrconvert.live.collect_statistics import collect
+from lrconvert.live.collector import Collector, Settings
+from lrconvert.live.layer_inputs import patches
+from lrconvert.live.watch import watched
 from lrconvert.lora import statistics_file
 from lrconvert.lora.fingerprint import content_digest
 
@@ -191,7 +194,7 @@ def test_half_done_work_of_something_else_is_refused(llama: Any, tmp_path: Path)
     ):
         stored = [(name, "F64" if value.dtype == np.float64 else "F32", value) for name, value in arrays.items()]
         statistics_file.write_partial(partial, {**fields, **broken}, stored)
-        with pytest.raises(StatisticsError, match="half-done work"):
+        with pytest.raises(StatisticsError, match="this checkpoint is of another"):
             collect(llama, batches, partial=partial)
 
 
@@ -225,7 +228,7 @@ CONVS = [
 def test_patches_are_what_a_convolution_multiplies(which: int) -> None:
     layer = CONVS[which]
     x = torch.randn(2, 4, *((9, 8) if isinstance(layer, nn.Conv2d) else (11,)))
-    rows = collect_statistics.patches(layer, x)  # (batch, group, place) flattened
+    rows = patches(layer, x)  # (batch, group, place) flattened
     y = layer(x)
     weight = layer.weight.flatten(1).reshape(layer.groups, -1, rows.shape[1])
     grouped = rows.reshape(2, layer.groups, -1, rows.shape[1])
@@ -500,6 +503,7 @@ def test_batches(tmp_path: Path) -> None:
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.medium
 def test_the_whole_way(tmp_path: Path) -> None:
     """Statistics of texts, a fit with them, and what the models answer: better than without at the same size."""
     from click.testing import CliRunner

@@ -109,6 +109,7 @@ def fail_every_call(given: Scene, act: str, place: Path, ways: Callable[[int], l
 OFTEN = [kind if kind == "mixed" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("act", ("merge", "unmerge"))
 @pytest.mark.parametrize("kind", OFTEN)
 def test_every_call_may_fail_in_place(kind: str, act: str, scenes: dict[str, Scene], place: Path) -> None:
@@ -363,6 +364,7 @@ def kill_at_random(tmp_path: Path, runs: int) -> None:
         shutil.rmtree(work)
 
 
+@pytest.mark.medium
 def test_killed_at_random(tmp_path: Path) -> None:
     kill_at_random(tmp_path, 6)
 

@@ -209,6 +209,7 @@ def test_every_call_may_fail_in_every_way(name: str, overwrite: bool, place: Pat
     fail_writer((WRITERS | COMMANDS)[name](place), place, overwrite, lambda n: ALL)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_call_of_commands_may_fail(name: str, place: Path) -> None:
     assert fail_writer(COMMANDS[name](place), place, False, by_turns) > 10
@@ -337,6 +338,7 @@ def fail_and_go_on(
             shutil.rmtree(out.parent)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("what", ("refining", "measuring"))
 def test_work_that_a_failing_disk_stopped_goes_on(what: str, place: Path, request: pytest.FixtureRequest) -> None:
     """Some of the calls, each in one way, by turns."""

@@ -553,6 +553,7 @@ def lrconvert(*words: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.medium
 def test_the_command_line(tmp_path: Path) -> None:
     model = shutil.copytree(BASES / "tiny-llama", tmp_path / "model")
     adapter = ADAPTERS / "llama-plain"

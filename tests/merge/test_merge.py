@@ -447,6 +447,7 @@ ARCHITECTURES: list[tuple[str, str, str, list[str], str]] = [
 ]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("family", "cls", "task", "saved", "refusal"), ARCHITECTURES)
 def test_heads_of_common_architectures(
     tmp_path: Path, family: str, cls: str, task: str, saved: list[str], refusal: str

@@ -326,6 +326,7 @@ def test_the_fixture_is_undone(merged: Path, tmp_path: Path) -> None:
     assert tree(tmp_path / "back") == tree(merged / "base")
 
 
+@pytest.mark.medium
 def test_every_flipped_byte_is_found(merged: Path, tmp_path: Path) -> None:
     """Of the record and of the weights; in the header of the weights it is found or does no harm, as the base's own
     comes from the record."""

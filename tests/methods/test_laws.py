@@ -129,6 +129,7 @@ def test_gauge_does_not_matter(method):
     assert abs(captured[0] - captured[1]) < 1e-3
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("method", METHODS)
 def test_captured_never_falls_with_the_budget(method):
     lora = api.load_lora(FIXTURES / "adapters" / "llama-plain")

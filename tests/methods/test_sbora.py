@@ -264,6 +264,7 @@ def test_scales_of_rows_are_solved_in_the_metric():
 # --- planning -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", [None, "matrix"])
 @pytest.mark.parametrize("variant", ["auto", "fa", "fb"])
 def test_plans_fit_their_budget_and_keep_more_with_more(variant, kind):

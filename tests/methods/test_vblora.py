@@ -324,6 +324,7 @@ def test_expand_is_the_written_formula_on_both_backends(form):
 # --- planning -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.medium
 def test_plans_fit_their_budget_and_keep_more_with_more():
     lora = random_lora([(96, 64), (64, 96), (64, 64)], rank=6, decay=0.6)
     kept = []
@@ -336,6 +337,7 @@ def test_plans_fit_their_budget_and_keep_more_with_more():
     assert kept == sorted(kept) and kept[0] < 0.6 and kept[-1] > 0.95
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "options",
     [
@@ -418,6 +420,7 @@ def example() -> tuple[LoraAdapter, object, dict[str, np.ndarray]]:
     return lora, config, tensors
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("indices", "small", "error"),
     [
@@ -510,6 +513,7 @@ def test_header_and_layout_round_trip():
         assert METHOD.config(header, layout, targets) == config
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("change", "error"),
     [

@@ -212,7 +212,7 @@ def seen(monkeypatch: Any) -> Iterator[dict[str, list[Any]]]:
 
     def goes_on(self: Rounds, trainer: Any, compact: Any, changed: Any, *given: Any) -> Any:
         new = onward(self, trainer, compact, changed, *given)
-        assert same_payload(new.pupil.compact(), changed) and new.best is not trainer.best
+        assert same_payload(new.student.compact(), changed) and new.best is not trainer.best
         return new
 
     monkeypatch.setattr(Rounds, "_onward", goes_on)
@@ -221,6 +221,7 @@ def seen(monkeypatch: Any) -> Iterator[dict[str, list[Any]]]:
     yield found
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("bits", ["16", "2"])
 def test_budgets_are_met_in_every_round(
     bits: str, lora: LoraAdapter, model: Any, batches: Any, seen: Any, tmp_path: Path
@@ -268,6 +269,7 @@ def test_without_moves_it_is_an_allocation_and_then_refine(lora: LoraAdapter, mo
     assert (done.training.before, done.training.after) == (then.before, then.after)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("bits", ["16", "2"])
 def test_a_pause_in_which_nothing_moves_leaves_no_trace(
     bits: str, lora: LoraAdapter, model: Any, batches: Any, monkeypatch: Any
@@ -285,6 +287,7 @@ def test_a_pause_in_which_nothing_moves_leaves_no_trace(
     assert same_payload(pausing.compact, straight.compact) and pausing.training.after == straight.training.after
 
 
+@pytest.mark.medium
 def test_never_worse_than_the_first_allocation(lora: LoraAdapter, model: Any, batches: Any) -> None:
     """Training that only does harm: the first allocation comes back."""
     wild = {**TRAIN, "lr": 300.0, "layerwise": False, "hidden": 0.0}
@@ -351,6 +354,7 @@ def test_options_that_cannot_be(lora: LoraAdapter, model: Any, batches: Any) -> 
     assert snapshot(model) == before
 
 
+@pytest.mark.medium
 def test_the_command(tmp_path: Path) -> None:
     rows = [json.dumps({"text": "the words of a text " * (n % 5 + 1) + str(n)}) for n in range(40)]
     (tmp_path / "texts.jsonl").write_text("\n".join(rows))

@@ -35,6 +35,7 @@ from lrconvert.core.errors import (
 )
 from lrconvert.formats.lrc import file
 from lrconvert.live import compare_outputs, load_model, texts
+from lrconvert.live.answers import Outputs
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 from lrconvert.methods import base as methods
 from lrconvert.refine import data, losses, self_generated_data
@@ -71,7 +72,7 @@ def small(lora: LoraAdapter) -> CompactAdapter:
 
 def test_the_largest_logits_stand_for_all() -> None:
     draw = torch.Generator().manual_seed(0)
-    one, other = (losses.Outputs(torch.randn(5, 64, generator=draw) * 3, True) for _ in range(2))
+    one, other = (Outputs(torch.randn(5, 64, generator=draw) * 3, True) for _ in range(2))
     whole = losses.distance(losses.goal(one, 2.0, top_k=64), other, 2.0)
     p, q = ((o.rows / 2).log_softmax(-1) for o in (one, other))
     assert torch.isclose(whole, (p.exp() * (p - q)).sum(-1).mean() * 4, rtol=1e-5)
@@ -83,7 +84,7 @@ def test_the_largest_logits_stand_for_all() -> None:
 def test_hidden_states_count_as_shares_of_the_change() -> None:
     a, b = torch.zeros(3, 4), torch.ones(3, 4)
     goal = losses.Goal((a, a))
-    found = losses.Outputs(a, True, (b, b))
+    found = Outputs(a, True, (b, b))
     assert float(losses.hidden_error(goal, found, (4.0, 0.0))) == 1.0
     assert float(losses.hidden_error(goal, found, (8.0, 4.0))) == 0.75
 
@@ -121,9 +122,9 @@ def test_an_epoch_is_every_text_once() -> None:
 def test_equal_texts_stay_on_one_side() -> None:
     rows = tuple(data.Example((n % 20, 1, 2)) for n in range(100))
     found = data.split(data.Pool("decoder", rows), 0)
-    train, held = ({e.ids for e in some.examples} for some in (found.train, found.held))
+    train, held = ({e.ids for e in some.examples} for some in (found.train, found.held_out))
     assert held and train and not train & held
-    assert len(found.train) + len(found.held) == 100
+    assert len(found.train) + len(found.held_out) == 100
     with pytest.raises(DataError, match="one text"):
         data.split(data.Pool("decoder", rows[:1] * 5), 0)
 
@@ -149,7 +150,7 @@ def test_a_teacher_writes(model: Any) -> None:
     tokenizer = load_model.load_tokenizer(LLAMA)
 
     def write(seed: int) -> list[data.Example]:
-        return self_generated_data.written(
+        return self_generated_data.sample(
             model, tokenizer, length=16, tokens=300, batch_tokens=128, seed=seed, progress=lambda share, text: None
         )
 
@@ -163,6 +164,7 @@ def test_a_teacher_writes(model: Any) -> None:
 # --- the verb -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("method", methods.module_names())
 def test_never_worse_and_written_as_measured(
     method: str, lora: LoraAdapter, model: Any, batches: Any, tmp_path: Path
@@ -175,9 +177,9 @@ def test_never_worse_and_written_as_measured(
     written = api.read(tmp_path / "out.lrc")
     assert same_payload(written, done.compact) and not same_payload(written, compact)
     assert file.sizes(written).payload == file.sizes(compact).payload
-    held = data.split(data.Pool("decoder", given=tuple(batches)), 0).held
+    held = data.split(data.Pool("decoder", model_inputs=tuple(batches)), 0).held_out
     for some, told in ((compact, done.before), (written, done.after)):
-        answers = compare_outputs.measure(model, lora, [some], held.given).answers[0]
+        answers = compare_outputs.measure(model, lora, [some], held.model_inputs).answers[0]
         assert answers.distance == pytest.approx(told.distance, rel=1e-5)
         assert answers.agreement == told.agreement
     fields = written.provenance.fields
@@ -196,9 +198,9 @@ def test_updates_that_depend_on_the_base(lora: LoraAdapter, model: Any, batches:
     assert float(on_disk.compact.provenance.fields["captured"]) == pytest.approx(max(captured, 0), abs=1e-4)
     live = api.refine(compact, lora, model, batches, **FEW)
     assert live.improved and not live.layerwise and "captured" not in live.compact.provenance.fields
-    held = data.split(data.Pool("decoder", given=tuple(batches)), 0).held
+    held = data.split(data.Pool("decoder", model_inputs=tuple(batches)), 0).held_out
     for done in (on_disk, live):
-        answers = compare_outputs.measure(model, lora, [done.compact], held.given).answers[0]
+        answers = compare_outputs.measure(model, lora, [done.compact], held.model_inputs).answers[0]
         assert answers.distance == pytest.approx(done.after.distance, rel=1e-5)
 
 
@@ -222,7 +224,7 @@ def test_the_same_again_and_resumed(method: str, lora: LoraAdapter, model: Any, 
         api.refine(compact, lora, model, batches, out[2], progress=stop, **many)
     partial = tmp_path / f"{out[2].name}.partial"
     assert partial.exists() and not out[2].exists()
-    with pytest.raises(OutputExistsError, match="broken off"):
+    with pytest.raises(OutputExistsError, match="unfinished refinement"):
         api.refine(compact, lora, model, batches, out[2], **many)
     with pytest.raises(StatisticsError, match="other options"):
         api.refine(compact, lora, model, batches, out[2], resume=True, **{**many, "lr": 0.5})
@@ -253,7 +255,7 @@ def test_batches_that_do_not_fit_are_cut(
     whole = api.refine(small, lora, model, batches, layerwise=False, **FEW)
     answers = TeacherModel.answers
 
-    def full(self: TeacherModel, batch: losses.Batch, hidden: bool) -> losses.Outputs:
+    def full(self: TeacherModel, batch: losses.Batch, hidden: bool) -> Outputs:
         if torch.is_grad_enabled() and batch.rows > 1:
             raise torch.OutOfMemoryError("injected")
         return answers(self, batch, hidden)
@@ -266,7 +268,7 @@ def test_batches_that_do_not_fit_are_cut(
     assert cut.after.distance == pytest.approx(whole.after.distance, rel=0.05)
     assert whole.warnings == () and "in up to 4 parts" in cut.warnings[-1]
 
-    def always(self: TeacherModel, batch: losses.Batch, hidden: bool) -> losses.Outputs:
+    def always(self: TeacherModel, batch: losses.Batch, hidden: bool) -> Outputs:
         if torch.is_grad_enabled():
             raise torch.OutOfMemoryError("injected")
         return answers(self, batch, hidden)
@@ -299,7 +301,7 @@ def test_far_off_it_begins_again_from_the_best(
 ) -> None:
     log = tmp_path / "log"
     done = api.refine(small, lora, model, batches, log=log, lr=1e4, hidden=0.0, **{**FEW, "eval_every": 1})
-    assert "went back to the best" in done.warnings[-1]
+    assert "and was restarted from the best" in done.warnings[-1]
     events = [json.loads(line) for line in log.read_text().splitlines()]
     assert [e["rate"] for e in events if e["event"] == "again"][:2] == [0.5, 0.25]
 
@@ -358,8 +360,8 @@ def test_models_that_read_something_else(case: str) -> None:
         trained = api.refine(compact, lora, model, some, train_heads=True, layerwise=False, **FEW)
         assert trained.before == done.before and trained.improved and trained.compact.extras != compact.extras
         assert snapshot(model) == before
-        held = data.split(data.Pool("encoder", given=tuple(some)), 0).held
-        answers = compare_outputs.measure(model, lora, [trained.compact], held.given).answers[0]
+        held = data.split(data.Pool("encoder", model_inputs=tuple(some)), 0).held_out
+        answers = compare_outputs.measure(model, lora, [trained.compact], held.model_inputs).answers[0]
         assert answers.distance == pytest.approx(trained.after.distance, rel=1e-4)
 
 
