@@ -40,14 +40,14 @@ def read(path: Path, options: ReadOptions) -> LoraAdapter:
     with open_weights(path, options) as weights:
         modules = pairs.sort_parts(weights, split)  # refuses by name what it does not know
         targets = [target(module, parts, weights) for module, parts in modules.items()]
-        return pairs.finished(weights, targets, layout="deltas", warnings=[naming.unnamed("deltas")])
+        return pairs.build_adapter(weights, targets, layout="deltas", warnings=[naming.unnamed("deltas")])
 
 
 def target(module: str, parts: Parts, weights: Weights) -> LoraTarget:
     if "scale" not in parts:
         raise PairError(f"{module}: there is no delta_scale", fix="the file is incomplete")
     scale = pairs.scalar(weights, parts["scale"])
-    return pairs.pair(module, parts, lambda rank: scale, weights, LABELS)
+    return pairs.read_pair(module, parts, lambda rank: scale, weights, LABELS)
 
 
 READER = Reader("deltas", "file of deltas", read, knows=knows)
