@@ -55,7 +55,7 @@ _SCALARS: dict[Any, tuple[tuple[type, ...], str]] = {
 
 @dataclass(frozen=True)
 class Check:
-    """A condition on a value. `error` is raised if `test` is false, and also if the value is of another type."""
+    """A condition on a value. `error` is raised if `test` is false, and if a plain value is of another type."""
 
     test: Callable[[Any], bool]
     expected: str
@@ -203,7 +203,7 @@ def _annotated(kind: Any, extras: Sequence[Any], foreign: bool) -> _Reader:
         try:
             found = base(value, path)
         except (JsonSyntaxError, ConfigError):
-            if conversions:
+            if conversions or kind not in _SCALARS:
                 raise
             raise _refusal(value, path, checks[0].expected, checks[0].error) from None
         for check in checks:
