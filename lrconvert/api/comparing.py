@@ -68,7 +68,7 @@ def compare(
     model = where if isinstance(base, (str, PathLike)) else base
     assert model is not None
     measured = measuring.measured(lora, compacts, model, data, chosen, progress)
-    return [measured.told(n, fidelity) for n, fidelity in enumerate(rows)]
+    return [measured.added_to(fidelity, n) for n, fidelity in enumerate(rows)]
 
 
 def statistics(

@@ -96,7 +96,7 @@ def compress(
     settings = Settings(
         length=asked.length, batch_tokens=asked.batch_tokens, max_tokens=asked.max_tokens, seed=settled.seed
     )
-    rules = successive_halving.Rules(asked.budget_minutes, asked.steps)
+    rules = successive_halving.Rules(asked.budget_minutes, asked.steps, settled.device)
     try:
         return successive_halving.compress(
             lora,
@@ -106,7 +106,6 @@ def compress(
             settings,
             rules,
             statistics=known,
-            device=settled.device,
             progress=progress,
         )
     except (AttachError, BaseError, DataError) as error:  # no such model, or nothing to learn

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from lrconvert.live.attach import AttachedAdapter
+    from lrconvert.live.attached_adapter import AttachedAdapter
 
 
 def attach(

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lrconvert.core.dtypes import F64, Array
 from lrconvert.core.errors import DataError
 from lrconvert.live import attach, load_model
-from lrconvert.live.collect_statistics import Batch
+from lrconvert.live.layer_inputs import Batch
 from lrconvert.lora.adapter import LoraAdapter
 
 _NAME = "ablated"

@@ -1,8 +1,11 @@
-"""A base folder as a live model with its tokenizer, loaded by transformers from local files alone."""
+"""A base folder as a live model with its tokenizer, loaded by transformers from local files alone, and what its
+configuration says of it."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,33 +13,31 @@ from torch import nn
 
 from lrconvert.core.devices import torch_device
 from lrconvert.core.errors import BaseError, DataError, DependencyError
+from lrconvert.lora import renamings
 
 
 def load_model(base: Path, device: str = "cpu", *, four_bit: bool = False) -> nn.Module:
-    """The model of a base folder, in the dtype it is stored in, in evaluation mode. With `four_bit` its linear
+    """Return the model of a base folder, in the dtype it is stored in, in evaluation mode; with `four_bit` its linear
     layers are quantized to NF4. Raises E-BASE with what transformers says if it cannot load it, E-OPTION for a device
-    that is not there, E-DEPENDENCY without bitsandbytes."""
+    that the machine lacks, E-DEPENDENCY without bitsandbytes."""
     import transformers
 
     torch_device(device)
-
     if four_bit and importlib.util.find_spec("bitsandbytes") is None:
         raise DependencyError("4-bit bases need bitsandbytes", fix="pip install 'lrconvert[gpu]'")
-
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         config = transformers.AutoConfig.from_pretrained(base, local_files_only=True)
         named = (getattr(config, "architectures", None) or [""])[0]
         kind: Any = getattr(transformers, named, transformers.AutoModel)
-        how: dict[str, Any] = {"dtype": "auto"}
+        options: dict[str, Any] = {"dtype": "auto"}
         if four_bit:
-            packed: Any = transformers.BitsAndBytesConfig
-            how["quantization_config"] = packed(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-            how["device_map"] = {"": device}
-        model: nn.Module = kind.from_pretrained(base, local_files_only=True, **how)
+            quantization: Any = transformers.BitsAndBytesConfig
+            options["quantization_config"] = quantization(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+            options["device_map"] = {"": device}
+        model: nn.Module = kind.from_pretrained(base, local_files_only=True, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        raise BaseError(f"transformers cannot load the base: {said[0]}", path=base) from None
+        raise BaseError(f"transformers cannot load the base: {_first_line(error)}", path=base) from None
     if not four_bit:
         return model.to(device).eval()
     for module in model.modules():
@@ -46,24 +47,39 @@ def load_model(base: Path, device: str = "cpu", *, four_bit: bool = False) -> nn
 
 
 def load_tokenizer(base: Path) -> Any:
-    """The tokenizer of a base folder. Raises E-DATA if it has none."""
+    """Return the tokenizer of a base folder. Raises E-DATA if it has none."""
     import transformers
 
     try:
         return transformers.AutoTokenizer.from_pretrained(base, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(
-            f"the base has no tokenizer that transformers can load: {said[0]}",
+            f"the base has no tokenizer that transformers can load: {_first_line(error)}",
             fix="give batches of model inputs through the Python API",
             path=base,
         ) from None
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def tokenizer_of(model: nn.Module, base: Path | None) -> Any:
+    """Return the tokenizer of a base folder, or of the one that a live model names. Raises E-DATA."""
+    return load_tokenizer(base or Path(str(getattr(getattr(model, "config", None), "name_or_path", ""))))
+
+
+# --- facts about a model --------------------------------------------------------------------------------------------
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Return whether a model's configuration says that it has an encoder and a decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
 def kind_of(model: nn.Module) -> str:
-    """How a model reads texts: ``decoder``, ``encoder`` or ``encoder-decoder``."""
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
+    """Return how a model reads texts: ``decoder``, ``encoder`` or ``encoder-decoder``."""
+    if is_encoder_decoder(model):
         return "encoder-decoder"
     name = type(model).__name__
     writes = bool(getattr(model, "can_generate", lambda: False)())
@@ -71,10 +87,25 @@ def kind_of(model: nn.Module) -> str:
 
 
 def longest_input(model: nn.Module, tokenizer: Any, length: int) -> int:
-    """`length`, or what the model and its tokenizer take if that is less."""
+    """Return `length`, or what the model and its tokenizer take if that is less."""
     config: Any = getattr(model, "config", None)
-    limits = [length]
-    for found in (getattr(tokenizer, "model_max_length", None), getattr(config, "max_position_embeddings", None)):
-        if isinstance(found, int) and 0 < found < 1 << 30:
-            limits.append(found)
-    return min(limits)
+    limits = (getattr(tokenizer, "model_max_length", None), getattr(config, "max_position_embeddings", None))
+    return min([length, *(limit for limit in limits if isinstance(limit, int) and 0 < limit < 1 << 30)])
+
+
+def families_of(model: nn.Module) -> tuple[str, ...]:
+    """Return the model types that a live model's configuration names."""
+    config: Any = getattr(model, "config", None)
+    return tuple(dict.fromkeys(renamings.families(config.to_dict() if hasattr(config, "to_dict") else {})))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode; afterwards the modules that were in training mode are so again."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -11,8 +11,10 @@ from torch import nn
 
 from lrconvert.io.container import open_checkpoint
 from lrconvert.io.durable import check_output, delete_leftover
-from lrconvert.live import collect_statistics, compare_outputs, load_model, texts
+from lrconvert.live import collect_statistics, collector, compare_outputs, load_model, texts
+from lrconvert.live.attached_adapter import Adapter, targets_of
 from lrconvert.live.compare_outputs import Measured
+from lrconvert.live.layer_inputs import expert_stacks, known_layers, token_count
 from lrconvert.live.options import CompareOptions, StatisticsOptions
 from lrconvert.lora import statistics_file
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
@@ -29,7 +31,7 @@ def statistics(
     out: Path | None,
     options: StatisticsOptions,
     *,
-    adapter: LoraAdapter | CompactAdapter | None,
+    adapter: Adapter | None,
     progress: Progress,
 ) -> InputStatistics:
     """Measure the inputs of a base's layers; see `lrconvert.api.statistics`."""
@@ -46,7 +48,7 @@ def statistics(
     measured = collect_statistics.collect(
         model,
         inputs,
-        settings=collect_statistics.Settings(options.exact_width, options.rank, options.seed),
+        settings=collector.Settings(options.exact_width, options.rank, options.seed),
         wanted=wanted(model, adapter, options.include, options.exclude),
         content=content,
         partial=None if out is None else out.with_name(f"{out.name}.partial"),
@@ -75,48 +77,51 @@ def measured(
     return compare_outputs.measure(model, lora, compacts, inputs, _counting(inputs, progress))
 
 
-def _counting(fed: Any, progress: Callable[[float, str], None]) -> Callable[[int], None]:
-    """Turns tokens that are done into a share of all, if all are known."""
-    total = sum(map(collect_statistics.token_count, fed)) if isinstance(fed, list) else 0
+def _counting(batches: Any, progress: Progress) -> Callable[[int], None]:
+    """Turn tokens that are done into a share of all, if all are known."""
+    total = sum(map(token_count, batches)) if isinstance(batches, list) else 0
     done = 0
 
-    def tell(tokens: int) -> None:
+    def count(tokens: int) -> None:
         nonlocal done
         done += tokens
         progress(done / total if total else 0.0, f"{done:,} tokens")
 
-    return tell
+    return count
+
+
+def are_paths(data: Any) -> bool:
+    """Return whether data is a sequence of paths, not of model inputs."""
+    return isinstance(data, Sequence) and bool(data) and all(isinstance(path, (str, PathLike)) for path in data)
 
 
 def batches(
     model: nn.Module, base: Path | None, data: Data, length: int, batch_tokens: int, max_tokens: int
 ) -> list[dict[str, Any]] | Iterable[Mapping[str, Any]]:
-    """The model inputs of `data`: files are read with the base's own tokenizer. Raises E-DATA."""
-    paths = [data] if isinstance(data, (str, PathLike)) else data
-    if not isinstance(paths, Sequence) or not paths or not all(isinstance(path, (str, PathLike)) for path in paths):
-        return data  # type: ignore[return-value]
-    where = base if base is not None else Path(str(getattr(getattr(model, "config", None), "name_or_path", "")))
-    tokenizer = load_model.load_tokenizer(where)
-    packing = texts.Packing(
-        load_model.kind_of(model), load_model.longest_input(model, tokenizer, length), batch_tokens, max_tokens
-    )
+    """Return the model inputs of `data`: files are read with the base's own tokenizer. Raises E-DATA."""
+    paths: Any = [data] if isinstance(data, (str, PathLike)) else data
+    if not are_paths(paths):
+        return paths  # type: ignore[no-any-return]
+    tokenizer = load_model.tokenizer_of(model, base)
+    length = load_model.longest_input(model, tokenizer, length)
+    packing = texts.Packing(load_model.kind_of(model), length, batch_tokens, max_tokens)
     return texts.batches(texts.read([Path(path) for path in paths]), tokenizer, packing)
 
 
 def wanted(
-    model: nn.Module, adapter: LoraAdapter | CompactAdapter | None, include: Sequence[str], exclude: Sequence[str]
+    model: nn.Module, adapter: Adapter | None, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> list[str] | None:
-    """The parameters whose inputs are asked for; None for all."""
+    """Return the parameters whose inputs are asked for; None for all. Raises E-BASE for a target that the model lacks,
+    E-OPTION."""
     if adapter is None and not include and not exclude:
         return None
-    names = [*collect_statistics.known_layers(model), *collect_statistics.expert_stacks(model)]
+    names = [*known_layers(model), *expert_stacks(model)]
     if adapter is not None:
-        index = NameIndex(names, collect_statistics.families_of(model))
-        targets = adapter.shapes() if isinstance(adapter, LoraAdapter) else adapter.targets
-        found = [(target.name, index.find(target.name)) for target in targets]
-        for asked, name in found:
-            if name is None:
-                raise index.missing(asked)
-        names = sorted({name for _, name in found if name is not None})
+        index = NameIndex(names, load_model.families_of(model))
+        places = {target.name: index.find(target.name) for target in targets_of(adapter)}
+        for name, place in places.items():
+            if place is None:
+                raise index.missing(name)
+        names = sorted({place for place in places.values() if place is not None})
     keeps = name_filter(include, exclude)
     return [name for name in names if keeps(name)]

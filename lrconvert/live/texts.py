@@ -8,15 +8,17 @@ one, shortest first, padded to the longest of a batch.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from lrconvert.core.errors import DataError
 
-LENGTH = 512  # tokens of a block, or at most of a text
-BATCH_TOKENS = 4096
+IGNORED = -100  # the label of what does not count, as in torch
 
 
 @dataclass(frozen=True)
@@ -34,24 +36,24 @@ class Text:
 
 
 def read(paths: Sequence[Path]) -> Iterator[Text]:
-    """The examples of files, in order. Raises E-DATA (naming file and line), E-IO-*."""
+    """Yield the examples of files, in order. Raises E-DATA (naming file and line), E-IO-*."""
     for path in paths:
-        found = 0
+        is_empty = True
         try:
             with path.open(encoding="utf-8") as lines:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
-                        found += 1
-                        yield _example(line, number, path)
+                        is_empty = False
+                        yield _text(line, number, path)
         except UnicodeDecodeError:
             raise DataError("is not UTF-8 text", path=path) from None
         except OSError as error:
             raise DataError(f"cannot be read: {error.strerror}", path=path) from None
-        if not found:
+        if is_empty:
             raise DataError("holds no text", path=path)
 
 
-def _example(line: str, number: int, path: Path) -> Text:
+def _text(line: str, number: int, path: Path) -> Text:
     if path.suffix == ".txt":
         return Text(line, running=True)
     if path.suffix not in (".jsonl", ".json"):
@@ -80,57 +82,93 @@ def _example(line: str, number: int, path: Path) -> Text:
 
 
 @dataclass(frozen=True)
+class Example:
+    """The tokens of one text, how many of them are a prompt, what an encoder-decoder writes, the class of its label."""
+
+    ids: tuple[int, ...]
+    prompt: int = 0
+    target: tuple[int, ...] = ()
+    label: int | None = None
+
+
+def tokenize(
+    texts: Iterable[Text], tokenizer: Any, kind: str, length: int, max_tokens: int, classes: Mapping[str, int]
+) -> tuple[list[int], list[Example]]:
+    """Return the tokens of all running text, which only a decoder reads as such, and the other examples, each at most
+    `length` long. `kind` is that of the model, `classes` numbers the labels."""
+    running: list[int] = []
+    examples: list[Example] = []
+    tokens = 0
+    for text in texts:
+        if max_tokens and tokens >= max_tokens:
+            break
+        if text.running and kind == "decoder":
+            ids = tokenizer(text.completion, add_special_tokens=not running, verbose=False)["input_ids"]
+            running += ids
+            tokens += len(ids)
+        else:
+            examples.append(_tokenized(text, tokenizer, kind, length, classes))
+            tokens += len(examples[-1].ids)
+    return running, examples
+
+
+def _tokenized(text: Text, tokenizer: Any, kind: str, length: int, classes: Mapping[str, int]) -> Example:
+    def ids(*parts: str, **named: Any) -> tuple[int, ...]:
+        return tuple(tokenizer(*parts, truncation=True, max_length=length, **named)["input_ids"])
+
+    if kind == "encoder-decoder":
+        return Example(ids(text.prompt or text.completion), target=ids(text_target=text.completion))
+    if kind == "encoder":
+        return Example(ids(*filter(None, (text.prompt, text.completion))), label=_class(text.label, classes))
+    whole, end = ids(text.prompt + text.completion), tokenizer.eos_token_id
+    if end is not None and whole[-1:] != (end,):
+        whole = (*whole, end)[:length]
+    return Example(whole, prompt=_common_start(whole, ids(text.prompt)) if text.prompt else 0)
+
+
+def _common_start(whole: tuple[int, ...], prompt: tuple[int, ...]) -> int:
+    """How many tokens of a prompt begin the whole text: a token may reach over its end."""
+    count = 0
+    while count < min(len(whole), len(prompt)) and whole[count] == prompt[count]:
+        count += 1
+    return count
+
+
+def _class(label: str | None, classes: Mapping[str, int]) -> int | None:
+    if label is None:
+        return None
+    return classes.get(label, int(label) if label.isdecimal() and int(label) in classes.values() else None)
+
+
+# --- batches --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
 class Packing:
     """How texts become batches: `kind` decoder, encoder, or encoder-decoder; tokens of a block (or at most of a text),
     of a batch, and at most of everything (0: no limit)."""
 
     kind: str
-    length: int = LENGTH
-    batch_tokens: int = BATCH_TOKENS
+    length: int
+    batch_tokens: int
     max_tokens: int = 0
 
 
 def batches(texts: Iterable[Text], tokenizer: Any, packing: Packing) -> list[dict[str, Any]]:
-    """The batches that a model is given, as torch tensors. The same texts give the same batches. Raises E-DATA."""
-    running: list[int] = []
-    examples: list[tuple[list[int], list[int]]] = []
-    tokens = 0
-    for text in texts:
-        if packing.max_tokens and tokens >= packing.max_tokens:
-            break
-        if text.running and packing.kind == "decoder":
-            ids = tokenizer(text.completion, add_special_tokens=not running, verbose=False)["input_ids"]
-            running += ids
-        else:
-            pair = _pair(text, tokenizer, packing)
-            ids = pair[0]
-            examples.append(pair)
-        tokens += len(ids)
-    found = [*_blocks(running, packing), *_by_length(examples, packing, tokenizer.pad_token_id or 0)]
-    if not found:
+    """Return the batches that a model is given, as torch tensors. The same texts give the same batches. Raises
+    E-DATA."""
+    running, examples = tokenize(texts, tokenizer, packing.kind, packing.length, packing.max_tokens, {})
+    examples = sorted((e for e in examples if e.ids), key=lambda e: (len(e.ids), len(e.target)))
+    groups = cut(range(len(examples)), [len(e.ids) for e in examples], packing.batch_tokens)
+    pad = tokenizer.pad_token_id or 0
+    packed = [*_blocks(running, packing), *(_padded([examples[n] for n in group], pad) for group in groups)]
+    if not packed:
         raise DataError("the data has no token")
-    return found
-
-
-def _pair(text: Text, tokenizer: Any, packing: Packing) -> tuple[list[int], list[int]]:
-    """What a model reads of an example, and what an encoder-decoder writes."""
-
-    def ids(*parts: str, **named: Any) -> list[int]:
-        found: list[int] = tokenizer(*parts, truncation=True, max_length=packing.length, **named)["input_ids"]
-        return found
-
-    if packing.kind == "decoder":
-        read, end = ids(text.prompt + text.completion), tokenizer.eos_token_id
-        return ([*read, end] if end is not None and read[-1:] != [end] else read)[: packing.length], []
-    if packing.kind == "encoder":
-        return ids(*filter(None, (text.prompt, text.completion))), []
-    return ids(text.prompt or text.completion), ids(text_target=text.completion)
+    return packed
 
 
 def _blocks(stream: list[int], packing: Packing) -> list[dict[str, Any]]:
     """Running text in batches of blocks; what is left over is a batch of its own."""
-    import torch
-
     blocks = [stream[at : at + packing.length] for at in range(0, len(stream), packing.length)]
     rows = max(1, packing.batch_tokens // packing.length)
     full = [block for block in blocks if len(block) == packing.length]
@@ -140,33 +178,26 @@ def _blocks(stream: list[int], packing: Packing) -> list[dict[str, Any]]:
     return [{"input_ids": torch.tensor(group)} for group in grouped]
 
 
-def _by_length(pairs: list[tuple[list[int], list[int]]], packing: Packing, pad: int) -> list[dict[str, Any]]:
-    """Examples by length, so that little is padding."""
-    pairs = sorted((pair for pair in pairs if pair[0]), key=lambda pair: (len(pair[0]), len(pair[1])))
-    found, at = [], 0
-    while at < len(pairs):
-        stop = at + 1
-        while stop < len(pairs) and len(pairs[stop][0]) * (stop + 1 - at) <= packing.batch_tokens:
-            stop += 1
-        found.append(_padded(pairs[at:stop], pad))
-        at = stop
-    return found
+def cut(order: Iterable[int], sizes: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Return numbers of examples, of rising size, in batches of at most that many tokens with their padding."""
+    groups: list[list[int]] = []
+    for n in order:
+        if not groups or sizes[n] * (len(groups[-1]) + 1) > batch_tokens:
+            groups.append([])
+        groups[-1].append(n)
+    return groups
 
 
-def _padded(pairs: Sequence[tuple[list[int], list[int]]], pad: int) -> dict[str, Any]:
-    import torch
+def padded(rows: Sequence[Sequence[int]], fill: int, width: int = 0) -> Tensor:
+    """Return rows in one tensor, filled up to the longest of them, or to `width`."""
+    width = max(width, *map(len, rows))
+    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
 
-    widths = [max(len(pair[side]) for pair in pairs) for side in (0, 1)]
-    widths[1] += widths[0] == widths[1]  # so that each padding is known by its length
 
-    def rows(side: int, fill: int, value: int | None = None) -> torch.Tensor:
-        longest = widths[side]
-        made = [
-            [*(p[side] if value is None else [value] * len(p[side])), *[fill] * (longest - len(p[side]))] for p in pairs
-        ]
-        return torch.tensor(made)
-
-    batch = {"input_ids": rows(0, pad), "attention_mask": rows(0, 0, 1)}
-    if pairs[0][1]:
-        batch["labels"] = rows(1, -100)
+def _padded(examples: Sequence[Example], pad: int) -> dict[str, Any]:
+    read, written = [e.ids for e in examples], [e.target for e in examples]
+    batch = {"input_ids": padded(read, pad), "attention_mask": padded([[1] * len(row) for row in read], 0)}
+    if written[0]:
+        widths = [max(map(len, rows)) for rows in (read, written)]
+        batch["labels"] = padded(written, IGNORED, widths[1] + (widths[0] == widths[1]))  # known by its length
     return batch

@@ -32,106 +32,109 @@ class AttachedStudent:
         self.source = attach.attach(model, compact, name=NAME)
         self.source.requires_grad_(True)
         self.teacher, self.device = teacher, next(iter(model.parameters())).device
-        self.student = self._student(compact)
+        self.student = self._trainable(compact)
         self.targets = len(compact.targets)
-        self.heads = [_Head(e, p) for e, p in attach.replaced(model, NAME, compact.extras) if e.dtype in FLOATS]
-        self.heads = self.heads if train_heads else []
-        self._made: list[tuple[Tensor, Tensor]] = []
+        replaced = attach.replaced(model, NAME, compact.extras) if train_heads else []
+        self.heads = [_Head(extra, parameter) for extra, parameter in replaced if extra.dtype in FLOATS]
+        self._factors: list[tuple[Tensor, Tensor]] = []
 
-    def _student(self, compact: CompactAdapter) -> TrainableAdapter:
-        found = methods.get(compact.method).student(compact).to(self.device)
-        found.warm_start_latents(self.teacher.targets)
-        return found
+    def _trainable(self, compact: CompactAdapter) -> TrainableAdapter:
+        student = methods.get(compact.method).student(compact).to(self.device)
+        student.warm_start_latents(self.teacher.targets)
+        return student
 
-    def take(self, compact: CompactAdapter) -> None:
+    def restart_from(self, compact: CompactAdapter) -> None:
         """Go on from `compact`, of the same form."""
-        self.student = self._student(compact)
+        self.student = self._trainable(compact)
         extras = {extra.name: extra for extra in compact.extras}
         for head in self.heads:
-            head.take(extras[head.extra.name])
+            head.restart_from(extras[head.extra.name])
 
     def groups(self, lr: float) -> list[dict[str, Any]]:
-        """Parameter groups with their highest rates."""
-        groups = [*self.student.groups(), *({"params": [head.moving], "lr": _HEAD_RATE} for head in self.heads)]
+        """Return parameter groups with their highest rates."""
+        groups = [*self.student.groups(), *({"params": [head.latent], "lr": _HEAD_RATE} for head in self.heads)]
         return [{**group, "lr": group["lr"] * lr} for group in groups]
 
     def parameters(self) -> list[nn.Parameter]:
+        """Return all latents that are trained."""
         return [p for group in self.groups(1.0) for p in group["params"]]
 
-    def show(self, training: bool) -> None:
-        """Give the model the factors of the present latents. With `training`, `learn` may follow."""
+    def update_model(self, training: bool) -> None:
+        """Give the model the factors of the present latents. With `training`, `collect_gradients` may follow."""
         with torch.set_grad_enabled(training):
             values = self.student.values()
-            self._made = [self.student.factors(values, n) for n in range(self.targets)]
+            self._factors = [self.student.factors(values, n) for n in range(self.targets)]
         with torch.no_grad():
-            for n, made in enumerate(self._made):
-                for leaf, factor in zip(self.source.factors(n), made, strict=True):
+            for n, factors in enumerate(self._factors):
+                for leaf, factor in zip(self.source.factors(n), factors, strict=True):
                     leaf.copy_(factor)
                     leaf.grad = None
             for head in self.heads:
-                head.show()
+                head.update_model()
         if not training:
-            self._made = []
+            self._factors = []
 
-    def learn(self) -> None:
-        """Add to the gradients of the latents what the factors have gathered since `show`."""
+    def collect_gradients(self) -> None:
+        """Add to the gradients of the latents those that the model's factors have gained since `update_model`."""
         pairs = [
             (factor, leaf.grad)
-            for n, made in enumerate(self._made)
-            for leaf, factor in zip(self.source.factors(n), made, strict=True)
+            for n, factors in enumerate(self._factors)
+            for leaf, factor in zip(self.source.factors(n), factors, strict=True)
             if factor.requires_grad and leaf.grad is not None  # some factors are fixed; an expert may have no tokens
         ]
         if pairs:
             torch.autograd.backward([f for f, _ in pairs], [g for _, g in pairs])
         for head in self.heads:
-            head.learn()
-        self._made = []
+            head.collect_gradients()
+        self._factors = []
         for parameter in self.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
     def compact(self) -> CompactAdapter:
-        """The adapter with the numbers that the model computes with."""
+        """Return the adapter with the numbers that the model computes with."""
         heads = {head.extra.name: head.stored() for head in self.heads}
-        found = self.student.compact()
-        return replace(found, extras=tuple(heads.get(extra.name, extra) for extra in found.extras))
+        compact = self.student.compact()
+        return replace(compact, extras=tuple(heads.get(extra.name, extra) for extra in compact.extras))
 
     def state(self) -> dict[str, Tensor]:
-        heads = {f"head.{n}": head.moving.data for n, head in enumerate(self.heads)}
+        """Return all latents with their units, by the names that checkpoints use."""
+        heads = {f"head.{n}": head.latent.data for n, head in enumerate(self.heads)}
         return {**{f"student.{k}": v for k, v in self.student.state_dict().items()}, **heads}
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
+        """Take the latents of a `state`."""
         for name, value in self.state().items():
             value.copy_(state[name].reshape(value.shape))
 
 
 class _Head:
-    """A tensor that takes the place of a parameter, in training: kept in float32, shown as it will be stored."""
+    """A tensor that takes the place of a parameter, in training: kept in float32, used as it will be stored."""
 
     def __init__(self, extra: ExtraTensor, parameter: nn.Parameter) -> None:
         self.extra, self.parameter = extra, parameter
         parameter.requires_grad_(True)
-        self.moving = nn.Parameter(torch.empty(0))
-        self.take(extra)
+        self.latent = nn.Parameter(torch.empty(0))
+        self.restart_from(extra)
 
-    def take(self, extra: ExtraTensor) -> None:
+    def restart_from(self, extra: ExtraTensor) -> None:
         values = decode(np.frombuffer(extra.data, STORAGE[extra.dtype]).reshape(extra.shape), extra.dtype)
         value = torch.from_numpy(values.astype(np.float32)).to(self.parameter.device)
         self.unit = unit_of(value, each=False)
-        self.moving.data = value / self.unit
+        self.latent.data = value / self.unit
 
     def _rounded(self) -> Any:
-        return round_to((self.moving.data * self.unit).cpu().numpy(), self.extra.dtype)
+        return round_to((self.latent.data * self.unit).cpu().numpy(), self.extra.dtype)
 
-    def show(self) -> None:
+    def update_model(self) -> None:
         value = torch.from_numpy(decode(self._rounded(), self.extra.dtype).astype(np.float32))
         self.parameter.data.copy_(value)
         self.parameter.grad = None
 
-    def learn(self) -> None:
+    def collect_gradients(self) -> None:
         if self.parameter.grad is not None:
-            self.moving.grad = self.parameter.grad.float() * self.unit
+            self.latent.grad = self.parameter.grad.float() * self.unit
 
     def stored(self) -> ExtraTensor:
         return replace(self.extra, data=np.ascontiguousarray(self._rounded(), STORAGE[self.extra.dtype]).tobytes())

@@ -1,4 +1,5 @@
-"""Unfinished refinements: all that the next step depends on, in the container of every other file, without pickles."""
+"""Checkpoints of refinements: all that the next step depends on, in the container of every other file, without
+pickles."""
 
 from __future__ import annotations
 
@@ -20,9 +21,9 @@ _DTYPES = {"float32": "F32", "float64": "F64", "int64": "I64", "uint32": "U32", 
 @dataclass
 class State:
     """Where a refinement is: steps done, the next batch (epoch and place in it), seconds spent, into how many parts a
-    batch is cut, what all rates are multiplied with, how often it began again from the best, steps in a row that were
-    no numbers, evaluations without a gain; and the best so far: its step, distance and agreement;
-    whether it began with what stage one found."""
+    batch is cut, what all rates are multiplied with, how often it was restarted from the best, steps in a row with a
+    loss or gradient that is NaN or infinite, evaluations without a gain; and the best so far: its step, distance and
+    agreement; whether it began with the outcome of stage one. The names are those of a checkpoint."""
 
     step: int = 0
     epoch: int = 0
@@ -42,7 +43,7 @@ class State:
 
 
 def write(path: Path, about: Mapping[str, Any], state: State) -> None:
-    """Keep `state`, atomically, over an earlier one. `about` says of what work it is. Raises E-IO-*."""
+    """Write `state`, atomically, over an earlier one; `about` identifies the run. Raises E-IO-*."""
     scalars = {k: v.hex() if isinstance(v, float) else v for k, v in vars(state).items() if k != "arrays"}
     shapes = {name: list(array.shape) for name, array in state.arrays.items()}
     flat = [(name, _DTYPES[array.dtype.name], array.reshape(-1)) for name, array in state.arrays.items()]
@@ -51,11 +52,11 @@ def write(path: Path, about: Mapping[str, Any], state: State) -> None:
 
 
 def read(path: Path, about: Mapping[str, Any]) -> State:
-    """What `write` kept. Raises E-STATS if it is of other work, and what a damaged file raises."""
+    """Return the state that `write` wrote. Raises E-STATS if it is of another run, and what a damaged file raises."""
     fields, flat = statistics_file.read_partial(path, key=KEY)
     if fields.get("about") != dict(about):
         raise StatisticsError(
-            "this half-done refinement is of another file, teacher, base, data or other options",
+            "this checkpoint is of another file, teacher, base, data or other options",
             fix="give what it was begun with, or remove it to start anew",
             path=path,
         )
@@ -64,8 +65,7 @@ def read(path: Path, about: Mapping[str, Any]) -> State:
         for name, value in [(k, v) for k, v in vars(state).items() if k != "arrays"]:
             stored = fields["state"][name]
             setattr(state, name, float.fromhex(stored) if isinstance(value, float) else int(stored))
-        arrays = {name: np.array(flat[name]).reshape(shape) for name, shape in fields["shapes"].items()}
+        state.arrays = {name: np.array(flat[name]).reshape(shape) for name, shape in fields["shapes"].items()}
     except (KeyError, TypeError, ValueError):
-        raise StatisticsError("this half-done refinement is not complete", fix="remove it", path=path) from None
-    state.arrays = arrays
+        raise StatisticsError("this checkpoint is not complete", fix="remove it", path=path) from None
     return state

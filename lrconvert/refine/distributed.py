@@ -20,7 +20,7 @@ class Processes:
     size: int = 1
 
     @property
-    def leads(self) -> bool:
+    def is_first(self) -> bool:
         return self.rank == 0
 
     def add(self, tensors: Sequence[Tensor]) -> None:
@@ -34,21 +34,21 @@ class Processes:
                 at += t.numel()
 
     def totals(self, values: Sequence[float], device: torch.device) -> list[float]:
-        """The sums of numbers over all processes."""
+        """Return the sums of numbers over all processes."""
         if self.size == 1:
             return [float(v) for v in values]
-        found = torch.tensor(values, dtype=torch.float64, device=device)
-        dist.all_reduce(found)
-        return [float(v) for v in found.tolist()]
+        sums = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(sums)
+        return [float(v) for v in sums.tolist()]
 
-    def told(self, value: float, device: torch.device) -> float:
-        """What the first process says."""
-        return self.totals([value if self.leads else 0.0], device)[0]
+    def of_first(self, value: float, device: torch.device) -> float:
+        """Return the value that the first process has."""
+        return self.totals([value if self.is_first else 0.0], device)[0]
 
 
 @contextmanager
 def joined(device: str) -> Iterator[Processes]:
-    """This process's place, by the environment that launchers set. A process group that is there is used, and left."""
+    """Join the processes that a launcher's environment names. A process group that exists is used, and left alone."""
     if not dist.is_available() or (not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) < 2):
         yield Processes()
         return
@@ -63,5 +63,5 @@ def joined(device: str) -> Iterator[Processes]:
 
 
 def own_device(device: str) -> str:
-    """The device of this process: each its own GPU."""
+    """Return the device of this process: each its own GPU."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device

@@ -1,4 +1,4 @@
-"""What is held out: how far answers are from the teacher's, measured as `measuring` does."""
+"""How far answers are from the teacher's on held-out data, measured as `compare_outputs` does."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lrconvert.formats.fidelity import Answers
 from lrconvert.live import attach
+from lrconvert.live.answers import AnswerSums, Outputs
 from lrconvert.refine.data import Pool
 from lrconvert.refine.distributed import Processes
-from lrconvert.refine.losses import Batch, Outputs, Sums, outputs
+from lrconvert.refine.losses import Batch, outputs
 
 TEACHER = "teacher"
-_KEPT = 1 << 27  # numbers of the teacher's answers that are kept in memory, 512 MiB
+_CACHED = 1 << 27  # numbers of the teacher's answers that are kept in memory, 512 MiB
 
 
 @dataclass(eq=False)
@@ -28,21 +28,25 @@ class TeacherModel:
     before: tuple[str, ...]
     device: torch.device
     autocast: bool
-    world: Processes
+    processes: Processes
 
-    def using(self, *names: str) -> None:
+    def activate(self, *names: str) -> None:
+        """Let the model compute with these adapters, beside those that were active before."""
         attach.set_active(self.model, (*self.before, *names))
 
     def computing(self) -> AbstractContextManager[Any]:
+        """Return the context in which forward passes are made: in bf16 with `autocast`."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
 
     def answers(self, batch: Batch, hidden: bool) -> Outputs:
+        """Return what the model answers with the adapters that are active."""
         with self.computing():
             return outputs(self.model, batch, hidden)
 
     @torch.no_grad()
     def teacher(self, batch: Batch, hidden: bool) -> Outputs:
-        self.using(TEACHER)
+        """Return what the teacher answers."""
+        self.activate(TEACHER)
         return self.answers(batch, hidden)
 
 
@@ -50,44 +54,39 @@ class TeacherModel:
 class Evaluator:
     """The held-out batches of this process: its share of them, or all where there are fewer than processes."""
 
-    room: TeacherModel
+    teacher_model: TeacherModel
     batches: list[Batch]
     shared: bool
-    _known: list[Outputs] = field(default_factory=list)
-    _kept: int = 0
+    _cache: list[Outputs] = field(default_factory=list)
+    _cached: int = 0
 
     @classmethod
-    def of(cls, room: TeacherModel, pool: Pool, batch_tokens: int) -> Evaluator:
-        plan = pool.plan(0, -1, batch_tokens)
-        shared = len(plan) >= room.world.size
-        some = plan[room.world.rank :: room.world.size] if shared else plan
-        return cls(room, [pool.batch(which).to(room.device) for which in some], shared)
+    def of(cls, teacher_model: TeacherModel, pool: Pool, batch_tokens: int) -> Evaluator:
+        """Return the evaluator of the held-out `pool`."""
+        plan, processes = pool.plan(0, -1, batch_tokens), teacher_model.processes
+        shared = len(plan) >= processes.size
+        own = plan[processes.rank :: processes.size] if shared else plan
+        return cls(teacher_model, [pool.batch(numbers).to(teacher_model.device) for numbers in own], shared)
 
     @torch.no_grad()
-    def sums(self, names: Sequence[str], hidden: bool = False) -> Sums:
-        """The base with the adapters `names`, against the teacher."""
-        total = Sums()
+    def sums(self, names: Sequence[str], hidden: bool = False) -> AnswerSums:
+        """Return how far the base with the adapters `names` is from the teacher."""
+        total = AnswerSums()
         for n, batch in enumerate(self.batches):
             goal = self._goal(n, batch, hidden)
-            self.room.using(*names)
-            total.add(goal, self.room.answers(batch, hidden))
+            self.teacher_model.activate(*names)
+            total.add(goal, self.teacher_model.answers(batch, hidden))
         if not self.shared:
             return total
         values = [total.items, total.distance, total.agreed, total.tokens, *(total.hidden or ())]
-        found = self.room.world.totals(values, self.room.device)
-        return Sums(int(found[0]), found[1], int(found[2]), int(found[3]), found[4:], total.are_logits)
+        sums = self.teacher_model.processes.totals(values, self.teacher_model.device)
+        return AnswerSums(int(sums[0]), sums[1], int(sums[2]), int(sums[3]), sums[4:], total.are_logits)
 
     def _goal(self, n: int, batch: Batch, hidden: bool) -> Outputs:
-        if not hidden and n < len(self._known):
-            return self._known[n]
-        found = self.room.teacher(batch, hidden)
-        if not hidden and n == len(self._known) and self._kept + found.rows.numel() <= _KEPT:
-            self._known.append(Outputs(found.rows, found.are_logits))
-            self._kept += found.rows.numel()
-        return found
-
-
-def answers(found: Sums, base: Sums) -> Answers:
-    agreement = (found.agreement, base.agreement) if found.are_logits else (None, None)
-    kind = "KL" if found.are_logits else "hidden states"
-    return Answers(kind, found.items, found.mean, base.mean, *agreement)
+        if not hidden and n < len(self._cache):
+            return self._cache[n]
+        goal = self.teacher_model.teacher(batch, hidden)
+        if not hidden and n == len(self._cache) and self._cached + goal.rows.numel() <= _CACHED:
+            self._cache.append(Outputs(goal.rows, goal.are_logits))
+            self._cached += goal.rows.numel()
+        return goal

@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import replace
 
-from lrconvert.core.errors import BaseError, LrcError
+from lrconvert.core.errors import BaseError, StatisticsError
 from lrconvert.formats.fidelity import target_key
 from lrconvert.io.container import open_checkpoint
 from lrconvert.live import collect_statistics, statistics
@@ -24,48 +24,48 @@ from lrconvert.refine.settings import Settings
 
 
 def aligned(lora: LoraAdapter, compact: CompactAdapter) -> LoraAdapter:
-    """The teacher with the targets of `compact`, in their order and with their views. Raises E-BASE."""
+    """Return the teacher with the targets of `compact`, in their order and with their views. Raises E-BASE."""
     pairs = {target_key(pair.target): pair for pair in lora.targets}
-    found = []
+    ordered = []
     for target in compact.targets:
         pair = pairs.get(target_key(target))
         if pair is None or pair.target.matrix_shape != target.matrix_shape:
             raise BaseError(f"the target {target.name!r} is not one of the teacher's", fix="is this its teacher?")
-        found.append(replace(pair, target=target))
-    return replace(lora, targets=tuple(found))
+        ordered.append(replace(pair, target=target))
+    return replace(lora, targets=tuple(ordered))
 
 
-def moments(lesson: RefineSession, adapter: LoraAdapter | CompactAdapter, settings: Settings) -> InputStatistics:
-    """The moments of the teacher's inputs to the layers of `adapter`, on a part of what is trained on."""
-    room = lesson.room
-    room.using(TEACHER)
-    batches = lesson.inputs(settings.seed, settings.batch_tokens)
-    with room.computing():
-        return collect_statistics.collect(room.model, batches, wanted=statistics.wanted(room.model, adapter, (), ()))
+def teacher_statistics(
+    session: RefineSession, adapter: LoraAdapter | CompactAdapter, settings: Settings
+) -> InputStatistics:
+    """Return the statistics of the teacher's inputs to the layers of `adapter`, on a part of what is trained on."""
+    teacher_model = session.teacher_model
+    teacher_model.activate(TEACHER)
+    batches = session.inputs(settings.seed, settings.batch_tokens)
+    wanted = statistics.wanted(teacher_model.model, adapter)
+    with teacher_model.computing():
+        return collect_statistics.collect(teacher_model.model, batches, wanted=wanted)
 
 
 def refitted(
-    lesson: RefineSession, compact: CompactAdapter, settings: Settings, progress: Progress
+    session: RefineSession, compact: CompactAdapter, settings: Settings, progress: Progress
 ) -> CompactAdapter | None:
-    """`compact` fitted again, under the moments of the teacher's inputs; None where the method has no fit for its
-    configuration: for numbers that came from elsewhere as they are, or without the folder of the base where updates
-    depend on it."""
+    """Return `compact` fitted again, under the statistics of the teacher's inputs; None where the method has no fit for
+    its configuration: for numbers that came from elsewhere as they are, or without the folder of the base where updates
+    depend on it; and where data never reached a layer."""
     method = methods.get(compact.method)
     needs_base = methods.needs_base(compact)
     if any(spec.kind == "single" for spec in method.specs(compact.config, compact.targets)):
         return None
-    if needs_base and lesson.base is None:
+    if needs_base and session.base is None:
         return None
-    known = moments(lesson, compact, settings)
-    context = FitContext(settings.seed, str(lesson.room.device), progress, known)
+    inputs = teacher_statistics(session, compact, settings)
+    context = FitContext(settings.seed, str(session.teacher_model.device), progress, inputs)
     try:
         with ExitStack() as stack:
-            if needs_base and lesson.base is not None:
-                checkpoint = stack.enter_context(open_checkpoint(lesson.base))
+            if needs_base and session.base is not None:
+                checkpoint = stack.enter_context(open_checkpoint(session.base))
                 context = replace(context, base=BaseWeights(compact, checkpoint, compact.base.content))
-            tensors = method.fit(aligned(lesson.teacher, compact), compact.config, context)
-    except LrcError as error:
-        if error.code != "E-STATS":
-            raise
-        return None  # a layer that the data never reached
-    return replace(compact, tensors=tensors)
+            return replace(compact, tensors=method.fit(aligned(session.teacher, compact), compact.config, context))
+    except StatisticsError:
+        return None

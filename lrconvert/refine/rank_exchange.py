@@ -26,7 +26,7 @@ from lrconvert.methods import base as methods
 from lrconvert.methods import lowrank
 from lrconvert.methods.base import FitContext
 
-_NOTHING = 1e-9  # of the energy of a module's update: what is smaller is no component but rounding
+_ROUNDING = 1e-9  # of the energy of a module's update: what is smaller is no component
 
 
 # --- stored numbers -------------------------------------------------------------------------------------------------
@@ -35,41 +35,41 @@ Rows = dict[str, Array]  # the numbers of some components of one target, (compon
 
 
 def split(compact: CompactAdapter) -> list[Rows]:
-    """The numbers of a `lowrank` adapter of one width with one scale per row and column, by target."""
+    """Return the numbers of a `lowrank` adapter of one width with one scale per row and column, by target."""
     bits = compact.config.levels[0]
     at = {"half": 0} if bits == 16 else {f"codes.{bits}": 0, "scales": 0}
-    found: list[Rows] = []
+    targets: list[Rows] = []
     for target, rank in zip(compact.targets, compact.config.ranks, strict=True):
         rows = {}
         for name, start in at.items():
             width = 2 if name == "scales" else sum(target.matrix_shape)
             at[name] = start + rank * width
             rows[name] = compact.tensors[name][start : at[name]].reshape(rank, width)
-        found.append(rows)
-    return found
+        targets.append(rows)
+    return targets
 
 
 def joined(compact: CompactAdapter, rows: Sequence[Rows]) -> CompactAdapter:
-    """`compact` with these components in place of its own."""
+    """Return `compact` with these components in place of its own."""
     bits = compact.config.levels[0]
-    counts = tuple((len(next(iter(some.values()))),) for some in rows)
+    counts = tuple((len(next(iter(target.values()))),) for target in rows)
     tensors = {n: round_half(a) if a.dtype == np.float32 else a for n, a in flat(rows).items()}
     return replace(compact, config=lowrank.Config((bits,), counts), tensors=tensors)
 
 
 def flat(rows: Sequence[Rows]) -> dict[str, Array]:
-    return {name: np.concatenate([some[name].reshape(-1) for some in rows]) for name in rows[0]}
+    """Return the numbers of all targets in one array for each tensor."""
+    return {name: np.concatenate([target[name].reshape(-1) for target in rows]) for name in rows[0]}
 
 
 def _fitted(compact: CompactAdapter, pairs: Sequence[LoraTarget], context: FitContext) -> list[Rows]:
     """`pairs`, one for each target, at the width of `compact`."""
     config = lowrank.Config(compact.config.levels, tuple((pair.rank,) for pair in pairs))
-    made = replace(compact, config=config, tensors={})
-    lora = LoraAdapter(tuple(pairs))
-    return split(replace(made, tensors=lowrank.METHOD.fit(lora, config, context)))
+    tensors = lowrank.METHOD.fit(LoraAdapter(tuple(pairs)), config, context)
+    return split(replace(compact, config=config, tensors=tensors))
 
 
-# --- what there is, and what may come -------------------------------------------------------------------------------
+# --- components that may come ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +83,7 @@ class Offer:
 
 
 def offer(compact: CompactAdapter, teacher: LoraAdapter, context: FitContext, most: int = 1) -> Offer:
-    """At most `most` components more for every target, float32. `teacher` has the targets of `compact`."""
+    """Offer at most `most` components more for every target, float32. `teacher` has the targets of `compact`."""
     bits = compact.config.levels[0]
     pairs, present, energies = [], [], []
     for pair, (target, a, b) in zip(teacher.targets, methods.expand_all(compact), strict=True):
@@ -95,7 +95,7 @@ def offer(compact: CompactAdapter, teacher: LoraAdapter, context: FitContext, mo
         pairs.append(pair_of(target, a, b))
         present.append(np.arange(len(a)) < len(a) - len(more_a))
         energies.append(_energies(a, b, metric))
-    sizes = [len(some) for some in present]
+    sizes = [len(mask) for mask in present]
     parts = Components(
         np.repeat(np.arange(len(sizes)), sizes),
         np.concatenate([np.arange(size) for size in sizes]),
@@ -106,8 +106,8 @@ def offer(compact: CompactAdapter, teacher: LoraAdapter, context: FitContext, mo
 
 
 def lacking(pair: LoraTarget, a: Array, b: Array, metric: Moment | None, most: int) -> tuple[F64, F64]:
-    """A (k, in) and B (out, k) of the largest components of a LoRA's update minus ``b @ a``, in that metric; at most
-    `most`, no more than the rank that the target's matrix has left, and none that is only rounding."""
+    """Return A (k, in) and B (out, k) of the largest components of a LoRA's update minus ``b @ a``, in that metric; at
+    most `most`, no more than the rank that the target's matrix has left, and none that is only rounding."""
     rest = pair_of(
         pair.target,
         np.concatenate([pair.A.astype(np.float64), -np.asarray(a, np.float64)]),
@@ -115,22 +115,22 @@ def lacking(pair: LoraTarget, a: Array, b: Array, metric: Moment | None, most: i
     )
     factors = svd.svd(rest, metric)
     whole = float((svd.singular_values(pair, metric) ** 2).sum())
-    known = int((factors.s**2 > _NOTHING * whole).sum())
-    return svd.balanced(factors, max(0, min(most, known, min(pair.target.matrix_shape) - len(a))))
+    count = int((factors.s**2 > _ROUNDING * whole).sum())
+    return svd.balanced(factors, max(0, min(most, count, min(pair.target.matrix_shape) - len(a))))
 
 
 def _energies(a: Array, b: Array, metric: Moment | None) -> F64:
     rows = np.asarray(a, np.float64)
-    seen = rows if metric is None else metric.times(rows)
-    found: F64 = (rows * seen).sum(1) * np.square(np.asarray(b, np.float64)).sum(0)
-    return found
+    weighted = rows if metric is None else metric.times(rows)
+    energies: F64 = (rows * weighted).sum(1) * np.square(np.asarray(b, np.float64)).sum(0)
+    return energies
 
 
-# --- who goes, and who comes ----------------------------------------------------------------------------------------
+# --- the exchange ---------------------------------------------------------------------------------------------------
 
 
 def exchanged(cut: Cut, present: Array, known: Array, scores: F64, share: float) -> Array:
-    """The components (n,) that are there after an exchange, of those with `known` scores.
+    """Return the mask (n,) of components that are there after an exchange, of those with `known` scores.
 
     The best per cost of those that may come takes the place of the worst that are there, as long as it is better than
     each of them, what goes is at most `share` of all (or one), and the budget is met. A module that loses a component
@@ -160,18 +160,18 @@ def exchanged(cut: Cut, present: Array, known: Array, scores: F64, share: float)
     return kept
 
 
-def applied(compact: CompactAdapter, there: Offer, kept: Array, damping: float, context: FitContext) -> CompactAdapter:
-    """`compact` with the components `kept` (n,) of an offer; what is new comes in times `damping`."""
+def applied(compact: CompactAdapter, offer: Offer, kept: Array, damping: float, context: FitContext) -> CompactAdapter:
+    """Return `compact` with the components `kept` (n,) of an offer; what is new comes in times `damping`."""
     bits, rows = compact.config.levels[0], split(compact)
-    coming = _fitted(compact, _of(there, kept & ~there.present, damping), context)
-    turned = _fitted(compact, _of(there, kept & there.present, 1.0), context) if bits == 16 else rows
-    found = []
+    coming = _fitted(compact, _of(offer, kept & ~offer.present, damping), context)
+    canonical = _fitted(compact, _of(offer, kept & offer.present, 1.0), context) if bits == 16 else rows
+    targets = []
     for t, (own, new) in enumerate(zip(rows, coming, strict=True)):
-        stays = kept[there.present & (there.parts.owner == t)]
+        stays = kept[offer.present & (offer.parts.owner == t)]
         if not stays.all():
-            own = turned[t] if bits == 16 else {name: some[stays] for name, some in own.items()}
-        found.append({name: np.concatenate([own[name], new[name]]) for name in own})
-    return joined(compact, found)
+            own = canonical[t] if bits == 16 else {name: array[stays] for name, array in own.items()}
+        targets.append({name: np.concatenate([own[name], new[name]]) for name in own})
+    return joined(compact, targets)
 
 
 def carried(
@@ -179,26 +179,26 @@ def carried(
     new: Mapping[str, Array],
     compact: CompactAdapter,
     changed: CompactAdapter,
-    there: Offer,
+    offer: Offer,
     kept: Array,
 ) -> dict[str, Array]:
-    """What goes with the numbers of `compact`, `old` by tensor, for `changed`, which `applied` made of it: components
-    whose stored numbers stayed keep theirs, all others have what is in `new`."""
+    """Return what goes with the numbers of `changed`, which `applied` made of `compact`: components whose stored
+    numbers stayed keep theirs, `old` by tensor; all others have those of `new`."""
     befores, afters = split(replace(compact, tensors=old)), split(replace(changed, tensors=new))
-    found = []
+    targets = []
     for t, (before, after) in enumerate(zip(befores, afters, strict=True)):
-        stays = kept[there.present & (there.parts.owner == t)]
+        stays = kept[offer.present & (offer.parts.owner == t)]
         if compact.config.levels[0] == 16 and not stays.all():
-            found.append(after)  # its components were turned
+            targets.append(after)  # its components are other ones
             continue
         count = int(stays.sum())
-        found.append({name: np.concatenate([before[name][stays], after[name][count:]]) for name in before})
-    return flat(found)
+        targets.append({name: np.concatenate([before[name][stays], after[name][count:]]) for name in before})
+    return flat(targets)
 
 
-def _of(there: Offer, which: Array, factor: float) -> list[LoraTarget]:
+def _of(offer: Offer, which: Array, factor: float) -> list[LoraTarget]:
     pairs = []
-    for t, pair in enumerate(there.lora.targets):
-        some = there.parts.place[which & (there.parts.owner == t)]
-        pairs.append(replace(pair_of(pair.target, pair.A[some], pair.B[:, some]), scale=factor))
+    for t, pair in enumerate(offer.lora.targets):
+        places = offer.parts.place[which & (offer.parts.owner == t)]
+        pairs.append(replace(pair_of(pair.target, pair.A[places], pair.B[:, places]), scale=factor))
     return pairs

@@ -1,10 +1,10 @@
 """ALoRA with training between the rounds (arXiv 2403.16187): ranks move while the adapter learns from its LoRA.
 
-The first allocation is that of `allocating`, from data that is trained on. Then one refinement runs, of the steps that
-are asked for and with rates that fall once over all of them; in its first half it pauses a few times. In a pause the
-components of the adapter as it is then, and those that may come (`swapping`), are scored by ablation on the live model,
-and some change places. So the budget is met at every step, and what is best on held-out data is the result, be it the
-first allocation.
+The first allocation is that of `lrconvert.convert.rank_allocation`, from data that is trained on. Then one refinement
+runs, of the steps that are asked for and with rates that fall once over all of them; in its first half it pauses a few
+times. In a pause the components of the adapter as it is then, and those that may come (`rank_exchange`), are scored by
+ablation on the live model, and some change places. So the budget is met at every step, and what is best on held-out
+data is the result, be it the first allocation.
 
 What to expect: hardly more than of an allocation and then a refinement of as many steps; what was gained on the bundled
 pair was within what chance does. Once an adapter is trained, what the LoRA's update has and it has not is seldom better
@@ -34,13 +34,12 @@ from lrconvert.io.container import KnownContent
 from lrconvert.live import attach
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 from lrconvert.methods.base import FitContext
-from lrconvert.refine import rank_exchange, refine, session
+from lrconvert.refine import rank_exchange, refine
 from lrconvert.refine.attached_student import NAME, AttachedStudent
-from lrconvert.refine.distributed import Processes
 from lrconvert.refine.rank_exchange import Offer
 from lrconvert.refine.refine import Refinement
-from lrconvert.refine.run import Keep, RefineRun
-from lrconvert.refine.session import Progress
+from lrconvert.refine.run import RefineRun, WriteState
+from lrconvert.refine.session import Progress, open_session
 from lrconvert.refine.settings import Settings
 from lrconvert.refine.trainer import Trainer
 
@@ -52,8 +51,8 @@ _CHOOSING = 0.2  # of the progress: the first allocation
 
 @dataclass(frozen=True)
 class Move:
-    """What changed places before the step after `step` of a training: how many components `came` and `went`, and the
-    held-out distance right before and after."""
+    """The components that changed places before the step after `step` of a training: how many `came` and `went`, and
+    the held-out distance right before and after."""
 
     step: int
     came: int
@@ -84,18 +83,18 @@ class Rounds:
     share: float = _SHARE
     moves: list[Move] = field(default_factory=list)
 
-    def __call__(self, trainer: Trainer, keep: Keep, progress: Progress) -> Trainer:
+    def __call__(self, trainer: Trainer, write: WriteState, progress: Progress) -> Trainer:
         steps, reached = trainer.settings.steps, [_reached(trainer)]
         for step in sorted({round(_HALF * steps * n / self.count) for n in range(1, self.count + 1)} - {0, steps}):
-            trainer.train(keep, progress, until=step)
+            trainer.train(write, progress, until=step)
             if trainer.state.step < step:
                 break  # out of time or patience
             reached.append(_reached(trainer))
             progress(step / steps, "which ranks move")
             trainer = self._moved(trainer)
         else:
-            trainer.train(keep, progress)
-        best = min([*reached, _reached(trainer)], key=lambda some: some.distance)
+            trainer.train(write, progress)
+        best = min([*reached, _reached(trainer)], key=lambda reached: reached.distance)
         trainer.best = best.compact
         trainer.state.best_step, trainer.state.best_distance = best.step, best.distance
         trainer.state.best_agreed = best.agreed
@@ -103,44 +102,44 @@ class Rounds:
 
     def _moved(self, trainer: Trainer) -> Trainer:
         """The trainer that goes on after an exchange; the same if there is none."""
-        room, compact = trainer.room, trainer.pupil.compact()
-        there = rank_exchange.offer(compact, self.teacher, self.context)
-        cut = replace(self.cut, parts=there.parts)
-        room.using()
-        with ablation.on_trial(room.model, there.lora, self.batches) as trial:
-            scores, known = scored(trial, there, self.exact)
-        kept = rank_exchange.exchanged(cut, there.present, known, scores, self.share)
-        came, went = int((kept & ~there.present).sum()), int((there.present & ~kept).sum())
+        teacher_model, compact = trainer.teacher_model, trainer.student.compact()
+        offer = rank_exchange.offer(compact, self.teacher, self.context)
+        cut = replace(self.cut, parts=offer.parts)
+        teacher_model.activate()
+        with ablation.on_trial(teacher_model.model, offer.lora, self.batches) as trial:
+            scores, known = scored(trial, offer, self.exact)
+        kept = rank_exchange.exchanged(cut, offer.present, known, scores, self.share)
+        came, went = int((kept & ~offer.present).sum()), int((offer.present & ~kept).sum())
         if not came:
             return trainer
-        changed = rank_exchange.applied(compact, there, kept, self.damping, self.context)
+        changed = rank_exchange.applied(compact, offer, kept, self.damping, self.context)
         before = trainer.measured().mean
-        onward = self._onward(trainer, compact, changed, there, kept)
+        onward = self._onward(trainer, compact, changed, offer, kept)
         move = Move(trainer.state.step, came, went, before, onward.state.best_distance)
         onward.log("moved", {**vars(move)})
         self.moves.append(move)
         return onward
 
     def _onward(
-        self, trainer: Trainer, compact: CompactAdapter, changed: CompactAdapter, there: Offer, kept: Array
+        self, trainer: Trainer, compact: CompactAdapter, changed: CompactAdapter, offer: Offer, kept: Array
     ) -> Trainer:
         """The trainer that goes on with `changed` from where `trainer` is with `compact`: numbers that stay keep their
         latents and what the optimizer knows of them."""
-        room, before = trainer.room, trainer.snapshot()
-        attach.detach(room.model, NAME)
-        pupil = AttachedStudent(room.model, changed, self.teacher, trainer.settings.train_heads)
+        model, before = trainer.teacher_model.model, trainer.snapshot()
+        attach.detach(model, NAME)
+        student = AttachedStudent(model, changed, self.teacher, trainer.settings.train_heads)
         state = replace(trainer.state, bad=0, waited=0, best_step=trainer.state.step)
-        onward = replace(trainer, pupil=pupil, state=state, best=None)
+        onward = replace(trainer, student=student, state=state, best=None)
         onward.start(changed, onward.measured())
         now = onward.snapshot()
         arrays = {**before.arrays, **{n: a for n, a in now.arrays.items() if n[:5] in ("best.", "extra")}}
-        names = list(pupil.student.specs)  # in the order of its parameters
+        names = list(student.student.specs)  # in the order of its parameters
 
-        def of(some: Mapping[str, Array], kind: str) -> dict[str, Array]:
-            return {name: some[_of_student(kind, name)] for name in names}
+        def of(arrays: Mapping[str, Array], kind: str) -> dict[str, Array]:
+            return {name: arrays[_of_student(kind, name)] for name in names}
 
         def carry(kind: str, old: Mapping[str, Array], new: Mapping[str, Array]) -> None:
-            for name, array in rank_exchange.carried(old, new, compact, changed, there, kept).items():
+            for name, array in rank_exchange.carried(old, new, compact, changed, offer, kept).items():
                 place = _of_student(kind, name) if kind in ("moving", "unit") else f"{kind}.{names.index(name)}"
                 if kind != "unit" or units[name].ndim:
                     arrays[place] = array
@@ -152,14 +151,14 @@ class Rounds:
         carry("unit", _as_wide(units, old), _as_wide(fresh, new))
         if before.adam_steps:
             for kind in ("mean", "square"):
-                known = {name: before.arrays[f"{kind}.{n}"] for n, name in enumerate(names)}
-                carry(kind, known, {name: np.zeros_like(a) for name, a in new.items()})
+                moments = {name: before.arrays[f"{kind}.{n}"] for n, name in enumerate(names)}
+                carry(kind, moments, {name: np.zeros_like(a) for name, a in new.items()})
         onward.resume(replace(onward.state, arrays=arrays), changed)
         return onward
 
 
-def _as_wide(some: Mapping[str, Array], as_these: Mapping[str, Array]) -> dict[str, Array]:
-    return {name: np.broadcast_to(value, as_these[name].shape) for name, value in some.items()}
+def _as_wide(arrays: Mapping[str, Array], like: Mapping[str, Array]) -> dict[str, Array]:
+    return {name: np.broadcast_to(value, like[name].shape) for name, value in arrays.items()}
 
 
 def _of_student(kind: str, name: str) -> str:
@@ -167,16 +166,16 @@ def _of_student(kind: str, name: str) -> str:
     return f"now.student.{kind}_{name.replace('.', '__')}"
 
 
-def scored(trial: Trial, there: Offer, exact: int) -> tuple[F64, Array]:
-    """What S, the score of the model's answers, owes to components (n,) beside the others that are there, and of which
-    components (n,) that was measured: of the `exact` with least energy per cost that are there, and of the `exact` that
-    may come with the best slopes.
+def scored(trial: Trial, offer: Offer, exact: int) -> tuple[F64, Array]:
+    """Return what S, the score of the model's answers, owes to components (n,) beside the others that are there, and of
+    which components (n,) that was measured: of the `exact` with least energy per cost that are there, and of the
+    `exact` that may come with the best slopes.
 
     These are the first two terms of the ablation score. What a component does alone says who deserves a place in an
     adapter that is still to be made; in one that is trained, others have learned to rely on each, and what may come
     does much alone that is done already: with all terms an exchange was measured to set training back.
     """
-    present, parts = there.present, there.parts
+    present, parts = offer.present, offer.parts
     slopes, weak = parts.order(trial.slopes(present)), parts.order(parts.energy)[::-1]
     chosen = [*weak[present[weak]][:exact], *slopes[~present[slopes]][:exact]]
     scores, known = np.zeros(len(present)), np.zeros(len(present), bool)
@@ -226,38 +225,34 @@ def allocate(
             "which ranks there are is known only after training", fix="plan the first allocation, without --train-steps"
         )
     started, data = time.monotonic(), allocate_options.data
-
-    def opening(share: float, text: str) -> None:
-        progress(0.0, text)
-
-    with session.opened(
-        base, lora, data, settings, device=options.device, here=Processes(), load_in_4bit=False, progress=opening
-    ) as opened:
-        pool, most = opened.split.train, allocate_options.max_tokens
-        batches = [pool.inputs(which) for which in pool.some(settings.seed, settings.batch_tokens, most)]
+    opening: Progress = lambda share, text: progress(0.0, text)  # noqa: E731
+    with open_session(base, lora, data, settings, device=options.device, progress=opening) as session:
+        pool, most = session.split.train, allocate_options.max_tokens
+        batches = [pool.inputs(numbers) for numbers in pool.first_batches(settings.seed, settings.batch_tokens, most)]
 
         def trial(whole: LoraAdapter) -> AbstractContextManager[Trial]:
-            opened.room.using()
-            return ablation.on_trial(opened.room.model, whole, batches)
+            session.teacher_model.activate()
+            return ablation.on_trial(session.teacher_model.model, whole, batches)
 
         chooser = Chooser(allocate_options, trial, lambda share, text: progress(_CHOOSING * share, text))
-        done = rank_allocation.converted(
-            refine.with_room(lora), options, chooser, base_content=base_content, progress=lambda share, text: None
+        source_lora = refine.with_longest_provenance(lora)
+        conversion = rank_allocation.converted(
+            source_lora, options, chooser, base_content=base_content, progress=lambda share, text: None
         )
-        first = chooser.allocation(done, "ablation")
+        first = chooser.allocation(conversion, "ablation")
         source = chooser.source
         assert source is not None and chooser.cut is not None and chooser.context is not None
         context = replace(chooser.context, base=None, progress=lambda share, text: None)
         train = Rounds(source, chooser.cut, context, batches, allocate_options.moves, allocate_options.exact)
-        study = RefineRun(opened, first.compact, settings, train=train)
-        studied = study.run(lambda share, text: progress(_CHOOSING + (1 - _CHOOSING) * share, text))
-        found = refine.refinement(opened, studied, settings.seed, time.monotonic() - started)
+        run = RefineRun(session, first.compact, settings, train=train)
+        result = run.run(lambda share, text: progress(_CHOOSING + (1 - _CHOOSING) * share, text))
+        training = refine.refinement(session, result, settings.seed, time.monotonic() - started)
     trained = {
-        "compact": found.compact,
-        "sizes": file.sizes(found.compact),
-        "fidelity": fidelity.fidelity(source, found.compact, options.input_statistics),
-        "modules": rank_allocation.modules(source, found.compact),
-        "training": found,
+        "compact": training.compact,
+        "sizes": file.sizes(training.compact),
+        "fidelity": fidelity.fidelity(source, training.compact, options.input_statistics),
+        "modules": rank_allocation.modules(source, training.compact),
+        "training": training,
         "moves": tuple(train.moves),
     }
     return TrainedAllocation(**{**vars(first), **trained})

@@ -1,4 +1,4 @@
-"""`refine`: a compact adapter is made to answer more as its teacher does, or comes back as it was."""
+"""`refine`: train a compact adapter to answer more as its teacher does, or return it as it was."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lrconvert.formats.fidelity import Answers
 from lrconvert.io.container import open_checkpoint
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 from lrconvert.methods import base as methods
-from lrconvert.refine import distributed, layerwise, session
+from lrconvert.refine import distributed, layerwise
 from lrconvert.refine.run import RefineResult, RefineRun
-from lrconvert.refine.session import Progress, RefineSession
+from lrconvert.refine.session import Progress, RefineSession, open_session
 from lrconvert.refine.settings import RunOptions, Settings
 
-_UNKNOWN = "hidden states -0.00000e-000 of -0.00000e-000, agreement 0.0000, 0000000000 items"
+_LONGEST_METRICS = "hidden states -0.00000e-000 of -0.00000e-000, agreement 0.0000, 0000000000 items"
 _OPENING = 0.05  # of the progress: what comes before the student
 
 
@@ -45,11 +45,13 @@ def refine(
     partial: Path | None,
     progress: Progress,
 ) -> Refinement:
-    """Refine `compact`; see `lrconvert.api.refine`. Unfinished work is kept at `partial`."""
+    """Refine `compact`; see `lrconvert.api.refine`. Checkpoints are written to `partial`."""
     settings.check()
     if partial is not None and partial.exists() and not run.resume:
         raise OutputExistsError(
-            "holds a refinement that was broken off", fix="pass --resume to go on with it, or remove it", path=partial
+            "is the checkpoint of an unfinished refinement",
+            fix="pass --resume to go on with it, or remove it",
+            path=partial,
         )
     layerwise.aligned(teacher, compact)
     if run.load_in_4bit and not isinstance(base, Path):
@@ -57,48 +59,38 @@ def refine(
     if isinstance(base, Path):
         _check_base(compact, base)
     started = time.monotonic()
-    with distributed.joined(run.device) as here:
-        quiet = progress if here.leads else lambda share, text: None
-        with session.opened(
+    with distributed.joined(run.device) as processes:
+        quiet = progress if processes.is_first else lambda share, text: None
+        with open_session(
             base,
             teacher,
             data,
             settings,
             device=distributed.own_device(run.device),
-            here=here,
+            processes=processes,
             load_in_4bit=run.load_in_4bit,
             progress=lambda share, text: quiet(_OPENING * share, text),
-        ) as opened:
-            study = RefineRun(
-                opened, compact, settings, partial, run.resume, None if run.log is None else Path(run.log)
-            )
-            found = study.run(lambda share, text: quiet(_OPENING + (1 - _OPENING) * share, text))
-            warnings = (*teacher.warnings, *_other(compact, teacher))
-            return refinement(opened, found, settings.seed, time.monotonic() - started, warnings)
+        ) as session:
+            log = None if run.log is None else Path(run.log)
+            student = RefineRun(session, compact, settings, partial, run.resume, log)
+            result = student.run(lambda share, text: quiet(_OPENING + (1 - _OPENING) * share, text))
+            warnings = (*teacher.warnings, *_source_warnings(compact, teacher))
+            return refinement(session, result, settings.seed, time.monotonic() - started, warnings)
 
 
 def refinement(
-    there: RefineSession, found: RefineResult, seed: int, seconds: float, warnings: tuple[str, ...] = ()
+    session: RefineSession, result: RefineResult, seed: int, seconds: float, warnings: tuple[str, ...] = ()
 ) -> Refinement:
-    """What came of a student, signed."""
-    done = replace(found, compact=signed(there, found, seed), warnings=(*warnings, *found.warnings))
-    return Refinement(**vars(done), data=there.split.digest, seconds=seconds, leads=there.room.world.leads)
+    """Return the outcome of a student with its provenance."""
+    done = replace(result, compact=with_provenance(session, result, seed), warnings=(*warnings, *result.warnings))
+    is_first = session.teacher_model.processes.is_first
+    return Refinement(**vars(done), data=session.split.digest, seconds=seconds, leads=is_first)
 
 
-def with_room(lora: LoraAdapter) -> LoraAdapter:
-    """The LoRA with a text as long as can be for each thing that `signed` says: what is converted from it under a
-    budget is within that budget when it is refined, too."""
-    came = lora.provenance
-    fields = {"refined_layerwise": "yes", **dict.fromkeys(("refined_steps", "refined_seed"), "0" * 20)}
-    fields |= dict.fromkeys(("refined_data", *(("refined_teacher",) if came.source else ())), "0" * 64)
-    fields |= dict.fromkeys(("refined_before", "refined_after"), _UNKNOWN)
-    return replace(lora, provenance=replace(came, fields={**came.fields, **fields}))
-
-
-def _other(compact: CompactAdapter, teacher: LoraAdapter) -> tuple[str, ...]:
+def _source_warnings(compact: CompactAdapter, teacher: LoraAdapter) -> tuple[str, ...]:
     """A warning if the teacher is not the LoRA that the file was made from, as far as both say."""
-    made_from, given = compact.provenance.source, teacher.provenance.source
-    if not made_from or not given or made_from == given:
+    file_source, teacher_source = compact.provenance.source, teacher.provenance.source
+    if not file_source or not teacher_source or file_source == teacher_source:
         return ()
     return ("the teacher is not the LoRA that the file was made from: what is measured is against the teacher",)
 
@@ -110,28 +102,41 @@ def _check_base(compact: CompactAdapter, base: Path) -> None:
                 raise FingerprintError("the base has other contents than the file's own", path=base)
 
 
-def signed(there: RefineSession, found: RefineResult, seed: int) -> CompactAdapter:
-    """What came of a student with what was done in its provenance, also where it came to nothing."""
-    compact, teacher = found.compact, there.teacher
+# --- provenance -----------------------------------------------------------------------------------------------------
+
+
+def with_provenance(session: RefineSession, result: RefineResult, seed: int) -> CompactAdapter:
+    """Return the outcome of a student with what was done in its provenance, also where nothing was gained."""
+    compact, teacher = result.compact, session.teacher
     fields = {
         **compact.provenance.fields,
-        "refined_steps": str(found.best_step),
-        "refined_layerwise": "yes" if found.layerwise else "no",
+        "refined_steps": str(result.best_step),
+        "refined_layerwise": "yes" if result.layerwise else "no",
         "refined_seed": str(seed),
-        "refined_data": there.split.digest,
-        "refined_before": _metrics(found.before),
-        "refined_after": _metrics(found.after),
+        "refined_data": session.split.digest,
+        "refined_before": _metrics(result.before),
+        "refined_after": _metrics(result.after),
     }
     if teacher.provenance.source:
         fields["refined_teacher"] = teacher.provenance.source
-    if found.improved and methods.needs_base(compact) and there.base is None:
-        fields.pop("captured", None)  # nobody knows without the base's weights
-    elif found.improved and "captured" in fields:
-        captured = fidelity.fidelity_on(layerwise.aligned(teacher, compact), compact, None, there.base).captured
+    if result.improved and methods.needs_base(compact) and session.base is None:
+        fields.pop("captured", None)  # unknown without the base's weights
+    elif result.improved and "captured" in fields:
+        captured = fidelity.fidelity_on(layerwise.aligned(teacher, compact), compact, None, session.base).captured
         fields["captured"] = f"{min(max(captured, 0.0), 1.0):.4f}"
     return replace(compact, provenance=replace(compact.provenance, fields=fields))
 
 
-def _metrics(found: Answers) -> str:
-    agreement = "" if found.agreement is None else f", agreement {found.agreement:.4f}"
-    return f"{found.kind} {found.distance:.6g} of {found.base_distance:.6g}{agreement}, {found.items} items"
+def with_longest_provenance(lora: LoraAdapter) -> LoraAdapter:
+    """Return the LoRA with the longest text for each field that `with_provenance` adds: what is converted from it under
+    a budget is within that budget when it is refined, too."""
+    provenance = lora.provenance
+    fields = {"refined_layerwise": "yes", **dict.fromkeys(("refined_steps", "refined_seed"), "0" * 20)}
+    fields |= dict.fromkeys(("refined_data", *(("refined_teacher",) if provenance.source else ())), "0" * 64)
+    fields |= dict.fromkeys(("refined_before", "refined_after"), _LONGEST_METRICS)
+    return replace(lora, provenance=replace(provenance, fields={**provenance.fields, **fields}))
+
+
+def _metrics(answers: Answers) -> str:
+    agreement = "" if answers.agreement is None else f", agreement {answers.agreement:.4f}"
+    return f"{answers.kind} {answers.distance:.6g} of {answers.base_distance:.6g}{agreement}, {answers.items} items"

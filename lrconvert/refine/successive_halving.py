@@ -1,4 +1,4 @@
-"""Which form answers most as the LoRA does: all are refined a little, equally, and the better half goes on.
+"""Ranking forms by what the model answers: all are refined a little, equally, and the better half goes on.
 
 Successive halving (arXiv 1502.07943): a fit alone says little of what refinement makes of a form, and to refine every
 form to its end costs several times what finding the best one does. All forms see the same texts in the same order.
@@ -12,15 +12,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lrconvert.convert.compress import Candidate, Compression
-from lrconvert.core.errors import LrcError, OptionError
+from lrconvert.core.errors import OptionError, StatisticsError
 from lrconvert.formats import fidelity
 from lrconvert.formats.lrc import file
 from lrconvert.lora.adapter import LoraAdapter
 from lrconvert.lora.input_statistics import InputStatistics
-from lrconvert.refine import distributed, layerwise, session
-from lrconvert.refine.refine import signed, with_room
+from lrconvert.refine import layerwise
+from lrconvert.refine.refine import with_longest_provenance, with_provenance
 from lrconvert.refine.run import RefineResult, RefineRun
-from lrconvert.refine.session import Progress, RefineSession
+from lrconvert.refine.session import Progress, RefineSession, open_session
 from lrconvert.refine.settings import Settings
 
 STEPS = 32  # of the first round; every further one has twice as many
@@ -36,9 +36,10 @@ class Rules:
 
     minutes: float | None = None
     steps: int = 0
+    device: str = "cpu"
 
     def check(self) -> None:
-        """Raises E-OPTION."""
+        """Raise E-OPTION for numbers that make no sense."""
         if self.minutes is not None and not 0 < self.minutes < float("inf"):
             raise OptionError(f"--budget-minutes is {self.minutes}; it must be above 0")
         if self.steps < 0:
@@ -54,50 +55,42 @@ def compress(
     rules: Rules,
     *,
     statistics: InputStatistics | None,
-    device: str,
     progress: Progress,
 ) -> Compression:
-    """`fit` all forms, under `statistics` or the moments of the LoRA's own inputs on `data`, and rank them by what the
-    model answers with them; see `lrconvert.api.compress`. The winner is refined, and says so."""
+    """`fit` all forms, under `statistics` or those of the LoRA's own inputs on `data`, and rank them by what the model
+    answers with them; see `lrconvert.api.compress`. The winner is refined, and says so."""
     rules.check()
     settings.check()
-    with session.opened(
-        base,
-        lora,
-        data,
-        settings,
-        device=device,
-        here=distributed.Processes(),
-        load_in_4bit=False,
-        progress=lambda share, text: progress(_OPENING * share, text),
-    ) as opened:
+    source = with_longest_provenance(lora)
+    opening: Progress = lambda share, text: progress(_OPENING * share, text)  # noqa: E731
+    with open_session(base, lora, data, settings, device=rules.device, progress=opening) as session:
 
         def fitting(share: float, text: str) -> None:
             progress(_OPENING + (_FITS - _OPENING) * share, text)
 
         fitting(0.0, "inputs of the layers")
-        known: InputStatistics | None = statistics or layerwise.moments(opened, lora, settings)
+        inputs: InputStatistics | None = statistics or layerwise.teacher_statistics(session, lora, settings)
         try:
-            found = fit(with_room(lora), known, fitting)
-        except LrcError as error:
-            if error.code != "E-STATS" or statistics is not None:
+            compression = fit(source, inputs, fitting)
+        except StatisticsError:
+            if statistics is not None:
                 raise
-            found = fit(with_room(lora), None, fitting)  # a layer that the data never reached
-            known = None
-        contest = _SuccessiveHalving(
-            opened, found, known, settings, lambda s, text: progress(_FITS + (1 - _FITS) * s, text)
+            inputs = None  # a layer that the data never reached
+            compression = fit(source, None, fitting)
+        halving = _SuccessiveHalving(
+            session, compression, inputs, settings, lambda s, text: progress(_FITS + (1 - _FITS) * s, text)
         )
-        return contest.run(rules)
+        return halving.run(rules)
 
 
 @dataclass(eq=False)
 class _SuccessiveHalving:
-    lesson: RefineSession
+    session: RefineSession
     fitted: Compression
     statistics: InputStatistics | None
     settings: Settings
     progress: Progress
-    _studied: dict[int, RefineResult] = field(default_factory=dict)  # by the number of a candidate: all it went through
+    _results: dict[int, RefineResult] = field(default_factory=dict)  # by the number of a candidate, over all rounds
 
     def run(self, rules: Rules) -> Compression:
         alive = [n for n, c in enumerate(self.fitted.candidates) if c.conversion is not None]
@@ -110,52 +103,51 @@ class _SuccessiveHalving:
                 each = max(0.01, (end - time.monotonic()) / 60 / (rounds - n) / len(alive))
                 settings = replace(settings, minutes=each, steps=settings.steps * _MORE)
             settings = replace(settings, eval_every=settings.steps)
-            for place, one in enumerate(alive):
+            for place, number in enumerate(alive):
                 start = (n + place / len(alive)) / parts
-                self._go_on(one, settings, start, 1 / len(alive) / parts)
+                self._refine(number, settings, start, 1 / len(alive) / parts)
             alive = sorted(alive, key=self._rank)[: (len(alive) + 1) // 2]
         winner = alive[0]
         if rules.steps:
-            self._go_on(winner, replace(self.settings, layerwise=False, steps=rules.steps), rounds / parts, 1 / parts)
-        ranked = [self._told(n, candidate) for n, candidate in enumerate(self.fitted.candidates)]
+            self._refine(winner, replace(self.settings, layerwise=False, steps=rules.steps), rounds / parts, 1 / parts)
+        ranked = [self._refined(n, candidate) for n, candidate in enumerate(self.fitted.candidates)]
         return Compression(tuple(ranked), winner)
 
-    def _go_on(self, one: int, settings: Settings, start: float, share: float) -> None:
+    def _refine(self, number: int, settings: Settings, start: float, share: float) -> None:
         """Train a candidate further, with rates of its own that rise and fall."""
-        candidate, before = self.fitted.candidates[one], self._studied.get(one)
+        candidate, before = self.fitted.candidates[number], self._results.get(number)
         assert candidate.conversion is not None
         compact = candidate.conversion.compact if before is None else before.compact
-        study = RefineRun(self.lesson, compact, settings)
+        run = RefineRun(self.session, compact, settings)
         name = ", ".join([candidate.method, *(f"{k} {v}" for k, v in candidate.options.items())])
-        found = study.run(lambda done, text: self.progress(start + share * done, f"{name}: {text}"))
+        result = run.run(lambda done, text: self.progress(start + share * done, f"{name}: {text}"))
         if before is not None:
-            found = replace(
-                found,
+            result = replace(
+                result,
                 before=before.before,
-                improved=found.improved or before.improved,
-                steps=before.steps + found.steps,
-                best_step=before.best_step + found.best_step,
-                warnings=tuple(dict.fromkeys((*before.warnings, *found.warnings))),
+                improved=result.improved or before.improved,
+                steps=before.steps + result.steps,
+                best_step=before.best_step + result.best_step,
+                warnings=tuple(dict.fromkeys((*before.warnings, *result.warnings))),
             )
-        self._studied[one] = found
+        self._results[number] = result
 
-    def _rank(self, one: int) -> tuple[float, int]:
-        return self._studied[one].after.distance, self.fitted.candidates[one].nbytes
+    def _rank(self, number: int) -> tuple[float, int]:
+        return self._results[number].after.distance, self.fitted.candidates[number].nbytes
 
-    def _told(self, n: int, candidate: Candidate) -> Candidate:
+    def _refined(self, number: int, candidate: Candidate) -> Candidate:
         """A candidate as it is now, with what was done to it: whichever of them is written says the truth."""
-        if n not in self._studied:
+        if number not in self._results:
             return candidate
-        found, conversion, there = self._studied[n], candidate.conversion, self.lesson
+        result, conversion, session = self._results[number], candidate.conversion, self.session
         assert conversion is not None
-        compact = signed(there, found, self.settings.seed)
-        done = replace(
+        compact = with_provenance(session, result, self.settings.seed)
+        teacher = layerwise.aligned(session.teacher, compact)
+        refined = replace(
             conversion,
             compact=compact,
             sizes=file.sizes(compact),
-            fidelity=fidelity.fidelity_on(
-                layerwise.aligned(there.teacher, compact), compact, self.statistics, there.base
-            ),
-            warnings=(*conversion.warnings, *found.warnings),
+            fidelity=fidelity.fidelity_on(teacher, compact, self.statistics, session.base),
+            warnings=(*conversion.warnings, *result.warnings),
         )
-        return replace(candidate, conversion=done, before=found.before, after=found.after, steps=found.steps)
+        return replace(candidate, conversion=refined, before=result.before, after=result.after, steps=result.steps)

@@ -13,7 +13,7 @@ Log = Callable[[str, dict[str, Any]], None]
 
 
 def to_file(path: Path | None) -> Log:
-    """``log(event, fields)``: appends a line to `path`, nothing without one. Raises E-IO-WRITE."""
+    """Return ``log(event, fields)``, which appends a line to `path`, or nothing without one. Raises E-IO-WRITE."""
 
     def log(event: str, fields: dict[str, Any]) -> None:
         if path is not None:

@@ -16,8 +16,8 @@ from lrconvert import api
 from lrconvert.cli import cli
 from lrconvert.core.errors import BudgetError, OptionError, VersionError
 from lrconvert.formats.lrc import file
-from lrconvert.refine import session, successive_halving
-from lrconvert.refine.distributed import Processes
+from lrconvert.refine import successive_halving
+from lrconvert.refine.session import open_session
 from lrconvert.refine.settings import Settings
 
 FORMS = ("vblora", "lowrank")
@@ -149,12 +149,10 @@ def test_what_won_is_what_was_measured(ranked, tmp_path):
     api.write(ranked.chosen.compact, tmp_path / "x.lrc")
     data, lora = words(tmp_path), api.load_lora(LORA_ON_LLAMA)
     settings = Settings(batch_tokens=96)
-    with session.opened(
-        LLAMA, lora, data, settings, device="cpu", here=Processes(), load_in_4bit=False, progress=lambda s, t: None
-    ) as opened:
-        api.attach(opened.room.model, tmp_path / "x.lrc", name="written")
-        found = opened.held.sums(("written",))
-        api.detach(opened.room.model, "written")
+    with open_session(LLAMA, lora, data, settings, device="cpu", progress=lambda s, t: None) as session:
+        api.attach(session.teacher_model.model, tmp_path / "x.lrc", name="written")
+        found = session.evaluator.sums(("written",))
+        api.detach(session.teacher_model.model, "written")
     after = ranked.candidates[ranked.winner].after
     assert found.items == after.items and np.isclose(found.mean, after.distance, rtol=1e-4)
 

@@ -238,11 +238,11 @@ def test_budgets_are_met_in_every_round(
     assert api.write(done.compact, tmp_path / "x.lrc") == done.sizes and api.validate(tmp_path / "x.lrc").ok
     assert {m.after for m in done.modules} == {*done.compact.config.ranks}
     # Held-out data is neither scored nor trained on; what is told is what the file does on it.
-    split = data.split(data.Pool("decoder", given=tuple(batches)), 0)
-    held = [batch["input_ids"] for batch in split.held.given]
+    split = data.split(data.Pool("decoder", model_inputs=tuple(batches)), 0)
+    held = [batch["input_ids"] for batch in split.held_out.model_inputs]
     assert seen["scored"] and not any(torch.equal(b["input_ids"], h) for b in seen["scored"] for h in held)
     written = api.read(tmp_path / "x.lrc")
-    answers = compare_outputs.measure(model, lora, [written], split.held.given).answers[0]
+    answers = compare_outputs.measure(model, lora, [written], split.held_out.model_inputs).answers[0]
     assert answers.distance == pytest.approx(done.training.after.distance, rel=1e-5)
     assert done.training.after.distance < done.training.before.distance < done.training.after.base_distance
     fields = written.provenance.fields
@@ -261,8 +261,8 @@ def test_a_budget_of_ranks(lora: LoraAdapter, model: Any, batches: Any, seen: An
 
 def test_without_moves_it_is_an_allocation_and_then_refine(lora: LoraAdapter, model: Any, batches: Any) -> None:
     done = retrained(lora, model, batches, moves=0, target_ratio=None, total_rank=11)
-    train = data.split(data.Pool("decoder", given=tuple(batches)), 0).train
-    scored = [train.given[which[0]] for which in train.plan(0, 0, 96)]
+    train = data.split(data.Pool("decoder", model_inputs=tuple(batches)), 0).train
+    scored = [train.model_inputs[which[0]] for which in train.plan(0, 0, 96)]
     first = api.allocate(lora, total_rank=11, rounds=1, exact=3, base=model, data=scored)
     then = api.refine(first.compact, lora, model, batches, **TRAIN)
     assert not done.moves and same_payload(done.compact, then.compact)
@@ -277,7 +277,7 @@ def test_a_pause_in_which_nothing_moves_leaves_no_trace(
     """A new student, on the model anew, goes on to the last bit as the old one would have."""
 
     def paused(self: Rounds, trainer: Any) -> Any:
-        compact = trainer.pupil.compact()
+        compact = trainer.student.compact()
         there = rank_exchange.offer(compact, self.teacher, self.context)
         return self._onward(trainer, compact, compact, there, there.present)
 
@@ -311,8 +311,8 @@ def test_the_best_of_all_rounds_is_kept(lora: LoraAdapter, model: Any, batches: 
     done = retrained(lora, model, batches, retrain=slow, moves=1)
     (move,) = done.moves
     assert move.after > 2 * move.before and done.training.best_step <= move.step
-    held = data.split(data.Pool("decoder", given=tuple(batches)), 0).held
-    answers = compare_outputs.measure(model, lora, [done.compact], held.given).answers[0]
+    held = data.split(data.Pool("decoder", model_inputs=tuple(batches)), 0).held_out
+    answers = compare_outputs.measure(model, lora, [done.compact], held.model_inputs).answers[0]
     assert answers.distance == pytest.approx(done.training.after.distance, rel=1e-5)
     assert answers.distance <= move.before * (1 + 1e-6)
 
@@ -331,8 +331,8 @@ def test_heads_train_through_the_rounds() -> None:
     assert snapshot(model) == before and done.moves and sum(done.compact.config.ranks) == 4
     first = api.allocate(lora, total_rank=4).compact
     assert done.training.improved and done.compact.extras != first.extras
-    held = data.split(data.Pool("encoder", given=tuple(some)), 0).held
-    answers = compare_outputs.measure(model, lora, [done.compact], held.given).answers[0]
+    held = data.split(data.Pool("encoder", model_inputs=tuple(some)), 0).held_out
+    answers = compare_outputs.measure(model, lora, [done.compact], held.model_inputs).answers[0]
     assert answers.distance == pytest.approx(done.training.after.distance, rel=1e-4)
 
 

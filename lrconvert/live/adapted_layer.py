@@ -1,0 +1,212 @@
+"""Layers and parameters of a live model that compute with updates, through factors and never as a dense update."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lrconvert.live.attached_adapter import Update
+from lrconvert.lora.adapter import Target
+
+
+@dataclass(eq=False)
+class ActiveAdapters:
+    """The names of the adapters that a model computes with, shared by all its layers."""
+
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRows:
+    """Trained token rows of an embedding, or of the output layer that is tied to it."""
+
+    name: str
+    index: Tensor  # (n,), rising
+    values: Tensor  # (n, features)
+    is_output: bool
+
+    def apply(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the output `y` of a layer for its input `x`, with the trained rows in place of its own."""
+        index, values = self.index.to(x.device), self.values.to(device=y.device, dtype=y.dtype)
+        if self.is_output:
+            return y.index_copy(-1, index.to(y.device), F.linear(x.to(y.dtype), values))
+        place = torch.searchsorted(index, x).clamp(max=index.numel() - 1)
+        return torch.where((index[place] == x)[..., None], values[place], y)
+
+
+class AdaptedLayer(nn.Module):
+    """A layer with the updates of the active adapters. Attributes that it lacks are those of the layer itself
+    (`weight`, `in_features`, ...)."""
+
+    def __init__(self, layer: nn.Module, active: ActiveAdapters) -> None:
+        super().__init__()
+        self.base_layer = layer
+        self.updates: list[Update] = []
+        self.rows: list[TokenRows] = []
+        self.active = active
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_layer"), name)
+
+    def forward(self, x: Tensor, *arguments: Any, **named: Any) -> Any:
+        own = y = self.base_layer(x, *arguments, **named)
+        for update in self.updates:
+            if update.name in self.active.names:
+                y = y + self._change(update, x, own)
+        y = y.to(own.dtype)  # rounded once, after all was added
+        for rows in self.rows:
+            if rows.name in self.active.names:
+                y = rows.apply(x, y)
+        return y
+
+    def _change(self, update: Update, x: Tensor, own: Tensor) -> Tensor:
+        """What an update adds to the output `own` of the layer itself."""
+        if update.source.needs_base:
+            dense = dense_update(update, dense_weight(self.base_layer))
+            change = _dense_product(self.base_layer, update.target, x, dense)
+        else:
+            change = self._through_factors(update, x, own)
+        if update.bias is not None:
+            change = change + _per_output(self.base_layer, update.bias).to(change.dtype) * update.source.scale
+        return change
+
+    def _through_factors(self, update: Update, x: Tensor, own: Tensor) -> Tensor:
+        a, b = update.source.factors(update.which)
+        change = _product(self.base_layer, update.target, x, a, b) * update.source.factor_of(update.which)
+        if update.magnitude is None:
+            return change
+        bias: Any = getattr(self.base_layer, "bias", None)
+        plain = own if bias is None else own - _per_output(self.base_layer, bias)
+        factor = _per_output(self.base_layer, _dora_factor(self.base_layer, update, a, b)).to(change.dtype)
+        return (factor - 1) * plain.to(change.dtype) + factor * change
+
+
+class AdaptedParameter(nn.Module):
+    """A parametrization: a stack of experts with the updates of the active adapters."""
+
+    def __init__(self, active: ActiveAdapters) -> None:
+        super().__init__()
+        self.updates: list[Update] = []
+        self.active = active
+
+    def forward(self, weight: Tensor) -> Tensor:
+        own = weight
+        for update in self.updates:
+            if update.name in self.active.names:
+                delta = dense_update(update, own)
+                weight = weight + _placed(delta, update.target, weight).to(weight.dtype)
+        return weight
+
+
+# --- products -------------------------------------------------------------------------------------------------------
+
+
+def _product(layer: nn.Module, target: Target, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``B @ A`` applied to the input of `layer`, through the factors."""
+    if isinstance(layer, nn.Embedding):
+        return _embedded(layer, x, a) @ b.T
+    x = x.to(a.dtype)
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+        kernel = layer.weight.shape[2:]
+        inner = layer._conv_forward(x, a.reshape(a.shape[0], -1, *kernel), None)
+        ones = [1] * len(kernel)
+        outer = F.conv1d if len(kernel) == 1 else F.conv2d
+        return outer(inner, b.reshape(*b.shape, *ones))
+    return _among_outputs(F.linear(F.linear(x, a), b), target)
+
+
+def _dense_product(layer: nn.Module, target: Target, x: Tensor, dense: Tensor) -> Tensor:
+    """A dense update (out, in) applied to the input of `layer`."""
+    if isinstance(layer, nn.Embedding):
+        return _embedded(layer, x, dense)
+    x = x.to(dense.dtype)
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+        output: Tensor = layer._conv_forward(x, dense.reshape(layer.weight.shape), None)
+        return output
+    return _among_outputs(F.linear(x, dense), target)
+
+
+def _embedded(layer: nn.Embedding, x: Tensor, matrix: Tensor) -> Tensor:
+    return F.embedding(x, matrix.T, layer.padding_idx, layer.max_norm, layer.norm_type, False)
+
+
+def _among_outputs(change: Tensor, target: Target) -> Tensor:
+    """What a target adds, spread over all outputs of its layer: a slice of a fused one has some of them."""
+    if target.view.kind != "rows":
+        return change
+    start, stop = (int(n) for n in target.view.text.split(":")[1:])
+    return F.pad(change, (start, target.shape[0] - stop))
+
+
+def _per_output(layer: nn.Module, values: Tensor) -> Tensor:
+    """One value per output, so that it spreads over the outputs of `layer`."""
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+        return values.reshape(-1, *(1 for _ in layer.weight.shape[2:]))
+    return values
+
+
+def _dora_factor(layer: nn.Module, update: Update, a: Tensor, b: Tensor) -> Tensor:
+    """magnitude / ||W + s B A|| along in, (out,), by Gram matrices: no dense sum is formed."""
+    matrix = _matrix(dense_weight(layer), update.target).to(a.dtype)
+    scale = update.source.factor_of(update.which)
+    cross = ((matrix @ a.T) * b).sum(1)
+    square = matrix.square().sum(1) + 2 * scale * cross + scale * scale * ((b @ (a @ a.T)) * b).sum(1)
+    assert update.magnitude is not None
+    return update.magnitude.to(a.dtype) / square.sqrt()
+
+
+# --- dense weights and updates --------------------------------------------------------------------------------------
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """Return the weight of a layer; of a 4-bit or 8-bit layer of bitsandbytes, dequantized."""
+    weight: Any = layer.weight
+    state: Any = getattr(weight, "quant_state", None)
+    if state is not None:
+        functional: Any = importlib.import_module("bitsandbytes.functional")  # it made the layer, so it is there
+        weight = functional.dequantize_4bit(weight.data, state)
+    elif weight.dtype == torch.int8:
+        quantized: Any = layer
+        weight = weight.data * quantized.state.SCB[:, None] / 127
+    dense: Tensor = weight
+    return dense
+
+
+def dense_update(update: Update, weight: Tensor) -> Tensor:
+    """Return an update (out, in) of the base's parameter `weight`, as it is stored."""
+    if update.source.needs_base:
+        dense = update.source.update_on(update.which, _matrix(weight, update.target).float())
+    else:
+        a, b = update.source.factors(update.which)
+        dense = b @ a
+    return dense * update.source.factor_of(update.which)
+
+
+def _matrix(weight: Tensor, target: Target) -> Tensor:
+    """The matrix (out, in) that a target is in its parameter."""
+    kind, _, rest = target.view.text.partition(":")
+    if kind.startswith("expert"):
+        weight = weight[int(rest)]
+    if kind.endswith("transposed"):
+        return weight.T
+    if kind == "rows":
+        start, stop = (int(n) for n in rest.split(":"))
+        return weight[start:stop]
+    return weight.flatten(1)
+
+
+def _placed(delta: Tensor, target: Target, weight: Tensor) -> Tensor:
+    """A dense update (out, in) of one expert, or of a matrix, in the shape of its parameter."""
+    if not target.view.kind.startswith("expert"):
+        return delta.T if target.view.kind == "transposed" else delta.reshape(weight.shape)
+    which = int(target.view.text.rpartition(":")[2])
+    entry = delta.T if target.view.kind == "expert_transposed" else delta
+    return F.pad(entry[None], (0, 0, 0, 0, which, weight.shape[0] - which - 1))

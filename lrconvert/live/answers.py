@@ -1,0 +1,97 @@
+"""What a model answers, as rows, and how far the answers of one are from those of another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrconvert.core.errors import DataError
+from lrconvert.formats.fidelity import Answers
+
+_CHUNK = 1 << 24  # logits that are compared at once
+TINY = 1e-30
+
+
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """What a model answers at the places that count: `rows` (items, classes) of logits, or of hidden states where a
+    model has no logits; the hidden states of all layers, (tokens, width) each, if they were asked for."""
+
+    rows: Tensor
+    are_logits: bool
+    hidden: tuple[Tensor, ...] = ()
+
+
+def answer_of(output: Any) -> tuple[Tensor, bool]:
+    """Return the logits of a model's output, or its last hidden states, and whether it was logits. Raises E-DATA for a
+    model that gives neither."""
+    logits = getattr(output, "logits", None)
+    value = logits if logits is not None else getattr(output, "last_hidden_state", None)
+    if value is None:
+        raise DataError("the model gives neither logits nor hidden states")
+    return value, logits is not None
+
+
+def masked_rows(value: Tensor, masks: Iterable[Any]) -> Tensor:
+    """Return `value` (..., n) as rows (items, n), of the places that the first mask of its shape keeps."""
+    for mask in masks:
+        if isinstance(mask, Tensor) and mask.shape == value.shape[:-1]:
+            return value[mask.bool()]
+    return value.reshape(-1, value.shape[-1])
+
+
+@dataclass
+class AnswerSums:
+    """Sums over items: distance of the answers, equal first choices, squared errors of hidden states by layer."""
+
+    items: int = 0
+    distance: float = 0.0
+    agreed: int = 0
+    tokens: int = 0
+    hidden: list[float] | None = None
+    are_logits: bool = True
+
+    @torch.no_grad()
+    def add(self, teacher: Outputs, student: Outputs) -> None:
+        """Count a batch: KL of the logits in nats, or the relative squared error of hidden states."""
+        self.items += len(teacher.rows)
+        self.are_logits = teacher.are_logits
+        step = max(1, _CHUNK // max(1, teacher.rows.shape[-1]))
+        for start in range(0, len(teacher.rows), step):
+            p, q = (outputs.rows[start : start + step].float() for outputs in (teacher, student))
+            if teacher.are_logits:
+                self.agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
+                p, q = p.log_softmax(-1), q.log_softmax(-1)
+                self.distance += float((p.exp() * (p - q)).sum(-1).double().sum())
+            else:
+                error = (p - q).square().sum(-1) / p.square().sum(-1).clamp(min=TINY)
+                self.distance += float(error.double().sum())
+        errors = [
+            float((one.float() - other.float()).square().sum(-1).double().sum())
+            for one, other in zip(teacher.hidden, student.hidden, strict=True)
+        ]
+        self.hidden = errors if self.hidden is None else [a + b for a, b in zip(self.hidden, errors, strict=True)]
+        self.tokens += len(teacher.hidden[0]) if teacher.hidden else 0
+
+    @property
+    def mean(self) -> float:
+        return self.distance / max(1, self.items)
+
+    @property
+    def agreement(self) -> float:
+        return self.agreed / max(1, self.items)
+
+    @property
+    def sizes(self) -> tuple[float, ...]:
+        """The mean squared error of each layer's hidden states."""
+        return tuple(error / max(1, self.tokens) for error in self.hidden or ())
+
+    def answers(self, base: AnswerSums) -> Answers:
+        """Return these answers beside those of the base without an adapter."""
+        agreement = (self.agreement, base.agreement) if self.are_logits else (None, None)
+        kind = "KL" if self.are_logits else "hidden states"
+        return Answers(kind, self.items, self.mean, base.mean, *agreement)
