@@ -26,34 +26,27 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from lrconvert.core.dtypes import F32, F64, Array
-from lrconvert.core.errors import (
-    BudgetError,
-    CanonicalError,
-    JsonSyntaxError,
-    LimitError,
-    MissingFieldError,
-    OptionError,
-    UnknownFieldError,
-)
+from lrconvert.core.errors import CanonicalError, OptionError
 from lrconvert.core.limits import MAX_DIM, MAX_RANK
-from lrconvert.lora import packing, svd
+from lrconvert.io import fields
+from lrconvert.lora import svd
 from lrconvert.lora.adapter import LoraAdapter, LoraTarget, Target
 from lrconvert.lora.input_statistics import Moment
 from lrconvert.lora.packing import TensorSpec
 from lrconvert.methods.base import Budget, Command, FitContext, Method, Tensors
+from lrconvert.methods.shared import mixed_widths, payload
+from lrconvert.methods.shared.mixed_widths import MAX_LEVELS, MixedWidths, numbers_name
+from lrconvert.methods.shared.options import bits_option, check_range, within
+from lrconvert.methods.shared.ranks import check_ranks
+from lrconvert.methods.shared.widths import ENERGY_LOST, WIDTHS, concave_hull, groups_of, spread_scales
 
-WIDTHS = (16, 8, 4, 3, 2, 1)
-# Share of the energy of a Gaussian row that is lost at each width (uniform quantizer, best scale): what planning
-# assumes before anything is quantized.
-_LOST = {16: 0.0, 8: 1.2e-4, 4: 0.0115, 3: 0.0374, 2: 0.119, 1: 0.363}
-_MAX_LEVELS = 3  # widths in one file: each costs a tensor's header and digest, a fourth buys next to nothing
 _ROUNDS = 6  # alternations of quantizing one factor and solving the other
 
 
@@ -61,13 +54,7 @@ _ROUNDS = 6  # alternations of quantizing one factor and solving the other
 class LowRankOptions:
     """What a user may ask for."""
 
-    bits: str = field(
-        default="auto",
-        metadata={
-            "help": "Bits per number: 16, 8, 4, 3, 2, 1, or auto (16 without a size; under a size, the best mix).",
-            "choices": ("auto", "16", "8", "4", "3", "2", "1"),
-        },
-    )
+    bits: str = bits_option()
     rank: int | None = field(default=None, metadata={"help": "Keep this rank in every target (at most)."})
     dynamic_method: str | None = field(
         default=None,
@@ -84,49 +71,49 @@ class LowRankOptions:
 
 
 @dataclass(frozen=True)
-class Config:
-    """`levels`: widths in use, widest first. `counts[t][l]`: components of target t at width levels[l].
-    `group_size`: numbers per scale, 0 for whole rows (always if no row that has scales is longer)."""
+class Config(MixedWidths):
+    """`counts` are those of components. `group_size`: numbers per scale, 0 for whole rows (always if no row that has
+    scales is longer)."""
 
-    levels: tuple[int, ...]
-    counts: tuple[tuple[int, ...], ...]
     group_size: int = 0
 
-    @cached_property
-    def ranks(self) -> tuple[int, ...]:
-        return tuple(sum(row) for row in self.counts)
 
-    def widths(self, which: int) -> tuple[int, ...]:
-        """The width of each component of a target, largest component first."""
-        return tuple(q for q, n in zip(self.levels, self.counts[which], strict=True) for _ in range(n))
+@dataclass(frozen=True)
+class Header:
+    """The JSON part of a config."""
+
+    levels: mixed_widths.Levels
+    group_size: Annotated[int, fields.between(0, MAX_DIM)]
+    max_count: mixed_widths.MaxCount
 
 
-def _group_size(wanted: int, targets: Sequence[Target], levels: Sequence[int], counts: Sequence[Sequence[int]]) -> int:
-    """`wanted`, or 0 if no row or column with scales is longer than that: one spelling of the same thing."""
+def complete(
+    targets: Sequence[Target], levels: Sequence[int], counts: Sequence[Sequence[int]], group_size: int
+) -> Config:
+    """Return the one Config of these components: the group size is 0 if no row or column with scales is longer."""
     scaled = [any(n for q, n in zip(levels, row, strict=True) if q != 16) for row in counts]
-    longest = max((max(t.matrix_shape) for t, some in zip(targets, scaled, strict=True) if some), default=0)
-    return wanted if wanted < longest else 0
+    longest = max((max(t.matrix_shape) for t, has_scales in zip(targets, scaled, strict=True) if has_scales), default=0)
+    return Config(tuple(levels), tuple(tuple(row) for row in counts), group_size if group_size < longest else 0)
 
 
-def _groups(length: int, group_size: int) -> int:
-    return -(-length // group_size) if group_size else 1
+def _scales_of(target: Target, group_size: int) -> int:
+    """Scales of one component."""
+    return sum(groups_of(length, group_size) for length in target.matrix_shape)
 
 
 @lru_cache(maxsize=8)
 def _starts(config: Config, targets: tuple[Target, ...]) -> tuple[tuple[dict[int, int], int], ...]:
     """For each target: where its numbers begin in the tensor of each width, and where its scales begin. The last entry
     holds the totals."""
-    at = dict.fromkeys(config.levels, 0)
+    numbers = dict.fromkeys(config.levels, 0)
     scales = 0
     starts: list[tuple[dict[int, int], int]] = []
     for target, row in zip(targets, config.counts, strict=True):
-        starts.append((dict(at), scales))
-        out, inner = target.matrix_shape
+        starts.append((dict(numbers), scales))
         for q, n in zip(config.levels, row, strict=True):
-            at[q] += n * (out + inner)
-            if q != 16:
-                scales += n * (_groups(out, config.group_size) + _groups(inner, config.group_size))
-    return (*starts, (at, scales))
+            numbers[q] += n * sum(target.matrix_shape)
+            scales += n * _scales_of(target, config.group_size) if q != 16 else 0
+    return (*starts, (numbers, scales))
 
 
 class LowRank(Method):
@@ -137,6 +124,8 @@ class LowRank(Method):
     title = "low rank, quantized factors"
     commands = (Command("lora-to-lowrank", "Cut the rank and quantize the factors: the baseline of every other form."),)
     Options = LowRankOptions
+    searches = ({},)
+    uses = ("statistics",)
     examples = (
         {"bits": "16"},
         {"bits": "8", "group_size": 16},
@@ -151,49 +140,26 @@ class LowRank(Method):
     # --- what the file holds ---
 
     def header(self, config: Config) -> dict[str, Any]:
-        most = max((n for row in config.counts for n in row), default=0)
-        return {"levels": list(config.levels), "group_size": config.group_size, "max_count": most}
+        return dict(fields.as_json(Header(config.levels, config.group_size, config.max_count)))
 
     def layout_specs(self, header: Mapping[str, Any], targets: Sequence[Target]) -> tuple[TensorSpec, ...]:
-        if set(header) != {"levels", "group_size", "max_count"}:
-            wrong = sorted(set(header) ^ {"levels", "group_size", "max_count"})[0]
-            raise (UnknownFieldError if wrong in header else MissingFieldError)(f"method.config: field {wrong!r}")
-        levels, most, group = header["levels"], header["max_count"], header["group_size"]
-        known = isinstance(levels, list) and all(type(q) is int for q in levels)
-        if not known or not levels or levels != [q for q in WIDTHS if q in levels]:
-            raise JsonSyntaxError(
-                f"method.config.levels is {levels!r:.60}; widths of {WIDTHS}, widest first, are allowed"
-            )
-        if type(most) is not int or not 1 <= most <= MAX_RANK:
-            raise LimitError(f"method.config.max_count is {most!r:.40}; 1 to {MAX_RANK} are allowed")
-        if type(group) is not int or not 0 <= group <= MAX_DIM:
-            raise LimitError(f"method.config.group_size is {group!r:.40}")
-        return (packing.index("counts", (len(targets), len(levels)), most + 1),)
+        read = fields.read(Header, header, "method.config")
+        return (mixed_widths.counts_spec(targets, read.levels, read.max_count),)
 
     def layout(self, config: Config) -> dict[str, Array]:
         return {"counts": np.array(config.counts, np.uint32)}
 
     def config(self, header: Mapping[str, Any], layout: Tensors, targets: Sequence[Target]) -> Config:
-        counts = layout["counts"]
-        if int(counts.max()) != header["max_count"] or not counts.any(axis=0).all():
-            raise LimitError("method.config names a width that no component has, or max_count is not the largest count")
-        rows = tuple(tuple(int(n) for n in row) for row in counts)
-        config = Config(tuple(header["levels"]), rows, header["group_size"])
-        for target, rank in zip(targets, config.ranks, strict=True):
-            if rank > min(target.matrix_shape):
-                raise LimitError(f"target {target.name!r} has rank {rank}, more than its shape {target.matrix_shape}")
-        if config.group_size != _group_size(config.group_size, targets, config.levels, rows):
+        read = fields.read(Header, header, "method.config")
+        counts = mixed_widths.read_counts(layout["counts"], read.max_count)
+        config = complete(targets, read.levels, counts, read.group_size)
+        check_ranks(targets, config.ranks)
+        if config.group_size != read.group_size:
             raise CanonicalError("method.config.group_size must be 0: no row or column with scales is longer")
         return config
 
     def specs(self, config: Config, targets: Sequence[Target]) -> tuple[TensorSpec, ...]:
-        totals, scales = _starts(config, tuple(targets))[-1]
-        found = [
-            packing.half("half", (n,)) if q == 16 else packing.code(f"codes.{q}", (n,), q)
-            for q, n in totals.items()
-            if n
-        ]
-        return (*found, *([packing.half("scales", (scales,))] if scales else []))
+        return tuple(mixed_widths.numbers_specs(*_starts(config, tuple(targets))[-1]))
 
     def ranks(self, config: Config, targets: Sequence[Target]) -> Sequence[int]:
         return config.ranks
@@ -204,22 +170,20 @@ class LowRank(Method):
         self, config: Config, targets: Sequence[Target], values: Mapping[str, Any], which: int, xp: Any
     ) -> tuple[Any, Any]:
         out, inner = targets[which].matrix_shape
-        starts, scale_at = _starts(config, tuple(targets))[which]
+        starts, scale_start = _starts(config, tuple(targets))[which]
+        groups, group_size = groups_of(inner, config.group_size), config.group_size
         rows_a, rows_b = [], []
         for q, n in zip(config.levels, config.counts[which], strict=True):
             if n == 0:
                 continue
-            name = "half" if q == 16 else f"codes.{q}"
-            block = values[name][starts[q] : starts[q] + n * (out + inner)].reshape(n, inner + out)
+            block = values[numbers_name(q)][starts[q] : starts[q] + n * (out + inner)].reshape(n, inner + out)
             a, b = block[:, :inner], block[:, inner:]
             if q != 16:
-                groups_a, groups_b = _groups(inner, config.group_size), _groups(out, config.group_size)
-                scales = values["scales"][scale_at : scale_at + n * (groups_a + groups_b)].reshape(
-                    n, groups_a + groups_b
-                )
-                scale_at += n * (groups_a + groups_b)
-                a = a * _spread(scales[:, :groups_a], inner, config.group_size, xp)
-                b = b * _spread(scales[:, groups_a:], out, config.group_size, xp)
+                scale_stop = scale_start + n * _scales_of(targets[which], group_size)
+                scales = values["scales"][scale_start:scale_stop].reshape(n, -1)
+                a = a * spread_scales(scales[:, :groups], inner, group_size)
+                b = b * spread_scales(scales[:, groups:], out, group_size)
+                scale_start = scale_stop
             rows_a.append(a)
             rows_b.append(b)
         if not rows_a:
@@ -235,34 +199,25 @@ class LowRank(Method):
             limits = [min(1, len(s)) for s in spectra]  # an all-zero adapter still makes a valid file
         if budget is None:
             q = 16 if options.bits == "auto" else int(options.bits)
-            counts = tuple((n,) for n in limits)
-            return Config((q,), counts, _group_size(options.group_size, lora.shapes(), (q,), counts))
+            return complete(lora.shapes(), (q,), [(n,) for n in limits], options.group_size)
+        search = _Search(lora.shapes(), spectra, limits, options.group_size, budget)
         if options.bits != "auto":
-            return _fill(lora, spectra, limits, (int(options.bits),), options, budget)
-        mixed = _fill(lora, spectra, limits, WIDTHS, options, budget)
-        if len(mixed.levels) <= _MAX_LEVELS:
-            return mixed
-        used = np.array(mixed.counts).sum(axis=0)
-        kept = sorted(np.argsort(-used, kind="stable")[:_MAX_LEVELS])
-        return _fill(lora, spectra, limits, [mixed.levels[i] for i in kept], options, budget)
+            return search.best((int(options.bits),))
+        mixed = search.best(WIDTHS)
+        return mixed if len(mixed.levels) <= MAX_LEVELS else search.best(mixed.commonest())
 
     def fit(self, lora: LoraAdapter, config: Config, context: FitContext) -> dict[str, Array]:
         targets = lora.shapes()
-        arrays = {
-            spec.name: np.empty(spec.shape, np.uint8 if spec.kind == "code" else np.float32)
-            for spec in self.specs(config, targets)
-        }
+        arrays = payload.zeros(self.specs(config, targets))
         starts = _starts(config, targets)
         for which, pair in enumerate(lora.targets):
-            at, scale_at = starts[which]
+            numbers, scale_start = starts[which]
             for q, (rows, scales) in _fit_target(pair, config, which, context.metric(pair)).items():
-                name = "half" if q == 16 else f"codes.{q}"
-                arrays[name][at[q] : at[q] + rows.size] = rows.reshape(-1)
+                payload.put(arrays[numbers_name(q)], numbers[q], rows)
                 if q != 16:
-                    arrays["scales"][scale_at : scale_at + scales.size] = scales.reshape(-1)
-                    scale_at += scales.size
+                    scale_start = payload.put(arrays["scales"], scale_start, scales)
             context.progress((which + 1) / len(lora.targets), pair.target.name)
-        return {name: packing.round_half(a) if a.dtype == np.float32 else a for name, a in arrays.items()}
+        return payload.rounded(arrays)
 
 
 METHOD = LowRank()
@@ -272,15 +227,12 @@ METHOD = LowRank()
 
 
 def _rank_limits(spectra: Sequence[F64], options: LowRankOptions) -> list[int]:
-    """The largest rank that the options allow in each target. Raises E-OPTION."""
+    """Return the largest rank that the options allow in each target. Raise E-OPTION."""
     if (options.dynamic_method is None) != (options.dynamic_param is None):
         raise OptionError("--dynamic-method and --dynamic-param go together")
-    if options.rank is not None and options.rank < 1:
-        raise OptionError(f"--rank is {options.rank}; it must be at least 1")
-    if options.group_size < 0:
-        raise OptionError(f"--group-size is {options.group_size}; it must not be negative")
-    cap = options.rank or MAX_RANK
-    return [min(cap, _dynamic_rank(s, options), len(s)) for s in spectra]
+    check_range(options, "rank", 1)
+    check_range(options, "group_size", 0)
+    return [min(options.rank or MAX_RANK, _dynamic_rank(s, options), len(s)) for s in spectra]
 
 
 def _dynamic_rank(s: F64, options: LowRankOptions) -> int:
@@ -301,155 +253,105 @@ def _dynamic_rank(s: F64, options: LowRankOptions) -> int:
 
 def _component_bits(target: Target, q: int, group_size: int) -> int:
     """Bits that one component of width q costs in the payload."""
-    out, inner = target.matrix_shape
-    scales = 0 if q == 16 else _groups(out, group_size) + _groups(inner, group_size)
-    return (out + inner) * q + 16 * scales
+    return sum(target.matrix_shape) * q + (16 * _scales_of(target, group_size) if q != 16 else 0)
 
 
-def _allocate(
-    lora: LoraAdapter,
-    spectra: Sequence[F64],
-    limits: Sequence[int],
-    levels: Sequence[int],
-    group_size: int,
-    bits: float,
-) -> Config:
-    """Greedy joint allocation: while bits last, the step (a new component, or more bits for one) that buys the most
-    energy per bit. Steps of one component lie on the concave hull of its rate-energy curve, so greedy is optimal up to
-    the last step; components of a target become better in order."""
-    chosen = [[0] * limit for limit in limits]  # index into `hulls` + 1
-    heap: list[tuple[float, int, int, int]] = []
-    hulls = [_hull(pair.target, levels, group_size) for pair in lora.targets]
+@dataclass(frozen=True)
+class _Step:
+    """From one width of a component to the next: more bits, a larger share of its energy."""
 
-    def push(t: int, j: int) -> None:
-        step = chosen[t][j]
-        if step < len(hulls[t]):
-            cost, gain = hulls[t][step][1], hulls[t][step][2]
-            heapq.heappush(heap, (-(float(spectra[t][j]) ** 2) * gain / cost, t, j, step))
-
-    for t, limit in enumerate(limits):
-        for j in range(limit):
-            push(t, j)
-    left = bits
-    while heap:
-        _, t, j, step = heapq.heappop(heap)
-        cost = hulls[t][step][1]
-        if cost > left or spectra[t][j] == 0:
-            continue
-        left -= cost
-        chosen[t][j] += 1
-        push(t, j)
-    widths = [sorted((hulls[t][n - 1][0] for n in row if n), reverse=True) for t, row in enumerate(chosen)]
-    return _config_of(lora.shapes(), widths, group_size)
+    width: int
+    bits: int
+    share: float
 
 
-def _config_of(targets: Sequence[Target], widths: Sequence[Sequence[int]], group_size: int) -> Config:
-    """A Config with only the levels that are used."""
-    levels = tuple(q for q in WIDTHS if any(q in row for row in widths))
-    counts = tuple(tuple(sum(w == q for w in row) for q in levels) for row in widths)
-    return Config(levels, counts, _group_size(group_size, targets, levels, counts))
+def _steps(target: Target, levels: Sequence[int], group_size: int) -> list[_Step]:
+    """The steps along the concave hull of kept energy against bits."""
+    points = ((_component_bits(target, q, group_size), (1 - ENERGY_LOST[q]) ** 2, q) for q in sorted(levels))
+    hull = concave_hull([(0, 0.0, 0), *points])
+    return [_Step(two[2], two[0] - one[0], two[1] - one[1]) for one, two in pairwise(hull)]
 
 
-def _hull(target: Target, levels: Sequence[int], group_size: int) -> list[tuple[int, int, float]]:
-    """[(width, extra bits, extra share of energy)] along the concave hull of kept energy against bits."""
-    points = [(0, 0, 0.0)] + [(q, _component_bits(target, q, group_size), (1 - _LOST[q]) ** 2) for q in sorted(levels)]
-    hull = [points[0]]
-    for point in points[1:]:
-        while len(hull) > 1 and (point[2] - hull[-1][2]) * (hull[-1][1] - hull[-2][1]) >= (
-            hull[-1][2] - hull[-2][2]
-        ) * (point[1] - hull[-1][1]):
-            hull.pop()
-        hull.append(point)
-    return [(two[0], two[1] - one[1], two[2] - one[2]) for one, two in pairwise(hull)]
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """Finds how many components of each width a byte budget pays for; `limits` are the largest ranks."""
 
+    targets: Sequence[Target]
+    spectra: Sequence[F64]
+    limits: Sequence[int]
+    group_size: int
+    budget: Budget
 
-def _fill(
-    lora: LoraAdapter,
-    spectra: Sequence[F64],
-    limits: Sequence[int],
-    levels: Sequence[int],
-    options: LowRankOptions,
-    budget: Budget,
-) -> Config:
-    """The allocation with the most payload that still fits the budget. Raises E-BUDGET.
+    def best(self, levels: Sequence[int]) -> Config:
+        """Return the allocation with the most payload that still fits. Raise E-BUDGET.
 
-    The overhead depends a little on the allocation, so the payload is found by bisection on the exact file size.
-    """
-    low, high = 0.0, 8.0 * budget.limit  # `high` is out of reach: a file of only payload
-    best: Config | None = None
-    while high - low >= 64:
-        middle = (low + high) / 2
-        config = _allocate(lora, spectra, limits, levels, options.group_size, middle)
-        if not config.levels:
-            low = middle
-        elif budget.fits(config):
-            best, low = config, middle
-        else:
-            high = middle
-    if best is None:
-        smallest = _smallest(lora, spectra, limits, levels, options.group_size)
-        if budget.fits(smallest):
-            return smallest
-        raise BudgetError(
-            f"{budget.limit} bytes cannot be reached; the smallest possible file has {budget.size(smallest)} bytes"
+        The overhead depends a little on the allocation, so the payload is found by bisection on the exact file size.
+        """
+        low, high = 0.0, 8.0 * self.budget.limit  # `high` is out of reach: a file of only payload
+        best: Config | None = None
+        while high - low >= 64:
+            middle = (low + high) / 2
+            config = self._allocate(levels, middle)
+            if not config.levels:
+                low = middle
+            elif self.budget.fits(config):
+                best, low = config, middle
+            else:
+                high = middle
+        return within(self.budget, self._smallest(min(levels))) if best is None else best
+
+    def _allocate(self, levels: Sequence[int], bits: float) -> Config:
+        """Greedy joint allocation: while bits last, the step (a new component, or more bits for one) that buys the most
+        energy per bit. Steps of one component lie on the concave hull of its rate-energy curve, so greedy is optimal up
+        to the last step; components of a target become better in order."""
+        taken = [[0] * limit for limit in self.limits]  # steps of each component
+        heap: list[tuple[float, int, int, int]] = []
+        steps = [_steps(target, levels, self.group_size) for target in self.targets]
+
+        def push(t: int, j: int) -> None:
+            if taken[t][j] < len(steps[t]):
+                step = steps[t][taken[t][j]]
+                gain = -(float(self.spectra[t][j]) ** 2) * step.share / step.bits
+                heapq.heappush(heap, (gain, t, j, step.bits))
+
+        for t, limit in enumerate(self.limits):
+            for j in range(limit):
+                push(t, j)
+        while heap:
+            _, t, j, cost = heapq.heappop(heap)
+            if cost <= bits and self.spectra[t][j] != 0:
+                bits -= cost
+                taken[t][j] += 1
+                push(t, j)
+        return self._config(
+            [sorted((steps[t][n - 1].width for n in row if n), reverse=True) for t, row in enumerate(taken)]
         )
-    return best
 
+    def _config(self, widths: Sequence[Sequence[int]]) -> Config:
+        """The Config of components of these widths, with only the levels that are used."""
+        levels = tuple(q for q in WIDTHS if any(q in row for row in widths))
+        return complete(self.targets, levels, [[row.count(q) for q in levels] for row in widths], self.group_size)
 
-def _smallest(
-    lora: LoraAdapter, spectra: Sequence[F64], limits: Sequence[int], levels: Sequence[int], group_size: int
-) -> Config:
-    """One component at the least width, in the target where it is cheapest; of equal ones, where it holds most."""
-    q = min(levels)
-    costs = [
-        _component_bits(p.target, q, group_size) if n else 1 << 62 for p, n in zip(lora.targets, limits, strict=True)
-    ]
-    cheapest = min(range(len(costs)), key=lambda t: (costs[t], -spectra[t][0] if limits[t] else 0.0))
-    return _config_of(lora.shapes(), [[q] if t == cheapest else [] for t in range(len(limits))], group_size)
+    def _smallest(self, q: int) -> Config:
+        """One component of width q, in the target where it is cheapest; of equal ones, where it holds most."""
+        possible = [t for t, limit in enumerate(self.limits) if limit]
+        cheapest = min(
+            possible, key=lambda t: (_component_bits(self.targets[t], q, self.group_size), -self.spectra[t][0])
+        )
+        return self._config([[q] if t == cheapest else [] for t in range(len(self.limits))])
 
 
 # --- quantizing -----------------------------------------------------------------------------------------------------
 
 
-def _spread(scales: Any, length: int, group_size: int, xp: Any) -> Any:
-    """(n, groups) scales to (n, length), or (n, 1) if there is one group."""
-    if scales.shape[1] == 1:
-        return scales
-    which = xp.arange(length) // group_size
-    return scales[:, which]
-
-
-def _quantize(rows: F64, q: int, group_size: int, weights: Array | None) -> tuple[Array, F32, F64]:
-    """(codes or numbers (n, d), scales (n, groups), the numbers they stand for) of rows at width q; `weights` (d,) say
-    how much each column counts."""
-    n, d = rows.shape
-    if q == 16:
-        numbers = rows.astype(np.float32)
-        return numbers, np.zeros((n, 0), np.float32), numbers.astype(np.float64)
-    groups = _groups(d, group_size)
-    size = group_size or d
-    padded = np.zeros((n, groups * size))
-    padded[:, :d] = rows
-    if groups * size != d:  # repeat the row's end, so that the fill does not pull the last scale down
-        padded[:, d:] = padded[:, d - 1 : d]
-    if weights is not None:
-        fill = np.pad(weights, (0, groups * size - d), constant_values=1e-30)
-        weights = np.tile(fill.reshape(groups, size), (n, 1))
-    codes, scales = packing.quantize_rows(padded.reshape(n * groups, size), q, weights)
-    codes, scales = codes.reshape(n, -1)[:, :d], scales.reshape(n, groups)
-    values = packing.code_values(codes, q).astype(np.float64) * _spread(scales, d, size, np)
-    return codes, scales, values
-
-
 def _quantize_all(
     rows: F64, widths: Sequence[int], group_size: int, weights: Array | None = None
 ) -> tuple[dict[int, tuple[Array, F32]], F64]:
-    """`_quantize` of rows whose widths differ: stored parts by width, and all values."""
+    """`mixed_widths.quantize` of rows whose widths differ: stored parts by width, and all values."""
     parts, values = {}, np.empty_like(rows)
-    for q in dict.fromkeys(widths):
-        mask = np.array(widths) == q
-        codes, scales, values[mask] = _quantize(rows[mask], q, group_size, weights)
-        parts[q] = (codes, scales)
+    for q, mask in mixed_widths.masks(widths).items():
+        codes, scales, values[mask] = mixed_widths.quantize(rows[mask], q, group_size, weights)
+        parts[q] = codes, scales
     return parts, values
 
 
@@ -493,11 +395,8 @@ def _fit_target(pair: LoraTarget, config: Config, which: int, metric: Moment | N
                 break
         A = _solve(values_b @ values_b.T, values_b @ full_left) @ full_right
     assert best is not None
-    parts_a, parts_b = best
-    return {
-        q: (
-            np.concatenate([parts_a[q][0], parts_b[q][0]], axis=1),
-            np.concatenate([parts_a[q][1], parts_b[q][1]], axis=1),
-        )
-        for q in parts_a
-    }
+    joined = {}
+    for q, (codes, scales) in best[0].items():
+        codes_b, scales_b = best[1][q]
+        joined[q] = np.concatenate([codes, codes_b], axis=1), np.concatenate([scales, scales_b], axis=1)
+    return joined

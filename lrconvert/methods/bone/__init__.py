@@ -32,18 +32,19 @@ from typing import Any
 import numpy as np
 
 from lrconvert.core.dtypes import Array
-from lrconvert.core.errors import CanonicalError, JsonSyntaxError, LimitError, MissingFieldError, UnknownFieldError
-from lrconvert.core.limits import MAX_DIM, MAX_RANK
+from lrconvert.core.errors import CanonicalError, LimitError
+from lrconvert.io import fields
 from lrconvert.lora import packing
 from lrconvert.lora.adapter import LoraAdapter, Target
 from lrconvert.lora.packing import TensorSpec
 from lrconvert.methods.base import Budget, Command, FitContext, Method, Tensors
 from lrconvert.methods.bone import bat, bat_fit
 from lrconvert.methods.bone.fit import fit_target, tiling
-from lrconvert.methods.bone.form import EXACT, SHARDS, VARIANTS, WIDTHS, Config, complete, groups_of, starts_of
+from lrconvert.methods.bone.form import EXACT, Config, Header, complete, starts_of
 from lrconvert.methods.bone.plan import BoneOptions, Plan, needed
-
-_FIELDS = ("variant", "shard", "bits", "group_size", "mini_rank", "rank", "uniform")
+from lrconvert.methods.shared import payload
+from lrconvert.methods.shared.ranks import check_ranks, ranks_layout, ranks_specs, read_ranks
+from lrconvert.methods.shared.widths import groups_of, spread_scales
 
 
 class Bone(Method):
@@ -57,6 +58,8 @@ class Bone(Method):
         Command("lora-to-bat", "The same times the base's own blocks (Bat); needs --base.", {"variant": "bat"}),
     )
     Options = BoneOptions
+    searches = ({},)
+    uses = ("statistics",)
     examples = (
         {"rank": 7},
         {"rank": 8, "bits": "4", "group_size": 24, "shard": "auto"},
@@ -72,64 +75,44 @@ class Bone(Method):
     # --- what the file holds ---
 
     def header(self, config: Config) -> dict[str, Any]:
-        return {
-            "variant": config.variant,
-            "shard": config.shard,
-            "bits": config.bits,
-            "group_size": config.group_size,
-            "mini_rank": config.mini_rank,
-            "rank": max(config.ranks),
-            "uniform": config.uniform,
-        }
+        named = {name: getattr(config, name) for name in ("variant", "shard", "bits", "group_size", "mini_rank")}
+        return dict(fields.as_json(Header(**named, rank=max(config.ranks), uniform=config.uniform)))
 
     def layout_specs(self, header: Mapping[str, Any], targets: Sequence[Target]) -> tuple[TensorSpec, ...]:
-        if set(header) != set(_FIELDS):
-            wrong = sorted(set(header) ^ set(_FIELDS))[0]
-            raise (UnknownFieldError if wrong in header else MissingFieldError)(f"method.config: field {wrong!r}")
-        for name, allowed in (("variant", VARIANTS), ("shard", SHARDS)):
-            if not isinstance(header[name], str) or header[name] not in allowed:
-                raise JsonSyntaxError(f"method.config.{name} is {header[name]!r:.60}; {', '.join(allowed)} are allowed")
-        if type(header["uniform"]) is not bool:
-            raise JsonSyntaxError(f"method.config.uniform is {header['uniform']!r:.40}; true or false is allowed")
-        mini = header["variant"] == "mini"
-        bounds = {"rank": (1, MAX_RANK), "group_size": (0, MAX_DIM), "mini_rank": (mini, MAX_DIM * mini)}
-        for name, (least, most) in bounds.items():
-            if type(header[name]) is not int or not least <= header[name] <= most:
-                raise LimitError(f"method.config.{name} is {header[name]!r:.40}; {int(least)} to {most} are allowed")
-        if type(header["bits"]) is not int or header["bits"] not in (EXACT, *WIDTHS):
-            raise LimitError(f"method.config.bits is {header['bits']!r:.40}; {EXACT} and {WIDTHS} are allowed")
-        if header["variant"] != "bone" and header["shard"] != "in":
-            raise CanonicalError(f"method.config.shard of variant {header['variant']} is not 'in'")
-        ranks = () if header["uniform"] else (packing.index("ranks", (len(targets),), header["rank"] + 1),)
-        return ranks if header["shard"] != "mixed" else (*ranks, packing.index("shards", (len(targets),), 2))
+        read = fields.read(Header, header, "method.config")
+        if (read.variant == "mini") != (read.mini_rank > 0):
+            raise LimitError(f"method.config.mini_rank of variant {read.variant} is {read.mini_rank}")
+        if read.variant != "bone" and read.shard != "in":
+            raise CanonicalError(f"method.config.shard of variant {read.variant} is not 'in'")
+        ranks = ranks_specs(read.rank, read.uniform, targets)
+        return ranks if read.shard != "mixed" else (*ranks, packing.index("shards", (len(targets),), 2))
 
     def layout(self, config: Config) -> dict[str, Array]:
-        tensors: dict[str, Array] = {} if config.uniform else {"ranks": np.array(config.ranks, np.uint32)}
-        return tensors | ({"shards": np.array(config.turned, np.uint32)} if config.shard == "mixed" else {})
+        shards = {"shards": np.array(config.turned, np.uint32)} if config.shard == "mixed" else {}
+        return ranks_layout(config.ranks) | shards
 
     def config(self, header: Mapping[str, Any], layout: Tensors, targets: Sequence[Target]) -> Config:
-        ranks = (header["rank"],) * len(targets) if header["uniform"] else tuple(layout["ranks"].tolist())
-        if max(ranks) != header["rank"] or (min(ranks) == max(ranks)) != header["uniform"]:
-            raise CanonicalError("method.config: rank and uniform do not describe the tensor 'ranks'")
-        turned = [header["shard"] == "out"] * len(targets)
-        if header["shard"] == "mixed":
+        read = fields.read(Header, header, "method.config")
+        ranks = read_ranks(read.rank, read.uniform, layout, targets)
+        turned = [read.shard == "out"] * len(targets)
+        if read.shard == "mixed":
             turned = [bool(n) for n in layout["shards"].tolist()]
             if any(side and not rank for side, rank in zip(turned, ranks, strict=True)):
                 raise CanonicalError("tensor shards: a target without a block has no shards along outputs")
-        settings = {name: header[name] for name in ("bits", "mini_rank", "group_size")}
-        bat = header["variant"] == "bat"
-        config = complete(targets, ranks, turned, bat=bat, **settings)
-        for which, (target, rank) in enumerate(zip(targets, ranks, strict=True)):
+        group_size, bat = read.group_size, read.variant == "bat"
+        config = complete(
+            targets, ranks, turned, bits=read.bits, mini_rank=read.mini_rank, group_size=group_size, bat=bat
+        )
+        check_ranks(targets, ranks, (t.matrix_shape[not side] for t, side in zip(targets, config.turned, strict=True)))
+        for target, rank in zip(targets, ranks, strict=True):
             out, inner = target.matrix_shape
-            if rank > (out if config.turned[which] else inner):
-                raise LimitError(f"target {target.name!r} has rank {rank}, more than its shape {target.matrix_shape}")
             if rank and config.mini_rank and out % config.mini_rank:
                 raise LimitError(f"target {target.name!r}: {out} outputs are no multiple of {config.mini_rank}")
             if rank and bat and (out % rank or inner % rank):
                 raise LimitError(f"target {target.name!r}: its shape {target.matrix_shape} is no multiple of {rank}")
-        if config.shard != header["shard"]:
-            raise CanonicalError(f"method.config.shard is {header['shard']!r}; the blocks are {config.shard!r}")
-        if config.group_size != header["group_size"]:
+        if config.shard != read.shard:
+            raise CanonicalError(f"method.config.shard is {read.shard!r}; the blocks are {config.shard!r}")
+        if config.group_size != group_size:
             raise CanonicalError("method.config.group_size must be 0: no row that has scales is longer")
         return config
 
@@ -145,15 +128,15 @@ class Bone(Method):
     # --- using it ---
 
     def block(self, config: Config, targets: Sequence[Target], values: Mapping[str, Any], which: int) -> Any:
-        """D (r, columns) of target number `which` in float32: exact products of odd integers and scales."""
+        """Return D (r, columns) of target number `which` in float32: exact products of odd integers and scales."""
         rank, columns = config.ranks[which], config.columns(which, targets[which])
-        at, scale_at = starts_of(config, tuple(targets))[which]
-        numbers = values["blocks"][at : at + rank * columns].reshape(rank, columns)
+        start, scale_start = starts_of(config, tuple(targets))[which]
+        numbers = values["blocks"][start : start + rank * columns].reshape(rank, columns)
         if config.bits >= 16:
             return numbers
         groups = groups_of(columns, config.group_size)
-        scales = values["scales"][scale_at : scale_at + rank * groups].reshape(rank, groups)
-        return numbers * (scales if groups == 1 else scales[:, np.arange(columns) // config.group_size])
+        scales = values["scales"][scale_start : scale_start + rank * groups].reshape(rank, groups)
+        return numbers * spread_scales(scales, columns, config.group_size)
 
     def expand(
         self, config: Config, targets: Sequence[Target], values: Mapping[str, Any], which: int, xp: Any
@@ -172,13 +155,7 @@ class Bone(Method):
         return config.variant == "bat"
 
     def rows_on(
-        self,
-        config: Config,
-        targets: Sequence[Target],
-        which: int,
-        factors: tuple[Any, Any],
-        weight: Any,
-        first: int,
+        self, config: Config, targets: Sequence[Target], which: int, factors: tuple[Any, Any], weight: Any, first: int
     ) -> Any:
         if not config.ranks[which]:
             return weight * 0
@@ -197,22 +174,18 @@ class Bone(Method):
 
     def fit(self, lora: LoraAdapter, config: Config, context: FitContext) -> dict[str, Array]:
         targets = lora.shapes()
-        specs = self.specs(config, targets)
-        arrays = {s.name: np.zeros(s.shape, np.uint8 if s.kind == "code" else np.float32) for s in specs}
-        starts = starts_of(config, targets)
-        for which, pair in enumerate(lora.targets):
-            at, scale_at = starts[which]
+        arrays = payload.zeros(self.specs(config, targets))
+        for which, (pair, starts) in enumerate(zip(lora.targets, starts_of(config, targets), strict=False)):
             if config.ranks[which]:
                 metric = context.metric(pair)
                 if config.variant == "bat":
-                    numbers, scales = bat_fit.fit_block(pair, config, which, metric, needed(context.base))
+                    parts = bat_fit.fit_block(pair, config, which, metric, needed(context.base))
                 else:
-                    numbers, scales = fit_target(pair, config, which, metric)
-                arrays["blocks"][at : at + numbers.size] = numbers.reshape(-1)
-                if config.bits < 16:
-                    arrays["scales"][scale_at : scale_at + scales.size] = scales.reshape(-1)
+                    parts = fit_target(pair, config, which, metric)
+                for array, start, part in zip(arrays.values(), starts, parts, strict=False):
+                    payload.put(array, start, part)
             context.progress((which + 1) / len(lora.targets), pair.target.name)
-        return {name: packing.round_half(a) if a.dtype == np.float32 else a for name, a in arrays.items()}
+        return payload.rounded(arrays)
 
 
 METHOD = Bone()

@@ -14,13 +14,13 @@ from lrconvert.core.dtypes import Array
 
 
 def blocks_of(block: Any) -> Any:
-    """The D_i (out / r, r, r) of D (r, out)."""
+    """Return the D_i (out / r, r, r) of D (r, out)."""
     rank, out = block.shape
     return block.T.reshape(out // rank, rank, rank)
 
 
 def rows_on(block: Array, weight: Array, first: int) -> Array:
-    """Rows `first` and on of the update (n, m) on the same rows of the base `weight` (n, m); m a multiple of r.
+    """Return rows `first` and on of the update (n, m) on the same rows of the base `weight` (n, m); m a multiple of r.
 
     ``D[c, o] + W[o, j r] D[c, i r] + W[o, j r + 1] D[c, i r + 1] + ...`` at row o of block i and column j r + c, each
     product rounded and added from left to right, in the dtype of `weight`.
@@ -42,7 +42,7 @@ def rows_on(block: Array, weight: Array, first: int) -> Array:
 
 
 def products_on(block: Any, weight: Any, first: int) -> Any:
-    """The same by matrix products, on torch tensors with whole blocks of rows; gradients pass."""
+    """Return the same by matrix products, on torch tensors with whole blocks of rows; gradients pass."""
     rank = len(block)
     own = blocks_of(block)[first // rank : (first + len(weight)) // rank]
     mixed = weight.reshape(len(own), -1, rank) @ own  # rows of block i by input block, times D_i

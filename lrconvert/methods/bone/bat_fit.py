@@ -26,22 +26,22 @@ _RIDGE = 1e-10  # of the mean diagonal, for blocks that some base makes singular
 def fit_block(
     pair: LoraTarget, config: Config, which: int, metric: Moment | None, base: BaseWeights
 ) -> tuple[Array, F32]:
-    """(codes or numbers (r, out), scales (r, groups)) of the D with the least error."""
+    """Return (codes or numbers (r, out), scales (r, groups)) of the D with the least error."""
     rank, out = config.ranks[which], pair.target.out_features
     problem = _Problem(pair, rank, metric)
-    found, squares = np.empty((rank, out)), np.empty((out // rank, rank, rank))
+    block, squares = np.empty((rank, out)), np.empty((out // rank, rank, rank))
     for top, rows in base.blocks(pair.target, rank, BLOCK if metric is None else _WIDE):
         stop = top + len(rows)
         d, squares[top // rank : stop // rank], _ = problem.solve(top, rows)
-        found[:, top:stop] = d.reshape(-1, rank).T
+        block[:, top:stop] = d.reshape(-1, rank).T
     if config.bits >= 16:
-        return coded(found, config)[:2]
-    return _quantized(found, squares, problem.gram, config)
+        return coded(block, config)[:2]
+    return _quantized(block, squares, problem.gram, config)
 
 
 def worth(pair: LoraTarget, rank: int, metric: Moment | None, base: BaseWeights) -> tuple[float, float]:
-    """(the energy that a Bat of this rank keeps, what it loses of that per share of a row's energy that quantizing
-    loses), from a few of the output blocks."""
+    """Return (the energy that a Bat of this rank keeps, what it loses of that per share of a row's energy that
+    quantizing loses), from a few of the output blocks."""
     out, inner = pair.target.matrix_shape
     height = min(out, max(1, BLOCK // (inner * rank)) * rank)
     top = (out - height) // 2 // rank * rank
@@ -66,7 +66,7 @@ class _Problem:
         self._weighed = right if metric is None else metric.times(right)
 
     def solve(self, top: int, rows: Array) -> tuple[F64, F64, float]:
-        """(D_i, sum_j M_ij^T M_ij, both (blocks, r, r), the energy kept) for rows of the base from `top` on."""
+        """Return (D_i, sum_j M_ij^T M_ij, both (blocks, r, r), the energy kept) for rows of the base from `top` on."""
         system = _System(rows.astype(np.float64), self._rank, self._metric, self.gram)
         return system.solve(self._left[top : top + len(rows)] @ self._weighed)
 
@@ -82,8 +82,8 @@ def _quantized(block: F64, squares: F64, gram: F64, config: Config) -> tuple[Arr
     want = blocks_of(block).copy()  # (blocks, k, c)
     codes, scales = [], []
     for c in range(rank):
-        _, some, _ = coded(want[:, :, c].reshape(1, out), config, weights)
-        each = np.repeat(some[0], size)[:out].reshape(-1, rank)
+        _, steps, _ = coded(want[:, :, c].reshape(1, out), config, weights)
+        each = np.repeat(steps[0], size)[:out].reshape(-1, rank)
         row, now, lost = np.empty((len(want), rank), np.uint8), want[:, :, c].copy(), np.empty((len(want), rank))
         for k in range(rank):
             row[:, k] = packing.nearest_codes(now[:, k, None], each[:, k], config.bits)[:, 0]
@@ -93,22 +93,22 @@ def _quantized(block: F64, squares: F64, gram: F64, config: Config) -> tuple[Arr
         passed = (lost[:, None, :] @ along)[:, 0, :] / across[c, c]  # on to the same rows of later columns
         want[:, :, c + 1 :] -= passed[:, :, None] * across[c, c + 1 :]
         codes.append(row.reshape(out))
-        scales.append(some[0])
-    found, units = np.array(codes), packing.code_values(np.array(codes), config.bits)
+        scales.append(steps[0])
+    chosen, units = np.array(codes), packing.code_values(np.array(codes), config.bits)
     if config.group_size:
-        return found, np.array(scales)
-    return found, _best_scales(blocks_of(block), blocks_of(units.astype(np.float64)), squares, gram)
+        return chosen, np.array(scales)
+    return chosen, _best_scales(blocks_of(block), blocks_of(units.astype(np.float64)), squares, gram)
 
 
 def _best_scales(wanted: F64, units: F64, squares: F64, gram: F64) -> F32:
     """The scale of each column c (r, 1) for which ``sum_i tr(square_i e_i gram e_i^T)`` is least, e_i what `units`
     (blocks, k, c) times the scales lack of `wanted`."""
-    seen = squares @ units
-    system = np.einsum("ikc,ikd->cd", units, seen) * gram
-    goal = np.einsum("ikc,ikd->cd", seen, wanted) * gram
+    weighed = squares @ units
+    system = np.einsum("ikc,ikd->cd", units, weighed) * gram
+    goal = np.einsum("ikc,ikd->cd", weighed, wanted) * gram
     ridge = _RIDGE * np.trace(system) / len(gram) + 1e-300
-    found = np.linalg.solve(system + ridge * np.eye(len(gram)), goal.sum(axis=1))
-    return np.asarray(found[:, None], np.float32)
+    scales = np.linalg.solve(system + ridge * np.eye(len(gram)), goal.sum(axis=1))
+    return np.asarray(scales[:, None], np.float32)
 
 
 class _System:
@@ -119,25 +119,24 @@ class _System:
         parts = weight.reshape(self._blocks, rank, -1, rank)
         k = np.arange(rank)
         parts[:, k, :, k] += 1
-        self._seen = parts.reshape(self._blocks, -1, rank)  # (blocks, rows and input blocks, r)
-        square = self._turned(self._seen)
+        self._mixed = parts.reshape(self._blocks, -1, rank)  # (blocks, rows and input blocks, r)
+        square = self._transposed_times(self._mixed)
         ridge = _RIDGE * np.trace(square, axis1=1, axis2=2)[:, None, None] / rank + 1e-300
         self._square = square + ridge * np.eye(rank)
         self._metric, self._gram = metric, gram
 
-    def _turned(self, x: F64) -> F64:
-        found: F64 = self._seen.transpose(0, 2, 1) @ x
-        return found
+    def _transposed_times(self, x: F64) -> F64:
+        return np.asarray(self._mixed.transpose(0, 2, 1) @ x, np.float64)
 
     def solve(self, weighed: F64) -> tuple[F64, F64, float]:
-        """(the D_i (blocks, r, r), their sum_j M_ij^T M_ij, the energy that they keep) for rows of the update times the
-        metric (blocks * r, in)."""
-        goal = self._turned(weighed.reshape(self._seen.shape))
+        """Return (the D_i (blocks, r, r), their sum_j M_ij^T M_ij, the energy that they keep) for rows of the update
+        times the metric (blocks * r, in)."""
+        goal = self._transposed_times(weighed.reshape(self._mixed.shape))
         if self._metric is None:
-            found = np.asarray(np.linalg.solve(self._square, goal), np.float64)
+            solution = np.asarray(np.linalg.solve(self._square, goal), np.float64)
         else:
-            found = self._conjugate_gradients(goal, self._metric)
-        return found, self._square, float(np.vdot(goal, found))
+            solution = self._conjugate_gradients(goal, self._metric)
+        return solution, self._square, float(np.vdot(goal, solution))
 
     def _conjugate_gradients(self, goal: F64, metric: Moment) -> F64:
         """Every block with steps of its own. The preconditioner takes sum_jl M_ij^T M_il Sigma_lj for the product of
@@ -145,28 +144,26 @@ class _System:
         outer, inner = np.linalg.inv(self._square), np.linalg.inv(self._gram)
 
         def precondition(x: F64) -> F64:
-            found: F64 = outer @ x @ inner
-            return found
+            return np.asarray(outer @ x @ inner, np.float64)
 
         def dots(x: F64, y: F64) -> F64:
-            found: F64 = (x * y).sum(axis=(1, 2))[:, None, None]
-            return found
+            return np.asarray((x * y).sum(axis=(1, 2))[:, None, None], np.float64)
 
         def ratio(over: F64, under: F64) -> F64:
             return np.divide(over, under, out=np.zeros_like(over), where=under > 0)
 
-        found, left = np.zeros_like(goal), goal.copy()
+        solution, left = np.zeros_like(goal), goal.copy()
         step = near = precondition(left)
         size = first = dots(left, near)
         for _ in range(_ROUNDS):
             if (size <= _TOLERANCE**2 * first).all():
                 break
-            update = (self._seen @ step).reshape(self._blocks * self._rank, -1)
-            image = self._turned(metric.times(update).reshape(self._seen.shape))
+            update = (self._mixed @ step).reshape(self._blocks * self._rank, -1)
+            image = self._transposed_times(metric.times(update).reshape(self._mixed.shape))
             length = ratio(size, dots(step, image))
-            found += length * step
+            solution += length * step
             left -= length * image
             near = precondition(left)
             size, before = dots(left, near), size
             step = near + ratio(size, before) * step
-        return found
+        return solution

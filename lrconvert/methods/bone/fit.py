@@ -8,27 +8,28 @@ from lrconvert.core.dtypes import F32, F64, Array
 from lrconvert.lora import packing
 from lrconvert.lora.adapter import LoraTarget
 from lrconvert.lora.input_statistics import Moment
-from lrconvert.methods.bone.form import Config, groups_of
+from lrconvert.methods.bone.form import Config
+from lrconvert.methods.shared.widths import groups_of
 
 _SWEEPS = 2  # times that every row is quantized again for the others
 
 
 def tiling(rank: int, width: int) -> Array:
-    """T (rank, width) of booleans: which numbers of a side each row of a block stands for."""
-    found: Array = np.arange(width) % max(rank, 1) == np.arange(rank)[:, None]
-    return found
+    """Return T (rank, width) of booleans: which numbers of a side each row of a block stands for."""
+    return np.asarray(np.arange(width) % max(rank, 1) == np.arange(rank)[:, None])
 
 
 # --- sums over residue classes --------------------------------------------------------------------------------------
 
 
 def fold(x: F64, rank: int) -> F64:
-    """(k, n) to (k, rank): columns added up by their number modulo `rank`."""
+    """Return (k, rank) for x (k, n): columns added up by their number modulo `rank`."""
     padded = np.pad(x, ((0, 0), (0, -x.shape[1] % rank)))
     return np.asarray(padded.reshape(len(x), padded.shape[1] // rank, rank).sum(axis=1))
 
 
 def counts(rank: int, width: int) -> F64:
+    """Return how many of `width` numbers each residue class modulo `rank` has, (rank,)."""
     return np.bincount(np.arange(width) % rank, minlength=rank).astype(np.float64)
 
 
@@ -38,11 +39,11 @@ class Classes:
 
     def __init__(self, right: F64, metric: Moment | None) -> None:
         self._metric, self._width = metric, right.shape[1]
-        self._seen = right if metric is None else metric.times(right)
-        self._known: dict[int, tuple[F64, ...]] = {}
+        self._weighed = right if metric is None else metric.times(right)
+        self._sums: dict[int, tuple[F64, ...]] = {}
 
     def at(self, rank: int) -> tuple[F64, F64]:
-        """(``right M T^T``, ``T M T^T``); without a moment the second is its diagonal alone (r,)."""
+        """Return (``right M T^T``, ``T M T^T``); without a moment the second is its diagonal alone (r,)."""
         parts = self._parts(rank)
         if self._metric is None:
             return parts[0], counts(rank, self._width)
@@ -51,47 +52,47 @@ class Classes:
         return parts[0], parts[2].T @ parts[2] + np.diag(parts[1][0])
 
     def _parts(self, rank: int) -> tuple[F64, ...]:
-        above = min((r for r in self._known if r % rank == 0), default=0)
-        parts = self._known[above] if above else self._whole()
+        above = min((r for r in self._sums if r % rank == 0), default=0)
+        parts = self._sums[above] if above else self._whole()
         square = self._metric is not None and self._metric.matrix is not None
         folded = (fold(parts[0], rank), *(fold(part, rank) for part in parts[1:]))
         if square:
             folded = folded[0], fold(folded[1].T, rank)
-        self._known[rank] = folded
+        self._sums[rank] = folded
         return folded
 
     def _whole(self) -> tuple[F64, ...]:
         metric = self._metric
         if metric is None:
-            return (self._seen,)
+            return (self._weighed,)
         if metric.matrix is not None:
-            return self._seen, metric.matrix.astype(np.float64)
+            return self._weighed, metric.matrix.astype(np.float64)
         rows = np.zeros((0, self._width)) if metric.rows is None else metric.rows.astype(np.float64)
-        return self._seen, metric.rest[None], rows
+        return self._weighed, metric.rest[None], rows
 
 
 def factors(pair: LoraTarget) -> tuple[F64, F64]:
-    """(left (out, k), right (k, in)): the update is their product."""
+    """Return (left (out, k), right (k, in)), whose product is the update."""
     return pair.scale * pair.B.astype(np.float64), pair.A.astype(np.float64)
 
 
 def upper_root(gram: F64) -> F64:
-    """U upper triangular with ``U U^T = gram``, positive definite: U[k, k]^2 is what of an error in row k is left when
-    the rows after it make up for it. Of each of (..., r, r)."""
+    """Return U upper triangular with ``U U^T = gram``, positive definite: U[k, k]^2 is what of an error in row k is
+    left when the rows after it make up for it. Of each of (..., r, r)."""
     return np.asarray(np.linalg.cholesky(gram[..., ::-1, ::-1])[..., ::-1, ::-1], np.float64)
 
 
 def per_class(classes: tuple[F64, F64]) -> F64:
-    """``right M T^T (T M T^T)^-1`` (k, r): the second factor of the best D^T."""
-    seen, gram = classes
-    return seen / gram if gram.ndim == 1 else np.asarray(np.linalg.solve(gram, seen.T).T, np.float64)
+    """Return ``right M T^T (T M T^T)^-1`` (k, r), the second factor of the best D^T."""
+    products, gram = classes
+    return products / gram if gram.ndim == 1 else np.asarray(np.linalg.solve(gram, products.T).T, np.float64)
 
 
 # --- fitting --------------------------------------------------------------------------------------------------------
 
 
 def fit_target(pair: LoraTarget, config: Config, which: int, metric: Moment | None) -> tuple[Array, F32]:
-    """(codes or numbers (r, columns), scales (r, groups)) of one target."""
+    """Return (codes or numbers (r, columns), scales (r, groups)) of one target."""
     left, right = factors(pair)
     rank = config.ranks[which]
     if config.turned[which]:
@@ -107,8 +108,8 @@ def fit_target(pair: LoraTarget, config: Config, which: int, metric: Moment | No
 
 
 def coded(rows: F64, config: Config, weights: Array | None = None) -> tuple[Array, F32, F64]:
-    """(codes or numbers (n, d), scales (n, groups), the numbers they stand for); `weights` (d,) say how much each
-    column counts."""
+    """Return (codes or numbers (n, d), scales (n, groups), the numbers they stand for); `weights` (d,) say how much
+    each column counts."""
     n, d = rows.shape
     if config.bits >= 16:
         numbers = rows.astype(np.float32)
@@ -157,6 +158,6 @@ def _quantized_along(block: F64, config: Config, metric: Moment | None) -> tuple
     if metric is None or config.bits >= 16 or config.group_size:
         return codes, scales
     units = packing.code_values(codes, config.bits).astype(np.float64)
-    seen = metric.times(units)
-    square = np.maximum(np.sum(seen * units, axis=1), 1e-300)
-    return codes, np.maximum(np.sum(seen * block, axis=1) / square, 0).astype(np.float32)[:, None]
+    weighed = metric.times(units)
+    square = np.maximum(np.sum(weighed * units, axis=1), 1e-300)
+    return codes, np.maximum(np.sum(weighed * block, axis=1) / square, 0).astype(np.float32)[:, None]

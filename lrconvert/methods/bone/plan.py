@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from lrconvert.core.errors import BudgetError, OptionError
+from lrconvert.core.errors import OptionError
 from lrconvert.core.limits import MAX_RANK
 from lrconvert.lora.adapter import LoraAdapter, LoraTarget, Target
 from lrconvert.lora.base_weights import BaseWeights
@@ -17,17 +17,17 @@ from lrconvert.lora.input_statistics import Moment
 from lrconvert.methods.base import Budget, FitContext
 from lrconvert.methods.bone import bat_fit
 from lrconvert.methods.bone.fit import Classes, counts, factors, fold, per_class, upper_root
-from lrconvert.methods.bone.form import WIDTHS, Config, complete, groups_of
+from lrconvert.methods.bone.form import Config, complete
+from lrconvert.methods.shared.options import bits_option, check_range, within
+from lrconvert.methods.shared.widths import ENERGY_LOST, WIDTHS, concave_hull, groups_of
 
 DEFAULT_RANK = 64  # PEFT's
 _MOST = 1024  # the largest rank that a search tries: each costs its cube; --rank may be larger
-# Share of the energy of a Gaussian row that is lost at each width (uniform quantizer, best scale); see `lowrank`.
-_LOST = {16: 0.0, 8: 1.2e-4, 4: 0.0115, 3: 0.0374, 2: 0.119, 1: 0.363}
 
 
 @dataclass(frozen=True)
 class BoneOptions:
-    """What a user may ask for."""
+    """The options of `lora-to-bone` and `lora-to-bat`."""
 
     variant: str = field(
         default="bone",
@@ -56,13 +56,7 @@ class BoneOptions:
             "choices": ("in", "out", "auto"),
         },
     )
-    bits: str = field(
-        default="auto",
-        metadata={
-            "help": "Bits per number: 16, 8, 4, 3, 2, 1, or auto (16 without a size; the best under one).",
-            "choices": ("auto", "16", "8", "4", "3", "2", "1"),
-        },
-    )
+    bits: str = bits_option(auto="the best")
     group_size: int = field(default=0, metadata={"help": "Numbers that share a scale; 0: one scale per row."})
     peft_compatible: bool = field(
         default=False, metadata={"help": "Only what PEFT's MiSS can express: shards along inputs, one rank for all."}
@@ -84,7 +78,7 @@ class _Point:
     noise: float
 
     def value(self, bits: int) -> float:
-        return self.kept - _LOST[bits] * self.noise
+        return self.kept - ENERGY_LOST[bits] * self.noise
 
     def cost(self, bits: int, group_size: int) -> int:
         scales = 16 * groups_of(self.columns, group_size) if bits < 16 else 0
@@ -103,10 +97,10 @@ def _points_in(
         folded = fold(left.T, width)
         squares[width] = folded @ folded.T * (width / len(left))
     for rank in sorted(ranks, reverse=True):
-        seen, gram = classes.at(rank)
-        fitted = per_class((seen, gram))
+        products, gram = classes.at(rank)
+        fitted = per_class((products, gram))
         alone = gram if metric is None else upper_root(gram).diagonal() ** 2
-        kept, noise = fitted @ seen.T, (fitted * alone) @ fitted.T
+        kept, noise = fitted @ products.T, (fitted * alone) @ fitted.T
         for width, square in squares.items():
             yield _Point(rank, False, width, float(np.sum(square * kept)), float(np.sum(square * noise)))
 
@@ -114,21 +108,20 @@ def _points_in(
 def _points_out(pair: LoraTarget, metric: Moment | None, ranks: Sequence[int]) -> Iterator[_Point]:
     """Blocks along outputs."""
     left, right = factors(pair)
-    seen = (right if metric is None else metric.times(right)) @ right.T
+    energies = (right if metric is None else metric.times(right)) @ right.T
     mean = 1.0 if metric is None else float(metric.squares.mean(dtype=np.float64))
     for rank in ranks:
         folded = fold(left.T, rank)
         square = folded / counts(rank, len(left)) @ folded.T
-        yield _Point(
-            rank, True, right.shape[1], float(np.sum(square * seen)), mean * float(np.sum(square * (right @ right.T)))
-        )
+        kept, noise = float(np.sum(square * energies)), mean * float(np.sum(square * (right @ right.T)))
+        yield _Point(rank, True, right.shape[1], kept, noise)
 
 
 def _grid(most: int, fine: int = _MOST) -> list[int]:
     """Ranks up to `most`: 1 to 7, then 4, 5, 6 and 7 times powers of two, so that sums serve several of them; above
     `fine` powers of two alone, since a rank costs its cube."""
-    found = {base << n for base in (1, 2, 3, 4, 5, 6, 7) for n in range(most.bit_length())}
-    return sorted(r for r in found if r <= most and (r <= fine or r & (r - 1) == 0))
+    ranks = {base << n for base in (1, 2, 3, 4, 5, 6, 7) for n in range(most.bit_length())}
+    return sorted(r for r in ranks if r <= most and (r <= fine or r & (r - 1) == 0))
 
 
 def _divisors(number: int, most: int) -> list[int]:
@@ -137,23 +130,13 @@ def _divisors(number: int, most: int) -> list[int]:
 
 def _hull(points: Sequence[_Point], bits: int, group_size: int) -> list[tuple[int, float, _Point | None]]:
     """[(bits, value, block)] along the concave hull, from no block at all."""
-    rising = sorted(((p.cost(bits, group_size), p.value(bits), p) for p in points), key=lambda item: item[:2])
-    hull: list[tuple[int, float, _Point | None]] = [(0, 0.0, None)]
-    for item in rising:
-        if item[1] <= hull[-1][1]:
-            continue
-        if item[0] == hull[-1][0]:
-            hull.pop()
-        while len(hull) > 1 and (item[1] - hull[-1][1]) * (hull[-1][0] - hull[-2][0]) >= (hull[-1][1] - hull[-2][1]) * (
-            item[0] - hull[-1][0]
-        ):
-            hull.pop()
-        hull.append(item)
-    return hull
+    rising = sorted(((p.cost(bits, group_size), p.value(bits), p) for p in points), key=lambda point: point[:2])
+    first: tuple[int, float, _Point | None] = (0, 0.0, None)
+    return concave_hull([first, *rising])
 
 
 def needed(base: BaseWeights | None) -> BaseWeights:
-    """The base's weights. Raises E-OPTION without them."""
+    """Return the base's weights. Raise E-OPTION without them."""
     if base is None:
         raise OptionError("the updates of Bat depend on the weights of the base", fix="give it with --base")
     return base
@@ -177,56 +160,53 @@ class Plan:
         self.sides = (False,) if self.mini or self.bat or options.peft_compatible else sides
 
     def _check(self) -> None:
-        """Raises E-OPTION."""
+        """Raise E-OPTION on options that are out of range or contradict each other."""
         options = self.options
-        if options.rank is not None and not 1 <= options.rank <= MAX_RANK:
-            raise OptionError(f"--rank is {options.rank}; 1 to {MAX_RANK} are allowed")
-        if options.group_size < 0:
-            raise OptionError(f"--group-size is {options.group_size}; it must not be negative")
+        check_range(options, "rank", 1, MAX_RANK)
+        check_range(options, "group_size", 0)
         if options.mini_rank is not None and not self.mini:
             raise OptionError("--mini-rank is of --variant mini")
         if options.shard == "out" and (self.mini or self.bat or options.peft_compatible):
             raise OptionError("shards along outputs contradict --variant mini, --variant bat and --peft-compatible")
-        if self.bat:
-            needed(self.context.base)
-        if self.bat and any(extra.use == "magnitude" for extra in self.lora.extras):
+        if not self.bat:
+            return
+        needed(self.context.base)
+        if any(extra.use == "magnitude" for extra in self.lora.extras):
             raise OptionError("Bat cannot carry DoRA's magnitudes along", fix="bake them with --bake-dora")
-        if self.bat and options.rank is not None:
+        if options.rank is not None:
             for target in self.targets:
                 if math.gcd(*target.matrix_shape) % options.rank:
                     what = f"--rank is {options.rank}, which does not divide {target.name!r} {target.matrix_shape}"
                     raise OptionError(what, fix="Bat cuts both sides into blocks; leave it out, or take another")
 
     def _mini_ranks(self) -> list[int]:
-        """The numbers of columns to try; [0] unless the variant is mini. Raises E-OPTION."""
+        """Return the numbers of columns to try; [0] unless the variant is mini. Raise E-OPTION."""
         if not self.mini:
             return [0]
         common = math.gcd(*(target.out_features for target in self.targets))
-        wanted = self.options.mini_rank
-        if wanted is None:
-            found = [n for n in range(1, common + 1) if common % n == 0]
-            return found if self.budget is not None else found[-1:]
-        if wanted < 1 or common % wanted:
+        mini_rank = self.options.mini_rank
+        if mini_rank is None:
+            return [common] if self.budget is None else _divisors(common, common)
+        if mini_rank < 1 or common % mini_rank:
             raise OptionError(
-                f"--mini-rank is {wanted}; {common} or a divisor of it divides the outputs of all targets"
+                f"--mini-rank is {mini_rank}; {common} or a divisor of it divides the outputs of all targets"
             )
-        return [wanted]
+        return [mini_rank]
 
     def best(self) -> Config:
-        """Raises E-BUDGET."""
+        """Return the config that keeps most of those that fit. Raise E-BUDGET."""
         options, budget = self.options, self.budget
         if budget is None or options.rank is not None or options.peft_compatible:
-            found = list(self._uniform())
+            candidates = list(self._uniform())
         else:
             points = [self._points(pair, self._ranks(pair)) for pair in self.lora.targets]
-            found = [c for bits in self.widths for m in self.mini_ranks for c in self._spread(points, bits, m)]
-            found += [(0.0, config) for config in self._smallest(points)]
-        for _, config in sorted(found, key=lambda item: -item[0]):
+            candidates = [c for bits in self.widths for m in self.mini_ranks for c in self._spread(points, bits, m)]
+            candidates += [(0.0, config) for config in self._smallest(points)]
+        for _, config in sorted(candidates, key=lambda candidate: -candidate[0]):
             if budget is None or budget.fits(config):
                 return config
         assert budget is not None
-        smallest = min(budget.size(config) for _, config in found)
-        raise BudgetError(f"{budget.limit} bytes cannot be reached; the smallest possible file has {smallest} bytes")
+        return within(budget, min((config for _, config in candidates), key=budget.size))
 
     # --- what is possible ---
 
@@ -236,14 +216,14 @@ class Plan:
         out, inner = pair.target.matrix_shape
         most = min(8 * self.budget.limit, 16 * pair.rank * (out + inner))
         affordable = 8 * self.budget.limit / (min(self.widths) * sum(t.out_features for t in self.targets))
-        found = {}
+        ranks = {}
         for side in self.sides:
             tiled, other = (out, inner) if side else (inner, out)
             columns = min(self.mini_ranks) or other
             cap = max(1, min(tiled, _MOST, most // (columns * min(self.widths))))
             fine = max(32, int(4 * affordable))
-            found[side] = _divisors(math.gcd(out, inner), min(cap, fine)) if self.bat else _grid(cap, fine)
-        return found
+            ranks[side] = _divisors(math.gcd(out, inner), min(cap, fine)) if self.bat else _grid(cap, fine)
+        return ranks
 
     def _points(self, pair: LoraTarget, ranks: Mapping[bool, Sequence[int]]) -> list[_Point]:
         metric = self.context.metric(pair)
@@ -251,13 +231,12 @@ class Plan:
             base, out = needed(self.context.base), pair.target.out_features
             return [_Point(rank, False, out, *bat_fit.worth(pair, rank, metric, base)) for rank in ranks[False]]
         columns = self.mini_ranks if self.mini else [pair.target.out_features]
-        found = list(_points_in(pair, metric, ranks[False], columns)) if False in ranks else []
-        return found + (list(_points_out(pair, metric, ranks[True])) if True in ranks else [])
+        along_inputs = _points_in(pair, metric, ranks.get(False, ()), columns)
+        return [*along_inputs, *_points_out(pair, metric, ranks.get(True, ()))]
 
     def _config(self, choice: Choice, bits: int, mini_rank: int) -> Config:
         ranks = [point.rank if point else 0 for point in choice]
-        turned = [point is not None and point.turned for point in choice]
-        return self._complete(ranks, turned, bits, mini_rank)
+        return self._complete(ranks, [point is not None and point.turned for point in choice], bits, mini_rank)
 
     def _complete(self, ranks: Sequence[int], turned: Sequence[bool], bits: int, mini_rank: int) -> Config:
         group = self.options.group_size
@@ -265,46 +244,49 @@ class Plan:
 
     # --- one rank for all ---
 
-    def _uniform(self) -> Iterator[tuple[float, Config]]:
-        """(value, config) of every width, number of columns and rank to try that may fit, the smallest rank always."""
-        options = self.options
+    def _uniform_ranks(self) -> list[int]:
+        """The ranks to try for all targets at once."""
         common = math.gcd(*(n for t in self.targets for n in t.matrix_shape))
         widest = min(t.out_features if self.sides == (True,) else t.in_features for t in self.targets)
-        if options.rank is not None or self.budget is None:
-            asked = options.rank or (_divisors(common, DEFAULT_RANK)[-1] if self.bat else DEFAULT_RANK)
-            tried = [min(asked, widest) if options.peft_compatible else asked]
-        else:
-            most = max(1, min(widest, _MOST, 8 * self.budget.limit // (min(self.widths) * len(self.targets))))
-            tried = _divisors(common, most) if self.bat else _grid(most)
+        if self.options.rank is not None or self.budget is None:
+            rank = self.options.rank or (_divisors(common, DEFAULT_RANK)[-1] if self.bat else DEFAULT_RANK)
+            return [min(rank, widest) if self.options.peft_compatible else rank]
+        most = max(1, min(widest, _MOST, 8 * self.budget.limit // (min(self.widths) * len(self.targets))))
+        return _divisors(common, most) if self.bat else _grid(most)
+
+    def _uniform(self) -> Iterator[tuple[float, Config]]:
+        """(value, config) of every width, number of columns and rank to try that may fit, the smallest rank always."""
+        ranks = self._uniform_ranks()
         if self.budget is None and len(self.sides) == 1:  # nothing to choose
-            same = [min(tried[0], t.out_features if self.sides[0] else t.in_features) for t in self.targets]
+            same = [min(ranks[0], t.out_features if self.sides[0] else t.in_features) for t in self.targets]
             yield 0.0, self._complete(same, [self.sides[0]] * len(same), self.widths[0], self.mini_ranks[0])
             return
         points: list[dict[tuple[int, bool, int], _Point]] = []
         for pair in self.lora.targets:
             sizes = {True: pair.target.out_features, False: pair.target.in_features}
-            ranks = {side: sorted({min(r, sizes[side]) for r in tried}) for side in self.sides}
-            points.append({(p.rank, p.turned, p.columns): p for p in self._points(pair, ranks)})
+            possible = {side: sorted({min(r, sizes[side]) for r in ranks}) for side in self.sides}
+            points.append({(p.rank, p.turned, p.columns): p for p in self._points(pair, possible)})
         for bits in self.widths:
             for mini_rank in self.mini_ranks:
-                for rank in tried:
+                for rank in ranks:
                     choice = [
-                        self._at(some, t, rank, bits, mini_rank) for t, some in zip(self.targets, points, strict=True)
+                        self._point_of(own, t, rank, bits, mini_rank)
+                        for t, own in zip(self.targets, points, strict=True)
                     ]
-                    payload = sum(point.cost(bits, options.group_size) for point in choice)
-                    if self.budget is not None and payload > 8 * self.budget.limit and rank != tried[0]:
+                    payload = sum(point.cost(bits, self.options.group_size) for point in choice)
+                    if self.budget is not None and payload > 8 * self.budget.limit and rank != ranks[0]:
                         break
                     config = self._config(list(choice), bits, mini_rank)
                     yield sum(point.value(bits) for point in choice), config
 
-    def _at(
+    def _point_of(
         self, points: Mapping[tuple[int, bool, int], _Point], target: Target, rank: int, bits: int, mini_rank: int
     ) -> _Point:
         """The block of a rank, along the side where a bit buys more."""
         out, inner = target.matrix_shape
-        both = {True: (min(rank, out), True, inner), False: (min(rank, inner), False, mini_rank or out)}
-        found = [points[both[side]] for side in self.sides]
-        return max(found, key=lambda p: p.value(bits) / p.cost(bits, self.options.group_size))
+        keys = {True: (min(rank, out), True, inner), False: (min(rank, inner), False, mini_rank or out)}
+        blocks = [points[keys[side]] for side in self.sides]
+        return max(blocks, key=lambda p: p.value(bits) / p.cost(bits, self.options.group_size))
 
     # --- ranks by what a bit buys ---
 
@@ -315,8 +297,8 @@ class Plan:
         shrinks by what the file is too large, until it fits.
         """
         assert self.budget is not None
-        fitting = [[p for p in some if not mini_rank or p.columns == mini_rank] for some in points]
-        hulls = [_hull(some, bits, self.options.group_size) for some in fitting]
+        fitting = [[p for p in own if not mini_rank or p.columns == mini_rank] for own in points]
+        hulls = [_hull(own, bits, self.options.group_size) for own in fitting]
         steps = sorted(
             (-(two[1] - one[1]) / (two[0] - one[0]), t, n)
             for t, hull in enumerate(hulls)
@@ -341,7 +323,7 @@ class Plan:
 
     def _smallest(self, points: Sequence[Sequence[_Point]]) -> Iterator[Config]:
         """A block of one row in one target: at each width, where it is cheapest; of equal ones, where it keeps most."""
-        flat = [(t, point) for t, some in enumerate(points) for point in some]
+        flat = [(t, point) for t, own in enumerate(points) for point in own]
         group = self.options.group_size
         for bits in self.widths:
             costs = [(point.cost(bits, group), -point.kept, n) for n, (_, point) in enumerate(flat)]

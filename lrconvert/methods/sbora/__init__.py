@@ -33,22 +33,18 @@ from typing import Any
 import numpy as np
 
 from lrconvert.core.dtypes import Array
-from lrconvert.core.errors import (
-    CanonicalError,
-    IndexRangeError,
-    JsonSyntaxError,
-    LimitError,
-    MissingFieldError,
-    UnknownFieldError,
-)
-from lrconvert.core.limits import MAX_RANK
+from lrconvert.core.errors import CanonicalError, IndexRangeError
+from lrconvert.io import fields
 from lrconvert.lora import packing
 from lrconvert.lora.adapter import LoraAdapter, Target
 from lrconvert.lora.packing import TensorSpec
 from lrconvert.methods.base import Budget, Command, FitContext, Method, Tensors
 from lrconvert.methods.sbora.fit import fit_columns, fit_rows, store
-from lrconvert.methods.sbora.form import VARIANTS, WIDTHS, Config, most_places, settled, sizes, starts
+from lrconvert.methods.sbora.form import Config, Header, most_places, settled, sizes, starts
 from lrconvert.methods.sbora.plan import SBoRAOptions, make_plan
+from lrconvert.methods.shared import mixed_widths, payload
+from lrconvert.methods.shared.mixed_widths import numbers_name
+from lrconvert.methods.shared.ranks import check_ranks
 
 
 class SBoRA(Method):
@@ -59,6 +55,8 @@ class SBoRA(Method):
     title = "SBoRA, columns or rows of the update"
     commands = (Command("lora-to-sbora", "Keep a few input columns (FA) or output rows (FB) of every update."),)
     Options = SBoRAOptions
+    searches = ({},)
+    uses = ("statistics",)
     examples = (
         {"variant": "fa", "rank": 5},
         {"variant": "fb", "rank": 3, "bits": "8"},
@@ -72,59 +70,34 @@ class SBoRA(Method):
     # --- what the file holds ---
 
     def header(self, config: Config) -> dict[str, Any]:
-        most = max((n for row in config.counts for n in row), default=0)
-        return {"levels": list(config.levels), "max_count": most, "variant": config.variant}
+        return dict(fields.as_json(Header(config.levels, config.max_count, config.variant)))
 
     def layout_specs(self, header: Mapping[str, Any], targets: Sequence[Target]) -> tuple[TensorSpec, ...]:
-        known = {"levels", "max_count", "variant"}
-        if set(header) != known:
-            wrong = sorted(set(header) ^ known)[0]
-            raise (UnknownFieldError if wrong in header else MissingFieldError)(f"method.config: field {wrong!r}")
-        levels, most = header["levels"], header["max_count"]
-        integers = isinstance(levels, list) and all(type(q) is int for q in levels)
-        if not integers or not levels or levels != [q for q in WIDTHS if q in levels]:
-            raise JsonSyntaxError(
-                f"method.config.levels is {levels!r:.60}; widths of {WIDTHS}, widest first, are allowed"
-            )
-        if type(most) is not int or not 1 <= most <= MAX_RANK:
-            raise LimitError(f"method.config.max_count is {most!r:.40}; 1 to {MAX_RANK} are allowed")
-        if not isinstance(header["variant"], str) or header["variant"] not in VARIANTS:
-            raise JsonSyntaxError(
-                f"method.config.variant is {header['variant']!r:.40}; {', '.join(VARIANTS)} are known"
-            )
-        counts = packing.index("counts", (len(targets), len(levels)), most + 1)
-        return (counts, packing.index("variants", (len(targets),), 2)) if header["variant"] == "mixed" else (counts,)
+        read = fields.read(Header, header, "method.config")
+        counts = mixed_widths.counts_spec(targets, read.levels, read.max_count)
+        return (counts, packing.index("variants", (len(targets),), 2)) if read.variant == "mixed" else (counts,)
 
     def layout(self, config: Config) -> dict[str, Array]:
-        found = {"counts": np.array(config.counts, np.uint32)}
-        if config.variant == "mixed":
-            found["variants"] = np.array(config.by_rows, np.uint32)
-        return found
+        counts = {"counts": np.array(config.counts, np.uint32)}
+        return counts | ({"variants": np.array(config.by_rows, np.uint32)} if config.variant == "mixed" else {})
 
     def config(self, header: Mapping[str, Any], layout: Tensors, targets: Sequence[Target]) -> Config:
-        counts = layout["counts"]
-        if int(counts.max()) != header["max_count"] or not counts.any(axis=0).all():
-            raise LimitError("method.config names a width that no line has, or max_count is not the largest count")
-        rows = tuple(tuple(int(n) for n in row) for row in counts)
-        by_rows = tuple(bool(v) for v in layout.get("variants", [header["variant"] == "fb"] * len(targets)))
-        config = Config(tuple(header["levels"]), rows, by_rows)
-        for target, rank, turned in zip(targets, config.ranks, by_rows, strict=True):
-            if rank > sizes(target, turned)[0]:
-                raise LimitError(f"target {target.name!r} has {rank} lines, more than its shape {target.matrix_shape}")
-        if header["variant"] != config.variant:
+        read = fields.read(Header, header, "method.config")
+        counts = mixed_widths.read_counts(layout["counts"], read.max_count)
+        by_rows = tuple(bool(v) for v in layout.get("variants", [read.variant == "fb"] * len(targets)))
+        config = Config(read.levels, counts, by_rows)
+        places = (sizes(target, rows)[0] for target, rows in zip(targets, by_rows, strict=True))
+        check_ranks(targets, config.ranks, places)
+        if read.variant != config.variant:
             raise CanonicalError("method.config.variant is mixed, but all lines are of one variant")
-        if config != settled(config.levels, rows, by_rows):
+        if config != settled(read.levels, counts, by_rows):
             raise CanonicalError("a target without lines has variant fb in a file that is mixed")
         return config
 
     def specs(self, config: Config, targets: Sequence[Target]) -> tuple[TensorSpec, ...]:
         totals = starts(config, tuple(targets))[-1]
-        found = [packing.index("indices", (totals.line,), most_places(config, targets))]
-        found += [
-            packing.half("half", (n,)) if q == 16 else packing.code(f"codes.{q}", (n,), q)
-            for q, n in totals.numbers.items()
-        ]
-        return (*found, *([packing.half("scales", (totals.scale,))] if totals.scale else []))
+        indices = packing.index("indices", (totals.line,), most_places(config, targets))
+        return (indices, *mixed_widths.numbers_specs(totals.numbers, totals.scale))
 
     def ranks(self, config: Config, targets: Sequence[Target]) -> Sequence[int]:
         return config.ranks
@@ -132,17 +105,15 @@ class SBoRA(Method):
     def check(self, config: Config, targets: Sequence[Target], tensors: Tensors) -> None:
         begins = starts(config, tuple(targets))
         for which, (target, row) in enumerate(zip(targets, config.counts, strict=True)):
-            at = begins[which].line
-            indices = tensors["indices"][at : at + sum(row)].astype(np.int64)
+            first = begins[which].line
+            indices = tensors["indices"][first : first + sum(row)].astype(np.int64)
             places = sizes(target, config.by_rows[which])[0]
             if indices.size and int(indices.max()) >= places:
                 raise IndexRangeError(f"indices name place {int(indices.max())} of {places} in target {target.name!r}")
             if len(set(indices.tolist())) < len(indices):
                 raise IndexRangeError(f"indices name a place of target {target.name!r} twice")
-            ends = np.cumsum(row)
-            for start, stop in zip([0, *ends], ends, strict=False):
-                if np.any(np.diff(indices[start:stop]) < 0):
-                    raise CanonicalError(f"indices of target {target.name!r} do not rise within a width")
+            if any(np.any(np.diff(part) < 0) for part in np.split(indices, np.cumsum(row))):
+                raise CanonicalError(f"indices of target {target.name!r} do not rise within a width")
 
     # --- using it ---
 
@@ -155,15 +126,15 @@ class SBoRA(Method):
             return xp.zeros((0, inner), dtype=xp.float32), xp.zeros((out, 0), dtype=xp.float32)
         places, length = sizes(target, config.by_rows[which])
         start = starts(config, tuple(targets))[which]
-        blocks, scale_at = [], start.scale
+        blocks, scale = [], start.scale
         for q, n in zip(config.levels, config.counts[which], strict=True):
             if n == 0:
                 continue
-            at = start.numbers[q]
-            block = values["half" if q == 16 else f"codes.{q}"][at : at + n * length].reshape(n, length)
+            first = start.numbers[q]
+            block = values[numbers_name(q)][first : first + n * length].reshape(n, length)
             if q != 16:
-                block = block * values["scales"][scale_at : scale_at + n, None]
-                scale_at += n
+                block = block * values["scales"][scale : scale + n, None]
+                scale += n
             blocks.append(block)
         lines = xp.concatenate(blocks)
         units = xp.zeros_like(xp.broadcast_to(lines[:1, :1], (rank, places)))  # on the device of the values
@@ -177,15 +148,14 @@ class SBoRA(Method):
 
     def fit(self, lora: LoraAdapter, config: Config, context: FitContext) -> dict[str, Array]:
         targets = lora.shapes()
-        dtypes = {"code": np.uint8, "index": np.uint32, "half": np.float32}
-        arrays = {spec.name: np.zeros(spec.shape, dtypes[spec.kind]) for spec in self.specs(config, targets)}
+        arrays = payload.zeros(self.specs(config, targets))
         for which, (pair, start) in enumerate(zip(lora.targets, starts(config, targets), strict=False)):
             widths = config.widths(which)
             if widths:
                 fit = fit_rows if config.by_rows[which] else fit_columns
                 store(arrays, fit(pair, widths, context.metric(pair)), start)
             context.progress((which + 1) / len(lora.targets), pair.target.name)
-        return {name: packing.round_half(a) if a.dtype == np.float32 else a for name, a in arrays.items()}
+        return payload.rounded(arrays)
 
 
 METHOD = SBoRA()

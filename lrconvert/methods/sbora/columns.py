@@ -15,32 +15,31 @@ _BLOCK = 64  # chosen columns whose exchanges are weighed at once
 
 
 def row_energies(factors: Factors) -> F64:
-    """What each output row holds of the energy (out,), in the metric of the factors."""
-    found: F64 = np.sum((factors.U * factors.s) ** 2, axis=1)
-    return found
+    """Return the energy of each output row (out,), in the metric of the factors."""
+    return np.asarray(np.sum((factors.U * factors.s) ** 2, axis=1), np.float64)
 
 
 def column_energies(factors: Factors) -> F64:
-    """What each input column holds of the energy (in,), for factors of the plain norm."""
-    found: F64 = np.sum((factors.s[:, None] * factors.Vt) ** 2, axis=0)
-    return found
+    """Return the energy of each input column (in,), for factors of the plain norm."""
+    return np.asarray(np.sum((factors.s[:, None] * factors.Vt) ** 2, axis=0), np.float64)
 
 
 def largest(energies: F64, count: int) -> Array:
-    """The places of the `count` largest, largest first; of equals the first."""
+    """Return the places of the `count` largest, largest first; of equals the first."""
     return np.argsort(-energies, kind="stable")[:count]
 
 
 def metric_rows(metric: Moment, which: Sequence[int]) -> F64:
-    """Rows `which` of M, (len(which), in)."""
+    """Return the rows `which` of M, (len(which), in)."""
+    columns = list(which)
     if metric.matrix is not None:
-        return metric.matrix[list(which)].astype(np.float64)
+        return metric.matrix[columns].astype(np.float64)
     if metric.rows is None or not len(metric.rows):
-        found = np.zeros((len(which), metric.width))
+        rows = np.zeros((len(columns), metric.width))
     else:
-        found = (metric.rows[:, list(which)].T @ metric.rows).astype(np.float64)
-    found[np.arange(len(which)), list(which)] += metric.rest[list(which)]
-    return found
+        rows = (metric.rows[:, columns].T @ metric.rows).astype(np.float64)
+    rows[np.arange(len(columns)), columns] += metric.rest[columns]
+    return rows
 
 
 class Columns:
@@ -66,16 +65,14 @@ class Columns:
 
     def _scores(self, core_squares: F64, left: F64) -> F64:
         """What each column that is not chosen would add."""
-        known = left > self.floor
-        scores: F64 = np.where(known, core_squares / np.where(known, left, 1), 0)
-        return scores
+        independent = left > self.floor
+        return np.where(independent, core_squares / np.where(independent, left, 1), 0)
 
     def _squares(self) -> F64:
-        found: F64 = np.einsum("kn,kn->n", self.core, self.core)
-        return found
+        return np.asarray(np.einsum("kn,kn->n", self.core, self.core), np.float64)
 
     def grow(self) -> float:
-        """Choose the column that adds most; returns what it adds. If none adds anything, the first that is left."""
+        """Choose the column that adds most; return what it adds. If none adds anything, the first that is left."""
         scores = self._scores(self._squares(), self.left)
         scores[self.chosen] = -1
         best = int(np.argmax(scores))
@@ -83,7 +80,7 @@ class Columns:
         return max(float(scores[best]), 0.0)
 
     def resume(self, chosen: Sequence[int]) -> None:
-        """As if `chosen` had been chosen in this order."""
+        """Choose the columns `chosen` in this order, at once."""
         rows = metric_rows(self.metric, chosen)
         factor = np.linalg.cholesky(rows[:, list(chosen)])
         self._basis = np.linalg.solve(factor, rows)
@@ -125,7 +122,7 @@ class Columns:
                 break
 
     def _exchanges(self, places: Array, inverse: F64, squares: F64) -> tuple[Array, F64]:
-        """For each of some chosen columns the one to have in its place, and what that would add; not above 0 if
+        """For each of several chosen columns the one to have in its place, and what that would add; not above 0 if
         nothing, but for rounding."""
         directions = _directions(inverse[places])
         rows, parts = directions @ self.basis, directions @ self.parts.T
@@ -134,8 +131,7 @@ class Columns:
         scores = self._scores(freed, self.left + rows * rows)
         scores[:, self.chosen] = -1
         best = np.argmax(scores, axis=1)
-        gains: F64 = scores[np.arange(len(places)), best] - losses * (1 + 1e-6)
-        return best, gains
+        return best, scores[np.arange(len(places)), best] - losses * (1 + 1e-6)
 
     def _exchange(self, place: int, column: int, inverse: F64) -> None:
         """Put `column` in the place of another; the `inverse` of C[:, S] is brought along."""
@@ -161,12 +157,11 @@ class Columns:
 
 def _directions(inverse: F64) -> F64:
     """What C no longer spans without a chosen column: unit vectors (n, r), from rows of the inverse of C[:, S]."""
-    found: F64 = inverse / np.linalg.norm(inverse, axis=1, keepdims=True)
-    return found
+    return inverse / np.linalg.norm(inverse, axis=1, keepdims=True)
 
 
 def best_columns(factors: Factors, count: int, metric: Moment) -> list[int]:
-    """Columns that together capture much; those that were worth most when they were chosen come first."""
+    """Return `count` columns that together capture much; those worth most when they were chosen come first."""
     if count >= metric.width:
         return list(range(metric.width))
     columns = Columns(factors, metric)

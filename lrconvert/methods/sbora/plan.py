@@ -9,24 +9,23 @@ from itertools import combinations, pairwise
 import numpy as np
 
 from lrconvert.core.dtypes import F64
-from lrconvert.core.errors import BudgetError, OptionError
 from lrconvert.core.limits import MAX_RANK
 from lrconvert.lora import packing, svd
 from lrconvert.lora.adapter import LoraAdapter, LoraTarget
 from lrconvert.lora.input_statistics import Moment
 from lrconvert.methods.base import Budget, FitContext
 from lrconvert.methods.sbora.columns import Columns, column_energies, largest, row_energies
-from lrconvert.methods.sbora.form import WIDTHS, Config, settled, sizes
+from lrconvert.methods.sbora.form import Config, settled, sizes
+from lrconvert.methods.shared.options import bits_option, check_range, within
+from lrconvert.methods.shared.widths import ENERGY_LOST, WIDTHS, concave_hull
 
-# Share of the energy of a Gaussian line that is lost at each width: what planning assumes.
-_LOST = {16: 0.0, 8: 1.2e-4, 4: 0.0115, 3: 0.0374, 2: 0.119, 1: 0.363}
 _ABSORBED = 0.4  # share of that loss which columns under a metric take over from one another, as measured
-_MAX_LEVELS = 3  # widths in one file: each costs a tensor's header and digest
+_BY_ROWS = {"fa": (False,), "fb": (True,), "auto": (False, True)}
 
 
 @dataclass(frozen=True)
 class SBoRAOptions:
-    """What a user may ask for."""
+    """The options of `lora-to-sbora`."""
 
     variant: str = field(
         default="auto",
@@ -35,13 +34,7 @@ class SBoRAOptions:
             "choices": ("auto", "fa", "fb"),
         },
     )
-    bits: str = field(
-        default="auto",
-        metadata={
-            "help": "Bits per number: 16, 8, 4, 3, 2, 1, or auto (16 without a size; under a size, the best mix).",
-            "choices": ("auto", "16", "8", "4", "3", "2", "1"),
-        },
-    )
+    bits: str = bits_option()
     rank: int | None = field(
         default=None,
         metadata={
@@ -52,9 +45,8 @@ class SBoRAOptions:
 
 
 def make_plan(lora: LoraAdapter, options: SBoRAOptions, budget: Budget | None, context: FitContext) -> Config:
-    """See `Method.plan`."""
-    if options.rank is not None and options.rank < 1:
-        raise OptionError(f"--rank is {options.rank}; it must be at least 1")
+    """Return the Config that `options` and `budget` lead to; see `Method.plan`."""
+    check_range(options, "rank", 1)
     if budget is None:
         return _of_rank(lora, options, context)
     return Planner(lora, options, budget, context).best()
@@ -98,23 +90,20 @@ class Curve:
         columns = Columns(factors, metric)
         if self.chosen:
             columns.resume(self.chosen)
-        found = self.gains.tolist()
-        while len(found) < min(count, self.limit) and (not found or found[-1] >= least):
-            found.append(columns.grow())
-        self.gains = np.minimum.accumulate(found)
-        self.chosen = columns.chosen if len(found) < self.limit and found[-1] > 0 else None
+        gains = self.gains.tolist()
+        while len(gains) < min(count, self.limit) and (not gains or gains[-1] >= least):
+            gains.append(columns.grow())
+        self.gains = np.minimum.accumulate(gains)
+        self.chosen = columns.chosen if len(gains) < self.limit and gains[-1] > 0 else None
 
     def steps(self, widths: Iterable[int], index_bits: int) -> list[Step]:
-        """From width to width along the concave hull of a line's kept energy against bits."""
-        hull: list[tuple[int, int, float]] = [(0, 0, 0.0)]
-        for q in sorted(widths):
-            bits, share = self.length * q + index_bits + (16 if q != 16 else 0), 1 - self.lost * _LOST[q]
-            while len(hull) > 1 and (share - hull[-1][2]) * (hull[-1][1] - hull[-2][1]) >= (
-                hull[-1][2] - hull[-2][2]
-            ) * (bits - hull[-1][1]):
-                hull.pop()
-            hull.append((q, bits, share))
-        return [Step(two[0], two[1] - one[1], two[2] - one[2]) for one, two in pairwise(hull)]
+        """Return the steps from width to width along the concave hull of a line's kept energy against bits."""
+        points = (
+            (self.length * q + index_bits + (16 if q != 16 else 0), 1 - self.lost * ENERGY_LOST[q], q)
+            for q in sorted(widths)
+        )
+        hull = concave_hull([(0, 0.0, 0), *points])
+        return [Step(two[2], two[0] - one[0], two[1] - one[1]) for one, two in pairwise(hull)]
 
 
 @dataclass(frozen=True)
@@ -134,7 +123,7 @@ def _curves(pair: LoraTarget, options: SBoRAOptions, metric: Moment | None, coun
     """The curves of the variants that the options allow; of columns under a metric, the first `count` lines."""
     factors = svd.svd(pair, metric)
     curves = []
-    for by_rows in _variants(options):
+    for by_rows in _BY_ROWS[options.variant]:
         places, length = sizes(pair.target, by_rows)
         limit = min(places, options.rank or MAX_RANK, MAX_RANK)
         if by_rows or metric is None:
@@ -144,11 +133,6 @@ def _curves(pair: LoraTarget, options: SBoRAOptions, metric: Moment | None, coun
             curves.append(Curve(by_rows, length, limit, np.zeros(0), 1 - _ABSORBED, []))
             curves[-1].extend(factors, metric, max(count, 1))
     return curves
-
-
-def _variants(options: SBoRAOptions) -> tuple[bool, ...]:
-    """The values of `by_rows` that the options allow."""
-    return {"fa": (False,), "fb": (True,), "auto": (False, True)}[options.variant]
 
 
 # --- budgets --------------------------------------------------------------------------------------------------------
@@ -162,28 +146,27 @@ class Planner:
     def __init__(self, lora: LoraAdapter, options: SBoRAOptions, budget: Budget, context: FitContext) -> None:
         self.lora, self.budget, self.context = lora, budget, context
         self.widths: tuple[int, ...] = WIDTHS if options.bits == "auto" else (int(options.bits),)
-        forms = [sizes(target, by_rows) for target in lora.shapes() for by_rows in _variants(options)]
+        forms = [sizes(target, by_rows) for target in lora.shapes() for by_rows in _BY_ROWS[options.variant]]
         self.index_bits = packing.index_bits(max(places for places, _ in forms))
         # Somewhat more columns than the same number everywhere would be; `_extend` adds them where more are worth it.
         typical = 2 if options.bits == "auto" else int(options.bits)
-        even = 8 * budget.limit / (typical * sum(length for _, length in forms) / len(_variants(options)))
+        even = 8 * budget.limit / (typical * sum(length for _, length in forms) / len(_BY_ROWS[options.variant]))
         self.curves = [_curves(pair, options, context.metric(pair), 4 + int(1.25 * even)) for pair in lora.targets]
 
     def best(self) -> Config:
-        """The config that captures most by what planning assumes. Raises E-BUDGET."""
+        """Return the config that captures most by what planning assumes. Raise E-BUDGET."""
         while self._extend(self._price(self.widths)[0]):
             pass
-        found = self._fill(self.widths)
-        if found is None:
-            return self._smallest()
-        used = np.array(found[1].counts).sum(axis=0)
-        levels = [found[1].levels[n] for n in sorted(np.argsort(-used, kind="stable")[:_MAX_LEVELS])]
-        tried = [self._fill(some) for n in range(1, len(levels) + 1) for some in combinations(levels, n)]
-        return max((t for t in tried if t is not None), key=lambda t: t[0], default=found)[1]
+        filled = self._fill(self.widths)
+        if filled is None:
+            return within(self.budget, self._smallest())
+        levels = filled[1].commonest()
+        fills = [self._fill(widths) for n in range(1, len(levels) + 1) for widths in combinations(levels, n)]
+        return max((fill for fill in fills if fill is not None), key=lambda fill: fill[0], default=filled)[1]
 
     def _extend(self, price: float) -> bool:
-        """Find more columns where a curve ends before the price is reached; returns whether any curve did."""
-        found = False
+        """Find more columns where a curve ends before the price is reached; return whether any curve did."""
+        extended = False
         for pair, curves in zip(self.lora.targets, self.curves, strict=True):
             for curve in curves:
                 least = price / curve.steps(self.widths, self.index_bits)[0].rate
@@ -191,8 +174,8 @@ class Planner:
                     metric = self.context.metric(pair)
                     assert metric is not None
                     curve.extend(svd.svd(pair, metric), metric, 2 * len(curve.gains) + 8, least)
-                    found = True
-        return found
+                    extended = True
+        return extended
 
     def _price(self, widths: Sequence[int]) -> tuple[float, list[Curve]]:
         """The least price, within 0.1 %, at which all that is worth it fits, and the variants there."""
@@ -221,10 +204,10 @@ class Planner:
         """The best variants and lines at a price."""
         chosen, taken = [], []
         for curves in self.curves:
-            found = [self._worth(curve, widths, price) for curve in curves]
-            which = max(range(len(curves)), key=lambda n: found[n][0])
+            worths = [self._worth(curve, widths, price) for curve in curves]
+            which = max(range(len(curves)), key=lambda n: worths[n][0])
             chosen.append(curves[which])
-            taken.append(found[which][1])
+            taken.append(worths[which][1])
         return chosen, self._config(chosen, widths, taken)
 
     def _worth(self, curve: Curve, widths: Sequence[int], price: float) -> tuple[float, list[int]]:
@@ -271,15 +254,8 @@ class Planner:
         return (float(share[order[:low]].sum()), config(low)) if low else None
 
     def _smallest(self) -> Config:
-        """One line at the least width, in the target where it is cheapest; of equal ones, where it holds most. Raises
-        E-BUDGET if that is too much."""
+        """One line at the least width, in the target where it is cheapest; of equal ones, where it holds most."""
         all_curves = [(t, curve) for t, curves in enumerate(self.curves) for curve in curves]
-        which, kept = min(all_curves, key=lambda found: (found[1].length, -float(found[1].gains[0])))
+        which, kept = min(all_curves, key=lambda entry: (entry[1].length, -float(entry[1].gains[0])))
         counts = [(int(t == which),) for t in range(len(self.curves))]
-        config = settled((min(self.widths),), counts, [kept.by_rows] * len(counts))
-        if self.budget.fits(config):
-            return config
-        raise BudgetError(
-            f"{self.budget.limit} bytes cannot be reached; the smallest possible file has "
-            f"{self.budget.size(config)} bytes"
-        )
+        return settled((min(self.widths),), counts, [kept.by_rows] * len(counts))

@@ -1,0 +1,1 @@
+"""What methods have in common; the registry of methods does not look here."""

@@ -1,0 +1,35 @@
+"""Options that several methods offer, their checks, and the refusal of a budget that is too small."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Any, TypeVar
+
+from lrconvert.core.errors import BudgetError, OptionError
+from lrconvert.methods.base import Budget
+from lrconvert.methods.shared.widths import WIDTHS
+
+Config = TypeVar("Config")
+
+
+def bits_option(unit: str = "number", auto: str = "the best mix") -> Any:
+    """Return the dataclass field of ``--bits``: a width, or ``auto``."""
+    names = tuple(str(bits) for bits in WIDTHS)
+    text = f"Bits per {unit}: {', '.join(names)}, or auto (16 without a size; under a size, {auto})."
+    return field(default="auto", metadata={"help": text, "choices": ("auto", *names)})
+
+
+def check_range(options: Any, name: str, least: int, most: int | None = None) -> None:
+    """Raise E-OPTION if the integer option `name` is given and out of range."""
+    value = getattr(options, name)
+    if value is not None and (value < least or (most is not None and value > most)):
+        allowed = f"at least {least} is" if most is None else f"{least} to {most} are"
+        raise OptionError(f"--{name.replace('_', '-')} is {value}; {allowed} allowed")
+
+
+def within(budget: Budget, smallest: Config) -> Config:
+    """Return `smallest`, the config of the smallest possible file. Raise E-BUDGET if even that file is too large."""
+    size = budget.size(smallest)
+    if size > budget.limit:
+        raise BudgetError(f"{budget.limit} bytes cannot be reached; the smallest possible file has {size} bytes")
+    return smallest
