@@ -34,42 +34,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lrconvert.core.dtypes import Array
-from lrconvert.core.errors import (
-    CanonicalError,
-    JsonSyntaxError,
-    LimitError,
-    MissingFieldError,
-    UnknownFieldError,
-    ValueRangeError,
-)
-from lrconvert.core.limits import MAX_DIM, MAX_RANK
+from lrconvert.core.errors import CanonicalError, JsonSyntaxError, ValueRangeError
+from lrconvert.io import fields
 from lrconvert.lora import packing, prng
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter, Target
 from lrconvert.lora.packing import TensorSpec
 from lrconvert.methods.base import Budget, Command, FitContext, Method, Tensors
 from lrconvert.methods.nola.basis import HADAMARD
 from lrconvert.methods.nola.fit import fit
-from lrconvert.methods.nola.form import (
-    FAMILIES,
-    WIDTHS,
-    Config,
-    Form,
-    bases,
-    check_work,
-    complete,
-    lengths,
-    places,
-    specs,
-)
+from lrconvert.methods.nola.form import Config, Form, Header, bases, check_work, complete, lengths, places, specs
 from lrconvert.methods.nola.plan import NolaOptions, plan
+from lrconvert.methods.shared.ranks import check_ranks
 
 if TYPE_CHECKING:
     from lrconvert.lora.trainable import TrainableAdapter
 
 _LARGEST = 2.0**127  # what files may expand to
-_FIELDS = {"bits": (1, 16), "rank": (1, MAX_RANK), "num_basis": (0, MAX_DIM)}
-_FLAGS = ("base_term", "ranks", "counts")
-_TEXTS = ("family", "map", "seed")
 
 
 class Nola(Method):
@@ -80,6 +60,8 @@ class Nola(Method):
     title = "NOLA: coefficients of seeded bases"
     commands = (Command("lora-to-nola", "Sum seeded random bases, and store only the coefficients (NOLA)."),)
     Options = NolaOptions
+    searches = ({},)
+    uses = ("seed", "statistics")
     examples = (
         {"target_size": 2400},
         {"num_basis": 200, "rank": 3, "bits": "16"},
@@ -107,53 +89,27 @@ class Nola(Method):
         }
 
     def layout_specs(self, header: Mapping[str, Any], targets: Sequence[Target]) -> tuple[TensorSpec, ...]:
-        known = {*_FIELDS, *_FLAGS, *_TEXTS}
-        if set(header) != known:
-            wrong = sorted(set(header) ^ known)[0]
-            raise (UnknownFieldError if wrong in header else MissingFieldError)(f"method.config: field {wrong!r}")
-        for name in _FLAGS:
-            if type(header[name]) is not bool:
-                raise JsonSyntaxError(f"method.config.{name} is {header[name]!r:.40}; true or false is allowed")
-        for name in _TEXTS:
-            if type(header[name]) is not str:
-                raise JsonSyntaxError(f"method.config.{name} is {header[name]!r:.40}; a string is allowed")
-        for name, (least, most) in _FIELDS.items():
-            if type(header[name]) is not int or not least <= header[name] <= most:
-                raise LimitError(f"method.config.{name} is {header[name]!r:.40}; {least} to {most} are allowed")
-        if header["bits"] not in WIDTHS:
-            raise LimitError(f"method.config.bits is {header['bits']}; {WIDTHS} are allowed")
-        if header["family"] not in FAMILIES:
-            raise JsonSyntaxError(f"method.config.family is {header['family']!r:.40}; {FAMILIES} are allowed")
-        if header["map"] not in (("sign",) if header["family"] == HADAMARD else tuple(prng.MAPS)):
-            raise JsonSyntaxError(f"method.config.map is {header['map']!r:.40}, which {header['family']} does not have")
-        prng.parse_seed(header["seed"])
-        found = []
-        if header["ranks"]:
-            found.append(packing.index("ranks", (len(targets),), header["rank"] + 1))
-        if header["counts"]:
-            found.append(packing.index("counts", (len(targets), 2), header["num_basis"] + 1))
-        return tuple(found)
+        read = fields.read(Header, header, "method.config")
+        if read.map not in (("sign",) if read.family == HADAMARD else tuple(prng.MAPS)):
+            raise JsonSyntaxError(f"method.config.map is {read.map!r:.40}, which {read.family} does not have")
+        prng.parse_seed(read.seed)
+        ranks = packing.index("ranks", (len(targets),), read.rank + 1)
+        counts = packing.index("counts", (len(targets), 2), read.num_basis + 1)
+        return (*([ranks] if read.ranks else []), *([counts] if read.counts else []))
 
     def layout(self, config: Config) -> dict[str, Array]:
-        tensors: dict[str, Array] = {}
-        if config.ranks:
-            tensors["ranks"] = np.array(config.ranks, np.uint32)
-        if config.counts:
-            tensors["counts"] = np.array(config.counts, np.uint32)
-        return tensors
+        tensors = {"ranks": config.ranks, "counts": config.counts}
+        return {name: np.array(values, np.uint32) for name, values in tensors.items() if values}
 
     def config(self, header: Mapping[str, Any], layout: Tensors, targets: Sequence[Target]) -> Config:
-        form = Form(
-            header["family"], header["map"], header["bits"], prng.parse_seed(header["seed"]), header["base_term"]
-        )
-        ranks = tuple(layout["ranks"].tolist()) if header["ranks"] else ()
-        counts = tuple((a, b) for a, b in layout["counts"].tolist()) if header["counts"] else ()
-        config = Config(form, header["rank"], header["num_basis"], ranks, counts)
-        for target, rank in zip(targets, ranks, strict=False):
-            if rank > min(target.matrix_shape):
-                raise LimitError(f"target {target.name!r:.80} has rank {rank}, more than its shape allows")
-        where = places(config, tuple(targets))[:-1]
-        if config != complete(form, targets, [p.rank for p in where], [p.counts for p in where]):
+        read = fields.read(Header, header, "method.config")
+        form = Form(read.family, read.map, read.bits, prng.parse_seed(read.seed), read.base_term)
+        ranks = tuple(layout["ranks"].tolist()) if read.ranks else ()
+        counts = tuple((a, b) for a, b in layout["counts"].tolist()) if read.counts else ()
+        config = Config(form, read.rank, read.num_basis, ranks, counts)
+        all_places = places(config, tuple(targets))[:-1]
+        check_ranks(targets, [place.rank for place in all_places])
+        if config != complete(form, targets, [p.rank for p in all_places], [p.counts for p in all_places]):
             raise CanonicalError("method.config does not spell ranks and counts in the one way that it should")
         check_work(config, targets)
         return config
@@ -165,14 +121,14 @@ class Nola(Method):
         return [place.rank for place in places(config, tuple(targets))[:-1]]
 
     def notes(self, config: Config, targets: Sequence[Target]) -> tuple[str, ...]:
-        """How much of the factors the subspaces hold: fits cannot keep much more."""
-        there = list(zip(targets, places(config, tuple(targets)), strict=False))
-        told = []
+        """Return how much of the factors the subspaces hold: fits cannot keep much more."""
+        pairs = list(zip(targets, places(config, tuple(targets)), strict=False))
+        shares = []
         for side, name in enumerate("AB"):
-            k = sum(place.counts[side] for _, place in there)
-            d = sum(lengths(target, place.rank)[side] for target, place in there)
-            told.append(f"{k:,} coefficients for {d:,} numbers of {name} (k/d {k / max(d, 1):.2f})")
-        return (f"{', '.join(told)}: a random subspace holds about that share of a factor",)
+            k = sum(place.counts[side] for _, place in pairs)
+            d = sum(lengths(target, place.rank)[side] for target, place in pairs)
+            shares.append(f"{k:,} coefficients for {d:,} numbers of {name} (k/d {k / max(d, 1):.2f})")
+        return (f"{', '.join(shares)}: a random subspace holds about that share of a factor",)
 
     def check(self, config: Config, targets: Sequence[Target], tensors: Tensors) -> None:
         for target, place in zip(targets, places(config, tuple(targets)), strict=False):

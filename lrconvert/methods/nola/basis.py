@@ -45,12 +45,12 @@ class Basis:
 
     @property
     def whole(self) -> bool:
-        """Whether every (d,) is a sum of its vectors, each found by one product."""
+        """True if every (d,) is a sum of its vectors, so that one product gives the coefficients."""
         return self.family == HADAMARD and self.count == self.length
 
     @property
     def growth(self) -> int:
-        """How many times the sum of all coefficients' magnitudes any number on the way to a sum can be, in units of the
+        """A bound on any number on the way to a sum over the sum of all coefficients' magnitudes, in units of the
         smallest bit of a vector."""
         if self.family == HADAMARD:
             return hadamard.growth(self.length)
@@ -73,8 +73,8 @@ class Basis:
         """The squared length of the vectors, (count,) or (1,); the mean one for dense bases."""
         if self.family == DENSE:
             return np.array([prng.value_map(self.value_map).variance * self.length])
-        found = hadamard.squares(self.length)
-        return found if len(found) == 1 else found[self._order]
+        squares = hadamard.squares(self.length)
+        return squares if len(squares) == 1 else squares[self._order]
 
     @cached_property
     def _order(self) -> hadamard.I64:
@@ -82,12 +82,11 @@ class Basis:
 
     @cached_property
     def _signs(self) -> F64:
-        drawn: F64 = _draw(self._stream("signs"), "sign", range(1), 0, self.length, None, np)[0]
-        return drawn
+        return np.asarray(self._vector("signs", "sign", None, np), np.float64)
 
     def combine(self, numbers: Any, xp: Any = np) -> Any:
-        """``sum_i numbers[i] * vector i``: float64 (length,) of float64 (count,), numpy arrays or torch tensors. Exact
-        for integers, as far as `growth` allows."""
+        """Return ``sum_i numbers[i] * vector i``: float64 (length,) of float64 (count,), numpy arrays or torch tensors.
+        Exact for integers, as far as `growth` allows."""
         if self.family == DENSE:
             tiles = [numbers @ tile for _, tile in self._tiles(numbers, xp)]
             return xp.concatenate(tiles)
@@ -96,19 +95,18 @@ class Basis:
         else:
             spread = numbers.new_zeros((1, self.length))
             order = xp.from_numpy(self._order).to(numbers.device)
-            signs = _draw(self._stream("signs"), "sign", range(1), 0, self.length, numbers, xp)[0]
+            signs = self._vector("signs", "sign", numbers, xp)
         spread[0, order] = numbers
         return hadamard.transform(spread, xp)[0] * signs
 
     def project(self, x: F64) -> F64:
-        """The product of each vector with `x`: float64 (count,) of (length,)."""
+        """Return the product of each vector with `x`: float64 (count,) of (length,)."""
         if self.family == DENSE:
-            found = np.zeros(self.count)
+            products = np.zeros(self.count)
             for start, tile in self._tiles(None, np):
-                found += tile @ x[start : start + tile.shape[1]]
-            return found
-        product: F64 = hadamard.transform((x * self._signs)[None], np)[0][self._order]
-        return product
+                products += tile @ x[start : start + tile.shape[1]]
+            return products
+        return np.asarray(hadamard.transform((x * self._signs)[None], np)[0][self._order], np.float64)
 
     def _tiles(self, like: Any, xp: Any) -> Iterator[tuple[int, Any]]:
         """(first element, tile (count, n)) of a dense basis."""
@@ -116,23 +114,27 @@ class Basis:
             yield 0, self._only_tile
             return
         wide = max(128, _TILE // self.count)
-        stream = self._stream("basis")
         for start in range(0, self.length, wide):
-            count = min(wide, self.length - start)
-            yield start, _draw(stream, self.value_map, range(self.count), start, count, like, xp)
+            yield start, self._tile(start, min(wide, self.length - start), like, xp)
 
     @cached_property
     def _only_tile(self) -> F64:
-        drawn: F64 = _draw(self._stream("basis"), self.value_map, range(self.count), 0, self.length, None, np)
-        return drawn
+        return np.asarray(self._tile(0, self.length, None, np), np.float64)
+
+    def _tile(self, start: int, count: int, like: Any, xp: Any) -> Any:
+        return _draw(self._stream("basis"), self.value_map, range(self.count), slice(start, start + count), like, xp)
+
+    def _vector(self, use: str, value_map: str, like: Any, xp: Any) -> Any:
+        return _draw(self._stream(use), value_map, range(1), slice(0, self.length), like, xp)[0]
 
     def base_term(self, like: Any, xp: Any = np) -> Any:
-        """The seeded matrix that A may begin with, float64 (length,)."""
-        return _draw(self._stream("base"), self.value_map, range(1), 0, self.length, like, xp)[0]
+        """Return the seeded matrix that A may begin with, float64 (length,)."""
+        return self._vector("base", self.value_map, like, xp)
 
 
-def _draw(stream: prng.Stream, name: str, bases: range, start: int, count: int, like: Any, xp: Any) -> Any:
-    """Seeded numbers, float64 (len(bases), count), as an array, or a tensor on the device of `like`."""
+def _draw(stream: prng.Stream, value_map: str, bases: range, part: slice, like: Any, xp: Any) -> Any:
+    """Seeded numbers, float64 (len(bases), part), as an array, or a tensor on the device of `like`."""
+    place = stream, value_map, bases, part.start, part.stop - part.start
     if xp is np:
-        return prng.values(stream, name, bases, start, count, "float64")
-    return prng.tensor(stream, name, bases, start, count, device=like.device, dtype="float64")
+        return prng.values(*place, "float64")
+    return prng.tensor(*place, device=like.device, dtype="float64")

@@ -32,20 +32,20 @@ _SETTLED = 3e-4  # relative change of the error at which alternation stops
 
 
 def fit(lora: LoraAdapter, config: Config, context: FitContext) -> dict[str, Array]:
-    """The payload tensors of `config` that represent `lora` best."""
+    """Return the payload tensors of `config` that represent `lora` best."""
     targets = lora.shapes()
-    *where, total = places(config, targets)
+    *target_places, total = places(config, targets)
     bits = config.form.bits
     codes = np.zeros(total.code, np.uint32 if bits == 16 else np.uint8)
     scales, starts = np.zeros((total.number, 2)), np.zeros(total.number)
-    for which, (pair, place) in enumerate(zip(lora.targets, where, strict=True)):
+    for which, (pair, place) in enumerate(zip(lora.targets, target_places, strict=True)):
         if place.rank:
             made = bases(config.form, pair.target, place)
-            found = _fit_target(pair, place.rank, made, config, context)
-            numbers = np.concatenate([found.a.codes, found.b.codes])
+            fitted = _fit_target(pair, place.rank, made, config, context)
+            numbers = np.concatenate([fitted.a.codes, fitted.b.codes])
             codes[place.code : place.code + len(numbers)] = numbers
-            scales[place.number] = found.a.scale, found.b.scale
-            starts[place.number] = found.start
+            scales[place.number] = fitted.a.scale, fitted.b.scale
+            starts[place.number] = fitted.start
         context.progress((which + 1) / len(targets), pair.target.name)
     tensors = {"codes": codes, "scales": packing.round_half(scales), "base_scales": packing.round_half(starts)}
     return {spec.name: tensors[spec.name] for spec in specs(config, targets)}
@@ -61,22 +61,24 @@ class Coded:
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class Fitted:
+    """The coefficients of both factors, and the multiple of the seeded matrix that A begins with."""
+
     a: Coded
     b: Coded
     start: float
 
 
 def quantize(coefficients: F64, bits: int, weights: F64) -> Coded:
-    """The codes and the one scale of a factor."""
-    codes, found = packing.quantize_rows(coefficients[None], bits, None if len(weights) == 1 else weights)
-    scale = packing.round_half(found)
+    """Return the codes and the one scale of a factor."""
+    codes, scales = packing.quantize_rows(coefficients[None], bits, None if len(weights) == 1 else weights)
+    scale = packing.round_half(scales)
     if bits == 16:  # the codes of the scale that is stored: there are too many of them to be off by its rounding
         codes = packing.nearest_codes(coefficients[None], scale, 16)
     return Coded(codes[0], float(scale[0]), 2.0 * codes[0] + (1 - (1 << bits)))
 
 
-def _fit_target(pair: LoraTarget, rank: int, made: tuple[Basis, Basis], config: Config, context: FitContext) -> Found:
+def _fit_target(pair: LoraTarget, rank: int, made: tuple[Basis, Basis], config: Config, context: FitContext) -> Fitted:
     metric = context.metric(pair)
     factors = svd.svd(pair, metric)
     a, _ = svd.balanced(factors, rank)
@@ -84,7 +86,7 @@ def _fit_target(pair: LoraTarget, rank: int, made: tuple[Basis, Basis], config: 
     problem = Problem(factors.U * factors.s, factors.Vt, metric, *made, rank, config.form.base_term)
     if not factors.s.any():
         nothing = [Coded(np.zeros(basis.count, np.uint32), 0.0, np.zeros(basis.count)) for basis in made]
-        return Found(nothing[0], nothing[1], 0.0)
+        return Fitted(nothing[0], nothing[1], 0.0)
     if made[0].whole and made[1].whole:
         start = problem.along_base(a)
         return problem.integers(problem.projected_a(a, start), start, config.form.bits)
@@ -114,43 +116,40 @@ class Problem:
         """The seeded matrix that A may begin with, (rank, in), or zeros (rank, 1)."""
         if not self.base_term:
             return np.zeros((self.rank, 1))
-        drawn: F64 = self.basis_a.base_term(None)
-        return drawn.reshape(self.rank, -1)
+        return np.asarray(self.basis_a.base_term(None), np.float64).reshape(self.rank, -1)
 
-    def _seen(self, a: F64) -> F64:
+    def _weighed(self, a: F64) -> F64:
         """``a @ M``."""
         return a if self.metric is None else self.metric.times(a)
 
     def along_base(self, a: F64) -> float:
-        """How much of the seeded matrix is in `a`, as a file can hold it."""
+        """Return how much of the seeded matrix is in `a`, as a file can hold it."""
         square = float(np.sum(self._base**2))
         share = float(np.sum(self._base * a)) / square if square else 0.0
         return float(packing.round_half(np.array([share]))[0])
 
     def matrix_a(self, c: F64, start: float) -> F64:
-        found: F64 = self.basis_a.combine(c).reshape(self.rank, -1) + start * self._base
-        return found
+        return np.asarray(self.basis_a.combine(c).reshape(self.rank, -1) + start * self._base, np.float64)
 
     def matrix_b(self, c: F64) -> F64:
-        found: F64 = self.basis_b.combine(c).reshape(-1, self.rank)
-        return found
+        return np.asarray(self.basis_b.combine(c).reshape(-1, self.rank), np.float64)
 
     def products(self, a: F64, b: F64) -> tuple[float, float]:
-        """(<update, B A>, ||B A||^2)."""
-        seen = self._seen(a)
-        cross = float(np.sum((b.T @ self.left) * (seen @ self.right.T)))
-        return cross, float(np.sum((seen @ a.T) * (b.T @ b)))
+        """Return (<update, B A>, ||B A||^2)."""
+        weighed = self._weighed(a)
+        cross = float(np.sum((b.T @ self.left) * (weighed @ self.right.T)))
+        return cross, float(np.sum((weighed @ a.T) * (b.T @ b)))
 
     def error(self, a: F64, b: F64) -> float:
         cross, square = self.products(a, b)
         return self.total - 2 * cross + square
 
     def projected_a(self, a: F64, start: float) -> F64:
-        """Coefficients of the projection of `a`; of a dense basis about that."""
+        """Return the coefficients of the projection of `a`; of a dense basis about that."""
         return _projected(self.basis_a, a - start * self._base)
 
     def solve_a(self, b: F64, start: float, c: F64 | None) -> F64:
-        """Coefficients of the best A for `b`, from `c` on."""
+        """Return the coefficients of the best A for `b`, from `c` on."""
         gram = _ridged(b.T @ b)
         inverse = np.linalg.inv(gram)
         wanted = (b.T @ self.left) @ self.right - start * (gram @ self._base)
@@ -159,18 +158,18 @@ class Problem:
         inner = 1.0 if self.metric is None else 1 / self.metric.squares.astype(np.float64)
         return _conjugate_gradients(
             self.basis_a,
-            lambda x: gram @ self._seen(x.reshape(self.rank, -1)),
+            lambda x: gram @ self._weighed(x.reshape(self.rank, -1)),
             lambda x: (inverse @ x.reshape(self.rank, -1)) * inner,
-            self._seen(wanted),
+            self._weighed(wanted),
             _projected(self.basis_a, inverse @ wanted) if c is None else c,
         )
 
     def solve_b(self, a: F64, c: F64 | None) -> F64:
-        """Coefficients of the best B for `a`, from `c` on."""
-        seen = self._seen(a)
-        gram = _ridged(seen @ a.T)
+        """Return the coefficients of the best B for `a`, from `c` on."""
+        weighed = self._weighed(a)
+        gram = _ridged(weighed @ a.T)
         inverse = np.linalg.inv(gram)
-        wanted = self.left @ (seen @ self.right.T).T
+        wanted = self.left @ (weighed @ self.right.T).T
         if self.basis_b.whole:
             return _projected(self.basis_b, wanted @ inverse)
         return _conjugate_gradients(
@@ -182,8 +181,8 @@ class Problem:
         )
 
     def best_span(self, a: F64, seed: int) -> tuple[F64, float]:
-        """(coefficients of A, multiple of the seeded matrix) of the best pair in the spans that was found, from `a`
-        (rank, in) on."""
+        """Return (coefficients of A, multiple of the seeded matrix) of the best pair in the spans, searched for from
+        `a` (rank, in) on."""
         tries = []
         for gauged in self._gauges(a, seed):
             start = self.along_base(gauged)
@@ -222,8 +221,8 @@ class Problem:
             x /= np.linalg.norm(x) or 1.0
         yield x @ rows
 
-    def integers(self, c_a: F64, start: float, bits: int) -> Found:
-        """From coefficients of A on: quantizes one factor and solves the other for it, in turn, while that helps; keeps
+    def integers(self, c_a: F64, start: float, bits: int) -> Fitted:
+        """From coefficients of A on: quantize one factor and solve the other for it, in turn, while that helps; keep
         the best pair. B is stretched to what keeps most, so that no pair is worse than no update."""
         c_b, best_error, best = None, np.inf, None
         for _ in range(_INTEGER_ROUNDS if bits < 16 else 1):
@@ -238,7 +237,7 @@ class Problem:
             if best is not None and error >= best_error * (1 - _SETTLED):
                 break
             best_error = error
-            best = Found(coded_a, Coded(coded_b.codes, coded_b.scale * stretch, coded_b.numbers), start)
+            best = Fitted(coded_a, Coded(coded_b.codes, coded_b.scale * stretch, coded_b.numbers), start)
             c_a = self.solve_a(b, start, c_a)
         assert best is not None
         return best
@@ -246,15 +245,13 @@ class Problem:
 
 def _projected(basis: Basis, x: F64) -> F64:
     """Coefficients of the projection of `x` on a basis; of a dense one about that."""
-    found: F64 = basis.project(x.reshape(-1)) / basis.squares
-    return found
+    return basis.project(x.reshape(-1)) / basis.squares
 
 
 def _ridged(gram: F64) -> F64:
     """A little more than a Gram matrix, so that equal or zero rows do no harm."""
     mean = float(np.trace(gram)) / len(gram)
-    found: F64 = gram + _RIDGE * (mean or 1.0) * np.eye(len(gram))
-    return found
+    return gram + _RIDGE * (mean or 1.0) * np.eye(len(gram))
 
 
 def _conjugate_gradients(

@@ -15,25 +15,24 @@ from itertools import pairwise
 import numpy as np
 
 from lrconvert.core.dtypes import F64
-from lrconvert.core.errors import BudgetError, OptionError
+from lrconvert.core.errors import OptionError
 from lrconvert.core.limits import MAX_DIM, MAX_RANK
 from lrconvert.lora import prng, svd
 from lrconvert.lora.adapter import LoraAdapter
 from lrconvert.methods.base import Budget, FitContext
 from lrconvert.methods.nola.basis import DENSE, HADAMARD
-from lrconvert.methods.nola.form import WIDTHS, Config, Form, complete, lengths, specs
+from lrconvert.methods.nola.form import Config, Form, complete, lengths, specs
+from lrconvert.methods.shared.options import bits_option, check_range, within
+from lrconvert.methods.shared.widths import ENERGY_LOST, WIDTHS, concave_hull
 
-_WIDTH_NAMES = tuple(str(bits) for bits in WIDTHS)
 DEFAULT_COUNT = 512  # of the paper's scripts
-# Share of the energy of a Gaussian factor that its coefficients lose at each width.
-_LOST = {16: 0.0, 8: 1.2e-4, 4: 0.0115, 3: 0.0374, 2: 0.119, 1: 0.363}
 _WORTHWHILE = 1e-3  # a basis in part takes a tensor of counts: not for less than this share of what is kept
 _FILL = {HADAMARD: 1.0, DENSE: 0.75}  # share of d in use: the vectors of a fuller dense basis are nearly dependent
 
 
 @dataclass(frozen=True)
 class NolaOptions:
-    """What a user may ask for."""
+    """The options of `lora-to-nola`."""
 
     num_basis: int | None = field(
         default=None,
@@ -56,34 +55,16 @@ class NolaOptions:
         default=None,
         metadata={"help": "Numbers of dense bases: u8 (default), u24 or sign.", "choices": tuple(prng.MAPS)},
     )
-    bits: str = field(
-        default="auto",
-        metadata={
-            "help": "Bits per coefficient: 16, 8, 4, 3, 2, 1, or auto (16 without a size; under a size, the best).",
-            "choices": ("auto", *_WIDTH_NAMES),
-        },
-    )
+    bits: str = bits_option("coefficient", "the best")
     base_term: bool = field(default=False, metadata={"help": "Let A begin with a seeded matrix, as the paper does."})
 
 
-def check_options(options: NolaOptions) -> None:
-    """Raises E-OPTION on options that are out of range or contradict each other."""
-    for name, most in (("num_basis", MAX_DIM), ("rank", MAX_RANK)):
-        value = getattr(options, name)
-        if value is not None and not 1 <= value <= most:
-            raise OptionError(f"--{name.replace('_', '-')} is {value}; 1 to {most} are allowed")
+def plan(lora: LoraAdapter, options: NolaOptions, budget: Budget | None, context: FitContext) -> Config:
+    """Return the Config that `options` and `budget` lead to; see `Method.plan`."""
+    check_range(options, "num_basis", 1, MAX_DIM)
+    check_range(options, "rank", 1, MAX_RANK)
     if options.family == HADAMARD and options.map not in (None, "sign"):
         raise OptionError(f"--map {options.map} has no meaning for Hadamard bases", fix="add --family dense")
-
-
-def form_of(options: NolaOptions, bits: int, seed: int) -> Form:
-    value_map = "sign" if options.family == HADAMARD else options.map or "u8"
-    return Form(options.family, value_map, bits, prng.Stream(seed, "nola").seed, options.base_term)
-
-
-def plan(lora: LoraAdapter, options: NolaOptions, budget: Budget | None, context: FitContext) -> Config:
-    """See `Method.plan`."""
-    check_options(options)
     most = options.rank or MAX_RANK
     spectra = [svd.singular_values(pair, context.metric(pair))[:most] for pair in lora.targets]
     search = Search(lora, spectra, options, context.seed)
@@ -119,7 +100,8 @@ class Search:
     seed: int
 
     def without_budget(self) -> Config:
-        """As many coefficients as asked for in every target, at the rank asked for, or that keeps most."""
+        """Return as many coefficients as asked for in every target, at the rank asked for, or the one that keeps
+        most."""
         bits = 16 if self.options.bits == "auto" else int(self.options.bits)
         most = self.options.num_basis or DEFAULT_COUNT
         ranks, counts = [], []
@@ -132,29 +114,32 @@ class Search:
                 rank = int(np.argmax(kept)) + 1
             ranks.append(rank)
             counts.append(pairs[rank - 1])
-        return complete(form_of(self.options, bits, self.seed), self.lora.shapes(), ranks, counts)
+        return self._config(bits, ranks, counts)
 
     def within(self, budget: Budget) -> Config:
-        """What should keep most of all that fits. Raises E-BUDGET."""
+        """Return what should keep most of all that fits. Raise E-BUDGET."""
         widths = WIDTHS if self.options.bits == "auto" else (int(self.options.bits),)
-        least = self._smallest(min(widths))
-        size = budget.size(least)
-        if size > budget.limit:
-            raise BudgetError(f"{budget.limit} bytes cannot be reached; the smallest possible file has {size} bytes")
-        overhead = size - sum(spec.nbytes for spec in specs(least, self.lora.shapes()))
+        least = within(budget, self._smallest(min(widths)))
+        overhead = budget.size(least) - sum(spec.nbytes for spec in specs(least, self.lora.shapes()))
         room = 8 * (budget.limit - overhead)
         hopeful = sorted(widths, key=lambda bits: -self._allocate(bits, room).kept)[:2]
-        found = [filled for bits in hopeful if (filled := self._fill(bits, room, budget)) is not None]
-        return max(found, key=lambda entry: entry[0], default=(0.0, least))[1]
+        fills = [filled for bits in hopeful if (filled := self._fill(bits, room, budget)) is not None]
+        return max(fills, key=lambda entry: entry[0], default=(0.0, least))[1]
+
+    def _config(self, bits: int, ranks: Sequence[int], counts: Sequence[tuple[int, int]]) -> Config:
+        options = self.options
+        value_map = "sign" if options.family == HADAMARD else options.map or "u8"
+        form = Form(options.family, value_map, bits, prng.Stream(self.seed, "nola").seed, options.base_term)
+        return complete(form, self.lora.shapes(), ranks, counts)
 
     def _fill(self, bits: int, room: int, budget: Budget) -> tuple[float, Config] | None:
         """(energy that should be kept, Config) of the largest allocation at a width that fits."""
-        form, best = form_of(self.options, bits, self.seed), None
+        best: tuple[float, Config] | None = None
         for _ in range(10):
             choice = self._allocate(bits, room)
             if not any(choice.ranks):
                 break
-            config = complete(form, self.lora.shapes(), choice.ranks, choice.counts)
+            config = self._config(bits, choice.ranks, choice.counts)
             spare = budget.limit - budget.size(config)
             if spare >= 0 and (best is None or choice.kept > best[0]):
                 best = choice.kept, config
@@ -168,9 +153,7 @@ class Search:
         count = len(self.spectra)
         which = max(range(count), key=lambda n: self._kept(n, 1, (1, 1), bits))
         ranks = [int(n == which) for n in range(count)]
-        return complete(
-            form_of(self.options, bits, self.seed), self.lora.shapes(), ranks, [(rank, rank) for rank in ranks]
-        )
+        return self._config(bits, ranks, [(rank, rank) for rank in ranks])
 
     def _allocate(self, bits: int, room: int) -> _Choice:
         """What should keep most in `room` bits of payload: steps in the order of what a bit buys, then a part of one
@@ -207,25 +190,18 @@ class Search:
     def _steps(self) -> dict[int, list[_Step]]:
         """For each width the steps of all targets, what buys most first. Those of a target lie on the concave hull of
         what its ranks keep, so that they come in order."""
-        found = {}
+        all_steps = {}
         for bits in WIDTHS:
             steps = []
             for which, s in enumerate(self.spectra):
-                hull = [(0, 0, 0.0)]  # rank, bits, kept
+                points = [(0, 0.0, 0)]
                 for rank in range(1, len(s) + 1):
                     pair = self._useful(which, rank)
-                    kept = self._kept(which, rank, pair, bits)
-                    if kept <= hull[-1][2]:
-                        continue
-                    cost = sum(pair) * bits + self._scale_bits
-                    while len(hull) > 1 and (kept - hull[-1][2]) * (hull[-1][1] - hull[-2][1]) >= (
-                        hull[-1][2] - hull[-2][2]
-                    ) * (cost - hull[-1][1]):
-                        hull.pop()
-                    hull.append((rank, cost, kept))
-                steps += [_Step(which, two[0], two[1] - one[1], two[2] - one[2]) for one, two in pairwise(hull)]
-            found[bits] = sorted(steps, key=lambda step: -step.gain / max(step.bits, 1))
-        return found
+                    points.append((sum(pair) * bits + self._scale_bits, self._kept(which, rank, pair, bits), rank))
+                hull = concave_hull(points)
+                steps += [_Step(which, two[2], two[0] - one[0], two[1] - one[1]) for one, two in pairwise(hull)]
+            all_steps[bits] = sorted(steps, key=lambda step: -step.gain / max(step.bits, 1))
+        return all_steps
 
     @property
     def _scale_bits(self) -> int:
@@ -245,7 +221,7 @@ class Search:
         energy = float(s @ s)
         if not energy:
             return 0.0
-        lost = min(1.0, _LOST[bits] * float(s.sum()) ** 2 / (rank * energy))
+        lost = min(1.0, ENERGY_LOST[bits] * float(s.sum()) ** 2 / (rank * energy))
         for count, size in zip(counts, lengths(self.lora.targets[which].target, rank), strict=True):
             share = count / size
             if self.options.family == DENSE:

@@ -157,7 +157,7 @@ class Columns:
 
 def _directions(inverse: F64) -> F64:
     """What C no longer spans without a chosen column: unit vectors (n, r), from rows of the inverse of C[:, S]."""
-    return inverse / np.linalg.norm(inverse, axis=1, keepdims=True)
+    return np.asarray(inverse / np.linalg.norm(inverse, axis=1, keepdims=True), np.float64)
 
 
 def best_columns(factors: Factors, count: int, metric: Moment) -> list[int]:
