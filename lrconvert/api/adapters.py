@@ -127,5 +127,5 @@ def check(
     of the consumers' ``Options``, such as `max_lora_rank`. Raises E-OPTION, E-LAYOUT, E-PATTERN and errors of broken
     files.
     """
-    said = loading.options(base=base, layout=layout, alpha=alpha)
-    return consumer_base.check(hub.locate(path), consumers, said, options)
+    reading = loading.options(base=base, layout=layout, alpha=alpha)
+    return consumer_base.check(hub.locate(path), consumers, reading, options)

@@ -49,13 +49,13 @@ def compare(
     reading = take_reading(more, where)
     chosen = take(CompareOptions, options, more, "compare")
     refuse_rest(more, "compare", CompareOptions)
-    known = statistics_file.read(Path(statistics)) if isinstance(statistics, (str, PathLike)) else statistics
+    input_statistics = statistics_file.read(Path(statistics)) if isinstance(statistics, (str, PathLike)) else statistics
     lora = loading.lora(source, reading)
     compacts, rows = [], []
     for item in files:
         try:
             compacts.append(item if isinstance(item, CompactAdapter) else read(item))
-            rows.append(fidelity_report.fidelity_on(lora, compacts[-1], known, where))
+            rows.append(fidelity_report.fidelity_on(lora, compacts[-1], input_statistics, where))
         except LrcError as error:
             raise (error if isinstance(item, CompactAdapter) else error.at(item)) from None
     named = not isinstance(source, LoraAdapter)  # the base may have been for names alone

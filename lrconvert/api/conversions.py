@@ -79,39 +79,39 @@ def compress(
     answers what `refine` raises.
     """
     settled = take(ConvertOptions, options, more, "compress").resolved()
-    asked = take(CompressOptions, None, more, "compress")
+    request = take(CompressOptions, None, more, "compress")
     refuse_rest(more, "compress", ConvertOptions, CompressOptions)
 
-    def fit(lora: LoraAdapter, statistics: InputStatistics | None, progress: Progress) -> Compression:
-        under = replace(settled, statistics=statistics)
-        return ranking.compress(lora, under, asked, base_content=base_content, progress=progress)
+    def fit(lora: LoraAdapter, measured: InputStatistics | None, progress: Progress) -> Compression:
+        under = replace(settled, statistics=measured)
+        return ranking.compress(lora, under, request, base_content=base_content, progress=progress)
 
-    known = settled.input_statistics
-    reason = ranking.no_answers(settled, asked)
+    statistics = settled.input_statistics
+    reason = ranking.no_answers(settled, request)
     if reason is not None or settled.base is None:
-        return replace(fit(lora, known, progress), note=reason or "")
+        return replace(fit(lora, statistics, progress), note=reason or "")
     from lrconvert.refine import successive_halving
     from lrconvert.refine.settings import Settings
 
     settings = Settings(
-        length=asked.length, batch_tokens=asked.batch_tokens, max_tokens=asked.max_tokens, seed=settled.seed
+        length=request.length, batch_tokens=request.batch_tokens, max_tokens=request.max_tokens, seed=settled.seed
     )
-    rules = successive_halving.Rules(asked.budget_minutes, asked.steps, settled.device)
+    rules = successive_halving.Rules(request.budget_minutes, request.steps, settled.device)
     try:
         return successive_halving.compress(
             lora,
             fit,
             settled.base,
-            asked.data,
+            request.data,
             settings,
             rules,
-            statistics=known,
+            statistics=statistics,
             progress=progress,
         )
     except (AttachError, BaseError, DataError) as error:  # no such model, or nothing to learn
-        if asked.rank_by == "answers" or asked.data is not None:
+        if request.rank_by == "answers" or request.data is not None:
             raise
-        return replace(fit(lora, known, progress), note=ranking.RANKED_BY_FIT.format(error.what))
+        return replace(fit(lora, statistics, progress), note=ranking.RANKED_BY_FIT.format(error.what))
 
 
 def allocate(
@@ -143,18 +143,18 @@ def allocate(
     base = more.get("base")
     model = None if base is None or isinstance(base, (str, PathLike)) else more.pop("base")
     settled = take(ConvertOptions, options, more, "allocate").resolved()
-    asked = take(AllocateOptions, None, more, "allocate")
+    request = take(AllocateOptions, None, more, "allocate")
     refuse_rest(more, "allocate", ConvertOptions, AllocateOptions)
     if retrain is None:
         return rank_allocation.allocate(
-            lora, settled, asked, model=model, dry_run=dry_run, base_content=base_content, progress=progress
+            lora, settled, request, model=model, dry_run=dry_run, base_content=base_content, progress=progress
         )
     from lrconvert.refine import rank_training
     from lrconvert.refine.settings import Settings
 
-    settings = make(Settings, {"length": asked.length, "batch_tokens": asked.batch_tokens, **retrain}, "retrain")
+    settings = make(Settings, {"length": request.length, "batch_tokens": request.batch_tokens, **retrain}, "retrain")
     return rank_training.allocate(
-        lora, settled, asked, settings, model=model, dry_run=dry_run, base_content=base_content, progress=progress
+        lora, settled, request, settings, model=model, dry_run=dry_run, base_content=base_content, progress=progress
     )
 
 

@@ -40,8 +40,8 @@ def attach(
 
     from lrconvert.live import attach as attaching
 
-    found = loading.adapter(adapter, loading.options(allow_pickle, base, layout, alpha))
-    return attaching.attach(model, found, name=name, scale=scale, dtype=dtype or torch.float32, trainable=trainable)
+    loaded = loading.adapter(adapter, loading.options(allow_pickle, base, layout, alpha))
+    return attaching.attach(model, loaded, name=name, scale=scale, dtype=dtype or torch.float32, trainable=trainable)
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:

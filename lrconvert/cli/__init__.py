@@ -54,8 +54,8 @@ class _Commands(click.Group):
             where = f"converting:method_command({name})"
         module, _, bound = where.partition(":")
         attribute, called, argument = bound.partition("(")
-        found = getattr(importlib.import_module(f"lrconvert.cli.{module}"), attribute)
-        command: click.Command = found(*filter(None, [argument.rstrip(")")])) if called else found
+        bound_object = getattr(importlib.import_module(f"lrconvert.cli.{module}"), attribute)
+        command: click.Command = bound_object(*filter(None, [argument.rstrip(")")])) if called else bound_object
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

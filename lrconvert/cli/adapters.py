@@ -97,16 +97,16 @@ def export(file: Path, output: Path, to: str, quiet: bool, overwrite: bool, **gi
 def check(path: Path, base: Path | None, as_json: bool, **given: Any) -> None:
     from lrconvert import api
 
-    asked = consumers.chosen(given.pop("consumers"))
+    programs = consumers.chosen(given.pop("consumers"))
     options = {name: value for name, value in given.items() if value is not None}
-    findings = api.check(path, [consumer.id for consumer in asked], base=base, **options)
+    findings = api.check(path, [consumer.id for consumer in programs], base=base, **options)
     ok = all(finding.severity == "warns" for finding in findings)
     if as_json:
-        named = [{"id": c.id, "title": c.title, "version": c.version} for c in asked]
+        named = [{"id": c.id, "title": c.title, "version": c.version} for c in programs]
         rows = [dataclasses.asdict(finding) for finding in findings]
         emit({"path": str(path), "ok": ok, "consumers": named, "findings": rows})
     else:
-        for consumer in asked:
+        for consumer in programs:
             lines = [str(finding) for finding in findings if finding.consumer == consumer.id]
             click.echo("\n".join(lines or [f"{consumer.id} {consumer.version}: nothing found"]))
     if not ok:

@@ -56,9 +56,9 @@ def allocation_text(done: Allocation, verbose: bool) -> str:
 def ranks(done: Allocation, verbose: bool) -> str:
     """Ranks before and after: a row for each kind of module with a bar and the ranks by layer; then each module."""
     before, after = sum(m.before for m in done.modules), sum(m.after for m in done.modules)
-    told = f"by {done.scores}"
+    measured_by = f"by {done.scores}"
     if done.items:
-        told += f" on {done.items:,} answers, {done.ablated} components ablated"
+        measured_by += f" on {done.items:,} answers, {done.ablated} components ablated"
     kinds = [(kind, list(members)) for kind, members in groupby(done.modules, key=lambda m: m.kind)]
     rows = []
     for name, (_, members) in zip(_short([kind for kind, _ in kinds]), kinds, strict=True):
@@ -67,7 +67,7 @@ def ranks(done: Allocation, verbose: bool) -> str:
         rows.append([printable(name), len(members), one, two, "#" * filled + "." * (_BAR - filled), _by_layer(members)])
     head = ["module", "count", "rank before", "after", "of it kept", "after, layer by layer"]
     parts = [
-        f"rank      {before:,} -> {after:,} over {len(done.modules)} modules, {told}",
+        f"rank      {before:,} -> {after:,} over {len(done.modules)} modules, {measured_by}",
         "",
         text_and_json.table(head, rows),
     ]
@@ -78,11 +78,11 @@ def ranks(done: Allocation, verbose: bool) -> str:
 
 
 def _by_layer(members: Sequence[Module]) -> str:
-    found = [m.after for m in members]
-    return " ".join(map(str, found)) if len(found) <= _LAYERS else f"{min(found)}..{max(found)}"
+    ranks = [m.after for m in members]
+    return " ".join(map(str, ranks)) if len(ranks) <= _LAYERS else f"{min(ranks)}..{max(ranks)}"
 
 
 def _short(kinds: Sequence[str]) -> list[str]:
     """What comes after the last number of each name, if that tells them apart."""
-    found = [kind.rpartition("*.")[2].removesuffix(".weight") for kind in kinds]
-    return found if len(set(found)) == len(found) else list(kinds)
+    names = [kind.rpartition("*.")[2].removesuffix(".weight") for kind in kinds]
+    return names if len(set(names)) == len(names) else list(kinds)

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from lrconvert.api.batch.run import Batch, BatchOptions, Outcome, Told, Work
+from lrconvert.api.batch.run import Batch, BatchOptions, OnDone, Outcome, Work
 from lrconvert.api.batch.run import run as run_batch
 from lrconvert.api.batch.sources import are_many
 from lrconvert.cli.request import Request
@@ -37,7 +37,7 @@ def run(request: Request, work: Work, title: str) -> None:
     if request.output is None and not request.dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
     reading = loading.options(base=work.options.get("base"), **request.reading)
-    with _progress(title, request.quiet or request.as_json) as told:
+    with _progress(title, request.quiet or request.as_json) as on_done:
         batch = run_batch(
             work,
             request.sources,
@@ -48,7 +48,7 @@ def run(request: Request, work: Work, title: str) -> None:
                 overwrite=request.overwrite,
                 dry_run=request.dry_run,
                 verbose=request.verbose and not request.as_json,
-                told=told,
+                on_done=on_done,
             ),
         )
     if request.as_json:
@@ -68,7 +68,7 @@ def run(request: Request, work: Work, title: str) -> None:
 
 
 @contextmanager
-def _progress(title: str, quiet: bool) -> Iterator[Told]:
+def _progress(title: str, quiet: bool) -> Iterator[OnDone]:
     with progress_bar(title, quiet) as update:
         yield lambda done, of: update(done / of, f"{done} of {of}")
 

@@ -55,7 +55,7 @@ class Trial:
     _known: dict[bytes, float] = field(default_factory=dict)
 
     def score(self, gates: Array) -> float:
-        """S at these gates. Raises E-DATA if it is no number."""
+        """S at these gates. Raises E-DATA if it is NaN or infinite."""
         key = gates.tobytes()
         if key not in self._known:
             self._set(gates)
@@ -77,43 +77,43 @@ class Trial:
         def losses() -> Iterator[float]:
             for question in self.questions:
                 loss = self._loss(question)
-                found = torch.autograd.grad(loss, self.rows, allow_unused=True)
-                for into, gradient, row in zip(total, found, self.full, strict=True):
+                gradients = torch.autograd.grad(loss, self.rows, allow_unused=True)
+                for into, gradient, row in zip(total, gradients, self.full, strict=True):
                     if gradient is not None:  # an expert that no token went to, a layer that is not used
                         into.sub_((gradient.double() * row.double()).sum(1))
                 yield float(loss.detach())
 
         self._known[gates.tobytes()] = -self._mean(losses())
-        found: F64 = torch.cat([some.cpu() for some in total]).numpy() / self.items
-        if not np.isfinite(found).all():
-            raise _no_number("a gradient")
-        return found
+        slopes: F64 = torch.cat([part.cpu() for part in total]).numpy() / self.items
+        if not np.isfinite(slopes).all():
+            raise _not_finite("a gradient")
+        return slopes
 
     def _mean(self, losses: Iterable[float]) -> float:
-        found = sum(losses) / self.items
-        if not np.isfinite(found):
-            raise _no_number("the loss")
-        return found
+        mean = sum(losses) / self.items
+        if not np.isfinite(mean):
+            raise _not_finite("the loss")
+        return mean
 
     def _set(self, gates: Array) -> None:
         at = 0
         with torch.no_grad():
             for row, full in zip(self.rows, self.full, strict=True):
-                some = torch.from_numpy(np.ascontiguousarray(gates[at : at + len(row)]))
-                row.copy_(full * some.to(full)[:, None])
+                part = torch.from_numpy(np.ascontiguousarray(gates[at : at + len(row)]))
+                row.copy_(full * part.to(full)[:, None])
                 at += len(row)
 
     def _loss(self, question: _Question) -> Tensor:
         """The summed cross-entropy of the answers, float32."""
-        asked = question.answers != _IGNORED
-        rows = _logits(self.model, question.given)[asked]
+        has_answer = question.answers != _IGNORED
+        rows = _logits(self.model, question.given)[has_answer]
         return F.cross_entropy(
-            rows if rows.dtype == torch.float64 else rows.float(), question.answers[asked], reduction="sum"
+            rows if rows.dtype == torch.float64 else rows.float(), question.answers[has_answer], reduction="sum"
         )
 
 
-def _no_number(what: str) -> DataError:
-    return DataError(f"{what} of the model on the data is no number", fix="try float32, or other data")
+def _not_finite(what: str) -> DataError:
+    return DataError(f"{what} of the model on the data is NaN or infinite", fix="try float32, or other data")
 
 
 @contextmanager

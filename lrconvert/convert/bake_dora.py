@@ -72,10 +72,10 @@ def _update(pair: LoraTarget, weight: np.ndarray, magnitude: F64) -> np.ndarray:
     a, b = pair.A.astype(np.float64), pair.B.astype(np.float64) * pair.scale
     step = max(1, _ROWS // weight.shape[1])
     for top in range(0, weight.shape[0], step):
-        some = slice(top, top + step)
-        w = weight[some].astype(np.float64)
-        v = w + b[some] @ a
-        update[some] = v * checked_factor(magnitude[some], np.linalg.norm(v, axis=1))[:, None] - w
+        rows = slice(top, top + step)
+        w = weight[rows].astype(np.float64)
+        v = w + b[rows] @ a
+        update[rows] = v * checked_factor(magnitude[rows], np.linalg.norm(v, axis=1))[:, None] - w
     return update
 
 

@@ -184,7 +184,7 @@ def _owner(extra: ExtraTensor) -> str:
 
 @contextmanager
 def _on_base(
-    lora: LoraAdapter, base: Path | None, bake_dora: int | None, known: KnownContent | None
+    lora: LoraAdapter, base: Path | None, bake_dora: int | None, known_content: KnownContent | None
 ) -> Iterator[tuple[LoraAdapter, BaseWeights | None, tuple[str, ...]]]:
     """The LoRA with shapes and views as the base stores them, the base's weights, and warnings, while it is open.
 
@@ -199,17 +199,17 @@ def _on_base(
         yield lora, None, (_NAMES_ONLY,)
         return
     with open_checkpoint(base) as checkpoint:
-        found = base_names.resolve(lora, checkpoint)
+        resolved = base_names.resolve(lora, checkpoint)
         pairs = [
-            replace(pair, target=Target(pair.target.name, there.target.shape, there.target.view))
-            for pair, there in zip(lora.targets, found.targets, strict=True)
+            replace(pair, target=Target(pair.target.name, stored.target.shape, stored.target.view))
+            for pair, stored in zip(lora.targets, resolved.targets, strict=True)
         ]
         lora = replace(lora, targets=tuple(sorted(pairs, key=lambda pair: pair.target)))
         notes: tuple[str, ...] = ()
         if bake_dora is not None:
             baked = baked_dora(lora, checkpoint, bake_dora)
             lora, notes = baked.lora, (baked.note,)
-        yield lora, BaseWeights(lora, checkpoint, checkpoint.content_digest(known)), notes
+        yield lora, BaseWeights(lora, checkpoint, checkpoint.content_digest(known_content)), notes
 
 
 def _budget_bytes(source: int, size: int | None, ratio: float | None, default_ratio: int | None) -> int | None:
@@ -257,5 +257,5 @@ def _share(value: float) -> str:
 
 
 def _with_captured(compact: CompactAdapter, captured: float) -> CompactAdapter:
-    came = compact.provenance
-    return replace(compact, provenance=replace(came, fields={**came.fields, "captured": _share(captured)}))
+    provenance = compact.provenance
+    return replace(compact, provenance=replace(provenance, fields={**provenance.fields, "captured": _share(captured)}))

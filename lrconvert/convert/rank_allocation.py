@@ -74,8 +74,8 @@ class Components:
 
     def order(self, score: F64) -> Array:
         """Best score per cost first; of equal ones the one with more energy per cost, then the first."""
-        found: Array = np.lexsort((np.arange(len(score)), -self.energy / self.cost, -score / self.cost))
-        return found
+        order: Array = np.lexsort((np.arange(len(score)), -self.energy / self.cost, -score / self.cost))
+        return order
 
 
 def cost_of(target: Target, bits: int) -> int:
@@ -86,12 +86,12 @@ def cost_of(target: Target, bits: int) -> int:
 def components(lora: LoraAdapter, spectra: Sequence[F64], bits: int) -> Components:
     """The components whose singular values are `spectra`, at that width."""
     sizes = [len(s) for s in spectra]
-    known = [np.where(s > _NOTHING * s.max(initial=0.0), s, 0.0) for s in spectra]
+    nonzero = [np.where(s > _NOTHING * s.max(initial=0.0), s, 0.0) for s in spectra]
     costs = [cost_of(pair.target, bits) for pair in lora.targets]
     return Components(
         np.repeat(np.arange(len(sizes)), sizes),
         np.concatenate([np.arange(size) for size in sizes]),
-        np.concatenate(known) ** 2,
+        np.concatenate(nonzero) ** 2,
         np.repeat(np.array(costs, np.float64), sizes),
     )
 
@@ -174,8 +174,8 @@ class Choice:
 def by_energy(cut: Cut) -> Choice:
     """The components with most energy per cost."""
     order = cut.parts.order(cut.parts.energy)
-    some = order[cut.parts.energy[order] > 0]
-    return Choice(cut.final(some if len(some) else order[:1]))  # an all-zero adapter still makes a file
+    candidates = order[cut.parts.energy[order] > 0]
+    return Choice(cut.final(candidates if len(candidates) else order[:1]))  # an all-zero adapter still makes a file
 
 
 def by_ablation(
@@ -195,7 +195,7 @@ def by_ablation(
     alone = trial.slopes(np.zeros(n, bool))
     steps, ablated = rounds * (exact + 1), set[int]()
     for number in range(1, rounds + 1):
-        told, done = f"round {number} of {rounds}", (number - 1) * (exact + 1)
+        text, finished = f"round {number} of {rounds}", (number - 1) * (exact + 1)
         order = parts.order(trial.slopes(alive) + alone)
         order = order[alive[order]]
         limit = whole * (goal / whole) ** (number / rounds)
@@ -205,14 +205,14 @@ def by_ablation(
             near = slice(start, start + exact)
             scores = np.zeros(n)
             for c in map(int, order[near]):
-                done += 1
-                progress(done / steps, told)
+                finished += 1
+                progress(finished / steps, text)
                 scores[c] = trial.ablation(alive, c)
                 ablated.add(c)
             better = np.argsort(parts.order(scores))  # the place of each component among all
             order[near] = sorted(order[near], key=better.__getitem__)
         alive = cut.final(order) if number == rounds else cut.first(order, limit)
-        progress(number / rounds, told)
+        progress(number / rounds, text)
     return Choice(alive, len(ablated), trial.items)
 
 
@@ -239,14 +239,14 @@ def reduced(whole: LoraAdapter, parts: Components, kept: Array) -> LoraAdapter:
     """Only the `kept` components of a LoRA of `canonical_pairs`; a target may be left with rank 0."""
     pairs = []
     for t, pair in enumerate(whole.targets):
-        some = parts.place[kept & (parts.owner == t)]
-        pairs.append(pair_of(pair.target, pair.A[some], pair.B[:, some]))
+        which = parts.place[kept & (parts.owner == t)]
+        pairs.append(pair_of(pair.target, pair.A[which], pair.B[:, which]))
     return replace(whole, targets=tuple(pairs))
 
 
 def modules(source: LoraAdapter, compact: CompactAdapter) -> tuple[Module, ...]:
     """Ranks in the LoRA `source` and in the `lowrank` adapter that was made of it."""
-    found = []
+    rows = []
     for pair, two in zip(source.targets, compact.config.ranks, strict=True):
         target, one = pair.target, pair.rank
         name, view = target.name, target.view.text
@@ -254,8 +254,8 @@ def modules(source: LoraAdapter, compact: CompactAdapter) -> tuple[Module, ...]:
             name += f".{view}"
         words = name.replace(":", ".").split(".")
         kind = ".".join("*" if word.isdigit() else word for word in words)
-        found.append(Module(name, kind, tuple(int(word) for word in words if word.isdigit()), one, two))
-    return tuple(sorted(found, key=lambda module: (module.kind, module.layer)))
+        rows.append(Module(name, kind, tuple(int(word) for word in words if word.isdigit()), one, two))
+    return tuple(sorted(rows, key=lambda module: (module.kind, module.layer)))
 
 
 # --- the conversion -------------------------------------------------------------------------------------------------
@@ -337,8 +337,8 @@ def allocate(
             assert options.base is not None
             progress(0.0, "loading the base")
             live = load_model(options.base, options.device)
-        asked = allocate_options
-        batches = statistics.batches(live, options.base, data, asked.length, asked.batch_tokens, asked.max_tokens)
+        texts = allocate_options
+        batches = statistics.batches(live, options.base, data, texts.length, texts.batch_tokens, texts.max_tokens)
         return ablation.on_trial(live, whole, batches)
 
     def choosing(share: float, text: str) -> None:

@@ -20,7 +20,7 @@ from test_cli import lrconvert as command
 import lrconvert
 from lrconvert import api
 from lrconvert.api.batch import pool, request, sources, worker
-from lrconvert.api.batch.run import Batch, many
+from lrconvert.api.batch.run import Batch
 from lrconvert.core import errors
 from lrconvert.io import container
 from lrconvert.lora import statistics_file
@@ -104,6 +104,21 @@ def test_other_options_are_another_request(change: dict[str, Any], tmp_path: Pat
     assert other.code == "E-OUT-EXISTS"
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"target_ratio": 20}, {"target_ratio": 20.0}),
+        ({"bits": 4}, {"bits": "4", "seed": 0, "include": ()}),
+        ({"rank": 2}, {"rank": 2, "bits": "auto", "target_size": None}),
+    ],
+)
+def test_one_request_in_two_spellings(one: dict[str, Any], other: dict[str, Any], tmp_path: Path) -> None:
+    source = ADAPTERS / "llama-plain"
+    assert lrconvert.convert_many([source], tmp_path, "lowrank", jobs=1, **one).ok
+    (same,) = lrconvert.convert_many([source], tmp_path, "lowrank", jobs=1, **other).outcomes
+    assert same.state == "skipped"
+
+
 def test_statistics_and_base_count_by_content(tmp_path: Path) -> None:
     source, base = ADAPTERS / "llama-plain", BASES / "tiny-llama"
     lora = api.load_lora(source)
@@ -149,6 +164,7 @@ def test_a_base_is_digested_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) >= names
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("verb", ["convert", "compress", "allocate"])
 def test_a_base_that_changes_meanwhile(verb: Any, tmp_path: Path) -> None:
     """What was converted before is done; after the change each adapter fails, as its base is not the one digested."""
@@ -160,13 +176,16 @@ def test_a_base_that_changes_meanwhile(verb: Any, tmp_path: Path) -> None:
         for shard in base.glob("*.safetensors"):
             os.utime(shard, ns=(1, 1))
 
-    method, options = ("lowrank", OPTIONS) if verb == "convert" else ("", {"target_ratio": 4})
+    options: dict[str, Any] = {"base": base, "jobs": 1, "target_ratio": 4}
+    if verb == "convert":
+        options |= {"method": "lowrank", **OPTIONS}
     if verb == "compress":
         options |= {"forms": ["lowrank"], "rank_by": "fit"}
-    batch = many(verb, method, tmp_path / "zoo", tmp_path / "out", base=base, jobs=1, told=told, **options)
+    many = getattr(lrconvert, f"{verb}_many")
+    batch = many(tmp_path / "zoo", tmp_path / "out", on_done=told, **options)
     assert [outcome.code or outcome.state for outcome in batch.outcomes] == ["done", "E-IO-CHANGED"]
     assert str(base) in batch.outcomes[1].message
-    again = many(verb, method, tmp_path / "zoo", tmp_path / "out", base=base, jobs=1, **options)
+    again = many(tmp_path / "zoo", tmp_path / "out", **options)
     assert [outcome.state for outcome in again.outcomes] == ["skipped", "done"]
 
 
@@ -245,7 +264,7 @@ def test_hub_ids_have_names_of_their_own(tmp_path: Path, monkeypatch: pytest.Mon
     shutil.copytree(ADAPTERS / "llama-plain", snapshot)
     (cache / "models--org--lora" / "refs").mkdir()
     (cache / "models--org--lora" / "refs" / "main").write_text("a" * 40)
-    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     (job,) = sources.plan(["org/lora"], tmp_path / "out")
     assert (job.source, job.path, job.output) == ("org/lora", snapshot, tmp_path / "out" / "org--lora.lrc")
 
@@ -263,6 +282,7 @@ def test_files_of_common_names_are_named_by_their_folder(tmp_path: Path) -> None
 # --- the command line -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.medium
 def test_the_commands(zoo: Path, tmp_path: Path) -> None:
     words = ["lora-to-lowrank", zoo, "-o", "out", "--bits", "4"]
     done = command(*words, "--jobs", "2", cwd=tmp_path)

@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ADAPTERS, BASES
 
-from lrconvert.cli import ByteSize
+from lrconvert.cli.shared import ByteSize
 
 SOURCE = str(ADAPTERS / "llama-plain")
 

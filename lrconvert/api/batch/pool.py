@@ -88,7 +88,7 @@ def _ended(job: Mapping[str, Any], how: str) -> Answer:
     return {"state": "failed", "code": error.code, "message": str(error)}
 
 
-def run(jobs: Sequence[Mapping[str, Any]], count: int, told: Callable[[int, Answer], None]) -> list[Answer]:
+def run(jobs: Sequence[Mapping[str, Any]], count: int, advance: Callable[[int, Answer], None]) -> list[Answer]:
     """The answer to each job, in their order, from `count` processes; `told` is called when each comes in.
 
     If this is interrupted, the processes put away what they have begun and end.
@@ -106,7 +106,7 @@ def run(jobs: Sequence[Mapping[str, Any]], count: int, told: Callable[[int, Answ
             answer = process.ask(job)
             with lock:
                 answers[number] = answer
-                told(number, answer)
+                advance(number, answer)
 
     processes = [_Process() for _ in range(max(1, min(count, len(jobs))))]
     with ThreadPoolExecutor(len(processes)) as threads:

@@ -90,9 +90,9 @@ def of_base(base: Path) -> tuple[str, KnownContent | None]:
     of its files, and None, where it has no weights (a config.json is enough for some readers)."""
     try:
         with open_checkpoint(base) as checkpoint:
-            known = checkpoint.known_content()
+            content = checkpoint.known_content()
             config = json.dumps(checkpoint.config, sort_keys=True, default=str)
-            return hashlib.sha256(f"{known.digest} {config}".encode()).hexdigest(), known
+            return hashlib.sha256(f"{content.digest} {config}".encode()).hexdigest(), content
     except FileChangedError:
         raise
     except LrcError:
@@ -106,7 +106,7 @@ def finished(output: Path, wanted: str) -> CompactAdapter | None:
     if not output.is_file():
         return None
     try:
-        found = file.read(output)
+        compact = file.read(output)
     except LrcError:
         return None
-    return found if found.provenance.fields.get(FIELD) == wanted else None
+    return compact if compact.provenance.fields.get(FIELD) == wanted else None

@@ -21,7 +21,7 @@ from lrconvert.io.container import KnownContent
 
 State = Literal["done", "skipped", "failed"]
 Verb = Literal["convert", "compress", "allocate"]
-Told = Callable[[int, int], None]
+OnDone = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ class Batch:
 @dataclass(frozen=True)
 class BatchOptions:
     """How a batch runs: `jobs` processes at once (without it as many as there are cores, one with a GPU); `verbose`
-    adds the reports as text, `dry_run` plans only. `told(done, of)` is called after each adapter."""
+    adds the reports as text, `dry_run` plans only. `on_done(done, of)` is called after each adapter."""
 
     jobs: int | None = option(None, "Work in this many processes.", least=1)
     overwrite: bool = False
     dry_run: bool = False
     verbose: bool = False
-    told: Told = lambda done, of: None
+    on_done: OnDone = lambda done, of: None
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def run(
     def advance(number: int, answer: pool.Answer) -> None:
         nonlocal finished
         finished += 1
-        batch.told(finished, len(jobs))
+        batch.on_done(finished, len(jobs))
 
     answers = pool.run(requests, batch.jobs or _processes(work.options), advance)
     return Batch(tuple(_outcome(job, answer) for job, answer in zip(jobs, answers, strict=True)))
@@ -163,8 +163,8 @@ def _processes(options: Mapping[str, Any]) -> int:
 def _inputs(options: Mapping[str, Any]) -> tuple[dict[str, str], KnownContent | None]:
     """Digests of what options name by a path, and the contents of the base. Raises E-OPTION for what is in memory
     only."""
-    found: dict[str, str] = {}
-    known = None
+    digests: dict[str, str] = {}
+    content = None
     for key in ("base", "statistics", "data"):
         value = options.get(key)
         if value is None or value in ((), []):
@@ -173,10 +173,10 @@ def _inputs(options: Mapping[str, Any]) -> tuple[dict[str, str], KnownContent | 
         if not all(isinstance(path, (str, os.PathLike)) for path in paths):
             raise OptionError(f"{key} must be a path where several processes need it", fix="write it to a file first")
         if key == "base":
-            found[key], known = request.of_base(hub.locate(paths[0]))
+            digests[key], content = request.of_base(hub.locate(paths[0]))
         else:
-            found[key] = " ".join(request.of_file(Path(path)) for path in paths)
-    return found, known
+            digests[key] = " ".join(request.of_file(Path(path)) for path in paths)
+    return digests, content
 
 
 def _plain(key: str, value: Any) -> Any:

@@ -62,8 +62,10 @@ def are_many(sources: Sequence[Path], output: Path | None) -> bool:
     where = hub.locate(sources[0])
     if not where.is_dir() or is_adapter(where):
         return False
-    found = adapters_in(where)
-    return next(found, None) is not None and (next(found, None) is not None or (output is not None and output.is_dir()))
+    adapters = adapters_in(where)
+    return next(adapters, None) is not None and (
+        next(adapters, None) is not None or (output is not None and output.is_dir())
+    )
 
 
 def plan(sources: Sequence[AnyPath], out_root: Path | None) -> tuple[Job, ...]:
@@ -95,10 +97,10 @@ def _jobs(source: AnyPath, out_root: Path | None) -> Iterator[Job]:
             named = where.resolve().parent.name
         yield Job(os.fspath(source), where, out / _file_name(named, where))
         return
-    found = list(adapters_in(where))
-    if not found:
+    adapters = list(adapters_in(where))
+    if not adapters:
         raise UnknownLayoutError("no adapter was found in this folder", path=source)
-    for path in found:
+    for path in adapters:
         inside = path.relative_to(where)
         name = inside.parent / _file_name(inside.name, path)
         if path.is_file() and path.stem in _GENERIC:

@@ -46,13 +46,13 @@ def _failed(error: LrcError) -> dict[str, Any]:
 
 def _work(job: Mapping[str, Any]) -> dict[str, Any]:
     path, options, loading = Path(job["path"]), dict(job["options"]), dict(job["loading"])
-    known = job["base_content"]
+    base_content = job["base_content"]
     output = None if job["output"] is None else Path(job["output"])
     chosen = {**request.settled(job["verb"], job["method"], options), "loading": _without_base(loading)}
     wanted = request.digest(job["verb"], job["method"], chosen, request.of_source(path), job["inputs"])
     if output is not None:
-        if (found := request.finished(output, wanted)) is not None:
-            return {"state": "skipped", **_of_file(found)}
+        if (finished := request.finished(output, wanted)) is not None:
+            return {"state": "skipped", **_of_file(finished)}
         if output.exists() and not job["overwrite"]:
             raise OutputExistsError(
                 "exists already, and was made from another source or with other options",
@@ -62,8 +62,10 @@ def _work(job: Mapping[str, Any]) -> dict[str, Any]:
         if output.parent.exists():
             check_output(output, job["overwrite"], inputs=[path])
     lora = _marked(api.load_lora(path, **loading), wanted)
-    if known is not None:  # digested once for all jobs
-        options["base_content"] = KnownContent(known["digest"], tuple(tuple(file) for file in known["files"]))
+    if base_content is not None:  # digested once for all jobs
+        options["base_content"] = KnownContent(
+            base_content["digest"], tuple(tuple(file) for file in base_content["files"])
+        )
     done = _convert(job, lora, options, dry_run=output is None)
     if output is not None:
         make_folder(output.parent)  # not before there is something to put into it
@@ -88,8 +90,8 @@ def _without_base(loading: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _marked(lora: LoraAdapter, wanted: str) -> LoraAdapter:
-    came = lora.provenance
-    return replace(lora, provenance=replace(came, fields={**came.fields, request.FIELD: wanted}))
+    provenance = lora.provenance
+    return replace(lora, provenance=replace(provenance, fields={**provenance.fields, request.FIELD: wanted}))
 
 
 def _of_file(compact: CompactAdapter) -> dict[str, Any]:
