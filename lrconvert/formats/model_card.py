@@ -5,19 +5,19 @@ The licence is the source's: read from its card, kept in the compact file's prov
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Mapping
 from pathlib import Path
 
-from lrconvert.core.errors import LrcError
+from lrconvert.core.limits import MIB
 from lrconvert.core.version import __version__
 from lrconvert.formats.fidelity import Fidelity
 from lrconvert.formats.lrc import file
-from lrconvert.io.container import open_regular, pread
 from lrconvert.lora.adapter import CompactAdapter
 from lrconvert.methods import base as methods
 
+CARD = "README.md"
+_CARD_BYTES = MIB
+_TEXT_BYTES = 200
+_LICENCE = ("license", "license_name", "license_link")
 _TASKS = {
     "CAUSAL_LM": "text-generation",
     "SEQ_2_SEQ_LM": "text2text-generation",
@@ -28,55 +28,31 @@ _TASKS = {
 }
 
 
-CARD = "README.md"
-_CARD_BYTES = 1 << 16  # front matter stands at the beginning
-_LICENCE = ("license", "license_name", "license_link")
-_LINE = re.compile(rf"({'|'.join(_LICENCE)}):[ \t]*(.*)")
-_TEXT_BYTES = 200
-
-
 def licence(folder: Path) -> dict[str, str]:
-    """What the card in a folder says of the licence: ``license``, ``license_name``, ``license_link``, those it has.
-    Several licences are joined with commas. Empty without a card, or without front matter in it."""
+    """Return what the card in a folder says of the licence: ``license``, ``license_name``, ``license_link``, those it
+    has. Several licences are joined with commas. Empty without a card that can be read, or without front matter."""
     card = folder / CARD
-    if not card.is_file():
+    if not card.is_file() or card.stat().st_size > _CARD_BYTES:
         return {}
-    try:
-        descriptor, info = open_regular(card)
-    except LrcError:  # it cannot be opened, and nothing but the licence would be read from it
-        return {}
-    try:
-        text = bytes(pread(descriptor, min(info.st_size, _CARD_BYTES), 0, card)).decode("utf-8", "replace")
-    finally:
-        os.close(descriptor)
-    lines = text.lstrip("\ufeff").splitlines()
-    if not lines or lines[0].rstrip() != "---":
-        return {}
-    found: dict[str, str] = {}
-    key = ""
-    for line in lines[1:]:
-        if line.rstrip() == "---":
-            break
-        if (read := _LINE.fullmatch(line)) is not None:
-            key = read[1]
-            found[key] = _scalar(read[2])
-        elif key and (item := re.fullmatch(r"[ \t]*-[ \t]+(.+)", line)) is not None:
-            found[key] = ", ".join(part for part in (found[key], _scalar(item[1])) if part)
-        else:
-            key = ""
-    return {k: v for k, v in found.items() if v and len(v.encode()) <= _TEXT_BYTES and v.isprintable()}
+    from huggingface_hub.repocard import metadata_load
+    from yaml import YAMLError  # type: ignore[import-untyped]
 
-
-def _scalar(text: str) -> str:
-    """A YAML scalar, or a list in brackets, as plain text."""
-    plain = text.split(" #")[0].strip().strip("[]")
-    return ", ".join(part.strip().strip("'\"") for part in plain.split(",")) if plain else ""
+    try:
+        front = metadata_load(card) or {}
+    except (OSError, ValueError, RecursionError, YAMLError):  # only the licence would be read from it
+        return {}
+    stated = {}
+    for key in _LICENCE:
+        value = front.get(key)
+        texts = value if isinstance(value, list) else [value]
+        stated[key] = ", ".join(text for text in texts if isinstance(text, str))
+    return {k: v for k, v in stated.items() if v and len(v.encode()) <= _TEXT_BYTES and v.isprintable()}
 
 
 def origin(compact: CompactAdapter) -> dict[str, str]:
-    """Where exported factors come from, for the metadata of a file: short strings, no path, no time."""
+    """Return where exported factors come from, for the metadata of a file: short strings, no path, no time."""
     came, method = compact.provenance, methods.get(compact.method)
-    found = {
+    notes = {
         "lrconvert_version": __version__,
         "lrconvert_method": f"{method.id} {method.version}",
         "lrconvert_source": came.source,
@@ -86,31 +62,31 @@ def origin(compact: CompactAdapter) -> dict[str, str]:
         "lrconvert_base_content": compact.base.content,
         **{f"lrconvert_{key}": came.fields.get(key, "") for key in _LICENCE},
     }
-    return {key: text for key, text in found.items() if text}
+    return {key: text for key, text in notes.items() if text}
 
 
 def sidecar(compact: CompactAdapter) -> dict[str, str]:
-    """The object of ``lrconvert.json`` beside an export."""
+    """Return the object of ``lrconvert.json`` beside an export."""
     return {"tool": f"lrconvert {__version__}", "source": compact.provenance.source}
-
-
-def _yaml_string(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", " ") + '"'
 
 
 def model_card(
     compact: CompactAdapter, layout: str, command: str, fidelity: Fidelity | None, library: str = "peft"
 ) -> bytes:
-    """The card of `compact` exported as `layout` for `library`; with `fidelity`, its error table is per target."""
+    """Return the card of `compact` exported as `layout` for `library`, with the error table of `fidelity`."""
+    from huggingface_hub import ModelCardData
+
     came = compact.provenance
-    front = ["---"]
-    if came.base_model:
-        front += [f"base_model: {_yaml_string(came.base_model)}"]
-    front += [f"library_name: {library}"] if library else []
-    front += _licence_lines(came.fields)
-    if came.task_type in _TASKS:
-        front += [f"pipeline_tag: {_TASKS[came.task_type]}"]
-    front += ["tags:", "- lora", "- lrconvert", "---", ""]
+    licences = came.fields.get("license", "").split(", ")
+    front = ModelCardData(
+        base_model=came.base_model or None,
+        library_name=library or None,
+        license=licences if len(licences) > 1 else licences[0] or None,
+        license_name=came.fields.get("license_name"),
+        license_link=came.fields.get("license_link"),
+        pipeline_tag=_TASKS.get(came.task_type),
+        tags=["lora", "lrconvert"],
+    )
     method = methods.get(compact.method)
     size = file.sizes(compact)
     body = [
@@ -125,18 +101,7 @@ def model_card(
     body += _error_table(compact, fidelity)
     if came.source:
         body += ["", f"Source adapter, sha256 of its tensors: `{came.source}`"]
-    return "\n".join([*front, *body, ""]).encode("utf-8")
-
-
-def _licence_lines(fields: Mapping[str, str]) -> list[str]:
-    found = []
-    for key in _LICENCE:
-        several = fields.get(key, "").split(", ")
-        if len(several) > 1 and key == "license":
-            found += [f"{key}:", *(f"- {_yaml_string(text)}" for text in several)]
-        elif several != [""]:
-            found += [f"{key}: {_yaml_string(fields[key])}"]
-    return found
+    return "\n".join(["---", front.to_yaml(), "---", "", *body, ""]).encode("utf-8")
 
 
 def _error_table(compact: CompactAdapter, fidelity: Fidelity | None) -> list[str]:

@@ -54,65 +54,61 @@ class HubId:
 
 
 def cache() -> Path:
-    """The folder of the cache, from the variables that huggingface_hub reads."""
-    known = os.environ.get
-    home = known("HF_HOME") or f"{known('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
-    folder = Path(os.path.expandvars(known("HF_HUB_CACHE") or known("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"))
-    try:
-        return folder.expanduser()
-    except RuntimeError:  # nobody's home
-        return folder
+    """Return the folder of the cache, as huggingface_hub has it."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
 
 
 def parse(text: str) -> HubId | None:
-    """`text` as a hub id, None if it cannot be one."""
-    found = _ID.fullmatch(text)
+    """Return `text` as a hub id, None if it cannot be one."""
+    match = _ID.fullmatch(text)
     # With "--", two ids would share a folder of the cache.
-    if not found or len(found["name"]) > _ID_LENGTH or "--" in found["name"] or ".." in found["name"]:
+    if not match or len(match["name"]) > _ID_LENGTH or "--" in match["name"] or ".." in match["name"]:
         return None
-    return HubId(found["name"], found["revision"] or "main")
+    return HubId(match["name"], match["revision"] or "main")
 
 
 def hint(path: AnyPath) -> str:
-    """How an input is named in what we write: a hub id as it is, of a path the last part, since folders are private."""
-    wanted = parse(os.fspath(path))
+    """Return the name of an input in what we write: a hub id as it is, of a path the last part: folders are private."""
+    hub_id = parse(os.fspath(path))
     try:
-        is_id = wanted is not None and not _is_path(Path(path)) and wanted.repository.is_dir()
+        is_id = hub_id is not None and not _is_path(Path(path)) and hub_id.repository.is_dir()
     except OSError:
         is_id = False
     return os.fspath(path) if is_id else Path(path).name
 
 
 def is_private(name: str) -> bool:
-    """Whether what names a model in a configuration is a path of somebody's machine, and no hub id."""
+    """Return true if the name of a model in a configuration is a path of somebody's machine, and no hub id."""
     return posixpath.isabs(name) or ntpath.isabs(name) or name.startswith((".", "~", "file:")) or "\\" in name
 
 
 def last_part(name: str) -> str:
-    """The last part of a path of whatever system; another text as it is."""
+    """Return the last part of a path of whatever system; another text as it is."""
     return ntpath.basename(name.rstrip("/\\")) if is_private(name) else name
 
 
 def locate(path: AnyPath) -> Path:
-    """`path` itself if it is there or cannot be a hub id, else the folder of its snapshot in the cache.
+    """Return `path` itself if it exists or cannot be a hub id, else the folder of its snapshot in the cache.
 
     Raises E-IO-KIND (neither there nor in the cache, no such revision, incomplete), E-PATH (a link out of the model's
     folder in the cache, a damaged ref) and E-IO-READ.
     """
-    wanted = parse(os.fspath(path))
-    if wanted is None or _is_path(Path(path)):
+    hub_id = parse(os.fspath(path))
+    if hub_id is None or _is_path(Path(path)):
         return Path(path)
     try:
-        if not wanted.repository.is_dir():
+        if not hub_id.repository.is_dir():
             if "/" not in os.fspath(path):  # a word is a file name before it is an id
                 return Path(path)
             raise FileKindError(
                 "there is no such file or folder, and no such model in the Hugging Face cache",
-                fix=f"if it is a model: {wanted.advice}",
+                fix=f"if it is a model: {hub_id.advice}",
             )
-        snapshot = wanted.repository / "snapshots" / _commit(wanted)
-        _check_links(wanted, snapshot)
-        _check_complete(wanted, snapshot)
+        snapshot = hub_id.repository / "snapshots" / _commit(hub_id)
+        _check_links(hub_id, snapshot)
+        _check_complete(hub_id, snapshot)
         return snapshot
     except OSError as error:
         raise FileReadError(f"the Hugging Face cache cannot be read: {error.strerror}", path=path) from None
@@ -121,7 +117,7 @@ def locate(path: AnyPath) -> Path:
 
 
 def output(path: AnyPath) -> Path:
-    """The path of an output. Raises E-OUT-PATH if it lies in the cache: what is there belongs to other programs."""
+    """Return the path of an output. Raises E-OUT-PATH if it lies in the cache, which belongs to other programs."""
     try:
         inside = Path(path).resolve().is_relative_to(cache().resolve())
     except (OSError, RuntimeError):  # a link to itself, which the writer refuses
@@ -141,9 +137,9 @@ def _is_path(path: Path) -> bool:
 # --- revisions ------------------------------------------------------------------------------------------------------
 
 
-def _commit(wanted: HubId) -> str:
+def _commit(hub_id: HubId) -> str:
     """The commit of a revision whose snapshot is there. Raises E-IO-KIND and E-PATH."""
-    repository, revision = wanted.repository, wanted.revision
+    repository, revision = hub_id.repository, hub_id.revision
     plain = PurePosixPath(revision)
     if plain.is_absolute() or ".." in plain.parts or "\\" in revision or not revision.isprintable():
         raise ShardPathError(f"{revision!r:.80} is not the name of a branch, tag or commit")
@@ -152,17 +148,19 @@ def _commit(wanted: HubId) -> str:
     if not _COMMIT.fullmatch(revision) and ref.is_file():
         commit = _read_ref(ref, repository)
         if commit not in present:
-            raise FileKindError(f"the cache knows {revision!r} of it, but holds no file of that", fix=wanted.advice)
+            raise FileKindError(f"the cache knows {revision!r} of it, but holds no file of that", fix=hub_id.advice)
         return commit
-    found = [commit for commit in present if _PREFIX.fullmatch(revision) and commit.startswith(revision)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise FileKindError(f"{len(found)} snapshots in the cache begin with {revision!r}", fix="write more of it")
-    known = ", ".join([*_refs(repository), *(commit[:12] for commit in present)]) or "none"
+    matching = [commit for commit in present if _PREFIX.fullmatch(revision) and commit.startswith(revision)]
+    if len(matching) == 1:
+        return matching[0]
+    if matching:
+        raise FileKindError(f"{len(matching)} snapshots in the cache begin with {revision!r}", fix="write more of it")
+    refs = repository / "refs"
+    branches = sorted(str(p.relative_to(refs)) for p in refs.rglob("*") if p.is_file())
+    cached = ", ".join([*branches, *(commit[:12] for commit in present)]) or "none"
     raise FileKindError(
         f"the Hugging Face cache does not hold the revision {revision!r} of it",
-        fix=f"it holds {known:.200}; or: {wanted.advice}",
+        fix=f"it holds {cached:.200}; or: {hub_id.advice}",
     )
 
 
@@ -181,18 +179,13 @@ def _snapshots(repository: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if _COMMIT.fullmatch(p.name)) if folder.is_dir() else []
 
 
-def _refs(repository: Path) -> list[str]:
-    folder = repository / "refs"
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-
-
 # --- snapshots ------------------------------------------------------------------------------------------------------
 
 
-def _check_links(wanted: HubId, snapshot: Path) -> None:
+def _check_links(hub_id: HubId, snapshot: Path) -> None:
     """Raise E-PATH if a link leads out of the model's folder and of the store that models share, E-IO-KIND if it leads
     nowhere."""
-    repository = wanted.repository.resolve()
+    repository = hub_id.repository.resolve()
     shared = cache().resolve() / "blobs"
     if snapshot.resolve() != repository / "snapshots" / snapshot.name or not snapshot.is_dir():
         raise ShardPathError("is not a folder of its own", path=snapshot)
@@ -207,10 +200,10 @@ def _check_links(wanted: HubId, snapshot: Path) -> None:
         if not stored and not real.is_relative_to(repository):
             raise ShardPathError("is a link that leaves the model's folder in the cache", path=path)
         if not real.exists():
-            raise _incomplete(wanted, repr(path.name))
+            raise _incomplete(hub_id, repr(path.name))
 
 
-def _check_complete(wanted: HubId, snapshot: Path) -> None:
+def _check_complete(hub_id: HubId, snapshot: Path) -> None:
     """Raise E-IO-KIND if a download was broken off: shards of an index, or all weights, are not there.
 
     A base without weights is complete where nothing else was asked for: its config.json is enough for some commands.
@@ -220,12 +213,12 @@ def _check_complete(wanted: HubId, snapshot: Path) -> None:
         shards = read_json(snapshot / INDEX_NAME, MAX_INDEX_BYTES).get("weight_map")
         listed = shards.values() if isinstance(shards, dict) else ()  # the checkpoint's reader judges it
         if absent := {name for name in listed if isinstance(name, str)} - names:
-            raise _incomplete(wanted, repr(min(absent)))
+            raise _incomplete(hub_id, repr(min(absent)))
     if not any(path.suffix in _WEIGHTS for path in snapshot.rglob("*")):
-        begun = any((wanted.repository / "blobs").glob("*.incomplete"))
+        begun = any((hub_id.repository / "blobs").glob("*.incomplete"))
         if begun or _ADAPTER_CONFIG in names or not names:
-            raise _incomplete(wanted, "the file of the weights")
+            raise _incomplete(hub_id, "the file of the weights")
 
 
-def _incomplete(wanted: HubId, what: str) -> FileKindError:
-    return FileKindError(f"is incomplete in the Hugging Face cache: {what:.80} is missing", fix=wanted.advice)
+def _incomplete(hub_id: HubId, what: str) -> FileKindError:
+    return FileKindError(f"is incomplete in the Hugging Face cache: {what:.80} is missing", fix=hub_id.advice)

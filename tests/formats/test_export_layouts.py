@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ADAPTERS, BASES, random_lora
+from huggingface_hub.repocard import metadata_load
 from models import extra, one_target
 from safetensors import safe_open
 from safetensors.numpy import load_file
@@ -360,11 +361,17 @@ CARDS = {
     "# x\nlicense: mit\n": {},
     "---\ntags: []\n---\nlicense: mit\n": {},
     "---\nlicense:\n---\n": {},
+    "---\nlicense: [mit\n---\n": {},
+    "---\nlicense: mit\n- x\n---\n": {},
+    f"---\nlicense: {'[' * 30000}\n---\n": {},
+    "---\n- license\n---\n": {},
+    "\ufeff---\nlicense: mit\n---\n": {"license": "mit"},
+    "---\nlicense: mit\n---\n" + "x" * (1 << 20): {},
     "": {},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("text", CARDS)
+@pytest.mark.parametrize("text", CARDS, ids=lambda text: repr(text)[:30])
 def test_the_licence_of_a_card(text: str, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_bytes(text.encode())
     assert model_card.licence(tmp_path) == CARDS[text]
@@ -416,8 +423,7 @@ def test_every_export_says_its_licence_and_no_private_path(layout: str, tmp_path
         notes = " ".join(done.notes)
         assert said in notes and ("private" in notes) == bool(said)
         assert not [path.name for path in out.iterdir() if b"secret" in path.read_bytes()]
-        card = (out / "README.md").read_text()
-        assert f'base_model: "{shown}"' in card and model_card.licence(out) == STATED
+        assert metadata_load(out / "README.md")["base_model"] == shown and model_card.licence(out) == STATED
         stored = notes_in(out)
         assert {key: stored[f"lrconvert_{key}"] for key in STATED} == STATED
         assert stored["lrconvert_base_model"] == shown
