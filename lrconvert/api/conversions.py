@@ -196,7 +196,7 @@ def refine(
     refined = refining.refine(
         adapter if isinstance(adapter, CompactAdapter) else read(adapter),
         loading.lora(teacher, reading),
-        base if where is None else where,
+        where if isinstance(base, (str, PathLike)) else base,  # type: ignore[arg-type]
         data,
         chosen,
         run,

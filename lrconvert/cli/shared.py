@@ -72,7 +72,7 @@ def options_of(*kinds: type[Any], skip: Collection[str] = (), **help: str) -> li
     """Make a click option of every field of the dataclasses `kinds` that has a help text, but for those to `skip`.
     `help` replaces the text of a field. What a user does not give stays out of `chosen`: defaults are the dataclass's.
     """
-    options = {}
+    options: dict[str, click.Option] = {}
     for kind in kinds:
         hints = typing.get_type_hints(kind)
         for field in dataclasses.fields(kind):

@@ -3,7 +3,7 @@ batches and their commands."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -13,10 +13,10 @@ from lrconvert.core.options import option
 from lrconvert.io import hub
 from lrconvert.lora import statistics_file
 from lrconvert.lora.input_statistics import InputStatistics
-from lrconvert.methods.lowrank import WIDTHS
+from lrconvert.methods.shared.widths import WIDTHS
 
 ExtraDtype = Literal["F32", "F16", "BF16"]
-Data = str | Path | Iterable[str | Path] | Iterable[Mapping[str, Any]]
+Data = str | PathLike[str] | Sequence[str | PathLike[str]] | Iterable[Mapping[str, Any]]
 RANKINGS = ("auto", "answers", "fit")
 ROUNDS, EXACT, MOVES = 8, 16, 3
 

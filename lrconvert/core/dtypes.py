@@ -7,19 +7,22 @@ stored array keeps its bits (`Stored`), decodes exactly, and `round_to` rounds o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from lrconvert.core.errors import DtypeError
 
-Array = npt.NDArray[Any]
-F32 = npt.NDArray[np.float32]
-F64 = npt.NDArray[np.float64]
-U16 = npt.NDArray[np.uint16]
-U32 = npt.NDArray[np.uint32]
-Index = npt.NDArray[np.intp]
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+# Spelled out: numpy.typing takes as long to load as all the rest that a reader needs.
+Array = np.ndarray[Any, np.dtype[Any]]
+F32 = np.ndarray[Any, np.dtype[np.float32]]
+F64 = np.ndarray[Any, np.dtype[np.float64]]
+U16 = np.ndarray[Any, np.dtype[np.uint16]]
+U32 = np.ndarray[Any, np.dtype[np.uint32]]
+Index = np.ndarray[Any, np.dtype[np.intp]]
 
 _CHUNK = 1 << 16  # numbers that are rounded at a time: what is made on the way stays in the cache
 
@@ -108,7 +111,7 @@ def _to_float32_odd(x: F64) -> F32:
     return bits.view(np.float32)
 
 
-def round_to(x: npt.ArrayLike, dtype: str) -> Array:
+def round_to(x: ArrayLike, dtype: str) -> Array:
     """`x` (float32 or float64) as storage bits of a float `dtype`, rounded once: nearest, ties to even.
 
     Values beyond the range become infinite, NaN stays NaN.

@@ -18,13 +18,13 @@ import numpy as np
 from lrconvert.core import registry
 from lrconvert.core.dtypes import Array
 from lrconvert.core.errors import FingerprintError, OptionError, VersionError
-from lrconvert.lora import packing, svd
+from lrconvert.lora import packing
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter, LoraTarget, Target
-from lrconvert.lora.base_weights import BaseWeights
-from lrconvert.lora.input_statistics import InputStatistics, Moment
 from lrconvert.lora.packing import TensorSpec
 
 if TYPE_CHECKING:
+    from lrconvert.lora.base_weights import BaseWeights
+    from lrconvert.lora.input_statistics import InputStatistics, Moment
     from lrconvert.lora.trainable import TrainableAdapter
 
 Tensors = Mapping[str, Array]
@@ -43,7 +43,11 @@ class FitContext:
 
     def metric(self, pair: LoraTarget) -> Moment | None:
         """What a fit measures the error of a target in, None without statistics: the plain norm. Raises E-STATS."""
-        return None if self.statistics is None else svd.fit_metric(pair, self.statistics.of(pair.target))
+        if self.statistics is None:
+            return None
+        from lrconvert.lora import svd
+
+        return svd.fit_metric(pair, self.statistics.of(pair.target))
 
 
 @dataclass(frozen=True)
