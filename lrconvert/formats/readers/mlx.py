@@ -93,16 +93,13 @@ def _scale(config: Mapping[str, Any], options: ReadOptions, notes: list[str]) ->
     before = alpha is not None and "num_layers" not in config  # releases that still multiplied by alpha / rank
     if options.alpha is not None:
         if scale is not None and not before:
-            raise OptionError(
-                f"the configuration states the scale {scale!r:.40}, an alpha was given", fix="leave it out"
-            )
+            what = f"the configuration states the scale {scale!r:.40}, an alpha was given"
+            raise OptionError(what, fix="leave it out")
         stated = options.alpha
         return lambda rank: pairs.scale_of("the adapter", stated, rank)
     if scale is None:
-        raise ConfigError(
-            f"no {CONFIG_NAME} beside the weights states a scale",
-            fix="give --alpha, the scale times the rank; mlx-examples used a scale of 20 at first (rank 8: 160)",
-        )
+        fix = "give --alpha, the scale times the rank; mlx-examples used a scale of 20 at first (rank 8: 160)"
+        raise ConfigError(f"no {CONFIG_NAME} beside the weights states a scale", fix=fix)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
         raise ConfigError(f"scale is {scale!r:.60}, expected a number")
     if before:

@@ -17,19 +17,8 @@ from typing import Annotated, Any
 
 import numpy as np
 
+from lrconvert.core import errors
 from lrconvert.core.dtypes import F32, Array
-from lrconvert.core.errors import (
-    BaseError,
-    ConfigError,
-    EmptyAdapterError,
-    LimitError,
-    LrcError,
-    PairError,
-    ShapeError,
-    TensorUnknownError,
-    UnsupportedLoraError,
-    ValueRangeError,
-)
 from lrconvert.core.limits import MAX_DIM, MAX_EXPAND_BYTES, MAX_RANK
 from lrconvert.formats.readers.base import Reader
 from lrconvert.formats.readers.shared.config import Count, check_known
@@ -64,7 +53,7 @@ Widths = Callable[[str], tuple[int, int]]  # module -> (out, in)
 class _Settings:
     """What the configuration says. `mini_r` counts only where `init_weights` is "mini"."""
 
-    r: Annotated[Count, Check(lambda value: value <= MAX_RANK, f"at most {MAX_RANK}", LimitError)]
+    r: Annotated[Count, Check(lambda value: value <= MAX_RANK, f"at most {MAX_RANK}", errors.LimitError)]
     init_weights: Any = True
     mini_r: Any = 0
     base_model_name_or_path: str = ""
@@ -88,7 +77,7 @@ def recognises(path: Path) -> bool:
     try:
         with ContainerFile(path) as file:
             return any(info.name.endswith(tuple(_BLOCKS.values())) for info in file.tensors)
-    except LrcError:
+    except errors.LrcError:
         return False
 
 
@@ -113,7 +102,7 @@ def _read(path: Path, options: ReadOptions, widths: Widths, content: Callable[[]
     config = read_json(config_path(path))
     try:
         kind, settings = _settings(config)
-    except LrcError as error:
+    except errors.LrcError as error:
         raise error.at(config_path(path)) from None
     rank, mini_rank, is_bat = settings.r, settings.mini_r, settings.is_bat
     with open_weights(weights_in(path, PEFT_WEIGHTS), options) as weights:
@@ -128,7 +117,9 @@ def _read(path: Path, options: ReadOptions, widths: Widths, content: Callable[[]
     targets = tuple(sorted(blocks))
     expanded = sum(4 * rank * sum(target.matrix_shape) for target in targets)
     if expanded > MAX_EXPAND_BYTES:
-        raise LimitError(f"the file expands to {expanded} bytes of factors; at most {MAX_EXPAND_BYTES} are allowed")
+        raise errors.LimitError(
+            f"the file expands to {expanded} bytes of factors; at most {MAX_EXPAND_BYTES} are allowed"
+        )
     bits, numbers = _stored(np.concatenate([blocks[target].reshape(-1) for target in targets]))
     form = complete(targets, [rank] * len(targets), bits=bits, mini_rank=mini_rank, bat=is_bat)
     hints = (settings.base_model_name_or_path, settings.revision, settings.task_type)
@@ -142,7 +133,7 @@ def _settings(config: Mapping[str, Any]) -> tuple[str, _Settings]:
     E-LIMIT."""
     kind = config.get("peft_type")
     if kind not in tuple(_BLOCKS):
-        raise ConfigError(f"peft_type is {kind!r:.60}, expected one of {', '.join(_BLOCKS)}")
+        raise errors.ConfigError(f"peft_type is {kind!r:.60}, expected one of {', '.join(_BLOCKS)}")
     known = _NO_EFFECT | fields.names(_Settings)
     check_known(config, known if kind == "MISS" else known - {"mini_r"})
     settings = fields.read_config(_Settings, config)
@@ -150,10 +141,8 @@ def _settings(config: Mapping[str, Any]) -> tuple[str, _Settings]:
     if init == "mini" and kind == "MISS":
         return kind, replace(settings, mini_r=fields.read_config(_Mini, config).mini_r)
     if not isinstance(init, bool) and init != "bat":
-        raise UnsupportedLoraError(
-            f"init_weights is {init!r:.60}, a variant of {kind} that is not known",
-            fix="true, false, mini and bat are read",
-        )
+        what = f"init_weights is {init!r:.60}, a variant of {kind} that is not known"
+        raise errors.UnsupportedLoraError(what, fix="true, false, mini and bat are read")
     return kind, replace(settings, mini_r=0)
 
 
@@ -164,12 +153,10 @@ def _stated_content(stated: Mapping[str, Any]) -> str:
     """Return the digest of the base's contents that our own export wrote. Raises E-BASE, E-CONFIG."""
     content = stated.get("base_content")
     if content is None:
-        raise BaseError(
-            "init_weights is 'bat': the updates depend on the weights of the base",
-            fix="give the base that it was trained on",
-        )
+        what = "init_weights is 'bat': the updates depend on the weights of the base"
+        raise errors.BaseError(what, fix="give the base that it was trained on")
     if not isinstance(content, str) or not re.fullmatch("[0-9a-f]{64}", content):
-        raise ConfigError(f"base_content in {SHAPES_NAME} is {content!r:.80}, no sha256 in hex")
+        raise errors.ConfigError(f"base_content in {SHAPES_NAME} is {content!r:.80}, no sha256 in hex")
     return content
 
 
@@ -180,14 +167,12 @@ def _stated_widths(stated: Mapping[str, Any]) -> Widths:
     def widths(module: str) -> tuple[int, int]:
         shape = shapes.get(module) if isinstance(shapes, dict) else None
         if shape is None:
-            raise BaseError(
-                f"{module}: the file does not say how many inputs the layer has, the base does",
-                fix="give the base that it was trained on, or save it as a LoRA (PEFT: save_as_lora) and convert that",
-            )
+            fix = "give the base that it was trained on, or save it as a LoRA (PEFT: save_as_lora) and convert that"
+            raise errors.BaseError(f"{module}: the file does not say how many inputs the layer has", fix=fix)
         if not isinstance(shape, list) or [type(n) for n in shape] != [int, int] or not min(shape) > 0:
-            raise ConfigError(f"{module}: the shape in {SHAPES_NAME} is {shape!r:.60}, expected [out, in]")
+            raise errors.ConfigError(f"{module}: the shape in {SHAPES_NAME} is {shape!r:.60}, expected [out, in]")
         if max(shape) > MAX_DIM:
-            raise LimitError(f"{module}: the shape in {SHAPES_NAME} is {shape!r:.60}; at most {MAX_DIM} are allowed")
+            raise errors.LimitError(f"{module}: the shape in {SHAPES_NAME} is {shape!r:.60}, above {MAX_DIM}")
         return shape[0], shape[1]
 
     return widths
@@ -203,7 +188,7 @@ def _widths_of(checkpoint: Checkpoint) -> Widths:
         if info is None:
             raise index.missing(name)
         if len(info.shape) != 2:
-            raise BaseError(f"{name!r} is {list(info.shape)} in the base, no linear layer", path=checkpoint.root)
+            raise errors.BaseError(f"{name!r} is {list(info.shape)} in the base, no linear layer", path=checkpoint.root)
         return info.shape[0], info.shape[1]
 
     return widths
@@ -219,15 +204,14 @@ def _sort(weights: Weights, suffix: str) -> tuple[dict[str, TensorInfo], tuple[E
         name = info.name.removeprefix(_PREFIX)
         module = name.removesuffix(suffix)
         if name == info.name or (module == name and (".miss_" in name or ".bone_" in name)):
-            raise TensorUnknownError(
-                f"tensor {info.name!r:.200} is no part of a PEFT {suffix[1:5]}", fix="is this a PEFT file?"
-            )
+            what = f"tensor {info.name!r:.200} is no part of a PEFT {suffix[1:5]}"
+            raise errors.TensorUnknownError(what, fix="is this a PEFT file?")
         if module != name:
             modules[module] = info
         else:
             extras.append(load_extra(name, info, weights))
     if not modules:
-        raise EmptyAdapterError("the file holds no block of any module", fix="is it an adapter that was saved empty?")
+        raise errors.EmptyAdapterError("the file holds no block of any module", fix="was it saved empty?")
     return dict(sorted(modules.items())), sort_extras(extras)
 
 
@@ -237,16 +221,16 @@ def _check_shape(module: str, info: TensorInfo, settings: _Settings, out: int, i
     if settings.is_bat:
         if info.shape != (out // rank, rank, rank) or out % rank or inner % rank:
             what = f"{module}: the block is {list(info.shape)}, the layer {[out, inner]}"
-            raise ShapeError(f"{what}; a Bat of r = {rank} has [out / r, r, r] and divides both")
+            raise errors.ShapeError(f"{what}; a Bat of r = {rank} has [out / r, r, r] and divides both")
         return
     if len(info.shape) == 2 and info.shape[0] != rank:
-        raise PairError(f"{module}: the block has {info.shape[0]} rows, the configuration says r = {rank}")
+        raise errors.PairError(f"{module}: the block has {info.shape[0]} rows, the configuration says r = {rank}")
     if info.shape != (rank, columns):
-        raise ShapeError(f"{module}: the block is {list(info.shape)}, expected {[rank, columns]}")
+        raise errors.ShapeError(f"{module}: the block is {list(info.shape)}, expected {[rank, columns]}")
     if rank > inner:
-        raise ShapeError(f"{module}: r = {rank} is more than the {inner} inputs of the layer")
+        raise errors.ShapeError(f"{module}: r = {rank} is more than the {inner} inputs of the layer")
     if out % columns:
-        raise ShapeError(f"{module}: mini_r = {columns} does not divide the {out} outputs of the layer")
+        raise errors.ShapeError(f"{module}: mini_r = {columns} does not divide the {out} outputs of the layer")
 
 
 def _values(weights: Weights, info: TensorInfo) -> F32:
@@ -255,7 +239,8 @@ def _values(weights: Weights, info: TensorInfo) -> F32:
     with np.errstate(over="ignore"):
         values = wide.astype(np.float32)
     if not np.array_equal(values, wide):
-        raise ValueRangeError(f"tensor {info.name!r} holds numbers that float32 cannot", fix="save it as float32")
+        what = f"tensor {info.name!r} holds numbers that float32 cannot"
+        raise errors.ValueRangeError(what, fix="save it as float32")
     return values + np.float32(0)  # -0 becomes +0: one spelling of zero
 
 
@@ -264,7 +249,7 @@ def _stored(numbers: F32) -> tuple[int, F32]:
     try:
         if np.array_equal(packing.round_half(numbers), numbers):
             return 16, numbers
-    except ValueRangeError:  # too large for them
+    except errors.ValueRangeError:  # too large for them
         pass
     return EXACT, numbers
 

@@ -13,15 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from lrconvert.core import errors
 from lrconvert.core.dtypes import F32, Array
-from lrconvert.core.errors import (
-    EmptyAdapterError,
-    LrcError,
-    PairError,
-    ShapeError,
-    TensorUnknownError,
-    ValueRangeError,
-)
 from lrconvert.formats.readers.base import Reader
 from lrconvert.formats.readers.shared.config import Count
 from lrconvert.formats.readers.shared.folders import PEFT_WEIGHTS, config_path, peft_type
@@ -63,7 +56,7 @@ def recognises(path: Path) -> bool:
     try:
         with ContainerFile(path) as file:
             return BANK in file.by_name
-    except LrcError:
+    except errors.LrcError:
         return False
 
 
@@ -72,7 +65,7 @@ def read(path: Path, options: ReadOptions) -> CompactAdapter:
     config = read_json(config_path(path))
     try:
         settings = fields.read_config(_Settings, config)
-    except LrcError as error:
+    except errors.LrcError as error:
         raise error.at(config_path(path)) from None
     rank, length = settings.r, settings.vector_length
     with ContainerFile(path / PEFT_WEIGHTS[0] if path.is_dir() else path) as file:
@@ -82,7 +75,7 @@ def read(path: Path, options: ReadOptions) -> CompactAdapter:
         for module, halves in modules.items():
             a, b = (_codes(file, module, half, halves.get(half, {}), settings.topk) for half in "AB")
             if a[0].shape[0] != rank or b[0].shape[1] != rank:
-                raise PairError(f"{module}: the codes of A and B are not of rank {rank}, as r says")
+                raise errors.PairError(f"{module}: the codes of A and B are not of rank {rank}, as r says")
             out, inner = b[0].shape[0] * length, a[0].shape[1] * length
             shape, view = ((inner, out), TRANSPOSED) if settings.fan_in_fan_out else ((out, inner), MATRIX)
             codes[Target(f"{module}.weight", shape, view)] = [
@@ -104,7 +97,7 @@ def _bank(file: ContainerFile, shape: tuple[int, int]) -> F32:
     info = file.by_name.get(BANK)
     if info is None or info.shape != shape:
         stored = list(info.shape) if info else "missing"
-        raise ShapeError(f"the tensor {BANK!r} is {stored}; expected {list(shape)}")
+        raise errors.ShapeError(f"the tensor {BANK!r} is {stored}; expected {list(shape)}")
     return _finite(file.load(info).decode(), BANK)
 
 
@@ -123,15 +116,14 @@ def _sort(file: ContainerFile) -> tuple[dict[str, Halves], tuple[ExtraTensor, ..
         if info.name == BANK:
             continue
         if name == info.name or (match is None and ".vblora_" in name):
-            raise TensorUnknownError(
-                f"tensor {info.name!r:.200} is no part of a PEFT VB-LoRA", fix="is this a PEFT file?"
-            )
+            what = f"tensor {info.name!r:.200} is no part of a PEFT VB-LoRA"
+            raise errors.TensorUnknownError(what, fix="is this a PEFT file?")
         if match:
             modules.setdefault(match["module"], {}).setdefault(match["half"], {})[match["kind"]] = info
         else:
             extras.append(load_extra(name, info, file))
     if not modules:
-        raise EmptyAdapterError("the file holds no codes of any module", fix="is it an adapter that was saved empty?")
+        raise errors.EmptyAdapterError("the file holds no codes of any module", fix="was it saved empty?")
     return dict(sorted(modules.items())), sort_extras(extras)
 
 
@@ -140,35 +132,35 @@ def _codes(file: ContainerFile, module: str, half: str, parts: dict[str, TensorI
     if set(parts) == {""}:
         logits = _finite(file.load(parts[""]).decode(), parts[""].name)
         if logits.ndim != 3 or logits.shape[2] < k:
-            raise ShapeError(f"{module}: the logits of {half} are {list(logits.shape)}")
+            raise errors.ShapeError(f"{module}: the logits of {half} are {list(logits.shape)}")
         indices = np.argsort(-logits, axis=2, kind="stable")[:, :, :k]
         top = np.take_along_axis(logits, indices, 2)
         weights = np.exp(top - top[:, :, :1], dtype=np.float32)
         return indices, (weights / weights.sum(2, keepdims=True))[:, :, :-1]
     if set(parts) != {"_topk_indices", "_topk_weights"}:
-        raise PairError(f"{module}: {half} has neither full logits nor top-k indices and weights")
+        raise errors.PairError(f"{module}: {half} has neither full logits nor top-k indices and weights")
     indices = file.load(parts["_topk_indices"]).array.astype(np.int64)
     weights = _finite(file.load(parts["_topk_weights"]).decode(), parts["_topk_weights"].name)
     if indices.ndim != 3 or indices.shape[2] != k or weights.shape != (*indices.shape[:2], k - 1):
-        raise ShapeError(f"{module}: the codes of {half} are {list(indices.shape)} and {list(weights.shape)}")
+        raise errors.ShapeError(f"{module}: the codes of {half} are {list(indices.shape)} and {list(weights.shape)}")
     return indices, weights
 
 
 def _finite(values: Array, name: str) -> F32:
     if values.dtype.kind != "f" or not np.isfinite(values).all():
-        raise ValueRangeError(f"tensor {name!r} holds NaN, infinity or no floats")
+        raise errors.ValueRangeError(f"tensor {name!r} holds NaN, infinity or no floats")
     return values.astype(np.float32)
 
 
 def _canonical(indices: Array, weights: F32) -> dict[str, Array]:
     """Return codes as `vblora` spells them. PEFT's last vector, which takes what the others leave, comes first."""
     if indices.min() < 0:
-        raise ValueRangeError("an index is negative")
+        raise errors.ValueRangeError("an index is negative")
     if weights.shape[1] == 0:
         return {"indices": indices.astype(np.uint32)}
     over = np.maximum(weights.astype(np.float64).sum(1) - 1, 0)
     if over.max() > 1e-5 or weights.min() < 0:
-        raise ValueRangeError("the weights of a code are negative or add up to more than 1")
+        raise errors.ValueRangeError("the weights of a code are negative or add up to more than 1")
     weights = weights.copy()
     low = np.nextafter((weights[:, 0] - over).astype(np.float32), np.float32(0))
     weights[:, 0] = np.where(over > 0, low, weights[:, 0])  # rounding alone: the last vector has weight zero

@@ -47,17 +47,13 @@ def read(path: Path, options: ReadOptions) -> LoraAdapter:
         kinds.refuse(list(others))
         pairs.check_both_halves(modules, LABELS)
         if options.alpha is None:
-            raise ConfigError(
-                "nothing in the file states alpha, which the scale alpha / r needs",
-                fix="give it with --alpha, as the training script has it (alpha = r is a scale of 1)",
-            )
+            fix = "give it with --alpha, as the training script has it (alpha = r is a scale of 1)"
+            raise ConfigError("nothing in the file states alpha, which the scale alpha / r needs", fix=fix)
         targets = [_target(module, parts, options.alpha, weights) for module, parts in modules.items()]
         whole = [pair.target.name for pair in targets if pair.target.name in others]
         if whole:
-            raise TensorUnknownError(
-                f"the file holds {whole[0]!r:.160} beside its factors, which may be merged into it or not",
-                fix="save the factors alone (loralib.lora_state_dict)",
-            )
+            what = f"the file holds {whole[0]!r:.160} beside its factors, which may be merged into it or not"
+            raise TensorUnknownError(what, fix="save the factors alone (loralib.lora_state_dict)")
         extras = [load_extra(name, info, weights) for name, info in others.items()]
         notes = [f"{len(extras)} other tensors ride along, {extras[0].name!r:.120} for one"] if extras else []
         if component is None:

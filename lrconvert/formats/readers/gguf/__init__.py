@@ -73,9 +73,8 @@ def _alpha(file: GgufFile) -> float:
         shown = f"an adapter of the type {adapter!r:.40}" if kind == "adapter" else f"a {kind:.40}"
         raise NotLoraError(f"the GGUF file is {shown}, not a LoRA", fix="give the adapter's file")
     if file.fields.get("adapter.alora.invocation_tokens", ()) != ():
-        raise UnsupportedLoraError(
-            "Activated LoRA acts only after its invocation tokens, which no weight can hold", fix="use it as it is"
-        )
+        what = "Activated LoRA acts only after its invocation tokens, which no weight can hold"
+        raise UnsupportedLoraError(what, fix="use it as it is")
     alpha = file.fields.get("adapter.lora.alpha")
     if not isinstance(alpha, float) or not math.isfinite(alpha):
         raise ConfigError(f"adapter.lora.alpha is {alpha!r:.40}, expected a number")

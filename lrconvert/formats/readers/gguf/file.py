@@ -9,28 +9,16 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from lrconvert.core.dtypes import STORAGE, Stored
-from lrconvert.core.errors import (
-    CoverageError,
-    DtypeError,
-    FileKindError,
-    HeaderLengthError,
-    HeaderTextError,
-    LimitError,
-    OffsetError,
-    ShapeError,
-    TensorNameError,
-    VersionError,
-)
+from lrconvert.core import errors
+from lrconvert.core.dtypes import Stored
 from lrconvert.core.limits import FOREIGN, KIB, MIB
-from lrconvert.formats.readers.shared.files import check_file_size, check_shape, closed_on_error
-from lrconvert.io.container import OpenFile, TensorInfo, pread
+from lrconvert.formats.readers.shared.files import ForeignFile, check_shape
+from lrconvert.io.container import TensorInfo, pread
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -51,15 +39,6 @@ Value = str | int | float | bool | tuple[int, ...] | None
 _Description = tuple[str, tuple[int, ...], int, int]  # name, dims in ggml's order, type, offset
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Where a tensor lies. `kind` is the name of ggml's type."""
-
-    kind: str
-    start: int
-    nbytes: int
-
-
 class _Cursor:
     """Bytes of a file in order, fetched in chunks, never beyond its end or the cap of a header."""
 
@@ -72,7 +51,7 @@ class _Cursor:
     def _check(self, nbytes: int) -> None:
         left = self._stop - self.at
         if nbytes > left:
-            raise HeaderLengthError(f"the header claims {nbytes} bytes at byte {self.at}; {left} are left")
+            raise errors.HeaderLengthError(f"the header claims {nbytes} bytes at byte {self.at}; {left} are left")
 
     def take(self, nbytes: int) -> bytes:
         self._check(nbytes)
@@ -95,101 +74,88 @@ class _Cursor:
     def text(self, most: int) -> str:
         length = self.number("<Q")
         if length > most:
-            raise LimitError(f"a text of the header has {length} bytes; at most {most} are read")
+            raise errors.LimitError(f"a text of the header has {length} bytes; at most {most} are read")
         try:
             return self.take(length).decode("utf-8")
         except UnicodeDecodeError:
-            raise HeaderTextError("a text of the header is no UTF-8") from None
+            raise errors.HeaderTextError("a text of the header is no UTF-8") from None
 
 
-class GgufFile(OpenFile):
+class GgufFile(ForeignFile):
     """One open GGUF file. A context manager.
 
     `fields`: the key-value pairs; long arrays are None. `metadata`: those that are texts. `tensors`: in the order of
     the file, with shapes as numpy has them (ggml lists dimensions the other way round); the dtype of Q8_0 is F32.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        with closed_on_error(self):
-            self._parse()
-
-    def _parse(self) -> None:
-        size = self._stat.st_size
-        check_file_size(size)
+    def _read_header(self, size: int) -> tuple[TensorInfo, ...]:
         cursor = _Cursor(self._descriptor, size, self.path)
         if size < 24 or cursor.take(4) != MAGIC:
-            raise FileKindError("the file is no GGUF", fix="was a download cut off?")
+            raise errors.FileKindError("the file is no GGUF", fix="was a download cut off?")
         version = cursor.number("<I")
         if version not in _VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in _VERSIONS
             why = "is big endian" if swapped else f"has version {version}"
-            raise VersionError(f"the GGUF file {why}; versions 2 and 3 in little endian are read")
+            raise errors.VersionError(f"the GGUF file {why}; versions 2 and 3 in little endian are read")
         tensors, pairs = cursor.number("<Q"), cursor.number("<Q")
         if tensors > FOREIGN.tensors or pairs > FOREIGN.tensors:
-            raise LimitError(
-                f"the header names {tensors} tensors and {pairs} fields; at most {FOREIGN.tensors} are read"
-            )
+            raise errors.LimitError(f"{tensors} tensors and {pairs} fields are more than {FOREIGN.tensors}")
         if 24 * tensors + 13 * pairs > size:  # the least that each takes
-            raise HeaderLengthError(f"the header names {tensors} tensors and {pairs} fields, more than fit the file")
+            raise errors.HeaderLengthError(f"{tensors} tensors and {pairs} fields are more than fit the file")
         self.fields: dict[str, Value] = {}
         for _ in range(pairs):
             key = _name(cursor, "field")
             if key in self.fields:
-                raise TensorNameError(f"the field {key!r:.120} is there twice")
+                raise errors.TensorNameError(f"the field {key!r:.120} is there twice")
             self.fields[key] = _value(cursor, cursor.number("<I"), _ARRAY_DEPTH)
+        self.metadata = {key: value for key, value in self.fields.items() if isinstance(value, str)}
         descriptions = [_description(cursor) for _ in range(tensors)]
-        self._place(descriptions, cursor.at, size)
+        return self._place(descriptions, cursor.at, size)
 
-    def _place(self, descriptions: Sequence[_Description], header: int, size: int) -> None:
-        """Set `tensors`; each begins where the one before ends, up to the alignment. Raises E-OFF, E-OFF-COVER."""
+    def _place(self, descriptions: Sequence[_Description], header: int, size: int) -> tuple[TensorInfo, ...]:
+        """Return the tensors; each begins where the one before ends, up to the alignment. Raises E-OFF, E-OFF-COVER."""
         alignment = self.fields.get("general.alignment", 32)
         if alignment not in _ALIGNMENTS or isinstance(alignment, bool):
-            raise HeaderTextError(f"general.alignment is {alignment!r:.40}, no power of two from 8 to 65536")
+            raise errors.HeaderTextError(f"general.alignment is {alignment!r:.40}, no power of two from 8 to 65536")
         assert isinstance(alignment, int)
         start = header + -header % alignment
-        position, tensors, layouts = 0, [], {}
+        position, tensors = 0, {}
+        self._quantized: set[str] = set()
         for name, dims, kind, offset in descriptions:
             if kind not in _TYPES:
                 titles = ", ".join(title for title, _, _ in _TYPES.values())
-                raise DtypeError(f"tensor {name!r:.120} has ggml's type {kind}; {titles} are read")
+                raise errors.DtypeError(f"tensor {name!r:.120} has ggml's type {kind}; {titles} are read")
             title, block, nbytes = _TYPES[kind]
             if dims[0] % block:
-                raise ShapeError(f"tensor {name!r:.120}: rows of {dims[0]} are no blocks of {block}")
+                raise errors.ShapeError(f"tensor {name!r:.120}: rows of {dims[0]} are no blocks of {block}")
             nbytes *= math.prod(dims) // block
             if offset != position:
-                raise OffsetError(f"tensor {name!r:.120} begins at byte {offset} of the data, expected {position}")
+                raise errors.OffsetError(f"tensor {name!r:.120} begins at byte {offset}, expected {position}")
             if start + offset + nbytes > size:
-                raise CoverageError(f"tensor {name!r:.120} ends at byte {start + offset + nbytes}, the file at {size}")
-            if name in layouts:
-                raise TensorNameError(f"the tensor {name!r:.120} is there twice")
-            layouts[name] = _Layout(title, start + offset, nbytes)
-            dtype = "F32" if title == "Q8_0" else title
-            tensors.append(TensorInfo(name, dtype, dims[::-1], start + offset, nbytes, self.path))
+                raise errors.CoverageError(f"tensor {name!r:.120} ends after the end of the file, byte {size}")
+            if name in tensors:
+                raise errors.TensorNameError(f"the tensor {name!r:.120} is there twice")
+            if title == "Q8_0":
+                self._quantized.add(name)
+                title = "F32"
+            tensors[name] = TensorInfo(name, title, dims[::-1], start + offset, nbytes, self.path)
             end = position + nbytes
             position = end + -end % alignment
         if tensors and not start + end <= size <= start + position:
-            raise CoverageError(f"the tensors end at byte {start + end}, the file at {size}")
-        self.tensors: tuple[TensorInfo, ...] = tuple(tensors)
-        self._layouts = layouts
-
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        return {key: value for key, value in self.fields.items() if isinstance(value, str)}
+            raise errors.CoverageError(f"the tensors end at byte {start + end}, the file at {size}")
+        return tuple(tensors.values())
 
     def read(self, info: TensorInfo) -> bytes:
         """Return the bytes of a tensor as they are stored."""
-        layout = self._layouts[info.name]
-        return bytes(pread(self._descriptor, layout.nbytes, layout.start, self.path))
+        return bytes(pread(self._descriptor, info.nbytes, info.start, self.path))
 
     def load(self, info: TensorInfo) -> Stored:
         """Return a tensor with its stored bits; Q8_0 decoded, which float32 holds exactly."""
-        data = self.read(info)
-        if self._layouts[info.name].kind == "Q8_0":
-            blocks = np.frombuffer(data, _Q8)
+        if info.name in self._quantized:
+            blocks = np.frombuffer(self.read(info), _Q8)
             values = blocks["factor"].astype(np.float32)[:, None] * blocks["codes"].astype(np.float32)
             return Stored("F32", values.astype("<f4").reshape(info.shape))
-        return Stored(info.dtype, np.frombuffer(data, STORAGE[info.dtype]).reshape(info.shape))
+        return super().load(info)
 
 
 def _description(cursor: _Cursor) -> _Description:
@@ -197,7 +163,7 @@ def _description(cursor: _Cursor) -> _Description:
     name = _name(cursor, "tensor")
     count = cursor.number("<I")
     if not 0 < count <= FOREIGN.ndim:
-        raise ShapeError(f"tensor {name!r:.120} has {count} dimensions; 1 to {FOREIGN.ndim} are read")
+        raise errors.ShapeError(f"tensor {name!r:.120} has {count} dimensions; 1 to {FOREIGN.ndim} are read")
     dims = struct.unpack(f"<{count}Q", cursor.take(8 * count))
     check_shape(name, dims)
     return name, dims, cursor.number("<I"), cursor.number("<Q")
@@ -206,7 +172,7 @@ def _description(cursor: _Cursor) -> _Description:
 def _name(cursor: _Cursor, what: str) -> str:
     name = cursor.text(FOREIGN.name_bytes)
     if not name or not name.isprintable():
-        raise TensorNameError(f"the {what} name {name!r:.120} is empty or has control characters")
+        raise errors.TensorNameError(f"the {what} name {name!r:.120} is empty or has control characters")
     return name
 
 
@@ -217,11 +183,11 @@ def _value(cursor: _Cursor, kind: int, depth: int) -> Value:
     if kind in _SCALARS:
         raw = cursor.take(struct.calcsize(_SCALARS[kind]))
         if kind == _BOOL and raw not in (b"\0", b"\1"):
-            raise HeaderTextError(f"a truth value of the header is {raw[0]}")
+            raise errors.HeaderTextError(f"a truth value of the header is {raw[0]}")
         number: int | float | bool = struct.unpack(_SCALARS[kind], raw)[0]
         return number
     if kind != _ARRAY:
-        raise HeaderTextError(f"a value of the header has the unknown type {kind}")
+        raise errors.HeaderTextError(f"a value of the header has the unknown type {kind}")
     inner, count = cursor.number("<I"), cursor.number("<Q")
     if inner in _SCALARS:
         size = struct.calcsize(_SCALARS[inner])
@@ -230,7 +196,7 @@ def _value(cursor: _Cursor, kind: int, depth: int) -> Value:
         cursor.skip(count * size)
         return None
     if depth == 0 or inner not in (_STRING, _ARRAY):
-        raise HeaderTextError(f"an array of the header has the unknown or too deep type {inner}")
+        raise errors.HeaderTextError(f"an array of the header has the unknown or too deep type {inner}")
     for _ in range(count):  # each takes at least eight bytes of the header, which is bounded
         if inner == _STRING:
             cursor.skip(cursor.number("<Q"))

@@ -28,18 +28,13 @@ def placed(pair: LoraTarget, name: str, architecture: str, component: Component)
     """Put `pair`, of llama.cpp's module `name`, on a base. Raises E-BASE for architectures and modules that are not
     known and for bases of another family."""
     if architecture not in KNOWN:
-        raise BaseError(
-            f"the names of llama.cpp's architecture {architecture!r:.60} are not known here",
-            fix=f"known: {', '.join(sorted(KNOWN))}; convert the adapter that the GGUF file was made of instead",
-        )
+        fix = f"known: {', '.join(sorted(KNOWN))}; convert the adapter that the GGUF file was made of instead"
+        raise BaseError(f"the names of llama.cpp's architecture {architecture!r:.60} are not known here", fix=fix)
     family = gguf_names.family_of(component.config)
     if family is None or family.id != architecture:
         theirs = component.config.get("model_type")
-        raise BaseError(
-            f"the adapter is for llama.cpp's {architecture}, the base is of the family {theirs!r:.60}",
-            fix="give the adapter's own base",
-            path=component.root,
-        )
+        what = f"the adapter is for llama.cpp's {architecture}, the base is of the family {theirs!r:.60}"
+        raise BaseError(what, fix="give the adapter's own base", path=component.root)
     order = family.rows.get(name.rpartition(".")[2])
     if order is not None:
         pair = _in_order(pair, order, component)

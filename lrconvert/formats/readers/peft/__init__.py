@@ -60,11 +60,8 @@ def read(path: Path, options: ReadOptions) -> LoraAdapter:
     E-INDEX, E-LIMIT, E-PICKLE.
     """
     if not config_path(path).exists():
-        raise ConfigError(
-            f"there is no {CONFIG_NAME} beside the weights; without it alpha is unknown",
-            fix=f"put the adapter's {CONFIG_NAME} into the same folder",
-            path=path,
-        )
+        what = f"there is no {CONFIG_NAME} beside the weights; without it alpha is unknown"
+        raise ConfigError(what, fix=f"put the adapter's {CONFIG_NAME} into the same folder", path=path)
     config = read_json(config_path(path))
     try:
         settings = parse(config)
@@ -86,10 +83,8 @@ def read(path: Path, options: ReadOptions) -> LoraAdapter:
 def _convert(places: names.Sorted, settings: Settings, weights: Weights) -> LoraAdapter:
     modules = places.modules
     if not modules:
-        raise EmptyAdapterError(
-            f"the file holds no lora_A / lora_B pair among its {len(weights.tensors)} tensors",
-            fix="is it an adapter that was saved empty?",
-        )
+        what = f"the file holds no lora_A / lora_B pair among its {len(weights.tensors)} tensors"
+        raise EmptyAdapterError(what, fix="is it an adapter that was saved empty?")
     check_work([*settings.ranks.patterns, *settings.alphas.patterns], modules)
     parameters = experts.wrapped(modules, settings)
     _check_wrappers(modules.keys() - parameters.keys())
@@ -130,9 +125,8 @@ def _check_wrappers(modules: set[str]) -> None:
                 fix="merge it into its base with PEFT and use the merged model",
             )
         if f"{names.BASE_LAYER}." in f"{module}." or ".token_adapter." in module:
-            raise UnsupportedLoraError(
-                f"{module}: an adapter inside another adapter's wrapper", fix="this adapter cannot be converted"
-            )
+            what = f"{module}: an adapter inside another adapter's wrapper"
+            raise UnsupportedLoraError(what, fix="this adapter cannot be converted")
 
 
 def _warnings(

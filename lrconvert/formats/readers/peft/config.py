@@ -183,10 +183,8 @@ class Settings:
         E-CONFIG for a scale that is not finite."""
         wanted = self.ranks.value(module)
         if wanted != rank:
-            raise PairError(
-                f"{module}: the tensors have rank {rank}, the configuration says {wanted!s:.40}",
-                fix=f"correct r or rank_pattern in {CONFIG_NAME}",
-            )
+            what = f"{module}: the tensors have rank {rank}, the configuration says {wanted!s:.40}"
+            raise PairError(what, fix=f"correct r or rank_pattern in {CONFIG_NAME}")
         return scale_of(module, self.alphas.value(module), math.sqrt(rank) if self.rslora else rank)
 
     def names_module(self, module: str) -> bool:
@@ -239,10 +237,8 @@ def check_config(config: Mapping[str, Any]) -> None:
     update, for initializations that changed the base, and for unknown fields that are set."""
     kind = config.get("peft_type")
     if not isinstance(kind, str):
-        raise NotLoraError(
-            "the adapter is of no stated kind, not LORA",
-            fix=f"if it is a LoRA, {CONFIG_NAME} needs peft_type LORA, r and lora_alpha as it was trained",
-        )
+        fix = f"if it is a LoRA, {CONFIG_NAME} needs peft_type LORA, r and lora_alpha as it was trained"
+        raise NotLoraError("the adapter is of no stated kind, not LORA", fix=fix)
     if kind != "LORA":
         fix = OTHER_KINDS.get(kind, "only LoRA adapters are converted")
         raise NotLoraError(f"the adapter is {kind}, not LORA", fix=fix)
@@ -264,7 +260,5 @@ def _check_init(init: Any) -> None:
                 "adapter was saved without undoing that",
                 fix=advice,
             )
-    raise UnsupportedLoraError(
-        f"init_lora_weights is {init!r:.60}, an initialization that is not known",
-        fix="set it to true if it does not change the base weights",
-    )
+    what = f"init_lora_weights is {init!r:.60}, an initialization that is not known"
+    raise UnsupportedLoraError(what, fix="set it to true if it does not change the base weights")

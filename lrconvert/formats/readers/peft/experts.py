@@ -54,10 +54,8 @@ def read_parameter(module: str, name: str, parts: Parts, settings: Settings, wei
     """Yield a target for each expert of a stack; one for a matrix. `name` is the parameter's. Raises E-CONFIG, E-PAIR,
     E-LIMIT, E-DTYPE, E-VALUE."""
     if settings.dora or settings.lora_bias or settings.transposed:
-        raise ConfigError(
-            "target_parameters does not go together with use_dora, lora_bias and fan_in_fan_out; PEFT refuses that",
-            fix=f"is this the {CONFIG_NAME} of the adapter?",
-        )
+        what = "target_parameters does not go together with use_dora, lora_bias and fan_in_fan_out; PEFT refuses that"
+        raise ConfigError(what, fix=f"is this the {CONFIG_NAME} of the adapter?")
     a, b = halves(module, parts, "A", "B")
     if set(parts) != {"A", "B"}:
         raise PairError(f"{name}: the wrapper of a parameter has lora_A and lora_B only")
@@ -128,15 +126,12 @@ def _in_order(root: str, names: Sequence[str], wrappers: int) -> list[str]:
     E-LORA-FEATURE."""
     listed = ", ".join(repr(name) for name in names)
     if len(names) != wrappers:
-        raise ConfigError(
-            f"{root}: {wrappers} of its parameters are adapted, target_parameters names {len(names)}: {listed:.300}",
-            fix="name in target_parameters the parameters that are adapted, each with its module",
-        )
+        what = f"{wrappers} of its parameters are adapted, target_parameters names {len(names)}: {listed:.300}"
+        fix = "name in target_parameters the parameters that are adapted, each with its module"
+        raise ConfigError(f"{root}: {what}", fix=fix)
     if wrappers > 1 and not set(names) <= set(_ORDER):
-        raise UnsupportedLoraError(
-            f"{root}: the order of its parameters {listed:.300} is not known, and the file does not tell it",
-            fix="adapt one of them alone",
-        )
+        what = f"the order of its parameters {listed:.300} is not known, and the file does not tell it"
+        raise UnsupportedLoraError(f"{root}: {what}", fix="adapt one of them alone")
     return sorted(names, key=_ORDER.index) if wrappers > 1 else list(names)
 
 

@@ -43,7 +43,7 @@ def read_tokens(
             raise IndexRangeError(f"{module}: trainable_token_indices names a row twice")
         if len(info.shape) != 2 or info.shape[0] != indices.size:
             raise PairError(
-                f"{module}: tensor {info.name!r} is {list(info.shape)}, the configuration names {indices.size} rows"
+                f"{module}: {info.name!r} is {list(info.shape)}, the configuration names {indices.size} rows"
             )
         rows = load_finite(weights, info)
         rows = Stored(rows.dtype, rows.array[order])

@@ -198,7 +198,6 @@ def _expected(module: str, parts: Parts, part: Part, field: str, wanted: bool) -
     if info is None and wanted:
         raise PairError(f"{module}: {field} is set, but there is no {title(part)}", fix="the file is incomplete")
     if info is not None and not wanted:
-        raise ConfigError(
-            f"the file holds {info.name!r}, but {field} is not set", fix=f"set {field} to true in {CONFIG_NAME}"
-        )
+        what = f"the file holds {info.name!r}, but {field} is not set"
+        raise ConfigError(what, fix=f"set {field} to true in {CONFIG_NAME}")
     return info

@@ -116,9 +116,8 @@ def _adapter_name(tensors: Iterable[TensorInfo]) -> str:
     names = {part_and_name[1] for part_and_name in split if part_and_name is not None}
     if len(names) > 1:
         listed = ", ".join(repr(name) if name else "one without a name" for name in sorted(names))
-        raise UnsupportedLoraError(
-            f"the file holds {len(names)} adapters: {listed:.400}", fix="save each adapter on its own"
-        )
+        what = f"the file holds {len(names)} adapters: {listed:.400}"
+        raise UnsupportedLoraError(what, fix="save each adapter on its own")
     return names.pop() if names else ""
 
 
@@ -131,10 +130,8 @@ def _part(name: str) -> Part | None:
     if words[0] in _TRAINING:
         return None
     kinds.refuse([name])
-    raise UnsupportedLoraError(
-        f"tensor {name!r} is not a part of a LoRA that is known: {', '.join(_TITLES.values())}",
-        fix="this variant of LoRA is not converted",
-    )
+    what = f"tensor {name!r} is not a part of a LoRA that is known: {', '.join(_TITLES.values())}"
+    raise UnsupportedLoraError(what, fix="this variant of LoRA is not converted")
 
 
 # --- what rides along -----------------------------------------------------------------------------------------------

@@ -68,11 +68,9 @@ def check_work(patterns: Iterable[str], modules: Iterable[str]) -> None:
         for length, count in names.items()
     )
     if steps > MAX_PATTERN_STEPS:
-        raise PatternError(
-            f"matching {by_repeats.total()} patterns to {names.total()} modules may take {steps} steps; at most "
-            f"{MAX_PATTERN_STEPS} are taken",
-            fix="write the patterns with fewer repeats",
-        )
+        what = f"matching {by_repeats.total()} patterns to {names.total()} modules may take {steps} steps"
+        fix = "write the patterns with fewer repeats"
+        raise PatternError(f"{what}; at most {MAX_PATTERN_STEPS} are taken", fix=fix)
 
 
 Rules = tuple[tuple[str, re.Pattern[str], float], ...]  # (pattern, compiled, the number of modules that match it)

@@ -21,7 +21,5 @@ def check_known(config: Mapping[str, Any], known: Collection[str]) -> None:
     """Raise E-LORA-FEATURE for the first field that is not known and is set: it might change the update."""
     for key in sorted(set(config) - set(known)):
         if is_set(config[key]):
-            raise UnsupportedLoraError(
-                f"the configuration field {key!r} is not known and is set to {config[key]!r:.60}",
-                fix="remove the field if it does not change the update",
-            )
+            what = f"the configuration field {key!r} is not known and is set to {config[key]!r:.60}"
+            raise UnsupportedLoraError(what, fix="remove the field if it does not change the update")

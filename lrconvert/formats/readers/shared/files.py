@@ -1,10 +1,9 @@
-"""What files of tensors other than safetensors share: opening, and the checks of names and shapes."""
+"""A file of tensors in another format than safetensors: how it is opened, and the checks of names and shapes."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,21 +14,8 @@ from lrconvert.core.limits import FOREIGN
 from lrconvert.io.container import OpenFile, TensorInfo
 
 
-@contextmanager
-def closed_on_error(file: OpenFile) -> Iterator[None]:
-    """Close `file` if its header cannot be read, and name it in the error."""
-    try:
-        yield
-    except LrcError as error:
-        file.close()
-        raise error.at(file.path) from None
-    except BaseException:
-        file.close()
-        raise
-
-
-class StreamedFile(OpenFile):
-    """A file of tensors that a library reads through a stream. A context manager; it holds no texts beside them."""
+class ForeignFile(OpenFile):
+    """An open file of tensors. A context manager; `metadata` are the texts that the file holds beside them."""
 
     metadata: Mapping[str, str] = {}
     tensors: tuple[TensorInfo, ...]
@@ -38,9 +24,17 @@ class StreamedFile(OpenFile):
         """Raises E-LIMIT for a file that is too large, E-IO-KIND, E-IO-READ, and what reading the header raises."""
         super().__init__(path)
         self._file = os.fdopen(self._descriptor, "rb")
-        with closed_on_error(self):
-            check_file_size(self._stat.st_size)
-            self.tensors = self._read_header(self._stat.st_size)
+        size = self._stat.st_size
+        try:
+            if size > FOREIGN.file_bytes:
+                raise LimitError(f"the file has {size} bytes; at most {FOREIGN.file_bytes} are read")
+            self.tensors = self._read_header(size)
+        except LrcError as error:
+            self.close()
+            raise error.at(path) from None
+        except BaseException:
+            self.close()
+            raise
 
     def _read_header(self, size: int) -> tuple[TensorInfo, ...]:
         raise NotImplementedError
@@ -56,12 +50,6 @@ class StreamedFile(OpenFile):
     def close(self) -> None:
         self._file.close()
         self._descriptor = -1
-
-
-def check_file_size(size: int) -> None:
-    """Raise E-LIMIT for a file that is larger than any adapter."""
-    if size > FOREIGN.file_bytes:
-        raise LimitError(f"the file has {size} bytes; at most {FOREIGN.file_bytes} are read")
 
 
 def check_name(name: str, kind: str = "tensor") -> None:

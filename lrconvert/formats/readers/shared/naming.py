@@ -173,8 +173,7 @@ def _built(root: Path, config: Mapping[str, Any]) -> dict[str, tuple[int, ...] |
         import transformers
     except ImportError:
         raise DependencyError(
-            "the names of a base without its weights come from transformers, which is not installed",
-            fix="pip install transformers, or give the folder with the weights",
+            "a base without weights is built by transformers", fix="pip install transformers"
         ) from None
     try:
         parsed = transformers.AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
@@ -186,11 +185,8 @@ def _built(root: Path, config: Mapping[str, Any]) -> dict[str, tuple[int, ...] |
         return {name: tuple(value.shape) for name, value in model.state_dict().items()}
     except Exception as error:  # whatever a configuration provokes in there
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise BaseError(
-            f"transformers cannot build the model of this config.json: {reason[0]:.200}",
-            fix="give the folder with the weights",
-            path=root,
-        ) from None
+        what = f"transformers cannot build the model of this config.json: {reason[0]:.200}"
+        raise BaseError(what, fix="give the folder with the weights", path=root) from None
 
 
 # --- names whose dots are underscores -------------------------------------------------------------------------------

@@ -14,20 +14,10 @@ from typing import IO
 
 import numpy as np
 
+from lrconvert.core import errors
 from lrconvert.core.dtypes import STORAGE
-from lrconvert.core.errors import (
-    CoverageError,
-    DtypeError,
-    FileChangedError,
-    FileKindError,
-    HeaderTextError,
-    LimitError,
-    LrcError,
-    PickleError,
-    TensorNameError,
-)
 from lrconvert.core.limits import MIB
-from lrconvert.formats.readers.shared.files import StreamedFile, check_name, check_shape
+from lrconvert.formats.readers.shared.files import ForeignFile, check_name, check_shape
 from lrconvert.io.container import TensorInfo
 
 _MAGIC = b"\x93NUMPY"
@@ -44,7 +34,7 @@ _DTYPES = {
 _UNZIPPING = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError, OSError)
 
 
-class NpzFile(StreamedFile):
+class NpzFile(ForeignFile):
     """One open ``.npz``. A context manager; headers of the arrays are read at once, their data when it is asked for."""
 
     def _read_header(self, size: int) -> tuple[TensorInfo, ...]:
@@ -55,7 +45,7 @@ class NpzFile(StreamedFile):
             name = entry.filename.removesuffix(".npy")
             dtype, shape, fortran, start = self._array_header(name, entry)
             if name in self._entries:
-                raise TensorNameError(f"the array {name!r:.120} is there twice")
+                raise errors.TensorNameError(f"the array {name!r:.120} is there twice")
             self._entries[name] = (entry, start, fortran)
             tensors.append(TensorInfo(name, dtype, shape, 0, entry.file_size - start, self.path))
         return tuple(tensors)
@@ -65,22 +55,22 @@ class NpzFile(StreamedFile):
         check_name(name, "array")
         start = self._inflate(entry, min(entry.file_size, 12))
         if start[:6] != _MAGIC or len(start) < 12 or start[6] not in (1, 2, 3):
-            raise HeaderTextError(f"the entry {name!r:.120} is no .npy array")
+            raise errors.HeaderTextError(f"the entry {name!r:.120} is no .npy array")
         begin = 12 if start[6] > 1 else 10
         length = int.from_bytes(start[8:begin], "little")
         if length > _HEADER_BYTES or begin + length > entry.file_size:
-            raise HeaderTextError(f"the header of {name!r:.120} claims {length} bytes")
+            raise errors.HeaderTextError(f"the header of {name!r:.120} claims {length} bytes")
         text = self._inflate(entry, begin + length)[begin:]
         descr, fortran, shape = _parse_header(name, text)
         check_shape(name, shape)
         if "O" in descr:
-            raise PickleError(f"the array {name!r:.120} holds Python objects", fix="save it as plain numbers")
+            raise errors.PickleError(f"the array {name!r:.120} holds Python objects", fix="save it as plain numbers")
         dtype = _DTYPES.get(descr[1:]) if descr[:1] in "<|=" else None
         if dtype is None:
-            raise DtypeError(f"the array {name!r:.120} has the dtype {descr!r:.40}, which is not read")
+            raise errors.DtypeError(f"the array {name!r:.120} has the dtype {descr!r:.40}, which is not read")
         nbytes, stored = math.prod(shape) * STORAGE[dtype].itemsize, entry.file_size - begin - length
         if nbytes != stored:
-            raise CoverageError(f"the array {name!r:.120} needs {nbytes} bytes, {stored} follow")
+            raise errors.CoverageError(f"the array {name!r:.120} needs {nbytes} bytes, {stored} follow")
         return dtype, shape, fortran, begin + length
 
     def _inflate(self, entry: zipfile.ZipInfo, nbytes: int) -> bytes:
@@ -89,9 +79,9 @@ class NpzFile(StreamedFile):
             with self._zip.open(entry) as stream:
                 data = stream.read(nbytes)
         except _UNZIPPING as error:
-            raise HeaderTextError(f"the entry {entry.filename!r:.120} cannot be read: {error!s:.120}") from None
+            raise errors.HeaderTextError(f"the entry {entry.filename!r:.120} cannot be read: {error!s:.120}") from None
         if len(data) != nbytes:
-            raise FileChangedError("an entry of the zip ended early")
+            raise errors.FileChangedError("an entry of the zip ended early")
         return data
 
     def read(self, info: TensorInfo) -> bytes:
@@ -99,7 +89,7 @@ class NpzFile(StreamedFile):
         entry, start, fortran = self._entries[info.name]
         try:
             data = self._inflate(entry, entry.file_size)[start:]
-        except LrcError as error:
+        except errors.LrcError as error:
             raise error.at(self.path) from None
         if fortran and len(info.shape) > 1:
             columns = np.frombuffer(data, STORAGE[info.dtype]).reshape(info.shape[::-1])
@@ -116,15 +106,16 @@ def _check_frame(file: IO[bytes], size: int) -> None:
     tail = file.read(_TAIL_BYTES)
     wide, end = tail[:-_END_BYTES], tail[-_END_BYTES:]
     if head[:2] != b"PK":
-        is_inside = end[:4] == b"PK\5\6"
-        raise CoverageError("bytes stand before the zip") if is_inside else FileKindError("the file is no zip")
+        if end[:4] == b"PK\5\6":
+            raise errors.CoverageError("bytes stand before the zip")
+        raise errors.FileKindError("the file is no zip")
     if head != b"PK\3\4" or end[:4] != b"PK\5\6":
-        raise FileKindError("the zip does not end with its directory", fix="was a download cut off?")
+        raise errors.FileKindError("the zip does not end with its directory", fix="was a download cut off?")
     directory = int.from_bytes(end[12:16], "little")
     if wide[-20:-16] == b"PK\6\7":  # zip64
         directory = int.from_bytes(wide[40:48], "little")
     if directory > _DIRECTORY_BYTES:
-        raise LimitError(f"the directory of the zip has {directory} bytes; at most {_DIRECTORY_BYTES} are read")
+        raise errors.LimitError(f"the directory of the zip has {directory} bytes; at most {_DIRECTORY_BYTES} are read")
 
 
 def _open_zip(file: IO[bytes], size: int) -> zipfile.ZipFile:
@@ -135,20 +126,21 @@ def _open_zip(file: IO[bytes], size: int) -> zipfile.ZipFile:
         archive = zipfile.ZipFile(file)
         entries = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, IndexError, UnicodeError) as error:
-        raise FileKindError(f"the zip cannot be read: {error!s:.120}", fix="was a download cut off?") from None
+        raise errors.FileKindError(f"the zip cannot be read: {error!s:.120}", fix="was a download cut off?") from None
     if len(entries) > _ENTRIES:
-        raise LimitError(f"the zip has {len(entries)} entries; at most {_ENTRIES} are read")
+        raise errors.LimitError(f"the zip has {len(entries)} entries; at most {_ENTRIES} are read")
     for entry in entries:
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or entry.flag_bits & 1:
-            raise FileKindError(f"the entry {entry.filename!r:.120} is encrypted, or compressed in a way not read")
-        if entry.file_size > _INFLATED * max(entry.compress_size, 64):
-            raise LimitError(
-                f"the entry {entry.filename!r:.120} grows from {entry.compress_size} to {entry.file_size} bytes"
+            raise errors.FileKindError(
+                f"the entry {entry.filename!r:.120} is encrypted or compressed in an unknown way"
             )
+        if entry.file_size > _INFLATED * max(entry.compress_size, 64):
+            grown = f"grows from {entry.compress_size} to {entry.file_size} bytes"
+            raise errors.LimitError(f"the entry {entry.filename!r:.120} {grown}")
     if sum(entry.file_size for entry in entries) > _INFLATED * size:
-        raise LimitError(f"the zip of {size} bytes grows to more than {_INFLATED} times that")
+        raise errors.LimitError(f"the zip of {size} bytes grows to more than {_INFLATED} times that")
     if any(not 0 <= entry.header_offset < size for entry in entries):
-        raise FileKindError("an entry of the zip lies outside the file")
+        raise errors.FileKindError("an entry of the zip lies outside the file")
     return archive
 
 
@@ -162,4 +154,4 @@ def _parse_header(name: str, text: bytes) -> tuple[str, bool, tuple[int, ...]]:
                 return descr, fortran, shape
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         pass
-    raise HeaderTextError(f"the header of the array {name!r:.120} is not understood")
+    raise errors.HeaderTextError(f"the header of the array {name!r:.120} is not understood")

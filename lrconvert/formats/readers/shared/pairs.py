@@ -57,10 +57,8 @@ def sort_parts(weights: Weights, split: Callable[[str], tuple[str, str] | None])
             put_once(modules.setdefault(place[0], {}), place[1], info)
     if unknown:
         kinds.refuse(unknown)
-        raise TensorUnknownError(
-            f"tensor {unknown[0]!r:.200} has no known meaning in this layout",
-            fix="remove it if it is not part of the adapter",
-        )
+        what = f"tensor {unknown[0]!r:.200} has no known meaning in this layout"
+        raise TensorUnknownError(what, fix="remove it if it is not part of the adapter")
     return dict(sorted(modules.items()))
 
 
@@ -86,16 +84,10 @@ def check_both_halves(modules: Mapping[str, Parts], labels: Labels) -> None:
     present = {part for parts in modules.values() for part in parts} & {"A", "B"}
     if len(present) == 1:
         name, other = (labels.a, labels.b) if present == {"A"} else (labels.b, labels.a)
-        raise PairError(
-            f"the file holds {name} of {len(modules)} modules and not one {other}",
-            fix="one half has no update; export both from the training",
-        )
+        what = f"the file holds {name} of {len(modules)} modules and not one {other}"
+        raise PairError(what, fix="one half has no update; export both from the training")
     if modules and not present:
-        first = next(iter(next(iter(modules.values())).values()))
-        raise EmptyAdapterError(
-            f"the file holds settings such as {first.name!r:.120}, and no matrices",
-            fix="the training saved no weights; export the adapter again",
-        )
+        raise kinds.no_matrices(next(info.name for parts in modules.values() for info in parts.values()))
 
 
 def scalar(weights: Weights, info: TensorInfo) -> float:
@@ -148,10 +140,8 @@ def conv_view(module: str, label: str, shape: Sequence[int]) -> View:
     three dimensions, E-LIMIT for a kernel that a view cannot spell."""
     kernel = list(shape[2:])
     if len(kernel) > 2:
-        raise UnsupportedLoraError(
-            f"{module}: {label} is {list(shape)}, a convolution in three dimensions, which no view describes",
-            fix="train it without this layer, or merge it with the tool that trained it",
-        )
+        what = f"{module}: {label} is {list(shape)}, a convolution in three dimensions, which no view describes"
+        raise UnsupportedLoraError(what, fix="train it without this layer, or merge it with the tool that trained it")
     if max(kernel) > _MOST_KERNEL:
         raise LimitError(f"{module}: the kernel {kernel} is above {_MOST_KERNEL}")
     return View(f"conv:{'x'.join(map(str, kernel))}:1")

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from lrconvert.core.dtypes import FLOATS, STORAGE, Stored
 from lrconvert.core.errors import DependencyError, DtypeError, LimitError, PickleError, ValueRangeError
-from lrconvert.formats.readers.shared.files import StreamedFile, check_name, check_shape
+from lrconvert.formats.readers.shared.files import ForeignFile, check_name, check_shape
 from lrconvert.formats.readers.shared.npz import NpzFile
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.io.container import ContainerFile, TensorInfo, combined_digest, tensor_digest
@@ -32,27 +30,7 @@ _DTYPES = {
 }
 
 
-class Weights(Protocol):
-    """An open file of tensors. A context manager; `read` and `load` give owned memory. `metadata` are the texts that
-    the file holds beside them."""
-
-    @property
-    def tensors(self) -> tuple[TensorInfo, ...]: ...
-
-    @property
-    def metadata(self) -> Mapping[str, str]: ...
-
-    def read(self, info: TensorInfo) -> bytes | bytearray: ...
-
-    def load(self, info: TensorInfo) -> Stored: ...
-
-    def check_unchanged(self) -> None: ...
-
-    def __enter__(self) -> Weights: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+Weights = ContainerFile | ForeignFile
 
 
 def open_weights(path: Path, options: ReadOptions) -> Weights:
@@ -77,9 +55,8 @@ def load_finite(weights: Weights, info: TensorInfo) -> Stored:
         raise DtypeError(f"tensor {info.name!r} is {info.dtype}, expected one of {', '.join(FLOATS)}")
     stored = weights.load(info)
     if not np.isfinite(stored.decode()).all():
-        raise ValueRangeError(
-            f"tensor {info.name!r} holds NaN or infinity", fix="the training diverged; use an earlier checkpoint"
-        )
+        fix = "the training diverged; use an earlier checkpoint"
+        raise ValueRangeError(f"tensor {info.name!r} holds NaN or infinity", fix=fix)
     return stored
 
 
@@ -106,7 +83,7 @@ def source_digest(weights: Weights) -> str:
 # --- pickles --------------------------------------------------------------------------------------------------------
 
 
-class PickledFile(StreamedFile):
+class PickledFile(ForeignFile):
     """A pickled dict of tensors, as ``torch.save`` writes it. The same tensors as a safetensors file of them gives.
     Those of a pickled list are named by their places: ``0``, ``1``."""
 
