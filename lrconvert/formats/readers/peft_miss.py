@@ -51,7 +51,7 @@ Widths = Callable[[str], tuple[int, int]]  # module -> (out, in)
 
 @dataclass(frozen=True)
 class _Settings:
-    """What the configuration says. `mini_r` counts only where `init_weights` is "mini"."""
+    """The fields of the configuration that are read. `mini_r` counts only where `init_weights` is "mini"."""
 
     r: Annotated[Count, Check(lambda value: value <= MAX_RANK, f"at most {MAX_RANK}", errors.LimitError)]
     init_weights: Any = True

@@ -37,7 +37,7 @@ Halves = dict[str, dict[str, TensorInfo]]  # {"A": {"": logits} or {"_topk_indic
 
 @dataclass(frozen=True)
 class _Settings:
-    """What the configuration says."""
+    """The fields of the configuration that are read."""
 
     r: Count
     num_vectors: Count

@@ -47,7 +47,7 @@ def _names_variant(name: str) -> bool:
 
 @dataclass(frozen=True)
 class _Settings:
-    """What the configuration says."""
+    """The fields of the configuration that are read."""
 
     lora_alpha: float
     r: Count
@@ -56,7 +56,7 @@ class _Settings:
 
     @property
     def has_b(self) -> bool:
-        """Whether B is stored in full, and the numbers of inputs for A; else A, and the numbers of outputs."""
+        """True if B is stored in full, and the numbers of inputs for A; else A, and the numbers of outputs."""
         return "fa" in self.adapter_name
 
 

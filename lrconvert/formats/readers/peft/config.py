@@ -137,7 +137,7 @@ def _tokens(value: Any, path: str) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a configuration says about the update, its base, and what an export needs.
+    """The fields of a configuration that say what the update is, and what an export needs.
 
     `tokens`: embedding module -> rows that were trained; "" stands for the input embedding. `parameters`: names of
     parameters that are adapted themselves. `enable_lora`: which slices of a fused layer are adapted (PEFT 0.2).

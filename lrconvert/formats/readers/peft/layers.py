@@ -29,7 +29,7 @@ _CONV1D_FUSED = "c_attn"
 
 @dataclass(frozen=True)
 class Converted:
-    """What one module gives."""
+    """The targets and extra tensors of one module."""
 
     targets: tuple[LoraTarget, ...]
     extras: tuple[ExtraTensor, ...] = ()

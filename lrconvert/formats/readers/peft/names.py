@@ -89,7 +89,7 @@ def _local(info: TensorInfo) -> str:
 
 
 def _words(name: str) -> list[str]:
-    """What follows the last ".lora_" of a name, at its dots."""
+    """Return what follows the last ".lora_" of a name, split at its dots."""
     return name.rpartition(".lora_")[2].split(".")
 
 

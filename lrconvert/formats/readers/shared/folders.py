@@ -1,4 +1,4 @@
-"""Which files of a folder hold an adapter: its configuration and its weights, by name."""
+"""The files of an adapter in a folder: its configuration and its weights, by name."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Component:
 
     @cached_property
     def modules(self) -> list[str]:
-        """The modules that have a weight."""
+        """The names of the modules that have a weight."""
         return [name.removesuffix(".weight") for name in self.shapes if name.endswith(".weight")]
 
     def dotted(self, module: str) -> str:

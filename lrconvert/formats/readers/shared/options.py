@@ -1,4 +1,4 @@
-"""What a user may ask of every reader."""
+"""The options that every reader takes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lrconvert.core.options import option
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What a user may ask of every reader.
+    """The options that every reader takes.
 
     `allow_pickle`: load ``.bin`` and ``.pt`` files, with torch's loader that builds tensors only. `base`: the folder of
     the base, for layouts that do not say how wide its layers are or that spell its names in their own way. `layout`:

@@ -1,4 +1,4 @@
-"""What readers of plain layouts share: the parts of modules by name, a pair of factors as a target, the finished LoRA.
+"""The steps that readers of plain layouts share: parts of modules by name, a pair as a target, the finished LoRA.
 
 A pair is A (r, in) and B (out, r); of a convolution A (r, in, K, L) and B (out, r, 1, 1), or with a middle factor
 (Tucker) A (r, in, 1, 1), M (r, r, K, L), B (out, r, 1, 1), whose A and M are multiplied out in float64.
@@ -37,7 +37,7 @@ _MOST_KERNEL = 9999  # what a view can spell
 
 @dataclass(frozen=True)
 class Labels:
-    """How a layout calls A and B, for messages."""
+    """The names that a layout gives A and B, for messages."""
 
     a: str
     b: str

@@ -1,4 +1,4 @@
-"""Where the tensors of a foreign adapter come from: a safetensors or npz file, or a pickle if the user allows it."""
+"""The tensors of a foreign adapter, from a safetensors or npz file, or from a pickle if the user allows it."""
 
 from __future__ import annotations
 
