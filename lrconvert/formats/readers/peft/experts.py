@@ -37,7 +37,7 @@ WRAPPING_ORDER = (
 # Models whose experts are stored (experts, in, out) and say so to PEFT (`is_transposed`).
 _TRANSPOSED_CLASSES = ("GptOss", "Aria", "OpenAIPrivacyFilter")
 _TRANSPOSED_NAMES = ("gpt-oss", "gpt_oss")
-# The first PEFT that reads a stack as (experts, out, in) unless the model says otherwise; before, always (experts, in, out).
+# The first PEFT that reads a stack as (experts, out, in) unless the model says otherwise; before, never.
 _READS_OUT_IN = (0, 19)
 
 

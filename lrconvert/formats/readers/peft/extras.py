@@ -1,4 +1,4 @@
-"""The tensors that a PEFT file carries beside its LoRAs: modules_to_save, biases, the base's own embeddings, trained tokens."""
+"""The tensors that a PEFT file carries beside its LoRAs: whole modules, biases, embeddings, trained tokens."""
 
 from __future__ import annotations
 
