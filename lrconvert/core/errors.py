@@ -14,7 +14,7 @@ EXIT_USAGE = 2
 
 
 def printable(text: str, limit: int = 300) -> str:
-    """`text` safe for a terminal: control and bidirectional characters are escaped, long text is cut.
+    """Return `text` safe for a terminal: control and bidirectional characters are escaped, long text is cut.
 
     Names and metadata come from files of strangers and must not move the cursor, recolour the screen or reorder
     what a person reads.
@@ -24,13 +24,16 @@ def printable(text: str, limit: int = 300) -> str:
 
 
 class LrcError(Exception):
-    """Base of everything lrconvert raises on purpose.
+    """The base of all errors that lrconvert raises on purpose.
 
     Parameters: `what` is wrong (no final period), `fix` tells what to do, `path` names the file. A caller that knows
     the file adds it with `at`.
     """
 
     code: ClassVar[str] = "E-LRC"
+
+    def __init_subclass__(cls, code: str = "E-LRC") -> None:
+        cls.code = code
 
     def __init__(self, what: str, *, fix: str = "", path: str | PathLike[str] | None = None) -> None:
         super().__init__(what)
@@ -39,7 +42,7 @@ class LrcError(Exception):
         self.path = None if path is None else fspath(path)
 
     def at(self, path: str | PathLike[str]) -> LrcError:
-        """The same error with the file named, unless one is named already."""
+        """Name the file, unless one is named already, and return the error."""
         if self.path is None:
             self.path = fspath(path)
         return self
@@ -53,360 +56,246 @@ class LrcError(Exception):
 # --- files and containers -------------------------------------------------------------------------------------------
 
 
-class FileKindError(LrcError):
+class FileKindError(LrcError, code="E-IO-KIND"):
     """The path is missing, not a regular file, or too short to be a container."""
 
-    code = "E-IO-KIND"
 
-
-class FileChangedError(LrcError):
+class FileChangedError(LrcError, code="E-IO-CHANGED"):
     """A file changed while it was being read."""
 
-    code = "E-IO-CHANGED"
 
-
-class FileReadError(LrcError):
+class FileReadError(LrcError, code="E-IO-READ"):
     """The operating system refused a read or ended it early."""
 
-    code = "E-IO-READ"
 
-
-class FileWriteError(LrcError):
+class FileWriteError(LrcError, code="E-IO-WRITE"):
     """The operating system refused a write; nothing was committed."""
 
-    code = "E-IO-WRITE"
 
-
-class DurabilityError(LrcError):
+class DurabilityError(LrcError, code="E-IO-SYNC"):
     """The new file is in place, but the system did not confirm that it would survive a power loss."""
 
-    code = "E-IO-SYNC"
 
-
-class LockedError(LrcError):
+class LockedError(LrcError, code="E-LOCKED"):
     """Another run is writing there, or the file system has no locks."""
 
-    code = "E-LOCKED"
 
-
-class UnfinishedError(LrcError):
+class UnfinishedError(LrcError, code="E-UNFINISHED"):
     """A merge or unmerge in place was broken off: part of the weights are changed."""
 
-    code = "E-UNFINISHED"
 
-
-class OutputExistsError(LrcError):
+class OutputExistsError(LrcError, code="E-OUT-EXISTS"):
     """The output exists and `--overwrite` was not given."""
 
-    code = "E-OUT-EXISTS"
 
-
-class OutputPathError(LrcError):
+class OutputPathError(LrcError, code="E-OUT-PATH"):
     """The output path is a link, a directory, or one of the inputs."""
 
-    code = "E-OUT-PATH"
 
-
-class DiskSpaceError(LrcError):
+class DiskSpaceError(LrcError, code="E-OUT-SPACE"):
     """The disk has less free space than the output needs."""
 
-    code = "E-OUT-SPACE"
 
-
-class HeaderLengthError(LrcError):
+class HeaderLengthError(LrcError, code="E-HDR-LEN"):
     """The container's header length is zero, larger than the file, or larger than the limit."""
 
-    code = "E-HDR-LEN"
 
-
-class HeaderTextError(LrcError):
+class HeaderTextError(LrcError, code="E-HDR-TEXT"):
     """The header is not plain UTF-8 JSON that begins with ``{``."""
 
-    code = "E-HDR-TEXT"
 
-
-class JsonDuplicateError(LrcError):
+class JsonDuplicateError(LrcError, code="E-JSON-DUP"):
     """A JSON object names a key twice."""
 
-    code = "E-JSON-DUP"
 
-
-class JsonNumberError(LrcError):
+class JsonNumberError(LrcError, code="E-JSON-NUM"):
     """A JSON number is outside what the format allows (floats, NaN, Infinity, -0, beyond 2^53 - 1)."""
 
-    code = "E-JSON-NUM"
 
-
-class JsonDepthError(LrcError):
+class JsonDepthError(LrcError, code="E-JSON-DEPTH"):
     """JSON is nested deeper than the limit."""
 
-    code = "E-JSON-DEPTH"
 
-
-class JsonSyntaxError(LrcError):
+class JsonSyntaxError(LrcError, code="E-JSON-SYNTAX"):
     """The text is not JSON, or has a type where the format has another."""
 
-    code = "E-JSON-SYNTAX"
 
-
-class OffsetError(LrcError):
+class OffsetError(LrcError, code="E-OFF"):
     """Tensor offsets overlap, leave holes, run backwards or leave the file."""
 
-    code = "E-OFF"
 
-
-class CoverageError(LrcError):
+class CoverageError(LrcError, code="E-OFF-COVER"):
     """Bytes follow the last tensor, or the last tensor ends beyond the file."""
 
-    code = "E-OFF-COVER"
 
-
-class ShapeError(LrcError):
+class ShapeError(LrcError, code="E-SHAPE"):
     """A shape is negative, empty, too large, or has too many dimensions."""
 
-    code = "E-SHAPE"
 
-
-class DtypeError(LrcError):
+class DtypeError(LrcError, code="E-DTYPE"):
     """A dtype is unknown, not allowed here, or disagrees with the byte count."""
 
-    code = "E-DTYPE"
 
-
-class TensorNameError(LrcError):
+class TensorNameError(LrcError, code="E-NAME"):
     """A tensor or file name is empty, too long or has forbidden characters."""
 
-    code = "E-NAME"
 
-
-class LimitError(LrcError):
+class LimitError(LrcError, code="E-LIMIT"):
     """A declared size is over a limit; refused before anything was allocated."""
 
-    code = "E-LIMIT"
 
-
-class ShardPathError(LrcError):
+class ShardPathError(LrcError, code="E-PATH"):
     """A shard index names a path that leaves its folder, or a file that is not a plain shard."""
 
-    code = "E-PATH"
 
-
-class ShardIndexError(LrcError):
+class ShardIndexError(LrcError, code="E-INDEX-MAP"):
     """A shard index and its shards disagree."""
 
-    code = "E-INDEX-MAP"
 
-
-class PickleError(LrcError):
+class PickleError(LrcError, code="E-PICKLE"):
     """The file is a pickle; loading it can run code."""
-
-    code = "E-PICKLE"
 
 
 # --- the lrconvert format -------------------------------------------------------------------------------------------
 
 
-class VersionError(LrcError):
+class VersionError(LrcError, code="E-VER"):
     """The container, a method or a required feature is newer than this program, or is none we know."""
 
-    code = "E-VER"
 
-
-class UnknownFieldError(LrcError):
+class UnknownFieldError(LrcError, code="E-UNKNOWN"):
     """The manifest has a field, or the file a tensor, that the format does not define."""
 
-    code = "E-UNKNOWN"
 
-
-class MissingFieldError(LrcError):
+class MissingFieldError(LrcError, code="E-MISSING"):
     """The manifest lacks a field, or the file a tensor, that the format requires."""
 
-    code = "E-MISSING"
 
-
-class CanonicalError(LrcError):
+class CanonicalError(LrcError, code="E-CANON"):
     """The bytes are not the one canonical spelling of their content."""
 
-    code = "E-CANON"
 
-
-class DigestError(LrcError):
+class DigestError(LrcError, code="E-DIGEST"):
     """A stored digest does not match the bytes."""
 
-    code = "E-DIGEST"
 
-
-class ValueRangeError(LrcError):
+class ValueRangeError(LrcError, code="E-VALUE"):
     """A stored value is NaN, infinite or outside its range."""
 
-    code = "E-VALUE"
 
-
-class IndexRangeError(LrcError):
+class IndexRangeError(LrcError, code="E-INDEX"):
     """An index points outside what it indexes, or repeats where it must not."""
-
-    code = "E-INDEX"
 
 
 # --- adapters -------------------------------------------------------------------------------------------------------
 
 
-class UnknownLayoutError(LrcError):
+class UnknownLayoutError(LrcError, code="E-LAYOUT"):
     """No reader recognises the input."""
 
-    code = "E-LAYOUT"
 
-
-class NotLoraError(LrcError):
+class NotLoraError(LrcError, code="E-NOT-LORA"):
     """The adapter is of another kind whose update is not scale * B @ A."""
 
-    code = "E-NOT-LORA"
 
-
-class UnsupportedLoraError(LrcError):
+class UnsupportedLoraError(LrcError, code="E-LORA-FEATURE"):
     """A LoRA feature that this version does not convert; dropping it would change the model."""
 
-    code = "E-LORA-FEATURE"
 
-
-class ConfigError(LrcError):
+class ConfigError(LrcError, code="E-CONFIG"):
     """The adapter's configuration is missing, unreadable or contradicts itself."""
 
-    code = "E-CONFIG"
 
-
-class PatternError(LrcError):
+class PatternError(LrcError, code="E-PATTERN"):
     """A pattern of the configuration is too long or too complex to be evaluated safely."""
 
-    code = "E-PATTERN"
 
-
-class PairError(LrcError):
+class PairError(LrcError, code="E-PAIR"):
     """One half of a LoRA pair is missing, or the halves disagree in shape."""
 
-    code = "E-PAIR"
 
-
-class EmptyAdapterError(LrcError):
+class EmptyAdapterError(LrcError, code="E-EMPTY"):
     """There is nothing to convert."""
 
-    code = "E-EMPTY"
 
-
-class TensorUnknownError(LrcError):
+class TensorUnknownError(LrcError, code="E-TENSOR"):
     """A tensor of the input has no known meaning; it would have been dropped."""
-
-    code = "E-TENSOR"
 
 
 # --- meeting a base -------------------------------------------------------------------------------------------------
 
 
-class BaseError(LrcError):
+class BaseError(LrcError, code="E-BASE"):
     """A target does not fit the base: missing, ambiguous, or of another shape."""
 
-    code = "E-BASE"
 
-
-class OrientationError(LrcError):
+class OrientationError(LrcError, code="E-ORIENT"):
     """A square weight may be stored either way round and nothing decides it."""
 
-    code = "E-ORIENT"
 
-
-class FingerprintError(LrcError):
+class FingerprintError(LrcError, code="E-FPR"):
     """The base is not the one that the file was made for."""
 
-    code = "E-FPR"
 
-
-class QuantizedBaseError(LrcError):
+class QuantizedBaseError(LrcError, code="E-BASE-QUANT"):
     """The base is stored quantized."""
 
-    code = "E-BASE-QUANT"
 
-
-class PlacementError(LrcError):
+class PlacementError(LrcError, code="E-PLACE"):
     """A tensor that the adapter carries has no place in the output."""
 
-    code = "E-PLACE"
 
-
-class NoEffectError(LrcError):
+class NoEffectError(LrcError, code="E-NO-EFFECT"):
     """The adapter would change nothing."""
 
-    code = "E-NO-EFFECT"
 
-
-class AttachError(LrcError):
+class AttachError(LrcError, code="E-ATTACH"):
     """A live model cannot take the adapter, or has none of that name."""
 
-    code = "E-ATTACH"
 
-
-class UndoError(LrcError):
+class UndoError(LrcError, code="E-UNDO"):
     """The record of a merge is missing, incomplete or damaged, so the merge cannot be undone with it."""
 
-    code = "E-UNDO"
 
-
-class UndoOrderError(LrcError):
+class UndoOrderError(LrcError, code="E-UNDO-ORDER"):
     """Another merge was made on top of the one that is to be undone."""
 
-    code = "E-UNDO-ORDER"
 
-
-class StatisticsError(LrcError):
+class StatisticsError(LrcError, code="E-STATS"):
     """Input statistics do not fit the adapter, the base or the data."""
 
-    code = "E-STATS"
 
-
-class DataError(LrcError):
+class DataError(LrcError, code="E-DATA"):
     """Texts or batches that a model cannot read, or from which nothing can be measured."""
 
-    code = "E-DATA"
 
-
-class MergeOverflowError(LrcError):
+class MergeOverflowError(LrcError, code="E-OVERFLOW"):
     """A merged value is beyond the range of the base's dtype."""
-
-    code = "E-OVERFLOW"
 
 
 # --- asking for something impossible --------------------------------------------------------------------------------
 
 
-class BudgetError(LrcError):
+class BudgetError(LrcError, code="E-BUDGET"):
     """The requested size cannot be reached; the message names the smallest size that can."""
 
-    code = "E-BUDGET"
 
-
-class OptionError(LrcError):
+class OptionError(LrcError, code="E-OPTION"):
     """Options contradict each other or do not apply to this adapter."""
 
-    code = "E-OPTION"
 
-
-class ExportError(LrcError):
+class ExportError(LrcError, code="E-EXPORT"):
     """The target format cannot express this adapter."""
 
-    code = "E-EXPORT"
 
-
-class WorkerError(LrcError):
+class WorkerError(LrcError, code="E-WORKER"):
     """A process that converts one of many adapters ended, or met an error that is none of these."""
 
-    code = "E-WORKER"
 
-
-class DependencyError(LrcError):
+class DependencyError(LrcError, code="E-DEPENDENCY"):
     """An optional dependency is not installed."""
-
-    code = "E-DEPENDENCY"
 
 
 def all_errors() -> list[type[LrcError]]:
-    """Every rule, in the order of this page."""
+    """Return every rule, in the order of this page."""
     return [v for v in globals().values() if isinstance(v, type) and issubclass(v, LrcError) and v is not LrcError]
