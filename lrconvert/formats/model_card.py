@@ -81,7 +81,7 @@ def model_card(
     front = ModelCardData(
         base_model=came.base_model or None,
         library_name=library or None,
-        license=licences if len(licences) > 1 else licences[0] or None,
+        license=licences if len(licences) > 1 else licences[0] or None,  # type: ignore[arg-type]
         license_name=came.fields.get("license_name"),
         license_link=came.fields.get("license_link"),
         pipeline_tag=_TASKS.get(came.task_type),
