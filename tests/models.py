@@ -1,4 +1,4 @@
-"""Model folders for tests of merging: made, cast, loaded, and merged by PEFT."""
+"""Models for tests: folders made, cast, loaded, and merged by PEFT; what live models read and answer."""
 
 from __future__ import annotations
 
@@ -172,3 +172,40 @@ def saved_adapter(kind: str, base: Path, folder: Path, **options: Any) -> Path:
             torch.nn.init.normal_(parameter, std=0.5)
     model.save_pretrained(folder)
     return folder
+
+
+# --- refinement -----------------------------------------------------------------------------------------------------
+
+
+def token_batches(count: int, rows: int, length: int) -> list[dict[str, Any]]:
+    """Batches of random tokens, the same for the same numbers."""
+    import torch
+
+    draw = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(3, 100, (rows, length), generator=draw)} for _ in range(count)]
+
+
+def bert_classifier() -> tuple[LoraAdapter, Any, list[dict[str, Any]]]:
+    """The fixture LoRA of a classifier with its head, its model, and batches."""
+    from conftest import ADAPTERS, BASES
+
+    from lrconvert import api
+
+    lora = api.load_lora(ADAPTERS / "bert-classifier")
+    heads = {"num_labels": 3} if any(e.shape == (3, 32) for e in lora.extras) else {}
+    model = auto("SequenceClassification").from_pretrained(BASES / "tiny-bert", **heads).eval()
+    return lora, model, token_batches(8, 6, 9)
+
+
+def held_out(batches: Sequence[Mapping[str, Any]], kind: str = "decoder") -> Sequence[Mapping[str, Any]]:
+    """Those of the batches that a refinement with seed 0 holds out."""
+    from lrconvert.refine import data
+
+    return data.split(data.Pool(kind, model_inputs=tuple(batches)), 0).held_out.model_inputs
+
+
+def answers_on(batches: Sequence[Mapping[str, Any]], model: Any, lora: LoraAdapter, compact: CompactAdapter) -> Any:
+    """The answers of `compact` against those of `lora`, as `compare` measures them."""
+    from lrconvert.live import compare_outputs
+
+    return compare_outputs.measure(model, lora, [compact], batches).answers[0]

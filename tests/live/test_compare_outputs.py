@@ -35,14 +35,14 @@ def test_answers_and_layers() -> None:
     students = [api.convert(lora, "lowrank", rank=r, bits="4").compact for r in (1, 3)]
     batches = [padded(n) for n in range(2)]
     before = snapshot(model)
-    found = api.compare(lora, students, base=model, data=batches)
+    rows = api.compare(lora, students, base=model, data=batches)
     assert snapshot(model) == before
     base = logits(model, batches)
     api.attach(model, lora, name="teacher")
     teacher, inputs = logits(model, batches), inputs_of(model, batches)
     api.detach(model)
     inputs = {name.replace(".base_layer.", "."): x for name, x in inputs.items()}
-    for student, fidelity in zip(students, found, strict=True):
+    for student, fidelity in zip(students, rows, strict=True):
         api.attach(model, student, name="student")
         ours = logits(model, batches)
         api.detach(model)
@@ -61,7 +61,7 @@ def test_answers_and_layers() -> None:
             assert row.data_energy == pytest.approx((whole**2).sum() / len(x), rel=1e-4)
             assert row.data_error == pytest.approx((gap**2).sum() / len(x), rel=1e-4)
         assert 0 < fidelity.data_captured < 1  # type: ignore[operator]
-    assert found[1].answers.closed > found[0].answers.closed  # type: ignore[union-attr]
+    assert rows[1].answers.closed > rows[0].answers.closed  # type: ignore[union-attr]
 
 
 def test_adapters_on_the_model_stay() -> None:
@@ -73,12 +73,12 @@ def test_adapters_on_the_model_stay() -> None:
     api.attach(model, lora, name="own", scale=0.5)
     api.attach(model, lora, name="other")
     api.set_active(model, "own")
-    (found,) = api.compare(lora, [compact], base=model, data=[padded()])
+    (beside,) = api.compare(lora, [compact], base=model, data=[padded()])
     assert attach.active(model) == ("own",)
-    assert found.answers.base_distance != plain.answers.base_distance  # type: ignore[union-attr]
+    assert beside.answers.base_distance != plain.answers.base_distance  # type: ignore[union-attr]
     api.set_active(model, ())
-    (found,) = api.compare(lora, [compact], base=model, data=[padded()])
-    assert found.answers == plain.answers and attach.active(model) == ()
+    (beside,) = api.compare(lora, [compact], base=model, data=[padded()])
+    assert beside.answers == plain.answers and attach.active(model) == ()
     api.detach(model, "own")
     api.detach(model, "other")
 
@@ -96,10 +96,12 @@ def test_models_without_logits() -> None:
     ]
     lora = replace(plain, targets=tuple(named))
     compact = api.convert(lora, "lowrank", rank=2).compact
-    (found,) = api.compare(lora, [compact], base=model, data=[padded()])
-    assert found.answers is not None and found.answers.kind == "hidden states" and found.answers.agreement is None
-    assert 0 < found.answers.distance < found.answers.base_distance
-    shown = text_and_json.comparison([("x", found)], False)
+    (fidelity,) = api.compare(lora, [compact], base=model, data=[padded()])
+    assert (
+        fidelity.answers is not None and fidelity.answers.kind == "hidden states" and fidelity.answers.agreement is None
+    )
+    assert 0 < fidelity.answers.distance < fidelity.answers.base_distance
+    shown = text_and_json.comparison([("x", fidelity)], False)
     assert "error of hidden states" in shown
 
 

@@ -39,13 +39,13 @@ def tokens(shape: tuple[int, ...], seed: int = 0, vocabulary: int = 100) -> Any:
 
 def inputs_of(model: nn.Module, batches: list[dict[str, Any]]) -> dict[str, Any]:
     """What flows into every linear layer, by hooks of its own: (tokens, in), real tokens only."""
-    found: dict[str, list[Any]] = {}
+    inputs: dict[str, list[Any]] = {}
     handles = []
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear):
 
             def look(_: Any, given: Any, name: str = f"{path}.weight") -> None:
-                found.setdefault(name, []).append(given[0].detach())
+                inputs.setdefault(name, []).append(given[0].detach())
 
             handles.append(module.register_forward_pre_hook(look))
     with torch.no_grad():
@@ -54,7 +54,7 @@ def inputs_of(model: nn.Module, batches: list[dict[str, Any]]) -> dict[str, Any]
     for handle in handles:
         handle.remove()
     masks = [b.get("attention_mask", torch.ones_like(b["input_ids"])).bool() for b in batches]
-    return {k: torch.cat([x[m] for x, m in zip(v, masks, strict=True)]) for k, v in found.items()}
+    return {k: torch.cat([x[m] for x, m in zip(v, masks, strict=True)]) for k, v in inputs.items()}
 
 
 def padded(seed: int = 0) -> dict[str, Any]:
@@ -70,25 +70,25 @@ def llama() -> Any:
 
 def test_moments_are_those_of_the_real_tokens(llama: Any) -> None:
     batches = [padded(n) for n in range(3)]
-    found = collect(llama, batches)
+    statistics = collect(llama, batches)
     truth = inputs_of(llama, batches)
-    assert found.tokens == 3 * 16
-    seen = {name for some in found.inputs for name in some.names}
+    assert statistics.tokens == 3 * 16
+    seen = {name for entry in statistics.inputs for name in entry.names}
     assert seen == {*truth, "model.embed_tokens.weight"}
-    for n, some in enumerate(found.inputs):
-        moment = found.load(n)
-        if some.names == ("model.embed_tokens.weight",):
+    for n, entry in enumerate(statistics.inputs):
+        moment = statistics.load(n)
+        if entry.names == ("model.embed_tokens.weight",):
             ids = torch.cat([b["input_ids"][b["attention_mask"].bool()] for b in batches])
             assert np.allclose(moment.squares, np.bincount(ids, minlength=100) / 48) and moment.matrix is None
             continue
-        for name in some.names:
+        for name in entry.names:
             x = truth[name].double().numpy()
-            assert some.tokens == len(x) == 48
+            assert entry.tokens == len(x) == 48
             assert np.allclose(moment.matrix, x.T @ x / len(x), rtol=1e-4, atol=1e-6)
 
 
 def test_layers_that_are_given_one_tensor_share(llama: Any) -> None:
-    groups = {some.names for some in collect(llama, [padded()]).inputs}
+    groups = {entry.names for entry in collect(llama, [padded()]).inputs}
     layer = "model.layers.0"
     assert tuple(sorted(f"{layer}.self_attn.{p}_proj.weight" for p in "qkv")) in groups
     assert (f"{layer}.mlp.gate_proj.weight", f"{layer}.mlp.up_proj.weight") in groups
@@ -109,19 +109,19 @@ def test_sketches_never_exceed_what_they_sketch(llama: Any) -> None:
     whole = collect(llama, batches)
     for rank in (4, 16, 48):
         part = collect(llama, batches, settings=Settings(exact_width=0, rank=rank))
-        for n, some in enumerate(whole.inputs):
-            goal, found = whole.load(n), part.load(n)
+        for n, entry in enumerate(whole.inputs):
+            goal, sketch = whole.load(n), part.load(n)
             if goal.matrix is None:
                 continue
-            if some.width <= rank:  # a sketch would save nothing
-                assert found.matrix is not None
+            if entry.width <= rank:  # a sketch would save nothing
+                assert sketch.matrix is not None
                 continue
-            assert found.rows is not None and len(found.rows) <= rank
-            assert np.allclose(found.squares, goal.squares, rtol=1e-5)
-            left = np.linalg.eigvalsh(goal.matrix.astype(float) - found.rows.T.astype(float) @ found.rows)
+            assert sketch.rows is not None and len(sketch.rows) <= rank
+            assert np.allclose(sketch.squares, goal.squares, rtol=1e-5)
+            left = np.linalg.eigvalsh(goal.matrix.astype(float) - sketch.rows.T.astype(float) @ sketch.rows)
             size = float(np.trace(goal.matrix))
             assert left.min() > -1e-5 * size
-            rest = goal.matrix.astype(float) - found.rows.T.astype(float) @ found.rows
+            rest = goal.matrix.astype(float) - sketch.rows.T.astype(float) @ sketch.rows
             least = np.sort(np.linalg.eigvalsh(goal.matrix.astype(float)))[: -(rank // 2)].sum()
             assert np.trace(rest) < 4 * least + 1e-5 * size  # near the best of half its rank
 
@@ -178,9 +178,9 @@ def test_half_done_work_of_something_else_is_refused(llama: Any, tmp_path: Path)
         {"wanted": ["lm_head.weight"]},
         {"batches": []},
     ):
-        given = {"batches": batches, **changed}
+        options = {"batches": batches, **changed}
         with pytest.raises(StatisticsError, match="of another base, other data or other options"):
-            collect(llama, given.pop("batches"), partial=partial, **given)  # type: ignore[arg-type]
+            collect(llama, options.pop("batches"), partial=partial, **options)  # type: ignore[arg-type]
     assert partial.exists()
     fields, arrays = statistics_file.read_partial(partial)
     del fields["version"]
@@ -208,8 +208,8 @@ def test_numbers_that_are_none(llama: Any) -> None:
 
 def test_only_what_is_asked_for(llama: Any) -> None:
     names = ["model.layers.1.mlp.down_proj.weight", "model.layers.0.self_attn.k_proj.weight"]
-    found = collect(llama, [padded()], wanted=names)
-    assert [some.names for some in found.inputs] == [(name,) for name in sorted(names)]
+    statistics = collect(llama, [padded()], wanted=names)
+    assert [entry.names for entry in statistics.inputs] == [(name,) for name in sorted(names)]
     with pytest.raises(StatisticsError, match="no layer of the model is asked for"):
         collect(llama, [padded()], wanted=["nothing"])
 
@@ -240,13 +240,13 @@ def test_vision_models_take_batches() -> None:
     model = auto("ImageClassification").from_pretrained(BASES / "tiny-vit").eval()
     size, channels = model.config.image_size, model.config.num_channels
     batches = [{"pixel_values": torch.randn(3, channels, size, size)} for _ in range(2)]
-    found = api.statistics(model, batches)
-    names = {name: n for n, some in enumerate(found.inputs) for name in some.names}
+    statistics = api.statistics(model, batches)
+    names = {name: n for n, entry in enumerate(statistics.inputs) for name in entry.names}
     conv = next(name for name in names if "patch_embeddings" in name)
     patch = model.get_submodule(conv.removesuffix(".weight"))
     places = (size // patch.kernel_size[0]) ** 2
-    assert found.inputs[names[conv]].tokens == 6 * places and found.tokens == 6
-    assert found.inputs[names["classifier.weight"]].tokens == 6
+    assert statistics.inputs[names[conv]].tokens == 6 * places and statistics.tokens == 6
+    assert statistics.inputs[names["classifier.weight"]].tokens == 6
 
 
 def mixtral() -> Any:
@@ -264,18 +264,18 @@ def test_experts_see_the_tokens_that_are_sent_to_them() -> None:
     model = mixtral()
     batch = {**padded(), "input_ids": tokens((3, 9), 3, 50)}
     before = model.config._experts_implementation
-    found = collect(model, [batch])
+    statistics = collect(model, [batch])
     assert model.config._experts_implementation == before
     experts = model.model.layers[1].mlp.experts
-    given: list[Any] = []
-    handle = experts.register_forward_pre_hook(lambda module, x: given.append([v.clone() for v in x]))
+    calls: list[Any] = []
+    handle = experts.register_forward_pre_hook(lambda module, x: calls.append([v.clone() for v in x]))
     with torch.no_grad():
         model(**batch)
     handle.remove()
-    states, routed = given[0][0], given[0][1]
+    states, routed = calls[0][0], calls[0][1]
     real = batch["attention_mask"].reshape(-1).bool()
     up, down = "model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"
-    places = {(some.names[0], some.expert): n for n, some in enumerate(found.inputs)}
+    places = {(entry.names[0], entry.expert): n for n, entry in enumerate(statistics.inputs)}
     total = 0
     for e in range(5):
         x = states[(routed == e).any(1) & real]
@@ -285,9 +285,9 @@ def test_experts_see_the_tokens_that_are_sent_to_them() -> None:
         gate, upper = (x @ experts.gate_up_proj[e].T).chunk(2, -1)
         for name, rows in ((up, x), (down, experts.act_fn(gate) * upper)):
             n = places[name, e]
-            assert found.inputs[n].tokens == len(rows)
+            assert statistics.inputs[n].tokens == len(rows)
             goal = (rows.T @ rows / len(rows)).detach().numpy()
-            assert np.allclose(found.load(n).matrix, goal, rtol=1e-4, atol=1e-6)
+            assert np.allclose(statistics.load(n).matrix, goal, rtol=1e-4, atol=1e-6)
         total += len(x)
     assert total == 2 * int(real.sum())
 
@@ -303,11 +303,11 @@ def test_encoder_decoders() -> None:
     labels = tokens((3, 6), 1, 50)
     labels[0, 4:] = -100
     batch = {**padded(), "input_ids": tokens((3, 9), 0, 50), "labels": labels}
-    found = collect(model, [batch])
-    counted = {name: some.tokens for some in found.inputs for name in some.names}
+    statistics = collect(model, [batch])
+    counted = {name: entry.tokens for entry in statistics.inputs for name in entry.names}
     assert counted["encoder.block.0.layer.0.SelfAttention.q.weight"] == 16
     assert counted["decoder.block.0.layer.0.SelfAttention.q.weight"] == 16  # 18 less 2
-    cross = next(s.names for s in found.inputs if "decoder.block.0.layer.1.EncDecAttention.k.weight" in s.names)
+    cross = next(s.names for s in statistics.inputs if "decoder.block.0.layer.1.EncDecAttention.k.weight" in s.names)
     assert "decoder.block.1.layer.1.EncDecAttention.v.weight" in cross  # every layer reads the one encoder
     assert counted[cross[0]] == 16
     same = {**batch, "labels": torch.cat([labels, torch.full((3, 3), -100)], 1)}
@@ -319,9 +319,9 @@ def test_adapters_may_be_on_the_model(llama: Any) -> None:
     plain = collect(llama, [padded()])
     api.attach(llama, ADAPTERS / "llama-plain")
     with api.disabled(llama):
-        found = collect(llama, [padded()])
+        disabled = collect(llama, [padded()])
     api.detach(llama)
-    assert [some.names for some in found.inputs] == [some.names for some in plain.inputs]
+    assert [entry.names for entry in disabled.inputs] == [entry.names for entry in plain.inputs]
 
 
 def test_one_input_that_becomes_two_is_refused() -> None:
@@ -357,18 +357,18 @@ def stored(llama: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_read_write(stored: Path, tmp_path: Path) -> None:
-    found = api.load_statistics(stored)
-    assert [some.names[0].split(".")[-2] for some in found.inputs] == ["embed_tokens", "down_proj", "q_proj"]
-    assert found.load(1).rows is not None and found.load(2).matrix is not None
-    statistics_file.write(found, tmp_path / "again")
+    statistics = api.load_statistics(stored)
+    assert [entry.names[0].split(".")[-2] for entry in statistics.inputs] == ["embed_tokens", "down_proj", "q_proj"]
+    assert statistics.load(1).rows is not None and statistics.load(2).matrix is not None
+    statistics_file.write(statistics, tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == stored.read_bytes()
     assert statistics_file.is_statistics(stored) and not statistics_file.is_statistics(ADAPTERS / "llama-plain")
 
 
 def everything(path: Path) -> None:
-    found = statistics_file.read(path)
-    for n in range(len(found.inputs)):
-        found.load(n)
+    statistics = statistics_file.read(path)
+    for n in range(len(statistics.inputs)):
+        statistics.load(n)
 
 
 def test_every_flipped_byte_is_found(stored: Path, tmp_path: Path) -> None:
@@ -480,20 +480,20 @@ def test_batches(tmp_path: Path) -> None:
     tokenizer = load_model.load_tokenizer(LLAMA)
     running = [texts.Text(f"line {n}\n", running=True) for n in range(30)]
     packing = texts.Packing("decoder", length=16, batch_tokens=32)
-    found = texts.batches(running, tokenizer, packing)
-    stream = torch.cat([b["input_ids"].reshape(-1) for b in found]).tolist()
+    batches = texts.batches(running, tokenizer, packing)
+    stream = torch.cat([b["input_ids"].reshape(-1) for b in batches]).tolist()
     whole = []
     for t in running:
         whole += tokenizer(t.completion, add_special_tokens=not whole)["input_ids"]
-    assert stream == whole and all("attention_mask" not in b for b in found)
-    assert all(b["input_ids"].shape == (2, 16) for b in found[:-2])
+    assert stream == whole and all("attention_mask" not in b for b in batches)
+    assert all(b["input_ids"].shape == (2, 16) for b in batches[:-2])
     examples = [texts.Text("x" * n, prompt="ab") for n in (3, 9, 1, 5, 20)]
     for kind in ("decoder", "encoder", "encoder-decoder"):
-        found = texts.batches(examples, tokenizer, texts.Packing(kind, length=12, batch_tokens=24))
-        assert sum(len(b["input_ids"]) for b in found) == 5
-        assert max(b["input_ids"].numel() for b in found) <= 24
-        assert ("labels" in found[0]) == (kind == "encoder-decoder")
-        assert all(b["attention_mask"].sum(1).diff().ge(0).all() for b in found)
+        batches = texts.batches(examples, tokenizer, texts.Packing(kind, length=12, batch_tokens=24))
+        assert sum(len(b["input_ids"]) for b in batches) == 5
+        assert max(b["input_ids"].numel() for b in batches) <= 24
+        assert ("labels" in batches[0]) == (kind == "encoder-decoder")
+        assert all(b["attention_mask"].sum(1).diff().ge(0).all() for b in batches)
     few = texts.batches(running, tokenizer, texts.Packing("decoder", 16, 32, max_tokens=20))
     assert sum(b["input_ids"].numel() for b in few) < 40
     with pytest.raises(DataError, match="the data has no token"):
@@ -527,12 +527,13 @@ def test_the_whole_way(tmp_path: Path) -> None:
     rows = json.loads(run("compare", adapter, *files, *words, "--json"))["files"]
     closed = [row["answers"]["closed"] for row in rows]
     assert closed[1] > closed[0] + 0.03 and 0.5 < closed[1] < 1
-    told = json.loads(run("statistics", base, "--data", DEMO / "train.jsonl", "-o", stats, "--overwrite", "--json",
+    summary = json.loads(run("statistics", base, "--data", DEMO / "train.jsonl", "-o", stats, "--overwrite", "--json",
                           "--max-tokens", 2000, "--include", "q_proj"))  # fmt: skip
     assert (
-        all(i["names"][0].endswith("q_proj.weight") for i in told["inputs"]) and told["bytes"] == stats.stat().st_size
+        all(i["names"][0].endswith("q_proj.weight") for i in summary["inputs"])
+        and summary["bytes"] == stats.stat().st_size
     )
-    assert 2000 <= told["tokens"] < 2300
+    assert 2000 <= summary["tokens"] < 2300
 
 
 def test_statistics_of_another_base_are_refused(tmp_path: Path) -> None:
@@ -542,11 +543,11 @@ def test_statistics_of_another_base_are_refused(tmp_path: Path) -> None:
     data[-1] ^= 1
     shard.write_bytes(data)
     text = lines(tmp_path / "t.jsonl", {"text": "one two"})
-    found = api.statistics(other, text, adapter=ADAPTERS / "llama-plain")
+    statistics = api.statistics(other, text, adapter=ADAPTERS / "llama-plain")
     lora = api.load_lora(ADAPTERS / "llama-plain")
-    api.convert(lora, "lowrank", rank=1, statistics=found)
+    api.convert(lora, "lowrank", rank=1, statistics=statistics)
     with pytest.raises(FingerprintError, match="the statistics are of a base with other contents"):
-        api.convert(lora, "lowrank", rank=1, statistics=found, base=LLAMA)
+        api.convert(lora, "lowrank", rank=1, statistics=statistics, base=LLAMA)
 
 
 def test_the_same_bytes_twice(tmp_path: Path) -> None:
@@ -575,14 +576,14 @@ def test_validate_and_inspect_know_them(tmp_path):
     fine = api.validate(path, base=DEMO / "base")
     assert fine.ok and fine.summary == {"method": "statistics", "targets": 6, "bytes": path.stat().st_size}
     assert [f.code for f in api.validate(path, base=BASES / "tiny-llama").findings] == ["E-FPR"]
-    told = api.inspect(path)
-    assert told["kind"] == "statistics" and len(told["inputs"]) == 6 and told["tokens"] > 40
+    summary = api.inspect(path)
+    assert summary["kind"] == "statistics" and len(summary["inputs"]) == 6 and summary["tokens"] > 40
     shown = CliRunner().invoke(cli, ["inspect", str(path)]).output
-    assert "inputs  6 of 6 layers" in shown and told["base"] in shown
+    assert "inputs  6 of 6 layers" in shown and summary["base"] in shown
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
-    found = api.validate(path)
-    assert [(f.level, f.code) for f in found.findings] == [("values", "E-DIGEST")]
+    damaged = api.validate(path)
+    assert [(f.level, f.code) for f in damaged.findings] == [("values", "E-DIGEST")]
     path.write_bytes(bytes(data).replace(b'version\\":1', b'version\\":2', 1))
     assert [(f.level, f.code) for f in api.validate(path).findings] == [("structure", "E-VER")]

@@ -15,16 +15,17 @@ torch = pytest.importorskip("torch")
 
 from click.testing import CliRunner
 from conftest import ADAPTERS, BASES, dense, random_lora
+from models import answers_on, bert_classifier, held_out, token_batches
 from test_attach import snapshot
 from test_trainable import same_payload
 
 from lrconvert import api
-from lrconvert.cli import allocating as command
+from lrconvert.cli import cli
 from lrconvert.convert import ablation
 from lrconvert.convert.rank_allocation import Components, Cut
 from lrconvert.core.errors import BudgetError, OptionError
 from lrconvert.formats.lrc import file
-from lrconvert.live import compare_outputs, load_model
+from lrconvert.live import load_model
 from lrconvert.live.collect_statistics import collect
 from lrconvert.lora import svd
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
@@ -53,8 +54,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def batches() -> list[dict[str, Any]]:
-    draw = torch.Generator().manual_seed(0)
-    return [{"input_ids": torch.randint(3, 100, (4, 12), generator=draw)} for _ in range(12)]
+    return token_batches(12, 4, 12)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "weighted"])
@@ -75,12 +75,12 @@ def test_components_are_rows_of_the_payload(lora: LoraAdapter, bits: str) -> Non
     compact = api.convert(lora, "lowrank", bits=bits, dynamic_method="sv_fro", dynamic_param=0.9).compact
     rows = rank_exchange.split(compact)
     assert same_payload(rank_exchange.joined(compact, rows), compact)
-    masks = [np.arange(len(next(iter(some.values())))) % 3 != n % 3 for n, some in enumerate(rows)]
-    picked = [{name: array[keep] for name, array in some.items()} for some, keep in zip(rows, masks, strict=True)]
-    found = rank_exchange.joined(compact, picked)
-    assert file.sizes(found).payload < file.sizes(compact).payload
+    masks = [np.arange(len(next(iter(target.values())))) % 3 != n % 3 for n, target in enumerate(rows)]
+    picked = [{name: array[keep] for name, array in target.items()} for target, keep in zip(rows, masks, strict=True)]
+    smaller = rank_exchange.joined(compact, picked)
+    assert file.sizes(smaller).payload < file.sizes(compact).payload
     for (_, a, b), (_, whole_a, whole_b), keep in zip(
-        methods.expand_all(found), methods.expand_all(compact), masks, strict=True
+        methods.expand_all(smaller), methods.expand_all(compact), masks, strict=True
     ):
         assert np.array_equal(a, whole_a[keep]) and np.array_equal(b, whole_b[:, keep])
 
@@ -113,7 +113,7 @@ def _small(lora: LoraAdapter, bits: str) -> CompactAdapter:
 def test_who_goes_and_who_comes() -> None:
     """Random scores and costs: the budget is met; who comes is better than all who went; no module does both."""
     rng = np.random.default_rng(0)
-    came, targets = 0, random_lora([(8, 8), (16, 8), (24, 16), (8, 40)], rank=4).shapes()
+    arrivals, targets = 0, random_lora([(8, 8), (16, 8), (24, 16), (8, 40)], rank=4).shapes()
     for turn in range(200):
         owner = np.repeat(np.arange(4), 4)
         place, present = np.tile(np.arange(4), 4), np.tile([True, True, True, False], 4)
@@ -132,8 +132,8 @@ def test_who_goes_and_who_comes() -> None:
         assert not {*owner[new]} & {*owner[gone]}
         if gone.any():
             assert new.any() and (scores / cost)[gone].max() < (scores / cost)[new].max()
-        came += int(new.sum())
-    assert came > 50
+        arrivals += int(new.sum())
+    assert arrivals > 50
 
 
 class _Payload:
@@ -149,27 +149,27 @@ class _Payload:
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_what_stays_keeps_its_bits_and_what_comes_is_damped(lora: LoraAdapter, bits: str, context: FitContext) -> None:
     compact = _small(lora, bits)
-    there = rank_exchange.offer(compact, lora, context)
+    offer = rank_exchange.offer(compact, lora, context)
     before = deltas(compact)
-    kept, parts = there.present.copy(), there.parts
+    kept, parts = offer.present.copy(), offer.parts
     assert [(parts.owner == t).sum() for t in range(len(before))] == [3] * len(before)
     loses, gains = 0, 1
     kept[(parts.owner == loses) & (parts.place == 1)] = False
     kept[(parts.owner == gains) & (parts.place == 2)] = True
-    found = rank_exchange.applied(compact, there, kept, 0.25, context)
-    assert found.config.ranks == (1, 3, *(2 for _ in before[2:]))
-    assert file.check(found) is None
-    old, new = rank_exchange.split(compact), rank_exchange.split(found)
+    changed = rank_exchange.applied(compact, offer, kept, 0.25, context)
+    assert changed.config.ranks == (1, 3, *(2 for _ in before[2:]))
+    assert file.check(changed) is None
+    old, new = rank_exchange.split(compact), rank_exchange.split(changed)
     for t in range(2, len(before)):
         assert all(np.array_equal(old[t][name], new[t][name]) for name in old[t])
     if bits != "16":
         assert all(np.array_equal(old[loses][name][:1], new[loses][name]) for name in old[loses])
     assert all(np.array_equal(old[gains][name], new[gains][name][:2]) for name in old[gains])
-    after = deltas(found)
-    one = there.lora.targets[loses]
+    after = deltas(changed)
+    one = offer.lora.targets[loses]
     goal = np.outer(one.B[:, 0], one.A[0])
     assert np.abs(after[loses] - goal).max() <= 2e-3 * np.abs(goal).max()
-    one = there.lora.targets[gains]
+    one = offer.lora.targets[gains]
     goal = 0.25 * np.outer(one.B[:, 2], one.A[2])
     share = float((goal * (after[gains] - before[gains])).sum()) / float((goal**2).sum())
     least = {"16": 0.995, "4": 0.95, "1": 0.25}[bits]  # signs hold (2 / pi)^2 of a Gaussian outer product
@@ -181,44 +181,44 @@ def test_a_module_without_components_may_get_one(lora: LoraAdapter, context: Fit
         small = _small(lora, bits)
         rows = rank_exchange.split(small)
         bare = rank_exchange.joined(small, [{n: a[:0] for n, a in rows[0].items()}, *rows[1:]])
-        there = rank_exchange.offer(bare, lora, context)
-        found = rank_exchange.applied(bare, there, there.present | (there.parts.owner == 0), 1.0, context)
-        assert found.config.ranks == (1, *small.config.ranks[1:])
+        offer = rank_exchange.offer(bare, lora, context)
+        changed = rank_exchange.applied(bare, offer, offer.present | (offer.parts.owner == 0), 1.0, context)
+        assert changed.config.ranks == (1, *small.config.ranks[1:])
 
 
 # --- the verb -------------------------------------------------------------------------------------------------------
 
 
-def retrained(lora: LoraAdapter, model: Any, batches: Any, **given: Any) -> Any:
-    plain = {"rounds": 1, "exact": 3, "retrain": TRAIN, "target_ratio": 6.0}
-    return api.allocate(lora, base=model, data=batches, **{**plain, **given})
+def retrained(lora: LoraAdapter, model: Any, batches: Any, **options: Any) -> Any:
+    defaults = {"rounds": 1, "exact": 3, "retrain": TRAIN, "target_ratio": 6.0}
+    return api.allocate(lora, base=model, data=batches, **{**defaults, **options})
 
 
 @pytest.fixture
 def seen(monkeypatch: Any) -> Iterator[dict[str, list[Any]]]:
     """What was exchanged, and what components were scored on. Who goes on after an exchange begins with its outcome."""
-    found: dict[str, list[Any]] = {"applied": [], "scored": []}
+    calls: dict[str, list[Any]] = {"applied": [], "scored": []}
     applied, on_trial = rank_exchange.applied, ablation.on_trial
 
-    def spy(*given: Any) -> CompactAdapter:
-        found["applied"].append(applied(*given))
-        return found["applied"][-1]
+    def spy(*arguments: Any) -> CompactAdapter:
+        calls["applied"].append(applied(*arguments))
+        return calls["applied"][-1]
 
     def on(model: Any, lora: Any, batches: Any) -> Any:
-        found["scored"] += batches
+        calls["scored"] += batches
         return on_trial(model, lora, batches)
 
     onward = Rounds._onward
 
-    def goes_on(self: Rounds, trainer: Any, compact: Any, changed: Any, *given: Any) -> Any:
-        new = onward(self, trainer, compact, changed, *given)
+    def goes_on(self: Rounds, trainer: Any, compact: Any, changed: Any, *arguments: Any) -> Any:
+        new = onward(self, trainer, compact, changed, *arguments)
         assert same_payload(new.student.compact(), changed) and new.best is not trainer.best
         return new
 
     monkeypatch.setattr(Rounds, "_onward", goes_on)
     monkeypatch.setattr(rank_exchange, "applied", spy)
     monkeypatch.setattr(ablation, "on_trial", on)
-    yield found
+    yield calls
 
 
 @pytest.mark.medium
@@ -228,8 +228,8 @@ def test_budgets_are_met_in_every_round(
 ) -> None:
     before = snapshot(model)
     size = 9000 if bits == "16" else 3500
-    given = {"target_ratio": None, "target_size": size, "bits": bits}
-    done = retrained(lora, model, batches, **given)
+    options = {"target_ratio": None, "target_size": size, "bits": bits}
+    done = retrained(lora, model, batches, **options)
     assert snapshot(model) == before
     assert done.moves and len(done.moves) == len(seen["applied"])
     assert [m.step for m in done.moves] == sorted({m.step for m in done.moves}) and done.moves[-1].step <= 6
@@ -238,18 +238,17 @@ def test_budgets_are_met_in_every_round(
     assert api.write(done.compact, tmp_path / "x.lrc") == done.sizes and api.validate(tmp_path / "x.lrc").ok
     assert {m.after for m in done.modules} == {*done.compact.config.ranks}
     # Held-out data is neither scored nor trained on; what is told is what the file does on it.
-    split = data.split(data.Pool("decoder", model_inputs=tuple(batches)), 0)
-    held = [batch["input_ids"] for batch in split.held_out.model_inputs]
-    assert seen["scored"] and not any(torch.equal(b["input_ids"], h) for b in seen["scored"] for h in held)
+    held = held_out(batches)
+    assert seen["scored"] and not any(torch.equal(b["input_ids"], h["input_ids"]) for b in seen["scored"] for h in held)
     written = api.read(tmp_path / "x.lrc")
-    answers = compare_outputs.measure(model, lora, [written], split.held_out.model_inputs).answers[0]
+    answers = answers_on(held, model, lora, written)
     assert answers.distance == pytest.approx(done.training.after.distance, rel=1e-5)
     assert done.training.after.distance < done.training.before.distance < done.training.after.base_distance
     fields = written.provenance.fields
     assert fields["refined_steps"] == str(done.training.best_step) and fields["refined_data"] == done.training.data
     assert fields["refined_teacher"] == lora.provenance.source and "0000000" not in fields["refined_after"]
     # The same again has the same bytes.
-    again = retrained(lora, model, batches, **given)
+    again = retrained(lora, model, batches, **options)
     assert b"".join(file.encode(again.compact)) == b"".join(file.encode(done.compact)) and again.moves == done.moves
 
 
@@ -278,12 +277,12 @@ def test_a_pause_in_which_nothing_moves_leaves_no_trace(
 
     def paused(self: Rounds, trainer: Any) -> Any:
         compact = trainer.student.compact()
-        there = rank_exchange.offer(compact, self.teacher, self.context)
-        return self._onward(trainer, compact, compact, there, there.present)
+        offer = rank_exchange.offer(compact, self.teacher, self.context)
+        return self._onward(trainer, compact, compact, offer, offer.present)
 
     monkeypatch.setattr(Rounds, "_moved", paused)
-    given = {"target_ratio": None, "total_rank": 11, "bits": bits}
-    pausing, straight = (retrained(lora, model, batches, moves=moves, **given) for moves in (3, 0))
+    options = {"target_ratio": None, "total_rank": 11, "bits": bits}
+    pausing, straight = (retrained(lora, model, batches, moves=moves, **options) for moves in (3, 0))
     assert same_payload(pausing.compact, straight.compact) and pausing.training.after == straight.training.after
 
 
@@ -301,43 +300,35 @@ def test_the_best_of_all_rounds_is_kept(lora: LoraAdapter, model: Any, batches: 
     """An exchange that ruins the adapter is undone, other ranks or not."""
     applied = rank_exchange.applied
 
-    def ruined(*given: Any) -> CompactAdapter:
-        found = applied(*given)
-        wild = {name: array * np.float32(64) for name, array in found.tensors.items()}
-        return replace(found, tensors=wild)
+    def ruined(*arguments: Any) -> CompactAdapter:
+        changed = applied(*arguments)
+        wild = {name: array * np.float32(64) for name, array in changed.tensors.items()}
+        return replace(changed, tensors=wild)
 
     monkeypatch.setattr(rank_exchange, "applied", ruined)
     slow = {**TRAIN, "lr": 1e-3}
     done = retrained(lora, model, batches, retrain=slow, moves=1)
     (move,) = done.moves
     assert move.after > 2 * move.before and done.training.best_step <= move.step
-    held = data.split(data.Pool("decoder", model_inputs=tuple(batches)), 0).held_out
-    answers = compare_outputs.measure(model, lora, [done.compact], held.model_inputs).answers[0]
+    answers = answers_on(held_out(batches), model, lora, done.compact)
     assert answers.distance == pytest.approx(done.training.after.distance, rel=1e-5)
     assert answers.distance <= move.before * (1 + 1e-6)
 
 
 def test_heads_train_through_the_rounds() -> None:
     """A classifier's head, in training, comes along where ranks move."""
-    import transformers
-
-    lora = api.load_lora(ADAPTERS / "bert-classifier")
-    heads = {"num_labels": 3} if any(e.shape == (3, 32) for e in lora.extras) else {}
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(BASES / "tiny-bert", **heads).eval()
-    draw = torch.Generator().manual_seed(0)
-    some = [{"input_ids": torch.randint(3, 100, (6, 9), generator=draw)} for _ in range(8)]
+    lora, model, batches = bert_classifier()
     before = snapshot(model)
-    done = retrained(lora, model, some, retrain={**TRAIN, "train_heads": True}, total_rank=4, target_ratio=None)
+    done = retrained(lora, model, batches, retrain={**TRAIN, "train_heads": True}, total_rank=4, target_ratio=None)
     assert snapshot(model) == before and done.moves and sum(done.compact.config.ranks) == 4
     first = api.allocate(lora, total_rank=4).compact
     assert done.training.improved and done.compact.extras != first.extras
-    held = data.split(data.Pool("encoder", model_inputs=tuple(some)), 0).held_out
-    answers = compare_outputs.measure(model, lora, [done.compact], held.model_inputs).answers[0]
+    answers = answers_on(held_out(batches, "encoder"), model, lora, done.compact)
     assert answers.distance == pytest.approx(done.training.after.distance, rel=1e-4)
 
 
 def test_options_that_cannot_be(lora: LoraAdapter, model: Any, batches: Any) -> None:
-    for given, message in (
+    for options, message in (
         ({"base": None}, "training needs the base"),
         ({"dry_run": True}, "known only after training"),
         ({"moves": -1}, "--moves is -1"),
@@ -347,7 +338,7 @@ def test_options_that_cannot_be(lora: LoraAdapter, model: Any, batches: Any) -> 
     ):
         with pytest.raises(OptionError, match=message):
             plain = {"rounds": 1, "exact": 3, "retrain": TRAIN, "target_ratio": 6.0, "base": model, "data": batches}
-            api.allocate(lora, **{**plain, **given})
+            api.allocate(lora, **{**plain, **options})
     before = snapshot(model)
     with pytest.raises(BudgetError):
         retrained(lora, model, batches, target_ratio=None, target_size=300)
@@ -358,19 +349,28 @@ def test_options_that_cannot_be(lora: LoraAdapter, model: Any, batches: Any) -> 
 def test_the_command(tmp_path: Path) -> None:
     rows = [json.dumps({"text": "the words of a text " * (n % 5 + 1) + str(n)}) for n in range(40)]
     (tmp_path / "texts.jsonl").write_text("\n".join(rows))
-    words = [ADAPTERS / "llama-plain", "--target-ratio", 6, "--base", LLAMA, "--data", tmp_path / "texts.jsonl"]
+    words = [
+        "lora-to-alora",
+        ADAPTERS / "llama-plain",
+        "--target-ratio",
+        6,
+        "--base",
+        LLAMA,
+        "--data",
+        tmp_path / "texts.jsonl",
+    ]
     words += ["--rounds", 1, "--exact", 2, "--train-steps", 6, "--moves", 2, "--device", "cpu"]
 
     def invoke(*more: Any) -> str:
-        done = CliRunner().invoke(command.command(), [str(w) for w in (*words, *more)], catch_exceptions=False)
+        done = CliRunner().invoke(cli, [str(w) for w in (*words, *more)], catch_exceptions=False)
         assert done.exit_code == 0, done.output
         return done.output
 
     shown = invoke("-o", tmp_path / "x.lrc")
-    found = json.loads(invoke("-o", tmp_path / "y.lrc", "--json"))
+    fields = json.loads(invoke("-o", tmp_path / "y.lrc", "--json"))
     assert (tmp_path / "x.lrc").read_bytes() == (tmp_path / "y.lrc").read_bytes()
-    assert found["bytes"]["total"] == (tmp_path / "x.lrc").stat().st_size
-    training = found["training"]
+    assert fields["bytes"]["total"] == (tmp_path / "x.lrc").stat().st_size
+    training = fields["training"]
     assert training["after"]["distance"] <= training["before"]["distance"] and training["steps"] == 6
     assert "first allocation -> trained   6 steps" in shown and "components exchanged: " in shown
     for move in training["moves"]:

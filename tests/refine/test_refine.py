@@ -18,6 +18,7 @@ torch = pytest.importorskip("torch")
 
 from click.testing import CliRunner
 from conftest import ADAPTERS, BASES, random_lora
+from models import answers_on, bert_classifier, held_out, token_batches
 from test_attach import snapshot
 from test_trainable import same_payload
 
@@ -34,7 +35,7 @@ from lrconvert.core.errors import (
     StatisticsError,
 )
 from lrconvert.formats.lrc import file
-from lrconvert.live import compare_outputs, load_model, texts
+from lrconvert.live import load_model, texts
 from lrconvert.live.answers import Outputs
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 from lrconvert.methods import base as methods
@@ -58,8 +59,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def batches() -> list[dict[str, Any]]:
-    draw = torch.Generator().manual_seed(0)
-    return [{"input_ids": torch.randint(3, 100, (4, 12), generator=draw)} for _ in range(12)]
+    return token_batches(12, 4, 12)
 
 
 @pytest.fixture(scope="module")
@@ -76,17 +76,17 @@ def test_the_largest_logits_stand_for_all() -> None:
     whole = losses.distance(losses.goal(one, 2.0, top_k=64), other, 2.0)
     p, q = ((o.rows / 2).log_softmax(-1) for o in (one, other))
     assert torch.isclose(whole, (p.exp() * (p - q)).sum(-1).mean() * 4, rtol=1e-5)
-    some = losses.distance(losses.goal(one, 2.0, top_k=24), other, 2.0)
-    assert 0 < some <= whole * (1 + 1e-5)  # what is compared as one cannot be farther apart
+    part = losses.distance(losses.goal(one, 2.0, top_k=24), other, 2.0)
+    assert 0 < part <= whole * (1 + 1e-5)  # what is compared as one cannot be farther apart
     assert losses.distance(losses.goal(one, 2.0, top_k=24), one, 2.0).abs() < 1e-5
 
 
 def test_hidden_states_count_as_shares_of_the_change() -> None:
     a, b = torch.zeros(3, 4), torch.ones(3, 4)
     goal = losses.Goal((a, a))
-    found = Outputs(a, True, (b, b))
-    assert float(losses.hidden_error(goal, found, (4.0, 0.0))) == 1.0
-    assert float(losses.hidden_error(goal, found, (8.0, 4.0))) == 0.75
+    student = Outputs(a, True, (b, b))
+    assert float(losses.hidden_error(goal, student, (4.0, 0.0))) == 1.0
+    assert float(losses.hidden_error(goal, student, (8.0, 4.0))) == 0.75
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -95,15 +95,15 @@ def test_hidden_states_count_as_shares_of_the_change() -> None:
 def test_only_the_completion_counts(tmp_path: Path) -> None:
     tokenizer = load_model.load_tokenizer(LLAMA)
     rows = [texts.Text(" and so on", prompt="the words"), texts.Text("all of it")]
-    found = data.examples(rows, tokenizer, "decoder", 64, 0, {})
-    pool = data.Pool("decoder", tuple(found), pad=0)
+    examples = data.examples(rows, tokenizer, "decoder", 64, 0, {})
+    pool = data.Pool("decoder", tuple(examples), pad=0)
     prompted = pool.batch([0])
     assert "labels" not in prompted.inputs and prompted.scored is not None and prompted.labels is not None
-    ids, prompt = found[0].ids, found[0].prompt
+    ids, prompt = examples[0].ids, examples[0].prompt
     assert 0 < prompt < len(ids)
     assert prompted.scored[0].tolist() == [prompt - 1 <= n < len(ids) - 1 for n in range(len(ids))]
     assert prompted.labels[0][prompted.scored[0]].tolist() == list(ids[prompt:])
-    assert pool.batch([1]).scored is None and pool.batch([1]).weight == len(found[1].ids)
+    assert pool.batch([1]).scored is None and pool.batch([1]).weight == len(examples[1].ids)
 
 
 def test_an_epoch_is_every_text_once() -> None:
@@ -121,10 +121,10 @@ def test_an_epoch_is_every_text_once() -> None:
 
 def test_equal_texts_stay_on_one_side() -> None:
     rows = tuple(data.Example((n % 20, 1, 2)) for n in range(100))
-    found = data.split(data.Pool("decoder", rows), 0)
-    train, held = ({e.ids for e in some.examples} for some in (found.train, found.held_out))
+    parts = data.split(data.Pool("decoder", rows), 0)
+    train, held = ({e.ids for e in pool.examples} for pool in (parts.train, parts.held_out))
     assert held and train and not train & held
-    assert len(found.train) + len(found.held_out) == 100
+    assert len(parts.train) + len(parts.held_out) == 100
     with pytest.raises(DataError, match="one text"):
         data.split(data.Pool("decoder", rows[:1] * 5), 0)
 
@@ -132,17 +132,17 @@ def test_equal_texts_stay_on_one_side() -> None:
 def test_labels_are_classes() -> None:
     tokenizer = load_model.load_tokenizer(BASES / "tiny-bert")
     rows = [texts.Text("one", label="sad"), texts.Text("other", label="1"), texts.Text("third", label="unheard")]
-    found = data.examples(rows, tokenizer, "encoder", 16, 0, {"happy": 0, "sad": 1})
-    assert [e.label for e in found] == [1, 1, None]
-    labels = data.Pool("encoder", tuple(found)).batch([0, 1, 2]).labels
+    examples = data.examples(rows, tokenizer, "encoder", 16, 0, {"happy": 0, "sad": 1})
+    assert [e.label for e in examples] == [1, 1, None]
+    labels = data.Pool("encoder", tuple(examples)).batch([0, 1, 2]).labels
     assert labels is not None and labels.tolist() == [1, 1, -100]
 
 
 def test_a_batch_in_parts() -> None:
     batch = losses.Batch({"input_ids": torch.arange(20).reshape(5, 4), "use": True}, torch.ones(5, 4, dtype=torch.bool))
-    found = batch.parts(2)
-    assert [p.rows for p in found] == [2, 3] and all(p.inputs["use"] is True for p in found)
-    assert torch.equal(torch.cat([p.inputs["input_ids"] for p in found]), batch.inputs["input_ids"])
+    parts = batch.parts(2)
+    assert [p.rows for p in parts] == [2, 3] and all(p.inputs["use"] is True for p in parts)
+    assert torch.equal(torch.cat([p.inputs["input_ids"] for p in parts]), batch.inputs["input_ids"])
     assert batch.parts(1) == [batch] and len(batch.parts(99)) == 5
 
 
@@ -154,11 +154,11 @@ def test_a_teacher_writes(model: Any) -> None:
             model, tokenizer, length=16, tokens=300, batch_tokens=128, seed=seed, progress=lambda share, text: None
         )
 
-    found = write(0)
-    assert found == write(0) != write(1)
-    assert len(set(found)) == len(found) and sum(len(e.ids) for e in found) >= 150
-    assert all(e.ids[0] == tokenizer.bos_token_id and 1 < len(e.ids) <= 16 for e in found)
-    assert all(tokenizer.eos_token_id not in e.ids[:-1] for e in found)
+    examples = write(0)
+    assert examples == write(0) != write(1)
+    assert len(set(examples)) == len(examples) and sum(len(e.ids) for e in examples) >= 150
+    assert all(e.ids[0] == tokenizer.bos_token_id and 1 < len(e.ids) <= 16 for e in examples)
+    assert all(tokenizer.eos_token_id not in e.ids[:-1] for e in examples)
 
 
 # --- the verb -------------------------------------------------------------------------------------------------------
@@ -177,11 +177,10 @@ def test_never_worse_and_written_as_measured(
     written = api.read(tmp_path / "out.lrc")
     assert same_payload(written, done.compact) and not same_payload(written, compact)
     assert file.sizes(written).payload == file.sizes(compact).payload
-    held = data.split(data.Pool("decoder", model_inputs=tuple(batches)), 0).held_out
-    for some, told in ((compact, done.before), (written, done.after)):
-        answers = compare_outputs.measure(model, lora, [some], held.model_inputs).answers[0]
-        assert answers.distance == pytest.approx(told.distance, rel=1e-5)
-        assert answers.agreement == told.agreement
+    for adapter, reported in ((compact, done.before), (written, done.after)):
+        answers = answers_on(held_out(batches), model, lora, adapter)
+        assert answers.distance == pytest.approx(reported.distance, rel=1e-5)
+        assert answers.agreement == reported.agreement
     fields = written.provenance.fields
     assert fields["refined_steps"] == str(done.best_step) and fields["refined_data"] == done.data
     assert fields["refined_teacher"] == lora.provenance.source
@@ -198,9 +197,8 @@ def test_updates_that_depend_on_the_base(lora: LoraAdapter, model: Any, batches:
     assert float(on_disk.compact.provenance.fields["captured"]) == pytest.approx(max(captured, 0), abs=1e-4)
     live = api.refine(compact, lora, model, batches, **FEW)
     assert live.improved and not live.layerwise and "captured" not in live.compact.provenance.fields
-    held = data.split(data.Pool("decoder", model_inputs=tuple(batches)), 0).held_out
     for done in (on_disk, live):
-        answers = compare_outputs.measure(model, lora, [done.compact], held.model_inputs).answers[0]
+        answers = answers_on(held_out(batches), model, lora, done.compact)
         assert answers.distance == pytest.approx(done.after.distance, rel=1e-5)
 
 
@@ -212,12 +210,12 @@ def test_the_same_again_and_resumed(method: str, lora: LoraAdapter, model: Any, 
     for path in out[:2]:
         done = api.refine(compact, lora, model, batches, path, **many)
     assert done.best_step > 3 and out[0].read_bytes() == out[1].read_bytes()
-    told = 0
+    steps = 0
 
     def stop(share: float, text: str) -> None:
-        nonlocal told
-        told += text.startswith("loss")
-        if told == 5:
+        nonlocal steps
+        steps += text.startswith("loss")
+        if steps == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -337,31 +335,23 @@ def test_gradient_checkpointing_computes_the_same(lora: LoraAdapter, model: Any,
 @pytest.mark.parametrize("case", ["vit-plain", "bert-classifier"])
 def test_models_that_read_something_else(case: str) -> None:
     """Images; and an encoder that gives hidden states, with a trained head that stays as it is, or is trained."""
-    lora = api.load_lora(ADAPTERS / case)
     if case == "vit-plain":
-        model = load_model.load_model(BASES / "tiny-vit")
+        lora, model = api.load_lora(ADAPTERS / case), load_model.load_model(BASES / "tiny-vit")
         shape = (4, model.config.num_channels, model.config.image_size, model.config.image_size)
         draw = torch.Generator().manual_seed(0)
-        some = [{"pixel_values": torch.randn(shape, generator=draw)} for _ in range(8)]
+        batches = [{"pixel_values": torch.randn(shape, generator=draw)} for _ in range(8)]
     else:
-        import transformers
-
-        heads = {"num_labels": 3} if any(e.shape == (3, 32) for e in lora.extras) else {}
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(BASES / "tiny-bert", **heads)
-        model.eval()
-        draw = torch.Generator().manual_seed(0)
-        some = [{"input_ids": torch.randint(3, 100, (6, 9), generator=draw)} for _ in range(8)]
+        lora, model, batches = bert_classifier()
     compact = api.convert(lora, "lowrank", bits="1", rank=1).compact
-    done = api.refine(compact, lora, model, some, **FEW)
+    done = api.refine(compact, lora, model, batches, **FEW)
     assert done.after.distance <= done.before.distance
     assert done.compact.extras == compact.extras
     if lora.extras:
         before = snapshot(model)
-        trained = api.refine(compact, lora, model, some, train_heads=True, layerwise=False, **FEW)
+        trained = api.refine(compact, lora, model, batches, train_heads=True, layerwise=False, **FEW)
         assert trained.before == done.before and trained.improved and trained.compact.extras != compact.extras
         assert snapshot(model) == before
-        held = data.split(data.Pool("encoder", model_inputs=tuple(some)), 0).held_out
-        answers = compare_outputs.measure(model, lora, [trained.compact], held.model_inputs).answers[0]
+        answers = answers_on(held_out(batches, "encoder"), model, lora, trained.compact)
         assert answers.distance == pytest.approx(trained.after.distance, rel=1e-4)
 
 
@@ -394,7 +384,7 @@ def test_an_encoder_decoder() -> None:
     pairs = [replace(p, target=replace(p.target, name=name)) for name, p in zip(names, lora.targets, strict=True)]
     lora = replace(lora, targets=tuple(sorted(pairs, key=lambda p: p.target)))
     draw = torch.Generator().manual_seed(0)
-    some = [
+    batches = [
         {
             "input_ids": torch.randint(1, 60, (3, 7), generator=draw),
             "labels": torch.randint(1, 60, (3, 5), generator=draw),
@@ -402,7 +392,7 @@ def test_an_encoder_decoder() -> None:
         for _ in range(6)
     ]
     compact = api.convert(lora, "lowrank", bits="1", rank=1).compact
-    done = api.refine(compact, lora, model, some, **FEW)
+    done = api.refine(compact, lora, model, batches, **FEW)
     assert done.improved and done.before.items == 15
 
 
@@ -410,10 +400,10 @@ def test_an_encoder_decoder() -> None:
 
 
 def test_refusals(lora: LoraAdapter, model: Any, small: Any, batches: Any, tmp_path: Path) -> None:
-    def refused(kind: type[LrcError], words: str, *given: Any, **named: Any) -> None:
+    def refused(kind: type[LrcError], words: str, *arguments: Any, **named: Any) -> None:
         before = snapshot(model)
         with pytest.raises(kind, match=words):
-            api.refine(*given, **named)
+            api.refine(*arguments, **named)
         assert snapshot(model) == before
 
     for name, value in (
@@ -431,8 +421,8 @@ def test_refusals(lora: LoraAdapter, model: Any, small: Any, batches: Any, tmp_p
     refused(OptionError, "4 bit", small, lora, model, batches, load_in_4bit=True)
     zero = replace(lora, targets=tuple(replace(pair, scale=0.0) for pair in lora.targets))
     refused(DataError, "nothing to learn", small, zero, model, batches)
-    (tmp_path / "there.lrc").write_bytes(b"x")
-    refused(OutputExistsError, "exists", small, lora, model, batches, tmp_path / "there.lrc")
+    (tmp_path / "exists.lrc").write_bytes(b"x")
+    refused(OutputExistsError, "exists", small, lora, model, batches, tmp_path / "exists.lrc")
     other = replace(small, base=replace(small.base, content="0" * 64))
     refused(FingerprintError, "other contents", other, lora, LLAMA, batches)
     bert = api.load_lora(ADAPTERS / "bert-classifier")
@@ -523,12 +513,12 @@ def test_two_processes_refine_as_one(tmp_path: Path) -> None:
     ranks = [{"RANK": str(n), "LOCAL_RANK": str(n)} for n in range(2)]
     started = [start(tmp_path / "two.lrc", 1, **place, **rank) for rank in ranks]
     started.append(start(tmp_path / "one.lrc", 2))
-    told = []
+    distances = []
     for process in started:
         out, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
-        told.append([float(word) for word in out.split("MEASURED")[1].split()])
-    assert told[0] == told[1] == pytest.approx(told[2], rel=1e-3)
+        distances.append([float(word) for word in out.split("MEASURED")[1].split()])
+    assert distances[0] == distances[1] == pytest.approx(distances[2], rel=1e-3)
     one, two = (api.read(tmp_path / f"{name}.lrc").tensors["half"] for name in ("one", "two"))
     start_at = api.convert(api.load_lora(LORA), "lowrank", bits="16", rank=2).compact.tensors["half"]
     assert np.linalg.norm(one - two) < 0.02 * np.linalg.norm(one - start_at)
