@@ -1,4 +1,4 @@
-"""The values of a touched tensor of the output in blocks of rows: what is written, or what a verification compares."""
+"""The values of touched tensors in blocks of rows: what is written, or what a verification compares."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from lrconvert.core.dtypes import F64, STORAGE, Array, decode
+from lrconvert.core.dtypes import F64, STORAGE, Array
 from lrconvert.core.errors import LimitError, LrcError
 from lrconvert.core.limits import BLOCK_BYTES, MAX_RATIONAL
 from lrconvert.io.container import Checkpoint, TensorInfo
 from lrconvert.merge.arithmetic import base_dependent, dora
 from lrconvert.merge.arithmetic.exact import Term, Update
+from lrconvert.merge.arithmetic.rounding import bits
 from lrconvert.merge.arithmetic.stats import MergeStats
 from lrconvert.merge.arithmetic.workspace import Workspace
 from lrconvert.merge.plan.plan import Output, Plan, Rows
-from lrconvert.merge.plan.updates import Piece, cuts, segment
+from lrconvert.merge.plan.updates import NonlinearPiece, Piece, cuts, decoded, segment
 
-# From stored rows, the first of which has this number, to (rows of the output, what happened, the sum that was added).
+# (stored rows, number of the first) -> (rows of the output, what happened, the sum that was added)
 _Change = Callable[[Array, int], tuple[Array, MergeStats, Update | None]]
 
 
@@ -35,7 +36,7 @@ class Block:
     after: Array
     update: Update | None
     row: int
-    tally: MergeStats
+    stats: MergeStats
 
 
 class Computer:
@@ -46,7 +47,7 @@ class Computer:
         self.rational = 0
 
     def blocks(self, output: Output) -> Iterator[Block]:
-        """The blocks of a touched tensor in order of rows. Raises E-VALUE, E-OVERFLOW, E-LIMIT."""
+        """Return the blocks of a touched tensor in order of rows. Raises E-VALUE, E-OVERFLOW, E-LIMIT."""
         cols = output.pieces[0].cols if output.pieces else output.shape[-1]
         rows = int(np.prod(output.shape)) // cols
         height = rows_per_block(cols)
@@ -59,40 +60,39 @@ class Computer:
                 add = self._named_step(output, self._adder, output, start, stop, cols)
                 for top in range(start, stop, height):
                     present, coming = coming.result(), next(ahead, coming)
-                    after, tally, update = self._named_step(output, add, present, top)
-                    self._bound(tally, output)
+                    after, stats, update = self._named_step(output, add, present, top)
+                    self._bound(stats, output)
                     before: Array | None = present
                     if output.data is not None:
                         count = present.shape[0]
                         before = None if output.base is None else self._stored(output.base, top, count, cols)
-                    yield Block(top, before, after, update, top - start, tally)
+                    yield Block(top, before, after, update, top - start, stats)
 
     def _named_step(self, output: Output, step: Callable[..., Any], *arguments: Any) -> Any:
-        """What `step` gives; its errors name the tensor."""
+        """Return what `step` gives; its errors name the tensor."""
         try:
             return step(*arguments)
         except LrcError as error:
             raise self._named(error, output) from None
 
     def _adder(self, output: Output, start: int, stop: int, cols: int) -> _Change:
-        """What is done to the rows `start` to `stop`."""
+        """Return what is done to the rows `start` to `stop`."""
         if output.rows is not None:
             return _putting(output.rows)
         for piece in output.pieces:
-            if piece.is_alone and piece.start <= start and stop <= piece.stop:
-                return self._based(output, piece) if piece.is_based else self._dora(output, piece, start, stop)
+            if isinstance(piece, NonlinearPiece) and piece.start <= start and stop <= piece.stop:
+                if piece.magnitude is None:
+                    return self._base_dependent(output, piece)
+                return self._dora(output, piece, decoded(piece.magnitude).astype(np.float64), start, stop)
         update = segment(output.pieces, start, stop, self.plan.sources)
         return _keep if update is None else _adding(update, output.dtype, start, self.workspace)
 
-    def _dora(self, output: Output, piece: Piece, start: int, stop: int) -> _Change:
-        assert piece.magnitude is not None
-        whole = self.plan.sources[piece.origin.adapter].term(piece.origin)
-        values = decode(np.frombuffer(piece.magnitude.data, STORAGE[piece.magnitude.dtype]), piece.magnitude.dtype)
-        magnitude = values.astype(np.float64)
-        if not piece.origin.turned:
-            some = slice(start - piece.start, stop - piece.start)
-            term = replace(whole, left=whole.left[some])
-            return _scaling(dora.merge_rows, output.dtype, start, term, magnitude[some])
+    def _dora(self, output: Output, piece: Piece, magnitude: F64, start: int, stop: int) -> _Change:
+        whole = self.plan.sources[piece.adapter].term(piece)
+        if not piece.transposed:
+            rows = slice(start - piece.start, stop - piece.start)
+            term = replace(whole, left=whole.left[rows])
+            return _scaling(dora.merge_rows, output.dtype, start, term, magnitude[rows])
         height = rows_per_block(piece.cols)
 
         def blocks() -> Iterator[tuple[int, Array]]:
@@ -102,26 +102,26 @@ class Computer:
         norms = dora.column_norms(blocks(), output.dtype, whole)
         return _scaling(dora.merge_columns, output.dtype, start, whole, dora.checked_factor(magnitude, norms))
 
-    def _based(self, output: Output, piece: Piece) -> _Change:
-        source, origin = self.plan.sources[piece.origin.adapter], piece.origin
-        update_of = source.update_on(origin)
+    def _base_dependent(self, output: Output, piece: Piece) -> _Change:
+        source = self.plan.sources[piece.adapter]
+        update_of = source.update_on(piece)
 
         def by_rows(present: Array, top: int) -> tuple[Array, MergeStats, Update | None]:
             first = top - piece.start
-            return *base_dependent.merge_rows(present, output.dtype, update_of, origin.scale, first), None
+            return *base_dependent.merge_rows(present, output.dtype, update_of, piece.scale, first), None
 
         def by_columns(present: Array, top: int) -> tuple[Array, MergeStats, Update | None]:
-            step, above = source.step_of(origin), piece.start
+            step, above = source.step_of(piece), piece.start
             first = above + (top - above) // step * step
             last = above + -(-(top + len(present) - above) // step) * step
             whole = self._read(output, first, last - first, piece.cols)
             within = slice(top - first, top - first + len(present))
-            return *base_dependent.merge_columns(whole, output.dtype, update_of, origin.scale, within), None
+            return *base_dependent.merge_columns(whole, output.dtype, update_of, piece.scale, within), None
 
-        return by_columns if origin.turned else by_rows
+        return by_columns if piece.transposed else by_rows
 
     def _read(self, output: Output, first: int, count: int, cols: int) -> Array:
-        """Stored rows of what the tensor starts from."""
+        """Return stored rows of what the tensor starts from."""
         if output.data is None:
             assert output.source is not None
             return self._stored(output.source, first, count, cols)
@@ -131,8 +131,8 @@ class Computer:
     def _stored(self, info: TensorInfo, first: int, count: int, cols: int) -> Array:
         return read_rows(self.plan.checkpoint, info, first, count, cols)
 
-    def _bound(self, tally: MergeStats, output: Output) -> None:
-        self.rational += tally.rational
+    def _bound(self, stats: MergeStats, output: Output) -> None:
+        self.rational += stats.rational
         if self.rational > MAX_RATIONAL:
             raise self._named(LimitError(f"more than {MAX_RATIONAL} elements need rational arithmetic"), output)
 
@@ -147,7 +147,7 @@ def rows_per_block(cols: int) -> int:
 
 
 def read_rows(checkpoint: Checkpoint, info: TensorInfo, first: int, count: int, cols: int) -> Array:
-    """Rows of a stored tensor seen as a matrix with `cols` columns, with the bits of the file."""
+    """Return rows of a stored tensor seen as a matrix with `cols` columns, with the bits of the file."""
     kind = STORAGE[info.dtype]
     data = checkpoint.read(info, first * cols * kind.itemsize, count * cols * kind.itemsize)
     return np.frombuffer(data, kind).reshape(count, cols)
@@ -172,7 +172,7 @@ def _putting(rows: Rows) -> _Change:
         first, last = np.searchsorted(rows.index, [top, top + present.shape[0]])
         after = present.copy()
         after[rows.index[first:last] - top] = rows.values[first:last]
-        changed = int(np.count_nonzero(_bits(after) != _bits(present)))
+        changed = int(np.count_nonzero(bits(after) != bits(present)))
         return after, MergeStats(elements=present.size, changed=changed), None
 
     return change
@@ -185,12 +185,8 @@ def _scaling(
     rowwise = merge is dora.merge_rows
 
     def change(present: Array, top: int) -> tuple[Array, MergeStats, Update | None]:
-        some = slice(top - start, top - start + present.shape[0])
-        part = replace(term, left=term.left[some])
-        return *merge(present, dtype, part, by[some] if rowwise else by), None
+        rows = slice(top - start, top - start + present.shape[0])
+        part = replace(term, left=term.left[rows])
+        return *merge(present, dtype, part, by[rows] if rowwise else by), None
 
     return change
-
-
-def _bits(stored: Array) -> Array:
-    return stored.view(f"u{stored.dtype.itemsize}")

@@ -1,4 +1,4 @@
-"""What a merge does wherever it writes: its checks, its report, and one pass over the base."""
+"""The checks of a merge, its report, and its pass over the base, wherever it writes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lrconvert.merge.plan.updates import Scaled
 from lrconvert.merge.quantized_base import DequantizedCheckpoint
 from lrconvert.merge.report import MergedTensor, MergeReport
 from lrconvert.merge.sinks import Sink
-from lrconvert.merge.undo import record as records
+from lrconvert.merge.undo.open_record import OpenRecord
 from lrconvert.merge.writing import Merger, Progress
 
 # After these a merge may go on where it stopped; after others it would stop there again.
@@ -48,7 +48,7 @@ class Job:
     progress: Progress
 
     def begin(self, planned: Plan, earlier: Mapping[int, Path], dry_run: bool) -> MergeReport:
-        """The report of what will be written. Raises E-NO-EFFECT; after a dry run also E-FPR."""
+        """Return the report of what will be written. Raises E-NO-EFFECT; after a dry run also E-FPR."""
         if not self.allow_no_op:
             _check_effect(self.inputs, planned)
         report = _report(self.inputs, planned)
@@ -59,35 +59,36 @@ class Job:
         return replace(report, dry_run=True, warnings=(*report.warnings, *notes(planned.checkpoint)))
 
     def needed_bytes(self, planned: Plan, files: int) -> int:
-        """Free space for so many bytes of files and, with `undo`, the record, with a margin."""
+        """Return the space for so many bytes of files and, with `undo`, the record, with a margin."""
         touched = sum(o.nbytes for o in planned.touched)
         return int((files + (touched * _RECORD_SHARE if self.undo else 0)) * _SPACE_MARGIN)
 
     def write(
         self, planned: Plan, sink: Sink, number: int, earlier: Mapping[int, Path], report: MergeReport
     ) -> MergeReport:
-        """Compute everything and give it to `sink`; the report of what was done. Raises E-FPR, E-NO-EFFECT,
+        """Compute everything, give it to `sink` and return the report of what was done. Raises E-FPR, E-NO-EFFECT,
         E-IO-CHANGED and what computing raises."""
-        with (
-            Workspace() as workspace,
-            Merger(planned, self.inputs, workspace, number, self.undo, self.progress) as merger,
-        ):
+        with Workspace() as workspace, self.merger(planned, workspace, number) as merger:
             merger.run(sink)
         for file in planned.checkpoint.files:
             file.check_unchanged()
         _check_content(merger.content, planned, earlier)
-        report = self.done(report, planned, merger.place, merger.tallies, merger.record_bytes)
+        report = self.done(report, planned, merger.place, merger.stats, merger.record_bytes)
         if not self.allow_no_op and not planned.placement.has_effect:
             _check_moved(report)
         return report
 
+    def merger(self, planned: Plan, workspace: Workspace, number: int) -> Merger:
+        """Return what writes merge number `number`."""
+        return Merger(planned, self.inputs, workspace, number, self.undo, self.progress)
+
     def done(
-        self, report: MergeReport, planned: Plan, place: str, tallies: Mapping[str, MergeStats], record_bytes: int
+        self, report: MergeReport, planned: Plan, place: str, stats: Mapping[str, MergeStats], record_bytes: int
     ) -> MergeReport:
-        """The report with what was measured."""
+        """Return the report with what was measured."""
         return replace(
             report,
-            tensors=tuple(_row(o, tallies[o.name]) for o in planned.touched),
+            tensors=tuple(_row(o, stats[o.name]) for o in planned.touched),
             record=place,
             record_bytes=record_bytes,
             can_undo=self.undo,
@@ -96,7 +97,7 @@ class Job:
 
 
 def notes(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """What the user should know of a base, with what was measured if all of it was read."""
+    """Return what the user should know of a base, with what was measured if all of it was read."""
     return (checkpoint.note,) if isinstance(checkpoint, DequantizedCheckpoint) else ()
 
 
@@ -115,13 +116,13 @@ def _report(inputs: Sequence[Scaled], planned: Plan) -> MergeReport:
     )
 
 
-def _row(output: Output, tally: MergeStats) -> MergedTensor:
+def _row(output: Output, stats: MergeStats) -> MergedTensor:
     updates = len(output.pieces) + (output.rows is not None)
-    return MergedTensor(output.name, output.dtype, output.shape, updates, tally)
+    return MergedTensor(output.name, output.dtype, output.shape, updates, stats)
 
 
 def check_replaceable(out: Path) -> None:
-    """Only a model folder, or an empty one, is ever replaced."""
+    """Raise E-OUT-PATH unless `out` is a model folder, empty, or not there: nothing else is ever replaced."""
     if out.is_dir() and any(out.iterdir()) and not (out / CONFIG_NAME).exists() and not any(out.glob("*.safetensors")):
         raise OutputPathError("is not a model folder, so it is not replaced", fix="choose another output", path=out)
 
@@ -129,13 +130,13 @@ def check_replaceable(out: Path) -> None:
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 
-def _check_content(found: str, planned: Plan, earlier: Mapping[int, Path]) -> None:
+def _check_content(content: str, planned: Plan, earlier: Mapping[int, Path]) -> None:
     """Raise E-FPR if an adapter names the contents of its base and neither this base nor, if it is a merged model, what
     it was merged from has them. Updates that depend on the base are of this one alone."""
-    if not planned.contents or found in planned.contents:
+    if not planned.contents or content in planned.contents:
         return
     for place in () if any(source.needs_base for source in planned.sources) else earlier.values():
-        with records.OpenRecord(place) as opened:
+        with OpenRecord(place) as opened:
             if opened.record.content in planned.contents:
                 return
     raise FingerprintError(
@@ -156,7 +157,7 @@ def _check_effect(inputs: Sequence[Scaled], planned: Plan) -> None:
 
 
 def _is_zero(item: Scaled) -> bool:
-    """Whether a look at the adapter shows that it changes nothing beside whole tensors."""
+    """Return whether a look at the adapter shows that it changes nothing beside whole tensors."""
     adapter = item.adapter
     if any(e.use != "replace" for e in adapter.extras):
         return False
@@ -164,13 +165,13 @@ def _is_zero(item: Scaled) -> bool:
 
 
 def _check_moved(report: MergeReport) -> None:
-    tally = report.tally
-    if tally.changed:
+    stats = report.stats
+    if stats.changed:
         return
-    if not tally.unmoved:
+    if not stats.unmoved:
         raise NoEffectError("the update is zero everywhere", fix=f"was the adapter trained? Otherwise {_ALLOW}")
     names = ", ".join(sorted({t.dtype for t in report.tensors}))
     raise NoEffectError(
-        f"no element moved: all {tally.unmoved} nonzero updates are below the resolution of {names}",
+        f"no element moved: all {stats.unmoved} nonzero updates are below the resolution of {names}",
         fix=f"merge into a base of a wider dtype, or {_ALLOW}",
     )

@@ -19,7 +19,7 @@ from lrconvert.merge.plan.updates import Adapter, Scaled
 from lrconvert.merge.quantized_base import open_base
 from lrconvert.merge.report import MergeReport
 from lrconvert.merge.sinks import FolderSink
-from lrconvert.merge.undo import record as records
+from lrconvert.merge.undo.open_record import numbered
 from lrconvert.merge.writing import Progress
 
 
@@ -47,7 +47,7 @@ def merge(
     check_replaceable(out)
     with open_base(base, dequantize=options.dequantize) as checkpoint:
         planned = plan(inputs, checkpoint, options.shard_bytes)
-        earlier = records.numbered(base)
+        earlier = numbered(base)
         report = job.begin(planned, earlier, options.dry_run)
         if options.dry_run:
             return report

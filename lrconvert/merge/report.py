@@ -1,4 +1,4 @@
-"""What a merge, an unmerge or a verification did: plain data for people and scripts."""
+"""Reports of merges, unmerges and verifications: plain data for people and scripts."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lrconvert.merge.arithmetic.stats import MergeStats
 
 @dataclass(frozen=True)
 class MergedTensor:
-    """One tensor that updates were added to; after a dry run the tally has only its elements."""
+    """One tensor that updates were added to; after a dry run its `stats` have only the elements."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     updates: int
-    tally: MergeStats
+    stats: MergeStats
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class MergeReport:
     can_undo: bool = False
 
     @property
-    def tally(self) -> MergeStats:
-        """Over all tensors: elements, how many changed, rounding errors."""
-        return sum((t.tally for t in self.tensors), MergeStats())
+    def stats(self) -> MergeStats:
+        """Elements of all tensors, how many changed, rounding errors."""
+        return sum((t.stats for t in self.tensors), MergeStats())
 
     @property
     def total_bytes(self) -> int:
@@ -81,7 +81,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """Whether a model is the merge of a base and adapters: every tensor was computed again and compared."""
+    """The answer of a verification: every tensor of a merge was computed again and compared with the model's."""
 
     tensors: int
     recomputed: int

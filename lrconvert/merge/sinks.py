@@ -10,12 +10,11 @@ from typing import Protocol
 
 from lrconvert.core.dtypes import Array
 from lrconvert.core.errors import LrcError
-from lrconvert.io.container import ContainerFile, TensorInfo, tensor_hasher
+from lrconvert.io.container import ContainerFile
 from lrconvert.io.durable import CONTENT, Buffer, Work, Writer
+from lrconvert.merge.hashing import stored_digest
 from lrconvert.merge.journal import Done, Patch
 from lrconvert.merge.plan.plan import Output, Shard
-
-_CHUNK = 1 << 23
 
 
 class Sink(Protocol):
@@ -25,24 +24,24 @@ class Sink(Protocol):
     is_copy: bool  # whether the output is a folder of its own, with all other files of the base in it
 
     def open(self, shard: Shard) -> AbstractContextManager[Writer]:
-        """What the bytes of a weight file are written to."""
+        """Return what the bytes of a weight file are written to."""
         ...
 
     def change(self, output: Output, first: int, before: Array, after: Array) -> None:
-        """Told of the rows from `first` on of a touched tensor; called behind the computation, in order."""
+        """Take the rows from `first` on of a touched tensor; called in the background, in order."""
         ...
 
     def finish(self, shard: Shard) -> Patch | None:
-        """Called when all of a file was written; the patch that changes it, if that is how it is done."""
+        """Take the end of a file; return the patch that changes it, if that is how it is done."""
         ...
 
     def note(self, done: Done, shard: Shard) -> None:
-        """Told of every finished file, also of an earlier run."""
+        """Take a finished file, also of an earlier run."""
         ...
 
     def kept(self, done: Done, shard: Shard) -> list[str] | None:
-        """The names, in the folder of the work, that an earlier run left of a finished file; None if they are not as
-        they were then."""
+        """Return the names, in the folder of the work, that an earlier run left of a finished file; None if they have
+        changed since."""
         ...
 
 
@@ -57,17 +56,17 @@ class FolderSink:
         return self.work.content.create(shard.name)
 
     def change(self, output: Output, first: int, before: Array, after: Array) -> None:
-        """Nothing: the file itself has them."""
+        """Do nothing: the file itself has them."""
 
     def finish(self, shard: Shard) -> Patch | None:
         return None
 
     def note(self, done: Done, shard: Shard) -> None:
-        """Nothing: the folder has it."""
+        """Do nothing: the folder has it."""
 
     def kept(self, done: Done, shard: Shard) -> list[str] | None:
-        wanted = dict(done.added) | {t.output: t.after for t in done.tensors if t.output}
-        return [f"{CONTENT}/{shard.name}"] if has_digests(self.work.content.root / shard.name, shard, wanted) else None
+        path = self.work.content.root / shard.name
+        return [f"{CONTENT}/{shard.name}"] if has_digests(path, shard, done.digests) else None
 
 
 class Nowhere:
@@ -90,20 +89,12 @@ class Nowhere:
         """There is nothing to close."""
 
 
-def has_digests(path: Path, shard: Shard, wanted: Mapping[str, str]) -> bool:
-    """Whether a weight file has the header of `shard` and tensors with the digests `wanted`."""
+def has_digests(path: Path, shard: Shard, digests: Mapping[str, str]) -> bool:
+    """Return whether a weight file has the header of `shard` and tensors with these digests."""
     try:
         with ContainerFile(path) as file:
             return file.header_bytes == shard.header and all(
-                wanted.get(info.name) == file_tensor_digest(file, info) for info in file.tensors
+                digests.get(info.name) == stored_digest(file, info) for info in file.tensors
             )
     except LrcError:
         return False
-
-
-def file_tensor_digest(file: ContainerFile, info: TensorInfo) -> str:
-    """The digest of a tensor of an open file."""
-    digest = tensor_hasher(info.name, info.dtype, info.shape)
-    for offset in range(0, info.nbytes, _CHUNK):
-        digest.update(file.read(info, offset, min(_CHUNK, info.nbytes - offset)))
-    return digest.hexdigest()

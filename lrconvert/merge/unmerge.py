@@ -9,19 +9,19 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from lrconvert.core.errors import BaseError, FingerprintError, LrcError, OptionError
-from lrconvert.io.container import Checkpoint, TensorInfo, combined_digest, open_checkpoint, tensor_hasher, unfinished
+from lrconvert.io.container import Checkpoint, TensorInfo, combined_digest, open_checkpoint, unfinished
 from lrconvert.io.durable import StagedDirectory, atomic_directory, check_output, require_space
 from lrconvert.merge.arithmetic.workspace import Workspace
-from lrconvert.merge.in_place.merge import unmerge_in_place
+from lrconvert.merge.hashing import stored_digest
 from lrconvert.merge.in_place.model_folder import ModelFolder
+from lrconvert.merge.in_place.unmerge import unmerge_in_place
 from lrconvert.merge.job import check_replaceable
 from lrconvert.merge.options import UnmergeOptions
 from lrconvert.merge.plan.plan import CONFIG_NAME, other_files
 from lrconvert.merge.report import UnmergeReport
-from lrconvert.merge.undo import record as records
 from lrconvert.merge.undo.checks import changed_files, check_undoable, undone
-from lrconvert.merge.undo.record import OpenRecord
-from lrconvert.merge.undo.restoring import Restorer, digest_into
+from lrconvert.merge.undo.open_record import OpenRecord, latest, numbered
+from lrconvert.merge.undo.restoring import Restorer
 from lrconvert.merge.writing import Progress
 
 _SPACE_MARGIN = 1.02
@@ -51,7 +51,7 @@ def unmerge(merged: Path, out: Path | None, options: UnmergeOptions, progress: P
     if from_base is not None:
         return _copy_base(merged, from_base, place, out is None or overwrite, number, progress)
     with ExitStack() as stack:
-        opened = stack.enter_context(OpenRecord(records.latest(merged, number)))
+        opened = stack.enter_context(OpenRecord(latest(merged, number)))
         checkpoint = stack.enter_context(open_checkpoint(merged))
         check_undoable(opened, checkpoint)
         require_space(place, int(sum(size for _, size in opened.record.files) * _SPACE_MARGIN))
@@ -99,9 +99,9 @@ def _write(opened: OpenRecord, checkpoint: Checkpoint, folder: StagedDirectory, 
 def _copy_base(
     merged: Path, base: Path, place: Path, overwrite: bool, number: int | None, progress: Progress
 ) -> UnmergeReport:
-    """A copy of `base`, if it is what the last record of `merged` says, or without a record, has tensors like it."""
-    found = records.numbered(merged)
-    folder_of_record = records.latest(merged, number) if found or number is not None else None
+    """Copy `base`, if it is what the last record of `merged` says, or without a record, has tensors like it."""
+    has_record = number is not None or bool(numbered(merged))
+    folder_of_record = latest(merged, number) if has_record else None
     with ExitStack() as stack:
         ours = stack.enter_context(open_checkpoint(merged))
         theirs = stack.enter_context(open_checkpoint(base))
@@ -121,9 +121,7 @@ def _copy_base(
         digests = []
         for file in theirs.files:
             for info in file.tensors if content is not None else ():
-                digest = tensor_hasher(info.name, info.dtype, info.shape)
-                digest_into(theirs, info, digest)
-                digests.append((info.name, digest.hexdigest()))
+                digests.append((info.name, stored_digest(theirs, info)))
             with folder.create(file.path.name) as new:
                 new.copy(file.fileno(), 0, file.size)
             done += file.size
@@ -138,7 +136,7 @@ def _copy_base(
         restored=(),
         removed=tuple(sorted(set(ours.tensors) - set(theirs.tensors))),
         files=tuple(sorted(sizes.items())),
-        remaining=len(records.numbered(place)),
+        remaining=len(numbered(place)),
         verified=content is not None,
         warnings=() if content is not None else ("there is no record, so nothing shows that this is the base",),
     )

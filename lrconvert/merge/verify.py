@@ -12,6 +12,7 @@ import numpy as np
 
 from lrconvert.core.dtypes import STORAGE, Array
 from lrconvert.io.container import Checkpoint, TensorInfo, open_checkpoint
+from lrconvert.merge.arithmetic.rounding import bits
 from lrconvert.merge.arithmetic.workspace import Workspace
 from lrconvert.merge.compute import Computer, read_rows
 from lrconvert.merge.plan.plan import Output, Plan, plan
@@ -31,24 +32,25 @@ def verify(
     progress: Callable[[float, str], None] | None = None,
 ) -> VerifyReport:
     """Compare the tensors and the configuration of `merged` with what merging `adapters` into `base` gives, however
-    either is cut into files; `dequantize` as for `merge`. Reads all of both; writes nothing. Raises what a
-    merge raises before it writes.
+    either is cut into files; `dequantize` as for `merge`. Reads all of both; writes nothing. Raises what a merge
+    raises before it writes.
     """
     inputs = [item if isinstance(item, Scaled) else Scaled(item) for item in adapters]
     with (
-        open_checkpoint(merged) as found,
+        open_checkpoint(merged) as model,
         open_base(base, dequantize=dequantize) as checkpoint,
         Workspace() as workspace,
     ):
         planned = plan(inputs, checkpoint)
         computer = Computer(planned, workspace)
-        differences = list(_structure(planned, found))
+        differences = list(_structure(planned, model))
         outputs = list(planned.outputs)
         total, done, recomputed = max(1, sum(o.nbytes for o in outputs)), 0, 0
         for output in outputs:
-            info = found.tensors.get(output.name)
+            info = model.tensors.get(output.name)
             if info is not None and (info.dtype, info.shape) == (output.dtype, output.shape):
-                elements = sum(_differ(ours, theirs) for ours, theirs in _pairs(computer, output, found, info))
+                pairs = _pairs(computer, output, model, info)
+                elements = sum(int(np.count_nonzero(bits(ours) != bits(theirs))) for ours, theirs in pairs)
                 if elements:
                     what = f"{elements} of {int(np.prod(output.shape))} elements differ"
                     differences.append(Difference(output.name, what, elements))
@@ -56,36 +58,36 @@ def verify(
             done += output.nbytes
             if progress is not None:
                 progress(done / total, output.name)
-        for file in (*checkpoint.files, *found.files):
+        for file in (*checkpoint.files, *model.files):
             file.check_unchanged()
     warnings = tuple(w for item in inputs for w in getattr(item.adapter, "warnings", ()))
     return VerifyReport(len(outputs), recomputed, total, tuple(differences), warnings)
 
 
-def _structure(planned: Plan, found: Checkpoint) -> Iterator[Difference]:
-    """Tensors and fields of the configuration that one has and the other has not, or has otherwise."""
-    wanted = {o.name: (o.dtype, o.shape) for o in planned.outputs}
-    for name, (dtype, shape) in wanted.items():
-        info = found.tensors.get(name)
+def _structure(planned: Plan, model: Checkpoint) -> Iterator[Difference]:
+    """Return tensors and fields of the configuration that differ between the plan and the model."""
+    expected = {o.name: (o.dtype, o.shape) for o in planned.outputs}
+    for name, (dtype, shape) in expected.items():
+        info = model.tensors.get(name)
         if info is None:
             yield Difference(name, "is missing")
         elif (info.dtype, info.shape) != (dtype, shape):
             yield Difference(name, f"is {info.dtype} {list(info.shape)}, not {dtype} {list(shape)}")
-    for name in sorted(set(found.tensors) - set(wanted)):
+    for name in sorted(set(model.tensors) - set(expected)):
         yield Difference(name, "is not a tensor of the merge")
     config = {**planned.checkpoint.config, **planned.placement.config}
-    config = {key: value for key, value in config.items() if value is not None or key in found.config}
-    for key in sorted(set(config) | set(found.config)):
-        if config.get(key) != found.config.get(key):
-            yield Difference(f"config.json: {key}", f"is {found.config.get(key)!r:.60}, not {config.get(key)!r:.60}")
+    config = {key: value for key, value in config.items() if value is not None or key in model.config}
+    for key in sorted(set(config) | set(model.config)):
+        if config.get(key) != model.config.get(key):
+            yield Difference(f"config.json: {key}", f"is {model.config.get(key)!r:.60}, not {config.get(key)!r:.60}")
 
 
-def _pairs(computer: Computer, output: Output, found: Checkpoint, info: TensorInfo) -> Iterator[tuple[Array, Array]]:
-    """(what a merge gives, what is there), piece by piece."""
+def _pairs(computer: Computer, output: Output, model: Checkpoint, info: TensorInfo) -> Iterator[tuple[Array, Array]]:
+    """Return (what a merge gives, what the model has), piece by piece."""
     if output.is_touched:
         for block in computer.blocks(output):
             count, cols = block.after.shape
-            yield block.after, read_rows(found, info, block.first, count, cols)
+            yield block.after, read_rows(model, info, block.first, count, cols)
         return
     for offset in range(0, output.nbytes, _CHUNK):
         count = min(_CHUNK, output.nbytes - offset)
@@ -95,9 +97,4 @@ def _pairs(computer: Computer, output: Output, found: Checkpoint, info: TensorIn
             assert output.source is not None
             ours = computer.plan.checkpoint.read(output.source, offset, count)
         kind = STORAGE[output.dtype]
-        yield np.frombuffer(ours, kind), np.frombuffer(found.read(info, offset, count), kind)
-
-
-def _differ(ours: Array, theirs: Array) -> int:
-    kind = f"u{ours.dtype.itemsize}"
-    return int(np.count_nonzero(ours.view(kind) != theirs.view(kind)))
+        yield np.frombuffer(ours, kind), np.frombuffer(model.read(info, offset, count), kind)

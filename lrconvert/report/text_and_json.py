@@ -1,8 +1,8 @@
-"""Results as text for people and as JSON values for programs. No computing here."""
+"""Results as text for people and as JSON values for programs. Nothing is computed here."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from lrconvert.merge import MergeReport, Recovery, UnmergeReport, VerifyReport
 
 _ROWS = 12  # targets shown without --verbose
+# What was captured: in the weight norm, of the outputs under statistics, of the outputs on data.
+_CAPTURED = {"captured": "captured", "output_captured": "of outputs", "data_captured": "on the data"}
 
 
 def count_bytes(n: int) -> str:
-    """1,234,567 as 1.23 MB; exact below 10 KB."""
+    """Return a size with its unit, 1,234,567 as 1.235 MB; below 10 KB it is exact."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("KB", 10**4)):
         if n >= size:
             return f"{n / (1000 if unit == 'KB' else size):.4g} {unit}"
@@ -29,51 +31,48 @@ def count_bytes(n: int) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Columns padded to fit; the first left-aligned, the others right-aligned."""
-    cells = [[str(c) for c in row] for row in [head, *rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    lines = [
-        "  ".join(
-            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    ]
+    """Return columns padded to fit, the first left-aligned, the others right-aligned."""
+    cells = [[str(cell) for cell in row] for row in [head, *rows]]
+    first, *widths = (max(map(len, column)) for column in zip(*cells, strict=True))
+    lines = ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)]).rstrip() for row in cells]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def picked(value: Any, *names: str) -> dict[str, Any]:
+    """Return the attributes of these names as a JSON object."""
+    return {name: getattr(value, name) for name in names}
 
 
 # --- inspect --------------------------------------------------------------------------------------------------------
 
 
-def inspection(path: str, found: dict[str, Any]) -> str:
-    if found["kind"] == "statistics":
-        return f"{_statistics(path, found)}\nbase contents: {found['base'] or 'not recorded'}"
-    rows = found["targets"]
-    lines = [f"{printable(path)}: {_kind(found)}, {len(rows)} targets"]
-    if found["base_model"]:
-        lines.append(f"base model (a hint, never opened): {printable(found['base_model'])}")
-    if found["kind"] == "lora":
-        held = ", ".join(f"{count_bytes(n)} {dtype}" for dtype, n in found["bytes_by_dtype"].items())
-        lines.append(f"{found['parameters']:,} numbers: {held}; {found['bytes_at_16_bit']:,} bytes at 16 bit")
+def inspection(path: str, facts: dict[str, Any]) -> str:
+    """Return what `api.inspect` says of a file or folder as text."""
+    if facts["kind"] == "statistics":
+        return f"{_statistics(path, facts)}\nbase contents: {facts['base'] or 'not recorded'}"
+    rows, method = facts["targets"], facts.get("method")
+    kind = f"lrconvert file, {methods.get(method['id']).title}" if method else "LoRA"
+    lines = [f"{printable(path)}: {kind}, {len(rows)} targets"]
+    if facts["base_model"]:
+        lines.append(f"base model (a hint, never opened): {printable(facts['base_model'])}")
+    if method:
+        size = facts["bytes"]
+        parts = ", ".join(f"{part} {size[part]:,}" for part in ("payload", "overhead", "extras"))
+        lines.append(f"{size['total']:,} bytes: {parts}")
+        lines.append(f"method {method['id']} version {method['version']}: {_listed(method['config'])}")
+        lines.append(f"base contents: {facts['base']['content'] or 'not recorded'}")
     else:
-        size = found["bytes"]
-        lines.append(
-            f"{size['total']:,} bytes: payload {size['payload']:,}, overhead {size['overhead']:,}, "
-            f"extras {size['extras']:,}"
-        )
-        config = ", ".join(f"{k} {v}" for k, v in found["method"]["config"].items())
-        lines.append(f"method {found['method']['id']} version {found['method']['version']}: {config}")
-        lines.append(f"base contents: {found['base']['content'] or 'not recorded'}")
-    if found["extras"]:
-        total = sum(e["bytes"] for e in found["extras"])
-        names = ", ".join(printable(e["name"]) for e in found["extras"][:4])
-        lines.append(f"{len(found['extras'])} extra tensors carried along, {total:,} bytes: {names}")
-    return "\n".join([*lines, "", _target_table(found["kind"], rows)])
+        stored = ", ".join(f"{count_bytes(n)} {dtype}" for dtype, n in facts["bytes_by_dtype"].items())
+        lines.append(f"{facts['parameters']:,} numbers: {stored}; {facts['bytes_at_16_bit']:,} bytes at 16 bit")
+    if facts["extras"]:
+        total = sum(e["bytes"] for e in facts["extras"])
+        names = ", ".join(printable(e["name"]) for e in facts["extras"][:4])
+        lines.append(f"{len(facts['extras'])} extra tensors carried along, {total:,} bytes: {names}")
+    return "\n".join([*lines, "", _target_table(facts["kind"], rows)])
 
 
-def _kind(found: dict[str, Any]) -> str:
-    if found["kind"] == "lora":
-        return "LoRA"
-    return f"lrconvert file, {methods.get(found['method']['id']).title}"
+def _listed(config: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in config.items())
 
 
 def _target_table(kind: str, rows: Sequence[dict[str, Any]]) -> str:
@@ -97,9 +96,9 @@ def _target_table(kind: str, rows: Sequence[dict[str, Any]]) -> str:
     return table(head, body)
 
 
-def _range(values: Any, form: str = "{}") -> str:
-    found = sorted(values)
-    low, high = form.format(found[0]), form.format(found[-1])
+def _range(values: Iterable[Any], form: str = "{}") -> str:
+    ordered = sorted(values)
+    low, high = form.format(ordered[0]), form.format(ordered[-1])
     return low if low == high else f"{low}..{high}"
 
 
@@ -107,16 +106,12 @@ def _range(values: Any, form: str = "{}") -> str:
 
 
 def sizes_json(size: Sizes) -> dict[str, int]:
-    return {
-        "total": size.total,
-        "adapter": size.adapter,
-        "payload": size.payload,
-        "overhead": size.overhead,
-        "extras": size.extras,
-    }
+    """Return the sizes of a file, in bytes."""
+    return picked(size, "total", "adapter", "payload", "overhead", "extras")
 
 
 def conversion_json(done: Conversion) -> dict[str, Any]:
+    """Return a conversion with its sizes, ratio and captured energy, in all and of each target."""
     method = methods.get(done.compact.method)
     value: dict[str, Any] = {
         "method": {"id": method.id, "version": method.version, "config": method.header(done.compact.config)},
@@ -132,12 +127,11 @@ def conversion_json(done: Conversion) -> dict[str, Any]:
 
 
 def conversion(source: str, output: str | None, done: Conversion, verbose: bool) -> str:
-    method = methods.get(done.compact.method)
-    size = done.sizes
-    config = ", ".join(f"{k} {v}" for k, v in method.header(done.compact.config).items())
+    """Return a conversion as text; `output` is None after a dry run."""
+    method, size = methods.get(done.compact.method), done.sizes
     lines = [
         f"{printable(source)} -> {printable(output) if output else '(dry run, nothing written)'}",
-        f"method    {method.id}: {config}",
+        f"method    {method.id}: {_listed(method.header(done.compact.config))}",
         f"size      {size.adapter:,} bytes = payload {size.payload:,} + overhead {size.overhead:,}; "
         f"{done.ratio:.1f} times smaller than {done.source_bytes:,} bytes at 16 bit",
     ]
@@ -158,49 +152,52 @@ def conversion(source: str, output: str | None, done: Conversion, verbose: bool)
 
 
 def compression_json(done: Compression) -> dict[str, Any]:
+    """Return every candidate, and the winner as `conversion_json` does."""
     rows = []
-    for n, some in enumerate(done.candidates):
-        row: dict[str, Any] = {"method": some.method, "options": dict(some.options), "winner": n == done.winner}
-        if some.conversion is None:
-            row["refused"] = str(some.refused)
+    for n, candidate in enumerate(done.candidates):
+        row = {"method": candidate.method, "options": dict(candidate.options), "winner": n == done.winner}
+        if candidate.conversion is None:
+            row["refused"] = str(candidate.refused)
         else:
-            fidelity = some.conversion.fidelity
+            fidelity = candidate.conversion.fidelity
             assert fidelity is not None
-            row |= {"bytes": some.nbytes, "ratio": some.conversion.ratio, "captured": fidelity.captured}
-            row |= {"output_captured": fidelity.output_captured, "score": some.score}
-        if some.before is not None and some.after is not None:
-            row |= {"before": answers_json(some.before), "after": answers_json(some.after), "steps": some.steps}
+            row |= {"bytes": candidate.nbytes, "ratio": candidate.conversion.ratio, "captured": fidelity.captured}
+            row |= {"output_captured": fidelity.output_captured, "score": candidate.score}
+        if candidate.before is not None and candidate.after is not None:
+            row |= {"before": answers_json(candidate.before), "after": answers_json(candidate.after)}
+            row["steps"] = candidate.steps
         rows.append(row)
     return {"candidates": rows, "note": done.note, **conversion_json(done.chosen)}
 
 
 def compression(source: str, output: str, done: Compression) -> str:
-    """Every candidate on a line, the winner marked: nearest to the LoRA's answers first, else smallest first."""
+    """Return every candidate on a line, the winner marked: nearest to the LoRA's answers first, else smallest first."""
     after = done.candidates[done.winner].after
     shown = _by_fit(done) if after is None else [*_by_answers(done), "", _closed_note(after)]
     lines = [f"{printable(source)} -> {printable(output)}", "", *shown]
-    refused = [f"  {c.method}: {printable(c.refused.what)}" for c in done.candidates if c.refused is not None]
-    lines[3:3] = refused
+    lines[3:3] = [f"  {c.method}: {printable(c.refused.what)}" for c in done.candidates if c.refused is not None]
     return "\n".join([*lines, *([done.note] if done.note else [])])
 
 
 def _by_answers(done: Compression) -> list[str]:
-    made = [(c, c.conversion, c.before, c.after) for c in done.candidates]
+    measured = [(c, c.conversion, c.before, c.after) for c in done.candidates]
     rows = []
-    for some, found, before, after in sorted(made, key=lambda e: (-e[0].steps, 0.0 if e[3] is None else e[3].distance)):
-        if found is None or before is None or after is None:
+    for candidate, made, before, after in sorted(
+        measured, key=lambda row: (-row[0].steps, 0.0 if row[3] is None else row[3].distance)
+    ):
+        if made is None or before is None or after is None:
             continue
-        agreement = "-" if after.agreement is None else f"{after.agreement:.1%}"
-        shares = [f"{before.closed:.1%}", f"{after.closed:.1%}", agreement]
-        rows.append([_form(done, some), f"{some.nbytes:,}", f"{found.ratio:.1f}", *shares, f"{some.steps:,}"])
+        shares = [f"{before.closed:.1%}", f"{after.closed:.1%}", _percent(after.agreement)]
+        start = [_form(done, candidate), f"{candidate.nbytes:,}", f"{made.ratio:.1f}"]
+        rows.append([*start, *shares, f"{candidate.steps:,}"])
     return [table(["  form", "bytes", "ratio", "closed", "refined", "agreement", "steps"], rows)]
 
 
-def _closed_note(found: Answers) -> str:
-    what = "KL" if found.kind == "KL" else f"distance of {found.kind}"
+def _closed_note(answers: Answers) -> str:
+    what = "KL" if answers.kind == "KL" else f"distance of {answers.kind}"
     return (
         f"Closed: the share of the {what} between base and LoRA that the fit has closed, and the refined form, on "
-        f"{found.items:,} held-out items, which chose the winner."
+        f"{answers.items:,} held-out items, which chose the winner."
     )
 
 
@@ -208,11 +205,11 @@ def _by_fit(done: Compression) -> list[str]:
     made = [(c, c.conversion, c.conversion.fidelity) for c in done.candidates if c.conversion is not None]
     weighted = any(fidelity is not None and fidelity.output_captured is not None for _, _, fidelity in made)
     rows = []
-    for some, found, fidelity in sorted(made, key=lambda entry: (entry[0].nbytes, -entry[0].score)):
+    for candidate, conversion, fidelity in sorted(made, key=lambda row: (row[0].nbytes, -row[0].score)):
         assert fidelity is not None
         captured = [_share(fidelity.captured)]
         captured += [_share(fidelity.output_captured), _share(fidelity.fit_captured)] if weighted else []
-        rows.append([_form(done, some), f"{some.nbytes:,}", f"{found.ratio:.1f}", *captured])
+        rows.append([_form(done, candidate), f"{candidate.nbytes:,}", f"{conversion.ratio:.1f}", *captured])
     head = ["  form", "bytes", "ratio", "captured", *(["of outputs", "score"] if weighted else [])]
     note = (
         "The score is what the fits work on: errors of outputs, each target by the root of its energy."
@@ -222,56 +219,37 @@ def _by_fit(done: Compression) -> list[str]:
     return [table(head, rows), "", note]
 
 
-def _form(done: Compression, some: Candidate) -> str:
-    told = ", ".join(f"{key} {value}" for key, value in some.options.items())
-    return f"{'* ' if some is done.candidates[done.winner] else '  '}{some.method}{f' ({told})' if told else ''}"
+def _form(done: Compression, candidate: Candidate) -> str:
+    options = f" ({_listed(candidate.options)})" if candidate.options else ""
+    return f"{'* ' if candidate is done.candidates[done.winner] else '  '}{candidate.method}{options}"
 
 
-def answers_json(found: Answers) -> dict[str, Any]:
+def answers_json(answers: Answers) -> dict[str, Any]:
+    """Return the distance of a model's answers from the LoRA's, and the share of it that is closed."""
+    return {"of": answers.kind, **picked(answers, "items", "distance", "base_distance", "closed", "agreement")}
+
+
+def fidelity_json(fidelity: Fidelity) -> dict[str, Any]:
+    """Return what a file keeps of its LoRA, in all and of each target."""
+    answers = fidelity.answers
     return {
-        "of": found.kind,
-        "items": found.items,
-        "distance": found.distance,
-        "base_distance": found.base_distance,
-        "closed": found.closed,
-        "agreement": found.agreement,
-    }
-
-
-def fidelity_json(found: Fidelity) -> dict[str, Any]:
-    return {
-        "method": found.method,
-        "captured": found.captured,
-        "output_captured": found.output_captured,
-        "data_captured": found.data_captured,
-        "answers": None if found.answers is None else {**asdict(found.answers), "closed": found.answers.closed},
-        "ratio": found.ratio,
-        "source_bytes_at_16_bit": found.source_bytes,
+        **picked(fidelity, "method", *_CAPTURED),
+        "answers": None if answers is None else {**asdict(answers), "closed": answers.closed},
+        "ratio": fidelity.ratio,
+        "source_bytes_at_16_bit": fidelity.source_bytes,
         "bytes": {
-            "total": found.total_bytes,
-            "adapter": found.adapter_bytes,
-            "payload": found.payload_bytes,
-            "overhead": found.overhead_bytes,
-            "extras": found.extras_bytes,
+            part: getattr(fidelity, f"{part}_bytes") for part in ("total", "adapter", "payload", "overhead", "extras")
         },
         "targets": [
-            {
-                "name": t.name,
-                "rank_before": t.rank_before,
-                "rank_after": t.rank_after,
-                "captured": t.captured,
-                "output_captured": t.output_captured,
-                "data_captured": t.data_captured,
-                "norm": t.energy**0.5,
-            }
-            for t in found.targets
+            {**picked(t, "name", "rank_before", "rank_after", *_CAPTURED), "norm": t.energy**0.5}
+            for t in fidelity.targets
         ],
     }
 
 
-def _fidelity_table(found: Fidelity, rows: int) -> str:
-    worst_first = sorted(found.targets, key=lambda t: t.captured)[:rows]
-    shown = [name for name in _CAPTURED if getattr(found, name) is not None]
+def _fidelity_table(fidelity: Fidelity, rows: int) -> str:
+    worst_first = sorted(fidelity.targets, key=lambda t: t.captured)[:rows]
+    shown = [name for name in _CAPTURED if getattr(fidelity, name) is not None]
     return table(
         ["target (worst first)", "rank before", "after", *(_CAPTURED[name] for name in shown)],
         [
@@ -281,71 +259,67 @@ def _fidelity_table(found: Fidelity, rows: int) -> str:
     )
 
 
-# What was captured: in the weight norm, of the outputs under statistics, of the outputs on data.
-_CAPTURED = {"captured": "captured", "output_captured": "of outputs", "data_captured": "on the data"}
-
-
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
-
-
-def comparison(found: Sequence[tuple[str, Fidelity]], verbose: bool) -> str:
-    shown = [name for name in _CAPTURED if any(getattr(f, name) is not None for _, f in found)]
-    rows = [
-        [printable(name), f.method, f"{f.adapter_bytes:,}", f"{f.overhead_bytes:,}", f"{f.extras_bytes:,}",
-         f"{f.ratio:.1f}", *(_share(getattr(f, which)) for which in shown)]
-        for name, f in found
-    ]  # fmt: skip
-    head = ["file", "method", "bytes", "of it overhead", "extras", "ratio", *(_CAPTURED[name] for name in shown)]
-    parts = [table(head, rows)]
-    if any(f.answers is not None for _, f in found):
-        parts.append(_answers(found))
-    for name, f in found:
-        parts.append(f"{printable(name)}\n{_fidelity_table(f, len(f.targets) if verbose else _ROWS)}")
-        if not verbose and len(f.targets) > _ROWS:
-            parts[-1] += f"\n... and {len(f.targets) - _ROWS} more (-v shows all)"
-    return "\n\n".join(parts)
-
-
-def _answers(found: Sequence[tuple[str, Fidelity]]) -> str:
-    """How far the models' answers are from the LoRA's."""
-    known = [(name, f.answers) for name, f in found if f.answers is not None]
-    first = known[0][1]
-    rows = [["(no adapter)", f"{first.base_distance:.4g}", "0.0%", _percent(first.base_agreement)]]
-    rows += [[printable(name), f"{a.distance:.4g}", f"{a.closed:.1%}", _percent(a.agreement)] for name, a in known]
-    unit = "KL, nats" if first.kind == "KL" else "error of hidden states"
-    head = [f"answers on {first.items:,} items", unit, "of it closed", "agrees with the LoRA"]
-    return table(head, rows)
 
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
+def comparison(files: Sequence[tuple[str, Fidelity]], verbose: bool) -> str:
+    """Return the files, each a name and what it keeps, as tables: sizes, answers, and the worst targets or all."""
+    shown = [name for name in _CAPTURED if any(getattr(f, name) is not None for _, f in files)]
+    rows = [
+        [printable(name), f.method, f"{f.adapter_bytes:,}", f"{f.overhead_bytes:,}", f"{f.extras_bytes:,}",
+         f"{f.ratio:.1f}", *(_share(getattr(f, which)) for which in shown)]
+        for name, f in files
+    ]  # fmt: skip
+    head = ["file", "method", "bytes", "of it overhead", "extras", "ratio", *(_CAPTURED[name] for name in shown)]
+    parts = [table(head, rows)]
+    if answers := [(name, f.answers) for name, f in files if f.answers is not None]:
+        parts.append(_answers(answers))
+    for name, f in files:
+        parts.append(f"{printable(name)}\n{_fidelity_table(f, len(f.targets) if verbose else _ROWS)}")
+        if not verbose and len(f.targets) > _ROWS:
+            parts[-1] += f"\n... and {len(f.targets) - _ROWS} more (-v shows all)"
+    return "\n\n".join(parts)
+
+
+def _answers(files: Sequence[tuple[str, Answers]]) -> str:
+    """How far the models' answers are from the LoRA's."""
+    first = files[0][1]
+    rows = [["(no adapter)", f"{first.base_distance:.4g}", "0.0%", _percent(first.base_agreement)]]
+    rows += [[printable(name), f"{a.distance:.4g}", f"{a.closed:.1%}", _percent(a.agreement)] for name, a in files]
+    unit = "KL, nats" if first.kind == "KL" else "error of hidden states"
+    return table([f"answers on {first.items:,} items", unit, "of it closed", "agrees with the LoRA"], rows)
+
+
 # --- statistics -----------------------------------------------------------------------------------------------------
 
 
-def statistics_json(found: InputStatistics, nbytes: int) -> dict[str, Any]:
-    told = inspect_statistics(found, nbytes)
-    return {key: told[key] for key in ("tokens", "bytes", "base", "data", "inputs")}
+def statistics_json(statistics: InputStatistics, nbytes: int) -> dict[str, Any]:
+    """Return what `nbytes` of input statistics hold."""
+    facts = inspect_statistics(statistics, nbytes)
+    return {key: facts[key] for key in ("tokens", "bytes", "base", "data", "inputs")}
 
 
-def statistics(output: str, found: InputStatistics, nbytes: int) -> str:
-    return f"wrote {_statistics(output, inspect_statistics(found, nbytes))}"
+def statistics(output: str, measured: InputStatistics, nbytes: int) -> str:
+    """Return the same as text."""
+    return f"wrote {_statistics(output, inspect_statistics(measured, nbytes))}"
 
 
-def _statistics(path: str, found: dict[str, Any]) -> str:
-    inputs = found["inputs"]
+def _statistics(path: str, facts: dict[str, Any]) -> str:
+    inputs = facts["inputs"]
     layers = sum(len(i["names"]) for i in inputs)
     lines = [
-        f"{printable(path)}: {found['bytes']:,} bytes",
-        f"tokens  {found['tokens']:,}",
+        f"{printable(path)}: {facts['bytes']:,} bytes",
+        f"tokens  {facts['tokens']:,}",
         f"inputs  {len(inputs)} of {layers} layers, {_range({i['width'] for i in inputs})} wide",
     ]
-    few = [i for i in inputs if i["tokens"] < i["width"]]
-    if few:
-        one = printable(few[0]["names"][0])
-        lines.append(f"warning: {len(few)} inputs saw fewer tokens than they are wide, {one} for one")
+    if few := [i for i in inputs if i["tokens"] < i["width"]]:
+        example = printable(few[0]["names"][0])
+        lines.append(f"warning: {len(few)} inputs saw fewer tokens than they are wide, {example} for one")
     return "\n".join(lines)
 
 
@@ -353,6 +327,7 @@ def _statistics(path: str, found: dict[str, Any]) -> str:
 
 
 def merge_json(report: MergeReport) -> dict[str, Any]:
+    """Return what a merge did to each tensor and file, and what undoes it."""
     return {
         "dry_run": report.dry_run,
         "tensors": [
@@ -361,11 +336,9 @@ def merge_json(report: MergeReport) -> dict[str, Any]:
                 "dtype": t.dtype,
                 "shape": list(t.shape),
                 "updates": t.updates,
-                "elements": t.tally.elements,
-                "changed": t.tally.changed,
-                "unmoved": t.tally.unmoved,
-                "max_rounding_error": t.tally.max_error,
-                "mean_rounding_error": t.tally.mean_error,
+                **picked(t.stats, "elements", "changed", "unmoved"),
+                "max_rounding_error": t.stats.max_error,
+                "mean_rounding_error": t.stats.mean_error,
             }
             for t in report.tensors
         ],
@@ -375,16 +348,14 @@ def merge_json(report: MergeReport) -> dict[str, Any]:
         "config": dict(report.config),
         "files": [{"name": name, "bytes": size} for name, size in report.files],
         "left_out": list(report.left_out),
-        "touched_bytes": report.touched_bytes,
-        "record": report.record,
-        "record_bytes": report.record_bytes,
-        "can_undo": report.can_undo,
+        **picked(report, "touched_bytes", "record", "record_bytes", "can_undo"),
         "warnings": list(report.warnings),
     }
 
 
 def merging(output: str, report: MergeReport, verbose: bool) -> str:
-    total = report.tally
+    """Return what a merge did as text."""
+    total = report.stats
     done = "would write" if report.dry_run else "wrote"
     lines = [f"{done} {printable(output)}: {len(report.files)} files, {count_bytes(report.total_bytes)}"]
     lines.append(f"{len(report.tensors)} tensors merged, {total.elements:,} weights, one correct rounding each")
@@ -410,8 +381,8 @@ def merging(output: str, report: MergeReport, verbose: bool) -> str:
     if verbose:
         rows = [
             [
-                *(printable(t.name), t.dtype, f"{t.tally.changed:,}", f"{t.tally.unmoved:,}"),
-                *(f"{t.tally.max_error:.3g}", f"{t.tally.mean_error:.3g}"),
+                *(printable(t.name), t.dtype, f"{t.stats.changed:,}", f"{t.stats.unmoved:,}"),
+                *(f"{t.stats.max_error:.3g}", f"{t.stats.mean_error:.3g}"),
             ]
             for t in report.tensors
         ]
@@ -420,6 +391,7 @@ def merging(output: str, report: MergeReport, verbose: bool) -> str:
 
 
 def unmerging(output: str, report: UnmergeReport) -> str:
+    """Return what undoing a merge did as text."""
     lines = [f"wrote {printable(output)}: {len(report.files)} files, {count_bytes(report.total_bytes)}"]
     if report.restored:
         lines.append(f"restored  {len(report.restored)} tensors")
@@ -435,19 +407,21 @@ def unmerging(output: str, report: UnmergeReport) -> str:
     return "\n".join(lines)
 
 
-def recovery(found: Recovery) -> str:
-    what = {
+def recovery(recovered: Recovery) -> str:
+    """Return what was done about a merge that was broken off."""
+    state = {
         "clean": "holds nothing that was broken off",
         "old": "is as it was before: what was broken off is taken back",
         "new": "is done: what was broken off is finished",
-    }[found.state]
-    lines = [f"{printable(found.path)} {what}"]
-    if found.removed:
-        lines.append(f"removed   {', '.join(map(printable, found.removed))}")
+    }[recovered.state]
+    lines = [f"{printable(recovered.path)} {state}"]
+    if recovered.removed:
+        lines.append(f"removed   {', '.join(map(printable, recovered.removed))}")
     return "\n".join(lines)
 
 
 def verification(merged: str, report: VerifyReport) -> str:
+    """Return whether a model is the merge it should be, and where it differs."""
     if report.ok:
         size = f"{report.tensors} tensors, {count_bytes(report.nbytes)}, {report.recomputed} of them computed again"
         return f"{printable(merged)} is the merge, bit for bit: {size}"

@@ -27,7 +27,7 @@ from lrconvert import api
 from lrconvert.api import merge, verify
 from lrconvert.core.errors import DurabilityError, LrcError, UnfinishedError
 from lrconvert.io.container import JOURNAL
-from lrconvert.merge.in_place import recover
+from lrconvert.merge import recover
 from lrconvert.testing import faults
 
 pytestmark = pytest.mark.usefixtures("quick_disk")

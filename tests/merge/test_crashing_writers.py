@@ -28,7 +28,7 @@ from lrconvert.live.load_model import load_model
 from lrconvert.lora import statistics_file
 from lrconvert.lora.adapter import LoraAdapter, Target, View
 from lrconvert.lora.input_statistics import Input, InputStatistics, Moment
-from lrconvert.merge.in_place import recover
+from lrconvert.merge import recover
 from lrconvert.testing import faults
 
 pytestmark = pytest.mark.usefixtures("quick_disk")

@@ -39,10 +39,9 @@ from lrconvert.core.errors import (
 from lrconvert.io import durable
 from lrconvert.io.container import JOURNAL, READY_NAME, open_checkpoint
 from lrconvert.lora.adapter import LoraAdapter, Target, View
-from lrconvert.merge import Scaled
-from lrconvert.merge.in_place import recover
+from lrconvert.merge import Scaled, recover
 from lrconvert.merge.in_place.model_folder import PATCH, SAME, SWAP, ModelFolder
-from lrconvert.merge.undo.record_json import sign
+from lrconvert.merge.signed_json import sign
 from lrconvert.testing import faults
 
 pytestmark = pytest.mark.usefixtures("quick_disk")

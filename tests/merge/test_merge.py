@@ -52,7 +52,7 @@ from lrconvert.core.errors import (
 from lrconvert.io.container import ContainerFile, encode_header, open_checkpoint
 from lrconvert.lora import base_names, renamings
 from lrconvert.lora.adapter import ExtraTensor, LoraAdapter, Provenance, Target, View
-from lrconvert.merge import MergeReport
+from lrconvert.merge import MergeReport, compute
 from lrconvert.merge.arithmetic import exact
 
 torch = pytest.importorskip("torch")
@@ -120,8 +120,8 @@ def test_every_element_is_the_nearest(tmp_path: Path, dtype: str) -> None:
         for row, col in np.ndindex(*w.shape):
             goal = exact.round_fraction(Fraction(float(w[row, col])) + update.exact(row, col), dtype)
             assert merged.view(f"u{merged.dtype.itemsize}")[row, col] == goal
-    assert report.tally.elements == 12 * 16 + 16 * 20 + 9 * 5
-    assert report.tally.changed + report.tally.unmoved == report.tally.elements
+    assert report.stats.elements == 12 * 16 + 16 * 20 + 9 * 5
+    assert report.stats.changed + report.stats.unmoved == report.stats.elements
 
 
 def test_several_adapters_are_one_sum(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_views(tmp_path: Path, view: str, shape: tuple[int, ...], dtype: str) ->
         expected += change.reshape(shape)
     after = load_all(tmp_path / "out")["w.weight"]
     assert np.array_equal(after.array, round_to(expected, dtype))
-    assert report.tally.elements == w.size
+    assert report.stats.elements == w.size
     assert report.tensors[0].updates == 1
 
 
@@ -208,7 +208,7 @@ def test_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lora = random_lora(((50, 16), (16, 90)), rank=3)
     base = random_base(tmp_path / "base", lora, "F16")
     merge(base, [lora], tmp_path / "one")
-    monkeypatch.setattr(exact, "rows_per_block", lambda cols: 7)
+    monkeypatch.setattr(compute, "rows_per_block", lambda cols: 7)
     merge(base, [lora], tmp_path / "many")
     assert tree(tmp_path / "one") == tree(tmp_path / "many")
 
@@ -695,7 +695,7 @@ def test_no_op_is_a_copy(tmp_path: Path, base: str) -> None:
         merge(BASES / base, [lora], tmp_path / "out")
     report = merge(BASES / base, [lora], tmp_path / "out", allow_no_op=True)
     assert tree(tmp_path / "out") == tree(BASES / base)
-    assert report.tally.changed == 0 and report.total_bytes == sum(map(len, tree(BASES / base).values()))
+    assert report.stats.changed == 0 and report.total_bytes == sum(map(len, tree(BASES / base).values()))
 
 
 def test_untouched_bytes_are_copied(tmp_path: Path) -> None:
@@ -883,7 +883,7 @@ def test_dry_run_knows_every_size(tmp_path: Path, adapter: str, base: str) -> No
     assert list(tmp_path.iterdir()) == [] and planned.dry_run
     done = api.merge(BASES / base, ADAPTERS / adapter, tmp_path / "out")
     assert planned.files == done.files == tuple((n, len(d)) for n, d in sorted(tree(tmp_path / "out").items()))
-    assert planned.tally.elements == done.tally.elements > 0 == planned.tally.changed
+    assert planned.stats.elements == done.stats.elements > 0 == planned.stats.changed
     assert (planned.placed, planned.added, planned.config) == (done.placed, done.added, done.config)
 
 
@@ -902,10 +902,10 @@ def test_report_and_progress(tmp_path: Path) -> None:
         w, merged = (decode(x[row.name].array, "BF16").astype(np.float64) for x in (before, after))
         goal = w + 2 * pair.scale * (pair.B.astype(np.float64) @ pair.A.astype(np.float64))
         errors = np.abs(merged - goal)
-        assert row.tally.changed == np.count_nonzero(merged != w)
-        assert row.tally.unmoved == np.count_nonzero((merged == w) & (goal != w))
-        assert row.tally.max_error == pytest.approx(errors.max(), rel=1e-4)
-        assert row.tally.mean_error == pytest.approx(errors.mean(), rel=1e-4)
+        assert row.stats.changed == np.count_nonzero(merged != w)
+        assert row.stats.unmoved == np.count_nonzero((merged == w) & (goal != w))
+        assert row.stats.max_error == pytest.approx(errors.max(), rel=1e-4)
+        assert row.stats.mean_error == pytest.approx(errors.mean(), rel=1e-4)
     fractions = [f for f, _ in seen]
     assert fractions == sorted(fractions) and fractions[-1] == 1.0
 

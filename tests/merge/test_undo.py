@@ -22,11 +22,11 @@ from lrconvert.core.dtypes import FLOATS, STORAGE, Stored, round_to
 from lrconvert.core.errors import DigestError, FingerprintError, LrcError, OutputExistsError, UndoError, UndoOrderError
 from lrconvert.io import durable
 from lrconvert.lora.adapter import LoraAdapter, Target, View
-from lrconvert.merge import Scaled
+from lrconvert.merge import Scaled, compute
 from lrconvert.merge.arithmetic import exact
+from lrconvert.merge.signed_json import sign
 from lrconvert.merge.undo import residual
-from lrconvert.merge.undo.record import RECORD_NAME, OpenRecord, numbered
-from lrconvert.merge.undo.record_json import sign
+from lrconvert.merge.undo.open_record import RECORD_NAME, OpenRecord, numbered
 from lrconvert.testing import mutations
 
 DTYPES = ("F32", "BF16", "F16", "F64")
@@ -127,7 +127,7 @@ def test_views_come_back(view: str, dtype: str, tmp_path: Path) -> None:
 
 def test_blocks_and_sparse_updates_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of few rows; updates of few rows or columns, whose codes hold only those."""
-    monkeypatch.setattr(exact, "BLOCK_BYTES", 8 * 64 * 7)
+    monkeypatch.setattr(compute, "BLOCK_BYTES", 8 * 64 * 7)
     rng = np.random.default_rng(0)
     pair = one_target(Target("w", (100, 64)), scale=1e-3)
     a, b = pair.A.copy(), np.zeros_like(pair.B)

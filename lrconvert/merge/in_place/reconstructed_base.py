@@ -23,28 +23,28 @@ from lrconvert.io.container import (
 )
 from lrconvert.io.durable import Buffer
 from lrconvert.merge.arithmetic.workspace import Workspace
-from lrconvert.merge.in_place.model_folder import CommitPlan, ModelFolder
+from lrconvert.merge.in_place.commit import Commit
 from lrconvert.merge.in_place.patches import MERGED
 from lrconvert.merge.plan.plan import CONFIG_NAME
-from lrconvert.merge.undo.record import OpenRecord
+from lrconvert.merge.undo.open_record import OpenRecord
 from lrconvert.merge.undo.restoring import Restorer
 
 
 @contextmanager
-def reconstructed_base(site: ModelFolder, ready: CommitPlan, opened: OpenRecord) -> Iterator[Checkpoint]:
-    """The base that the record `opened` is of, read from the model that is between two states."""
-    states = site.states(ready, opened)
+def reconstructed_base(commit: Commit) -> Iterator[Checkpoint]:
+    """Open the base of a merge, read from the model that is between two states."""
+    folder, states = commit.folder, commit.states()
     with ExitStack() as stack:
         files: list[ContainerFile] = []
-        for number, change in enumerate(ready.changes):
-            path = site.model / change.name
+        for number, change in enumerate(commit.plan.changes):
+            path = folder.model / change.name
             if states.get(number) == MERGED:
-                files.append(_Merged(path, opened, number))
+                files.append(_Merged(path, commit.opened, number))
             else:
                 files.append(stack.enter_context(ContainerFile(path)))
-        config, index = site.text(CONFIG_NAME), site.text(INDEX_NAME)
+        config, index = folder.text(CONFIG_NAME), folder.text(INDEX_NAME)
         yield Checkpoint(
-            site.model,
+            folder.model,
             read_json(config) if config.exists() else {},
             tuple(files),
             index if index.exists() else None,
@@ -68,15 +68,14 @@ class _Merged(ContainerFile):
         return len(self.header_bytes) + self._data_bytes
 
     def read(self, info: TensorInfo, offset: int = 0, nbytes: int | None = None) -> bytearray:
-        """Bytes of a tensor, restored as a whole: only small ones are looked at in planning."""
-        known = {t.name: t for t in self._opened.record.tensors}
-        kept = _Memory()
+        """Return bytes of a tensor, restored as a whole: only small ones are looked at in planning."""
+        restored = _Memory()
         with ContainerFile(self.path) as merged, Workspace() as workspace:
             checkpoint = Checkpoint(self.path.parent, {}, (merged,), None)
             with Restorer(self._opened, checkpoint, workspace) as restorer:
-                restorer.tensor(known[info.name], kept)
+                restorer.tensor(self._opened.tensors[info.name], restored)
         stop = info.nbytes if nbytes is None else offset + nbytes
-        return kept.data[offset:stop]
+        return restored.data[offset:stop]
 
     def copy(self, info: TensorInfo, writer: Appendable) -> None:
         writer.write(self.read(info))

@@ -9,6 +9,7 @@ from pathlib import Path
 from lrconvert.core.errors import FileKindError
 from lrconvert.io.container import JOURNAL
 from lrconvert.io.durable import clean_up, leftovers, locked
+from lrconvert.merge.in_place import commit
 from lrconvert.merge.in_place.model_folder import ModelFolder
 
 
@@ -25,14 +26,13 @@ class Recovery:
 def recover(path: Path) -> Recovery:
     """Finish or take back what was broken off at `path`, a model folder or any output, and remove what killed runs have
     left of it. Raises E-LOCKED, E-IO-KIND (there is nothing), E-DIGEST (the model was changed since), E-IO-*."""
-    found = leftovers(path)
-    if not path.exists() and not found:
+    if not path.exists() and not leftovers(path):
         raise FileKindError("does not exist, and nothing was left of it", path=path)
     removed = clean_up(path)
     state = "clean"
     if path.is_dir() and not path.is_symlink() and (path / JOURNAL).exists():
         with ExitStack() as stack:
             stack.enter_context(locked(path))
-            state = ModelFolder(path).recover()
+            state = commit.recover(ModelFolder(path))
             removed = (*removed, JOURNAL)
     return Recovery(str(path), state, removed)

@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from lrconvert.core.dtypes import FLOATS, STORAGE, Array, decode, round_to
+from lrconvert.core.dtypes import FLOATS, STORAGE, decode, round_to
 from lrconvert.core.errors import PlacementError
 from lrconvert.io.container import Checkpoint, TensorInfo
 from lrconvert.lora import base_names
-from lrconvert.lora.adapter import CompactAdapter, ExtraTensor, LoraAdapter, LoraTarget, Target
-
-Adapter = LoraAdapter | CompactAdapter
+from lrconvert.lora.adapter import ExtraTensor, LoraAdapter, LoraTarget
+from lrconvert.merge.plan.updates import Adapter, decoded, targets_of
 
 # The class of a task, as transformers names it after the architecture.
 _CLASSES = {
@@ -98,12 +97,12 @@ class _Planner:
         self.adapters, self.checkpoint, self.config = adapters, checkpoint, checkpoint.config
         self.extras = _gather(adapters)
         self.index = base_names.NameIndex.of(checkpoint)
-        self.targets = {t.name for adapter in resolved for t in _targets(adapter)}
+        self.targets = {t.name for adapter in resolved for t in targets_of(adapter)}
         self.updated = {name for adapter in resolved for name in _updated(adapter)}
         self.prefixes = {
             self._prefix(ours.name, theirs.name)
             for adapter, other in zip(adapters, resolved, strict=True)
-            for ours, theirs in zip(_targets(adapter), _targets(other), strict=True)
+            for ours, theirs in zip(targets_of(adapter), targets_of(other), strict=True)
             if theirs.name in checkpoint.tensors
         }
         self.replaced: dict[str, ExtraTensor] = {}
@@ -144,24 +143,24 @@ class _Planner:
         name = extra.name.replace("base_layer.", "")
         stored = self.index.find(name) or base_names.tied_source(name, self.checkpoint)
         if stored is None:
-            raise _no_place(extra, f"the base has no {name!r}")
+            raise no_place(extra, f"the base has no {name!r}")
         info = self.checkpoint.tensors[stored]
         if info.shape != extra.shape:
-            raise _no_place(
+            raise no_place(
                 extra, f"it is {list(extra.shape)}, the base's {stored!r} {list(info.shape)}", "resize the base first"
             )
         if info.dtype not in FLOATS or extra.dtype not in FLOATS:
-            raise _no_place(extra, f"it is {extra.dtype}, the base's {stored!r} {info.dtype}")
+            raise no_place(extra, f"it is {extra.dtype}, the base's {stored!r} {info.dtype}")
         if not _same_values(extra, info, self.checkpoint):
             target = self.index.find(name) or name
-            self.values[target] = _cast(extra, info.dtype)
+            self.values[target] = cast(extra, info.dtype)
 
     def _place_extra(self, extra: ExtraTensor) -> None:
         stored = self.index.find(extra.name)
         if extra.name.partition(".")[0] in _TASK_HEADS and stored != extra.name:
             stored = None  # a head of another name (`sop_classifier.classifier`) is another head
         if (stored or extra.name) in self.targets:
-            raise _no_place(extra, "it is also a target of an update")
+            raise no_place(extra, "it is also a target of an update")
         if stored is not None:
             self.replaced[stored] = extra
         else:
@@ -193,12 +192,12 @@ class _Planner:
     def _heads(self) -> list[ExtraTensor]:
         """Extras outside the base model: tensors of a task's head."""
         inside = self._base_prefix()
-        found = [e for name, e in self.replaced.items() if not _inside(e.name, inside) and not _inside(name, inside)]
-        return [*found, *(e for e in self.added if not e.name.endswith(base_names.HEADS))]
+        heads = [e for name, e in self.replaced.items() if not _inside(e.name, inside) and not _inside(name, inside)]
+        return [*heads, *(e for e in self.added if not e.name.endswith(base_names.HEADS))]
 
     def _base_prefix(self) -> str:
         """First segment, with its dot, of every name inside the base model ("bert."), or ""."""
-        firsts = {t.name.partition(".")[0] for adapter in self.adapters for t in _targets(adapter)} - _HEAD_MODULES
+        firsts = {t.name.partition(".")[0] for adapter in self.adapters for t in targets_of(adapter)} - _HEAD_MODULES
         return f"{next(iter(firsts))}." if len(firsts) == 1 else ""
 
     def _new_architecture(self) -> str:
@@ -206,14 +205,11 @@ class _Planner:
         heads = self._heads()
         if not heads:
             return ""
-        wanted = set()
-        for adapter in self.adapters:
-            if _whole(adapter):
-                wanted.add(self._class_of(adapter))
-        wanted.discard("")
-        if len(wanted) > 1:
-            raise PlacementError(f"the adapters bring heads of {' and '.join(sorted(wanted))}", fix="merge one of them")
-        return next(iter(wanted), "") if wanted != {self._architecture} else ""
+        classes = {self._class_of(adapter) for adapter in self.adapters if _whole(adapter)} - {""}
+        if len(classes) > 1:
+            both = " and ".join(sorted(classes))
+            raise PlacementError(f"the adapters bring heads of {both}", fix="merge one of them")
+        return next(iter(classes), "") if classes != {self._architecture} else ""
 
     def _class_of(self, adapter: Adapter) -> str:
         named = adapter.provenance.fields.get("base_model_class", "")
@@ -229,16 +225,16 @@ class _Planner:
             if extra.name.endswith(base_names.HEADS):
                 if not architecture and not self._is_headless and base_names.tied_source(extra.name, self.checkpoint):
                     continue
-                raise _no_place(extra, "the base has no such tensor")
+                raise no_place(extra, "the base has no such tensor")
             if not architecture and self._class_of_heads() != self._architecture:
-                raise _no_place(
+                raise no_place(
                     extra,
                     "the base has no such tensor, and the adapter's task does not say which architecture has it",
                     "set task_type in adapter_config.json (SEQ_CLS, TOKEN_CLS, QUESTION_ANS)",
                 )
             known = extra.name.partition(".")[0] in _HEAD_MODULES or extra.name.startswith(self._part(architecture))
             if not known and _inside(extra.name, self._base_prefix()):
-                raise _no_place(extra, "the base has no such tensor")
+                raise no_place(extra, "the base has no such tensor")
         if architecture and len(self.prefixes) != 1:
             raise PlacementError("the names of the adapter's targets do not show how the base model is named")
 
@@ -303,7 +299,7 @@ class _Planner:
             if rows_only and stored.endswith(base_names.HEADS + base_names.EMBEDDINGS):
                 vocabulary.add(extra.shape[0])
             elif not rows_only or extra.name not in heads:
-                raise _no_place(extra, f"it is {list(extra.shape)}, the base's {stored!r} {list(info.shape)}")
+                raise no_place(extra, f"it is {list(extra.shape)}, the base's {stored!r} {list(info.shape)}")
         if vocabulary:
             self._resize_vocabulary(vocabulary)
 
@@ -417,10 +413,6 @@ class _Planner:
 # --- small things ---------------------------------------------------------------------------------------------------
 
 
-def _targets(adapter: Adapter) -> tuple[Target, ...]:
-    return adapter.shapes() if isinstance(adapter, LoraAdapter) else adapter.targets
-
-
 def is_zero(pair: LoraTarget) -> bool:
     """Whether a look at the factors shows that the update is zero."""
     return pair.scale == 0 or not pair.A.any() or not pair.B.any()
@@ -440,12 +432,12 @@ def _whole(adapter: Adapter) -> list[ExtraTensor]:
 
 def _gather(adapters: Sequence[Adapter]) -> list[ExtraTensor]:
     """All whole tensors by name. Raises E-PLACE if two adapters bring different tensors of one name."""
-    found: dict[str, ExtraTensor] = {}
+    extras: dict[str, ExtraTensor] = {}
     for extra in (e for adapter in adapters for e in _whole(adapter)):
-        other = found.setdefault(extra.name, extra)
+        other = extras.setdefault(extra.name, extra)
         if not _same_tensor(other, extra):
-            raise _no_place(extra, "two adapters bring different ones", "merge one of them")
-    return list(found.values())
+            raise no_place(extra, "two adapters bring different ones", "merge one of them")
+    return list(extras.values())
 
 
 def _inside(name: str, prefix: str) -> bool:
@@ -453,31 +445,27 @@ def _inside(name: str, prefix: str) -> bool:
     return name.startswith(prefix) if prefix else name.partition(".")[0] not in _HEAD_MODULES
 
 
-def _no_place(extra: ExtraTensor, why: str, fix: str = "") -> PlacementError:
-    return PlacementError(f"the adapter's tensor {extra.name!r} has no place: {why}", fix=fix)
+def no_place(extra: ExtraTensor, why: str, fix: str = "") -> PlacementError:
+    """Return the error of a tensor that the merged model has no place for."""
+    what = {"replace": "tensor", "add": "bias", "magnitude": "magnitude of"}.get(extra.use, "rows of")
+    return PlacementError(f"the adapter's {what} {extra.name!r} has no place: {why}", fix=fix)
 
 
-def _array(extra: ExtraTensor) -> Array:
-    return np.frombuffer(extra.data, STORAGE[extra.dtype])
-
-
-def _cast(extra: ExtraTensor, dtype: str) -> ExtraTensor:
-    """The tensor in another float dtype, as a model of that dtype loads it."""
+def cast(extra: ExtraTensor, dtype: str) -> ExtraTensor:
+    """Return the tensor in another float dtype, as a model of that dtype loads it."""
     if extra.dtype == dtype:
         return extra
-    data = round_to(decode(_array(extra), extra.dtype), dtype).tobytes()
-    return ExtraTensor(extra.name, dtype, extra.shape, data)
+    return replace(extra, dtype=dtype, data=round_to(decoded(extra), dtype).tobytes())
 
 
 def _same_values(extra: ExtraTensor, info: TensorInfo, checkpoint: Checkpoint) -> bool:
-    """Whether an extra holds the numbers of a stored float tensor of its shape, in whatever dtype."""
-    ours = _array(extra)
-    step = _COMPARE_BYTES // STORAGE[info.dtype].itemsize
-    for start in range(0, ours.size, step):
-        some = ours[start : start + step]
-        size = STORAGE[info.dtype].itemsize
-        theirs = np.frombuffer(checkpoint.read(info, start * size, some.size * size), STORAGE[info.dtype])
-        if not np.array_equal(decode(some, extra.dtype), decode(theirs, info.dtype)):
+    """Return whether an extra holds the numbers of a stored float tensor of its shape, in whatever dtype."""
+    values, kind = decoded(extra), STORAGE[info.dtype]
+    step = _COMPARE_BYTES // kind.itemsize
+    for start in range(0, values.size, step):
+        ours = values[start : start + step]
+        data = checkpoint.read(info, start * kind.itemsize, ours.size * kind.itemsize)
+        if not np.array_equal(ours, decode(np.frombuffer(data, kind), info.dtype)):
             return False
     return True
 

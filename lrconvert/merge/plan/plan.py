@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lrconvert.core.dtypes import FLOATS, STORAGE, Array, decode, round_to
+from lrconvert.core.dtypes import FLOATS, STORAGE, Array
 from lrconvert.core.errors import BaseError, FingerprintError, LrcError, OptionError, PlacementError, QuantizedBaseError
 from lrconvert.core.limits import MAX_INDEX_BYTES
 from lrconvert.io.container import (
@@ -28,8 +28,17 @@ from lrconvert.io.container import (
 from lrconvert.lora import base_names
 from lrconvert.lora.adapter import ExtraTensor, LoraAdapter, Target
 from lrconvert.merge.plan import extra_tensors
-from lrconvert.merge.plan.extra_tensors import Placement
-from lrconvert.merge.plan.updates import Adapter, Origin, Piece, Scaled, Source, extent, is_turned, targets_of
+from lrconvert.merge.plan.extra_tensors import Placement, cast, no_place
+from lrconvert.merge.plan.updates import (
+    Adapter,
+    NonlinearPiece,
+    Piece,
+    Scaled,
+    Source,
+    extent,
+    is_transposed,
+    targets_of,
+)
 from lrconvert.methods import base as methods
 
 CONFIG_NAME = "config.json"
@@ -90,6 +99,10 @@ class Shard:
     file: ContainerFile | None = None
 
     @property
+    def has_header_of_base(self) -> bool:
+        return self.file is not None and self.header == self.file.header_bytes
+
+    @property
     def size(self) -> int:
         return len(self.header) + sum(o.nbytes for o in self.outputs)
 
@@ -126,7 +139,7 @@ class Plan:
 
 
 def plan(inputs: Sequence[Scaled], checkpoint: Checkpoint, shard_bytes: int | None = None) -> Plan:
-    """The plan of merging `inputs` into `checkpoint`, with its own shards or with ones of at most `shard_bytes`.
+    """Return the plan of merging `inputs` into `checkpoint`, with its own shards or with ones of at most `shard_bytes`.
 
     Raises E-BASE, E-ORIENT, E-PLACE, E-BASE-QUANT, E-OPTION, and E-FPR if the adapters were made for different bases.
     """
@@ -135,8 +148,8 @@ def plan(inputs: Sequence[Scaled], checkpoint: Checkpoint, shard_bytes: int | No
     placement = extra_tensors.place(adapters, resolved, checkpoint)
     placed = checkpoint.tensors.keys() | placement.copies.keys()
     try:
-        found = _pieces(inputs, resolved, checkpoint)
-        pieces = {name: some for name, some in found.items() if name in placed}  # the rest is zero
+        pieces = _pieces(inputs, resolved, checkpoint)
+        pieces = {name: group for name, group in pieces.items() if name in placed}  # the rest is zero
         rows = _rows(adapters, placement, pieces, checkpoint)
     except LrcError as error:
         raise error.at(checkpoint.root) from None
@@ -153,8 +166,8 @@ def plan(inputs: Sequence[Scaled], checkpoint: Checkpoint, shard_bytes: int | No
     texts = {}
     if placement.config or checkpoint.is_derived:
         texts[CONFIG_NAME] = _config_text(checkpoint.config, placement.config)
-    same = all(shard.file and shard.header == shard.file.header_bytes for shard in shards)
-    if checkpoint.index_path is not None and same and not checkpoint.is_derived:
+    is_same = all(shard.has_header_of_base for shard in shards)
+    if checkpoint.index_path is not None and is_same and not checkpoint.is_derived:
         copies[INDEX_NAME] = checkpoint.index_path
     elif len(shards) > 1 or (checkpoint.index_path is not None and shard_bytes is None):
         texts[INDEX_NAME] = _json(_index(checkpoint, shards), sort=True)
@@ -164,17 +177,17 @@ def plan(inputs: Sequence[Scaled], checkpoint: Checkpoint, shard_bytes: int | No
 
 
 def _resolve(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
-    if isinstance(adapter, LoraAdapter):
+    if isinstance(adapter, LoraAdapter):  # either type is given back as itself
         return base_names.resolve(adapter, checkpoint)
     return base_names.resolve(adapter, checkpoint)
 
 
 def _contents(adapters: Sequence[Adapter]) -> frozenset[str]:
-    """The contents of the base that compact adapters name. Raises E-FPR if they name different ones."""
-    wanted = {a.base.content for a in adapters if not isinstance(a, LoraAdapter)} - {""}
-    if len(wanted) > 1:
+    """Return the contents of the base that compact adapters name. Raises E-FPR if they name different ones."""
+    contents = {a.base.content for a in adapters if not isinstance(a, LoraAdapter)} - {""}
+    if len(contents) > 1:
         raise FingerprintError("the adapters were made for bases of different contents", fix="merge one of them")
-    return frozenset(wanted)
+    return frozenset(contents)
 
 
 # --- updates --------------------------------------------------------------------------------------------------------
@@ -183,99 +196,97 @@ def _contents(adapters: Sequence[Adapter]) -> frozenset[str]:
 def _pieces(
     inputs: Sequence[Scaled], resolved: Sequence[Adapter], checkpoint: Checkpoint
 ) -> dict[str, tuple[Piece, ...]]:
-    """The updates of every parameter, by its name in the base."""
-    found: dict[str, list[Piece]] = {}
+    """Return the updates of every parameter, by its name in the base."""
+    pieces: dict[str, list[Piece]] = {}
     index = base_names.NameIndex.of(checkpoint)
-    for number, (item, there) in enumerate(zip(inputs, resolved, strict=True)):
-        is_based = methods.needs_base(item.adapter)
-        magnitudes = {e.name: e for e in item.adapter.extras if e.use == "magnitude"}
-        if magnitudes and item.scale != 1:
-            raise OptionError("a DoRA adapter cannot be scaled: its magnitudes hold for the whole of its update")
-        for which, (ours, target) in enumerate(zip(targets_of(item.adapter), targets_of(there), strict=True)):
-            magnitude = magnitudes.pop(ours.name, None)
-            for piece_of, origin in _origins(number, which, item.scale, target, index, checkpoint):
-                found.setdefault(piece_of.name, []).append(Piece(*extent(piece_of), origin, magnitude, is_based))
-        if magnitudes:
-            raise _no_place(next(iter(magnitudes.values())), "the adapter has no update of this parameter")
-        for which, extra in enumerate(item.adapter.extras):
-            if extra.use == "add":
-                name = index.find(extra.name)
-                if name is None or checkpoint.tensors[name].shape != extra.shape:
-                    what = "has no such bias" if name is None else f"has {list(checkpoint.tensors[name].shape)}"
-                    raise _no_place(extra, f"the base {what}", "merge with `--exclude` cannot help: train without it")
-                origin = Origin(number, which, item.scale, bias=True)
-                found.setdefault(name, []).append(Piece(0, 1, extra.shape[0], origin))
-    for name, pieces in found.items():
-        if len({piece.cols for piece in pieces}) > 1:
+    for number, (item, adapter) in enumerate(zip(inputs, resolved, strict=True)):
+        for name, piece in _pieces_of(number, item, adapter, index, checkpoint):
+            pieces.setdefault(name, []).append(piece)
+    for name, group in pieces.items():
+        if len({piece.cols for piece in group}) > 1:
             raise BaseError(f"the adapters see the parameter {name!r} in views that do not go together")
-        for piece in pieces:
-            if piece.is_alone and any(p is not piece and _meet(p, piece) for p in pieces):
+        for piece in group:
+            if isinstance(piece, NonlinearPiece) and any(p is not piece and _meet(p, piece) for p in group):
                 raise PlacementError(
                     f"two adapters update {name!r}, and one of them is no sum with the base's weights",
                     fix="merge one after the other",
                 )
-    return {name: tuple(pieces) for name, pieces in found.items()}
+    return {name: tuple(group) for name, group in pieces.items()}
 
 
-def _origins(
-    number: int, which: int, scale: float, target: Target, index: base_names.NameIndex, checkpoint: Checkpoint
-) -> list[tuple[Target, Origin]]:
-    """The stored parameters that a target is, with where their updates come from: itself, or the parts of an expert."""
-    origin = Origin(number, which, scale, is_turned(target))
-    parts = () if target.name in checkpoint.tensors else base_names.parts(target, index, checkpoint)
-    if not parts:
-        return [(target, origin)]
-    return [(part.target, replace(origin, turned=False, rows=(part.start, part.stop))) for part in parts]
+def _pieces_of(
+    number: int, item: Scaled, resolved: Adapter, index: base_names.NameIndex, checkpoint: Checkpoint
+) -> Iterator[tuple[str, Piece]]:
+    """Return the updates of adapter number `number`, with the names of their parameters in the base."""
+    is_base_dependent = methods.needs_base(item.adapter)
+    magnitudes = {e.name: e for e in item.adapter.extras if e.use == "magnitude"}
+    if magnitudes and item.scale != 1:
+        raise OptionError("a DoRA adapter cannot be scaled: its magnitudes hold for the whole of its update")
+    for which, (ours, target) in enumerate(zip(targets_of(item.adapter), targets_of(resolved), strict=True)):
+        magnitude = magnitudes.pop(ours.name, None)
+        # Itself, or the parts of an expert as the base stores them.
+        parts = () if target.name in checkpoint.tensors else base_names.parts(target, index, checkpoint)
+        places: list[tuple[Target, tuple[int, int] | None]] = [(p.target, (p.start, p.stop)) for p in parts]
+        for stored, part in places or [(target, None)]:
+            start, stop, cols = extent(stored)
+            transposed = is_transposed(target) and part is None
+            piece = Piece((start, stop), cols, number, which, item.scale, transposed, part=part)
+            if is_base_dependent or magnitude is not None:
+                piece = NonlinearPiece(**vars(piece), magnitude=magnitude)
+            yield stored.name, piece
+    for magnitude in magnitudes.values():
+        raise no_place(magnitude, "the adapter has no update of this parameter")
+    for which, extra in enumerate(item.adapter.extras):
+        if extra.use == "add":
+            name = index.find(extra.name)
+            if name is None or checkpoint.tensors[name].shape != extra.shape:
+                what = "has no such bias" if name is None else f"has {list(checkpoint.tensors[name].shape)}"
+                raise no_place(extra, f"the base {what}", "merge with `--exclude` cannot help: train without it")
+            yield name, Piece((0, 1), extra.shape[0], number, which, item.scale, bias=True)
 
 
 def _meet(one: Piece, other: Piece) -> bool:
     return one.start < other.stop and other.start < one.stop
 
 
-def _no_place(extra: ExtraTensor, why: str, fix: str = "") -> PlacementError:
-    return PlacementError(f"the adapter's {extra.name!r} ({extra.use}) has no place: {why}", fix=fix)
-
-
 def _rows(
     adapters: Sequence[Adapter], placement: Placement, pieces: Mapping[str, Any], checkpoint: Checkpoint
 ) -> dict[str, Rows]:
-    """Trained token rows by the stored embedding that they go into; both ends of a tie that is stored twice."""
+    """Return trained token rows by the stored embedding they go into; both ends of a tie that is stored twice."""
     index = base_names.NameIndex.of(checkpoint)
-    found: dict[str, Rows] = {}
+    rows: dict[str, Rows] = {}
     for adapter in adapters:
         places = {e.name: e for e in adapter.extras if e.use == "row_indices"}
         for extra in (e for e in adapter.extras if e.use == "rows"):
             if extra.name not in places:
-                raise _no_place(extra, "nothing says which rows these are")
+                raise no_place(extra, "nothing says which rows these are")
             name = index.find(extra.name) or base_names.tied_source(extra.name, checkpoint)
             if name is None:
-                raise _no_place(extra, "the base has no such embedding")
+                raise no_place(extra, "the base has no such embedding")
             if name in pieces or name in placement.replaced or name in placement.values:
-                raise _no_place(extra, "the embedding itself is changed too", "merge one after the other")
+                raise no_place(extra, "the embedding itself is changed too", "merge one after the other")
             if name in placement.copies.values():
-                raise _no_place(extra, "the output layer that is tied to it becomes one of its own", "merge them apart")
-            rows = _row_patch(extra, places[extra.name], checkpoint.tensors[name])
+                raise no_place(extra, "the output layer that is tied to it becomes one of its own", "merge them apart")
+            patch = _row_patch(extra, places[extra.name], checkpoint.tensors[name])
             for end in (name, *_tied_twin(name, checkpoint)):
-                if end in found:
-                    raise _no_place(extra, "two adapters bring rows of it", "merge one after the other")
-                found[end] = rows
-    return found
+                if end in rows:
+                    raise no_place(extra, "two adapters bring rows of it", "merge one after the other")
+                rows[end] = patch
+    return rows
 
 
 def _row_patch(extra: ExtraTensor, places: ExtraTensor, info: TensorInfo) -> Rows:
     index = np.frombuffer(places.data, STORAGE[places.dtype]).astype(np.int64)
     if len(info.shape) != 2 or extra.shape[1:] != info.shape[1:] or index[-1] >= info.shape[0]:
-        raise _no_place(extra, f"the base has {list(info.shape)}, the last row is {index[-1]}", "resize the base first")
+        raise no_place(extra, f"the base has {list(info.shape)}, the last row is {index[-1]}", "resize the base first")
     if extra.dtype not in FLOATS or info.dtype not in FLOATS:
-        raise _no_place(extra, f"it is {extra.dtype}, the base {info.dtype}")
-    values = np.frombuffer(extra.data, STORAGE[extra.dtype]).reshape(extra.shape)
-    if extra.dtype != info.dtype:
-        values = round_to(decode(values, extra.dtype), info.dtype)
-    return Rows(index, values)
+        raise no_place(extra, f"it is {extra.dtype}, the base {info.dtype}")
+    data = cast(extra, info.dtype).data
+    return Rows(index, np.frombuffer(data, STORAGE[info.dtype]).reshape(extra.shape))
 
 
 def _tied_twin(name: str, checkpoint: Checkpoint) -> list[str]:
-    """The output head that is tied to the embedding `name` and stored all the same."""
+    """Return the output head that is tied to the embedding `name` and stored all the same."""
     if not name.endswith(base_names.EMBEDDINGS) or not base_names.ties_embeddings(checkpoint.config):
         return []
     shape = checkpoint.tensors[name].shape
@@ -314,7 +325,7 @@ def _shards(
 
 
 def _new_outputs(checkpoint: Checkpoint, placement: Placement, pieces: Mapping[str, tuple[Piece, ...]]) -> list[Output]:
-    """Tensors that the base does not have."""
+    """Return the tensors that the base does not have."""
     added = [Output(extra.name, extra.dtype, extra.shape, data=extra.data) for extra in placement.added]
     for name, origin in placement.copies.items():
         info = checkpoint.tensors[origin]
@@ -330,7 +341,7 @@ def _check_names(groups: Sequence[Sequence[Output]], checkpoint: Checkpoint) -> 
 
 
 def _shard(file: ContainerFile, outputs: Sequence[Output]) -> Shard:
-    """A shard of the base; its header stays as it is if no tensor changes name, dtype or shape."""
+    """Return a shard of the base; its header stays as it is if no tensor changes name, dtype or shape."""
     before = [(info.name, info.dtype, info.shape) for info in file.tensors]
     if [(o.name, o.dtype, o.shape) for o in outputs] == before:
         return Shard(file.path.name, file.header_bytes, tuple(outputs), file)
@@ -344,15 +355,15 @@ def _written_anew(name: str, outputs: Sequence[Output], metadata: Mapping[str, s
 
 
 def _packed(outputs: Sequence[Output], shard_bytes: int) -> list[list[Output]]:
-    """`outputs` in order, in groups of at most `shard_bytes`; a larger one has a group of its own."""
+    """Return `outputs` in order, in groups of at most `shard_bytes`; a larger one has a group of its own."""
     groups: list[list[Output]] = []
-    room = 0
+    free = 0
     for output in outputs:
-        if not groups or output.nbytes > room:
+        if not groups or output.nbytes > free:
             groups.append([])
-            room = shard_bytes
+            free = shard_bytes
         groups[-1].append(output)
-        room -= output.nbytes
+        free -= output.nbytes
     return groups
 
 
@@ -366,7 +377,7 @@ def _output(info: TensorInfo, placement: Placement, pieces: tuple[Piece, ...], r
 
 
 def _index(checkpoint: Checkpoint, shards: Sequence[Shard]) -> dict[str, Any]:
-    """The shard index of the output: the base's with other names, shards and totals."""
+    """Return the shard index of the output: the base's with other names, shards and totals."""
     outputs = [(o, shard.name) for shard in shards for o in shard.outputs]
     totals = {
         "total_size": sum(o.nbytes for o, _ in outputs),
@@ -382,13 +393,13 @@ def _index(checkpoint: Checkpoint, shards: Sequence[Shard]) -> dict[str, Any]:
 
 
 def _config_text(config: Mapping[str, Any], changes: Mapping[str, Any]) -> bytes:
-    """config.json with fields set, or removed where the change is None; keys stay sorted if they were."""
+    """Return config.json with fields set, or removed where the change is None; keys stay sorted if they were."""
     merged = {key: value for key, value in {**config, **changes}.items() if changes.get(key, ...) is not None}
     return _json(merged, sort=list(config) == sorted(config))
 
 
 def base_texts(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """config.json and index of a base, as they are or as they would be."""
+    """Return config.json and index of a base, as they are or as they would be."""
     if checkpoint.is_derived:
         texts = {CONFIG_NAME: _config_text(checkpoint.config, {})}
         return texts | ({INDEX_NAME: _json(checkpoint.index, sort=True)} if checkpoint.index_path else {})
@@ -397,13 +408,13 @@ def base_texts(checkpoint: Checkpoint) -> dict[str, bytes]:
 
 
 def _json(value: Any, *, sort: bool) -> bytes:
-    """JSON as transformers writes it."""
+    """Return JSON as transformers writes it."""
     return (json.dumps(value, indent=2, sort_keys=sort) + "\n").encode()
 
 
 def other_files(checkpoint: Checkpoint) -> tuple[dict[str, Path], tuple[str, ...]]:
-    """Files of the base's folder beside its weights: those to copy (by name), and those left out (hidden folders, files
-    that are links out of the folder, weights in other formats)."""
+    """Return the files of the base's folder beside its weights: those to copy (by name), and those left out (hidden
+    folders, files that are links out of the folder, weights in other formats)."""
     root = checkpoint.root
     ours = {file.path.name for file in checkpoint.files} | {INDEX_NAME}
     copies, left_out = {}, []

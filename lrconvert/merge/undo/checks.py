@@ -1,4 +1,4 @@
-"""What every undoing does, wherever it writes: its checks and its report."""
+"""The checks and the report of an unmerge, wherever it writes."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from pathlib import Path
 
 from lrconvert.core.errors import UndoError
 from lrconvert.io.container import Checkpoint
+from lrconvert.merge.hashing import file_digest
 from lrconvert.merge.plan.plan import RECORDS
 from lrconvert.merge.report import UnmergeReport
-from lrconvert.merge.undo import record as records
-from lrconvert.merge.undo.record import OpenRecord
+from lrconvert.merge.undo.open_record import OpenRecord
 
 
 def check_undoable(opened: OpenRecord, checkpoint: Checkpoint) -> None:
-    """Raise E-UNDO if a record has digests only, or a merged model lacks tensors of it, or has ones that it does not
-    know."""
+    """Raise E-UNDO if a record has digests only, or a merged model lacks tensors of it, or has others."""
     record = opened.record
     if not record.can_undo:
         raise UndoError(
@@ -23,8 +22,8 @@ def check_undoable(opened: OpenRecord, checkpoint: Checkpoint) -> None:
             fix="give the base: --from-base",
             path=opened.folder,
         )
-    known = {t.output for t in record.tensors if t.output} | set(record.added)
-    missing, strange = sorted(known - set(checkpoint.tensors)), sorted(set(checkpoint.tensors) - known)
+    names = {t.output for t in record.tensors if t.output} | set(record.added)
+    missing, strange = sorted(names - set(checkpoint.tensors)), sorted(set(checkpoint.tensors) - names)
     if missing or strange:
         what = f"lacks {missing[0]!r}" if missing else f"has {strange[0]!r}, which the merge did not write"
         raise UndoError(
@@ -35,12 +34,12 @@ def check_undoable(opened: OpenRecord, checkpoint: Checkpoint) -> None:
 
 
 def changed_files(opened: OpenRecord, copies: Mapping[str, Path]) -> tuple[str, ...]:
-    """What the user should know of the files beside the weights, `copies`, which are kept as they are."""
+    """Return warnings of the files beside the weights, `copies`, which are kept as they are."""
     record, warnings = opened.record, []
     for name, path in sorted(copies.items()):
         if name in record.texts or name.startswith(f"{RECORDS}/"):
             continue
-        if record.others.get(name) != records.file_digest(path):
+        if record.others.get(name) != file_digest(path):
             how = "was changed" if name in record.others else "was added"
             warnings.append(f"{name} {how} since the merge and is kept as it is")
     missing = sorted(set(record.others) - set(copies) - set(record.texts))
@@ -48,7 +47,7 @@ def changed_files(opened: OpenRecord, copies: Mapping[str, Path]) -> tuple[str, 
 
 
 def undone(opened: OpenRecord, files: Mapping[str, int], warnings: tuple[str, ...]) -> UnmergeReport:
-    """The report of a merge that was undone with its record."""
+    """Return the report of a merge that was undone with its record."""
     return UnmergeReport(
         record=opened.folder.name,
         restored=tuple(t.name for t in opened.record.tensors if t.codes),

@@ -1,220 +1,184 @@
-"""The record of a merge: what it takes to undo it, in a folder of its own inside the merged model.
+"""The fields of record.json: what became of every tensor and file of a base that adapters were merged into.
 
-Normative text: ``formats/undo-v1.md``. A record is complete by itself: the adapters, the headers and small files of the
-base as they were, digests of every tensor before and after, and undo codes (`residual`) of all that was changed.
+Normative text: ``formats/undo-v1.md``, sections 2 and 3. A record may come from a stranger: `parse` checks every value
+before it is used.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, NamedTuple
 
-from lrconvert.core.dtypes import FLOATS, Stored, itemsize
-from lrconvert.core.errors import DigestError, LrcError, UndoError, UndoOrderError
-from lrconvert.core.limits import FOREIGN, MAX_INDEX_BYTES
-from lrconvert.formats.lrc import file
-from lrconvert.io.container import (
-    ContainerFile,
-    TensorInfo,
-    combined_digest,
-    encode_header,
-    open_regular,
-    parse_header,
-    pread,
-    read_small,
-)
-from lrconvert.lora.adapter import ExtraTensor, LoraAdapter, LoraTarget, Target, View
-from lrconvert.merge.plan.plan import RECORDS
-from lrconvert.merge.plan.updates import Adapter, Source
-from lrconvert.merge.undo import record_json
-from lrconvert.merge.undo.record_json import CODES_NAME, adapter_name
+from lrconvert.core.dtypes import itemsize
+from lrconvert.core.errors import MissingFieldError, UndoError, UnknownFieldError
+from lrconvert.io import fields
+from lrconvert.io.container import INDEX_NAME
+from lrconvert.io.fields import Hex, Whole
+from lrconvert.lora.adapter import USES, Use, View
+from lrconvert.merge.plan.plan import CONFIG_NAME
+from lrconvert.merge.plan.updates import Piece
+from lrconvert.merge.signed_json import VERSION, HexFloat, sign, verify
 
-RECORD_NAME = "record.json"
-_FOLDER = re.compile(r"merge-([1-9][0-9]{0,5})-[0-9a-f]{12}")
-_CHUNK = 1 << 23
-_ADVICE = "give the base: --from-base"
+FORMAT = "lrconvert-undo"
+CODES_NAME = "undo.bin"
+RESIDUAL, XOR, STORED = 0, 1, 2
+CODE_ELEMENTS = 1 << 23  # of one code, unless a single row has more; bytes where they are stored
+TEXTS = (CONFIG_NAME, INDEX_NAME)
+
+_WEIGHTS = fields.matches(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors", "a plain name of a weight file", UndoError)
 
 
-def folder_name(number: int, adapters: Iterable[tuple[str, float]]) -> str:
-    """The folder of merge number `number` of adapters with these digests and scales, under the model's folder."""
-    digest = hashlib.sha256("".join(f"{text} {scale.hex()}\n" for text, scale in adapters).encode()).hexdigest()
-    return f"{RECORDS}/merge-{number}-{digest[:12]}"
+class Code(NamedTuple):
+    """The undo code of `length` rows from `first` on; of bytes in place of rows where `mode` is STORED."""
+
+    first: Whole
+    length: Whole
+    mode: Whole
+    nbytes: Whole
 
 
-def numbered(model: Path) -> dict[int, Path]:
-    """The records of a model by number. Raises E-UNDO if two have the same one."""
-    found: dict[int, Path] = {}
-    root = model / RECORDS
-    for path in sorted(root.iterdir()) if root.is_dir() and not root.is_symlink() else ():
-        match = _FOLDER.fullmatch(path.name)
-        if match and path.is_dir() and not path.is_symlink():
-            number = int(match[1])
-            if number in found:
-                raise UndoError(f"two records have the number {number}", fix="remove the one that is a copy", path=path)
-            found[number] = path
-    return found
+@dataclass(frozen=True)
+class TensorRecord:
+    """One tensor of the base, and what became of it: the tensor `output` of the merged model ("": left out).
+
+    `before` and `after` are digests. `codes` begin at `offset` of undo.bin, one after the other, and see the tensor as
+    a matrix with `cols` columns (0 where bytes are stored). Without codes the bytes are the same in both.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[Whole, ...]
+    before: Hex
+    output: str = ""
+    after: Hex = ""
+    cols: Whole | None = None
+    offset: Whole | None = None
+    codes: tuple[Code, ...] = ()
+    pieces: tuple[Piece, ...] = ()
 
 
-# --- adapters -------------------------------------------------------------------------------------------------------
+class TargetEntry(NamedTuple):
+    """A target of a LoRA: its factors are tensors of the adapter's file."""
+
+    name: str
+    shape: tuple[Whole, ...]
+    view: str
+    scale: HexFloat
 
 
-def adapter_files(number: int, adapter: Adapter) -> tuple[str, Iterator[bytes], dict[str, Any]]:
-    """(file name, its bytes in pieces, entry of record.json) of an adapter, every bit kept."""
-    if not isinstance(adapter, LoraAdapter):
-        return adapter_name(number, "compact"), file.encode(adapter), {"kind": "compact"}
-    tensors: list[tuple[str, str, tuple[int, ...], bytes]] = []
-    for n, pair in enumerate(adapter.targets):
-        tensors += [(f"{n}.{h}", s.dtype, s.shape, s.array.tobytes()) for h, s in (("a", pair.a), ("b", pair.b))]
-    tensors += [(f"extra.{n}", e.dtype, e.shape, e.data) for n, e in enumerate(adapter.extras)]
-    tensors.sort(key=lambda t: (-itemsize(t[1]), t[0]))
-    entry = {
-        "kind": "lora",
-        "targets": [[p.target.name, list(p.target.shape), p.target.view.text, p.scale.hex()] for p in adapter.targets],
-        "extras": [[e.name, e.use] for e in adapter.extras],
-    }
+class ExtraEntry(NamedTuple):
+    """An extra tensor of a LoRA."""
 
-    def chunks() -> Iterator[bytes]:
-        yield encode_header([(name, dtype, shape) for name, dtype, shape, _ in tensors], {})
-        for *_, data in tensors:
-            yield data
-
-    return adapter_name(number, "lora"), chunks(), entry
+    name: str
+    use: Annotated[Use, fields.one_of(USES, UndoError)]
 
 
-def load_adapter(folder: Path, number: int, entry: Mapping[str, Any]) -> Adapter:
-    """The adapter that `adapter_files` wrote. Raises E-UNDO and the errors of its format."""
-    path = folder / adapter_name(number, entry["kind"])
-    if entry["kind"] == "compact":
-        return file.read(path)
-    with ContainerFile(path) as source:
+@dataclass(frozen=True)
+class AdapterEntry:
+    """An adapter of the merge; `targets` and `extras` are those of a LoRA whose file is in the record."""
 
-        def load(name: str) -> Stored:
-            if name not in source.by_name:
-                raise UndoError(f"the tensor {name!r} is missing", path=path)
-            return source.load(source.by_name[name])
+    kind: Annotated[str, fields.one_of(("lora", "compact"), UndoError)]
+    name: str
+    scale: HexFloat
+    source: str
+    sha256: Hex
+    targets: tuple[TargetEntry, ...] | None = None
+    extras: tuple[ExtraEntry, ...] | None = None
 
-        pairs = []
-        for n, (name, shape, view, scale) in enumerate(entry["targets"]):
-            pair = LoraTarget(
-                Target(name, tuple(shape), View(view)), load(f"{n}.a"), load(f"{n}.b"), float.fromhex(scale)
-            )
-            out, inner = pair.target.matrix_shape
-            fits = len(pair.a.shape) == 2 and pair.a.shape[1:] == (inner,) and pair.b.shape == (out, pair.a.shape[0])
-            if not fits or not {pair.a.dtype, pair.b.dtype} <= set(FLOATS):
-                raise UndoError(f"the factors of {name!r} do not fit it", path=path)
-            pairs.append(pair)
-        extras = []
-        for n, (name, use) in enumerate(entry["extras"]):
-            stored = load(f"extra.{n}")
-            extras.append(ExtraTensor(name, stored.dtype, stored.shape, stored.array.tobytes(), use))
-    return LoraAdapter(tuple(pairs), tuple(extras))
+    def file_name(self, number: int) -> str:
+        """Return the name that its file has in the record as adapter `number`."""
+        return f"adapter-{number}.{'lrc' if self.kind == 'compact' else 'safetensors'}"
 
 
-# --- reading --------------------------------------------------------------------------------------------------------
+class WeightFile(NamedTuple):
+    """A weight file of the base, with the bytes of its data."""
+
+    name: Annotated[str, _WEIGHTS]
+    nbytes: Whole
 
 
-class OpenRecord:
-    """A record whose files were all compared with their digests. A context manager, since undo.bin stays open."""
+@dataclass(frozen=True)
+class Record:
+    """One merge. `files` are the base's weight files in order, `texts` its small files that are kept, `others` the
+    digests of those that were copied, `added` those of tensors that the base does not have, `stored` those of the
+    record's own files. `content` is the digest of all of the base's tensors. Without `can_undo` there are no codes and
+    no adapters' files."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.path = folder / RECORD_NAME
-        if not self.path.is_file():
-            raise UndoError(f"the record has no {RECORD_NAME}", fix=_ADVICE, path=folder)
-        try:
-            self.record = record_json.parse(read_small(self.path, MAX_INDEX_BYTES))
-            for name, wanted in self.record.stored.items():
-                self._check(name, wanted)
-            self.headers = [self._header(n, name, size) for n, (name, size) in enumerate(self.record.files)]
-        except LrcError as error:
-            raise error.at(self.path) from None
-        self._codes, self._size = -1, 0
-        if self.record.can_undo:
-            self._codes, info = open_regular(folder / CODES_NAME)
-            self._size = info.st_size
-
-    def _check(self, name: str, wanted: str) -> None:
-        path = self.folder / name
-        if not path.is_file() or path.is_symlink():
-            raise UndoError(f"the record's file {name!r} is missing", fix=_ADVICE, path=path)
-        if file_digest(path) != wanted:
-            raise DigestError("the file is not the one that the merge wrote", fix=_ADVICE, path=path)
-
-    def _header(self, number: int, name: str, nbytes: int) -> tuple[bytes, list[TensorInfo]]:
-        data = self.text(f"base/{number}.header")
-        ours = {t.name: t for t in self.record.tensors}
-        _, infos = parse_header(data[8:], nbytes, FOREIGN, self.path)
-        for info in infos:
-            known = ours.get(info.name)
-            if known is None or (known.dtype, known.shape) != (info.dtype, info.shape):
-                raise UndoError(f"the record does not describe the tensor {info.name!r} of {name!r}")
-        return data, infos
-
-    def check_content(self) -> None:
-        """Raise E-DIGEST unless the digests of the tensors make up that of the base."""
-        if combined_digest((t.name, t.before) for t in self.record.tensors) != self.record.content:
-            raise DigestError("the digests of the record do not agree with each other", path=self.path)
-
-    def holds(self, name: str) -> bool:
-        """Whether a file of the model, named from its folder, is one of the record."""
-        return name.startswith(f"{RECORDS}/{self.folder.name}/")
-
-    def text(self, name: str) -> bytes:
-        return read_small(self.folder / name, MAX_INDEX_BYTES)
-
-    def sources(self) -> tuple[Source, ...]:
-        return tuple(Source(load_adapter(self.folder, n, entry)) for n, entry in enumerate(self.record.adapters))
-
-    def code(self, offset: int, nbytes: int) -> bytes:
-        """Bytes of undo.bin. Raises E-UNDO if it does not have them."""
-        if offset + nbytes > self._size:
-            raise UndoError(
-                f"{CODES_NAME} has {self._size} bytes, a code is to end at {offset + nbytes}", path=self.path
-            )
-        return bytes(pread(self._codes, nbytes, offset, self.folder / CODES_NAME))
-
-    def close(self) -> None:
-        if self._codes >= 0:
-            os.close(self._codes)
-            self._codes = -1
-
-    def __enter__(self) -> OpenRecord:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    number: Whole
+    can_undo: bool
+    content: Hex
+    adapters: tuple[AdapterEntry, ...]
+    tensors: tuple[TensorRecord, ...]
+    added: Mapping[str, Hex]
+    files: tuple[WeightFile, ...]
+    texts: tuple[Annotated[str, fields.one_of(TEXTS, UndoError)], ...]
+    others: Mapping[str, Hex]
+    stored: Mapping[str, Hex]
 
 
-def latest(model: Path, number: int | None = None) -> Path:
-    """The folder of the last record of a model. Raises E-UNDO if there is none, E-UNDO-ORDER if `number` is another."""
-    found = numbered(model)
-    if not found:
-        raise UndoError(
-            "holds no record of a merge",
-            fix="give the base it was merged from: --from-base",
-            path=model,
-        )
-    last = max(found)
-    if number is not None and number != last:
-        if number in found:
-            raise UndoOrderError(
-                f"merge {last} was made on top of merge {number}", fix=f"undo merge {last} first", path=model
-            )
-        raise UndoError(f"there is no record of a merge {number}; the last is {last}", path=model)
-    return found[last]
+def encode(record: Record) -> bytes:
+    """Return the bytes of record.json."""
+    return sign({"format": FORMAT, "version": VERSION, **fields.as_json(record)})
 
 
-def file_digest(path: Path) -> str:
-    """sha256 of a file, in hex."""
-    descriptor, info = open_regular(path)
-    try:
-        digest = hashlib.sha256()
-        for offset in range(0, info.st_size, _CHUNK):
-            digest.update(pread(descriptor, min(_CHUNK, info.st_size - offset), offset, path))
-        return digest.hexdigest()
-    finally:
-        os.close(descriptor)
+def parse(data: bytes) -> Record:
+    """Return the record whose record.json is `data`. Raises E-VER, E-DIGEST, E-UNDO and what `fields.read` raises."""
+    record = fields.read(Record, verify(data, "the record", FORMAT), "the record")
+    if len({t.name for t in record.tensors}) < len(record.tensors):
+        raise UndoError("the record describes a tensor twice")
+    for entry in record.adapters:
+        _check_adapter(entry, record.can_undo)
+    for tensor in record.tensors:
+        check_tensor(tensor, len(record.adapters))
+    if len({file.name for file in record.files}) < len(record.files):
+        raise UndoError("the record names a weight file twice")
+    expected = {f"base/{n}.header" for n in range(len(record.files))} | {f"base/{name}" for name in record.texts}
+    if record.can_undo:
+        expected |= {CODES_NAME, *(entry.file_name(n) for n, entry in enumerate(record.adapters))}
+    if set(record.stored) != expected:
+        raise UndoError("the record does not list exactly its files")
+    return record
+
+
+def _check_adapter(entry: AdapterEntry, has_file: bool) -> None:
+    """Raise E-MISSING or E-UNKNOWN unless a LoRA with a file, and only such a one, lists its tensors; E-SHAPE for views
+    that do not apply."""
+    if entry.kind == "lora" and has_file:
+        if entry.targets is None or entry.extras is None:
+            raise MissingFieldError("a LoRA of the record lacks the fields 'targets' and 'extras'")
+        for target in entry.targets:
+            View(target.view).matrix_shape(target.shape)
+    elif entry.targets is not None or entry.extras is not None:
+        raise UnknownFieldError("an adapter of the record has tensors without a file")
+
+
+def check_tensor(tensor: TensorRecord, adapters: int) -> None:
+    """Raise E-UNDO unless the entry of a tensor agrees with itself, in a record of so many adapters."""
+    if bool(tensor.output) != bool(tensor.after):
+        raise UndoError(f"the tensor {tensor.name!r} of the record has a new name without a digest, or the reverse")
+    if any(piece.adapter >= adapters for piece in tensor.pieces):
+        raise UndoError(f"a piece of {tensor.name!r} is of an adapter that the record does not have")
+    if not _codes_fit(tensor):
+        raise UndoError(f"the codes of {tensor.name!r} do not fit its shape")
+
+
+def _codes_fit(t: TensorRecord) -> bool:
+    """True if codes rise inside the tensor, each of a size that is read at once, and pieces lie in it."""
+    size, modes = math.prod(t.shape), {code.mode for code in t.codes}
+    if not modes:
+        return not t.pieces
+    if modes == {STORED}:
+        unit, stop, most = 1, size * itemsize(t.dtype), CODE_ELEMENTS
+    elif not modes <= {RESIDUAL, XOR} or not t.cols or size % t.cols or not t.output:
+        return False
+    else:
+        unit, stop, most = t.cols, size // t.cols, max(1, CODE_ELEMENTS // t.cols)
+    end = 0
+    for code in t.codes:
+        if code.first < end or not 1 <= code.length <= most or code.first + code.length > stop:
+            return False
+        end = code.first + code.length
+    pieces_fit = all(piece.cols == unit and piece.start < piece.stop <= stop for piece in t.pieces)
+    return pieces_fit and (bool(t.pieces) or RESIDUAL not in modes)

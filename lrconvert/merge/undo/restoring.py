@@ -20,21 +20,20 @@ from lrconvert.merge import compute
 from lrconvert.merge.arithmetic.exact import Update
 from lrconvert.merge.arithmetic.workspace import Workspace
 from lrconvert.merge.background_writer import BackgroundWriter
+from lrconvert.merge.hashing import Digest, chunks, emit
 from lrconvert.merge.plan.updates import cuts, segment
 from lrconvert.merge.undo import residual
-from lrconvert.merge.undo.record import OpenRecord
-from lrconvert.merge.undo.record_json import RESIDUAL, STORED, Code, TensorRecord
+from lrconvert.merge.undo.open_record import OpenRecord
+from lrconvert.merge.undo.record import RESIDUAL, STORED, Code, TensorRecord
 
-_CHUNK = 1 << 23
-
-# Told of a tensor, its first row here, the rows as they are and those of the base.
+# Takes a tensor, its first row here, the rows as they are and those of the base.
 Change = Callable[[TensorRecord, int, Array, Array], None]
 
 
 class Restorer:
     """Restores weight files of the base of `opened` from `checkpoint`, which holds the merged ones. A context manager.
 
-    `change` is told of every row of a tensor with codes, in order, behind the computation.
+    `change` is called with all rows of a tensor with codes, in order, in the background.
     """
 
     def __init__(
@@ -42,107 +41,111 @@ class Restorer:
     ) -> None:
         self.opened, self.checkpoint, self.workspace, self.change = opened, checkpoint, workspace, change
         self.sources = opened.sources()
-        self.known = {t.name: t for t in opened.record.tensors}
-        self.behind, self.hashing = BackgroundWriter(), BackgroundWriter()
+        self.writer, self.hasher = BackgroundWriter(), BackgroundWriter()
 
     def __enter__(self) -> Restorer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         try:
-            self.hashing.__exit__(kind, error, None)
+            self.hasher.__exit__(kind, error, None)
         finally:
-            self.behind.__exit__(kind, error, None)
+            self.writer.__exit__(kind, error, None)
 
     def file(self, number: int, file: Writer, progress: Callable[[TensorInfo], None] = lambda info: None) -> None:
         """Write the base's weight file `number`. Raises E-DIGEST, E-UNDO."""
         header, infos = self.opened.headers[number]
-        self.behind.submit(file.write, header)
+        self.writer.submit(file.write, header)
         for info in infos:
-            self.tensor(self.known[info.name], file)
+            self.tensor(self.opened.tensors[info.name], file)
             progress(info)
-        self.hashing.flush()
-        self.behind.flush()
+        self.hasher.flush()
+        self.writer.flush()
 
     def tensor(self, tensor: TensorRecord, file: Writer) -> None:
         """Write a tensor of the base; done when both queues are flushed."""
-        before = tensor_hasher(tensor.name, tensor.dtype, tensor.shape)
-        if not tensor.output:
-            for code, data in self._stored(tensor):
-                self.behind.submit(_emit, file, residual.decode_bytes(data, code.count), before)
-            self.behind.submit(_compare, before, tensor.before, f"{tensor.name!r} would not be that of the base")
-            return
-        info = self.checkpoint.tensors[tensor.output]
-        after = tensor_hasher(info.name, info.dtype, info.shape)
-        if tensor.codes and tensor.codes[0].mode == STORED:
-            self.behind.submit(digest_into, self.checkpoint, info, after)
-            for code, data in self._stored(tensor):
-                self.behind.submit(_emit, file, residual.decode_bytes(data, code.count), before)
-        elif tensor.codes:
-            _check_same(tensor, info)
-            first = 0
-            for present, restore in self._restored(tensor, info):
-                self.hashing.submit(after.update, present.data.cast("B"))
-                self.behind.submit(self._emit_restored, file, tensor, first, present, restore, before)
-                first += present.shape[0]
-            self.hashing.submit(_compare, after, tensor.after, f"{tensor.output!r} was changed since the merge")
-            self.behind.submit(_compare, before, tensor.before, f"{tensor.name!r} would not be that of the base")
-            return
+        before: Digest = tensor_hasher(tensor.name, tensor.dtype, tensor.shape)
+        if tensor.output:
+            before = self._from_merged(tensor, self.checkpoint.tensors[tensor.output], file, before)
         else:
-            _check_same(tensor, info)
-            twin = None if tensor.name == tensor.output else before
-            self.behind.submit(_copy, self.checkpoint, info, file, after, twin)
-            before = before if twin is not None else after
-        self.behind.submit(_compare, after, tensor.after, f"{tensor.output!r} was changed since the merge")
-        self.behind.submit(_compare, before, tensor.before, f"{tensor.name!r} would not be that of the base")
+            self._from_codes(tensor, file, before)
+        self.writer.submit(_compare, before, tensor.before, f"{tensor.name!r} would not be that of the base")
 
-    def _stored(self, tensor: TensorRecord) -> Iterator[tuple[Code, bytes]]:
-        """The codes of a tensor with their bytes."""
-        offset = tensor.offset
+    def _from_merged(self, tensor: TensorRecord, info: TensorInfo, file: Writer, before: Digest) -> Digest:
+        """Write a tensor that the merged model has, and compare the merged one with its digest. Returns the digest of
+        what was written, which is that of the merged one if nothing has changed."""
+        after = tensor_hasher(info.name, info.dtype, info.shape)
+        hasher = self.writer
+        if tensor.codes and tensor.codes[0].mode == STORED:
+            self.writer.submit(_read, self.checkpoint, info, {after})
+            self._from_codes(tensor, file, before)
+        elif (tensor.dtype, tensor.shape) != (info.dtype, info.shape):
+            raise UndoError(f"the tensor {info.name!r} has another dtype or shape than the merge gave it")
+        elif tensor.codes:
+            hasher, first = self.hasher, 0
+            for present, restore in self._restored(tensor, info):
+                self.hasher.submit(after.update, present.data.cast("B"))
+                self.writer.submit(self._emit_restored, file, tensor, first, present, restore, before)
+                first += present.shape[0]
+        else:
+            if tensor.name == tensor.output:
+                before = after
+            self.writer.submit(_copy, self.checkpoint, info, file, {before, after})
+        hasher.submit(_compare, after, tensor.after, f"{tensor.output!r} was changed since the merge")
+        return before
+
+    def _from_codes(self, tensor: TensorRecord, file: Writer, before: Digest) -> None:
+        """Write a tensor whose bytes the record holds."""
+        for code, data in self._codes(tensor):
+            self.writer.submit(emit, file, residual.decode_bytes(data, code.length), before)
+
+    def _codes(self, tensor: TensorRecord) -> Iterator[tuple[Code, bytes]]:
+        """Return the codes of a tensor with their bytes."""
+        offset = tensor.offset or 0
         for code in tensor.codes:
             yield code, self.opened.code(offset, code.nbytes)
             offset += code.nbytes
 
     def _restored(self, tensor: TensorRecord, info: TensorInfo) -> Iterator[tuple[Array, Callable[[], Array]]]:
-        """(rows as they are now, what makes those of the base), in order; what no code covers did not change."""
-        rows = int(np.prod(tensor.shape)) // tensor.cols
-        height = compute.rows_per_block(tensor.cols)
-        ends = cuts(tensor.pieces, rows)
+        """Return (rows as they are now, a function that makes those of the base) in order; rows without a code did not
+        change."""
+        cols = tensor.cols or 1
+        rows = int(np.prod(tensor.shape)) // cols
+        height = compute.rows_per_block(cols)
+        segments = list(pairwise(cuts(tensor.pieces, rows)))
         updates: dict[int, Update] = {}
-        at = 0
+        end = 0
 
         def unchanged(start: int, stop: int) -> Iterator[tuple[Array, Callable[[], Array]]]:
             for top in range(start, stop, height):
-                some = compute.read_rows(self.checkpoint, info, top, min(height, stop - top), tensor.cols)
-                yield some, partial(_same, some)
+                present = compute.read_rows(self.checkpoint, info, top, min(height, stop - top), cols)
+                yield present, partial(_same, present)
 
-        for code, data in self._stored(tensor):
-            yield from unchanged(at, code.first)
-            present = compute.read_rows(self.checkpoint, info, code.first, code.count, tensor.cols)
+        for code, data in self._codes(tensor):
+            yield from unchanged(end, code.first)
+            end = code.first + code.length
+            present = compute.read_rows(self.checkpoint, info, code.first, code.length, cols)
             if code.mode == RESIDUAL:
-                start, stop = next(
-                    ((a, b) for a, b in pairwise(ends) if a <= code.first and code.first + code.count <= b), (0, 0)
-                )
+                start, stop = next(((a, b) for a, b in segments if a <= code.first and end <= b), (0, 0))
                 if start not in updates:
                     updates = {start: self._update(tensor, start, stop)}
                 update, row = updates[start], code.first - start
                 guess, _ = update.add(present, info.dtype, row, self.workspace)
-                yield present, partial(_corrected, guess, update.window(row, code.count), data)
+                yield present, partial(_corrected, guess, update.window(row, code.length), data)
             else:
                 yield present, partial(_unmasked, present, data)
-            at = code.first + code.count
-        yield from unchanged(at, rows)
+        yield from unchanged(end, rows)
 
     def _update(self, tensor: TensorRecord, start: int, stop: int) -> Update:
-        """What to add to the rows `start` to `stop` to predict those of the base."""
+        """Return what to add to the rows `start` to `stop` to predict those of the base."""
         for piece in tensor.pieces:
-            adapter = self.sources[piece.origin.adapter].adapter
-            if piece.origin.which >= len(adapter.extras if piece.origin.bias else adapter.targets):
+            adapter = self.sources[piece.adapter].adapter
+            if piece.which >= len(adapter.extras if piece.bias else adapter.targets):
                 raise UndoError(f"an update of {tensor.name!r} is not in its adapter", path=self.opened.path)
-        found = segment(tensor.pieces, start, stop, self.sources)
-        if found is None or found.shape != (stop - start, tensor.cols):
+        update = segment(tensor.pieces, start, stop, self.sources)
+        if update is None or update.shape != (stop - start, tensor.cols):
             raise UndoError(f"the record has no update for {tensor.name!r}", path=self.opened.path)
-        return found.negated()
+        return update.negated()
 
     def _emit_restored(
         self, file: Writer, tensor: TensorRecord, first: int, present: Array, restore: Callable[[], Array], digest: Any
@@ -150,18 +153,7 @@ class Restorer:
         restored = np.ascontiguousarray(restore())
         if self.change is not None:
             self.change(tensor, first, present, restored)
-        _emit(file, restored, digest)
-
-
-def _check_same(tensor: TensorRecord, info: TensorInfo) -> None:
-    if (tensor.dtype, tensor.shape) != (info.dtype, info.shape):
-        raise UndoError(f"the tensor {info.name!r} has another dtype or shape than the merge gave it")
-
-
-def _emit(file: Writer, data: Array | bytes, digest: object) -> None:
-    view = data if isinstance(data, bytes) else np.ascontiguousarray(data).data.cast("B")
-    digest.update(view)  # type: ignore[attr-defined]
-    file.write(view)
+        emit(file, restored, digest)
 
 
 def _same(rows: Array) -> Array:
@@ -169,10 +161,10 @@ def _same(rows: Array) -> Array:
 
 
 def _corrected(guess: Array, window: tuple[Any, Any] | None, data: bytes) -> Array:
-    """The rows that a residual makes of a prediction."""
+    """Return the rows that a residual makes of a prediction."""
     if window is not None:
-        some = guess[window]
-        guess[window] = residual.decode_residual(data, some.reshape(-1)).reshape(some.shape)
+        predicted = guess[window]
+        guess[window] = residual.decode_residual(data, predicted.reshape(-1)).reshape(predicted.shape)
     return guess
 
 
@@ -180,20 +172,19 @@ def _unmasked(present: Array, data: bytes) -> Array:
     return residual.decode_xor(data, present.reshape(-1)).reshape(present.shape)
 
 
-def digest_into(checkpoint: Checkpoint, info: TensorInfo, *digests: object) -> None:
-    """Give the bytes of a tensor to digests."""
-    for offset in range(0, info.nbytes, _CHUNK):
-        data = checkpoint.read(info, offset, min(_CHUNK, info.nbytes - offset))
+def _read(checkpoint: Checkpoint, info: TensorInfo, digests: set[Digest]) -> None:
+    """Hash a stored tensor."""
+    for data in chunks(checkpoint, info):
         for digest in digests:
-            digest.update(data)  # type: ignore[attr-defined]
+            digest.update(data)
 
 
-def _copy(checkpoint: Checkpoint, info: TensorInfo, file: Writer, *digests: object) -> None:
-    """A tensor that the merge did not change."""
-    digest_into(checkpoint, info, *(d for d in digests if d is not None))
+def _copy(checkpoint: Checkpoint, info: TensorInfo, file: Writer, digests: set[Digest]) -> None:
+    """Copy a tensor that the merge did not change, and hash it."""
+    _read(checkpoint, info, digests)
     checkpoint.file_of(info).copy(info, file)
 
 
-def _compare(digest: object, wanted: str, what: str) -> None:
-    if digest.hexdigest() != wanted:  # type: ignore[attr-defined]
+def _compare(digest: Digest, expected: str, what: str) -> None:
+    if digest.hexdigest() != expected:
         raise DigestError(f"the tensor {what}", fix="give the base: --from-base")

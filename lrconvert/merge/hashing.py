@@ -1,0 +1,63 @@
+"""Digests of tensors and files as they are read and written."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from lrconvert.core.dtypes import Array
+from lrconvert.io.container import Checkpoint, ContainerFile, TensorInfo, open_regular, pread, tensor_digest
+from lrconvert.io.durable import Buffer, Writer
+
+_CHUNK = 1 << 23
+
+
+class Digest(Protocol):
+    """What `hashlib` gives."""
+
+    def update(self, data: Buffer, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
+
+
+def chunks(source: Checkpoint | ContainerFile, info: TensorInfo) -> Iterator[bytearray]:
+    """Return the bytes of a stored tensor in pieces."""
+    for offset in range(0, info.nbytes, _CHUNK):
+        yield source.read(info, offset, min(_CHUNK, info.nbytes - offset))
+
+
+def stored_digest(source: Checkpoint | ContainerFile, info: TensorInfo) -> str:
+    """Return the digest of a stored tensor."""
+    return tensor_digest(info.name, info.dtype, info.shape, chunks(source, info))
+
+
+def emit(file: Writer, data: Array | bytes, digest: Digest) -> None:
+    """Write rows or bytes to a file, and hash them."""
+    view = data if isinstance(data, bytes) else np.ascontiguousarray(data).data.cast("B")
+    digest.update(view)
+    file.write(view)
+
+
+def hash_file(digest: Digest, path: Path, start: int = 0, stop: int | None = None) -> None:
+    """Hash the bytes of a file from `start` to `stop`, its end by default."""
+    if stop is not None and stop <= start:
+        return
+    descriptor, info = open_regular(path)
+    try:
+        end = info.st_size if stop is None else stop
+        for offset in range(start, end, _CHUNK):
+            digest.update(pread(descriptor, min(_CHUNK, end - offset), offset, path))
+    finally:
+        os.close(descriptor)
+
+
+def file_digest(path: Path) -> str:
+    """Return the sha256 of a file, in hex."""
+    digest = hashlib.sha256()
+    hash_file(digest, path)
+    return digest.hexdigest()

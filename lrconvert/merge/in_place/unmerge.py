@@ -1,0 +1,151 @@
+"""Undoing a merge in the model folder itself, with one weight file of extra space.
+
+As in a merge in place the first pass changes nothing: it restores everything once, into nothing, so that whatever is
+damaged is found before anything changes.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from lrconvert.core.dtypes import Array
+from lrconvert.core.errors import LrcError, UndoError
+from lrconvert.io.container import INDEX_NAME, Checkpoint, TensorInfo, open_checkpoint, unfinished
+from lrconvert.io.durable import Work, locked, require_space
+from lrconvert.merge.arithmetic.workspace import Workspace
+from lrconvert.merge.in_place.commit import Commit, open_commit, recover
+from lrconvert.merge.in_place.first_pass import PATCH_SHARE
+from lrconvert.merge.in_place.merge import FIRST_PASS, broken_off, take_back
+from lrconvert.merge.in_place.model_folder import PATCH, SAME, SWAP, UNMERGE, Change, CommitPlan, ModelFolder
+from lrconvert.merge.in_place.patches import PatchWriter
+from lrconvert.merge.journal import PLAN_NAME, plan_text
+from lrconvert.merge.plan.plan import other_files
+from lrconvert.merge.report import UnmergeReport
+from lrconvert.merge.sinks import Nowhere
+from lrconvert.merge.undo.checks import changed_files, check_undoable, undone
+from lrconvert.merge.undo.open_record import OpenRecord, latest
+from lrconvert.merge.undo.record import TensorRecord
+from lrconvert.merge.undo.restoring import Restorer
+from lrconvert.merge.writing import Progress
+
+_SPACE_MARGIN = 1.05
+
+
+def unmerge_in_place(merged: Path, number: int | None, progress: Progress, *, resume: bool) -> UnmergeReport:
+    """Turn `merged` into the base again. Raises what `unmerge` raises; but for E-UNFINISHED nothing is changed then."""
+    folder = ModelFolder(merged)
+    with locked(merged):
+        if folder.is_ready:
+            kind = folder.commit_plan().kind
+            if not resume or kind != UNMERGE:
+                raise unfinished(merged)
+            with open_commit(folder) as commit:
+                return _restore(commit)
+        with OpenRecord(latest(merged, number)) as opened:
+            with open_checkpoint(merged) as checkpoint:
+                check_undoable(opened, checkpoint)
+                _check_files(opened, checkpoint)
+                folder.check([name for name, _ in opened.record.files])
+                largest = max(size for _, size in opened.record.files)
+                require_space(merged, int((largest + largest // 2) * _SPACE_MARGIN))
+                try:
+                    work = folder.open()
+                    work.clear()
+                    commit_plan = _rehearse(opened, checkpoint, work, progress)
+                    folder.begin(work, commit_plan)
+                except BaseException as error:
+                    take_back(folder, keep=False)
+                    if isinstance(error, LrcError):
+                        error.at(merged)
+                    raise
+            return _restore(Commit(folder, commit_plan, opened))
+
+
+def _check_files(opened: OpenRecord, checkpoint: Checkpoint) -> None:
+    """Raise E-UNDO unless every weight file of the base comes from the one of its name."""
+    names = {file.path.name: {info.name for info in file.tensors} for file in checkpoint.files}
+    is_alike = len(names) == len(opened.record.files)
+    for (name, _), (_, infos) in zip(opened.record.files, opened.headers, strict=True):
+        outputs = {opened.tensors[info.name].output for info in infos} - {""}
+        is_alike = is_alike and outputs <= names.get(name, set())
+    if not is_alike:
+        what = "the merge cut the weights into other files, so it is not undone in place"
+        raise UndoError(what, fix="give --output", path=checkpoint.root)
+
+
+def _rehearse(opened: OpenRecord, checkpoint: Checkpoint, work: Work, progress: Progress) -> CommitPlan:
+    """Restore everything once, into nothing, and collect patches."""
+    record, place = opened.record, opened.place
+    work.files.write_bytes(PLAN_NAME, plan_text(UNMERGE, {"place": place}))
+    files = {file.path.name: file for file in checkpoint.files}
+    largest = max(size for _, size in record.files)
+    total, done, patched_bytes = max(1, sum(size for _, size in record.files)), 0, 0
+    writer: PatchWriter | None = None
+    changes: list[Change] = []
+
+    def advance(info: TensorInfo) -> None:
+        nonlocal done
+        done += info.nbytes
+        progress(FIRST_PASS * min(1.0, done / total), info.name)
+
+    def change(tensor: TensorRecord, first: int, present: Array, restored: Array) -> None:
+        if writer is not None:
+            width = present.shape[1] * present.dtype.itemsize
+            writer.change(checkpoint.tensors[tensor.output].start + first * width, restored, present)
+
+    with (
+        ExitStack() as stack,
+        Workspace() as workspace,
+        Restorer(opened, checkpoint, workspace, change) as restorer,
+    ):
+        for number, (name, size) in enumerate(record.files):
+            header, infos = opened.headers[number]
+            tensors = [opened.tensors[info.name] for info in infos]
+            changed = [t for t in tensors if t.before != t.after]
+            has_same_header = files[name].header_bytes == header
+            writer = None
+            if has_same_header and changed and all(t.cols for t in changed):
+                limit = min(size // PATCH_SHARE, largest // 2 - patched_bytes)
+                writer = PatchWriter(work.files, f"patch-{number}.tmp", limit)
+                stack.callback(writer.close)
+            restorer.file(number, Nowhere(), advance)
+            patch = None if writer is None else writer.finish()
+            patched_bytes += 0 if patch is None else patch.nbytes
+            mode = SAME if has_same_header and not changed else SWAP if patch is None else PATCH
+            changes.append(Change(name, mode, patch))
+    opened.check_content()
+    for file in checkpoint.files:
+        file.check_unchanged()
+    texts = []
+    for name in record.texts:
+        text, path = opened.text(f"base/{name}"), checkpoint.root / name
+        if not path.exists() or path.read_bytes() != text:
+            work.content.write_bytes(name, text)
+            texts.append(name)
+    return CommitPlan(UNMERGE, record.number, place, tuple(changes), tuple(texts))
+
+
+def _restore(commit: Commit) -> UnmergeReport:
+    """Change the weights; a failure is tried again once, since only forward leads out."""
+    folder, opened = commit.folder, commit.opened
+    try:
+        folder.hide()
+        commit.restore()
+        commit.finish()
+    except LrcError as error:
+        if not folder.is_ready:
+            raise
+        try:
+            recover(folder)
+        except LrcError:
+            if folder.is_ready:
+                raise broken_off(folder, error) from error
+            raise
+    with open_checkpoint(folder.model) as checkpoint:
+        copies, _ = other_files(checkpoint)
+        sizes = {name: path.stat().st_size for name, path in copies.items() if not opened.holds(name)}
+        sizes |= {file.path.name: file.size for file in checkpoint.files}
+        if checkpoint.index_path is not None:
+            sizes[INDEX_NAME] = checkpoint.index_path.stat().st_size
+        return undone(opened, sizes, changed_files(opened, copies))
