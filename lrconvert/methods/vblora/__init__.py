@@ -33,57 +33,30 @@ A weight of zero carries the lowest index that its code does not use otherwise: 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lrconvert.core.dtypes import Array
-from lrconvert.core.errors import (
-    CanonicalError,
-    IndexRangeError,
-    JsonSyntaxError,
-    LimitError,
-    MissingFieldError,
-    UnknownFieldError,
-    ValueRangeError,
-)
-from lrconvert.core.limits import MAX_DIM, MAX_RANK, MAX_VECTORS
+from lrconvert.core.errors import CanonicalError, IndexRangeError, LimitError, ValueRangeError
+from lrconvert.core.limits import MAX_RANK
+from lrconvert.io import fields
 from lrconvert.lora import packing, svd
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter, Target
 from lrconvert.lora.packing import TensorSpec
 from lrconvert.methods.base import Budget, Command, FitContext, Method, Tensors
+from lrconvert.methods.shared.ranks import check_ranks, ranks_layout, ranks_specs, read_ranks
+from lrconvert.methods.vblora.bank import I64
 from lrconvert.methods.vblora.fit import fit
-from lrconvert.methods.vblora.form import (
-    BANK_BITS,
-    EXACT,
-    MAX_PASSES,
-    MAX_TOP_K,
-    MAX_WEIGHT_BITS,
-    Config,
-    Form,
-    canonical_codes,
-    complete,
-    specs,
-    starts,
-)
+from lrconvert.methods.vblora.form import Config, Form, Header, canonical_codes, complete, specs, starts
 from lrconvert.methods.vblora.plan import Search, VBLoraOptions, check_options, default_form
 
 if TYPE_CHECKING:
     from lrconvert.lora.trainable import TrainableAdapter
 
 _LARGEST = 2.0**127  # what files may expand to
-
-_FIELDS = {
-    "vector_length": (1, MAX_DIM),
-    "num_vectors": (1, MAX_VECTORS),
-    "top_k": (1, MAX_TOP_K),
-    "bits": (4, EXACT),
-    "weight_bits": (0, EXACT),
-    "rank": (1, MAX_RANK),
-    "passes": (1, MAX_PASSES),
-    "rows": (2, 1 << 40),
-}
-_FLAGS = ("gains", "uniform", "padded")
+_CHUNK = 1 << 20  # codes that are checked at a time
 
 
 class VBLora(Method):
@@ -94,6 +67,8 @@ class VBLora(Method):
     title = "VB-LoRA: one vector bank"
     commands = (Command("lora-to-vblora", "Code all factors with one shared bank of short vectors (VB-LoRA)."),)
     Options = VBLoraOptions
+    searches = ({},)
+    uses = ("seed", "device", "statistics")
     examples = (
         {"vector_length": 4, "num_vectors": 64, "passes": 3},
         {"vector_length": 16, "num_vectors": 24, "top_k": 2, "rank": 3, "bits": 8},
@@ -105,14 +80,8 @@ class VBLora(Method):
     # --- what the file holds ---
 
     def header(self, config: Config) -> dict[str, Any]:
-        form = config.form
         return {
-            "vector_length": form.vector_length,
-            "num_vectors": form.num_vectors,
-            "top_k": form.top_k,
-            "bits": form.bits,
-            "weight_bits": form.weight_bits,
-            "gains": form.gains,
+            **asdict(config.form),
             "padded": config.padded,
             "rank": max(config.ranks),
             "uniform": min(config.ranks) == max(config.ranks),
@@ -121,57 +90,26 @@ class VBLora(Method):
         }
 
     def layout_specs(self, header: Mapping[str, Any], targets: Sequence[Target]) -> tuple[TensorSpec, ...]:
-        known = {*_FIELDS, *_FLAGS}
-        if set(header) != known:
-            wrong = sorted(set(header) ^ known)[0]
-            raise (UnknownFieldError if wrong in header else MissingFieldError)(f"method.config: field {wrong!r}")
-        for name in _FLAGS:
-            if type(header[name]) is not bool:
-                raise JsonSyntaxError(f"method.config.{name} is {header[name]!r:.40}; true or false is allowed")
-        for name, (least, most) in _FIELDS.items():
-            if type(header[name]) is not int or not least <= header[name] <= most:
-                raise LimitError(f"method.config.{name} is {header[name]!r:.40}; {least} to {most} are allowed")
-        if header["bits"] not in BANK_BITS:
-            raise LimitError(f"method.config.bits is {header['bits']}; 32, 16, 8 and 4 are allowed")
-        if MAX_WEIGHT_BITS < header["weight_bits"] < EXACT:
-            raise LimitError(f"method.config.weight_bits is {header['weight_bits']}; 0 to 8 and 32 are allowed")
-        if header["top_k"] > header["num_vectors"]:
-            raise LimitError(f"method.config.top_k is {header['top_k']}, more than the {header['num_vectors']} vectors")
-        if (header["weight_bits"] == 0) != (header["top_k"] == 1):
-            raise LimitError("method.config.weight_bits must be 0 for top_k 1, and at least 1 for more")
-        if header["passes"] > 1 and not header["gains"]:
-            raise LimitError("method.config.passes is more than 1 without gains")
-        ranks = () if header["uniform"] else (packing.index("ranks", (len(targets),), header["rank"] + 1),)
-        if header["passes"] == 1:
-            return ranks
-        return (*ranks, packing.index("passes", (header["rows"],), header["passes"]))
+        read = fields.read(Header, header, "method.config")
+        read.check()
+        ranks = ranks_specs(read.rank, read.uniform, targets)
+        return ranks if read.passes == 1 else (*ranks, packing.index("passes", (read.rows,), read.passes))
 
     def layout(self, config: Config) -> dict[str, Array]:
-        tensors: dict[str, Array] = {}
-        if min(config.ranks) != max(config.ranks):
-            tensors["ranks"] = np.array(config.ranks, np.uint32)
-        if config.passes:
-            tensors["passes"] = np.array(config.passes, np.uint32) - np.uint32(1)
-        return tensors
+        passes = {"passes": np.array(config.passes, np.uint32) - np.uint32(1)} if config.passes else {}
+        return ranks_layout(config.ranks) | passes
 
     def config(self, header: Mapping[str, Any], layout: Tensors, targets: Sequence[Target]) -> Config:
-        if header["uniform"]:
-            ranks = (header["rank"],) * len(targets)
-        else:
-            ranks = tuple(layout["ranks"].tolist())
-            if max(ranks) != header["rank"] or min(ranks) == max(ranks):
-                raise CanonicalError("method.config: rank and uniform do not describe the tensor 'ranks'")
-        for target, rank in zip(targets, ranks, strict=True):
-            if rank > min(target.matrix_shape):
-                raise LimitError(f"target {target.name!r} has rank {rank}, more than its shape {target.matrix_shape}")
-        if header["rows"] != 2 * sum(ranks):
-            raise LimitError(f"method.config.rows is {header['rows']}; the ranks add up to {2 * sum(ranks)}")
-        passes = tuple((layout["passes"] + np.uint32(1)).tolist()) if header["passes"] > 1 else ()
-        if passes and max(passes) != header["passes"]:
+        read = fields.read(Header, header, "method.config")
+        ranks = read_ranks(read.rank, read.uniform, layout, targets)
+        check_ranks(targets, ranks)
+        if read.rows != 2 * sum(ranks):
+            raise LimitError(f"method.config.rows is {read.rows}; the ranks add up to {2 * sum(ranks)}")
+        passes = tuple((layout["passes"] + np.uint32(1)).tolist()) if read.passes > 1 else ()
+        if passes and max(passes) != read.passes:
             raise CanonicalError("method.config.passes is not the largest number of passes")
-        names = ("vector_length", "num_vectors", "top_k", "bits", "weight_bits", "gains")
-        config = complete(Form(*(header[name] for name in names)), targets, ranks, passes)
-        if config.padded != header["padded"]:
+        config = complete(read.form, targets, ranks, passes)
+        if config.padded != read.padded:
             raise CanonicalError("method.config.padded does not say whether sub-vectors are cut")
         return config
 
@@ -191,25 +129,9 @@ class VBLora(Method):
                 largest *= float(np.abs(tensors[name]).max(initial=0.0))
         if largest * max(config.passes, default=1) >= _LARGEST:
             raise ValueRangeError("bank, scales and gains multiply to 2^127 or more, beyond float32")
-        if form.top_k == 1:
-            return
-        step = 1 << 20
-        for start in range(0, len(tensors["indices"]), step):
-            indices = tensors["indices"][start : start + step].astype(np.int64)
-            small = tensors["weights"][start : start + step]
-            rest = _first_weight(small.astype(np.float64) * form.weight_unit)
-            if bool((small < 0).any()) or bool((rest < 0).any()):
-                raise ValueRangeError("tensor weights: a code has a negative weight")
-            if not form.exact_weights and bool((rest < small[:, 0] * form.weight_unit).any()):
-                raise ValueRangeError("tensor weights: the weights of a code leave too little for its first vector")
-            first = np.full(len(rest), np.inf) if form.exact_weights else rest / form.weight_unit
-            units = np.concatenate([first[:, None], small], axis=1)
-            ordered = np.sort(indices, axis=1)
-            if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
-                raise IndexRangeError("tensor indices: a code names one vector twice")
-            again = canonical_codes(indices, units)
-            if not np.array_equal(again[0], indices) or not np.array_equal(again[1], units):
-                raise CanonicalError("tensor indices: a code is not in canonical order")
+        for start in range(0, len(tensors["indices"]) if form.top_k > 1 else 0, _CHUNK):
+            chunk = slice(start, start + _CHUNK)
+            _check_codes(form, tensors["indices"][chunk].astype(np.int64), tensors["weights"][chunk])
 
     # --- using it ---
 
@@ -270,6 +192,23 @@ class VBLora(Method):
 
 
 METHOD = VBLora()
+
+
+def _check_codes(form: Form, indices: I64, small: Array) -> None:
+    """Raise E-VALUE, E-INDEX or E-CANON on codes (n, k) of mixtures that no file may hold."""
+    rest = _first_weight(small.astype(np.float64) * form.weight_unit)
+    if bool((small < 0).any()) or bool((rest < 0).any()):
+        raise ValueRangeError("tensor weights: a code has a negative weight")
+    if not form.exact_weights and bool((rest < small[:, 0] * form.weight_unit).any()):
+        raise ValueRangeError("tensor weights: the weights of a code leave too little for its first vector")
+    first = np.full(len(rest), np.inf) if form.exact_weights else rest / form.weight_unit
+    units = np.concatenate([first[:, None], small], axis=1)
+    ordered = np.sort(indices, axis=1)
+    if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
+        raise IndexRangeError("tensor indices: a code names one vector twice")
+    again = canonical_codes(indices, units)
+    if not np.array_equal(again[0], indices) or not np.array_equal(again[1], units):
+        raise CanonicalError("tensor indices: a code is not in canonical order")
 
 
 def _first_weight(small: Any) -> Any:

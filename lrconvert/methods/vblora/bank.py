@@ -57,7 +57,7 @@ class Rows:
 
     @classmethod
     def of(cls, sizes: I64, passes: I64, b: int) -> Rows:
-        """Rows of `sizes` numbers, cut to length b."""
+        """Return rows of `sizes` numbers, cut to length b."""
         counts = -(-sizes // b)
         if not (sizes % b).any():
             return cls(counts, passes)
@@ -85,7 +85,7 @@ class Rows:
         return int(self.code_starts[-1])
 
     def thinned(self, stride: int) -> tuple[Rows, I64]:
-        """Rows with every stride-th sub-vector (at least one), and which sub-vectors these are."""
+        """Return rows with every stride-th sub-vector (at least one), and which sub-vectors these are."""
         first = np.minimum(np.arange(len(self.counts)) % stride, self.counts - 1)
         counts = -(-(self.counts - first) // stride)
         kept = np.repeat(self.starts[:-1] + first, counts) + stride * spans(np.zeros_like(counts), counts)
@@ -93,32 +93,27 @@ class Rows:
 
 
 def _ends(lengths: I64) -> I64:
-    ends: I64 = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return ends
+    return np.asarray(np.concatenate([[0], np.cumsum(lengths)]), np.int64)
 
 
 def spans(starts: I64, lengths: I64) -> I64:
-    """start, start + 1, ..., start + length - 1 of each span, one after the other."""
+    """Return start, start + 1, ..., start + length - 1 of each span, one after the other."""
     ends = np.cumsum(lengths)
-    places: I64 = np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
-    return places
+    return np.asarray(np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths))
 
 
 def row_sums(values: Tensor, lengths: I64) -> F64:
-    """Sums of consecutive runs of `values`; every length is at least 1."""
+    """Return the sums of consecutive runs of `values`; every length is at least 1."""
     if len(lengths) == 0:
         return np.zeros(0)
-    numbers = values.cpu().numpy().astype(np.float64)
-    sums: F64 = np.add.reduceat(numbers, _ends(lengths)[:-1])
-    return sums
+    return np.asarray(np.add.reduceat(values.cpu().numpy().astype(np.float64), _ends(lengths)[:-1]), np.float64)
 
 
 def solve_scaled(gram: F64, right: F64) -> F64:
-    """gram^-1 right for a stack of Gram matrices, with a relative ridge: dependent or zero rows do no harm."""
+    """Return gram^-1 right for a stack of Gram matrices, with a relative ridge: dependent or zero rows do no harm."""
     scale = np.sqrt(np.maximum(np.einsum("...ii->...i", gram), 1e-200))
     system = gram / scale[..., :, None] / scale[..., None, :] + 1e-10 * np.eye(gram.shape[-1])
-    solved: F64 = np.linalg.solve(system, (right / scale)[..., None])[..., 0] / scale
-    return solved
+    return np.asarray(np.linalg.solve(system, (right / scale)[..., None])[..., 0] / scale, np.float64)
 
 
 def _groups(valid: Tensor | None, b: int, n: int) -> list[tuple[Any, int]]:
@@ -162,7 +157,7 @@ class Coder:
     def new(
         cls, rows: Rows, bank: Tensor, k: int, denominator: int, scaled: bool, importance: Tensor | None = None
     ) -> Coder:
-        """All codes empty."""
+        """Return a coder whose codes are all empty."""
         import torch
 
         indices = torch.arange(k, device=bank.device).repeat(rows.codes, 1)
@@ -177,15 +172,15 @@ class Coder:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.bank.device)
 
     def codes(self) -> tuple[Tensor, Tensor, Tensor, F64]:
-        """Bank and codes as they are, for `restore`."""
+        """Return bank and codes as they are, for `restore`."""
         return self.bank, self.indices.clone(), self.weights.clone(), self.gains.copy()
 
     def restore(self, kept: tuple[Tensor, Tensor, Tensor, F64]) -> None:
         self.bank, self.indices, self.weights, self.gains = kept
 
     def squares(self, x: Tensor, which: I64 | None = None, y: Tensor | None = None) -> Tensor:
-        """The squared size of sub-vectors (n,), or their inner products with y, by `importance`: of all rows, or of
-        the rows `which`."""
+        """Return the squared size of sub-vectors (n,), or their inner products with y, by `importance`: of all rows, or
+        of the rows `which`."""
         product = x * (x if y is None else y)
         important = self.importance if which is None else self._important(which)
         return (product if important is None else product * important).sum(1)
@@ -197,52 +192,52 @@ class Coder:
 
     def recode(self, which: I64, x: Tensor, *, fresh: bool = False) -> Tensor:
         """Code the rows `which` anew for the numbers x (their sub-vectors, b; invalid entries zero), and solve their
-        gains. Returns what they then stand for. No step raises a row's squared error.
+        gains. Return the numbers that they then stand for. No step raises a row's squared error.
 
         `fresh` ignores the present codes: each pass codes what the earlier ones left.
         """
         import torch
 
-        found = torch.empty_like(x)
-        starts = _ends(self.rows.counts[which])
-        for some in self._batches(which):
-            here = self.tensor(spans(starts[some], self.rows.counts[which[some]]))
-            found[here] = self._recode(which[some], x[here], fresh)
-        return found
+        coded = torch.empty_like(x)
+        for batch, places in self._batches(which):
+            coded[places] = self._recode(batch, x[places], fresh)
+        return coded
 
-    def _batches(self, which: I64) -> Iterator[I64]:
-        """Places in `which` of rows with equally many passes, and few enough numbers that work on them is cheap in
-        memory."""
+    def _batches(self, which: I64) -> Iterator[tuple[I64, Tensor]]:
+        """Rows of `which` with equally many passes, and few enough numbers that work on them is cheap in memory; and
+        the places of their sub-vectors among those of all rows `which`."""
+        starts = _ends(self.rows.counts[which])
         for depth in np.unique(self.rows.passes[which]):
-            some = np.flatnonzero(self.rows.passes[which] == depth)
-            batch = np.cumsum(self.rows.counts[which[some]] * self.bank.shape[1]) // _BATCH
-            yield from np.split(some, np.flatnonzero(np.diff(batch)) + 1)
+            alike = np.flatnonzero(self.rows.passes[which] == depth)
+            number = np.cumsum(self.rows.counts[which[alike]] * self.bank.shape[1]) // _BATCH
+            for batch in np.split(alike, np.flatnonzero(np.diff(number)) + 1):
+                yield which[batch], self.tensor(spans(starts[batch], self.rows.counts[which[batch]]))
 
     def _recode(self, which: I64, x: Tensor, fresh: bool) -> Tensor:
         """`recode` of rows with equally many passes."""
         valid, places, important = self._valid(which), self._places(which), self._important(which)
         if self.k == 1 and len(places) > 1 and not fresh:
             self._recode_jointly(which, x, valid, places)
-            return self._stands_for(which)
-        units = [] if fresh else [self._unit(at, valid) for at in places]
-        for p, at in enumerate(places):
+            return self._decode(which)
+        units = [] if fresh else [self._unit(codes, valid) for codes in places]
+        for p, codes in enumerate(places):
             left = x - self._total(which, units, skip=p) if len(places) > 1 else x
-            old = None if fresh else (self.indices[at], self.weights[at])
+            old = None if fresh else (self.indices[codes], self.weights[codes])
             if fresh and self.scaled:
-                sizes = (
-                    self.rows.counts[which] * x.shape[1] if valid is None else row_sums(valid, self.rows.counts[which])
-                )
-                power = row_sums((left * left).sum(1), self.rows.counts[which])
+                lengths = self.rows.counts[which]
+                sizes = lengths * x.shape[1] if valid is None else row_sums(valid, lengths)
+                power = row_sums((left * left).sum(1), lengths)
                 self.gains[self.rows.first_pass[which] + p] = np.sqrt(power / sizes)
             y = left / self._spread(which, p) if self.scaled else left
-            for here, width in _groups(valid, x.shape[1], len(x)):
-                before = None if old is None else (old[0][here], old[1][here])
+            for rows, width in _groups(valid, x.shape[1], len(x)):
+                before = None if old is None else (old[0][rows], old[1][rows])
                 bank, mixer = self._cut(width)
-                part = y[here, :width].contiguous()
-                weight = None if important is None else important[here, :width].contiguous()
-                found = encode(part, bank, self.k, self.denominator, before, self.exact, mixer, weight)
-                self.indices[at[here]], self.weights[at[here]] = found
-            units[p : p + 1] = [self._unit(at, valid)]
+                part = y[rows, :width].contiguous()
+                weight = None if important is None else important[rows, :width].contiguous()
+                self.indices[codes[rows]], self.weights[codes[rows]] = encode(
+                    part, bank, self.k, self.denominator, before, self.exact, mixer, weight
+                )
+            units[p : p + 1] = [self._unit(codes, valid)]
             if self.scaled:
                 self._solve_gains(which, x, units)
         return self._total(which, units)
@@ -252,29 +247,26 @@ class Coder:
         import torch
 
         gains = torch.cat([self._spread(which, p) for p in range(len(places))], 1)
-        old = torch.stack([self.indices[at][:, 0] for at in places], 1)
+        old = torch.stack([self.indices[codes][:, 0] for codes in places], 1)
         new, important = torch.empty_like(old), self._important(which)
-        for here, width in _groups(valid, x.shape[1], len(x)):
+        for rows, width in _groups(valid, x.shape[1], len(x)):
             bank, _ = self._cut(width)
-            weight = None if important is None else important[here, :width].contiguous()
-            new[here] = beam_search(x[here, :width], bank, gains[here], old[here], self.beam, weight)
-        for p, at in enumerate(places):
-            self.indices[at, 0] = new[:, p]
+            weight = None if important is None else important[rows, :width].contiguous()
+            new[rows] = beam_search(x[rows, :width], bank, gains[rows], old[rows], self.beam, weight)
+        for p, codes in enumerate(places):
+            self.indices[codes, 0] = new[:, p]
         if self.scaled:
-            self._solve_gains(which, x, [self._unit(at, valid) for at in places])
+            self._solve_gains(which, x, [self._unit(codes, valid) for codes in places])
 
-    def stands_for(self, which: I64, found: Tensor) -> Tensor:
-        """Fills `found` (their sub-vectors, b) with what the codes of rows mean."""
-        starts = _ends(self.rows.counts[which])
-        for some in self._batches(which):
-            here = self.tensor(spans(starts[some], self.rows.counts[which[some]]))
-            found[here] = self._stands_for(which[some])
-        return found
+    def decode(self, which: I64, out: Tensor) -> None:
+        """Fill `out` (their sub-vectors, b) with the numbers that the codes of the rows `which` stand for."""
+        for batch, places in self._batches(which):
+            out[places] = self._decode(batch)
 
-    def _stands_for(self, which: I64) -> Tensor:
-        """`stands_for` of rows with equally many passes."""
+    def _decode(self, which: I64) -> Tensor:
+        """The numbers that the codes of rows with equally many passes stand for."""
         valid = self._valid(which)
-        return self._total(which, [self._unit(at, valid) for at in self._places(which)])
+        return self._total(which, [self._unit(codes, valid) for codes in self._places(which)])
 
     def _cut(self, width: int) -> tuple[Tensor, Mixer | None]:
         """The bank for sub-vectors of `width` numbers, and its mixer; made once for each bank."""
@@ -333,7 +325,8 @@ class Coder:
 
 
 def seed_bank(x: Tensor, weight: F64, h: int, rng: np.random.Generator) -> Tensor:
-    """h sub-vectors of x (n, b), drawn by weight and squared distance to those drawn before (k-means++ in rounds).
+    """Return h sub-vectors of x (n, b), drawn by weight and squared distance to those drawn before (k-means++ in
+    rounds).
 
     For k > 1 the bank must come to enclose the data, since weights are convex; starting with scaled-up sub-vectors (1.2
     to 3 times) was measured to be no better.
@@ -355,15 +348,15 @@ def seed_bank(x: Tensor, weight: F64, h: int, rng: np.random.Generator) -> Tenso
         for start in range(0, len(x), step):
             part = x[start : start + step]
             near = torch.addmm(-0.5 * (bank * bank).sum(1), part, bank.T).amax(1)
-            there = ((part * part).sum(1) - 2 * near).clamp_(min=0)
-            distance[start : start + step] = torch.minimum(distance[start : start + step], there)
+            nearer = ((part * part).sum(1) - 2 * near).clamp_(min=0)
+            distance[start : start + step] = torch.minimum(distance[start : start + step], nearer)
     if len(chosen) < h:  # more vectors than distinct sub-vectors
         chosen = np.concatenate([chosen, rng.integers(0, len(x), h - len(chosen))])
     return x[torch.from_numpy(chosen).to(x.device)]
 
 
 def solve_bank(coder: Coder, x: F32, weight: F64) -> F32:
-    """The bank that minimizes ``sum over rows of weight * ||x - coded||^2`` with codes and gains fixed.
+    """Return the bank that minimizes ``sum over rows of weight * ||x - coded||^2`` with codes and gains fixed.
 
     Conjugate gradients on the normal equations from the present bank, each column on its own, so that unused vectors
     stay and the error never rises. Columns between two cuts of sub-vectors share one sparse Gram matrix.
@@ -383,27 +376,27 @@ def solve_bank(coder: Coder, x: F32, weight: F64) -> F32:
         counted = counted * coder.importance.mean(1).cpu().numpy()
     weighted.data *= np.repeat(counted, np.diff(code.indptr))
     start = coder.bank.cpu().numpy().astype(np.float64)
-    asked = np.zeros_like(start)
+    goal = np.zeros_like(start)
     step = max(1, CHUNK // b)
     for begin in range(0, len(x), step):
-        asked += weighted[begin : begin + step].T @ x[begin : begin + step]
+        goal += weighted[begin : begin + step].T @ x[begin : begin + step]
     bank = np.empty_like(start)
     begin = 0
     for end in [b] if rows.valid is None else np.unique(rows.valid).tolist():
-        some = slice(None) if rows.valid is None else rows.valid > begin
-        bank[:, begin:end] = _descend(weighted[some].T @ code[some], asked[:, begin:end], start[:, begin:end])
+        full = slice(None) if rows.valid is None else rows.valid > begin
+        bank[:, begin:end] = _descend(weighted[full].T @ code[full], goal[:, begin:end], start[:, begin:end])
         begin = end
     bank[:, begin:] = start[:, begin:]
     return bank.astype(np.float32)
 
 
-def _descend(gram: Any, asked: F64, start: F64) -> F64:
-    """A minimizer of ``<bank, gram @ bank> - 2 <bank, asked>`` for each column, by conjugate gradients from `start`;
+def _descend(gram: Any, right: F64, start: F64) -> F64:
+    """A minimizer of ``<bank, gram @ bank> - 2 <bank, right>`` for each column, by conjugate gradients from `start`;
     columns that would not fall stay."""
-    found = start.copy()
+    bank = start.copy()
     diagonal = gram.diagonal()[:, None]
     diagonal = np.where(diagonal > 0, diagonal, np.inf)
-    first = residual = asked - gram @ start
+    first = residual = right - gram @ start
     direction = residual / diagonal
     size = (residual * direction).sum(0)
     goal = 1e-9 * size
@@ -413,18 +406,18 @@ def _descend(gram: Any, asked: F64, start: F64) -> F64:
         image = gram @ direction
         along = (direction * image).sum(0)
         step = np.where((size > goal) & (along > 1e-6 * size), size / np.maximum(along, 1e-300), 0.0)
-        found += step * direction
+        bank += step * direction
         residual = residual - step * image
         scaled = residual / diagonal
         before, size = size, (residual * scaled).sum(0)
         direction = scaled + np.where(step > 0, size / np.maximum(before, 1e-300), 0.0) * direction
-    moved = found - start
+    moved = bank - start
     change = (moved * (gram @ moved - 2 * first)).sum(0)
-    return np.where(change < 0, found, start)
+    return np.where(change < 0, bank, start)
 
 
 def reseed(coder: Coder, x: Tensor, value: Tensor, weight: F64) -> None:
-    """Unused vectors become the sub-vectors that are coded worst. No code uses them, so that no error changes."""
+    """Replace unused vectors by the sub-vectors that are coded worst. No code uses them, so that no error changes."""
     import torch
 
     used = torch.zeros(len(coder.bank), dtype=torch.bool, device=coder.bank.device)
@@ -432,13 +425,11 @@ def reseed(coder: Coder, x: Tensor, value: Tensor, weight: F64) -> None:
     dead = (~used).nonzero()[:, 0]
     if len(dead) == 0:
         return
-    importance = coder.tensor(
-        np.repeat(weight / max(float(weight.max()), 1e-300), coder.rows.counts).astype(np.float32)
-    )
+    shares = np.repeat(weight / max(float(weight.max()), 1e-300), coder.rows.counts)
+    importance = coder.tensor(shares.astype(np.float32))
     worst = (importance * coder.squares(x - value)).topk(min(len(dead), len(x))).indices
-    gains = coder.gains[
-        coder.rows.first_pass[np.searchsorted(coder.rows.starts, worst.cpu().numpy(), side="right") - 1]
-    ]
+    rows = np.searchsorted(coder.rows.starts, worst.cpu().numpy(), side="right") - 1
+    gains = coder.gains[coder.rows.first_pass[rows]]
     gains = np.where(np.abs(gains) > 1e-30, gains, 1.0)
     bank = coder.bank.clone()
     bank[dead[: len(worst)]] = x[worst] / coder.tensor(gains.astype(np.float32))[:, None]
@@ -448,7 +439,7 @@ def reseed(coder: Coder, x: Tensor, value: Tensor, weight: F64) -> None:
 def alternate(
     coder: Coder, x: Tensor, weight: F64, rounds: int, *, fresh: bool = False, settled: float = _SETTLED
 ) -> float:
-    """Rounds of codes, gains and bank, until they bring little. Returns the weighted squared error; it only falls."""
+    """Alternate codes, gains and bank until that brings little. Return the weighted squared error; it only falls."""
     everything, numbers = np.arange(len(coder.rows.counts)), x.cpu().numpy()
     error = before = np.inf
     for turn in range(rounds + 1):
@@ -474,8 +465,8 @@ def train_bank(
     restarts: int = 2,
     importance: Tensor | None = None,
 ) -> Coder:
-    """A bank for the sub-vectors x of `rows`, whose squared errors count `weight` (R,), with codes. `shape`: number of
-    vectors, k, denominator, scaled. `importance`: see `Coder`.
+    """Return a bank for the sub-vectors x of `rows`, whose squared errors count `weight` (R,), with codes. `shape`:
+    number of vectors, k, denominator, scaled. `importance`: see `Coder`.
 
     Restarts run a few rounds on one pass; the best bank goes on with all of them.
     """
@@ -515,8 +506,8 @@ class Update:
     rank: int
     metric: Callable[[], Moment] | None = None
 
-    def seen(self, rows: Tensor) -> Tensor:
-        """``rows @ M`` (k, in), float64; the rows themselves without a metric."""
+    def times_metric(self, rows: Tensor) -> Tensor:
+        """Return ``rows @ M`` (k, in), float64; the rows themselves without a metric."""
         import torch
 
         if self.metric is None:
@@ -539,7 +530,7 @@ class Refit:
         self.energy = 0.0
         for u in updates:
             left, right = u.left.double(), u.right.double()
-            self.energy += u.scale**2 * float(((left.T @ left) * (u.seen(u.right) @ right.T)).sum())
+            self.energy += u.scale**2 * float(((left.T @ left) * (u.times_metric(u.right) @ right.T)).sum())
         self.value = torch.empty((int(coder.rows.starts[-1]), coder.bank.shape[1]), device=coder.bank.device)
         self.goal = torch.zeros_like(self.value)
         self.weight = np.zeros(len(coder.rows.counts))
@@ -547,7 +538,7 @@ class Refit:
 
     def refresh(self) -> None:
         """Recompute what the rows mean, after a change of bank or gains."""
-        self.coder.stands_for(np.arange(len(self.coder.rows.counts)), self.value)
+        self.coder.decode(np.arange(len(self.coder.rows.counts)), self.value)
 
     def _side(self, flat: Tensor, update: Update, side: int) -> Tensor:
         """The rows of one side of a target in a flat array: (rank, n), a view."""
@@ -557,25 +548,25 @@ class Refit:
         return flat[begin:end].view(update.rank, -1)[:, :n]
 
     def error(self) -> float:
-        """The squared error of all targets."""
+        """Return the squared error of all targets."""
         total = self.energy
         for u in self.updates:
             a, b = self._side(self.value, u, 0), self._side(self.value, u, 1).double()
-            seen = u.seen(a)
-            cross = ((b @ u.left.double()) * (seen @ u.right.double().T)).sum()
-            total += float(((seen @ a.double().T) * (b @ b.T)).sum() - 2 * u.scale * cross)
+            weighed = u.times_metric(a)
+            cross = ((b @ u.left.double()) * (weighed @ u.right.double().T)).sum()
+            total += float(((weighed @ a.double().T) * (b @ b.T)).sum() - 2 * u.scale * cross)
         return total
 
     def sweep(self, side: int, *, codes: bool = True) -> None:
         """Recode all rows of one side, component by component, then solve their gains; or only the gains."""
         grams: list[F64] = []
-        free: list[Tensor] = []  # what B^T delta (or its mirror image) asks for
+        free: list[Tensor] = []  # B^T delta, or its mirror image
         for u in self.updates:
             other = self._side(self.value, u, 1 - side)
             near, far = (u.left, u.right) if side == 0 else (u.right.T, u.left.T)
-            seen = other.double() if side == 0 else u.seen(other)
-            free.append((seen @ near.double() * u.scale).float() @ far)
-            grams.append((seen @ other.double().T).cpu().numpy())
+            weighed = other.double() if side == 0 else u.times_metric(other)
+            free.append((weighed @ near.double() * u.scale).float() @ far)
+            grams.append((weighed @ other.double().T).cpu().numpy())
         rows = self.coder.rows
         for j in range(max((u.rank for u in self.updates), default=0) if codes else 0):
             chosen = []
@@ -591,8 +582,8 @@ class Refit:
                     self._side(self.goal, u, side)[j] = goal[j] / gram[j, j] - others
             if chosen:
                 which = np.array(chosen)
-                here = self.coder.tensor(spans(rows.starts[which], rows.counts[which]))
-                self.value[here] = self.coder.recode(which, self.goal[here])
+                places = self.coder.tensor(spans(rows.starts[which], rows.counts[which]))
+                self.value[places] = self.coder.recode(which, self.goal[places])
         if self.coder.scaled:
             self._solve_gains(side, grams, free)
 
@@ -606,17 +597,17 @@ class Refit:
             units = combine(coder.bank, coder.indices[codes], coder.weights[codes]).view(end - begin, -1)
             units = units[:, : goal.shape[1]]
             owner = np.repeat(np.arange(u.rank), rows.passes[first : first + u.rank])
-            seen = units if side or u.metric is None else u.seen(units).float()
-            dots = (seen @ units.T).double().cpu().numpy()
-            asked = (seen @ goal.T).double().cpu().numpy()[np.arange(len(owner)), owner]
-            coder.gains[begin:end] = solve_scaled(gram[np.ix_(owner, owner)] * dots, asked)
+            weighed = units if side or u.metric is None else u.times_metric(units).float()
+            dots = (weighed @ units.T).double().cpu().numpy()
+            right = (weighed @ goal.T).double().cpu().numpy()[np.arange(len(owner)), owner]
+            coder.gains[begin:end] = solve_scaled(gram[np.ix_(owner, owner)] * dots, right)
             mix = np.zeros((u.rank, len(owner)), np.float32)
             mix[owner, np.arange(len(owner))] = coder.gains[begin:end]
             self._side(self.value, u, side)[:] = coder.tensor(mix) @ units
 
     def improve_bank(self, before: float) -> float:
-        """A least-squares bank for the goals of the last sweeps, kept if the error of the update falls below `before`.
-        Returns the error."""
+        """Solve the bank for the goals of the last sweeps by least squares, and keep it if the error of the update
+        falls below `before`. Return the error."""
         old = self.coder.bank
         self.coder.bank = self.coder.tensor(solve_bank(self.coder, self.goal.cpu().numpy(), self.weight))
         self.refresh()

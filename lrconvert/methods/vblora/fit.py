@@ -1,4 +1,4 @@
-"""From an allocation to tensors: a bank trained on canonical rows, then all that is coded refitted to the update."""
+"""From an allocation to tensors: a bank trained on the rows of the SVD, then all codes refitted to the update."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ _SETTLED = 5e-4  # relative fall of the error below which a sweep was the last
 @dataclass(frozen=True)
 class Components:
     """The largest components of an update, ``U @ diag(s) @ Vt`` with rows of Vt (k, in) and columns of U (out, k) of
-    length 1; `seen` (k,): the square of each row of Vt in the metric of the fit."""
+    length 1; `squares` (k,): the square of each row of Vt in the metric of the fit."""
 
     U: F64
     s: F64
     Vt: F64
-    seen: F64
+    squares: F64
 
 
 class Problem:
@@ -68,15 +68,15 @@ class Problem:
                 continue
             top = top_components(pair, rank, context) if factors is None else factors[which]
             s = top.s[:rank]
-            costs = np.ones(len(s)), top.seen[:rank]
+            costs = np.ones(len(s)), top.squares[:rank]
             for n, side in enumerate((top.Vt[:rank], top.U[:, :rank].T)):
                 length = side.shape[1]
                 span = slice(int(self.rows.starts[row]), int(self.rows.starts[row + rank]))
-                here = x[span].reshape(rank, -1)
-                here[: len(s), :length] = side * (np.sqrt(length) if gains else np.sqrt(s)[:, None])
-                some = slice(row, row + len(s))
-                self.weight[some] = costs[n] * (s * s / length if gains else s)
-                self.scale[some] = np.sqrt(s / length) if gains else 1.0
+                sub_vectors = x[span].reshape(rank, -1)
+                sub_vectors[: len(s), :length] = side * (np.sqrt(length) if gains else np.sqrt(s)[:, None])
+                used = slice(row, row + len(s))
+                self.weight[used] = costs[n] * (s * s / length if gains else s)
+                self.scale[used] = np.sqrt(s / length) if gains else 1.0
                 if importance is not None and metric is not None and n == 0:
                     importance[span].reshape(rank, -1)[:, :length] = metric().squares
                 row += rank
@@ -84,13 +84,13 @@ class Problem:
         self.x = torch.from_numpy(x).to(device)
 
     def train(self, seed: int, rounds: int, restarts: int, sample: int = MAX_DIM) -> tuple[vectorbank.Coder, Tensor]:
-        """A bank for at most about `sample` sub-vectors, with the codes of these; and these."""
+        """Return a bank for at most about `sample` sub-vectors, with their codes; and these sub-vectors."""
         form = self.form
         rows, x, importance = self.rows, self.x, self.importance
         if len(x) > 2 * sample:
             rows, kept = rows.thinned(len(x) // sample)
-            here = _tensor(kept, str(x.device))
-            x, importance = x[here], None if importance is None else importance[here]
+            places = _tensor(kept, str(x.device))
+            x, importance = x[places], None if importance is None else importance[places]
         if rows.codes * form.num_vectors > _RESTART_WORK:
             restarts = 1
         shape = (form.num_vectors, form.top_k, form.denominator, form.gains)
@@ -98,14 +98,14 @@ class Problem:
         return vectorbank.train_bank(x, rows, self.weight, shape, rng, rounds, restarts, importance), x
 
     def refit(self, coder: vectorbank.Coder) -> vectorbank.Refit:
-        """The codes of all rows, at the size that the update needs."""
+        """Return the refit of the codes of all rows, at the size that the update needs."""
         if coder.scaled:
             coder.gains *= np.repeat(self.scale, self.rows.passes)
         return vectorbank.Refit(coder, self.updates)
 
 
 def top_components(pair: LoraTarget, rank: int, context: FitContext) -> Components:
-    """The largest `rank` components of a target."""
+    """Return the largest `rank` components of a target."""
     if rank == 0:
         out, inner = pair.target.matrix_shape
         return Components(np.zeros((out, 0)), np.zeros(0), np.zeros((0, inner)), np.zeros(0))
@@ -118,9 +118,9 @@ def top_components(pair: LoraTarget, rank: int, context: FitContext) -> Componen
 
 
 def _metric(pair: LoraTarget, context: FitContext) -> Moment:
-    found = context.metric(pair)
-    assert found is not None  # asked for under statistics only
-    return found
+    metric = context.metric(pair)
+    assert metric is not None  # it is needed under statistics only
+    return metric
 
 
 def _tensor(array: Array, device: str) -> Tensor:
@@ -134,8 +134,8 @@ def _tensor(array: Array, device: str) -> Tensor:
 
 
 def fit(lora: LoraAdapter, config: Config, context: FitContext) -> dict[str, Array]:
-    """Trains a bank on the canonical rows (a sample if there are many), codes all rows, and refits codes, gains and
-    bank on the update itself; the last sweeps run on the bank as it will be stored."""
+    """Return the payload tensors: train a bank on the rows of the SVD (a sample if there are many), code all rows, and
+    refit codes, gains and bank on the update itself; the last sweeps run on the bank as it will be stored."""
     form = config.form
     problem = Problem(lora, config, context)
     context.progress(0.1, "training the bank")

@@ -1,15 +1,18 @@
-"""What a VB-LoRA file says besides its numbers: the form, the allocation, and where each code lies."""
+"""The configuration of a VB-LoRA file: the form, the allocation, and where each code lies."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from lrconvert.core.dtypes import Array
+from lrconvert.core.errors import LimitError
+from lrconvert.core.limits import MAX_DIM, MAX_RANK, MAX_VECTORS
+from lrconvert.io.fields import between, one_of
 from lrconvert.lora import packing
 from lrconvert.lora.adapter import Target
 from lrconvert.lora.packing import TensorSpec
@@ -20,6 +23,36 @@ MAX_PASSES = 16
 MAX_WEIGHT_BITS = 8
 EXACT = 32  # bits of numbers that came from elsewhere as float32
 BANK_BITS = (EXACT, 16, 8, 4)
+
+
+@dataclass(frozen=True)
+class Header:
+    """The JSON part of a config: its `Form`, and what the allocation is at most."""
+
+    vector_length: Annotated[int, between(1, MAX_DIM)]
+    num_vectors: Annotated[int, between(1, MAX_VECTORS)]
+    top_k: Annotated[int, between(1, MAX_TOP_K)]
+    bits: Annotated[int, one_of(BANK_BITS, LimitError)]
+    weight_bits: Annotated[int, one_of((*range(MAX_WEIGHT_BITS + 1), EXACT), LimitError)]
+    gains: bool
+    padded: bool
+    rank: Annotated[int, between(1, MAX_RANK)]
+    uniform: bool
+    passes: Annotated[int, between(1, MAX_PASSES)]
+    rows: Annotated[int, between(2, 1 << 40)]
+
+    @property
+    def form(self) -> Form:
+        return Form(*(getattr(self, field.name) for field in fields(Form)))
+
+    def check(self) -> None:
+        """Raise E-LIMIT on fields that contradict each other."""
+        if self.top_k > self.num_vectors:
+            raise LimitError(f"method.config.top_k is {self.top_k}, more than the {self.num_vectors} vectors")
+        if (self.weight_bits == 0) != (self.top_k == 1):
+            raise LimitError("method.config.weight_bits must be 0 for top_k 1, and at least 1 for more")
+        if self.passes > 1 and not self.gains:
+            raise LimitError("method.config.passes is more than 1 without gains")
 
 
 @dataclass(frozen=True)
@@ -56,11 +89,12 @@ class Form:
 
     @property
     def bank_bits(self) -> int:
+        """Bits of the bank and its scales."""
         scales = 16 * self.num_vectors if self.bits < 16 else 0
         return self.num_vectors * self.vector_length * self.bits + scales
 
     def row_bits(self, length: Any) -> Any:
-        """Bits of one pass over a row of `length` numbers."""
+        """Return the bits of one pass over a row of `length` numbers."""
         return -(-length // self.vector_length) * self.code_bits + (16 if self.gains else 0)
 
 
@@ -81,7 +115,8 @@ class Config:
 
 @lru_cache(maxsize=8)
 def starts(config: Config, targets: tuple[Target, ...]) -> tuple[tuple[int, int, int], ...]:
-    """(row, pass, code) where each target begins; the last entry holds the totals. Grows with targets and `passes`."""
+    """Return (row, pass, code) where each target begins; the last entry holds the totals. Grows with targets and
+    `passes`."""
     b = config.form.vector_length
     row = turn = code = 0
     starts = []
@@ -97,14 +132,14 @@ def starts(config: Config, targets: tuple[Target, ...]) -> tuple[tuple[int, int,
 
 
 def complete(form: Form, targets: Sequence[Target], ranks: Sequence[int], passes: Sequence[int]) -> Config:
-    """The one Config of an allocation."""
+    """Return the one Config of an allocation."""
     b = form.vector_length
     padded = any(rank and any(n % b for n in t.matrix_shape) for t, rank in zip(targets, ranks, strict=True))
     return Config(form, tuple(ranks), tuple(passes) if max(passes, default=1) > 1 else (), padded)
 
 
 def coded_rows(config: Config, targets: Sequence[Target]) -> Rows:
-    """The rows of a fit, in file order."""
+    """Return the rows of a fit, in file order."""
     shapes = np.array([t.matrix_shape for t in targets], np.int64).reshape(-1, 2)
     sizes = np.repeat(shapes[:, ::-1].reshape(-1), np.repeat(config.ranks, 2))
     passes = np.array(config.passes or [1] * len(sizes), np.int64)
@@ -112,26 +147,26 @@ def coded_rows(config: Config, targets: Sequence[Target]) -> Rows:
 
 
 def specs(config: Config, targets: Sequence[Target]) -> tuple[TensorSpec, ...]:
-    """The payload tensors, in declaration order."""
+    """Return the payload tensors, in declaration order."""
     form = config.form
     _, passes, codes = starts(config, tuple(targets))[-1]
     shape = (form.num_vectors, form.vector_length)
-    found = [packing.single("bank", shape) if form.bits == EXACT else packing.half("bank", shape)]
+    specs = [packing.single("bank", shape) if form.bits == EXACT else packing.half("bank", shape)]
     if form.bits < 16:
-        found = [packing.code("bank", shape, form.bits), packing.half("scales", (form.num_vectors,))]
-    found.append(packing.index("indices", (codes, form.top_k), form.num_vectors))
+        specs = [packing.code("bank", shape, form.bits), packing.half("scales", (form.num_vectors,))]
+    specs.append(packing.index("indices", (codes, form.top_k), form.num_vectors))
     if form.top_k > 1:
         small = (codes, form.top_k - 1)
         units = packing.index("weights", small, 1 << form.weight_bits)
-        found.append(packing.single("weights", small) if form.exact_weights else units)
+        specs.append(packing.single("weights", small) if form.exact_weights else units)
     if form.gains:
-        found.append(packing.half("gains", (passes,)))
-    return tuple(found)
+        specs.append(packing.half("gains", (passes,)))
+    return tuple(specs)
 
 
 def canonical_codes(indices: I64, units: Array) -> tuple[I64, Array]:
-    """Codes (n, k) as the format spells them: heaviest first, lower index first among equals; a weight of zero has the
-    lowest index that is free. `units` are the weights, or multiples of them."""
+    """Return codes (n, k) as the format spells them: heaviest first, lower index first among equals; a weight of zero
+    has the lowest index that is free. `units` are the weights, or multiples of them."""
     order = np.lexsort((indices, -units), axis=1)
     indices, units = np.take_along_axis(indices, order, 1), np.take_along_axis(units, order, 1)
     used = np.where(units > 0, indices, -1)

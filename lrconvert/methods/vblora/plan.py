@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from lrconvert.core.dtypes import F64
-from lrconvert.core.errors import BudgetError, OptionError
+from lrconvert.core.errors import OptionError
 from lrconvert.core.limits import MAX_DIM, MAX_RANK, MAX_VECTORS
 from lrconvert.lora.adapter import LoraAdapter, Target
 from lrconvert.methods.base import Budget, FitContext
+from lrconvert.methods.shared.options import check_range, within
 from lrconvert.methods.vblora import bank
 from lrconvert.methods.vblora.bank import I64
 from lrconvert.methods.vblora.fit import Components, Problem, top_components
@@ -32,7 +34,7 @@ _LONG = ((64, 256), (128, 512), (128, 2048), (256, 256), (256, 2048))  # the pub
 
 @dataclass(frozen=True)
 class VBLoraOptions:
-    """What a user may ask for."""
+    """The options of `lora-to-vblora`."""
 
     rank: int | None = field(default=None, metadata={"help": "Components of every target (at most what it has)."})
     vector_length: int | None = field(default=None, metadata={"help": "Numbers per bank vector, b."})
@@ -55,19 +57,13 @@ class VBLoraOptions:
 
 
 def check_options(lora: LoraAdapter, options: VBLoraOptions) -> None:
-    """Raises E-OPTION on options that are out of range or contradict each other."""
-    ranges = {
-        "rank": (1, MAX_RANK),
-        "vector_length": (1, MAX_DIM),
-        "num_vectors": (1, MAX_VECTORS),
-        "top_k": (1, MAX_TOP_K),
-        "weight_bits": (1, MAX_WEIGHT_BITS),
-        "passes": (1, MAX_PASSES),
-    }
-    for name, (least, most) in ranges.items():
-        value = getattr(options, name)
-        if value is not None and not least <= value <= most:
-            raise OptionError(f"--{name.replace('_', '-')} is {value}; {least} to {most} are allowed")
+    """Raise E-OPTION on options that are out of range or contradict each other."""
+    check_range(options, "rank", 1, MAX_RANK)
+    check_range(options, "vector_length", 1, MAX_DIM)
+    check_range(options, "num_vectors", 1, MAX_VECTORS)
+    check_range(options, "top_k", 1, MAX_TOP_K)
+    check_range(options, "weight_bits", 1, MAX_WEIGHT_BITS)
+    check_range(options, "passes", 1, MAX_PASSES)
     if options.bits not in (None, *_FITTED_BITS):
         raise OptionError(f"--bits is {options.bits}; the bank takes 16, 8 or 4")
     if options.gain not in ("auto", "on", "off"):
@@ -82,13 +78,11 @@ def check_options(lora: LoraAdapter, options: VBLoraOptions) -> None:
         raise OptionError("--passes above 1 need gains", fix="leave out --gain off and --peft-compatible, or --passes")
     if options.peft_compatible and options.gain == "on":
         raise OptionError("--peft-compatible and --gain on contradict each other")
-    b = options.vector_length
     if options.peft_compatible:
-        common = int(np.gcd.reduce([n for t in lora.shapes() for n in t.matrix_shape]))
+        b, common = options.vector_length, _common_divisor(lora.shapes())
         if common % (b or common):
-            raise OptionError(
-                f"--peft-compatible: {b} does not divide every dimension", fix=f"choose a divisor of {common}"
-            )
+            what = f"--peft-compatible: {b} does not divide every dimension"
+            raise OptionError(what, fix=f"choose a divisor of {common}")
         if common == 1:
             raise OptionError("--peft-compatible: no vector length divides every dimension")
 
@@ -97,18 +91,19 @@ def _scaled(options: VBLoraOptions) -> bool:
     return options.gain == "on" or (options.gain == "auto" and not options.peft_compatible)
 
 
-def _divides(b: int, targets: Sequence[Target]) -> bool:
-    return not any(n % b for t in targets for n in t.matrix_shape)
+def _common_divisor(targets: Sequence[Target]) -> int:
+    return math.gcd(*(n for t in targets for n in t.matrix_shape))
 
 
 def default_form(targets: Sequence[Target], limits: Sequence[int], options: VBLoraOptions) -> Form:
-    """The form without a size to meet: 8 numbers per vector (a divisor in PEFT-compatible mode), k = 1, and a small
-    bank beside the codes; from 64 numbers per vector on the published k = 2 and up to 2048 vectors."""
+    """Return the form without a size to meet: 8 numbers per vector (a divisor in PEFT-compatible mode), k = 1, and a
+    small bank beside the codes; from 64 numbers per vector on the published k = 2 and up to 2048 vectors."""
     b = options.vector_length
     if b is None:
-        b = next((n for n in (8, 4, 2, 16, 3, 5, 6, 7) if _divides(n, targets)), 8)
-        if options.peft_compatible and not _divides(b, targets):
-            b = int(np.gcd.reduce([n for t in targets for n in t.matrix_shape]))
+        common = _common_divisor(targets)
+        b = next((n for n in (8, 4, 2, 16, 3, 5, 6, 7) if common % n == 0), 8)
+        if options.peft_compatible and common % b:
+            b = common
     k = options.top_k or (2 if b >= 64 and (options.num_vectors or 2) > 1 else 1)
     h = options.num_vectors
     if h is None:
@@ -156,46 +151,47 @@ class Search:
         )
 
     def best(self) -> Config:
-        """Raises E-BUDGET if nothing fits, E-OPTION if no form suits the options."""
+        """Return the config that keeps most. Raise E-BUDGET if nothing fits, E-OPTION if no form suits the options."""
         if not self.smallest:
             raise OptionError("no vector length of those tried suits these options", fix="give --vector-length")
         size, _, least = self.smallest[0]
-        if size > self.budget.limit:
-            raise BudgetError(
-                f"{self.budget.limit} bytes cannot be reached; the smallest possible file has {size} bytes"
-            )
+        within(self.budget, least)
         payload = sum(spec.nbytes for spec in specs(least, self.targets))
         self.overhead = 8 * (size - payload) + 2 * len(self.targets)  # bits, about
-        ranked: dict[int, tuple[float, Form]] = {}  # the most promising form for each number of vectors
+        fills = [self._fill(form, self._rule_of_thumb(form)) for form in self._hopeful()]
+        candidates = [filled for filled in fills if filled is not None]
+        if len(candidates) > 1:
+            most = np.array([config.ranks for _, config in candidates]).max(0)
+            pairs = zip(self.lora.targets, most, strict=True)
+            factors = [top_components(pair, int(rank), self.context) for pair, rank in pairs]
+            codes = max(starts(config, self.targets)[-1][2] for _, config in candidates)
+            if codes > _FEW:
+                sampled = [self._sample(config, factors) for _, config in candidates]
+                candidates = sorted(sampled, key=lambda entry: -entry[0])[:3]
+            if codes <= _MANY:
+                candidates = [self._try(config, factors) for _, config in candidates]
+        return max(candidates, key=lambda entry: entry[0], default=(0.0, least))[1]
+
+    def _hopeful(self) -> list[Form]:
+        """The forms that should keep nearly as much as the best, best first; one for each number of vectors."""
+        ranked: dict[int, tuple[float, Form]] = {}
         for _, _, config in self.smallest:
             form = config.form
             choice = self._allocate(form, self._rule_of_thumb(form), self._room(form))
             if choice is not None and choice.kept > ranked.get(form.num_vectors, (0.0, form))[0]:
                 ranked[form.num_vectors] = choice.kept, form
-        hopeful = _HOPE * max((kept for kept, _ in ranked.values()), default=0.0)
-        forms = [form for kept, form in sorted(ranked.values(), key=lambda entry: -entry[0]) if kept >= hopeful]
-        found = [filled for form in forms if (filled := self._fill(form, self._rule_of_thumb(form))) is not None]
-        if len(found) > 1:
-            most = np.array([config.ranks for _, config in found]).max(0)
-            pairs = zip(self.lora.targets, most, strict=True)
-            factors = [top_components(pair, int(rank), self.context) for pair, rank in pairs]
-            codes = max(starts(config, self.targets)[-1][2] for _, config in found)
-            if codes > _FEW:
-                found = sorted((self._sample(config, factors) for _, config in found), key=lambda entry: -entry[0])[:3]
-            if codes <= _MANY:
-                found = [self._try(config, factors) for _, config in found]
-        return max(found, key=lambda entry: entry[0], default=(0.0, least))[1]
+        least = _HOPE * max((kept for kept, _ in ranked.values()), default=0.0)
+        return [form for kept, form in sorted(ranked.values(), key=lambda entry: -entry[0]) if kept >= least]
 
     def _forms(self) -> Iterator[Form]:
         """Every form that the options leave open."""
         options, scaled = self.options, _scaled(self.options)
         b, h, k = options.vector_length, options.num_vectors, options.top_k
-        known = [(length, vectors, 1) for length in _LENGTHS for vectors in _VECTORS]
-        known += [(length, vectors, 2) for length, vectors in (*_MIXED, *_LONG)]
-        for length, vectors, top_k in dict.fromkeys(
-            (b or i, h or j, k or (min(n, h) if h else n)) for i, j, n in known
-        ):
-            if top_k > vectors or (options.peft_compatible and not _divides(length, self.targets)):
+        shapes = [(length, vectors, 1) for length in _LENGTHS for vectors in _VECTORS]
+        shapes += [(length, vectors, 2) for length, vectors in (*_MIXED, *_LONG)]
+        allowed = dict.fromkeys((b or i, h or j, k or (min(n, h) if h else n)) for i, j, n in shapes)
+        for length, vectors, top_k in allowed:
+            if top_k > vectors or (options.peft_compatible and _common_divisor(self.targets) % length):
                 continue
             if b is None and top_k == 1 and not 0.3 <= np.log2(vectors) / length <= 3:
                 continue
@@ -224,10 +220,7 @@ class Search:
     def _allocate(self, form: Form, loss: float, bits: float) -> _Choice | None:
         """The passes that keep the most energy if each leaves the share `loss`, at no more than `bits`; None if even
         the least does not fit. A component of energy e with p and q passes on its sides keeps
-        e (1 - loss^p) (1 - loss^q).
-
-        Each component takes what pays at one common price per bit (Lagrange); what is left is spent greedily.
-        """
+        e (1 - loss^p) (1 - loss^q)."""
         cost_a, cost_b = form.row_bits(self.inner), form.row_bits(self.out)
         if self.options.peft_compatible:
             return self._uniform(cost_a + cost_b, loss, bits)
@@ -238,10 +231,16 @@ class Search:
         p, q = np.array(steps).T
         cost = cost_a[:, None] * p + cost_b[:, None] * q
         gain = self.energy[:, None] * ((1 - loss**p) * (1 - loss**q))
-        everyone = np.arange(len(cost))
         if cost[:, 0].sum() > bits:
             return None
-        high = 1.01 * float((gain[:, -1] / cost[:, min(1, len(steps) - 1)]).max()) + 1e-300  # nobody buys
+        taken = self._spend(cost, gain, bits)
+        return self._choice(p[taken], q[taken], float(gain[np.arange(len(cost)), taken].sum()))
+
+    def _spend(self, cost: F64, gain: F64, bits: float) -> I64:
+        """The step that each component takes, of those in the columns of `cost` and `gain`: what pays at one common
+        price per bit (Lagrange); what is left of the `bits` is spent greedily."""
+        everyone = np.arange(len(cost))
+        high = 1.01 * float((gain[:, -1] / cost[:, min(1, cost.shape[1] - 1)]).max()) + 1e-300  # nobody buys
         low = 1e-12 * high
         taken = np.zeros(len(cost), np.int64)
         for _ in range(28):
@@ -262,7 +261,7 @@ class Search:
                 if ratio[who, best[who]] > 0 and extra <= left:
                     taken[who] = best[who]
                     left -= extra
-        return self._choice(p[taken], q[taken], float(gain[everyone, taken].sum()))
+        return taken
 
     def _choice(self, p: I64, q: I64, kept: float) -> _Choice | None:
         """In every target the passes go to the largest components: they are sorted, larger first."""

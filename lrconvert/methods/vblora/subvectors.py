@@ -26,7 +26,8 @@ def encode(
     mixer: Mixer | None = None,
     weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Codes of sub-vectors x (n, b): indices (n, k), distinct, and weights (n, k), multiples of 1 / denominator.
+    """Return the codes of sub-vectors x (n, b): indices (n, k), distinct, and weights (n, k), multiples of 1 /
+    denominator.
 
     Never worse than `previous`. `exact` asks for the best of all pairs (k = 2, up to `PAIR_LIMIT` vectors; up to the
     rounding of the weight). `mixer`: a ready ``Mixer(bank, exact)``. `weight` (n, b): how much the squared
@@ -54,7 +55,7 @@ def encode(
 
 
 def combine(bank: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """sum_s weights[:, s] * bank[indices[:, s]], (n, b)."""
+    """Return ``sum_s weights[:, s] * bank[indices[:, s]]``, (n, b)."""
     if indices.shape[1] == 1:
         return bank[indices[:, 0]]
     point = bank[indices[:, 0]] * weights[:, :1]
@@ -77,16 +78,17 @@ class Mixer:
         self.exact = exact and len(bank) <= PAIR_LIMIT
         self.roots = self._roots(bank, self.squares) if len(bank) <= _GRAM_LIMIT else None
 
-    def _roots(self, some: Tensor, squares: Tensor) -> Tensor:
-        """(n, h) distances between `some` vectors and the bank, positive so that one can divide by them."""
+    def _roots(self, vectors: Tensor, squares: Tensor) -> Tensor:
+        """(n, h) distances between `vectors` and the bank, positive so that one can divide by them."""
         import torch
 
-        distances = torch.addmm(self.squares, some, self.bank.T, alpha=-2).add_(squares[:, None])
+        distances = torch.addmm(self.squares, vectors, self.bank.T, alpha=-2).add_(squares[:, None])
         return distances.clamp_(min=1e-36).sqrt_()
 
     def encode(
         self, x: Tensor, k: int, denominator: int, previous: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
+        """Return codes of k vectors for sub-vectors x (n, b), no worse than `previous`; see `encode`."""
         import torch
 
         e = torch.addmm(self.squares, x, self.bank.T, alpha=-2).add_((x * x).sum(1, keepdim=True)).clamp_(min=0)
@@ -111,10 +113,10 @@ class Mixer:
         best = torch.full((len(e),), float("inf"), device=e.device)
         first = torch.zeros(len(e), dtype=torch.int64, device=e.device)
         for p in range(len(self.bank) - 1):
-            here, root = e[:, p], self.roots[p, p + 1 :]
-            twice = torch.addcdiv(root, here[:, None] - e[:, p + 1 :], root).clamp_(min=0)
+            own, root = e[:, p], self.roots[p, p + 1 :]
+            twice = torch.addcdiv(root, own[:, None] - e[:, p + 1 :], root).clamp_(min=0)
             y = 0.5 * torch.minimum(twice, 2 * root).amax(1)
-            error = here - y * y
+            error = own - y * y
             better = error < best
             best = torch.where(better, error, best)
             first = torch.where(better, p, first)
@@ -193,8 +195,8 @@ class Mixer:
 
 
 def round_weights(indices: Tensor, weights: Tensor, denominator: int) -> tuple[Tensor, Tensor]:
-    """Heaviest first; the others as multiples of 1 / denominator below 1/2, none above the first, which takes the
-    rest."""
+    """Return the codes with the heaviest vector first; the other weights as multiples of 1 / denominator below 1/2,
+    none above the first, which takes the rest."""
     order = weights.argsort(dim=1, descending=True, stable=True)
     indices, weights = indices.gather(1, order), weights.gather(1, order)
     units = (weights[:, 1:] * denominator).round_().clamp_(max=denominator // 2 - 1)
@@ -211,8 +213,8 @@ def round_weights(indices: Tensor, weights: Tensor, denominator: int) -> tuple[T
 def beam_search(
     x: Tensor, bank: Tensor, gains: Tensor, previous: Tensor, beam: int, weight: Tensor | None = None
 ) -> Tensor:
-    """Indices (n, passes) with sum_p gains[:, p] * bank[index p] near x (n, b); never worse than `previous`. `weight`
-    (n, b): how much the squared error of each number counts.
+    """Return indices (n, passes) with sum_p gains[:, p] * bank[index p] near x (n, b); never worse than `previous`.
+    `weight` (n, b): how much the squared error of each number counts.
 
     Keeps the `beam` best partial sums after each pass. Coding greedily, pass after pass, has up to half more error.
     """
@@ -225,14 +227,14 @@ def beam_search(
     for start in range(0, len(x), step):
         part = slice(start, min(start + step, len(x)))
         left, gain = x[part][:, None, :], gains[part]
-        some = None if weight is None else weight[part]
-        sizes = squares if some is None else (some @ (bank * bank).T)[:, None, :]
-        error = _size(x[part], some)[:, None]
+        counted = None if weight is None else weight[part]
+        sizes = squares if counted is None else (counted @ (bank * bank).T)[:, None, :]
+        error = _size(x[part], counted)[:, None]
         codes = torch.zeros((len(left), 1, 0), dtype=torch.int64, device=x.device)
         for p in range(depth):
             g = gain[:, p, None, None]
-            seen = left if some is None else left * some[:, None, :]
-            scores = torch.matmul(seen, bank.T).mul_(-2 * g).add_(g * g * sizes).add_(error[:, :, None]).flatten(1)
+            weighed = left if counted is None else left * counted[:, None, :]
+            scores = torch.matmul(weighed, bank.T).mul_(-2 * g).add_(g * g * sizes).add_(error[:, :, None]).flatten(1)
             if p == depth - 1:
                 error, best = scores.min(1, keepdim=True)
             else:
@@ -241,7 +243,7 @@ def beam_search(
             codes = torch.cat([codes.gather(1, parent[:, :, None].expand(-1, -1, p)), code[:, :, None]], 2)
             left = left.gather(1, parent[:, :, None].expand(-1, -1, x.shape[1])) - g * bank[code]
         old = x[part] - (gain[:, :, None] * bank[previous[part]]).sum(1)
-        better = _size(left[:, 0], some) < _size(old, some)
+        better = _size(left[:, 0], counted) < _size(old, counted)
         result[part] = torch.where(better[:, None], codes[:, 0], previous[part])
     return result
 

@@ -49,20 +49,21 @@ class TrainableBank(TrainableAdapter):
         return bank * self.stored("scales")[:, None] if "scales" in self.specs else bank
 
     def values(self) -> dict[str, Tensor]:
-        """Where codes move, a bank with one vector for each code: what the codes choose, with the latents' gradient."""
-        found = super().values()
+        """Return, where codes move, a bank with one vector for each code: the chosen one, with the latents'
+        gradient."""
+        values = super().values()
         if not self.moves:
-            return found
+            return values
         vectors = self._bank()[self.chosen]
-        found["bank"] = vectors + fake_quant.through(self.latents * self.unit_latents, torch.zeros_like(vectors))
-        found["indices"] = torch.arange(len(vectors), device=vectors.device)[:, None]
+        values["bank"] = vectors + fake_quant.through(self.latents * self.unit_latents, torch.zeros_like(vectors))
+        values["indices"] = torch.arange(len(vectors), device=vectors.device)[:, None]
         if "scales" in self.specs:
-            found["scales"] = vectors.new_ones(len(vectors))
-        return found
+            values["scales"] = vectors.new_ones(len(vectors))
+        return values
 
     def groups(self) -> list[dict[str, Any]]:
-        found = super().groups()
-        return [*found, {"params": [self.latents], "lr": self.rates.latents}] if self.moves else found
+        latents = [{"params": [self.latents], "lr": self.rates.latents}] if self.moves else []
+        return [*super().groups(), *latents]
 
     def warm_start_latents(self, pairs: Sequence[LoraTarget]) -> None:
         super().warm_start_latents(pairs)
@@ -72,11 +73,11 @@ class TrainableBank(TrainableAdapter):
         with torch.no_grad():
             bank = self._bank()
             chosen = bank[self.chosen]
-            way = torch.ones(len(chosen), 1, device=chosen.device)
-            for last in (False,) * _HALVINGS + (True,):
-                there = nearest(chosen + way * shift, bank, self.chosen)
-                way = torch.where((there == self.chosen)[:, None], way, way * (0.0 if last else 0.5))
-            self.latents.copy_((chosen + way * shift) / self.unit_latents)
+            share = torch.ones(len(chosen), 1, device=chosen.device)  # of the shift that leaves the code as it is
+            for factor in (*(0.5,) * _HALVINGS, 0.0):
+                codes = nearest(chosen + share * shift, bank, self.chosen)
+                share = torch.where((codes == self.chosen)[:, None], share, share * factor)
+            self.latents.copy_((chosen + share * shift) / self.unit_latents)
 
     @torch.no_grad()
     def clamp_latents(self) -> None:
@@ -88,20 +89,18 @@ class TrainableBank(TrainableAdapter):
 
     @torch.no_grad()
     def tensors(self) -> dict[str, Array]:
-        found = super().tensors()
+        tensors = super().tensors()
         if self.moves:
-            found["indices"] = self.chosen.cpu().numpy().astype(np.uint32)[:, None]
-        return found
+            tensors["indices"] = self.chosen.cpu().numpy().astype(np.uint32)[:, None]
+        return tensors
 
 
 def nearest(x: Tensor, bank: Tensor, before: Tensor) -> Tensor:
-    """The vector of `bank` (h, b) nearest to each x (n, b), int64 (n,); `before` where that is as near."""
+    """Return which vector of `bank` (h, b) is nearest to each x (n, b), int64 (n,); `before` where that is as near."""
     squares = bank.square().sum(1)
-    found = torch.empty_like(before)
-    step = max(1, _CHUNK // len(bank))
-    for start in range(0, len(x), step):
-        some, old = x[start : start + step], before[start : start + step]
-        scores = torch.addmm(squares, some, bank.T, alpha=-2)
+    codes = []
+    for part, old in zip(*(t.split(max(1, _CHUNK // len(bank))) for t in (x, before)), strict=True):
+        scores = torch.addmm(squares, part, bank.T, alpha=-2)
         least, place = scores.min(1)
-        found[start : start + step] = torch.where(scores.gather(1, old[:, None])[:, 0] <= least, old, place)
-    return found
+        codes.append(torch.where(scores.gather(1, old[:, None])[:, 0] <= least, old, place))
+    return torch.cat(codes)
