@@ -52,6 +52,11 @@ def convert(
 
     Raises E-BUDGET (with the smallest possible size), E-OPTION, E-EMPTY, E-BASE, E-ORIENT, E-STATS, E-FPR,
     E-IO-CHANGED.
+
+    >>> from lrconvert import demo, load_lora
+    >>> result = convert(load_lora(demo.ADAPTER), "lowrank", target_ratio=20)
+    >>> result.ratio >= 20
+    True
     """
     settled = take(ConvertOptions, options, more, "convert").resolved()
     return conversion.convert(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lrconvert.api.shared import AnyPath
+from lrconvert.api.shared import AnyPath, refuse_rest, take_reading
 from lrconvert.formats import loading
+from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 
 if TYPE_CHECKING:
@@ -26,21 +27,22 @@ def attach(
     dtype: torch.dtype | None = None,
     trainable: bool = False,
     base: AnyPath | None = None,
-    allow_pickle: bool = False,
-    layout: str | None = None,
-    alpha: float | None = None,
+    **more: Any,
 ) -> AttachedAdapter:
     """Put an adapter (lrconvert file, LoRA folder, or loaded) on a live torch model, unmerged, beside those it has.
 
     Its numbers are held in `dtype` (float32 without it), in a module of their own that is returned; `trainable` takes
-    their gradients. Heads, biases and token rows are installed. `base` (the model's folder), `layout` and `alpha` are
-    those of `load`. Raises E-ATTACH, E-BASE, E-PLACE; the model is untouched then.
+    their gradients. Heads, biases and token rows are installed. `base` (the model's folder), and `more`
+    (`allow_pickle`, `layout`, `alpha`), are those of `load`. Raises E-ATTACH, E-BASE, E-PLACE; the model is untouched
+    then.
     """
     import torch
 
     from lrconvert.live import attach as attaching
 
-    loaded = loading.adapter(adapter, loading.options(allow_pickle, base, layout, alpha))
+    reading = take_reading(more, base)
+    refuse_rest(more, "attach", ReadOptions)
+    loaded = loading.adapter(adapter, reading)
     return attaching.attach(model, loaded, name=name, scale=scale, dtype=dtype or torch.float32, trainable=trainable)
 
 
@@ -59,7 +61,7 @@ def set_active(model: nn.Module, names: str | Sequence[str]) -> None:
 
 
 def disabled(model: nn.Module) -> AbstractContextManager[None]:
-    """A context in which a live model computes without its adapters."""
+    """Return a context in which a live model computes without its adapters."""
     from lrconvert.live import attach as attaching
 
     return attaching.disabled(model)

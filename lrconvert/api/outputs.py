@@ -59,7 +59,7 @@ def export(
         fidelity = fidelity_report.fidelity_on(loading.lora(source, reading), compact, None, reading.base)
     check_output(hub.output(out), overwrite, directory=True)
     config = None if reading.base is None else exporters.base_config(reading.base)
-    files = exporter.files(compact, replace(options, base_config=config), fidelity)
+    files = exporter.folder(compact, replace(options, base_config=config), fidelity)
     with atomic_directory(Path(out), overwrite=overwrite) as folder:
         for name, chunks in files.items():
             with folder.create(name) as handle:
