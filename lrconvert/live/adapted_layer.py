@@ -68,7 +68,7 @@ class AdaptedLayer(nn.Module):
         return y
 
     def _change(self, update: Update, x: Tensor, own: Tensor) -> Tensor:
-        """What an update adds to the output `own` of the layer itself."""
+        """Return the change that an update makes to the output `own` of the layer itself."""
         if update.source.needs_base:
             dense = dense_update(update, dense_weight(self.base_layer))
             change = _dense_product(self.base_layer, update.target, x, dense)
@@ -139,7 +139,7 @@ def _embedded(layer: nn.Embedding, x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _among_outputs(change: Tensor, target: Target) -> Tensor:
-    """What a target adds, spread over all outputs of its layer: a slice of a fused one has some of them."""
+    """Spread the outputs of a target over all those of its layer: a slice of a fused one has a part of them."""
     if target.view.kind != "rows":
         return change
     start, stop = (int(n) for n in target.view.text.split(":")[1:])

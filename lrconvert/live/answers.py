@@ -1,4 +1,4 @@
-"""What a model answers, as rows, and how far the answers of one are from those of another."""
+"""Answers of models as rows, and the distance between those of two."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TINY = 1e-30
 
 @dataclass(frozen=True, eq=False)
 class Outputs:
-    """What a model answers at the places that count: `rows` (items, classes) of logits, or of hidden states where a
+    """Answers of a model at the places that count: `rows` (items, classes) of logits, or of hidden states where a
     model has no logits; the hidden states of all layers, (tokens, width) each, if they were asked for."""
 
     rows: Tensor
@@ -79,10 +79,12 @@ class AnswerSums:
 
     @property
     def mean(self) -> float:
+        """The mean distance of an item."""
         return self.distance / max(1, self.items)
 
     @property
     def agreement(self) -> float:
+        """The share of items with the same first choice."""
         return self.agreed / max(1, self.items)
 
     @property

@@ -49,7 +49,7 @@ def attach(
     their gradients are taken. Heads, biases and token rows that it carries are installed, frozen. Raises E-ATTACH (the
     name is taken, a layer of another kind), E-BASE (a target is not in the model, or has another shape), E-PLACE.
     """
-    state = _attachments(model) or Attachments(model)
+    state = _attachments(model)
     if name in state.adapters or not name.isidentifier():
         what = "is taken" if name in state.adapters else "is no identifier"
         raise AttachError(f"the name {name!r} {what}", fix="attach it under another name, or detach the other first")
@@ -73,18 +73,18 @@ def attach(
 def detach(model: nn.Module, name: str | None = None) -> None:
     """Take the adapter `name`, or all, off a model. With the last one the model is the object it was: every module in
     its place, every bit of its parameters. Raises E-ATTACH for a name that it does not have."""
-    state = _attachments(model) or Attachments(model)
+    state = _attachments(model)
     if name is not None:
         state.check([name])
     for gone in list(state.adapters) if name is None else [name]:
         state.remove(gone)
-    if not state.adapters and _attachments(model) is not None:
+    if not state.adapters and getattr(model, _STATE, None) is state:
         delattr(model, _STATE)
 
 
 def set_active(model: nn.Module, names: str | Sequence[str]) -> None:
     """Make these adapters the active ones; their updates add up. Raises E-ATTACH."""
-    state = _attachments(model) or Attachments(model)
+    state = _attachments(model)
     wanted = (names,) if isinstance(names, str) else tuple(names)
     state.check(wanted)
     state.activate(wanted)
@@ -92,14 +92,12 @@ def set_active(model: nn.Module, names: str | Sequence[str]) -> None:
 
 def attached(model: nn.Module) -> tuple[str, ...]:
     """Return the names of all adapters that are on a model."""
-    state = _attachments(model)
-    return () if state is None else tuple(state.adapters)
+    return tuple(_attachments(model).adapters)
 
 
 def active(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the adapters that a model computes with."""
-    state = _attachments(model)
-    return () if state is None else state.active.names
+    return _attachments(model).active.names
 
 
 @contextmanager
@@ -133,26 +131,25 @@ def temporarily(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[N
 def layers_of(model: nn.Module, name: str) -> dict[int, AdaptedLayer]:
     """Return the layers that the adapter `name` updates, by the number of the target in it; stacks of experts are
     none."""
-    state = _attachments(model) or Attachments(model)
-    return {u.which: layer for layer in state.layers.values() for u in layer.updates if u.name == name}
+    layers = _attachments(model).layers.values()
+    return {update.which: layer for layer in layers for update in layer.updates if update.name == name}
 
 
 def replaced(model: nn.Module, name: str, extras: Sequence[ExtraTensor]) -> list[tuple[ExtraTensor, nn.Parameter]]:
     """Return those `extras` of the adapter `name` that take the place of parameters, each with its parameter, which
     holds its values while the adapter is active."""
-    state = _attachments(model) or Attachments(model)
-    swaps = state.replaced.get(name, [])
+    swaps = _attachments(model).replaced.get(name, [])
     return list(zip([e for e in extras if e.use == "replace"], [p for p, _ in swaps], strict=True))
 
 
 # --- a model's adapters ---------------------------------------------------------------------------------------------
 
 
-def _attachments(model: nn.Module) -> Attachments | None:
-    """The adapters of a model, None without any: an attribute, so that they are copied and pickled with it. A wrapper
-    that passes on the attributes of the model in it has none of its own."""
+def _attachments(model: nn.Module) -> Attachments:
+    """The adapters of a model, new ones that are not stored without any. They are stored as an attribute, so that they
+    are copied and pickled with it; a wrapper that passes on the attributes of the model in it has none of its own."""
     state = getattr(model, _STATE, None)
-    return state if isinstance(state, Attachments) and state.model is model else None
+    return state if isinstance(state, Attachments) and state.model is model else Attachments(model)
 
 
 @dataclass(eq=False, repr=False)

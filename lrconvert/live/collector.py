@@ -23,7 +23,7 @@ Key = tuple[str, int | None]  # a parameter, and which expert of it
 
 @dataclass(frozen=True)
 class Settings:
-    """How moments are kept: exact up to `exact_width`, sketches of `rank` above; `seed` draws these."""
+    """Forms of moments: exact up to `exact_width`, sketches of `rank` above; `seed` draws these."""
 
     exact_width: int = EXACT_WIDTH
     rank: int = SKETCH_RANK

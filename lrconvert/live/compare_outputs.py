@@ -1,4 +1,4 @@
-"""What adapters do to a model's outputs, on data: each layer's error, the distance of the answers, agreement.
+"""The effect of adapters on a model's outputs, on data: each layer's error, the distance of the answers, agreement.
 
 Teacher (base + LoRA) and students (base + compact adapter) share one copy of the base. The teacher's layers say what
 flows into each target; what a student's update would add there instead is exact for any width: the inputs are only seen
@@ -7,8 +7,8 @@ through the rows of A, so that a Gram matrix of a few dozen rows holds all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,12 +64,12 @@ def measure(
     named = {f"student_{n}": student for n, student in enumerate(students)}
     before = attach.active(model)
     with evaluating(model), attach.temporarily(model, {_TEACHER: teacher, **named}), torch.no_grad():
-        inputs = _Inputs.of(model, teacher, named)
+        targets = _target_inputs(model, teacher, named)
         sums = [AnswerSums() for _ in range(len(students) + 1)]
         for batch in batches:
             moved = on_device(batch, device)
             attach.set_active(model, (*before, _TEACHER))
-            with inputs.watching(moved, model):
+            with _watching(targets, masks_of(model, moved)):
                 goal = _outputs(model, moved)
             for names, total in zip([*((name,) for name in named), ()], sums, strict=True):
                 attach.set_active(model, (*before, *names))
@@ -78,7 +78,9 @@ def measure(
     base = sums[-1]
     if base.items == 0:
         raise DataError("there is no output to compare", fix="is the data empty?")
-    return Measured(tuple(s.answers(base) for s in sums[:-1]), inputs.errors())
+    errors = {target.which: target.errors() for target in targets}
+    by_student = tuple({which: pairs[n] for which, pairs in errors.items()} for n in range(len(students)))
+    return Measured(tuple(s.answers(base) for s in sums[:-1]), by_student)
 
 
 def _outputs(model: nn.Module, batch: Batch) -> Outputs:
@@ -131,67 +133,51 @@ class _TargetInput:
         ]
 
 
-@dataclass(eq=False)
-class _Inputs:
-    """The targets that are layers of their own (experts are not), and what flows into them."""
+def _target_inputs(
+    model: nn.Module, teacher: LoraAdapter, students: Mapping[str, CompactAdapter]
+) -> list[_TargetInput]:
+    """The targets that are layers of their own (experts are not); `students` by the names they are attached under."""
+    layers = attach.layers_of(model, _TEACHER)
+    device = next(iter(model.parameters())).device
+    dense = {n: name for n, (name, student) in enumerate(students.items()) if methods.needs_base(student)}
+    factors = [
+        {} if n in dense else {target_key(t): (a, b) for t, a, b in methods.expand_all(student)}
+        for n, student in enumerate(students.values())
+    ]
+    targets = []
+    for n, layer in sorted(layers.items()):
+        pair = teacher.targets[n]
+        key = target_key(pair.target)
+        pairs = [table.get(key) for table in factors]
+        stacked: list[Array] = [pair.A, *(ab[0] for ab in pairs if ab is not None)]
+        rows = torch.from_numpy(np.concatenate(stacked).astype(np.float32)).to(device)
+        own = _spread(pair.scale * pair.B.astype(np.float64), 0, len(rows))
+        left, at = [own], pair.rank
+        for ab in pairs:
+            left.append(own if ab is None else own - _spread(ab[1].astype(np.float64), at, len(rows)))
+            at += 0 if ab is None else ab[0].shape[0]
+        updates = {
+            m: update
+            for m, name in dense.items()
+            for update in layer.updates
+            if update.name == name and target_key(update.target) == key
+        }
+        gram = np.zeros((len(rows), len(rows)))
+        targets.append(_TargetInput(n, layer, rows, left, gram, updates, dict.fromkeys(updates, 0.0)))
+    return targets
 
-    targets: list[_TargetInput]
-    students: int
 
-    @classmethod
-    def of(cls, model: nn.Module, teacher: LoraAdapter, students: Mapping[str, CompactAdapter]) -> _Inputs:
-        """`students` by the names that they are attached under."""
-        layers = attach.layers_of(model, _TEACHER)
-        device = next(iter(model.parameters())).device
-        dense = {n: name for n, (name, student) in enumerate(students.items()) if methods.needs_base(student)}
-        factors = [
-            {} if n in dense else {target_key(t): (a, b) for t, a, b in methods.expand_all(student)}
-            for n, student in enumerate(students.values())
-        ]
-        targets = []
-        for n, pair in enumerate(teacher.targets):
-            layer = layers.get(n)
-            if layer is None:
-                continue
-            key = target_key(pair.target)
-            pairs = [table.get(key) for table in factors]
-            stacked: list[Array] = [pair.A, *(ab[0] for ab in pairs if ab is not None)]
-            rows = torch.from_numpy(np.concatenate(stacked).astype(np.float32)).to(device)
-            own = pair.scale * pair.B.astype(np.float64)
-            left = [_spread(own, 0, len(rows))]
-            at = pair.rank
-            for ab in pairs:
-                error = _spread(own, 0, len(rows))
-                if ab is not None:
-                    error -= _spread(ab[1].astype(np.float64), at, len(rows))
-                    at += ab[0].shape[0]
-                left.append(error)
-            updates = {
-                m: update
-                for m, name in dense.items()
-                for update in layer.updates
-                if update.name == name and target_key(update.target) == key
-            }
-            gram = np.zeros((len(rows), len(rows)))
-            targets.append(_TargetInput(n, layer, rows, left, gram, updates, dict.fromkeys(updates, 0.0)))
-        return cls(targets, len(students))
-
-    def watching(self, batch: Batch, model: nn.Module) -> ExitStack:
-        """While the context lasts, what flows into the targets is counted."""
-        stack = ExitStack()
-        masks = masks_of(model, batch)
-        for target in self.targets:
+@contextmanager
+def _watching(targets: Iterable[_TargetInput], masks: Iterable[Tensor]) -> Iterator[None]:
+    """While the context lasts, what flows into the targets is counted."""
+    with ExitStack() as stack:
+        for target in targets:
 
             def count(module: Any, arguments: Any, named: Any, target: _TargetInput = target) -> None:
                 target.add(rows_of(target.layer.base_layer, first_input(arguments, named), masks))
 
             stack.callback(target.layer.register_forward_pre_hook(count, with_kwargs=True).remove)
-        return stack
-
-    def errors(self) -> tuple[dict[int, tuple[float, float]], ...]:
-        """The errors of each student by the number of the target."""
-        errors = {target.which: target.errors() for target in self.targets}
-        return tuple({which: pairs[n] for which, pairs in errors.items()} for n in range(self.students))
+        yield
 
 
 def _spread(b: F64, at: int, width: int) -> F64:

@@ -1,10 +1,10 @@
-"""What the layers of a live model multiply their weights with, and which tokens of it are real."""
+"""Inputs that the layers of a live model multiply their weights with, and which tokens of them are real."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,7 @@ def masks_of(model: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
     return tuple(mask for mask in masks if not bool(mask.all()))
 
 
-def _is_mask(value: Any) -> bool:
+def _is_mask(value: Any) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.dim() == 2
 
 

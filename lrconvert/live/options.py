@@ -9,7 +9,7 @@ from lrconvert.core.options import option
 
 @dataclass(frozen=True)
 class StatisticsOptions:
-    """Which inputs are measured, and how.
+    """The choice of inputs, and the form of their statistics.
 
     Texts are cut to `length` tokens, `batch_tokens` of them at a time, `max_tokens` in all (0: everything). Inputs
     wider than `exact_width` keep a sketch of `rank` rows. Unfinished work is kept every `checkpoint_seconds`.
@@ -30,8 +30,8 @@ class StatisticsOptions:
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """How much data adapters are compared on: texts of at most `length` tokens, `batch_tokens` at a time, `max_tokens`
-    in all (0: everything)."""
+    """The amount of data that adapters are compared on: texts of at most `length` tokens, `batch_tokens` at a time,
+    `max_tokens` in all (0: everything)."""
 
     length: int = option(512, "Tokens of a text, at most.", least=1)
     max_tokens: int = option(1 << 15, "Tokens in all; 0: all.", least=0)

@@ -127,7 +127,7 @@ def _tokenized(text: Text, tokenizer: Any, kind: str, length: int, classes: Mapp
 
 
 def _common_start(whole: tuple[int, ...], prompt: tuple[int, ...]) -> int:
-    """How many tokens of a prompt begin the whole text: a token may reach over its end."""
+    """Count the tokens of a prompt that begin the whole text: a token may reach over its end."""
     count = 0
     while count < min(len(whole), len(prompt)) and whole[count] == prompt[count]:
         count += 1
@@ -145,7 +145,7 @@ def _class(label: str | None, classes: Mapping[str, int]) -> int | None:
 
 @dataclass(frozen=True)
 class Packing:
-    """How texts become batches: `kind` decoder, encoder, or encoder-decoder; tokens of a block (or at most of a text),
+    """The form of batches: `kind` decoder, encoder, or encoder-decoder; tokens of a block (or at most of a text),
     of a batch, and at most of everything (0: no limit)."""
 
     kind: str

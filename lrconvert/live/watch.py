@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lrconvert.core.errors import StatisticsError
-from lrconvert.live.collector import Collector
+from lrconvert.live.collector import Collector, Key
 from lrconvert.live.layer_inputs import expert_stacks, known_layers
 from lrconvert.live.load_model import evaluating
 
@@ -33,30 +33,22 @@ def watched(model: nn.Module, collector: Collector, wanted: Iterable[str] | None
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         for name, layer in layers.items():
-            stack.enter_context(_hooked(layer, name, collector))
+
+            def count(module: Any, arguments: Any, named: Any, key: Key = (name, None)) -> None:
+                collector.add_layer(key, module, first_input(arguments, named))
+
+            stack.callback(layer.register_forward_pre_hook(count, with_kwargs=True).remove)
         if stacks:
             stack.enter_context(_one_by_one(model))
             for module in dict.fromkeys(stacks.values()):
                 names = {name.rpartition(".")[2]: name for name, owner in stacks.items() if owner is module}
-                stack.enter_context(_experts_hooked(module, names, collector))
+                _hook_experts(module, names, collector, stack)
         yield (*layers, *stacks)
 
 
 def first_input(arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
     """Return the first input of a forward pass, by place or by name."""
     return arguments[0] if arguments else next(iter(named.values()))
-
-
-@contextmanager
-def _hooked(layer: nn.Module, name: str, collector: Collector) -> Iterator[None]:
-    def count(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        collector.add_layer((name, None), module, first_input(arguments, named))
-
-    handle = layer.register_forward_pre_hook(count, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 # --- experts --------------------------------------------------------------------------------------------------------
@@ -108,7 +100,7 @@ class _ProductsOfExperts(TorchFunctionMode):
 
 
 def _entry(weight: Any, stack: Tensor) -> int | None:
-    """Which entry of a stack a weight is a view of, or None."""
+    """Return the number of the entry of a stack that a weight is a view of, or None."""
     if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.device != stack.device:
         return None
     if weight.untyped_storage().data_ptr() != stack.untyped_storage().data_ptr():
@@ -117,23 +109,19 @@ def _entry(weight: Any, stack: Tensor) -> int | None:
     return place if 0 <= place < len(stack) and sorted(weight.shape) == sorted(stack.shape[1:]) else None
 
 
-@contextmanager
-def _experts_hooked(module: nn.Module, names: Mapping[str, str], collector: Collector) -> Iterator[None]:
-    """Watch the products of a module's stacks; `names` of these by their attribute."""
+def _hook_experts(module: nn.Module, names: Mapping[str, str], collector: Collector, stack: ExitStack) -> None:
+    """Watch the products of a module's stacks until `stack` is closed; `names` of the stacks by their attribute."""
     modes: list[_ProductsOfExperts] = []
 
     def enter(owner: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         values = [*arguments, *named.values()]
         routed = next((v for v in values if isinstance(v, Tensor) and v.dim() == 2 and not v.is_floating_point()), None)
         stacks = {name: getattr(owner, leaf) for leaf, name in names.items()}
-        mode = _ProductsOfExperts(stacks, collector, routed)
-        mode.__enter__()  # type: ignore[no-untyped-call]
-        modes.append(mode)
+        modes.append(_ProductsOfExperts(stacks, collector, routed))
+        modes[-1].__enter__()  # type: ignore[no-untyped-call]
 
     def leave(owner: nn.Module, arguments: Any, output: Any) -> None:
         modes.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
-    with ExitStack() as handles:
-        handles.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-        handles.callback(module.register_forward_hook(leave, always_call=True).remove)
-        yield
+    stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+    stack.callback(module.register_forward_hook(leave, always_call=True).remove)

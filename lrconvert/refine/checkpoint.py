@@ -20,8 +20,8 @@ _DTYPES = {"float32": "F32", "float64": "F64", "int64": "I64", "uint32": "U32", 
 
 @dataclass
 class State:
-    """Where a refinement is: steps done, the next batch (epoch and place in it), seconds spent, into how many parts a
-    batch is cut, what all rates are multiplied with, how often it was restarted from the best, steps in a row with a
+    """The state of a refinement: steps done, the next batch (epoch and place in it), seconds spent, into how many parts
+    a batch is cut, what all rates are multiplied with, how often it was restarted from the best, steps in a row with a
     loss or gradient that is NaN or infinite, evaluations without a gain; and the best so far: its step, distance and
     agreement; whether it began with the outcome of stage one. The names are those of a checkpoint."""
 

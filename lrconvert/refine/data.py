@@ -1,4 +1,4 @@
-"""What a refinement reads: texts or model inputs, split into what is trained on and what is held out.
+"""Data of a refinement: texts or model inputs, split into a part to train on and one that is held out.
 
 A decoder reads running text in blocks of equal length; examples are batched with others of about their length, so that
 little is padding. Of prompt and completion only the completion counts. Which batches come when is a pure function of
@@ -147,7 +147,7 @@ def examples(
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """What is trained on, what is held out, and the digest of all."""
+    """The data to train on, the data that is held out, and the digest of all."""
 
     train: Pool
     held_out: Pool

@@ -21,6 +21,7 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
+        """True for the process that writes files."""
         return self.rank == 0
 
     def add(self, tensors: Sequence[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""How far answers are from the teacher's on held-out data, measured as `compare_outputs` does."""
+"""The distance of answers from the teacher's on held-out data, measured as `compare_outputs` does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a student's answers are from its teacher's: KL of the logits, the error of hidden states, the task's loss.
+"""The loss of a student: KL of the logits from its teacher's, the error of hidden states, the task's own loss.
 
 All distances are shares of what the teacher's update does: 1 is the base without an adapter, 0 the teacher. So the
 parts of the loss have one scale, whatever the model.
@@ -24,7 +24,7 @@ TOP_K = 1024  # logits of a teacher that are compared one by one; what the rest 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What a model is given, and what counts of what it answers. `scored`: which places of the outputs count, bool in
+    """Inputs of a model, and what counts of its answers. `scored`: which places of the outputs count, bool in
     the shape of the logits less their last dimension, None for all. `labels`: classes in that shape, -100 where there
     is none; None without a task's answers. `by_place`: answers are of places (tokens), else of rows."""
 
@@ -35,7 +35,7 @@ class Batch:
 
     @property
     def rows(self) -> int:
-        """How many rows its tensors have in common; 1 if they do not, and nothing can be cut."""
+        """The number of rows that its tensors have in common; 1 if they differ, and nothing can be cut."""
         counts = {len(v) for v in self.inputs.values() if isinstance(v, Tensor) and v.dim()}
         return counts.pop() if len(counts) == 1 else 1
 

@@ -39,7 +39,7 @@ from lrconvert.refine.attached_student import NAME, AttachedStudent
 from lrconvert.refine.rank_exchange import Offer
 from lrconvert.refine.refine import Refinement
 from lrconvert.refine.run import RefineRun, WriteState
-from lrconvert.refine.session import Progress, open_session
+from lrconvert.refine.session import Progress, open_session, part
 from lrconvert.refine.settings import Settings
 from lrconvert.refine.trainer import Trainer
 
@@ -84,20 +84,19 @@ class Rounds:
     moves: list[Move] = field(default_factory=list)
 
     def __call__(self, trainer: Trainer, write: WriteState, progress: Progress) -> Trainer:
-        steps, reached = trainer.settings.steps, [_reached(trainer)]
+        steps, reached = trainer.settings.steps, [(trainer.best, replace(trainer.state))]
         for step in sorted({round(_HALF * steps * n / self.count) for n in range(1, self.count + 1)} - {0, steps}):
             trainer.train(write, progress, until=step)
             if trainer.state.step < step:
                 break  # out of time or patience
-            reached.append(_reached(trainer))
+            reached.append((trainer.best, replace(trainer.state)))
             progress(step / steps, "which ranks move")
             trainer = self._moved(trainer)
         else:
             trainer.train(write, progress)
-        best = min([*reached, _reached(trainer)], key=lambda reached: reached.distance)
-        trainer.best = best.compact
-        trainer.state.best_step, trainer.state.best_distance = best.step, best.distance
-        trainer.state.best_agreed = best.agreed
+        trainer.best, best = min([*reached, (trainer.best, trainer.state)], key=lambda pair: pair[1].best_distance)
+        for name in ("best_step", "best_distance", "best_agreed"):
+            setattr(trainer.state, name, getattr(best, name))
         return trainer
 
     def _moved(self, trainer: Trainer) -> Trainer:
@@ -162,7 +161,7 @@ def _as_wide(arrays: Mapping[str, Array], like: Mapping[str, Array]) -> dict[str
 
 
 def _of_student(kind: str, name: str) -> str:
-    """Where a snapshot of a trainer holds the latents (``moving``) or units of a tensor."""
+    """Return the name of a tensor's latents (``moving``) or units in a snapshot of a trainer."""
     return f"now.student.{kind}_{name.replace('.', '__')}"
 
 
@@ -183,20 +182,6 @@ def scored(trial: Trial, offer: Offer, exact: int) -> tuple[F64, Array]:
         one = np.arange(len(present)) == c
         scores[c], known[c] = trial.score(present | one) - trial.score(present & ~one), True
     return scores, known
-
-
-@dataclass(frozen=True)
-class _Best:
-    compact: CompactAdapter
-    step: int
-    distance: float
-    agreed: int
-
-
-def _reached(trainer: Trainer) -> _Best:
-    state = trainer.state
-    assert trainer.best is not None
-    return _Best(trainer.best, state.best_step, state.best_distance, state.best_agreed)
 
 
 # --- the conversion -------------------------------------------------------------------------------------------------
@@ -225,8 +210,7 @@ def allocate(
             "which ranks there are is known only after training", fix="plan the first allocation, without --train-steps"
         )
     started, data = time.monotonic(), allocate_options.data
-    opening: Progress = lambda share, text: progress(0.0, text)  # noqa: E731
-    with open_session(base, lora, data, settings, device=options.device, progress=opening) as session:
+    with open_session(base, lora, data, settings, device=options.device, progress=part(progress, 0.0, 0.0)) as session:
         pool, most = session.split.train, allocate_options.max_tokens
         batches = [pool.inputs(numbers) for numbers in pool.first_batches(settings.seed, settings.batch_tokens, most)]
 
@@ -234,7 +218,7 @@ def allocate(
             session.teacher_model.activate()
             return ablation.on_trial(session.teacher_model.model, whole, batches)
 
-        chooser = Chooser(allocate_options, trial, lambda share, text: progress(_CHOOSING * share, text))
+        chooser = Chooser(allocate_options, trial, part(progress, 0.0, _CHOOSING))
         source_lora = refine.with_longest_provenance(lora)
         conversion = rank_allocation.converted(
             source_lora, options, chooser, base_content=base_content, progress=lambda share, text: None
@@ -245,7 +229,7 @@ def allocate(
         context = replace(chooser.context, base=None, progress=lambda share, text: None)
         train = Rounds(source, chooser.cut, context, batches, allocate_options.moves, allocate_options.exact)
         run = RefineRun(session, first.compact, settings, train=train)
-        result = run.run(lambda share, text: progress(_CHOOSING + (1 - _CHOOSING) * share, text))
+        result = run.run(part(progress, _CHOOSING, 1.0))
         training = refine.refinement(session, result, settings.seed, time.monotonic() - started)
     trained = {
         "compact": training.compact,

@@ -17,7 +17,7 @@ from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 from lrconvert.methods import base as methods
 from lrconvert.refine import distributed, layerwise
 from lrconvert.refine.run import RefineResult, RefineRun
-from lrconvert.refine.session import Progress, RefineSession, open_session
+from lrconvert.refine.session import Progress, RefineSession, open_session, part
 from lrconvert.refine.settings import RunOptions, Settings
 
 _LONGEST_METRICS = "hidden states -0.00000e-000 of -0.00000e-000, agreement 0.0000, 0000000000 items"
@@ -69,11 +69,11 @@ def refine(
             device=distributed.own_device(run.device),
             processes=processes,
             load_in_4bit=run.load_in_4bit,
-            progress=lambda share, text: quiet(_OPENING * share, text),
+            progress=part(quiet, 0.0, _OPENING),
         ) as session:
             log = None if run.log is None else Path(run.log)
             student = RefineRun(session, compact, settings, partial, run.resume, log)
-            result = student.run(lambda share, text: quiet(_OPENING + (1 - _OPENING) * share, text))
+            result = student.run(part(quiet, _OPENING, 1.0))
             warnings = (*teacher.warnings, *_source_warnings(compact, teacher))
             return refinement(session, result, settings.seed, time.monotonic() - started, warnings)
 

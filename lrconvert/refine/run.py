@@ -15,9 +15,9 @@ from lrconvert.live.answers import AnswerSums
 from lrconvert.lora.adapter import CompactAdapter
 from lrconvert.refine import checkpoint, layerwise, training_log
 from lrconvert.refine.attached_student import NAME, AttachedStudent
-from lrconvert.refine.session import Progress, RefineSession
+from lrconvert.refine.session import Progress, RefineSession, part
 from lrconvert.refine.settings import Settings
-from lrconvert.refine.trainer import Scale, Trainer
+from lrconvert.refine.trainer import Trainer
 
 WriteState = Callable[[checkpoint.State], None]
 _FIRST_STAGE = 0.1  # of the progress
@@ -70,21 +70,18 @@ class RefineRun:
     def _run(self, student: AttachedStudent, progress: Progress) -> RefineResult:
         settings, session, base = self.settings, self.session, self.session.base_distance
         log = training_log.to_file(self.log_to if session.teacher_model.processes.is_first else None)
-        scale = Scale(base.mean, base.sizes)
-        trainer = Trainer(session.teacher_model, student, session.split.train, session.evaluator, scale, settings, log)
+        trainer = Trainer(session.teacher_model, student, session.split.train, session.evaluator, base, settings, log)
         before = self._measured(trainer, self.compact)
         log("start", {"base": base.mean, "before": before.mean, "items": base.items, "settings": asdict(settings)})
         state = self._read_checkpoint()
         if state is None:
-            self._first_stage(trainer, before, lambda s, t: progress(_FIRST_STAGE * s, t))
+            self._first_stage(trainer, before, part(progress, 0.0, _FIRST_STAGE))
         else:
             trainer.start(self.compact, before)
             trainer.restart_from(self.compact)
             trainer.resume(state, self.compact)
         if settings.end_to_end:
-            trainer = self.train(
-                trainer, self._write_checkpoint, lambda s, t: progress(_FIRST_STAGE + (1 - _FIRST_STAGE) * s, t)
-            )
+            trainer = self.train(trainer, self._write_checkpoint, part(progress, _FIRST_STAGE, 1.0))
         assert trainer.best is not None
         state = trainer.state
         improved = trainer.best is not self.compact and state.best_distance < before.mean
@@ -123,7 +120,7 @@ class RefineRun:
     # --- checkpoints ---
 
     def _about(self) -> dict[str, Any]:
-        """What a checkpoint is of: it is of no use to other runs."""
+        """Return the identity of this run: a checkpoint of another is of no use."""
         options = {k: repr(v) for k, v in sorted(asdict(self.settings).items()) if k not in ("checkpoint_every",)}
         payload = hashlib.sha256()
         for piece in file.encode(self.compact):

@@ -1,5 +1,5 @@
-"""What all students of one teacher share: a live model with the teacher on it, data that is split, and how far the base
-without an adapter is from the teacher's answers."""
+"""Sessions, which all students of one teacher share: a live model with the teacher on it, data that is split, and the
+distance of the base without an adapter from the teacher's answers."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ from lrconvert.refine.settings import Settings
 
 Progress = Callable[[float, str], None]
 _STATISTICS_TOKENS = 1 << 16  # what layers are fitted on
+
+
+def part(progress: Progress, start: float, stop: float) -> Progress:
+    """Return the progress of a part of the work, from `start` to `stop` of the whole."""
+    return lambda share, text: progress(start + (stop - start) * share, text)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""What a user may ask of a refinement."""
+"""Options of a refinement."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where a refinement runs, and what it does with work that was broken off. `log` takes JSON lines; `load_in_4bit`
+    """The device of a refinement, its log of JSON lines, and what it does with work that was broken off; `load_in_4bit`
     quantizes the base to NF4 (bitsandbytes, CUDA)."""
 
     device: str = option("cpu", "Where the model runs.", kind="device")

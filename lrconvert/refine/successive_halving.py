@@ -20,7 +20,7 @@ from lrconvert.lora.input_statistics import InputStatistics
 from lrconvert.refine import layerwise
 from lrconvert.refine.refine import with_longest_provenance, with_provenance
 from lrconvert.refine.run import RefineResult, RefineRun
-from lrconvert.refine.session import Progress, RefineSession, open_session
+from lrconvert.refine.session import Progress, RefineSession, open_session, part
 from lrconvert.refine.settings import Settings
 
 STEPS = 32  # of the first round; every further one has twice as many
@@ -62,12 +62,8 @@ def compress(
     rules.check()
     settings.check()
     source = with_longest_provenance(lora)
-    opening: Progress = lambda share, text: progress(_OPENING * share, text)  # noqa: E731
+    opening, fitting = part(progress, 0.0, _OPENING), part(progress, _OPENING, _FITS)
     with open_session(base, lora, data, settings, device=rules.device, progress=opening) as session:
-
-        def fitting(share: float, text: str) -> None:
-            progress(_OPENING + (_FITS - _OPENING) * share, text)
-
         fitting(0.0, "inputs of the layers")
         inputs: InputStatistics | None = statistics or layerwise.teacher_statistics(session, lora, settings)
         try:
@@ -77,10 +73,7 @@ def compress(
                 raise
             inputs = None  # a layer that the data never reached
             compression = fit(source, None, fitting)
-        halving = _SuccessiveHalving(
-            session, compression, inputs, settings, lambda s, text: progress(_FITS + (1 - _FITS) * s, text)
-        )
-        return halving.run(rules)
+        return _SuccessiveHalving(session, compression, inputs, settings, part(progress, _FITS, 1.0)).run(rules)
 
 
 @dataclass(eq=False)
@@ -93,6 +86,7 @@ class _SuccessiveHalving:
     _results: dict[int, RefineResult] = field(default_factory=dict)  # by the number of a candidate, over all rounds
 
     def run(self, rules: Rules) -> Compression:
+        """Return all candidates as they are after the rounds, and the winner."""
         alive = [n for n, c in enumerate(self.fitted.candidates) if c.conversion is not None]
         rounds = max(1, (len(alive) - 1).bit_length())
         parts = rounds + (rules.steps > 0)
@@ -120,7 +114,7 @@ class _SuccessiveHalving:
         compact = candidate.conversion.compact if before is None else before.compact
         run = RefineRun(self.session, compact, settings)
         name = ", ".join([candidate.method, *(f"{k} {v}" for k, v in candidate.options.items())])
-        result = run.run(lambda done, text: self.progress(start + share * done, f"{name}: {text}"))
+        result = run.run(part(lambda done, text: self.progress(done, f"{name}: {text}"), start, start + share))
         if before is not None:
             result = replace(
                 result,

@@ -34,24 +34,16 @@ _RESTARTS = 3
 _DIVERGED = 2.0  # times as far as the base without an adapter
 
 
-@dataclass(frozen=True)
-class Scale:
-    """The size of the teacher's update on held-out data: the distance of the base's answers, and by layer the squared
-    change of hidden states."""
-
-    distance: float
-    hidden: tuple[float, ...]
-
-
 @dataclass(eq=False)
 class Trainer:
-    """The training of one student; `train` runs it to its end."""
+    """The training of one student; `train` runs it to its end. `base_distance`: how far the base without an adapter is
+    from the teacher on held-out data, which all losses are shares of."""
 
     teacher_model: TeacherModel
     student: AttachedStudent
     pool: Pool
     evaluator: Evaluator
-    scale: Scale
+    base_distance: AnswerSums
     settings: Settings
     log: Log
     state: State = field(default_factory=State)
@@ -189,9 +181,9 @@ class Trainer:
         goal = losses.goal(self.teacher_model.teacher(batch, hidden), settings.temperature)
         self.teacher_model.activate(NAME)
         answers = self.teacher_model.answers(batch, hidden)
-        loss = losses.distance(goal, answers, settings.temperature) / self.scale.distance
+        loss = losses.distance(goal, answers, settings.temperature) / self.base_distance.mean
         if hidden:
-            loss = loss + settings.hidden * losses.hidden_error(goal, answers, self.scale.hidden)
+            loss = loss + settings.hidden * losses.hidden_error(goal, answers, self.base_distance.sizes)
         if settings.task_loss:
             loss = loss + settings.task_loss * losses.task_loss(batch, answers)
         return loss
@@ -219,10 +211,10 @@ class Trainer:
 
     def _evaluate(self) -> None:
         state, sums = self.state, self.measured()
-        closed = 1 - sums.mean / self.scale.distance
+        closed = 1 - sums.mean / self.base_distance.mean
         fields = {"step": state.step, "distance": sums.mean, "agreement": sums.agreement, "closed": closed}
         self.log("held-out", {**fields, "seconds": round(state.seconds)})
-        if not math.isfinite(sums.mean) or sums.mean > _DIVERGED * self.scale.distance:
+        if not math.isfinite(sums.mean) or sums.mean > _DIVERGED * self.base_distance.mean:
             self._restart("the answers are farther off than the base's")
         elif sums.mean < state.best_distance:
             self.best = self.student.compact()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,6 +137,25 @@ def test_heads_of_several_adapters() -> None:
     assert bool((model[1].weight == 2).all())
     detach(model)
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deep", "pickle"]
+)
+def test_a_copy_has_adapters_of_its_own(copied: Any) -> None:
+    model, x = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 3)), torch.ones(2, 16)
+    plain = model(x)
+    lora = random_lora([(24, 16)])
+    lora = replace(lora, targets=(replace(lora.targets[0], target=replace(lora.targets[0].target, name="0.weight")),))
+    attach(model, lora)
+    adapted, other = model(x), copied(model)
+    assert torch.equal(other(x), adapted) and not torch.equal(adapted, plain)
+    set_active(other, ())
+    assert torch.equal(other(x), plain) and torch.equal(model(x), adapted)
+    detach(other)
+    assert torch.equal(other(x), plain) and torch.equal(model(x), adapted) and type(other[0]) is nn.Linear
+    detach(model)
+    assert torch.equal(model(x), plain)
 
 
 @pytest.mark.parametrize("method", ["lora", *methods.module_names()])
