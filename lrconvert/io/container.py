@@ -8,6 +8,8 @@ map kills the process, a short read is an error. Nothing here loads a tensor tha
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
 import re
 import stat
@@ -20,29 +22,9 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
+from lrconvert.core import errors
 from lrconvert.core.dtypes import STORAGE, Stored, itemsize
-from lrconvert.core.errors import (
-    ConfigError,
-    CoverageError,
-    DtypeError,
-    FileChangedError,
-    FileKindError,
-    FileReadError,
-    HeaderLengthError,
-    HeaderTextError,
-    JsonSyntaxError,
-    LimitError,
-    LrcError,
-    OffsetError,
-    PickleError,
-    QuantizedBaseError,
-    ShapeError,
-    ShardIndexError,
-    ShardPathError,
-    TensorNameError,
-    UnfinishedError,
-    UnknownFieldError,
-)
+from lrconvert.core.errors import LrcError
 from lrconvert.core.limits import FOREIGN, MAX_CONFIG_BYTES, MAX_INDEX_BYTES, MAX_SHARDS, Limits
 from lrconvert.io import strictjson
 
@@ -73,53 +55,53 @@ class TensorInfo:
 
 
 def open_regular(path: Path) -> tuple[int, os.stat_result]:
-    """A read-only descriptor of a regular file, and its stat. Raises E-IO-KIND for anything else, without blocking."""
+    """Return a descriptor of a regular file, to read, and its stat. Raises E-IO-KIND for anything else, never waits."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        raise FileKindError(f"cannot be opened: {error.strerror}", path=path) from None
+        raise errors.FileKindError(f"cannot be opened: {error.strerror}", path=path) from None
     info = os.fstat(descriptor)
     if not stat.S_ISREG(info.st_mode):
         os.close(descriptor)
-        raise FileKindError("is not a regular file", path=path)
+        raise errors.FileKindError("is not a regular file", path=path)
     return descriptor, info
 
 
 def pread(descriptor: int, nbytes: int, offset: int, path: Path) -> bytearray:
-    """Exactly `nbytes` from `offset`, in memory of our own. Raises E-IO-CHANGED if the file ends early."""
+    """Read exactly `nbytes` from `offset` into memory of our own. Raises E-IO-CHANGED if the file ends early."""
     buffer = bytearray(nbytes)
     view = memoryview(buffer)
     done = 0
     while done < nbytes:
         try:
-            got = os.preadv(descriptor, [view[done : done + (1 << 30)]], offset + done)
+            nread = os.preadv(descriptor, [view[done : done + (1 << 30)]], offset + done)
         except OSError as error:
-            raise FileReadError(f"cannot be read: {error.strerror}", path=path) from None
-        if got == 0:
-            raise FileChangedError("the file ended early; it changed while it was read", path=path)
-        done += got
+            raise errors.FileReadError(f"cannot be read: {error.strerror}", path=path) from None
+        if nread == 0:
+            raise errors.FileChangedError("the file ended early; it changed while it was read", path=path)
+        done += nread
     return buffer
 
 
 def read_small(path: Path, limit: int) -> bytes:
-    """The whole of a small file. Raises E-IO-KIND, or E-LIMIT if it is larger than `limit` bytes."""
+    """Read the whole of a small file. Raises E-IO-KIND, or E-LIMIT if it is larger than `limit` bytes."""
     descriptor, info = open_regular(path)
     try:
         if info.st_size > limit:
-            raise LimitError(f"the file has {info.st_size} bytes; at most {limit} are read", path=path)
+            raise errors.LimitError(f"the file has {info.st_size} bytes; at most {limit} are read", path=path)
         return bytes(pread(descriptor, info.st_size, 0, path))
     finally:
         os.close(descriptor)
 
 
 def read_json(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """A JSON object of another tool (floats and null allowed, duplicates refused)."""
+    """Read the JSON object of another tool's file (floats and null allowed, duplicates refused)."""
     try:
         value = strictjson.parse(read_small(path, limit), depth=FOREIGN.json_depth, floats=True)
     except LrcError as error:
         raise error.at(path) from None
     if not isinstance(value, dict):
-        raise JsonSyntaxError("the file does not hold a JSON object", path=path)
+        raise errors.JsonSyntaxError("the file does not hold a JSON object", path=path)
     return value
 
 
@@ -127,7 +109,7 @@ def read_json(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
 
 
 def encode_header(entries: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """Length and JSON of a safetensors header for tensors laid out in the given order, padded to 8 bytes.
+    """Return length and JSON of a safetensors header for tensors laid out in the given order, padded to 8 bytes.
 
     `entries` are (name, dtype, shape). With at most one metadata key the bytes equal those of the safetensors library
     for tensors in its order; with more, keys are sorted (the library's order is random).
@@ -140,76 +122,66 @@ def encode_header(entries: Sequence[tuple[str, str, tuple[int, ...]]], metadata:
         stop = offset + itemsize(dtype) * int(np.prod(shape, dtype=object))
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, stop]}
         offset = stop
-    text = _dump(header)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def _dump(value: Any) -> bytes:
-    import json
-
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-
-
-def _integers(value: Any, count: int | None) -> list[int]:
-    """`value` as a list of non-negative integers (booleans are not), or E-SHAPE."""
-    ok = isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
-    if not ok or (count is not None and len(value) != count):
-        raise ShapeError(f"{value!r:.60} is not a list of {'' if count is None else f'{count} '}non-negative integers")
-    return list(value)
+def _integers(value: Any, count: int | None) -> tuple[int, ...]:
+    """`value` as non-negative integers (booleans are not), or E-SHAPE."""
+    integers = isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
+    if not integers or (count is not None and len(value) != count):
+        wanted = f"{'' if count is None else f'{count} '}non-negative integers"
+        raise errors.ShapeError(f"{value!r:.60} is not a list of {wanted}")
+    return tuple(value)
 
 
 def _check_name(name: str, limits: Limits) -> None:
     if not name or len(name.encode("utf-8", "replace")) > limits.name_bytes:
-        raise TensorNameError(f"a tensor name is empty or longer than {limits.name_bytes} bytes")
+        raise errors.TensorNameError(f"a tensor name is empty or longer than {limits.name_bytes} bytes")
     if not name.isprintable():
-        raise TensorNameError(f"the tensor name {name!r} has control characters")
+        raise errors.TensorNameError(f"the tensor name {name!r} has control characters")
 
 
 def _entry(name: str, value: Any, limits: Limits) -> tuple[str, tuple[int, ...], int, int]:
     """(dtype, shape, begin, end) of one header entry, checked on its own."""
     _check_name(name, limits)
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise UnknownFieldError(f"the header entry of {name!r} does not have exactly dtype, shape, data_offsets")
+        raise errors.UnknownFieldError(f"the header entry of {name!r} does not have exactly dtype, shape, data_offsets")
     dtype = value["dtype"]
     if not isinstance(dtype, str) or dtype not in STORAGE:
-        raise DtypeError(f"tensor {name!r} has the unknown dtype {dtype!r:.40}")
+        raise errors.DtypeError(f"tensor {name!r} has the unknown dtype {dtype!r:.40}")
     shape = _integers(value["shape"], None)
     if len(shape) > limits.ndim or any(not 0 < n <= limits.dim for n in shape):
-        raise ShapeError(
-            f"tensor {name!r} has shape {shape!s:.80}; at most {limits.ndim} dimensions of 1 to {limits.dim} are read"
-        )
+        what = f"tensor {name!r} has shape {list(shape)!s:.80}"
+        raise errors.ShapeError(f"{what}; at most {limits.ndim} dimensions of 1 to {limits.dim} are read")
     begin, end = _integers(value["data_offsets"], 2)
-    count = 1
-    for n in shape:
-        count *= n
-    if end - begin != count * itemsize(dtype):
-        raise DtypeError(
-            f"tensor {name!r}: {dtype} {shape} needs {count * itemsize(dtype)} bytes, it has {end - begin}"
-        )
-    return dtype, tuple(shape), begin, end
+    nbytes = math.prod(shape) * itemsize(dtype)
+    if end - begin != nbytes:
+        raise errors.DtypeError(f"tensor {name!r}: {dtype} {list(shape)} needs {nbytes} bytes, it has {end - begin}")
+    return dtype, shape, begin, end
 
 
 def parse_header(text: bytes, data_bytes: int, limits: Limits, file: Path) -> tuple[dict[str, str], list[TensorInfo]]:
-    """Metadata and tensors (in offset order) of the header `text`, followed by `data_bytes` bytes of data.
+    """Return metadata and tensors (in offset order) of the header `text`, which `data_bytes` bytes of data follow.
 
     Raises one of our errors for every deviation; what it accepts, the safetensors library accepts too.
     """
     if not text.startswith(b"{"):
-        raise HeaderTextError("the header does not begin with '{'", fix="is this a safetensors file?")
+        raise errors.HeaderTextError("the header does not begin with '{'", fix="is this a safetensors file?")
     # A tensor has three objects and lists. Millions more would take thirty times their bytes once they are parsed.
     if text.count(b"{") + text.count(b"[") > 5 * limits.tensors:
-        raise LimitError(f"the header holds more objects and lists than {limits.tensors} tensors have")
+        raise errors.LimitError(f"the header holds more objects and lists than {limits.tensors} tensors have")
     header = strictjson.parse(text.rstrip(b" "), depth=limits.json_depth)
     if not isinstance(header, dict):
-        raise JsonSyntaxError("the header is not a JSON object")
+        raise errors.JsonSyntaxError("the header is not a JSON object")
     metadata = header.pop("__metadata__", {})
     if metadata is None and limits is FOREIGN:  # as mlx writes it, and the safetensors library reads it
         metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise JsonSyntaxError("__metadata__ is not an object of strings")
+        raise errors.JsonSyntaxError("__metadata__ is not an object of strings")
     if len(header) > limits.tensors:
-        raise LimitError(f"the header names {len(header)} tensors; at most {limits.tensors} are allowed")
+        raise errors.LimitError(f"the header names {len(header)} tensors; at most {limits.tensors} are allowed")
     start = 8 + len(text)
     tensors = []
     for name, value in header.items():
@@ -219,12 +191,11 @@ def parse_header(text: bytes, data_bytes: int, limits: Limits, file: Path) -> tu
     position = start
     for tensor in tensors:
         if tensor.start != position:
-            raise OffsetError(
-                f"tensor {tensor.name!r} begins at byte {tensor.start}, the data before it ends at {position}"
-            )
+            where = f"byte {tensor.start}, the data before it ends at {position}"
+            raise errors.OffsetError(f"tensor {tensor.name!r} begins at {where}")
         position += tensor.nbytes
     if position != start + data_bytes:
-        raise CoverageError(f"the tensors end at byte {position}, the file at {start + data_bytes}")
+        raise errors.CoverageError(f"the tensors end at byte {position}, the file at {start + data_bytes}")
     return metadata, tensors
 
 
@@ -237,20 +208,19 @@ class Appendable(Protocol):
 
 
 class OpenFile:
-    """A regular file that is open for reading, whatever its format: a context manager."""
+    """A regular file that is open for reading, whatever its format: a context manager. Raises E-IO-KIND, E-IO-READ."""
 
     path: Path
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Raises E-IO-KIND, E-IO-READ."""
         self.path = Path(path)
         self._descriptor, self._stat = open_regular(self.path)
 
     def check_unchanged(self) -> None:
-        """Raises E-IO-CHANGED if size, time or identity of the file differ from when it was opened."""
+        """Raise E-IO-CHANGED if size, time or identity of the file differ from when it was opened."""
         now, then = os.fstat(self._descriptor), self._stat
         if (now.st_size, now.st_mtime_ns, now.st_ino) != (then.st_size, then.st_mtime_ns, then.st_ino):
-            raise FileChangedError("the file changed while it was read", path=self.path)
+            raise errors.FileChangedError("the file changed while it was read", path=self.path)
 
     def close(self) -> None:
         if self._descriptor >= 0:
@@ -278,17 +248,21 @@ class ContainerFile(OpenFile):
         try:
             size = self._stat.st_size
             if size > limits.file_bytes:
-                raise LimitError(f"the file has {size} bytes; at most {limits.file_bytes} are read")
+                raise errors.LimitError(f"the file has {size} bytes; at most {limits.file_bytes} are read")
             if size < 8:
-                raise FileKindError("the file is shorter than a safetensors header", fix="was a download cut off?")
+                raise errors.FileKindError(
+                    "the file is shorter than a safetensors header", fix="was a download cut off?"
+                )
             prefix = bytes(pread(self._descriptor, 8, 0, self.path))
             length = int.from_bytes(prefix, "little")
             if prefix[:2] in (b"PK", b"\x80\x02") and length > size - 8:
-                raise PickleError("this is a pickle or a zip file, not safetensors")
+                raise errors.PickleError("this is a pickle or a zip file, not safetensors")
             if not 0 < length <= size - 8:
-                raise HeaderLengthError(f"the header claims {length} bytes; {size - 8} follow")
+                raise errors.HeaderLengthError(f"the header claims {length} bytes; {size - 8} follow")
             if length > limits.header_bytes:
-                raise HeaderLengthError(f"the header claims {length} bytes; at most {limits.header_bytes} are read")
+                raise errors.HeaderLengthError(
+                    f"the header claims {length} bytes; at most {limits.header_bytes} are read"
+                )
             text = bytes(pread(self._descriptor, length, 8, self.path))
             self.header_bytes = prefix + text
             self.metadata, tensors = parse_header(text, size - 8 - length, limits, self.path)
@@ -307,25 +281,24 @@ class ContainerFile(OpenFile):
 
     @property
     def identity(self) -> tuple[str, int, int, int]:
-        """Path, size, modification in nanoseconds and inode, as they were when the file was opened."""
+        """Return path, size, modification in nanoseconds and inode, as they were when the file was opened."""
         return str(self.path.absolute()), self._stat.st_size, self._stat.st_mtime_ns, self._stat.st_ino
 
     def read(self, info: TensorInfo, offset: int = 0, nbytes: int | None = None) -> bytearray:
-        """Bytes of a tensor of this file, or `nbytes` of them from `offset`."""
+        """Read the bytes of a tensor of this file, or `nbytes` of them from `offset`."""
         count = info.nbytes - offset if nbytes is None else nbytes
         return pread(self._descriptor, count, info.start + offset, self.path)
 
     def load(self, info: TensorInfo) -> Stored:
-        """A tensor with its stored bits."""
-        array = np.frombuffer(self.read(info), STORAGE[info.dtype]).reshape(info.shape)
-        return Stored(info.dtype, array)
+        """Read a tensor with its stored bits."""
+        return Stored(info.dtype, np.frombuffer(self.read(info), STORAGE[info.dtype]).reshape(info.shape))
 
     def copy(self, info: TensorInfo, writer: Appendable) -> None:
         """Append the bytes of a tensor to `writer`, inside the kernel where it can."""
         writer.copy(self._descriptor, info.start, info.nbytes)
 
     def fileno(self) -> int:
-        """The open descriptor, for copies inside the kernel."""
+        """Return the open descriptor, for copies inside the kernel."""
         return self._descriptor
 
 
@@ -333,8 +306,8 @@ class ContainerFile(OpenFile):
 
 
 def tensor_hasher(name: str, dtype: str, shape: Sequence[int]) -> hashlib._Hash:
-    """A sha256 that has seen name, dtype and shape (each length-prefixed, 8 bytes little endian), to be given the raw
-    bytes of the tensor."""
+    """Return a sha256 that has seen name, dtype and shape (each after its length, 8 bytes little endian) and
+    is to be given the raw bytes of the tensor."""
     digest = hashlib.sha256()
     for part in (name.encode(), dtype.encode(), b"".join(n.to_bytes(8, "little") for n in shape)):
         digest.update(len(part).to_bytes(8, "little"))
@@ -343,7 +316,7 @@ def tensor_hasher(name: str, dtype: str, shape: Sequence[int]) -> hashlib._Hash:
 
 
 def tensor_digest(name: str, dtype: str, shape: Sequence[int], chunks: Iterable[bytes | bytearray | memoryview]) -> str:
-    """sha256 over name, dtype, shape and the raw bytes of a tensor, in hex."""
+    """Return the sha256 over name, dtype, shape and the raw bytes of a tensor, in hex."""
     digest = tensor_hasher(name, dtype, shape)
     for chunk in chunks:
         digest.update(chunk)
@@ -351,7 +324,7 @@ def tensor_digest(name: str, dtype: str, shape: Sequence[int], chunks: Iterable[
 
 
 def combined_digest(entries: Iterable[tuple[str, str]]) -> str:
-    """sha256 over the sorted (name, digest) list, in hex: one name for a set of tensors."""
+    """Return the sha256 over the sorted (name, digest) list, in hex: one name for a set of tensors."""
     digest = hashlib.sha256()
     for name, value in sorted(entries):
         encoded = name.encode()
@@ -383,7 +356,7 @@ class Checkpoint:
 
     @property
     def is_derived(self) -> bool:
-        """Whether headers and configuration are others than those on the disk."""
+        """True where headers and configuration are others than those on the disk."""
         return False
 
     @cached_property
@@ -409,20 +382,20 @@ class Checkpoint:
         return tuple(file.identity for file in self.files)
 
     def known_content(self) -> KnownContent:
-        """The digest of the contents, to be given along. Raises E-IO-CHANGED if a file changed meanwhile."""
-        found = KnownContent(self.content_digest(), self._identities)
+        """Return the digest of the contents, for a later run. Raises E-IO-CHANGED if a file changed meanwhile."""
+        content = KnownContent(self.content_digest(), self._identities)
         for file in self.files:
             file.check_unchanged()
-        return found
+        return content
 
     def content_digest(self, known: KnownContent | None = None) -> str:
-        """sha256 over name, dtype, shape and bytes of every tensor; the same however the tensors are sharded.
+        """Return the sha256 over name, dtype, shape and bytes of every tensor; the same however they are sharded.
 
         With `known` nothing is read: it is that digest. Raises E-IO-CHANGED if the files are others than they were.
         """
         if known is not None:
             if known.files != self._identities:
-                raise FileChangedError("the base changed after its contents were digested", path=self.root)
+                raise errors.FileChangedError("the base changed after its contents were digested", path=self.root)
             return known.digest
         return combined_digest(
             (t.name, tensor_digest(t.name, t.dtype, t.shape, self._chunks(t))) for t in self.tensors.values()
@@ -439,7 +412,7 @@ class Checkpoint:
 
 
 def contained(root: Path, path: Path) -> bool:
-    """Whether a (possibly linked) file stays in its folder, or in the blobs of the hub cache that the folder is in."""
+    """Return true if a (possibly linked) file stays in its folder, or in the blobs of the hub cache that it lies in."""
     try:
         real_root, real = root.resolve(), path.resolve()
     except (OSError, RuntimeError):  # a link that leads to itself
@@ -457,28 +430,27 @@ def _shard_names(index: dict[str, Any], path: Path) -> list[str]:
     """File names of a shard index in sorted order. Raises E-PATH or E-INDEX-MAP."""
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ShardIndexError("the index has no weight_map", path=path)
+        raise errors.ShardIndexError("the index has no weight_map", path=path)
     names = set()
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not _SHARD.fullmatch(name):
-            raise ShardPathError(
-                f"the index sends {tensor!r} to {name!r:.80}, which is not a plain .safetensors file name", path=path
-            )
+            what = f"the index sends {tensor!r} to {name!r:.80}, which is not a plain .safetensors file name"
+            raise errors.ShardPathError(what, path=path)
         names.add(name)
     if len(names) > MAX_SHARDS:
-        raise LimitError(f"the index names {len(names)} shards; at most {MAX_SHARDS} are read", path=path)
+        raise errors.LimitError(f"the index names {len(names)} shards; at most {MAX_SHARDS} are read", path=path)
     if len({name.casefold() for name in names}) != len(names):
-        raise ShardIndexError("two shard names differ only in upper and lower case", path=path)
+        raise errors.ShardIndexError("two shard names differ only in upper and lower case", path=path)
     return sorted(names)
 
 
 def _present(path: Path) -> bool:
-    """Whether there is such a name; a link that leads nowhere is one, so that it is refused and not overlooked."""
+    """True also for a link that leads nowhere, so that it is refused and not overlooked."""
     return path.is_symlink() or path.exists()
 
 
 def quantization_name(config: Mapping[str, Any]) -> str:
-    """How a configuration says that its weights are quantized (``bitsandbytes 4 bit``, ``gptq``), or ""."""
+    """Return how a configuration says that its weights are quantized (``bitsandbytes 4 bit``, ``gptq``), or ""."""
     settings = config.get("quantization_config")
     if not settings:
         return ""
@@ -493,23 +465,23 @@ def quantization_name(config: Mapping[str, Any]) -> str:
 def _check_quantization(config: Mapping[str, Any], allowed: bool, root: Path) -> None:
     """Raise E-BASE-QUANT for a quantized base, by the name of how it is; but for bitsandbytes if that is `allowed`."""
     name = quantization_name(config)
-    known = name.startswith(_BITSANDBYTES)
-    if not name or (known and allowed):
+    is_readable = name.startswith(_BITSANDBYTES)
+    if not name or (is_readable and allowed):
         return
     advice = "use the unquantized parent of this checkpoint"
-    if known:
+    if is_readable:
         advice += ", so that the error of quantizing stays out; or pass --dequantize to merge into what it stands for"
-    raise QuantizedBaseError(f"the base is stored quantized, by {name:.60}", fix=advice, path=root)
+    raise errors.QuantizedBaseError(f"the base is stored quantized, by {name:.60}", fix=advice, path=root)
 
 
-def unfinished(root: Path) -> UnfinishedError:
-    """What to say of a model folder in which a merge or unmerge in place was broken off."""
+def unfinished(root: Path) -> errors.UnfinishedError:
+    """Return the error for a model folder in which a merge or unmerge in place was broken off."""
     what = "is between two states: a merge or unmerge in place was broken off"
-    return UnfinishedError(what, fix="run lrconvert recover, or the same command with --resume", path=root)
+    return errors.UnfinishedError(what, fix="run lrconvert recover, or the same command with --resume", path=root)
 
 
 def is_without_weights(root: Path) -> bool:
-    """Whether a folder has the configuration of a model or a pipeline, and no file of a model's weights in any form."""
+    """Return true if a folder has the configuration of a model or a pipeline, and no file of a model's weights."""
     if not ((root / "config.json").is_file() or (root / PIPELINE_NAME).is_file()):
         return False
     return not (_present(root / INDEX_NAME) or _present(root / SINGLE_NAME) or any(root.glob("pytorch_model*.bin")))
@@ -523,43 +495,22 @@ def open_checkpoint(path: str | os.PathLike[str], *, quantized: bool = False) ->
     """
     root = Path(path)
     if not root.is_dir():
-        raise FileKindError("is not a model folder", fix="give the folder that holds config.json", path=root)
+        raise errors.FileKindError("is not a model folder", fix="give the folder that holds config.json", path=root)
     if _present(root / JOURNAL / READY_NAME):
         raise unfinished(root)
     config = read_json(root / "config.json") if _present(root / "config.json") else {}
     _check_quantization(config, quantized, root)
     index_path = root / INDEX_NAME
     if not _present(index_path):
-        single = root / SINGLE_NAME
-        if not single.exists():
-            pickles = sorted(p.name for p in root.glob("pytorch_model*.bin"))
-            if pickles:
-                raise PickleError(
-                    f"the base is stored as pickles ({pickles[0]})",
-                    fix="save it again with save_pretrained(..., safe_serialization=True)",
-                    path=root,
-                )
-            raise FileKindError(f"holds neither {SINGLE_NAME} nor {INDEX_NAME}", path=root)
-        if not contained(root, single):
-            raise ShardPathError("the file is a link that leaves its folder", path=single)
-        return Checkpoint(root, config, (ContainerFile(single),), None)
+        return Checkpoint(root, config, (_single_file(root),), None)
     index = read_json(index_path, MAX_INDEX_BYTES)
     files: list[ContainerFile] = []
     try:
         for name in _shard_names(index, index_path):
-            shard = root / name
-            if not contained(root, shard):
-                raise ShardPathError("the shard is a link that leaves its folder", path=shard)
-            files.append(ContainerFile(shard))
-        found = [(info.name, file.path.name) for file in files for info in file.tensors]
-        declared = index["weight_map"]
-        if len({name for name, _ in found}) != len(found):
-            raise ShardIndexError("a tensor is stored in two shards", path=index_path)
-        wrong = sorted(name for name, file in found if declared.get(name) != file)
-        absent = sorted(set(declared) - {name for name, _ in found})
-        if wrong or absent:
-            problem = f"{wrong[0]!r} is stored elsewhere" if wrong else f"{absent[0]!r} is in no shard"
-            raise ShardIndexError(f"the index and the shards disagree: {problem}", path=index_path)
+            if not contained(root, root / name):
+                raise errors.ShardPathError("the shard is a link that leaves its folder", path=root / name)
+            files.append(ContainerFile(root / name))
+        _check_index(index["weight_map"], files, index_path)
     except BaseException:
         for file in files:
             file.close()
@@ -567,11 +518,38 @@ def open_checkpoint(path: str | os.PathLike[str], *, quantized: bool = False) ->
     return Checkpoint(root, config, tuple(files), index_path, index)
 
 
+def _single_file(root: Path) -> ContainerFile:
+    """The one weight file of a folder without an index."""
+    single = root / SINGLE_NAME
+    if not single.exists():
+        pickles = sorted(p.name for p in root.glob("pytorch_model*.bin"))
+        if pickles:
+            fix = "save it again with save_pretrained(..., safe_serialization=True)"
+            raise errors.PickleError(f"the base is stored as pickles ({pickles[0]})", fix=fix, path=root)
+        raise errors.FileKindError(f"holds neither {SINGLE_NAME} nor {INDEX_NAME}", path=root)
+    if not contained(root, single):
+        raise errors.ShardPathError("the file is a link that leaves its folder", path=single)
+    return ContainerFile(single)
+
+
+def _check_index(declared: Mapping[str, str], files: Sequence[ContainerFile], path: Path) -> None:
+    """Raise E-INDEX-MAP unless every tensor is stored once, where the index says, and none is absent."""
+    stored = [(info.name, file.path.name) for file in files for info in file.tensors]
+    names = {name for name, _ in stored}
+    if len(names) != len(stored):
+        raise errors.ShardIndexError("a tensor is stored in two shards", path=path)
+    misplaced = sorted(name for name, file in stored if declared.get(name) != file)
+    absent = sorted(set(declared) - names)
+    if misplaced or absent:
+        problem = f"{misplaced[0]!r} is stored elsewhere" if misplaced else f"{absent[0]!r} is in no shard"
+        raise errors.ShardIndexError(f"the index and the shards disagree: {problem}", path=path)
+
+
 def config_text(config: Mapping[str, Any], key: str) -> str:
-    """A string field of a foreign config, or "". Raises E-CONFIG if it has another type."""
+    """Return a string field of a foreign config, or "". Raises E-CONFIG if it has another type."""
     value = config.get(key)
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise ConfigError(f"{key} is {value!r:.60}, expected a string")
+        raise errors.ConfigError(f"{key} is {value!r:.60}, expected a string")
     return value

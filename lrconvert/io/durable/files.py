@@ -12,14 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
-from lrconvert.core.errors import (
-    DurabilityError,
-    FileChangedError,
-    FileReadError,
-    FileWriteError,
-    OutputExistsError,
-    OutputPathError,
-)
+from lrconvert.core import errors
 from lrconvert.io.durable import system
 from lrconvert.io.durable.checks import StrPath, check_output
 from lrconvert.io.durable.system import Buffer
@@ -57,7 +50,7 @@ class File:
             if keep is not None:
                 system.current.truncate(self._descriptor, keep)
         except OSError as error:
-            with suppress(FileWriteError):
+            with suppress(errors.FileWriteError):
                 self.close()
             raise not_written(error, shown) from None
 
@@ -85,9 +78,9 @@ class File:
             try:
                 chunk = os.pread(source, min(left, _COPY_BYTES), offset + nbytes - left)
             except OSError as error:
-                raise FileReadError(f"cannot be read: {error.strerror}", path=self.shown) from None
+                raise errors.FileReadError(f"cannot be read: {error.strerror}", path=self.shown) from None
             if not chunk:
-                raise FileChangedError("an input ended early; it changed while it was copied", path=self.shown)
+                raise errors.FileChangedError("an input ended early; it changed while it was copied", path=self.shown)
             left -= self.write(chunk)
 
     def _copy_in_kernel(self, source: int, offset: int, nbytes: int) -> int:
@@ -95,31 +88,27 @@ class File:
         done = 0
         while hasattr(os, "copy_file_range") and done < nbytes:
             try:
-                got = system.current.copy_range(source, self._descriptor, min(nbytes - done, 1 << 30), offset + done)
+                copied = system.current.copy_range(source, self._descriptor, min(nbytes - done, 1 << 30), offset + done)
             except OSError as error:
                 if error.errno in _NO_KERNEL_COPY:
                     break
                 raise not_written(error, self.shown) from None
-            if got == 0:
+            if copied == 0:
                 break
-            done += got
+            done += copied
         self.position += done
         return done
 
     def sync(self) -> None:
-        try:
+        with writing(self.shown):
             system.current.fsync(self._descriptor)
-        except OSError as error:
-            raise not_written(error, self.shown) from None
 
     def close(self) -> None:
         """Idempotent. An error of close is an error of writing."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
-            try:
+            with writing(self.shown):
                 system.current.close(descriptor)
-            except OSError as error:
-                raise not_written(error, self.shown) from None
 
     def __enter__(self) -> File:
         return self
@@ -133,7 +122,7 @@ class File:
             finally:
                 self.close()
         else:
-            with suppress(FileWriteError):
+            with suppress(errors.FileWriteError):
                 self.close()
 
 
@@ -144,13 +133,32 @@ def _progress(nbytes: int) -> int:
     return nbytes
 
 
-def not_written(error: OSError, path: Path) -> FileWriteError:
+def not_written(error: OSError, path: Path) -> errors.FileWriteError:
     what = f"cannot be written: {error.strerror or error}"
-    return FileWriteError(what, fix="nothing was changed; see to the cause and run it again", path=path)
+    return errors.FileWriteError(what, fix="nothing was changed; see to the cause and run it again", path=path)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn errors of the system into E-IO-WRITE on `path`, the one that the user knows."""
+    try:
+        yield
+    except OSError as error:
+        raise not_written(error, path) from None
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    """A descriptor of a file that is changed; it is closed at the end."""
+    descriptor = system.current.open(path, flags)
+    try:
+        yield descriptor
+    finally:
+        system.current.close(descriptor)
 
 
 def hidden_sibling(path: Path, suffix: str) -> Path:
-    """A name in the same folder that says whose leftover it is, should the machine stop now."""
+    """Return a name in the same folder that says whose leftover it is, should the machine stop now."""
     return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.{suffix}")
 
 
@@ -174,7 +182,7 @@ def confirm(path: Path) -> None:
         sync_folder(path.parent)
     except OSError as error:
         what = f"was written, but its folder was not synced to the disk: {error.strerror}"
-        raise DurabilityError(what, fix="check the disk, then what was written", path=path) from None
+        raise errors.DurabilityError(what, fix="check the disk, then what was written", path=path) from None
 
 
 @contextmanager
@@ -204,16 +212,10 @@ def appended(path: StrPath, data: Buffer) -> None:
     """Append to a file, which is made if it is not there: a log. Raises E-OUT-PATH, E-IO-WRITE."""
     path = Path(path)
     check_output(path, overwrite=True, directory=False)
-    try:
-        descriptor = system.current.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        try:
-            view = memoryview(data).cast("B")
-            while view:
-                view = view[_progress(system.current.write(descriptor, view)) :]
-        finally:
-            system.current.close(descriptor)
-    except OSError as error:
-        raise not_written(error, path) from None
+    with writing(path), _opened(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as descriptor:
+        view = memoryview(data).cast("B")
+        while view:
+            view = view[_progress(system.current.write(descriptor, view)) :]
 
 
 def discard(path: StrPath) -> None:
@@ -221,7 +223,7 @@ def discard(path: StrPath) -> None:
     try:
         remove(Path(path))
     except OSError as error:
-        raise FileWriteError(f"cannot be removed: {error.strerror}", path=path) from None
+        raise errors.FileWriteError(f"cannot be removed: {error.strerror}", path=path) from None
 
 
 def remove(path: Path) -> None:
@@ -247,12 +249,12 @@ def remove(path: Path) -> None:
 
 def _put_file(temporary: Path, path: Path, overwrite: bool) -> None:
     """Commit: give the file its name. Without `overwrite` a link is made, which never replaces a file."""
-    try:
+    with writing(path):
         if not overwrite:
             try:
                 system.current.link(temporary, path)
             except FileExistsError:
-                raise OutputExistsError("was created by another program meanwhile", path=path) from None
+                raise errors.OutputExistsError("was created by another program meanwhile", path=path) from None
             except OSError as error:
                 if error.errno not in _NO_LINKS:
                     raise
@@ -260,8 +262,6 @@ def _put_file(temporary: Path, path: Path, overwrite: bool) -> None:
                 return
             check_output(path, overwrite, directory=False)
         system.current.rename(temporary, path)
-    except OSError as error:
-        raise not_written(error, path) from None
 
 
 def delete_leftover(leftover: Path, path: Path) -> None:
@@ -271,26 +271,27 @@ def delete_leftover(leftover: Path, path: Path) -> None:
         remove(leftover)
     except OSError as error:
         what = f"is in place, but {leftover.name!r} beside it could not be deleted: {error.strerror}"
-        raise DurabilityError(what, fix="delete it", path=path) from None
+        raise errors.DurabilityError(what, fix="delete it", path=path) from None
 
 
 # --- changing what is there -----------------------------------------------------------------------------------------
 
 
 def check_changeable(path: Path) -> os.stat_result:
-    """The stat of a file that may be changed in place. Raises E-OUT-PATH for links, files with other names, and what is
-    no file: whoever else uses those bytes did not ask for a change."""
+    """Return the stat of a file that may be changed in place. Raises E-OUT-PATH for links, files with other names, and
+    what is no file: whoever else uses those bytes did not ask for a change."""
     try:
         info = path.lstat()
     except OSError as error:
-        raise OutputPathError(f"cannot be looked at: {error.strerror}", path=path) from None
+        raise errors.OutputPathError(f"cannot be looked at: {error.strerror}", path=path) from None
     if stat.S_ISLNK(info.st_mode):
-        raise OutputPathError("is a symbolic link, and is not changed in place", fix="write a new folder", path=path)
+        what = "is a symbolic link, and is not changed in place"
+        raise errors.OutputPathError(what, fix="write a new folder", path=path)
     if not stat.S_ISREG(info.st_mode):
-        raise OutputPathError("is not a regular file", path=path)
+        raise errors.OutputPathError("is not a regular file", path=path)
     if info.st_nlink > 1:
         what = f"has {info.st_nlink} hard links, and is not changed in place"
-        raise OutputPathError(what, fix="write a new folder", path=path)
+        raise errors.OutputPathError(what, fix="write a new folder", path=path)
     return info
 
 
@@ -300,34 +301,23 @@ def install(source: Path, target: Path, mode_of: Path | None = None) -> None:
     A file gets the mode of the one that it replaces, or of `mode_of`. Raises E-IO-WRITE.
     """
     model = target if mode_of is None else mode_of
-    try:
+    with writing(target):
         if model.exists() and stat.S_ISREG(source.lstat().st_mode):
-            descriptor = system.current.open(source, os.O_WRONLY)
-            try:
+            with _opened(source, os.O_WRONLY) as descriptor:
                 system.current.chmod(descriptor, stat.S_IMODE(model.stat().st_mode))
-            finally:
-                system.current.close(descriptor)
         system.current.rename(source, target)
         sync_folder(target.parent)
         sync_folder(source.parent)
-    except OSError as error:
-        raise not_written(error, target) from None
 
 
 def overwrite_bytes(path: Path, pieces: Iterable[tuple[int, Buffer]]) -> None:
     """Put (offset, bytes) into a file that may be changed, and sync it. Doing it again gives the same bytes. Raises
     E-OUT-PATH, E-IO-WRITE."""
     check_changeable(path)
-    try:
-        descriptor = system.current.open(path, os.O_WRONLY)
-        try:
-            for offset, data in pieces:
-                view = memoryview(data).cast("B")
-                done = 0
-                while done < len(view):
-                    done += _progress(system.current.pwrite(descriptor, view[done:], offset + done))
-            system.current.fsync(descriptor)
-        finally:
-            system.current.close(descriptor)
-    except OSError as error:
-        raise not_written(error, path) from None
+    with writing(path), _opened(path, os.O_WRONLY) as descriptor:
+        for offset, data in pieces:
+            view = memoryview(data).cast("B")
+            done = 0
+            while done < len(view):
+                done += _progress(system.current.pwrite(descriptor, view[done:], offset + done))
+        system.current.fsync(descriptor)

@@ -11,7 +11,16 @@ from pathlib import Path
 from lrconvert.core.errors import FileReadError, OutputPathError
 from lrconvert.io.durable import system
 from lrconvert.io.durable.checks import StrPath, check_output
-from lrconvert.io.durable.files import File, confirm, delete_leftover, hidden_sibling, not_written, remove, sync_folder
+from lrconvert.io.durable.files import (
+    File,
+    confirm,
+    delete_leftover,
+    hidden_sibling,
+    not_written,
+    remove,
+    sync_folder,
+    writing,
+)
 from lrconvert.io.durable.system import Buffer
 
 
@@ -33,31 +42,26 @@ class StagedDirectory:
         for part in parts[:-1]:
             path = path / part
             if path not in self._folders:
-                try:
-                    with suppress(FileExistsError):  # of an earlier run
-                        system.current.mkdir(path)
-                except OSError as error:
-                    raise not_written(error, self.shown / name) from None
+                with writing(self.shown / name), suppress(FileExistsError):  # of an earlier run
+                    system.current.mkdir(path)
                 self._folders.add(path)
         return path / parts[-1]
 
     def create(self, name: str) -> File:
-        """A new file in the folder, synced when its context ends."""
+        """Make a new file in the folder, synced when its context ends."""
         return File(self._place(name), self.shown / name)
 
     def add_folder(self, name: str) -> None:
-        """A folder of that name, which may be there already."""
+        """Make a folder of that name, which may exist already."""
         self._place(f"{name}/x")
 
     def remove(self, name: str) -> None:
         """Delete a file, which may be gone already. Raises E-IO-WRITE."""
-        try:
+        with writing(self.shown / name):
             remove(self._place(name))
-        except OSError as error:
-            raise not_written(error, self.shown / name) from None
 
     def reopen(self, name: str, nbytes: int) -> File:
-        """A file that is there, cut off after `nbytes` and appended to."""
+        """Open a file that exists, cut off after `nbytes`, to append to it."""
         return File(self._place(name), self.shown / name, keep=nbytes)
 
     def write_bytes(self, name: str, data: Buffer) -> None:
@@ -65,7 +69,7 @@ class StagedDirectory:
             file.write(data)
 
     def copy_file(self, source: StrPath, name: str) -> int:
-        """A copy of a regular file (or of what a link points to); returns its size in bytes. Raises E-IO-READ."""
+        """Copy a regular file (or what a link points to), and return its size in bytes. Raises E-IO-READ."""
         try:
             descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
@@ -85,23 +89,19 @@ class StagedDirectory:
         """Remove every file but those of the names `keep`, and folders that are empty then. Raises E-IO-WRITE."""
         for folder, _, names in os.walk(self.root, topdown=False):
             place = Path(folder)
-            try:
+            with writing(self.shown):
                 for name in names:
                     if (place / name).relative_to(self.root).as_posix() not in keep:
                         remove(place / name)
                 if place != self.root and not any(place.iterdir()):
                     remove(place)
-            except OSError as error:
-                raise not_written(error, self.shown) from None
         self._folders = {self.root}
 
     def sync(self) -> None:
         """fsync every folder, the innermost first."""
-        try:
+        with writing(self.shown):
             for folder in sorted(self._folders, key=lambda f: len(f.parts), reverse=True):
                 sync_folder(folder)
-        except OSError as error:
-            raise not_written(error, self.shown) from None
 
 
 def make_folder(path: StrPath) -> None:
@@ -138,10 +138,8 @@ def atomic_directory(path: StrPath, *, overwrite: bool) -> Iterator[StagedDirect
     stage = hidden_sibling(path, "partial")
     claim = -1
     try:
-        try:
+        with writing(path):
             system.current.mkdir(stage)
-        except OSError as error:
-            raise not_written(error, path) from None
         with suppress(OSError):  # where locks work, `recover` knows by it that this is not a leftover
             claim = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             system.current.lock(claim)
@@ -164,7 +162,7 @@ def atomic_directory(path: StrPath, *, overwrite: bool) -> Iterator[StagedDirect
 
 def put_folder(stage: Path, path: Path, overwrite: bool) -> Path | None:
     """Commit: give the folder its name. Returns where the replaced folder is now, or None."""
-    try:
+    with writing(path):
         if check_output(path, overwrite, directory=True) is None or not any(path.iterdir()):
             system.current.rename(stage, path)  # fails if `path` has content by now
             return None
@@ -178,5 +176,3 @@ def put_folder(stage: Path, path: Path, overwrite: bool) -> Path | None:
             system.current.rename(aside, path)
             raise
         return aside
-    except OSError as error:
-        raise not_written(error, path) from None

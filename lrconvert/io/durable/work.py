@@ -20,7 +20,7 @@ from pathlib import Path
 from lrconvert.core.errors import DurabilityError, LockedError, OutputPathError
 from lrconvert.io.durable import system
 from lrconvert.io.durable.checks import StrPath, check_output
-from lrconvert.io.durable.files import confirm, delete_leftover, not_written, remove, sync_folder
+from lrconvert.io.durable.files import confirm, delete_leftover, not_written, remove, sync_folder, writing
 from lrconvert.io.durable.folders import StagedDirectory, put_folder
 
 CONTENT = "model"
@@ -46,8 +46,8 @@ def locked(folder: Path, *, needed: bool = True, fix: str = "write a new folder,
         except OSError as error:
             if needed:
                 raise _no_locks(error, folder, fix) from None
-        ours, there = os.fstat(descriptor), folder.stat() if folder.exists() else None
-        if there is None or (ours.st_ino, ours.st_dev) != (there.st_ino, there.st_dev):
+        held, named = os.fstat(descriptor), folder.stat() if folder.exists() else None
+        if named is None or (held.st_ino, held.st_dev) != (named.st_ino, named.st_dev):
             raise LockedError("another run has just finished here", fix="look at it, then run it again", path=folder)
         yield
     finally:
@@ -70,12 +70,12 @@ class Work:
 
     @classmethod
     def at(cls, root: Path, shown: Path) -> Work:
-        """Work that is there."""
+        """Return the work in a folder that exists."""
         return cls(StagedDirectory(root, shown), StagedDirectory(root / CONTENT, shown))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files in it."""
+        """The bytes of all its files."""
         return sum(p.lstat().st_size for p in self.files.root.rglob("*") if p.is_file())
 
     def clear(self, keep: Collection[str] = ()) -> None:
@@ -86,12 +86,12 @@ class Work:
 
 
 def work_root(path: Path) -> Path:
-    """Where the work of an output lies."""
+    """Return the folder that the work of an output lies in."""
     return path.with_name(f".{path.name}.partial")
 
 
 def open_work(root: Path, shown: Path) -> Work:
-    """The work folder `root`, made if it is not there. Raises E-OUT-PATH, E-IO-WRITE."""
+    """Return the work folder `root`, made if it does not exist. Raises E-OUT-PATH, E-IO-WRITE."""
     for place in (root, root / CONTENT):
         try:
             system.current.mkdir(place)
@@ -163,13 +163,13 @@ def end_work(root: Path, shown: Path) -> None:
 
 
 def leftovers(path: Path) -> list[Path]:
-    """What runs that were to write `path`, or unfinished work beside it, have left there, and are not at work on any
-    more. Raises E-LOCKED where the file system does not say whether they are."""
+    """Return what ended runs that were to write `path` have left beside it, and unfinished work. Raises E-LOCKED where
+    the file system does not say whether they have ended."""
     pattern = re.compile(rf"\.{re.escape(path.name)}(\.partial)?\.(\d+\.[0-9a-f]{{8}}\.(tmp|partial|old)|partial)")
     if not path.parent.is_dir():
         return []
-    found = [p for p in sorted(path.parent.iterdir()) if pattern.fullmatch(p.name) and not p.is_symlink()]
-    return [p for p in found if (p != work_root(path) or (p.is_dir() and _is_ours(p))) and _is_idle(p)]
+    ours = [p for p in sorted(path.parent.iterdir()) if pattern.fullmatch(p.name) and not p.is_symlink()]
+    return [p for p in ours if (p != work_root(path) or (p.is_dir() and _is_ours(p))) and _is_idle(p)]
 
 
 def _is_idle(path: Path) -> bool:
@@ -194,15 +194,13 @@ def _is_idle(path: Path) -> bool:
 def clean_up(path: Path) -> tuple[str, ...]:
     """Remove leftovers beside `path`; a folder that was set aside while it was being replaced gets its name back if
     nothing has taken its place. Returns the names that are gone. Raises E-LOCKED, E-IO-WRITE."""
-    found = leftovers(path)
-    try:
-        for place in found:
-            if place.name.endswith(".old") and not path.exists():
-                system.current.rename(place, path)
+    removable = leftovers(path)
+    with writing(path):
+        for leftover in removable:
+            if leftover.name.endswith(".old") and not path.exists():
+                system.current.rename(leftover, path)
             else:
-                remove(place)
-        if found:
+                remove(leftover)
+        if removable:
             sync_folder(path.parent)
-    except OSError as error:
-        raise not_written(error, path) from None
-    return tuple(p.name for p in found)
+    return tuple(leftover.name for leftover in removable)
