@@ -109,6 +109,19 @@ def peft_model(make: Maker, folder: Path) -> nn.Module:
     return peft.PeftModel.from_pretrained(make(), str(folder)).eval()
 
 
+def their_deltas(model: nn.Module) -> dict[str, np.ndarray]:
+    """PEFT's own update of every parameter that it adapts."""
+    deltas = {}
+    for name, layer in model.named_modules():
+        if hasattr(layer, "get_delta_weight"):
+            module = name.removeprefix("base_model.model.")
+            while module.endswith(".base_layer"):
+                module = module.removesuffix(".base_layer")
+            leaf = getattr(layer, "parameter_name", "weight")
+            deltas[f"{module}.{leaf}"] = layer.get_delta_weight("default").detach().double().numpy()
+    return deltas
+
+
 # --- the same from what we read -------------------------------------------------------------------------------------
 
 
@@ -130,10 +143,10 @@ def stored_delta(pair: LoraTarget) -> np.ndarray:
 
 def deltas(lora: LoraAdapter) -> dict[str, np.ndarray]:
     """The whole update of every parameter."""
-    found: dict[str, np.ndarray] = {}
+    sums: dict[str, np.ndarray] = {}
     for pair in lora.targets:
-        found[pair.target.name] = found.get(pair.target.name, 0) + stored_delta(pair)
-    return found
+        sums[pair.target.name] = sums.get(pair.target.name, 0) + stored_delta(pair)
+    return sums
 
 
 def merged(lora: LoraAdapter, model: nn.Module) -> nn.Module:
@@ -180,8 +193,8 @@ def _set(model: nn.Module, name: str, value: torch.Tensor) -> None:
 
 def outputs(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        found = model(inputs)
-    return (found.logits if hasattr(found, "logits") else found).double()
+        output = model(inputs)
+    return (output.logits if hasattr(output, "logits") else output).double()
 
 
 def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:

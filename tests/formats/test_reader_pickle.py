@@ -112,18 +112,15 @@ HOSTILE = {
     "empty": (lambda: b"", errors.PickleError, "damaged"),
     "compressed": (compressed, errors.PickleError, "compressed"),
     "a repeating view": (repeated, errors.LimitError, "of which 4 are stored"),
-    "one memory, many tensors": (
-        lambda: saved({f"base_model.model.{i}.lora_A.weight": s for s in [torch.ones(512, 512)] for i in range(50)}),
-        errors.LimitError,
-        "the tensors have",
-    ),
+    "one memory, many tensors": (lambda: saved({f"base_model.model.{i}.lora_A.weight": s for s in [torch.ones(512,
+        512)] for i in range(50)}), errors.LimitError, "the tensors have"),
     "complex numbers": (lambda: named(torch.ones(2, 2, dtype=torch.complex64)), errors.DtypeError, "complex64"),
     "a sparse tensor": (lambda: named(torch.ones(2, 2).to_sparse()), errors.LrcError, "sparse|more than"),
     "no numbers": (lambda: named(torch.ones(0, 2)), errors.ShapeError, "lora_A"),
     "many dimensions": (lambda: named(torch.ones([1] * 9)), errors.ShapeError, "lora_A"),
     "control characters": (lambda: named(torch.ones(1), "a\x1b[31m"), errors.TensorNameError, "control"),
     "a long name": (lambda: named(torch.ones(1), "a" * 5000), errors.TensorNameError, "too long"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -182,7 +182,7 @@ HOSTILE_NPZ = {
     "empty": (b"", "E-IO-KIND"),
     "control characters": (npz_file({**GOOD, "a\x1b[2J": GOOD["m.q.lora_a"]}), "E-NAME"),
     "a damaged byte": (npz_file(GOOD).replace(np.ones(2, "<f4").tobytes(), b"\0\0\0\0\0\0\0\1", 1), "E-HDR-TEXT"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HOSTILE_NPZ)
