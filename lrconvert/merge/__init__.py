@@ -1,9 +1,9 @@
 """Baking adapters into base weights, taking them out again bit for bit, and checking that a model is such a merge.
 
-`updates` what adapters add, `plan` what becomes of every tensor and file, `compute` (with `exact` and `dora`) the
-values, `job`, `writing`, `sinks` and `journal` one pass over a base, `merge` and `inplace` where it goes, `record`
-and `residual` what undoes it, `unmerge`, `restoring` and `undoing`; `site`, `patches` and `reconstructed_base` a
-model that is changed in place, `recover` the way out; `verify`.
+A merge plans what becomes of every tensor and file (`plan/`), computes the values in blocks of rows, rounded correctly
+(`compute`, `arithmetic/`), and writes them with a record that undoes it and a journal (`writing`, `journal`), into a
+new folder (`merge`) or into the model itself (`in_place/`). `unmerge` opens, checks and follows the record (`undo/`);
+`verify` computes a merge again and compares. `quantized_base` reads bitsandbytes checkpoints as bf16.
 """
 
 from lrconvert.merge.in_place.recover import Recovery, recover

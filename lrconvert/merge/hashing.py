@@ -18,7 +18,7 @@ _CHUNK = 1 << 23
 
 
 class Digest(Protocol):
-    """What `hashlib` gives."""
+    """A hash of `hashlib`."""
 
     def update(self, data: Buffer, /) -> None: ...
 

@@ -40,7 +40,7 @@ _ALLOW = "pass --allow-no-op to write a copy of the base all the same"
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be merged, and how."""
+    """The adapters of a merge, and its options."""
 
     inputs: Sequence[Scaled]
     undo: bool

@@ -11,7 +11,7 @@ from lrconvert.core.options import option
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """How a merge is done.
+    """Options of a merge.
 
     `in_place` changes the base itself. With `resume` work that is broken off stays, and the same merge goes on from
     there. Without `undo` the record holds digests only. `shard_bytes` bounds the weight files of the output; without it
@@ -44,7 +44,7 @@ class MergeOptions:
 
 @dataclass(frozen=True)
 class UnmergeOptions:
-    """How a merge is undone. `number` insists on a certain merge, which must be the last. `from_base` takes the bytes
+    """Options of an unmerge. `number` insists on a certain merge, which must be the last. `from_base` takes the bytes
     from the base, where the record is gone or was made without undo."""
 
     in_place: bool = option(False, "Change MERGED file by file, with one file of extra space.")
@@ -59,8 +59,8 @@ class UnmergeOptions:
             refuse_with_in_place({"--output": out, "--overwrite": self.overwrite, "--from-base": self.from_base})
 
 
-def refuse_with_in_place(given: dict[str, object]) -> None:
-    """Raise E-OPTION for the first of the `given` options that is set."""
-    for name, value in given.items():
+def refuse_with_in_place(options: dict[str, object]) -> None:
+    """Raise E-OPTION for the first of these options that is set."""
+    for name, value in options.items():
         if value:
             raise OptionError(f"{name} does not go with --in-place", fix="leave out one of them")

@@ -13,14 +13,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import numpy as np
 
 from lrconvert.core.dtypes import F32, STORAGE, Array, decode, round_to
 from lrconvert.core.errors import LrcError, QuantizedBaseError
 from lrconvert.core.limits import FOREIGN, MAX_DIM
-from lrconvert.io import strictjson
+from lrconvert.io import fields, strictjson
 from lrconvert.io.container import (
     Appendable,
     Checkpoint,
@@ -30,6 +30,7 @@ from lrconvert.io.container import (
     open_checkpoint,
     quantization_name,
 )
+from lrconvert.merge.hashing import chunks
 
 DTYPE = "BF16"
 _CHUNK = 1 << 18  # elements that are computed at a time: they stay in the cache
@@ -59,7 +60,7 @@ _STATES = {f"quant_state.bitsandbytes__{kind}": kind for kind in _TABLES}
 
 @dataclass
 class Rounding:
-    """How far values are from what bitsandbytes computes in float32; counted as they are read."""
+    """Distances of values from what bitsandbytes computes in float32; counted as they are read."""
 
     count: int = 0
     largest: float = 0.0
@@ -85,30 +86,30 @@ class _Weight:
 
 
 class DequantizedFile(ContainerFile):
-    """The tensors `kept` of a weight file, quantized ones as bf16, with the header that it would have. `behind` are the
-    files that describe them: a checkpoint is cut between any two tensors."""
+    """The tensors `kept` of a weight file, quantized ones as bf16, with the header that it would have.
+    `described_in` are the files that describe them: a checkpoint is cut between any two tensors."""
 
     def __init__(
         self,
         stored: ContainerFile,
         kept: Iterable[TensorInfo],
         weights: Mapping[str, _Weight],
-        behind: Iterable[ContainerFile],
+        described_in: Iterable[ContainerFile],
     ) -> None:
         self.path, self.metadata = stored.path, stored.metadata
-        self._stored, self._weights, self._behind = stored, weights, (stored, *behind)
+        self._stored, self._weights, self._sources = stored, weights, (stored, *described_in)
         shown = [self._shown(info) for info in kept]
         # Wider dtypes first, as safetensors lays tensors out, so that all stay aligned.
         shown.sort(key=lambda entry: -STORAGE[entry[1]].itemsize)
         self.header_bytes = encode_header(shown, self.metadata)
-        tensors, at = [], len(self.header_bytes)
+        tensors, end = [], len(self.header_bytes)
         for name, dtype, shape in shown:
             nbytes = math.prod(shape) * STORAGE[dtype].itemsize
-            tensors.append(TensorInfo(name, dtype, shape, at, nbytes, self.path))
-            at += nbytes
+            tensors.append(TensorInfo(name, dtype, shape, end, nbytes, self.path))
+            end += nbytes
         self.tensors = tuple(tensors)
         self.by_name = {t.name: t for t in tensors}
-        self._size = at
+        self._size = end
 
     @property
     def size(self) -> int:
@@ -125,26 +126,25 @@ class DequantizedFile(ContainerFile):
             return self._stored.read(self._stored.by_name[info.name], offset, nbytes)
         out = bytearray(info.nbytes - offset if nbytes is None else nbytes)
         codes = np.frombuffer(out, STORAGE[DTYPE])
-        for at in range(0, codes.size, _CHUNK):
-            some = codes[at : at + _CHUNK]
+        for start in range(0, codes.size, _CHUNK):
+            part = codes[start : start + _CHUNK]
             try:
-                values = weight.values(offset // 2 + at, some.size)
+                values = weight.values(offset // 2 + start, part.size)
             except LrcError as error:
                 raise error.at(self.path) from None
-            some[:] = round_to(values, DTYPE)
-            weight.rounding.add(values, some)
+            part[:] = round_to(values, DTYPE)
+            weight.rounding.add(values, part)
         return out
 
     def copy(self, info: TensorInfo, writer: Appendable) -> None:
-        step = 1 << 23
-        for offset in range(0, info.nbytes, step):
-            writer.write(self.read(info, offset, min(step, info.nbytes - offset)))
+        for data in chunks(self, info):
+            writer.write(data)
 
     def fileno(self) -> int:
         raise NotImplementedError("the bytes of this file are not those on the disk")
 
     def check_unchanged(self) -> None:
-        for file in self._behind:
+        for file in self._sources:
             file.check_unchanged()
 
     def close(self) -> None:
@@ -212,26 +212,28 @@ def open_base(path: Path, *, dequantize: bool = False) -> Checkpoint:
 
 
 def _files(stored: Checkpoint, weights: Mapping[str, _Weight]) -> tuple[DequantizedFile, ...]:
-    """The weight files as they appear, without those that hold nothing but descriptions."""
+    """Return the weight files as they appear, without those that hold nothing but descriptions."""
     hidden: set[str] = set()
-    behind: dict[Path, set[ContainerFile]] = {}
+    described_in: dict[Path, set[ContainerFile]] = {}
     for name, weight in weights.items():
         hidden |= weight.parts
-        files = behind.setdefault(stored.tensors[name].file, set())
+        files = described_in.setdefault(stored.tensors[name].file, set())
         files.update(stored.file_of(stored.tensors[part]) for part in weight.parts)
     kept = [(file, [info for info in file.tensors if info.name not in hidden]) for file in stored.files]
-    return tuple(DequantizedFile(file, some, weights, behind.get(file.path, ())) for file, some in kept if some)
+    return tuple(
+        DequantizedFile(file, infos, weights, described_in.get(file.path, ())) for file, infos in kept if infos
+    )
 
 
 def _config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of the model as bf16."""
+    """Return the configuration of the model as bf16."""
     kept = {key: value for key, value in config.items() if key != "quantization_config"}
     names = [key for key in ("dtype", "torch_dtype") if key in kept] or ["dtype"]
     return kept | dict.fromkeys(names, "bfloat16")
 
 
 def _index(index: Mapping[str, Any], files: Iterable[DequantizedFile]) -> dict[str, Any]:
-    """The shard index of the model as bf16; empty if there is none."""
+    """Return the shard index of the model as bf16; empty if there is none."""
     if not index:
         return {}
     infos = [info for file in files for info in file.tensors]
@@ -240,17 +242,34 @@ def _index(index: Mapping[str, Any], files: Iterable[DequantizedFile]) -> dict[s
         "total_size": sum(info.nbytes for info in infos),
         "total_parameters": sum(math.prod(info.shape) for info in infos),
     }
-    known = metadata if isinstance(metadata, dict) else {}
-    kept = {**known, **{key: value for key, value in totals.items() if key in known}}
-    return {**index, "metadata": kept, "weight_map": {info.name: info.file.name for info in infos}}
+    stated = metadata if isinstance(metadata, dict) else {}
+    return {
+        **index,
+        "metadata": {key: totals.get(key, value) for key, value in stated.items()},
+        "weight_map": {info.name: info.file.name for info in infos},
+    }
 
 
 # --- states ---------------------------------------------------------------------------------------------------------
 
 
+_BlockSize = Annotated[int, fields.between(1, _MAX_BLOCK)]
+_Shape = tuple[Annotated[int, fields.between(1, MAX_DIM)], ...]
+
+
+@dataclass(frozen=True)
+class _State:
+    """The JSON text that describes a 4-bit weight."""
+
+    shape: Annotated[_Shape, fields.Check(lambda shape: 0 < len(shape) <= FOREIGN.ndim, "a few dimensions")]
+    blocksize: _BlockSize
+    nested_blocksize: _BlockSize | None = None
+    nested_offset: float | None = None
+
+
 @dataclass(frozen=True)
 class _Stored:
-    """What is stored of the weight `name`. Everything that is not as bitsandbytes writes it raises E-BASE-QUANT."""
+    """The stored tensors of the weight `name`. Everything that is not as bitsandbytes writes it raises E-BASE-QUANT."""
 
     checkpoint: Checkpoint
     name: str
@@ -263,7 +282,7 @@ class _Stored:
         )
 
     def part(self, name: str, dtype: str, count: int) -> TensorInfo:
-        """A tensor of that many elements."""
+        """Return a tensor of that many elements."""
         info = self.checkpoint.tensors.get(name)
         if info is None:
             self.broken(f"{name!r} is missing")
@@ -273,28 +292,22 @@ class _Stored:
         return info
 
     def read(self, info: TensorInfo, first: int = 0, count: int | None = None) -> Array:
-        """`count` elements from element `first` on."""
+        """Return `count` elements from element `first` on."""
         kind = STORAGE[info.dtype]
         nbytes = None if count is None else count * kind.itemsize
         return np.frombuffer(self.checkpoint.read(info, first * kind.itemsize, nbytes), kind)
 
     def numbers(self, info: TensorInfo, first: int = 0, count: int | None = None) -> F32:
-        """`read` of float32, none of them NaN or infinite."""
+        """Return float32 elements, none of them NaN or infinite."""
         values = self.read(info, first, count)
         if not np.isfinite(values).all():
             self.broken(f"{info.name!r} holds NaN or infinity")
         return values
 
-    def whole(self, values: Mapping[str, Any], key: str) -> int:
-        value = values.get(key)
-        if type(value) is not int or not 1 <= value <= _MAX_BLOCK:
-            self.broken(f"its state has no {key}")
-        return value
-
 
 def _weights(checkpoint: Checkpoint) -> dict[str, _Weight]:
-    """The quantized weights of a checkpoint. Raises E-BASE-QUANT for states that do not fit."""
-    found: dict[str, _Weight] = {}
+    """Return the quantized weights of a checkpoint. Raises E-BASE-QUANT for states that do not fit."""
+    weights: dict[str, _Weight] = {}
     for name, info in checkpoint.tensors.items():
         weight = next((name.removesuffix(f".{state}") for state in _STATES if name.endswith(f".{state}")), "")
         if name.endswith(".SCB"):
@@ -302,19 +315,19 @@ def _weights(checkpoint: Checkpoint) -> dict[str, _Weight]:
         if not weight:
             continue
         stored = _Stored(checkpoint, weight)
-        if weight in found:
+        if weight in weights:
             stored.broken("it has two states")
-        found[weight] = _eight_bit(stored) if name.endswith(".SCB") else _four_bit(stored, info)
-    hidden = {part for weight in found.values() for part in weight.parts}
+        weights[weight] = _eight_bit(stored) if name.endswith(".SCB") else _four_bit(stored, info)
+    hidden = {part for weight in weights.values() for part in weight.parts}
     for name, info in checkpoint.tensors.items():
         owner, _, part = name.rpartition(".")
-        if name in found or name in hidden:
+        if name in weights or name in hidden:
             continue
         if part in _PARTS_4BIT and owner in checkpoint.tensors:
             _Stored(checkpoint, owner).broken(f"it has {name!r} and no quant_state")
         if part == "weight" and info.dtype in ("U8", "I8"):
             _Stored(checkpoint, name).broken("nothing says how it is quantized")
-    return found
+    return weights
 
 
 def _four_bit(stored: _Stored, state: TensorInfo) -> _Weight:
@@ -324,13 +337,16 @@ def _four_bit(stored: _Stored, state: TensorInfo) -> _Weight:
     if state.nbytes > _STATE_BYTES:
         stored.broken("its state has more than 64 KiB")
     try:
-        told = strictjson.parse(stored.read(state).tobytes(), depth=FOREIGN.json_depth, floats=True)
+        value = strictjson.parse(stored.read(state).tobytes(), depth=FOREIGN.json_depth, floats=True)
     except LrcError as error:
         raise error.at(state.file) from None
-    told = told if isinstance(told, dict) else {}
-    shape = _shape(stored, told.get("shape"))
+    try:
+        described = fields.read_config(_State, value)
+    except LrcError as error:
+        stored.broken(f"its state: {error.what}")
+    shape, block = described.shape, described.blocksize
     kind = next(_STATES[suffix] for suffix in _STATES if state.name.endswith(suffix))
-    size, block = math.prod(shape), stored.whole(told, "blocksize")
+    size = math.prod(shape)
     packed = tensors[name]  # of any dtype: bitsandbytes can store the bytes as another one
     if packed.nbytes != -(-size // 2):
         stored.broken(f"it has {packed.nbytes} bytes for the shape {list(shape)}")
@@ -338,7 +354,7 @@ def _four_bit(stored: _Stored, state: TensorInfo) -> _Weight:
     if not np.all(np.abs(table - _TABLES[kind]) <= _TABLE_ERROR):
         stored.broken(f"its quant_map is not that of {kind}")
     pairs = np.array([(high, low) for high in table for low in table], np.float32).view(np.complex64)[:, 0]
-    scales = _scales(stored, told, -(-size // block))
+    scales = _scales(stored, described, -(-size // block))
 
     def elements(first: int, count: int) -> F32:
         begin, end = first // 2, -(-(first + count) // 2)
@@ -351,31 +367,23 @@ def _four_bit(stored: _Stored, state: TensorInfo) -> _Weight:
     return _Weight(shape, frozenset({f"{name}.{part}" for part in suffixes} & tensors.keys()), elements)
 
 
-def _shape(stored: _Stored, value: Any) -> tuple[int, ...]:
-    sizes = value if isinstance(value, list) else []
-    if not 0 < len(sizes) <= FOREIGN.ndim or not all(type(n) is int and 0 < n <= MAX_DIM for n in sizes):
-        stored.broken("its state has no shape")
-    return tuple(sizes)
-
-
-def _scales(stored: _Stored, told: Mapping[str, Any], blocks: int) -> Callable[[int, int], F32]:
-    """What gives the scales of blocks, from number `first` on; themselves quantized if there is `nested_absmax`."""
+def _scales(stored: _Stored, state: _State, blocks: int) -> Callable[[int, int], F32]:
+    """Return a function that gives the scales of blocks from number `first` on, quantized ones or not."""
     name = stored.name
     if f"{name}.nested_absmax" not in stored.checkpoint.tensors:
         absmax = stored.part(f"{name}.absmax", "F32", blocks)
         return lambda first, count: stored.numbers(absmax, first, count)
     codes = stored.part(f"{name}.absmax", "U8", blocks)
-    block = stored.whole(told, "nested_blocksize")
+    block, offset = state.nested_blocksize, state.nested_offset
+    if block is None or offset is None:
+        stored.broken("its state has no nested_blocksize or no nested_offset")
     table = stored.numbers(stored.part(f"{name}.nested_quant_map", "F32", 256))
     outer = stored.part(f"{name}.nested_absmax", "F32", -(-blocks // block))
-    offset = told.get("nested_offset")
-    if isinstance(offset, bool) or not isinstance(offset, (int, float)):
-        stored.broken("its state has no nested_offset")
     shift = round_to(np.array([offset], np.float64), "F32")
 
     def scales(first: int, count: int) -> F32:
         values: F32 = table[stored.read(codes, first, count)]
-        _scale(values, lambda *some: stored.numbers(outer, *some), first, block)
+        _scale(values, lambda *block_range: stored.numbers(outer, *block_range), first, block)
         with np.errstate(over="ignore", invalid="ignore"):
             values += shift
         if not np.isfinite(values).all():
@@ -399,7 +407,7 @@ def _eight_bit(stored: _Stored) -> _Weight:
 
     def elements(first: int, count: int) -> F32:
         values = stored.read(info, first, count).astype(np.float32)
-        _scale(values, lambda *some: stored.numbers(scb, *some), first, cols)
+        _scale(values, lambda *rows: stored.numbers(scb, *rows), first, cols)
         values *= _INT8
         return values
 

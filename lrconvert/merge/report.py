@@ -22,10 +22,12 @@ class MergedTensor:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What was merged, or would be. `files` are (name, bytes) of the output, without the record; `left_out` files of
-    the base that are not in it; `placed`, `added`, `dropped` tensors that are not the base's any more; `config` the
-    changed fields. `record` is the folder that undoes the merge, in the output, "" if none was wanted; `record_bytes`
-    its size; `touched_bytes` those of the tensors that the merge changes."""
+    """The report of a merge, or of a dry run.
+
+    `files` are (name, bytes) of the output, without the record; `left_out` files of the base that are not in it;
+    `placed`, `added`, `dropped` tensors that are not the base's any more; `config` the changed fields. `record` is the
+    folder in the output that undoes the merge, `record_bytes` its size; `touched_bytes` those of changed tensors.
+    """
 
     tensors: tuple[MergedTensor, ...]
     placed: tuple[str, ...]
@@ -53,7 +55,7 @@ class MergeReport:
 
 @dataclass(frozen=True)
 class UnmergeReport:
-    """What an unmerge restored. `restored` names tensors that the merge had changed, `removed` those that it had added;
+    """The report of an unmerge. `restored` names tensors that the merge had changed, `removed` those that it had added;
     `files` (name, bytes) of the output; `remaining` merges that are still in it. `verified` says whether all tensors
     were compared with the digests of the base."""
 

@@ -1,4 +1,4 @@
-"""Where a merge puts its weight files: into a folder under construction or, in place, mostly nowhere yet."""
+"""Sinks of the weight files of a merge: a folder under construction or, in place, mostly nowhere yet."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lrconvert.merge.plan.plan import Output, Shard
 
 
 class Sink(Protocol):
-    """Where a merge puts its weight files."""
+    """Takes the weight files of a merge."""
 
     work: Work
     is_copy: bool  # whether the output is a folder of its own, with all other files of the base in it

@@ -103,25 +103,25 @@ def _copy_base(
     has_record = number is not None or bool(numbered(merged))
     folder_of_record = latest(merged, number) if has_record else None
     with ExitStack() as stack:
-        ours = stack.enter_context(open_checkpoint(merged))
-        theirs = stack.enter_context(open_checkpoint(base))
+        model = stack.enter_context(open_checkpoint(merged))
+        source = stack.enter_context(open_checkpoint(base))
         content = None
         if folder_of_record is not None:
             content = stack.enter_context(OpenRecord(folder_of_record)).record.content
         else:
-            _check_alike(ours, theirs)
-        copies, _ = other_files(theirs)
-        for path in (theirs.root / CONFIG_NAME, *([theirs.index_path] if theirs.index_path else [])):
+            _check_alike(model, source)
+        copies, _ = other_files(source)
+        for path in (source.root / CONFIG_NAME, *([source.index_path] if source.index_path else [])):
             if path.exists():
                 copies[path.name] = path
-        sizes = {file.path.name: file.size for file in theirs.files}
+        sizes = {file.path.name: file.size for file in source.files}
         require_space(place, int(sum(sizes.values()) * _SPACE_MARGIN))
         folder = stack.enter_context(atomic_directory(place, overwrite=overwrite))
         total, done = max(1, sum(sizes.values())), 0
         digests = []
-        for file in theirs.files:
+        for file in source.files:
             for info in file.tensors if content is not None else ():
-                digests.append((info.name, stored_digest(theirs, info)))
+                digests.append((info.name, stored_digest(source, info)))
             with folder.create(file.path.name) as new:
                 new.copy(file.fileno(), 0, file.size)
             done += file.size
@@ -129,12 +129,12 @@ def _copy_base(
         if content is not None and combined_digest(digests) != content:
             raise FingerprintError("is not the base that was merged into", fix="use the same revision", path=base)
         sizes |= {name: folder.copy_file(path, name) for name, path in copies.items()}
-        for file in theirs.files:
+        for file in source.files:
             file.check_unchanged()
     return UnmergeReport(
         record="" if folder_of_record is None else folder_of_record.name,
         restored=(),
-        removed=tuple(sorted(set(ours.tensors) - set(theirs.tensors))),
+        removed=tuple(sorted(set(model.tensors) - set(source.tensors))),
         files=tuple(sorted(sizes.items())),
         remaining=len(numbered(place)),
         verified=content is not None,
@@ -142,8 +142,8 @@ def _copy_base(
     )
 
 
-def _check_alike(ours: Checkpoint, theirs: Checkpoint) -> None:
+def _check_alike(model: Checkpoint, source: Checkpoint) -> None:
     """Raise E-BASE unless the models have the same tensors but for a few."""
-    shared = [n for n, t in theirs.tensors.items() if n in ours.tensors and ours.tensors[n].shape == t.shape]
-    if 2 * len(shared) < len(theirs.tensors):
-        raise BaseError("does not have the tensors of the merged model", fix="give its own base", path=theirs.root)
+    shared = [n for n, t in source.tensors.items() if n in model.tensors and model.tensors[n].shape == t.shape]
+    if 2 * len(shared) < len(source.tensors):
+        raise BaseError("does not have the tensors of the merged model", fix="give its own base", path=source.root)

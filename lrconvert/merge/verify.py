@@ -50,7 +50,7 @@ def verify(
             info = model.tensors.get(output.name)
             if info is not None and (info.dtype, info.shape) == (output.dtype, output.shape):
                 pairs = _pairs(computer, output, model, info)
-                elements = sum(int(np.count_nonzero(bits(ours) != bits(theirs))) for ours, theirs in pairs)
+                elements = sum(int(np.count_nonzero(bits(merged) != bits(stored))) for merged, stored in pairs)
                 if elements:
                     what = f"{elements} of {int(np.prod(output.shape))} elements differ"
                     differences.append(Difference(output.name, what, elements))
@@ -92,9 +92,9 @@ def _pairs(computer: Computer, output: Output, model: Checkpoint, info: TensorIn
     for offset in range(0, output.nbytes, _CHUNK):
         count = min(_CHUNK, output.nbytes - offset)
         if output.data is not None:
-            ours: bytes | bytearray = output.data[offset : offset + count]
+            data: bytes | bytearray = output.data[offset : offset + count]
         else:
             assert output.source is not None
-            ours = computer.plan.checkpoint.read(output.source, offset, count)
+            data = computer.plan.checkpoint.read(output.source, offset, count)
         kind = STORAGE[output.dtype]
-        yield np.frombuffer(ours, kind), np.frombuffer(model.read(info, offset, count), kind)
+        yield np.frombuffer(data, kind), np.frombuffer(model.read(info, offset, count), kind)

@@ -37,8 +37,8 @@ Progress = Callable[[float, str], None]
 
 
 class _Tensor:
-    """What is known of a tensor while it is written: the digests in the base and in the output (one hash where both are
-    the same), and the undo codes, in the order of its rows, from `offset` of undo.bin on."""
+    """A tensor while it is written: its digests in the base and in the output (one hash where both are the same), and
+    its undo codes, in the order of its rows, from `offset` of undo.bin on."""
 
     def __init__(self, output: Output) -> None:
         self.output, base = output, output.base
@@ -372,8 +372,8 @@ class Merger:
         else:
             assert block.update is not None
             window = block.update.window(block.row, before.shape[0])
-            wanted, guess = (before[window], predicted[window]) if window else (before[:0], predicted[:0])
-            data, mode = residual.encode_residual(wanted.reshape(-1), guess.reshape(-1)), RESIDUAL
+            base, guess = (before[window], predicted[window]) if window else (before[:0], predicted[:0])
+            data, mode = residual.encode_residual(base.reshape(-1), guess.reshape(-1)), RESIDUAL
         self._code(tensor, block.first, before.shape[0], mode, data)
 
     def _code(self, tensor: _Tensor, first: int, count: int, mode: int, data: bytes) -> None:

@@ -182,7 +182,7 @@ def _chosen(live: Mask) -> Index:
 
 
 def _window(rows: Index, cols: Index) -> tuple[Any, Any]:
-    """What selects these rows and columns of a matrix: slices where that is possible, as they are faster."""
+    """Return the index of these rows and columns of a matrix: slices where that is possible, as they are faster."""
     if rows[-1] - rows[0] == rows.size - 1 and cols[-1] - cols[0] == cols.size - 1:
         return slice(rows[0], rows[-1] + 1), slice(cols[0], cols[-1] + 1)
     return rows[:, None], cols
@@ -274,7 +274,7 @@ class _Block:
         return least, first - least
 
     def _effects(self, sums: F64, noise: float) -> tuple[Mask, Index]:
-        """Where the update is not zero, and where it may be zero although its float64 is not: terms cancel there."""
+        """Return where the update is not zero, and where it may be although its float64 is not: terms cancel there."""
         nonzero = self.buffers.nonzero[: sums.size]
         sizes = np.abs(sums, out=self.buffers.double[: sums.size])
         if sizes.min() > noise:  # as in nearly every tile
@@ -326,7 +326,7 @@ class _Block:
         return _where(far)
 
     def _measure(self, w: Array, codes: Array, nonzero: Mask, open_: Index) -> MergeStats:
-        """What happened to a tile, its elements `open_` left out; uses up p and f."""
+        """Return what happened to a tile, its elements `open_` left out; uses up p and f."""
         work, n = self.buffers, w.size
         moved = np.not_equal(bits(codes), bits(w), out=work.flag[:n])
         moved[open_] = nonzero[open_] = False
@@ -346,7 +346,7 @@ class _Block:
         )
 
     def _interval(
-        self, flat: Array, out: Array, index: Index, p: F64, slack: F64, nonzero: Mask, wanted: Mask
+        self, flat: Array, out: Array, index: Index, p: F64, slack: F64, nonzero: Mask, candidates: Mask
     ) -> tuple[MergeStats, Mask]:
         """Decide those of the elements `index` whose own error bound keeps p on one side of every boundary (`slack` is
         the part of it that comes from the sum). Returns what happened to them, and which they are."""
@@ -356,7 +356,7 @@ class _Block:
             below, above = p - e, p + e
             codes, other = round_to(below, self.dtype), round_to(above, self.dtype)
             values = decode(codes, self.dtype)
-            sure = wanted & (bits(codes) == bits(other)) & np.isfinite(values) & ((below > 0) | (above < 0))
+            sure = candidates & (bits(codes) == bits(other)) & np.isfinite(values) & ((below > 0) | (above < 0))
             errors = np.abs(p - values)[sure]
         out[index[sure]] = codes[sure]
         moved = bits(codes) != bits(stored)

@@ -44,7 +44,7 @@ def multiply(left: F64, right: F64, out: F64) -> None:
 
 
 class Buffers(threading.local):
-    """What one thread computes a tile in; small enough for its cache."""
+    """The arrays that one thread computes a tile in; small enough for its cache."""
 
     def __init__(self) -> None:
         self.sums: F64 = np.empty(TILE)

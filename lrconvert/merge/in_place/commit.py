@@ -90,11 +90,11 @@ class Commit:
                 self._put_back(name)
             elif new.exists():
                 install(new, folder.model / name, mode_of=folder.root / OLD / name)
-        ours, theirs = folder.root / CONTENT / plan.place, folder.model / plan.place
-        if plan.kind == MERGE and ours.exists():
-            install(ours, theirs)
-        if plan.kind == UNMERGE and theirs.exists():
-            install(theirs, folder.root / _UNDONE)
+        staged, place = folder.root / CONTENT / plan.place, folder.model / plan.place
+        if plan.kind == MERGE and staged.exists():
+            install(staged, place)
+        if plan.kind == UNMERGE and place.exists():
+            install(place, folder.root / _UNDONE)
         self._end()
 
     def roll_back(self) -> None:

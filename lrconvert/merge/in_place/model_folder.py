@@ -47,7 +47,7 @@ _PLACE = rf"{re.escape(RECORDS)}/merge-[1-9][0-9]{{0,5}}-[0-9a-f]{{12}}"
 
 @dataclass(frozen=True)
 class Change:
-    """How a weight file is changed: not at all, by a new file that takes its name, or by a patch."""
+    """The change of a weight file: none, a new file that takes its name, or a patch."""
 
     name: str
     mode: str
@@ -80,7 +80,7 @@ def _write_change(change: Change) -> Any:
 
 @dataclass(frozen=True)
 class CommitPlan:
-    """What is to be done now that everything is on the disk: a `kind` of work with the record `place` (number
+    """The work to be done now that everything is on the disk: a `kind` of work with the record `place` (number
     `number`), `changes` of the base's weight files in order, new small files `texts`. Every name is one that a merge
     gives, so that none leads out of the folder."""
 

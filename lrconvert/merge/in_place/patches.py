@@ -15,15 +15,16 @@ from pathlib import Path
 import numpy as np
 
 from lrconvert.core.dtypes import Array
-from lrconvert.core.errors import DigestError, FileWriteError, LrcError
+from lrconvert.core.errors import DigestError, FileWriteError
 from lrconvert.io.container import open_regular, pread
 from lrconvert.io.durable import File, StagedDirectory, overwrite_bytes
+from lrconvert.merge.arithmetic.rounding import bits
+from lrconvert.merge.hashing import file_digest
 from lrconvert.merge.journal import Patch
 
 BASE, MERGED = 0, 1
 _DENSE_BYTES = 1 << 20  # a block of this size of which more than half has changed is no matter of a few rows
 _ENTRY_BYTES = 1 << 24
-_CHUNK = 1 << 23
 
 
 class PatchWriter:
@@ -36,11 +37,10 @@ class PatchWriter:
         self._file: File | None = folder.create(name)
 
     def change(self, offset: int, base: Array, merged: Array) -> None:
-        """Rows (n, cols) that begin at byte `offset` of the file: stored bits before and after the merge."""
+        """Take rows (n, cols) that begin at byte `offset` of the file: stored bits before and after the merge."""
         if self._file is None:
             return
-        kind = f"u{base.dtype.itemsize}"
-        changed = np.flatnonzero((base.view(kind) != merged.view(kind)).any(axis=1))
+        changed = np.flatnonzero((bits(base) != bits(merged)).any(axis=1))
         width = base.shape[1] * base.dtype.itemsize
         cost = 2 * changed.size * width
         if self.nbytes + cost > self.limit or (base.nbytes > _DENSE_BYTES and cost > base.nbytes):
@@ -58,21 +58,21 @@ class PatchWriter:
                     self.nbytes += self._file.write(part)
 
     def close(self) -> None:
-        """After a failure: let go of the file, whatever it is."""
+        """Let go of the file after a failure, whatever it is."""
         if self._file is not None:
             with suppress(FileWriteError):
                 self._file.close()
             self._file = None
 
     def give_up(self) -> None:
-        """There is no patch of this file."""
+        """Make no patch of this file."""
         if self._file is not None:
             self._file.close()
             self._file = None
             self.folder.remove(self.name)
 
     def finish(self) -> Patch | None:
-        """The patch, synced; None if there is none, or nothing has changed."""
+        """Return the patch, synced; None if there is none, or nothing has changed."""
         if self._file is None:
             return None
         if not self.nbytes:
@@ -84,20 +84,8 @@ class PatchWriter:
 
 
 def is_whole(path: Path, patch: Patch) -> bool:
-    """Whether a file is that patch."""
-    try:
-        descriptor, info = open_regular(path)
-    except LrcError:
-        return False
-    try:
-        if info.st_size != patch.nbytes:
-            return False
-        digest = hashlib.sha256()
-        for offset in range(0, info.st_size, _CHUNK):
-            digest.update(pread(descriptor, min(_CHUNK, info.st_size - offset), offset, path))
-        return digest.hexdigest() == patch.sha256
-    finally:
-        os.close(descriptor)
+    """Return whether a file is that patch."""
+    return path.is_file() and path.stat().st_size == patch.nbytes and file_digest(path) == patch.sha256
 
 
 def apply(path: Path, patch: Patch, weights: Path, side: int) -> None:
@@ -111,12 +99,12 @@ def apply(path: Path, patch: Patch, weights: Path, side: int) -> None:
 def _entries(path: Path, patch: Patch, side: int, size: int) -> Generator[tuple[int, bytes], None, None]:
     descriptor, _ = open_regular(path)
     try:
-        at = 0
-        while at < patch.nbytes:
-            offset, length = (int(n) for n in np.frombuffer(pread(descriptor, 16, at, path), "<u8"))
-            if offset + length > size or at + 16 + 2 * length > patch.nbytes:
+        head = 0
+        while head < patch.nbytes:
+            offset, length = (int(n) for n in np.frombuffer(pread(descriptor, 16, head, path), "<u8"))
+            if offset + length > size or head + 16 + 2 * length > patch.nbytes:
                 raise DigestError("the rows that are to be put back do not lie in the file", path=path)
-            yield offset, bytes(pread(descriptor, length, at + 16 + side * length, path))
-            at += 16 + 2 * length
+            yield offset, bytes(pread(descriptor, length, head + 16 + side * length, path))
+            head += 16 + 2 * length
     finally:
         os.close(descriptor)

@@ -15,8 +15,8 @@ from lrconvert.merge.in_place.model_folder import ModelFolder
 
 @dataclass(frozen=True)
 class Recovery:
-    """What was found at `path`: `state` is "clean" (no journal), "old" (what was broken off is taken back, or had not
-    begun) or "new" (it is finished). `removed` names leftovers beside and in it that are gone."""
+    """The report of a recovery of `path`: `state` is "clean" (no journal), "old" (what was broken off is taken back, or
+    had not begun) or "new" (it is finished). `removed` names leftovers beside and in it that are gone."""
 
     path: str
     state: str

@@ -1,4 +1,4 @@
-"""Where the extra tensors of an adapter go in a merged model, and what follows from it: names, configuration, ties.
+"""The places of an adapter's extra tensors in a merged model, and what follows: names, configuration, ties.
 
 An adapter that was trained for a task carries its head (``classifier``, ``score``) and perhaps whole embeddings. The
 merged model is the one that PEFT's ``merge_and_unload().save_pretrained()`` writes: the head under its own name, the
@@ -63,7 +63,7 @@ _COMPARE_BYTES = 1 << 22
 
 @dataclass(frozen=True)
 class Placement:
-    """What becomes of the extra tensors.
+    """The outcome for all extra tensors.
 
     `replaced`: stored name -> tensor that takes its place. `values`: name -> values to take, and to add an update to,
     in place of the base's. `added`: new tensors. `copies`: new name -> stored tensor whose values it starts from (an
@@ -82,7 +82,7 @@ class Placement:
 
 
 def place(adapters: Sequence[Adapter], resolved: Sequence[Adapter], checkpoint: Checkpoint) -> Placement:
-    """The placement of all extra tensors. `resolved` are the adapters after `targets.resolve`.
+    """Return the placement of all extra tensors. `resolved` are the adapters after `base_names.resolve`.
 
     Raises E-PLACE for a tensor without a place, E-BASE for an ambiguous name.
     """
@@ -100,10 +100,10 @@ class _Planner:
         self.targets = {t.name for adapter in resolved for t in targets_of(adapter)}
         self.updated = {name for adapter in resolved for name in _updated(adapter)}
         self.prefixes = {
-            self._prefix(ours.name, theirs.name)
+            self._prefix(own.name, stored.name)
             for adapter, other in zip(adapters, resolved, strict=True)
-            for ours, theirs in zip(targets_of(adapter), targets_of(other), strict=True)
-            if theirs.name in checkpoint.tensors
+            for own, stored in zip(targets_of(adapter), targets_of(other), strict=True)
+            if stored.name in checkpoint.tensors
         }
         self.replaced: dict[str, ExtraTensor] = {}
         self.values: dict[str, ExtraTensor] = {}
@@ -168,20 +168,20 @@ class _Planner:
 
     # --- the architecture ---
 
-    def _prefix(self, ours: str, stored: str) -> str | None:
-        """What the adapter's name has before the stored one, None if they differ otherwise. Of names that a release
-        renamed only those of a bare model lack a prefix: what others differ in at the front is renaming."""
-        if ours.endswith(stored):
-            return ours.removesuffix(stored)
-        ours, stored = self.index.canonical(ours), self.index.canonical(stored)
-        if not (ours.endswith(stored) or stored.endswith(ours)):
+    def _prefix(self, own: str, stored: str) -> str | None:
+        """Return what the adapter's name has before the stored one, None if they differ otherwise. Of names that a
+        release renamed only those of a bare model lack a prefix: what others differ in at the front is renaming."""
+        if own.endswith(stored):
+            return own.removesuffix(stored)
+        own, stored = self.index.canonical(own), self.index.canonical(stored)
+        if not (own.endswith(stored) or stored.endswith(own)):
             return None
         bare = self._architecture.endswith("Model") and not _LANGUAGE_MODEL.fullmatch(self._architecture)
-        return ours.removesuffix(stored) if bare and ours.endswith(stored) else ""
+        return own.removesuffix(stored) if bare and own.endswith(stored) else ""
 
     @property
     def _new_prefix(self) -> str:
-        """What the names of the base lack in front, if it has to be added."""
+        """The text that the names of the base lack in front, if it has to be added."""
         return next(iter(self.prefixes)) or "" if len(self.prefixes) == 1 else ""
 
     @property
@@ -190,18 +190,18 @@ class _Planner:
         return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
 
     def _heads(self) -> list[ExtraTensor]:
-        """Extras outside the base model: tensors of a task's head."""
+        """Return the extras outside the base model: tensors of a task's head."""
         inside = self._base_prefix()
         heads = [e for name, e in self.replaced.items() if not _inside(e.name, inside) and not _inside(name, inside)]
         return [*heads, *(e for e in self.added if not e.name.endswith(base_names.HEADS))]
 
     def _base_prefix(self) -> str:
-        """First segment, with its dot, of every name inside the base model ("bert."), or ""."""
+        """Return the first segment, with its dot, of every name inside the base model ("bert."), or ""."""
         firsts = {t.name.partition(".")[0] for adapter in self.adapters for t in targets_of(adapter)} - _HEAD_MODULES
         return f"{next(iter(firsts))}." if len(firsts) == 1 else ""
 
     def _new_architecture(self) -> str:
-        """The architecture that the heads need, or "" if it is the base's own."""
+        """Return the architecture that the heads need, or "" if it is the base's own."""
         heads = self._heads()
         if not heads:
             return ""
@@ -220,7 +220,8 @@ class _Planner:
         return f"{stem[1]}{suffix}" if suffix and stem else ""
 
     def _check_added(self, architecture: str) -> None:
-        """Every added tensor belongs to a head that the merged architecture has, or is an untied output head."""
+        """Raise E-PLACE for an added tensor that is neither of a head of the merged architecture nor an untied output
+        head."""
         for extra in self.added:
             if extra.name.endswith(base_names.HEADS):
                 if not architecture and not self._is_headless and base_names.tied_source(extra.name, self.checkpoint):
@@ -232,18 +233,18 @@ class _Planner:
                     "the base has no such tensor, and the adapter's task does not say which architecture has it",
                     "set task_type in adapter_config.json (SEQ_CLS, TOKEN_CLS, QUESTION_ANS)",
                 )
-            known = extra.name.partition(".")[0] in _HEAD_MODULES or extra.name.startswith(self._part(architecture))
-            if not known and _inside(extra.name, self._base_prefix()):
+            of_head = extra.name.partition(".")[0] in _HEAD_MODULES or extra.name.startswith(self._part(architecture))
+            if not of_head and _inside(extra.name, self._base_prefix()):
                 raise no_place(extra, "the base has no such tensor")
         if architecture and len(self.prefixes) != 1:
             raise PlacementError("the names of the adapter's targets do not show how the base model is named")
 
     def _encodes(self, architecture: str) -> bool:
-        """Whether the class has no decoder although others of its family do."""
+        """Return whether the class has no decoder although others of its family do."""
         return architecture.endswith("ForTokenClassification") and self.config.get("model_type") in _T5_LIKE
 
     def _part(self, architecture: str) -> str:
-        """How names begin of what `architecture` has beside its base model and its last layer; "." for nothing."""
+        """Return the beginning of names that `architecture` has beside its base model and last layer; "." for none."""
         part, classes = _PARTS.get(str(self.config.get("model_type")), (".", ()))
         return part if architecture.endswith(classes) else "."
 
@@ -269,7 +270,7 @@ class _Planner:
         return next((c for a in self.adapters if _whole(a) and (c := self._class_of(a))), "")
 
     def _old_head(self, architecture: str) -> Iterable[str]:
-        """Stored tensors that the new architecture does not have: another head, a pooler or decoder without use."""
+        """Return the stored tensors that the new architecture lacks: another head, a pooler or decoder without use."""
         prefix, part = self._base_prefix(), self._part(architecture)
         has_prefix = self.prefixes == {""}
         pooled = architecture.endswith("ForSequenceClassification") and not any(
@@ -288,7 +289,8 @@ class _Planner:
     # --- shapes ---
 
     def _check_shapes(self) -> None:
-        """What replaces a tensor has its shape, but for rows of a task's head and of the vocabulary."""
+        """Raise E-PLACE where a tensor has another shape than the one it replaces, but for rows of a task's head and of
+        the vocabulary."""
         vocabulary = set()
         heads = {e.name for e in self._heads()}
         for stored, extra in self.replaced.items():
@@ -304,7 +306,7 @@ class _Planner:
             self._resize_vocabulary(vocabulary)
 
     def _resize_vocabulary(self, sizes: set[int]) -> None:
-        """All stored embeddings and heads must have been replaced by ones of one size."""
+        """Raise E-PLACE unless all stored embeddings and heads were replaced by ones of one size."""
         names = [n for n in self.checkpoint.tensors if n.endswith(base_names.HEADS + base_names.EMBEDDINGS)]
         stale = [n for n in names if n not in self.replaced]
         if len(sizes) > 1 or stale:
@@ -320,7 +322,7 @@ class _Planner:
     # --- tied embeddings ---
 
     def _settle_ties(self) -> None:
-        """Where input and output embeddings are tied and only one changes, the other becomes a tensor of its own."""
+        """Make a tensor of its own of a tied input or output embedding of which only the other changes."""
         if not base_names.ties_embeddings(self.config):
             return
         for name in sorted(self.updated - self.checkpoint.tensors.keys()):
@@ -369,7 +371,7 @@ class _Planner:
         return extra is not None and not _same_bytes(extra, self.checkpoint.tensors[name], self.checkpoint)
 
     def _head_equals(self, embedding: str | None) -> bool:
-        """Whether the adapter brings an output head that is the embedding it is tied to; it is then left out."""
+        """Return whether the adapter brings an output head that is the embedding it is tied to; it is then left out."""
         head = next((e for e in self.added if e.name.endswith(base_names.HEADS)), None)
         if head is None or embedding is None or embedding in self.updated or embedding in self.values:
             return False
@@ -380,7 +382,7 @@ class _Planner:
 
     @property
     def _is_headless(self) -> bool:
-        """Whether the base's architecture is known to have no output head."""
+        """True if the base's architecture is known to have no output head."""
         named = self._architecture
         return not _LANGUAGE_MODEL.fullmatch(named) and _HEADLESS.fullmatch(named) is not None
 
@@ -395,7 +397,7 @@ class _Planner:
         return {key: value for key, value in changes.items() if self.config.get(key) != value}
 
     def _labels(self, count: int) -> dict[str, Any]:
-        """The fields for that many labels, as transformers writes them: two is its default and is not written."""
+        """Return the fields for that many labels as transformers writes them: two is its default, not written."""
         named = self.config.get("id2label")
         before = len(named) if isinstance(named, dict) else self.config.get("num_labels", 2)
         if count == before:
@@ -414,24 +416,24 @@ class _Planner:
 
 
 def is_zero(pair: LoraTarget) -> bool:
-    """Whether a look at the factors shows that the update is zero."""
+    """Return whether a look at the factors shows that the update is zero."""
     return pair.scale == 0 or not pair.A.any() or not pair.B.any()
 
 
 def _updated(adapter: Adapter) -> Iterable[str]:
-    """Names of the targets whose update is not seen to be zero."""
+    """Return the names of the targets whose update is not seen to be zero."""
     if isinstance(adapter, LoraAdapter):
         return (pair.target.name for pair in adapter.targets if not is_zero(pair))
     return (target.name for target in adapter.targets)
 
 
 def _whole(adapter: Adapter) -> list[ExtraTensor]:
-    """The extras that are whole tensors; the others are parts of an update."""
+    """Return the extras that are whole tensors; the others are parts of an update."""
     return [extra for extra in adapter.extras if extra.use == "replace"]
 
 
 def _gather(adapters: Sequence[Adapter]) -> list[ExtraTensor]:
-    """All whole tensors by name. Raises E-PLACE if two adapters bring different tensors of one name."""
+    """Return all whole tensors. Raises E-PLACE if two adapters bring different tensors of one name."""
     extras: dict[str, ExtraTensor] = {}
     for extra in (e for adapter in adapters for e in _whole(adapter)):
         other = extras.setdefault(extra.name, extra)
@@ -441,7 +443,7 @@ def _gather(adapters: Sequence[Adapter]) -> list[ExtraTensor]:
 
 
 def _inside(name: str, prefix: str) -> bool:
-    """Whether a name lies inside the base model, stored with or without its prefix."""
+    """Return whether a name lies inside the base model, stored with or without its prefix."""
     return name.startswith(prefix) if prefix else name.partition(".")[0] not in _HEAD_MODULES
 
 

@@ -81,7 +81,7 @@ class Output:
 
     @property
     def is_touched(self) -> bool:
-        """Whether its values are computed."""
+        """True if its values are computed."""
         return bool(self.pieces) or self.rows is not None
 
     @property
@@ -222,8 +222,8 @@ def _pieces_of(
     magnitudes = {e.name: e for e in item.adapter.extras if e.use == "magnitude"}
     if magnitudes and item.scale != 1:
         raise OptionError("a DoRA adapter cannot be scaled: its magnitudes hold for the whole of its update")
-    for which, (ours, target) in enumerate(zip(targets_of(item.adapter), targets_of(resolved), strict=True)):
-        magnitude = magnitudes.pop(ours.name, None)
+    for which, (own, target) in enumerate(zip(targets_of(item.adapter), targets_of(resolved), strict=True)):
+        magnitude = magnitudes.pop(own.name, None)
         # Itself, or the parts of an expert as the base stores them.
         parts = () if target.name in checkpoint.tensors else base_names.parts(target, index, checkpoint)
         places: list[tuple[Target, tuple[int, int] | None]] = [(p.target, (p.start, p.stop)) for p in parts]
@@ -416,7 +416,7 @@ def other_files(checkpoint: Checkpoint) -> tuple[dict[str, Path], tuple[str, ...
     """Return the files of the base's folder beside its weights: those to copy (by name), and those left out (hidden
     folders, files that are links out of the folder, weights in other formats)."""
     root = checkpoint.root
-    ours = {file.path.name for file in checkpoint.files} | {INDEX_NAME}
+    weights = {file.path.name for file in checkpoint.files} | {INDEX_NAME}
     copies, left_out = {}, []
     for folder, folders, names in os.walk(root):
         place = Path(folder).relative_to(root)
@@ -425,7 +425,7 @@ def other_files(checkpoint: Checkpoint) -> tuple[dict[str, Path], tuple[str, ...
         folders[:] = sorted(n for n in folders if n not in hidden and (place / n).as_posix() != JOURNAL)
         for name in names:
             path, shown = Path(folder) / name, (place / name).as_posix()
-            if shown in ours:
+            if shown in weights:
                 continue
             kept = place.parts[:1] == (RECORDS,) or not name.lower().endswith(_OTHER_WEIGHTS)
             if path.is_file() and contained(root, path) and kept:

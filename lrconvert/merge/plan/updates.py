@@ -1,4 +1,4 @@
-"""What adapters add to stored parameters: pieces of matrices, whose factors are made when their turn comes."""
+"""The updates of stored parameters by adapters: pieces of matrices, whose factors are made when their turn comes."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Source:
 
     @property
     def needs_base(self) -> bool:
-        """Whether updates depend on the base: they are no terms then, see `update_on`."""
+        """True if updates depend on the base: they are no terms then, see `update_on`."""
         return methods.needs_base(self.adapter)
 
     def update_on(self, piece: Piece) -> Callable[[F64, int], F64]:

@@ -14,16 +14,17 @@ import numpy as np
 
 from lrconvert.core.dtypes import Array
 from lrconvert.core.errors import UndoError
+from lrconvert.merge.arithmetic.rounding import bits
 
 _ONE, _MINUS_ONE, _ESCAPE = 1, 2, 3
 _LENGTHS = np.dtype("<u8")
 
 
-def encode_residual(wanted: Array, predicted: Array) -> bytes:
-    """What turns `predicted` into `wanted`: flat arrays of stored bits of one dtype."""
-    index = np.flatnonzero(_bits(wanted) != _bits(predicted))
-    steps = (_ordered(wanted[index]) - _ordered(predicted[index])).view(_signed(wanted))
-    symbols = np.zeros(-(-wanted.size // 4) * 4, np.uint8)
+def encode_residual(base: Array, predicted: Array) -> bytes:
+    """Return the code that turns `predicted` into `base`: flat arrays of stored bits of one dtype."""
+    index = np.flatnonzero(bits(base) != bits(predicted))
+    steps = (_ordered(base[index]) - _ordered(predicted[index])).view(_signed(base))
+    symbols = np.zeros(-(-base.size // 4) * 4, np.uint8)
     symbols[index] = np.select([steps == 1, steps == -1], [_ONE, _MINUS_ONE], _ESCAPE)
     far = steps[np.abs(steps) != 1]
     short = np.clip(far, -127, 127).astype(np.int8)
@@ -33,7 +34,7 @@ def encode_residual(wanted: Array, predicted: Array) -> bytes:
 
 
 def decode_residual(data: bytes, predicted: Array) -> Array:
-    """The bits that `encode_residual` was given as `wanted`. Raises E-UNDO for data that no encoder wrote."""
+    """Return the bits that `encode_residual` was given as `base`. Raises E-UNDO for data that no encoder wrote."""
     head = 3 * _LENGTHS.itemsize
     lengths = [int(n) for n in np.frombuffer(data[:head].ljust(head, b"\0"), _LENGTHS)]
     if head + sum(lengths) != len(data):
@@ -54,24 +55,26 @@ def decode_residual(data: bytes, predicted: Array) -> Array:
     return out
 
 
-def encode_xor(wanted: Array, present: Array) -> bytes:
-    """The XOR of two flat arrays of stored bits, byte planes apart, deflated."""
-    return _deflate(_planes(_bits(wanted) ^ _bits(present)))
+def encode_xor(base: Array, present: Array) -> bytes:
+    """Return the XOR of two flat arrays of stored bits, byte planes apart, deflated."""
+    return _deflate(_planes(bits(base) ^ bits(present)))
 
 
 def decode_xor(data: bytes, present: Array) -> Array:
-    """The bits that `encode_xor` was given as `wanted`. Raises E-UNDO."""
+    """Return the bits that `encode_xor` was given as `base`. Raises E-UNDO."""
     size = present.dtype.itemsize
     planes = np.frombuffer(_inflate(data, present.size * size), np.uint8).reshape(size, -1)
     mask = np.ascontiguousarray(planes.T).view(_unsigned(present)).reshape(-1)
-    return (_bits(present) ^ mask).view(present.dtype)
+    return (bits(present) ^ mask).view(present.dtype)
 
 
 def encode_bytes(data: bytes | bytearray) -> bytes:
+    """Return the code that holds bytes."""
     return zlib.compress(data, 1)
 
 
 def decode_bytes(data: bytes, nbytes: int) -> bytes:
+    """Return the bytes that `encode_bytes` was given. Raises E-UNDO."""
     return _inflate(data, nbytes, wrapped=True)
 
 
@@ -86,15 +89,11 @@ def _signed(stored: Array) -> np.dtype[np.signedinteger]:
     return np.dtype(f"<i{stored.dtype.itemsize}")
 
 
-def _bits(stored: Array) -> Array:
-    return stored.view(_unsigned(stored))
-
-
 def _ordered(stored: Array) -> Array:
-    """The bits as integers in the order of the numbers: neighbours differ by one, -0 and +0 too."""
-    bits = _bits(stored)
-    top = np.array(1 << (8 * stored.dtype.itemsize - 1), bits.dtype)
-    return np.where(bits & top, ~bits, bits | top)
+    """Return the bits as integers in the order of the numbers: neighbours differ by one, -0 and +0 too."""
+    codes = bits(stored)
+    top = np.array(1 << (8 * stored.dtype.itemsize - 1), codes.dtype)
+    return np.where(codes & top, ~codes, codes | top)
 
 
 def _unordered(order: Array) -> Array:
@@ -103,7 +102,7 @@ def _unordered(order: Array) -> Array:
 
 
 def _pack(symbols: Array) -> bytes:
-    """Four two-bit symbols a byte, the first lowest."""
+    """Return four two-bit symbols a byte, the first lowest."""
     quads = symbols.reshape(-1, 4)
     packed: Array = quads[:, 0] | (quads[:, 1] << 2) | (quads[:, 2] << 4) | (quads[:, 3] << 6)
     return packed.tobytes()
@@ -114,18 +113,18 @@ def _unpack(data: bytes) -> Array:
     return ((packed[:, None] >> np.array([0, 2, 4, 6], np.uint8)) & 3).reshape(-1)
 
 
-def _planes(bits: Array) -> bytes:
-    return np.ascontiguousarray(bits.view(np.uint8).reshape(-1, bits.dtype.itemsize).T).tobytes()
+def _planes(codes: Array) -> bytes:
+    return np.ascontiguousarray(codes.view(np.uint8).reshape(-1, codes.dtype.itemsize).T).tobytes()
 
 
 def _deflate(data: bytes) -> bytes:
-    """Raw deflate without the search for repeats: there are none, and it is twice as fast."""
+    """Compress by raw deflate without the search for repeats: there are none, and it is twice as fast."""
     packer = zlib.compressobj(1, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
     return packer.compress(data) + packer.flush()
 
 
 def _inflate(data: bytes, nbytes: int, *, wrapped: bool = False) -> bytes:
-    """Exactly `nbytes`, never more in memory. Raises E-UNDO."""
+    """Return exactly `nbytes`, never more in memory. Raises E-UNDO."""
     unpacker = zlib.decompressobj(15 if wrapped else -15)
     try:
         out = unpacker.decompress(data, nbytes + 1)
