@@ -44,13 +44,13 @@ def number(plain: Plain) -> float:
 
 def grouped(tensors: Mapping[str, Plain], parts: Mapping[str, str]) -> dict[str, dict[str, Plain]]:
     """{module: {part: tensor}} of names that match a pattern of `parts` with the module as its first group."""
-    found: dict[str, dict[str, Plain]] = {}
+    modules: dict[str, dict[str, Plain]] = {}
     for name, plain in tensors.items():
         for pattern, part in parts.items():
             if match := re.fullmatch(pattern, name):
-                found.setdefault(match[1], {})[part] = plain
+                modules.setdefault(match[1], {})[part] = plain
                 break
-    return found
+    return modules
 
 
 def flat(plain: Plain) -> Plain:
@@ -66,13 +66,13 @@ def transposed(plain: Plain) -> Plain:
     return dtype, shape[::-1], np.ascontiguousarray(turned).tobytes()
 
 
-def alphas(found: Mapping[str, dict[str, Plain]], prefix: str = "", default: float | None = None) -> Meaning:
+def alphas(modules: Mapping[str, dict[str, Plain]], default: float | None = None) -> Meaning:
     meaning = {}
-    for module, parts in found.items():
+    for module, parts in modules.items():
         a, b = flat(parts["A"]), flat(parts["B"])
         rank = a[1][0]
         alpha = number(parts["alpha"]) if "alpha" in parts else rank if default is None else default
-        meaning[f"{prefix}{module}.weight"] = (a, b, alpha / rank)
+        meaning[f"{module}.weight"] = (a, b, alpha / rank)
     return meaning
 
 
@@ -99,24 +99,33 @@ def expected(layout: str, files: Mapping[str, bytes]) -> Meaning:
     if layout == "cloneofsimo":
         return alphas(grouped(tensors, {r"(.+:\d+):down": "A", r"(.+:\d+):up": "B"}))
     config = json.loads(files["adapter_config.json"])
-    found = grouped(tensors, {r"(.+)\.lora_a": "A", r"(.+)\.lora_b": "B"})
+    modules = grouped(tensors, {r"(.+)\.lora_a": "A", r"(.+)\.lora_b": "B"})
     scale = float(config["lora_parameters"]["scale"])
-    return {f"{m}.weight": (transposed(p["A"]), transposed(p["B"]), scale) for m, p in found.items()}
+    return {f"{m}.weight": (transposed(p["A"]), transposed(p["B"]), scale) for m, p in modules.items()}
 
 
 def meaning(lora: LoraAdapter) -> Meaning:
-    found = {}
+    pairs = {}
     for pair in lora.targets:
         a, b = ((s.dtype, list(s.shape), s.array.tobytes()) for s in (pair.a, pair.b))
-        found[pair.target.name] = (a, b, pair.scale)
-    return found
+        pairs[pair.target.name] = (a, b, pair.scale)
+    return pairs
 
 
-def read(layout: str, folder: Path) -> LoraAdapter:
-    return api.load_lora(folder, alpha=ALPHA if layout == "raw" else None)
+def loaded(path: Path, **options: Any) -> LoraAdapter | None:
+    """The adapter, or None if it is refused by an error of ours; memory stays small whatever the numbers claim."""
+    tracemalloc.start()
+    try:
+        return api.load_lora(path, **options)
+    except errors.LrcError as error:
+        assert str(error).isprintable()
+        return None
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 2 * MIB
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize("examples", [60, SLOW])
 @pytest.mark.parametrize("layout", [name for name in layouts.WRITERS if name != "gguf"])
 def test_layouts(layout: str, examples: int, tmp_path: Path) -> None:
@@ -127,14 +136,11 @@ def test_layouts(layout: str, examples: int, tmp_path: Path) -> None:
         _, good = data.draw(testing.layout_folders(layout))
         weights = next(name for name in good if name != "adapter_config.json")
         for files in (good, mutated(data, good, weights)):
-            put(folder, files)
-            try:
-                lora = read(layout, folder)
-            except errors.LrcError as error:
-                assert files is not good, error
-                assert str(error).isprintable()
-                continue
-            assert meaning(lora) == expected(layout, files)
+            lora = loaded(put(folder, files), alpha=ALPHA if layout == "raw" else None)
+            if lora is None:
+                assert files is not good
+            else:
+                assert meaning(lora) == expected(layout, files)
 
     fuzz(examples, check)
 
@@ -151,28 +157,21 @@ def test_gguf(examples: int, tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
 
     def check(data: st.DataObject) -> None:
-        known = data.draw(layouts.known_loras(("blk.3.attn_v", "blk.4.ffn_up"), one_rank=True))
-        good, spots = gguf_file(*layouts.gguf_parts(known))
+        pairs = data.draw(layouts.known_loras(("blk.3.attn_v", "blk.4.ffn_up"), one_rank=True))
+        good, spots = gguf_file(*layouts.gguf_parts(pairs))
         path.write_bytes(good)
         valid = meaning(api.load_lora(path))
-        assert set(valid) == {f"{one.module}.weight" for one in known}
+        assert set(valid) == {f"{pair.module}.weight" for pair in pairs}
         bad = data.draw(gguf_mutations(good, spots))
         note(f"{bad.kind} at {bad.where}")
         path.write_bytes(bad.data)
-        tracemalloc.start()
-        try:
-            found = meaning(api.load_lora(path))
-        except errors.LrcError as error:
-            assert str(error).isprintable()
+        lora = loaded(path)
+        if lora is None:
             return
-        finally:
-            peak = tracemalloc.get_traced_memory()[1]
-            tracemalloc.stop()
-            assert peak < 2 * MIB
         if bad.kind in {spot.kind for spot in spots} - set(_MEANS_ANOTHER):
-            assert found == valid
+            assert meaning(lora) == valid
         else:
-            assert len(found) <= len(valid)
+            assert len(lora.targets) <= len(valid)
 
     fuzz(examples, check)
 
@@ -182,23 +181,8 @@ def test_npz_headers(examples: int, tmp_path: Path) -> None:
     """A header with one thing wrong is refused, or numpy reads the same from it."""
     path = tmp_path / "adapters.npz"
     plain = {"descr": "<f4", "fortran_order": False, "shape": (5, 2)}
-    other: list[Any] = [
-        "<f2",
-        ">f4",
-        "|O",
-        "V4",
-        "<c8",
-        None,
-        True,
-        1,
-        (),
-        (2, 5),
-        (10,),
-        (5, 2, 1),
-        (5,),
-        (-1,),
-        (1 << 40, 2),
-    ]
+    other: list[Any] = ["<f2", ">f4", "|O", "V4", "<c8", None, True, 1, (), (2, 5), (10,), (5, 2, 1), (5,), (-1,)]
+    other.append((1 << 40, 2))
     arrays = {"m.lora_a": np.arange(10, dtype="<f4").reshape(5, 2), "m.lora_b": np.ones((2, 3), "<f4")}
     good = layouts.npz_file(arrays)
 
@@ -211,16 +195,9 @@ def test_npz_headers(examples: int, tmp_path: Path) -> None:
         bad = layouts.npz_header(good, "m.lora_a", repr(changed))
         note(repr(changed))
         path.write_bytes(bad)
-        tracemalloc.start()
-        try:
-            lora = api.load_lora(path, alpha=2.0, layout="mlx")
-        except errors.LrcError as error:
-            assert str(error).isprintable()
+        lora = loaded(path, alpha=2.0, layout="mlx")
+        if lora is None:
             return
-        finally:
-            peak = tracemalloc.get_traced_memory()[1]
-            tracemalloc.stop()
-            assert peak < 2 * MIB
         with np.load(io.BytesIO(bad), allow_pickle=False) as stored:
             assert np.array_equal(lora.targets[0].A, stored["m.lora_a"].T)
 
@@ -231,18 +208,15 @@ def test_npz_headers(examples: int, tmp_path: Path) -> None:
 def test_bytes_of_a_npz(examples: int, tmp_path: Path) -> None:
     """Any byte of the zip: refused, or the arrays are those that Python's own zip module finds, checksums and all."""
     path = tmp_path / "adapters.npz"
-    good = layouts.mlx([layouts.Known("m", np.ones((1, 2), "<f4"), np.ones((2, 1), "<f4"), 1.0)], npz=True)[
-        "adapters.npz"
-    ]
+    pair = layouts.Known("m", np.ones((1, 2), "<f4"), np.ones((2, 1), "<f4"), 1.0)
+    good = layouts.mlx([pair], npz=True)["adapters.npz"]
 
     def check(data: st.DataObject) -> None:
         bad = data.draw(testing.mutations(good))
         note(f"{bad.kind} at {bad.where}")
         path.write_bytes(bad.data)
-        try:
-            lora = api.load_lora(path, alpha=2.0, layout="mlx")
-        except errors.LrcError as error:
-            assert str(error).isprintable()
+        lora = loaded(path, alpha=2.0, layout="mlx")
+        if lora is None:
             return
         with zipfile.ZipFile(io.BytesIO(bad.data)) as archive:
             assert archive.testzip() is None
