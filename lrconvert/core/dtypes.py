@@ -48,7 +48,7 @@ TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bf
 
 
 def itemsize(dtype: str) -> int:
-    """Bytes of one element of a safetensors dtype. Raises E-DTYPE if unknown."""
+    """Return the bytes of one element of a safetensors dtype. Raises E-DTYPE if unknown."""
     try:
         return STORAGE[dtype].itemsize
     except KeyError:
@@ -71,7 +71,7 @@ class Stored:
         return int(self.array.nbytes)
 
     def decode(self) -> Array:
-        """The values: float32 for F32, F16 and BF16 (exact), float64 for F64. Raises E-DTYPE for other dtypes."""
+        """Return the values: float32 for F32, F16 and BF16 (exact), float64 for F64. Raises E-DTYPE for others."""
         return decode(self.array, self.dtype)
 
     def __eq__(self, other: object) -> bool:
@@ -87,7 +87,7 @@ class Stored:
 
 
 def decode(array: Array, dtype: str) -> Array:
-    """Storage bits to float32 (float64 for F64); exact."""
+    """Decode storage bits to float32 (float64 for F64); exact."""
     if dtype == "BF16":
         return (array.astype(np.uint32) << 16).view(np.float32)
     if dtype not in FLOATS:
@@ -112,7 +112,7 @@ def _to_float32_odd(x: F64) -> F32:
 
 
 def round_to(x: ArrayLike, dtype: str) -> Array:
-    """`x` (float32 or float64) as storage bits of a float `dtype`, rounded once: nearest, ties to even.
+    """Return `x` (float32 or float64) as storage bits of a float `dtype`, rounded once: nearest, ties to even.
 
     Values beyond the range become infinite, NaN stays NaN.
     """
@@ -128,8 +128,8 @@ def round_to(x: ArrayLike, dtype: str) -> Array:
     codes = np.empty(flat.size, "<u2")
     narrow = _to_f16 if dtype == "F16" else _to_bf16
     for start in range(0, flat.size, _CHUNK):
-        some = flat[start : start + _CHUNK]
-        single = some if some.dtype == np.float32 else _to_float32_odd(some.astype(np.float64, copy=False))
+        chunk = flat[start : start + _CHUNK]
+        single = chunk if chunk.dtype == np.float32 else _to_float32_odd(chunk.astype(np.float64, copy=False))
         narrow(single, codes[start : start + _CHUNK])
     return codes.view(STORAGE[dtype]).reshape(values.shape)
 
@@ -172,7 +172,7 @@ def f16_half_up(single: F32, out: U16, word: U32) -> Index:
 
 
 def f16_small(bits: U32) -> U16:
-    """The fp16 codes of float32 `bits` of sizes up to 2^-14, ties to even.
+    """Return the fp16 codes of float32 `bits` of sizes up to 2^-14, ties to even.
 
     Adding 1/2, whose unit in float32 is that of subnormal fp16, rounds to it: the difference in bits is the code.
     """

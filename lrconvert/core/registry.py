@@ -25,11 +25,10 @@ def calls(folder: str, name: str, function: str) -> list[tuple[Any, ...]]:
     """Read the constant arguments of every call of `function` in the source of the entry `name`, without importing it:
     a list of commands needs no numerics."""
     tree = ast.parse(_sources(folder)[name].read_text("utf-8"))
-    found = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
     return [
-        tuple(argument.value for argument in call.args if isinstance(argument, ast.Constant))
-        for call in found
-        if call.func.id == function  # type: ignore[attr-defined]
+        tuple(argument.value for argument in node.args if isinstance(argument, ast.Constant))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == function
     ]
 
 

@@ -1,4 +1,4 @@
-"""What a conversion costs and keeps: captured energy per target, bytes, spectra. Numbers only."""
+"""The fidelity of a conversion in numbers: captured energy per target, bytes, spectra."""
 
 from __future__ import annotations
 
@@ -45,26 +45,28 @@ class TargetFidelity:
 
     @property
     def output_captured(self) -> float | None:
-        if self.output_energy is None or self.output_error is None:
-            return None
-        return _captured(self.output_error, self.output_energy)
+        return _total([(self.output_error, self.output_energy)])
 
     @property
     def data_captured(self) -> float | None:
-        if self.data_energy is None or self.data_error is None:
-            return None
-        return _captured(self.data_error, self.data_energy)
+        return _total([(self.data_error, self.data_energy)])
 
 
 def _captured(error: float, energy: float) -> float:
     return 1.0 - error / energy if energy else 1.0
 
 
+def _total(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
+    """The share captured of all (error, energy) that were measured; None if none was."""
+    measured = [(error, energy) for error, energy in pairs if error is not None and energy is not None]
+    return _captured(sum(e for e, _ in measured), sum(e for _, e in measured)) if measured else None
+
+
 @dataclass(frozen=True)
 class Answers:
-    """How far a model's answers are from those of the LoRA, on data. `kind`: "KL" of the logits in nats per item, or
-    the relative squared error of "hidden states" where a model has no logits. `agreement`: the share of items with the
-    same first choice. `base_...`: the same of the base without an adapter."""
+    """The distance of a model's answers from those of the LoRA, on data. `kind`: "KL" of the logits in nats per item,
+    or the relative squared error of "hidden states" where a model has no logits. `agreement`: the share of items with
+    the same first choice. `base_...`: the same of the base without an adapter."""
 
     kind: str
     items: int
@@ -81,7 +83,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How much of a LoRA a compact adapter keeps, in the Frobenius norm of the weight update.
+    """The share of a LoRA that a compact adapter keeps, in the Frobenius norm of the weight update.
 
     `source_bytes`: the LoRA's factors at 16 bit. `adapter_bytes`: the file without extra tensors; `total_bytes` with.
     """
@@ -106,12 +108,12 @@ class Fidelity:
 
     @property
     def fit_captured(self) -> float | None:
-        """The same in the metric of the fits, `canonical.fit_metric`; None without statistics."""
+        """The same in the metric of the fits, `svd.fit_metric`; None without statistics."""
         return _total([(t.fit_error, t.fit_energy) for t in self.targets])
 
     @property
     def data_captured(self) -> float | None:
-        """The same of the outputs on data; None without. Experts and what else is no layer of its own are not in it."""
+        """The same of the outputs on data; None without. Experts, and all else that is no layer, are not in it."""
         return _total([(t.data_error, t.data_energy) for t in self.targets])
 
     @property
@@ -128,13 +130,8 @@ class Fidelity:
         return self.source_bytes / self.adapter_bytes
 
 
-def _total(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
-    known = [(error, energy) for error, energy in pairs if error is not None and energy is not None]
-    return _captured(sum(e for e, _ in known), sum(e for _, e in known)) if known else None
-
-
 def target_key(target: Target) -> tuple[str, str]:
-    """What identifies a target in both adapters: the view may have been corrected by a base, names keep their order."""
+    """Return the key of a target in both adapters: a base may have corrected the view, names keep their order."""
     kind = target.view.text if target.view.kind not in ("matrix", "transposed") else ""
     return target.name, kind
 
@@ -154,27 +151,26 @@ def fidelity(
     for target in compact.targets:
         if target_key(target) not in pairs:
             raise BaseError(f"the target {target.name!r} is not one of the source's", fix="is this its source?")
-    found: dict[tuple[str, str], TargetFidelity] = {}
+    rows: dict[tuple[str, str], TargetFidelity] = {}
     if methods.needs_base(compact):
         if base is None:
-            raise OptionError(
-                "what the adapter keeps depends on the base's weights", fix="give the folder of the base with --base"
-            )
+            what = "what the adapter keeps depends on the base's weights"
+            raise OptionError(what, fix="give the folder of the base with --base")
         for target, rank, updates in methods.updates_on(compact, base):
             key = target_key(target)
-            found[key] = _dense_fidelity(pairs[key], rank, updates, statistics)
+            rows[key] = _dense_fidelity(pairs[key], rank, updates, statistics)
     else:
         for target, a, b in methods.expand_all(compact):  # one at a time: some forms expand to many times their size
-            found[target_key(target)] = _target_fidelity(pairs[target_key(target)], (a, b), statistics)
-    rows = [found.get(key) or _target_fidelity(pair, None, statistics) for key, pair in pairs.items()]
+            rows[target_key(target)] = _target_fidelity(pairs[target_key(target)], (a, b), statistics)
+    every = tuple(rows.get(key) or _target_fidelity(pair, None, statistics) for key, pair in pairs.items())
     size = file.sizes(compact)
-    return Fidelity(tuple(rows), compact.method, lora.half_bytes, size.payload, size.overhead, size.extras)
+    return Fidelity(every, compact.method, lora.half_bytes, size.payload, size.overhead, size.extras)
 
 
 def fidelity_on(
     lora: LoraAdapter, compact: CompactAdapter, statistics: InputStatistics | None, base: Path | None
 ) -> Fidelity:
-    """The same with the folder of the base, which is opened where it is needed."""
+    """Measure the same with the folder of the base, which is opened where it is needed."""
     if base is None or not methods.needs_base(compact):
         return fidelity(lora, compact, statistics)
     with open_checkpoint(base) as checkpoint:
@@ -189,13 +185,13 @@ def _target_fidelity(
     if a.shape[1] != inner or b.shape[0] != out:
         raise BaseError(f"the target {pair.target.name!r} has other shapes in the two adapters")
     error, energy = svd.distance(pair, a, b)
-    found = TargetFidelity(pair.target.name, pair.rank, a.shape[0], energy, error)
+    row = TargetFidelity(pair.target.name, pair.rank, a.shape[0], energy, error)
     if statistics is None:
-        return found
+        return row
     moment = statistics.of(pair.target)
     error, energy = svd.distance(pair, a, b, moment)
     fit_error, fit_energy = svd.distance(pair, a, b, svd.fit_metric(pair, moment))
-    return replace(found, output_energy=energy, output_error=error, fit_energy=fit_energy, fit_error=fit_error)
+    return replace(row, output_energy=energy, output_error=error, fit_energy=fit_energy, fit_error=fit_error)
 
 
 def _dense_fidelity(
@@ -223,24 +219,19 @@ def _dense_fidelity(
 # --- inspection -----------------------------------------------------------------------------------------------------
 
 
+_SHARES = {"90": 0.9, "99": 0.99, "99.9": 0.999}  # of a spectrum's energy
+
+
 def inspect_lora(lora: LoraAdapter) -> dict[str, Any]:
-    """Everything worth knowing of a LoRA, as JSON values."""
+    """Return the facts of a LoRA as JSON values."""
     rows = []
     for pair in lora.targets:
         s = svd.singular_values(pair)
-        rows.append(
-            {
-                **_target_row(pair.target),
-                "rank": pair.rank,
-                "scale": pair.scale,
-                "dtype": pair.a.dtype,
-                "norm": float(np.sqrt(np.sum(s * s))),
-                "spectrum": {
-                    name: svd.energy_rank(s, share) for name, share in (("90", 0.9), ("99", 0.99), ("99.9", 0.999))
-                },
-                "singular_values": [float(f"{v:.6g}") for v in s],
-            }
-        )
+        row = _target_row(pair.target) | {"rank": pair.rank, "scale": pair.scale, "dtype": pair.a.dtype}
+        row["norm"] = float(np.sqrt(np.sum(s * s)))
+        row["spectrum"] = {percent: svd.energy_rank(s, share) for percent, share in _SHARES.items()}
+        row["singular_values"] = [float(f"{v:.6g}") for v in s]
+        rows.append(row)
     by_dtype: Counter[str] = Counter()
     for pair in lora.targets:
         for factor in (pair.a, pair.b):
@@ -259,22 +250,21 @@ def inspect_lora(lora: LoraAdapter) -> dict[str, Any]:
 _NO_NORM = "the updates depend on the base's weights: they have no norm without it"
 
 
-def inspect_statistics(found: InputStatistics, nbytes: int) -> dict[str, Any]:
-    """What a file of input statistics holds, as JSON values."""
-    inputs = [{"names": list(i.names), "expert": i.expert, "width": i.width, "tokens": i.tokens} for i in found.inputs]
+def inspect_statistics(statistics: InputStatistics, nbytes: int) -> dict[str, Any]:
+    """Return the facts of input statistics as JSON values."""
     return {
         "kind": "statistics",
-        "tokens": found.tokens,
+        "tokens": statistics.tokens,
         "bytes": nbytes,
-        "base": found.content,
-        "data": found.data,
-        "inputs": inputs,
+        "base": statistics.content,
+        "data": statistics.data,
+        "inputs": [{**vars(i), "names": list(i.names)} for i in statistics.inputs],
         "warnings": [],
     }
 
 
 def inspect_compact(compact: CompactAdapter) -> dict[str, Any]:
-    """Everything worth knowing of an lrconvert file, as JSON values."""
+    """Return the facts of an lrconvert file as JSON values."""
     method = methods.get(compact.method)
     size = file.sizes(compact)
     if methods.needs_base(compact):
@@ -286,12 +276,7 @@ def inspect_compact(compact: CompactAdapter) -> dict[str, Any]:
         "kind": "lrconvert",
         "method": {"id": method.id, "version": method.version, "config": method.header(compact.config)},
         "targets": rows,
-        "bytes": {
-            "total": size.total,
-            "payload": size.payload,
-            "overhead": size.overhead,
-            "extras": size.extras,
-        },
+        "bytes": {"total": size.total, "payload": size.payload, "overhead": size.overhead, "extras": size.extras},
         "base": {"names": compact.base.names, "content": compact.base.content},
         "source": compact.provenance.source,
         **_common(compact.extras, compact.provenance.base_model, compact.provenance.task_type),
@@ -319,7 +304,7 @@ def _common(extras: Sequence[Any], base_model: str, task_type: str) -> dict[str,
 
 
 def expanded(compact: CompactAdapter) -> LoraAdapter:
-    """A compact adapter as a plain LoRA, its factors in float32, targets of rank 0 left out."""
+    """Expand a compact adapter to a plain LoRA, its factors in float32, targets of rank 0 left out."""
     pairs = tuple(
         LoraTarget(target, Stored("F32", np.ascontiguousarray(a)), Stored("F32", np.ascontiguousarray(b)), 1.0)
         for target, a, b in methods.expand_all(compact)

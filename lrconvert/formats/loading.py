@@ -1,8 +1,7 @@
-"""Adapters by their path, in whatever layout: what every verb that takes an adapter reads it with.
+"""Adapters by their path, in whatever layout: every verb that takes an adapter reads it with this.
 
-What a user may say of a layout (`readers.base.ReadOptions`) is about files of other tools; an lrconvert file states all
-of it. Where several adapters are given, it holds for those of other tools, and is refused where there is none: an
-option is never without effect in silence.
+The options of a layout (`ReadOptions`) are about files of other tools; an lrconvert file states all of it. Of several
+adapters they hold for those of other tools, and are refused where there is none: no option is ignored in silence.
 """
 
 from __future__ import annotations
@@ -27,51 +26,52 @@ Adapter = LoraAdapter | CompactAdapter
 def options(
     allow_pickle: bool = False, base: object = None, layout: str | None = None, alpha: float | None = None
 ) -> ReadOptions:
-    """What a user says of the files. `base` counts if it is a path or a hub id; a live model says no names here."""
-    where = hub.locate(base) if isinstance(base, (str, PathLike)) else None
-    return ReadOptions(allow_pickle, where, layout, alpha)
+    """Return the options of a layout. `base` counts if it is a path or a hub id; a live model says no names here."""
+    folder = hub.locate(base) if isinstance(base, (str, PathLike)) else None
+    return ReadOptions(allow_pickle, folder, layout, alpha)
 
 
-def load(path: AnyPath, said: ReadOptions) -> Adapter:
-    """The adapter at a path or hub id. See `lrconvert.api.load`."""
-    return load_all([path], said)[0]
+def load(path: AnyPath, reading: ReadOptions) -> Adapter:
+    """Load the adapter at a path or hub id. See `lrconvert.api.load`."""
+    return load_all([path], reading)[0]
 
 
-def load_all(paths: Sequence[AnyPath], said: ReadOptions) -> list[Adapter]:
-    """Several adapters. Raises E-OPTION if a layout or an alpha is said where every file is an lrconvert file."""
-    found = [hub.locate(path) for path in paths]
-    ours = [where.is_file() and file.is_lrconvert(where) for where in found]
+def load_all(paths: Sequence[AnyPath], reading: ReadOptions) -> list[Adapter]:
+    """Load several adapters. Raises E-OPTION for a layout or an alpha where every file is an lrconvert file."""
+    places = [hub.locate(path) for path in paths]
+    ours = [place.is_file() and file.is_lrconvert(place) for place in places]
     if all(ours):
-        refuse_said(said, found[0] if found else None)
-    return [file.read(where) if own else _foreign(where, said) for where, own in zip(found, ours, strict=True)]
+        refuse_options(reading, places[0] if places else None)
+    return [file.read(place) if own else _foreign(place, reading) for place, own in zip(places, ours, strict=True)]
 
 
-def refuse_said(said: ReadOptions, path: Path | None = None) -> None:
+def refuse_options(reading: ReadOptions, path: Path | None = None) -> None:
     """Raise E-OPTION for a layout or an alpha where no file of another tool is read."""
-    if said.layout is None and said.alpha is None:
+    if reading.layout is None and reading.alpha is None:
         return
     if path is not None:
         raise OptionError("an lrconvert file states its layout and its scales", fix="leave both out", path=path)
     raise OptionError("a layout and an alpha are for files of other tools, and none is read", fix="leave both out")
 
 
-def lora(item: AnyPath | LoraAdapter, said: ReadOptions) -> LoraAdapter:
-    """A LoRA: as it is if it is loaded, else read; a compact one is expanded, with a warning."""
-    found = adapter(item, said)
-    return found if isinstance(found, LoraAdapter) else fidelity.expanded(found)
+def lora(item: AnyPath | LoraAdapter, reading: ReadOptions) -> LoraAdapter:
+    """Return a LoRA: as it is if it is loaded, else read; a compact one is expanded, with a warning."""
+    source = adapter(item, reading)
+    return source if isinstance(source, LoraAdapter) else fidelity.expanded(source)
 
 
-def adapter(item: AnyPath | Adapter, said: ReadOptions) -> Adapter:
-    """An adapter: as it is if it is loaded, else read. Raises E-OPTION for what is said of one that is loaded."""
+def adapter(item: AnyPath | Adapter, reading: ReadOptions) -> Adapter:
+    """Return an adapter: as it is if it is loaded, else read. Raises E-OPTION for the options of one that is loaded."""
     if isinstance(item, (LoraAdapter, CompactAdapter)):
-        refuse_said(said)
+        refuse_options(reading)
         return item
-    return load(item, said)
+    return load(item, reading)
 
 
-def _foreign(where: Path, said: ReadOptions) -> Adapter:
-    """An adapter of another tool, with the licence that the card beside it states noted in its provenance."""
-    found = readers.load(where, said)
-    stated = model_card.licence(where if where.is_dir() else where.parent)
-    came = found.provenance
-    return replace(found, provenance=replace(came, fields={**stated, **came.fields})) if stated else found
+def _foreign(path: Path, reading: ReadOptions) -> Adapter:
+    """Load an adapter of another tool, with the licence that the card beside it states in its provenance."""
+    loaded = readers.load(path, reading)
+    stated = model_card.licence(path if path.is_dir() else path.parent)
+    if not stated:
+        return loaded
+    return replace(loaded, provenance=replace(loaded.provenance, fields={**stated, **loaded.provenance.fields}))

@@ -51,16 +51,16 @@ def licence(folder: Path) -> dict[str, str]:
 
 def origin(compact: CompactAdapter) -> dict[str, str]:
     """Return where exported factors come from, for the metadata of a file: short strings, no path, no time."""
-    came, method = compact.provenance, methods.get(compact.method)
+    provenance, method = compact.provenance, methods.get(compact.method)
     notes = {
         "lrconvert_version": __version__,
         "lrconvert_method": f"{method.id} {method.version}",
-        "lrconvert_source": came.source,
-        "lrconvert_captured": came.fields.get("captured", ""),
-        "lrconvert_base_model": came.base_model,
-        "lrconvert_base_revision": came.revision,
+        "lrconvert_source": provenance.source,
+        "lrconvert_captured": provenance.fields.get("captured", ""),
+        "lrconvert_base_model": provenance.base_model,
+        "lrconvert_base_revision": provenance.revision,
         "lrconvert_base_content": compact.base.content,
-        **{f"lrconvert_{key}": came.fields.get(key, "") for key in _LICENCE},
+        **{f"lrconvert_{key}": provenance.fields.get(key, "") for key in _LICENCE},
     }
     return {key: text for key, text in notes.items() if text}
 
@@ -76,15 +76,15 @@ def model_card(
     """Return the card of `compact` exported as `layout` for `library`, with the error table of `fidelity`."""
     from huggingface_hub import ModelCardData
 
-    came = compact.provenance
-    licences = came.fields.get("license", "").split(", ")
+    provenance = compact.provenance
+    licences = provenance.fields.get("license", "").split(", ")
     front = ModelCardData(
-        base_model=came.base_model or None,
+        base_model=provenance.base_model or None,
         library_name=library or None,
         license=licences if len(licences) > 1 else licences[0] or None,  # type: ignore[arg-type]
-        license_name=came.fields.get("license_name"),
-        license_link=came.fields.get("license_link"),
-        pipeline_tag=_TASKS.get(came.task_type),
+        license_name=provenance.fields.get("license_name"),
+        license_link=provenance.fields.get("license_link"),
+        pipeline_tag=_TASKS.get(provenance.task_type),
         tags=["lora", "lrconvert"],
     )
     method = methods.get(compact.method)
@@ -99,8 +99,8 @@ def model_card(
     if command:
         body += ["```", command, "```", ""]
     body += _error_table(compact, fidelity)
-    if came.source:
-        body += ["", f"Source adapter, sha256 of its tensors: `{came.source}`"]
+    if provenance.source:
+        body += ["", f"Source adapter, sha256 of its tensors: `{provenance.source}`"]
     return "\n".join(["---", front.to_yaml(), "---", "", *body, ""]).encode("utf-8")
 
 

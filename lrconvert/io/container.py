@@ -302,6 +302,15 @@ class ContainerFile(OpenFile):
         return self._descriptor
 
 
+def carries(path: Path, key: str, limits: Limits = FOREIGN) -> bool:
+    """Return true if `path` is a safetensors file that has the `key` in its metadata."""
+    try:
+        with ContainerFile(path, limits) as file:
+            return key in file.metadata
+    except LrcError:
+        return False
+
+
 # --- digests --------------------------------------------------------------------------------------------------------
 
 

@@ -165,9 +165,9 @@ def _reader(kind: Any, foreign: bool) -> _Reader:
         types_, expected = _SCALARS[kind]
         return _simple(lambda value: type(value) in types_, expected, error)
     if origin is Literal:
-        known = {(type(choice), choice) for choice in arguments}
+        choices = {(type(choice), choice) for choice in arguments}
         expected = f"one of {', '.join(map(str, arguments))}"
-        return _simple(lambda value: value.__hash__ is not None and (type(value), value) in known, expected, error)
+        return _simple(lambda value: value.__hash__ is not None and (type(value), value) in choices, expected, error)
     if origin is Annotated:
         return _annotated(arguments[0], arguments[1:], foreign)
     if origin in (Union, types.UnionType):
@@ -201,15 +201,15 @@ def _annotated(kind: Any, extras: Sequence[Any], foreign: bool) -> _Reader:
 
     def reader(value: Any, path: str) -> Any:
         try:
-            found = base(value, path)
+            converted = base(value, path)
         except (JsonSyntaxError, ConfigError):
             if conversions or kind not in _SCALARS:
                 raise
             raise _refusal(value, path, checks[0].expected, checks[0].error) from None
         for check in checks:
-            if not check.test(found):
+            if not check.test(converted):
                 raise _refusal(value, path, check.expected, check.error)
-        return found
+        return converted
 
     return reader
 
@@ -313,7 +313,7 @@ def _writer(kind: Any) -> Callable[[Any], Any]:
     writers = [(member, _writer(member.kind)) for member in _members(kind)]
 
     def writer(value: Any) -> dict[str, Any]:
-        given = [(member, write, getattr(value, member.name)) for member, write in writers]
-        return {m.key: write(entry) for m, write, entry in given if m.default is MISSING or entry != m.default}
+        entries = [(member, write, getattr(value, member.name)) for member, write in writers]
+        return {m.key: write(entry) for m, write, entry in entries if m.default is MISSING or entry != m.default}
 
     return writer

@@ -20,7 +20,7 @@ from lrconvert.core.dtypes import STORAGE, Array
 from lrconvert.core.errors import LrcError
 from lrconvert.core.limits import GIB, MAX_DIM, MAX_INT, MIB, Limits
 from lrconvert.io import fields, strictjson
-from lrconvert.io.container import ContainerFile, encode_header, tensor_digest
+from lrconvert.io.container import ContainerFile, carries, encode_header, tensor_digest
 from lrconvert.io.durable import atomic_file
 from lrconvert.io.fields import Check, Hex, between, matches, one_of
 from lrconvert.lora.fingerprint import content_digest
@@ -71,7 +71,7 @@ class _Entry:
             raise errors.LimitError(f"{what}, more than its width {self.width}")
 
     def tensors(self, n: int) -> list[str]:
-        """The names of its tensors, as entry `n` of the list."""
+        """Return the names of its tensors, as entry `n` of the list."""
         sketch = [f"sketch.{n}"] if self.form == "sketch" else []
         return [f"triangle.{n}"] if self.form == "exact" else [f"diagonal.{n}", *sketch]
 
@@ -97,14 +97,14 @@ class _Digests:
 
 @dataclass(frozen=True)
 class _Opened:
-    """A file whose manifest was read and whose tensors are read when they are asked for."""
+    """A file whose manifest was read and whose tensors are read when they are used."""
 
     file: ContainerFile
     manifest: dict[str, Any]
     digests: Mapping[str, str]
 
     def tensor(self, name: str, dtype: str, shape: tuple[int, ...]) -> Array:
-        """Raises E-MISSING, E-DTYPE, E-SHAPE, E-DIGEST."""
+        """Read a tensor. Raises E-MISSING, E-DTYPE, E-SHAPE, E-DIGEST."""
         info = self.file.by_name.get(name)
         if info is None:
             raise errors.MissingFieldError(f"the tensor {name!r} is missing", path=self.file.path)
@@ -153,9 +153,8 @@ def _open(key: str, path: Path) -> _Opened:
             if not isinstance(manifest, dict):
                 raise errors.JsonSyntaxError("the manifest is not an object")
             if manifest.get("version") != VERSION:
-                raise errors.VersionError(
-                    f"version {manifest.get('version')!r:.40} is not known", fix="is lrconvert too old?"
-                )
+                what = f"version {manifest.get('version')!r:.40} is not known"
+                raise errors.VersionError(what, fix="is lrconvert too old?")
             digests = fields.read(_Digests, manifest.pop("digests", None), "digests")
             unpaired = sorted(digests.tensors.keys() ^ file.by_name.keys())
             if unpaired:
@@ -174,12 +173,8 @@ def _open(key: str, path: Path) -> _Opened:
 
 
 def is_statistics(path: Path) -> bool:
-    """Whether `path` is a safetensors file that carries our statistics manifest (valid or not)."""
-    try:
-        with ContainerFile(path, LIMITS) as file:
-            return METADATA_KEY in file.metadata
-    except LrcError:
-        return False
+    """Return true if `path` is a safetensors file that carries our statistics manifest (valid or not)."""
+    return carries(path, METADATA_KEY, LIMITS)
 
 
 def write(statistics: InputStatistics, path: Path, *, overwrite: bool = False) -> None:
@@ -208,7 +203,7 @@ def _stored(n: int, moment: Moment) -> list[tuple[str, str, Array]]:
 
 
 def read(path: Path) -> InputStatistics:
-    """The statistics of a file, which stays open: moments are read, and checked, when they are asked for."""
+    """Read the statistics of a file, which stays open: moments are read, and checked, when they are used."""
     opened = _open(METADATA_KEY, path)
     try:
         return _statistics(opened)
@@ -271,7 +266,7 @@ def _moment(opened: _Opened, n: int, entry: _Entry) -> Moment:
 def write_partial(
     path: Path, notes: Mapping[str, Any], arrays: Iterable[tuple[str, str, Array]], key: str = PARTIAL_KEY
 ) -> None:
-    """Keep unfinished sums, atomically, over the last ones; under another `key`, other unfinished work."""
+    """Write unfinished sums, atomically, over the last ones; under another `key`, other unfinished work."""
     ordered = sorted(arrays, key=lambda entry: (-STORAGE[entry[1]].itemsize, entry[0]))
     _write(key, path, {"version": VERSION, **notes}, ordered, overwrite=True)
 

@@ -20,7 +20,7 @@ from lrconvert.core.limits import MAX_EXPAND_BYTES, MAX_INT, OWN
 from lrconvert.formats.lrc import manifest as manifests
 from lrconvert.formats.lrc.manifest import MANIFEST_BYTES, Digests, Manifest
 from lrconvert.io import fields, strictjson
-from lrconvert.io.container import ContainerFile, TensorInfo, encode_header, parse_header, tensor_digest
+from lrconvert.io.container import ContainerFile, TensorInfo, carries, encode_header, parse_header, tensor_digest
 from lrconvert.io.durable import atomic_file
 from lrconvert.io.fields import Hex
 from lrconvert.lora import packing
@@ -60,7 +60,7 @@ class Sizes:
 
 
 def sizes(compact: CompactAdapter) -> Sizes:
-    """The exact sizes of the file that `compact` will be written to. Its tensors need not be there yet."""
+    """Return the exact sizes of the file that `compact` will be written to. Its tensors need not be fitted yet."""
     specs = _all_specs(compact)
     payload = sum(s.nbytes for s in specs)
     without = len(_blank_header(replace(compact, extras=()), specs)) + payload
@@ -75,10 +75,10 @@ def _blank_header(compact: CompactAdapter, specs: Sequence[TensorSpec]) -> bytes
 
 
 def _header(compact: CompactAdapter, specs: Sequence[TensorSpec], digests: Digests, exponents: str) -> bytes:
-    text = _manifest_text(compact, digests, exponents)
-    if len(text.encode()) > MANIFEST_BYTES:
-        raise errors.LimitError(f"the manifest has {len(text.encode())} bytes; at most {MANIFEST_BYTES} are allowed")
-    return encode_header(_entries(specs, compact.extras), {METADATA_KEY: text})
+    text = strictjson.dump_canonical(manifests.build(compact, digests, exponents))
+    if len(text) > MANIFEST_BYTES:
+        raise errors.LimitError(f"the manifest has {len(text)} bytes; at most {MANIFEST_BYTES} are allowed")
+    return encode_header(_entries(specs, compact.extras), {METADATA_KEY: text.decode()})
 
 
 # --- what is stored ---------------------------------------------------------------------------------------------------
@@ -98,15 +98,11 @@ def _entries(specs: Sequence[TensorSpec], extras: Sequence[ExtraTensor]) -> list
     return sorted(entries, key=lambda entry: (-itemsize(entry[1]), entry[0]))
 
 
-def _manifest_text(compact: CompactAdapter, digests: Digests, exponents: str) -> str:
-    return strictjson.dump_canonical(manifests.build(compact, digests, exponents)).decode("utf-8")
-
-
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
 def encode(compact: CompactAdapter) -> Iterator[bytes]:
-    """The bytes of the file, in pieces. The same content gives the same bytes on every machine.
+    """Yield the bytes of the file, in pieces. The same content gives the same bytes on every machine.
 
     Whatever `read` would refuse is refused here, with the same codes, before the first piece.
     """
@@ -114,11 +110,9 @@ def encode(compact: CompactAdapter) -> Iterator[bytes]:
     method = methods.get(compact.method)
     specs = _all_specs(compact)
     arrays = {**method.layout(compact.config), **compact.tensors}
-    unknown = set(arrays) - {s.name for s in specs}
-    if unknown:
-        raise errors.UnknownFieldError(
-            f"the method {method.id} does not declare the tensors {', '.join(sorted(unknown))}"
-        )
+    undeclared = ", ".join(sorted(set(arrays) - {s.name for s in specs}))
+    if undeclared:
+        raise errors.UnknownFieldError(f"the method {method.id} does not declare the tensors {undeclared}")
     absent = [s.name for s in specs if s.name not in arrays]
     if absent:
         raise errors.MissingFieldError(
@@ -141,8 +135,8 @@ def encode(compact: CompactAdapter) -> Iterator[bytes]:
 
 
 def check(compact: CompactAdapter) -> None:
-    """Refuse what a reader would refuse of the file of `compact`, all but the contents of its payload tensors, which
-    need not be there yet. The reader's own functions decide, and what they find must be what was given."""
+    """Raise what a reader would raise for the file of `compact`, all but the contents of its payload tensors, which
+    need not be fitted yet. The reader's own functions decide, and what they read must be what was written."""
     text = strictjson.dump_canonical(manifests.build(compact, None, ""))
     manifest = strictjson.parse_canonical(text, depth=OWN.json_depth)
     parsed = {key: parse(manifest[key]) for key, parse in manifests.SECTIONS.items()}
@@ -195,34 +189,26 @@ def _raise(level: str, finding: LrcError) -> None:
 
 
 def read(path: Path) -> CompactAdapter:
-    """A compact adapter from its file, fully checked. Raises the first finding of `examine`."""
+    """Read a compact adapter from its file, fully checked. Raises the first finding of `examine`."""
     compact = examine(path, _raise)
     assert compact is not None  # `_raise` raised otherwise
     return compact
 
 
 def is_lrconvert(path: Path) -> bool:
-    """Whether `path` is a safetensors file that carries our manifest (valid or not)."""
-    try:
-        with ContainerFile(path) as file:
-            return METADATA_KEY in file.metadata
-    except LrcError:
-        return False
+    """Return true if `path` is a safetensors file that carries our manifest (valid or not)."""
+    return carries(path, METADATA_KEY)
 
 
 def examine(path: Path, report: Report) -> CompactAdapter | None:
     """Read and check a file; every finding goes to `report` with its level. None if it cannot be read at all."""
-
-    def found(level: str, error: LrcError) -> None:
-        report(level, error.at(path))
-
     try:
         file = ContainerFile(path, OWN)
     except LrcError as error:
-        found("structure", error)
+        report("structure", error.at(path))
         return None
     with file:
-        return _examine(file, found)
+        return _examine(file, lambda level, error: report(level, error.at(path)))
 
 
 def _examine(file: ContainerFile, report: Report) -> CompactAdapter | None:
@@ -318,11 +304,10 @@ def _fail(error: LrcError) -> None:
 
 
 def _read_manifest(file: ContainerFile) -> dict[str, Any]:
-    """The manifest as it stands in the file. Raises E-MISSING, E-UNKNOWN, E-LIMIT and the JSON errors."""
+    """Return the manifest as it stands in the file. Raises E-MISSING, E-UNKNOWN, E-LIMIT and the JSON errors."""
     if METADATA_KEY not in file.metadata:
-        raise errors.MissingFieldError(
-            "the file has no lrconvert manifest", fix="this is not an lrconvert file; try `inspect`"
-        )
+        what = "the file has no lrconvert manifest"
+        raise errors.MissingFieldError(what, fix="this is not an lrconvert file; try `inspect`")
     if len(file.metadata) != 1:
         raise errors.UnknownFieldError("the file has metadata besides the manifest")
     text = file.metadata[METADATA_KEY].encode()
@@ -361,9 +346,8 @@ def _read_config(method: Method, header: dict[str, Any], targets: Sequence[Targe
 
 def _checked_specs(method: Method, config: Any, targets: Sequence[Target]) -> tuple[TensorSpec, ...]:
     """The payload specs, after the cap on what the file expands to (E-LIMIT)."""
-    expanded = 0
-    for target, rank in zip(targets, method.ranks(config, targets), strict=True):
-        expanded += 4 * rank * sum(target.matrix_shape)
+    ranks = method.ranks(config, targets)
+    expanded = sum(4 * rank * sum(target.matrix_shape) for target, rank in zip(targets, ranks, strict=True))
     if expanded > MAX_EXPAND_BYTES:
         raise errors.LimitError(
             f"the file expands to {expanded} bytes of factors; at most {MAX_EXPAND_BYTES} are allowed"

@@ -19,7 +19,7 @@ from lrconvert.core.limits import MAX_DIM, OWN
 from lrconvert.io import fields
 from lrconvert.io.fields import By, Check, Hex
 from lrconvert.lora import packing
-from lrconvert.lora.adapter import MATRIX, USES, BaseFingerprint, CompactAdapter, ExtraTensor, Provenance, Target, View
+from lrconvert.lora.adapter import USES, BaseFingerprint, CompactAdapter, ExtraTensor, Provenance, Target, View
 from lrconvert.methods import base as methods
 from lrconvert.methods.base import Method
 
@@ -86,7 +86,6 @@ _Text = Annotated[str, By(_text)]
 _Name = Annotated[_Text, Check(bool, "a name", errors.TensorNameError)]
 _Filled = Annotated[_Text, Check(bool, "some text, or no such field", errors.CanonicalError)]
 _Shape = Annotated[tuple[int, ...], By(_shape)]
-_View = Annotated[View, By(lambda value, path: View(_text(value, path)), lambda view: view.text)]
 
 
 @dataclass(frozen=True)
@@ -95,14 +94,14 @@ class _Single:
 
     name: _Name
     shape: _Shape
-    view: _View = MATRIX
+    view: _Text = "matrix"
 
 
 @dataclass(frozen=True)
 class _Member:
     suffix: _Text
     shape: _Shape
-    view: _View = MATRIX
+    view: _Text = "matrix"
 
 
 @dataclass(frozen=True)
@@ -183,16 +182,16 @@ def group_targets(targets: Sequence[Target]) -> list[dict[str, Any]]:
 
     A function of the set of targets alone: entries and members sorted, ranges ascending, maximal and inclusive.
     """
-    numbers: dict[tuple[str, str, tuple[int, ...], View], list[int]] = {}
+    numbers: dict[tuple[str, str, tuple[int, ...], str], list[int]] = {}
     entries: list[tuple[tuple[Any, ...], _Single | _Group]] = []
     for target in targets:
         segment = _INTEGER_SEGMENT.search(target.name)
         if segment:
-            key = (target.name[: segment.start()], target.name[segment.end() :], target.shape, target.view)
+            key = (target.name[: segment.start()], target.name[segment.end() :], target.shape, target.view.text)
             numbers.setdefault(key, []).append(int(segment[0]))
         else:
-            single = _Single(target.name, target.shape, target.view)
-            entries.append(((target.name, (), target.shape, target.view), single))
+            single = _Single(target.name, target.shape, target.view.text)
+            entries.append(((target.name, (), target.shape, target.view.text), single))
     groups: dict[tuple[str, tuple[int, ...]], list[_Member]] = {}
     for (prefix, suffix, shape, view), occurring in sorted(numbers.items()):
         groups.setdefault((prefix, _ranges(occurring)), []).append(_Member(suffix, shape, view))
@@ -271,8 +270,9 @@ def _targets(value: Any) -> tuple[Target, ...]:
 
 
 def _target(name: str, entry: _Single | _Member) -> Target:
-    entry.view.matrix_shape(entry.shape)
-    return Target(fields.read(_Name, name, "the name of a target"), entry.shape, entry.view)
+    view = View(entry.view)
+    view.matrix_shape(entry.shape)
+    return Target(fields.read(_Name, name, "the name of a target"), entry.shape, view)
 
 
 def _extras(value: Any) -> tuple[ExtraTensor, ...]:

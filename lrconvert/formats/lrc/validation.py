@@ -67,21 +67,21 @@ def validate(path: Path, base: Path | None = None) -> Validation:
 def _examine_statistics(path: Path, base: Path | None, report: Callable[[str, LrcError], None]) -> dict[str, Any]:
     """Read all of a statistics file, and compare the contents of its base."""
     try:
-        found = statistics_file.read(path)
+        statistics = statistics_file.read(path)
     except LrcError as error:
         report("structure", error.at(path))
         return {}
-    for n in range(len(found.inputs)):
+    for n in range(len(statistics.inputs)):
         try:
-            found.load(n)
+            statistics.load(n)
         except LrcError as error:
             report("values", error)
-    if base is not None and found.content:
+    if base is not None and statistics.content:
         try:
-            _check_content(base, found.content)
+            _check_content(base, statistics.content)
         except LrcError as error:
             report("base", error.at(path))
-    return {"method": "statistics", "targets": len(found.inputs), "bytes": path.stat().st_size}
+    return {"method": "statistics", "targets": len(statistics.inputs), "bytes": path.stat().st_size}
 
 
 def _check_content(base: Path, content: str) -> None:
