@@ -85,7 +85,7 @@ def inspect(path: AnyPath, *, base: AnyPath | None = None, **reading: Any) -> di
     warnings; of a file of input statistics what inputs it has, of how many tokens. The options are those of `load`."""
     where, options = hub.locate(path), _reading("inspect", base, reading)
     if where.is_file() and statistics_file.is_statistics(where):
-        loading.refuse_said(options, where)
+        loading.refuse_options(options, where)
         return fidelity.inspect_statistics(statistics_file.read(where), where.stat().st_size)
     adapter = loading.load(path, options)
     return fidelity.inspect_lora(adapter) if isinstance(adapter, LoraAdapter) else fidelity.inspect_compact(adapter)

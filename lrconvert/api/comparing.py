@@ -96,7 +96,7 @@ def statistics(
     chosen = take(StatisticsOptions, options, more, "statistics")
     refuse_rest(more, "statistics", StatisticsOptions)
     if adapter is None:
-        loading.refuse_said(reading)
+        loading.refuse_options(reading)
     model = where if isinstance(base, (str, PathLike)) else base
     assert model is not None
     return measuring.statistics(

@@ -53,7 +53,7 @@ def export(
     compact = adapter if isinstance(adapter, CompactAdapter) else read(adapter)
     compact, notes = exporters.public(compact, options.base_model_id)
     if source is None:
-        loading.refuse_said(reading)
+        loading.refuse_options(reading)
         fidelity = None
     else:
         fidelity = fidelity_report.fidelity_on(loading.lora(source, reading), compact, None, reading.base)

@@ -10,20 +10,18 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from lrconvert.core.errors import (
     CanonicalError,
-    DigestError,
     HeaderTextError,
     JsonDepthError,
     JsonDuplicateError,
     JsonNumberError,
     JsonSyntaxError,
     LimitError,
-    MissingFieldError,
-    UnknownFieldError,
 )
 from lrconvert.core.limits import MAX_INT, MAX_JSON
 
@@ -35,8 +33,6 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 # A bracket, or the end, and all before it that is none. An unterminated string runs to the end and nothing is tried
 # twice: the scan stays linear on hostile text.
 _BRACKET = re.compile(rb'(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.?)*+(?:"|\Z))*+([\[\]{}]|\Z)', re.DOTALL)
-
-
 _STEPS = {b"[": 1, b"{": 1, b"]": -1, b"}": -1, b"": 0}
 
 
@@ -62,12 +58,11 @@ def _check_depth(data: bytes, limit: int) -> None:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise JsonDuplicateError(f"the key {key!r:.80} appears twice in one JSON object")
-        found[key] = value
-    return found
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        repeated = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        raise JsonDuplicateError(f"the key {repeated!r:.80} appears twice in one JSON object")
+    return entries
 
 
 def _integer(text: str) -> int:
@@ -94,7 +89,7 @@ def _finite(text: str) -> float:
 
 
 def parse(data: bytes, *, depth: int, floats: bool = False) -> Json:
-    """The value of the JSON text `data` (UTF-8).
+    """Return the value of the JSON text `data` (UTF-8).
 
     Raises E-HDR-TEXT (not UTF-8, NUL, byte-order mark, half of a surrogate pair), E-JSON-DEPTH, E-JSON-DUP, E-JSON-NUM,
     E-JSON-SYNTAX, E-LIMIT (millions of values).
@@ -150,7 +145,7 @@ def _strings(value: Json) -> Iterable[str]:
 
 
 def dump_canonical(value: Json) -> bytes:
-    """The canonical bytes of `value`. Raises E-CANON or E-JSON-NUM for what canonical JSON cannot hold."""
+    """Return the canonical bytes of `value`. Raises E-CANON or E-JSON-NUM for what canonical JSON cannot hold."""
     for text in _strings(value):
         if unicodedata.normalize("NFC", text) != text:
             raise CanonicalError(f"the string {text[:60]!r} is not in Unicode normal form C")
@@ -160,7 +155,7 @@ def dump_canonical(value: Json) -> bytes:
 
 
 def parse_canonical(data: bytes, *, depth: int) -> Json:
-    """`parse`, and refuse (E-CANON) any text that is not the canonical spelling of its value."""
+    """Return what `parse` does, but raise E-CANON for any text that is not the canonical spelling of its value."""
     value = parse(data, depth=depth)
     if dump_canonical(value) != data:
         raise CanonicalError("the JSON text is not in canonical form (sorted keys, no spaces, no needless escapes)")
@@ -168,28 +163,6 @@ def parse_canonical(data: bytes, *, depth: int) -> Json:
 
 
 def canonical_text(text: str) -> str:
-    """`text` made fit for a canonical string: NFC, control characters replaced by spaces."""
+    """Return `text` fit for a canonical string: NFC, control characters replaced by spaces."""
     clean = "".join(" " if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
     return unicodedata.normalize("NFC", clean)
-
-
-_HEX64 = re.compile(r"[0-9a-f]{64}")
-
-
-def as_object(value: Any, what: str, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:
-    """`value` as an object with exactly these fields. Raises E-JSON-SYNTAX, E-MISSING, E-UNKNOWN."""
-    if not isinstance(value, dict):
-        raise JsonSyntaxError(f"{what} is not an object")
-    missing = [key for key in required if key not in value]
-    if missing:
-        raise MissingFieldError(f"{what} lacks the field {missing[0]!r}")
-    unknown = sorted(set(value) - set(required) - set(optional))
-    if unknown:
-        raise UnknownFieldError(f"{what} has the unknown field {unknown[0]!r}")
-    return value
-
-
-def as_hex(value: Any, what: str) -> str:
-    if not isinstance(value, str) or not _HEX64.fullmatch(value):
-        raise DigestError(f"{what} is not 64 lower-case hexadecimal digits")
-    return value
