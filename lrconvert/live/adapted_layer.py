@@ -71,7 +71,7 @@ class AdaptedLayer(nn.Module):
         """Return the change that an update makes to the output `own` of the layer itself."""
         if update.source.needs_base:
             dense = dense_update(update, dense_weight(self.base_layer))
-            change = _dense_product(self.base_layer, update.target, x, dense)
+            change = _product(self.base_layer, update.target, x, dense)
         else:
             change = self._through_factors(update, x, own)
         if update.bias is not None:
@@ -109,33 +109,19 @@ class AdaptedParameter(nn.Module):
 # --- products -------------------------------------------------------------------------------------------------------
 
 
-def _product(layer: nn.Module, target: Target, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """``B @ A`` applied to the input of `layer`, through the factors."""
+def _product(layer: nn.Module, target: Target, x: Tensor, a: Tensor, b: Tensor | None = None) -> Tensor:
+    """``B @ A``, or a dense update `a` (out, in) alone, applied to the input of `layer`."""
     if isinstance(layer, nn.Embedding):
-        return _embedded(layer, x, a) @ b.T
+        inner = F.embedding(x, a.T, layer.padding_idx, layer.max_norm, layer.norm_type, False)
+        return inner if b is None else inner @ b.T
     x = x.to(a.dtype)
     if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
         kernel = layer.weight.shape[2:]
         inner = layer._conv_forward(x, a.reshape(a.shape[0], -1, *kernel), None)
-        ones = [1] * len(kernel)
         outer = F.conv1d if len(kernel) == 1 else F.conv2d
-        return outer(inner, b.reshape(*b.shape, *ones))
-    return _among_outputs(F.linear(F.linear(x, a), b), target)
-
-
-def _dense_product(layer: nn.Module, target: Target, x: Tensor, dense: Tensor) -> Tensor:
-    """A dense update (out, in) applied to the input of `layer`."""
-    if isinstance(layer, nn.Embedding):
-        return _embedded(layer, x, dense)
-    x = x.to(dense.dtype)
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
-        output: Tensor = layer._conv_forward(x, dense.reshape(layer.weight.shape), None)
-        return output
-    return _among_outputs(F.linear(x, dense), target)
-
-
-def _embedded(layer: nn.Embedding, x: Tensor, matrix: Tensor) -> Tensor:
-    return F.embedding(x, matrix.T, layer.padding_idx, layer.max_norm, layer.norm_type, False)
+        return inner if b is None else outer(inner, b.reshape(*b.shape, *(1 for _ in kernel)))
+    inner = F.linear(x, a)
+    return _among_outputs(inner if b is None else F.linear(inner, b), target)
 
 
 def _among_outputs(change: Tensor, target: Target) -> Tensor:

@@ -14,10 +14,9 @@ from torch import nn
 
 from lrconvert.core.dtypes import Array
 from lrconvert.core.errors import DataError, StatisticsError
-from lrconvert.live.collector import Collector, Key, Settings, sort_key
+from lrconvert.live.collector import Collector, Key, Settings, Sum, sort_key
 from lrconvert.live.layer_inputs import Batch, add_digest, on_device, token_count
 from lrconvert.live.load_model import families_of
-from lrconvert.live.moment_sums import Sum
 from lrconvert.live.watch import watched
 from lrconvert.lora import statistics_file
 from lrconvert.lora.input_statistics import InputStatistics

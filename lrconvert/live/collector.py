@@ -1,4 +1,11 @@
-"""The sums of a model's inputs: which layers share one, and what each is given in a forward pass."""
+"""The sums of a model's inputs, from which second moments and their sketches follow.
+
+Layers that are given the same tensor share one sum. Only real tokens count. Exact second moments are summed in float64;
+of wide inputs a linear sketch is kept, ``Y = M Omega`` with random signs Omega (in, m), from which a Nystrom
+approximation of rank m follows (Tropp et al., "Fixed-rank approximation of a positive-semidefinite matrix from
+streaming data", 2017): a sum as well, so that it costs two thin matrix products, and the order of batches and a pause
+between them do not matter.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lrconvert.core.errors import StatisticsError
+from lrconvert.core.dtypes import F32
+from lrconvert.core.errors import StatisticsError, ValueRangeError
 from lrconvert.live.layer_inputs import Batch, masks_of, patches, real_rows, rows_of
-from lrconvert.live.moment_sums import CHUNK, Sum
 from lrconvert.lora.input_statistics import Input, Moment
 
-EXACT_WIDTH = 1024  # inputs up to this width keep their whole moment: 4 MB
-SKETCH_RANK = 256
+_CHUNK = 1 << 24  # numbers that are converted to float32 at once
 
 Key = tuple[str, int | None]  # a parameter, and which expert of it
 
@@ -25,9 +31,85 @@ Key = tuple[str, int | None]  # a parameter, and which expert of it
 class Settings:
     """Forms of moments: exact up to `exact_width`, sketches of `rank` above; `seed` draws these."""
 
-    exact_width: int = EXACT_WIDTH
-    rank: int = SKETCH_RANK
+    exact_width: int = 1024  # a moment of 4 MB
+    rank: int = 256
     seed: int = 0
+
+
+# --- sums -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Sum:
+    """The running sum of one input: `tokens`; `square` (n, n) float64, or `diagonal` (n,) float64 with `sketch` (n, m)
+    float32, None for embeddings."""
+
+    width: int
+    tokens: int = 0
+    square: Tensor | None = None
+    diagonal: Tensor | None = None
+    sketch: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the sums by name, those that there are."""
+        sums = {"square": self.square, "diagonal": self.diagonal, "sketch": self.sketch}
+        return {name: value for name, value in sums.items() if value is not None}
+
+    def add(self, x: Tensor, omega: Tensor | None) -> None:
+        """Count the rows of x (tokens, n); `omega` (n, m) if this is a sketch."""
+        self.tokens += len(x)
+        step = max(1, _CHUNK // self.width)
+        for start in range(0, len(x), step):
+            rows = x[start : start + step].float()
+            if omega is None:
+                self.square = _plus(self.square, (rows.T @ rows).double())
+                continue
+            self.diagonal = _plus(self.diagonal, (rows * rows).sum(0).double())
+            self.sketch = _plus(self.sketch, rows.T @ (rows @ omega))
+
+    def count(self, ids: Tensor) -> None:
+        """Count tokens: the input of an embedding is a unit vector."""
+        self.tokens += ids.numel()
+        self.diagonal = _plus(self.diagonal, torch.bincount(ids.reshape(-1), minlength=self.width).double())
+
+    def moment(self, omega: Tensor | None) -> Moment:
+        """Return the mean. Raises E-VALUE for a sum that is NaN or infinite."""
+        if not all(bool(value.isfinite().all()) for value in self.tensors().values()):
+            raise ValueRangeError("an activation is NaN or infinite", fix="try float32, or other data")
+        scale = 1.0 / max(1, self.tokens)
+        if self.square is not None:
+            return Moment(self.tokens, matrix=_single(self.square * scale))
+        assert self.diagonal is not None
+        diagonal = _single(self.diagonal * scale)
+        if self.sketch is None or omega is None:
+            return Moment(self.tokens, diagonal=diagonal)
+        rows = _nystrom(self.sketch.double() * scale, omega.double())
+        return Moment(self.tokens, diagonal=diagonal, rows=_single(rows))
+
+
+def _plus(total: Tensor | None, value: Tensor) -> Tensor:
+    return value if total is None else total.add_(value)
+
+
+def _single(x: Tensor) -> F32:
+    array: F32 = x.float().cpu().numpy()
+    return array
+
+
+def _nystrom(y: Tensor, omega: Tensor) -> Tensor:
+    """R (m, n) with ``R^T R = Y (Omega^T Y)^+ Y^T`` for Y = M Omega (n, m), float64; it does not exceed M. A shift by
+    what float32 sums may be off keeps the root real."""
+    shift = float(y.norm()) * 2.0**-22 / omega.shape[0] ** 0.5
+    y = y + shift * omega
+    core = omega.T @ y
+    values, vectors = torch.linalg.eigh((core + core.T) / 2)
+    positive = values > 2.0**-22 * values.amax()
+    root = vectors[:, positive] / values[positive].sqrt()
+    rows: Tensor = (y @ root).T.contiguous()
+    return rows
+
+
+# --- collecting -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -41,8 +123,8 @@ class _Seen:
 
 @dataclass(eq=False)
 class Collector:
-    """The sums of a model's inputs. Layers that are given the same tensor share one; only real tokens count. Batches
-    may be added in any number of sessions: `sums` and `leaders` are the whole state."""
+    """The sums of a model's inputs. Batches may be added in any number of sessions: `sums` and `leaders` are the whole
+    state."""
 
     settings: Settings = Settings()
     leaders: dict[Key, Key] = field(default_factory=dict)  # of each parameter, whose sum its input is in
@@ -113,7 +195,7 @@ class Collector:
         elif isinstance(layer, (nn.Conv1d, nn.Conv2d)):
             # Unfolded inputs depend on the layer's kernel: never shared.
             self.leaders[key] = key
-            step = max(1, CHUNK // max(1, x[0].numel() * int(np.prod(layer.kernel_size))))
+            step = max(1, _CHUNK // max(1, x[0].numel() * int(np.prod(layer.kernel_size))))
             for start in range(0, len(x), step):
                 self._add(self.sums.setdefault(key, Sum(0)), patches(layer, x[start : start + step]))
         else:

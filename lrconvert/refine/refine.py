@@ -56,8 +56,10 @@ def refine(
     layerwise.aligned(teacher, compact)
     if run.load_in_4bit and not isinstance(base, Path):
         raise OptionError("a live model cannot be loaded in 4 bit", fix="load it so, or give its folder")
-    if isinstance(base, Path):
-        _check_base(compact, base)
+    if isinstance(base, Path) and compact.base.content:
+        with open_checkpoint(base) as checkpoint:
+            if checkpoint.content_digest() != compact.base.content:
+                raise FingerprintError("the base has other contents than the file's own", path=base)
     started = time.monotonic()
     with distributed.joined(run.device) as processes:
         quiet = progress if processes.is_first else lambda share, text: None
@@ -93,13 +95,6 @@ def _source_warnings(compact: CompactAdapter, teacher: LoraAdapter) -> tuple[str
     if not file_source or not teacher_source or file_source == teacher_source:
         return ()
     return ("the teacher is not the LoRA that the file was made from: what is measured is against the teacher",)
-
-
-def _check_base(compact: CompactAdapter, base: Path) -> None:
-    if compact.base.content:
-        with open_checkpoint(base) as opened:
-            if opened.content_digest() != compact.base.content:
-                raise FingerprintError("the base has other contents than the file's own", path=base)
 
 
 # --- provenance -----------------------------------------------------------------------------------------------------
