@@ -24,8 +24,8 @@ from lrconvert.testing.raw_files import RawFile, header_and_data, with_header
 __all__ = [
     "WRITERS",
     "Known",
-    "RawFile",
     "Mutation",
+    "RawFile",
     "folder_mutations",
     "gguf_file",
     "gguf_mutations",

@@ -16,7 +16,7 @@ _CHARACTERS = "abcXYZ019._-/ é\N{CJK UNIFIED IDEOGRAPH-4E2D}"  # printable ones
 
 
 def safetensors_files(*, max_tensors: int = 4) -> SearchStrategy[bytes]:
-    """Bytes of small valid files."""
+    """Return the bytes of small valid files."""
     st = lazy.st
     names = st.text(_CHARACTERS, min_size=1, max_size=8).filter(lambda name: name != "__metadata__")
 

@@ -33,7 +33,7 @@ _S = TypeVar("_S", bound=System)
 
 @contextmanager
 def installed(disk: _S) -> Iterator[_S]:
-    """Everything that is written goes through `disk`."""
+    """Let everything that is written go through `disk`."""
     before = system.current
     system.current = disk
     try:
@@ -73,7 +73,7 @@ class Faulty(Quick):
 
     @property
     def reached(self) -> bool:
-        """Whether there was a call to fail."""
+        """Say whether there was a call to fail."""
         return len(self.made) >= self.at
 
     def _fails(self, name: str) -> bool:
@@ -140,10 +140,10 @@ class Recorder(Quick):
         return Path(path).relative_to(self.root).as_posix()
 
     def open(self, path: Path, flags: int, mode: int = 0o666) -> int:
-        there = path.exists()
+        existed = path.exists()
         descriptor = super().open(path, flags, mode)
         self._open[descriptor] = self._name(path)
-        if not there:
+        if not existed:
             self.calls.append(("create", self._name(path)))
         self.calls.append(("open", descriptor, self._name(path)))
         return descriptor
@@ -178,32 +178,6 @@ class Recorder(Quick):
         super().fsync(descriptor)
         self.calls.append(("fsync", descriptor))
 
-    def mkdir(self, path: Path) -> None:
-        super().mkdir(path)
-        self.calls.append(("mkdir", self._name(path)))
-
-    def rename(self, source: Path, target: Path) -> None:
-        super().rename(source, target)
-        self.calls.append(("rename", self._name(source), self._name(target)))
-
-    def exchange(self, one: Path, other: Path) -> bool:
-        done = super().exchange(one, other)
-        if done:
-            self.calls.append(("exchange", self._name(one), self._name(other)))
-        return done
-
-    def link(self, source: Path, target: Path) -> None:
-        super().link(source, target)
-        self.calls.append(("link", self._name(source), self._name(target)))
-
-    def unlink(self, path: Path) -> None:
-        super().unlink(path)
-        self.calls.append(("unlink", self._name(path)))
-
-    def rmdir(self, path: Path) -> None:
-        super().rmdir(path)
-        self.calls.append(("unlink", self._name(path)))
-
     def after_power_loss(self, count: int, random: Random, folder: Path) -> None:
         """Write into the new `folder` what a disk may hold if the power failed after the first `count` calls."""
         disk = _Disk(_copy(self._start, {}))
@@ -211,6 +185,23 @@ class Recorder(Quick):
             getattr(disk, f"on_{call[0]}")(*call[1:])
         disk.survivors(random)
         _write(disk.root, folder)
+
+
+def _recorded(name: str) -> Any:
+    """Return a method that writes down a call about names; an exchange that returned False was not made."""
+    real = getattr(Quick, name)
+
+    def call(self: Recorder, *paths: Path) -> Any:
+        result = real(self, *paths)
+        if result is not False:
+            self.calls.append((name, *map(self._name, paths)))
+        return result
+
+    return call
+
+
+for _name in ("mkdir", "rename", "exchange", "link", "unlink", "rmdir"):
+    setattr(Recorder, _name, _recorded(_name))
 
 
 class _Disk:
@@ -281,6 +272,8 @@ class _Disk:
     def on_unlink(self, name: str) -> None:
         folder, last = self._parent(name)
         self._change(folder, (folder, last, None))
+
+    on_rmdir = on_unlink
 
     def _settle(self, folder: _Node, count: int) -> None:
         """The first `count` changes of a folder are on the disk."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def shard_indexes() -> SearchStrategy[dict[str, bytes]]:
-    """Folders, ``{name: bytes}``, with a shard index, two or three shards of one-byte tensors, and a config.json."""
+    """Return folders, ``{name: bytes}``: a shard index, two or three shards of one-byte tensors, and a config.json."""
     st = lazy.st
 
     @st.composite

@@ -19,16 +19,17 @@ class Literal(str):
 
 
 def parsed(text: bytes | str) -> Node:
+    """Return the tree of a text."""
     return json.loads(text, object_pairs_hook=Members)
 
 
 def tree(value: Any) -> Node:
-    """`value` with its objects as `Members`."""
+    """Return `value` with its objects as `Members`."""
     return parsed(json.dumps(value))
 
 
 def spell(node: Node) -> str:
-    """The text of a tree, without white space."""
+    """Return the text of a tree, without white space."""
     if isinstance(node, Literal):
         return str(node)
     if isinstance(node, Members):
@@ -39,7 +40,7 @@ def spell(node: Node) -> str:
 
 
 def places(node: Node, path: Path = ()) -> Iterator[tuple[Path, Node]]:
-    """Every value in the tree with its path, the root first."""
+    """Yield every value in the tree with its path, the root first."""
     yield path, node
     if isinstance(node, list):
         for n, item in enumerate(node):
@@ -47,7 +48,7 @@ def places(node: Node, path: Path = ()) -> Iterator[tuple[Path, Node]]:
 
 
 def changed(node: Node, path: Path, change: Callable[[Node], Node]) -> Node:
-    """A copy of the tree with `change` applied to the value at `path`."""
+    """Return a copy of the tree with `change` applied to the value at `path`."""
     if not path:
         return change(node)
     first, rest = path[0], path[1:]
@@ -58,7 +59,7 @@ def changed(node: Node, path: Path, change: Callable[[Node], Node]) -> Node:
 
 
 def keys_to(node: Node, path: Path) -> str:
-    """The path in words: ``a.b[2]``."""
+    """Return the path in words: ``a.b[2]``."""
     words = ""
     for step in path:
         if isinstance(node, Members):

@@ -32,7 +32,7 @@ _PLACES = (
 
 @cache
 def _fitted(method: str, example: int) -> CompactAdapter:
-    """A tiny LoRA in the form of one of the method's examples."""
+    """Return a tiny LoRA in the form of one of the method's examples."""
     rng = np.random.default_rng(example)
     pairs = []
     for n, (out, inner) in enumerate(((24, 16), (16, 20))):
@@ -70,7 +70,7 @@ class _Zeros(BaseWeights):
 
 
 def lrconvert_files(method: str | None = None) -> SearchStrategy[bytes]:
-    """Bytes of small valid files, of one method or of any: other names, views, extras and notes around a few fits."""
+    """Return the bytes of small valid files, of `method` or of any: names, views, extras and notes around few fits."""
     st = lazy.st
     words = st.text('ab.01 é"\\/<', min_size=1, max_size=8)
 
@@ -105,5 +105,5 @@ def lrconvert_files(method: str | None = None) -> SearchStrategy[bytes]:
 
 
 def manifests(method: str | None = None) -> SearchStrategy[dict[str, Any]]:
-    """The manifests of `lrconvert_files`, as JSON values."""
+    """Return the manifests of `lrconvert_files`, as JSON values."""
     return lrconvert_files(method).map(lambda data: dict(RawFile.of(data).manifest))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lrconvert.core.dtypes import STORAGE
@@ -51,12 +51,12 @@ _DTYPES = (*sorted(STORAGE), "F4", "f32", "float32", "C64")
 
 
 def _json_changes(root: Node) -> dict[str, list[tuple[Path, Callable[[Node, Any], Node]]]]:
-    """Kind -> where it applies: the path, and a function of the value there and of `draw`."""
+    """Return for each kind where it applies: the path, and a function of the value at it and of `draw`."""
     st = lazy.st
-    found: dict[str, list[tuple[Path, Callable[[Node, Any], Node]]]] = {}
+    changes: dict[str, list[tuple[Path, Callable[[Node, Any], Node]]]] = {}
 
     def offer(kind: str, path: Path, change: Callable[[Node, Any], Node]) -> None:
-        found.setdefault(kind, []).append((path, change))
+        changes.setdefault(kind, []).append((path, change))
 
     def one_of(values: tuple[Node, ...]) -> Callable[[Node, Any], Node]:
         return lambda node, draw: draw(st.sampled_from(values))
@@ -87,7 +87,7 @@ def _json_changes(root: Node) -> dict[str, list[tuple[Path, Callable[[Node, Any]
             if node:
                 offer("rename", path, _renamed)
                 offer("duplicate key", path, _same_key)
-    return found
+    return changes
 
 
 def _without(node: Node, n: int) -> Node:
@@ -160,7 +160,7 @@ _LENGTHS = (0, 1, 2**31, 2**63 - 8, 2**63, 2**64 - 8, 2**64 - 1)
 
 
 def _container_mutations(file: bytes) -> SearchStrategy[Mutation]:
-    """Of the bytes, the frame, or the header of a safetensors file."""
+    """Return mutations of the bytes, the frame, or the header of a safetensors file."""
     st = lazy.st
     header, data = header_and_data(file)
 
@@ -175,8 +175,8 @@ def _container_mutations(file: bytes) -> SearchStrategy[Mutation]:
 
 
 def _manifest_mutations(file: bytes) -> SearchStrategy[Mutation]:
-    """Of the manifest of an lrconvert file, with the digest of the content made right where that is possible: these
-    get past the digests. `where` begins with ``manifest``."""
+    """Return mutations of the manifest of an lrconvert file, with the digest of the content made right where that is
+    possible, so that they get past the digests. `where` begins with ``manifest``."""
 
     def signed(mutation: Mutation) -> Mutation:
         raw = RawFile.of(file)
@@ -194,8 +194,8 @@ def _manifest_mutations(file: bytes) -> SearchStrategy[Mutation]:
 
 
 def mutations(value: Any) -> SearchStrategy[Mutation]:
-    """Mutations of a file, by what its bytes are (lrconvert, safetensors, JSON, anything), or of a JSON value, as its
-    text."""
+    """Return mutations of a file, by what its bytes are (lrconvert, safetensors, JSON, anything), or of the text of a
+    JSON value."""
     if not isinstance(value, bytes):
         return _json_mutations(json_trees.spell(json_trees.tree(value)).encode())
     try:
@@ -219,13 +219,12 @@ def _is_json(text: bytes) -> bool:
 
 
 def folder_mutations(folder: Mapping[str, bytes], names: Collection[str] = ()) -> SearchStrategy[Mutation]:
-    """Mutations of one file of a folder, one of `names` if there are any; `name` says of which."""
+    """Return mutations of one file of a folder, one of `names` if there are any; `Mutation.name` is the file."""
     st = lazy.st
 
     @st.composite
-    def one(draw: DrawFn) -> Mutation:
+    def of_one_file(draw: DrawFn) -> Mutation:
         name = draw(st.sampled_from(sorted(names or folder)))
-        done = draw(mutations(folder[name]))
-        return Mutation(done.kind, done.where, done.data, name)
+        return replace(draw(mutations(folder[name])), name=name)
 
-    return one()
+    return of_one_file()

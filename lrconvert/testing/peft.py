@@ -19,7 +19,7 @@ _MODULES = ("model.layers.0.q_proj", "model.layers.0.v_proj", "model.layers.1.q_
 
 
 def peft_configs() -> SearchStrategy[dict[str, Any]]:
-    """Configurations of plain LoRAs, with patterns that are names, ends of names and regular expressions."""
+    """Return configurations of plain LoRAs, with patterns that are names, ends of names and regular expressions."""
     st = lazy.st
     ranks, alphas = st.integers(1, 3), st.integers(0, 64) | st.sampled_from([0.5, 1e-3, 16.0])
     keys = st.sampled_from(_KEYS)
@@ -48,13 +48,13 @@ def peft_configs() -> SearchStrategy[dict[str, Any]]:
 
 
 def _rank(config: Mapping[str, Any], module: str) -> int:
-    """By PEFT's rule: the first key that is the module's name, or matches the end of it."""
-    found = (r for key, r in config.get("rank_pattern", {}).items() if re.match(rf"(.*\.)?({key})$", module))
-    return int(next(found, config["r"]))
+    """Return the rank by PEFT's rule: that of the first key that is the module's name, or matches the end of it."""
+    matching = (r for key, r in config.get("rank_pattern", {}).items() if re.match(rf"(.*\.)?({key})$", module))
+    return int(next(matching, config["r"]))
 
 
 def peft_folders() -> SearchStrategy[dict[str, bytes]]:
-    """Folders, ``{name: bytes}``, with a configuration and small F32 weights, some of which are zero."""
+    """Return folders, ``{name: bytes}``, with a configuration and small F32 weights, some of which are zero."""
     st = lazy.st
 
     @st.composite

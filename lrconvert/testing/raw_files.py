@@ -10,24 +10,24 @@ from typing import Any
 
 
 def header_and_data(file: bytes) -> tuple[bytes, bytes]:
-    """The header text and the data of a safetensors file."""
+    """Return the header text and the data of a safetensors file."""
     length = int.from_bytes(file[:8], "little")
     return file[8 : 8 + length], file[8 + length :]
 
 
 def with_header(header: bytes | dict[str, Any], data: bytes = b"", length: int | None = None) -> bytes:
-    """A safetensors file with this header (text, or an object), whatever it says; `length` may lie about it."""
+    """Return a safetensors file with this header (text, or an object), valid or not; `length` may lie about it."""
     text = header if isinstance(header, bytes) else spelled(header)
     return (len(text) if length is None else length).to_bytes(8, "little") + text + data
 
 
 def spelled(value: Any, *, sort: bool = False) -> bytes:
-    """JSON without white space; with `sort` the canonical spelling of a value that has one."""
+    """Return JSON without white space; with `sort` the canonical spelling of a value that has one."""
     return json.dumps(value, sort_keys=sort, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def tensor_digest(name: str, dtype: str, shape: Sequence[int], data: bytes) -> str:
-    """Section 10.1 of lrconvert-v1.md."""
+    """Return the digest of a tensor, by section 10.1 of lrconvert-v1.md."""
     parts = name.encode(), dtype.encode(), b"".join(n.to_bytes(8, "little") for n in shape)
     framed = b"".join(len(part).to_bytes(8, "little") + part for part in parts)
     return hashlib.sha256(framed + data).hexdigest()
@@ -42,6 +42,7 @@ class RawFile:
 
     @classmethod
     def of(cls, file: bytes) -> RawFile:
+        """Take a file apart."""
         text, data = header_and_data(file)
         header = json.loads(text)
         manifest = json.loads(header.pop("__metadata__")["lrconvert"])
@@ -65,7 +66,7 @@ class RawFile:
         return self
 
     def file(self, manifest: bytes | None = None) -> bytes:
-        """The file, its manifest spelled canonically, or as given."""
+        """Return the file, its manifest spelled canonically, or as `manifest`."""
         text = spelled(self.manifest, sort=True) if manifest is None else manifest
         header: dict[str, Any] = {"__metadata__": {"lrconvert": text.decode()}}
         at = 0

@@ -30,21 +30,21 @@ __all__ = ["page"]
 def page(title: str, source: str, rows: Sequence[tuple[str, Fidelity]]) -> str:
     """Return one HTML document about `rows`, each the name of a file and its measurement against the LoRA `source`."""
     files = [File(n, name, kept) for n, (name, kept) in enumerate(rows, 1)]
-    known = [m for m in MEASURES if any(m.of(f.kept) is not None for f in files)]
-    best = known[-1] if known else MEASURES[0]
+    measured = [m for m in MEASURES if any(m.of(f.kept) is not None for f in files)]
+    best = measured[-1] if measured else MEASURES[0]
     methods = sorted({f.kept.method for f in files})
     return _template().render(
         title=title,
         source=source,
         files=files,
-        measures=known,
-        columns=[f"{m.column}, %" for m in known],
+        measures=measured,
+        columns=[f"{m.column}, %" for m in measured],
         best=best,
         colours={method: n for n, method in enumerate(methods)},
-        plots=plots.plots(files, known),
+        plots=plots.plots(files, measured),
         answers=_answer_groups(files),
         shades=[f"{100 * low:.0f} to {100 * high:.0f}" for low, high in pairwise((0.0, *layers.EDGES, 1.0))],
-        maps=[layers.layer_map(f.kept.targets, known) for f in files],
+        maps=[layers.layer_map(f.kept.targets, measured) for f in files],
         worst_first=[sorted(f.kept.targets, key=lambda t: _or_infinite(best.of(t))) for f in files],
     )
 

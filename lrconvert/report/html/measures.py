@@ -52,7 +52,7 @@ MEASURES = (
 
 
 def percent(value: float | None) -> str:
-    """Return percent with two decimals, never a rounded 100: only what is lossless looks it. A dash if not known."""
+    """Return percent with two decimals, never a rounded 100: only what is lossless looks it. A dash without a value."""
     if value is None or not math.isfinite(value):
         return "-"
     return f"{min(100 * value, 99.99) if value < 1 else 100 * value:.2f}"

@@ -29,8 +29,8 @@ def plots(files: Sequence[File], measures: Sequence[Measure]) -> list[Plot]:
     answers = [(f, f.kept.answers.closed) for f in files if f.kept.answers is not None]
     panels = [(f"Captured {m.title}", [(f, m.of(f.kept)) for f in files]) for m in measures]
     panels += [("Share of the distance to the LoRA's answers that is closed", answers)]
-    known = [(title, [(f, v) for f, v in points if v is not None and math.isfinite(v)]) for title, points in panels]
-    return [_plot(title, points) for title, points in known if points]
+    drawn = [(title, [(f, v) for f, v in points if v is not None and math.isfinite(v)]) for title, points in panels]
+    return [_plot(title, points) for title, points in drawn if points]
 
 
 def _plot(title: str, points: Sequence[tuple[File, float]]) -> Plot:
