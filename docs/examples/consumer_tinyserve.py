@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 from lrconvert.core.options import option
-from lrconvert.formats.compat.base import BAKE, Consumer, Finding, Subject, not_a_peft_folder, rescaled
+from lrconvert.formats.compat.base import Consumer, Finding, verdicts
+from lrconvert.formats.compat.shared.rules import BAKE, not_a_peft_folder, rescaled
+from lrconvert.formats.compat.shared.subject import Subject
 
 VERSION = "1.0.0"
-refuses = partial(Finding, "refuses", "tinyserve", VERSION)
-wrong = partial(Finding, "wrong", "tinyserve", VERSION)
+refuses, wrong, warns = verdicts("tinyserve", VERSION)
 
 LOAD = "tinyserve/adapters.py load"  # each finding names where the program's source says so
 

@@ -13,13 +13,12 @@ import numpy as np
 from lrconvert.core.errors import ExportError
 from lrconvert.formats.exporters.base import Exporter, ExportOptions, Files
 from lrconvert.formats.exporters.shared.plain import module_of, pairs, refuse_extras
-from lrconvert.formats.fidelity import Fidelity
 from lrconvert.lora.adapter import CompactAdapter
 
 _LAYOUT = "a file of arrays"
 
 
-def files(compact: CompactAdapter, options: ExportOptions, fidelity: Fidelity | None) -> Files:
+def files(compact: CompactAdapter, options: ExportOptions) -> Files:
     """Return the files of the folder by name: a pure function, others write them. Raises E-EXPORT, naming it, for what
     the layout cannot express."""
     refuse_extras(compact, _LAYOUT)
@@ -34,4 +33,4 @@ def files(compact: CompactAdapter, options: ExportOptions, fidelity: Fidelity | 
     return {"factors.npz": [content.getvalue()]}
 
 
-EXPORTER = Exporter("npz", "plain arrays", files)
+EXPORTER = Exporter("npz", "plain arrays", files, kind="plain arrays")

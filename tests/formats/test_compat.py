@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import warnings
@@ -19,13 +20,14 @@ import lrconvert
 from lrconvert.cli import cli
 from lrconvert.core.errors import JsonSyntaxError, LrcError, OptionError, PatternError, PickleError, UnknownLayoutError
 from lrconvert.formats.compat import base, peft
+from lrconvert.formats.compat.shared import rules
 
 LLAMA = BASES / "tiny-llama"
 PEFT_READERS = ("peft", "vllm", "sglang", "llamacpp")
 BY_NAME = {case.name: case for case in (*PEFT_CASES, *MLX_CASES)}
 
 
-def rules(findings: tuple[lrconvert.Finding, ...]) -> dict[str, set[str]]:
+def by_consumer(findings: tuple[lrconvert.Finding, ...]) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for finding in findings:
         found.setdefault(finding.consumer, set()).add(f"{finding.severity}:{finding.rule}")
@@ -49,9 +51,9 @@ def everywhere(case: Case, expected: dict[str, set[str]]) -> dict[str, set[str]]
 def test_what_each_consumer_would_do(name, tmp_path):
     case = BY_NAME[name]
     folder = case.build().write(tmp_path / name)
-    assert rules(lrconvert.check(folder, **case.options)) == everywhere(case, case.expected)
+    assert by_consumer(lrconvert.check(folder, **case.options)) == everywhere(case, case.expected)
     if case.with_base is not None:
-        assert rules(lrconvert.check(folder, base=LLAMA, **case.options)) == everywhere(case, case.with_base)
+        assert by_consumer(lrconvert.check(folder, base=LLAMA, **case.options)) == everywhere(case, case.with_base)
 
 
 def test_every_rule_is_in_the_table():
@@ -62,15 +64,17 @@ def test_every_rule_is_in_the_table():
         "llamacpp": {"qalora", "bdlora", "model", "names", "dora"},
         "mlx": {"layout"},
     }
+    shared = inspect.getmembers(rules, inspect.isfunction)
     for consumer in base.chosen(["all"]):
         text = (Path(base.__file__).parent / f"{consumer.id}.py").read_text()
+        text += "".join(inspect.getsource(f) for name, f in shared if f"rules.{name}(" in text)
         shown = {
             rule.partition(":")[2]
             for case in BY_NAME.values()
             for table in (case.expected, case.with_base or {})
             for rule in table.get(consumer.id, ())
         } | {"layout"}
-        written = set(re.findall(r'(?:refuses|wrong|warns)\(\s*"([a-z0-9-]+)"', text))
+        written = set(re.findall(r'(?:refuses|wrong|warns|verdict)(?:\.of)?\(\s*"([a-z0-9-]+)"', text))
         assert written - shown <= unseen.get(consumer.id, set()), consumer.id
 
 
@@ -95,7 +99,7 @@ def with_base(tmp_path: Path, **config: object) -> Path:
 
 def found(tmp_path: Path, adapter, consumer: str, **options) -> set[str]:
     folder = adapter.write(tmp_path / "adapter")
-    return rules(lrconvert.check(folder, (consumer,), **options)).get(consumer, set())
+    return by_consumer(lrconvert.check(folder, (consumer,), **options)).get(consumer, set())
 
 
 @pytest.mark.parametrize(
@@ -201,20 +205,20 @@ def test_our_export_is_clean(tmp_path, dtype):
 
 def test_our_export_with_ranks_kept(tmp_path):
     lrconvert.export(compact(tmp_path, "lowrank"), tmp_path / "out", to="peft-lora", keep_ranks=True)
-    found = rules(lrconvert.check(tmp_path / "out", PEFT_READERS))
+    found = by_consumer(lrconvert.check(tmp_path / "out", PEFT_READERS))
     assert found == {"sglang": {"refuses:shape"}, "llamacpp": {"wrong:scale"}}
 
 
 def test_our_vblora_export(tmp_path):
     file = compact(tmp_path, "vblora", peft_compatible=True, rank=2, num_vectors=32, vector_length=16, top_k=2)
     lrconvert.export(file, tmp_path / "out", to="peft-vblora")
-    found = rules(lrconvert.check(tmp_path / "out", PEFT_READERS))
+    found = by_consumer(lrconvert.check(tmp_path / "out", PEFT_READERS))
     assert found == each(("vllm", "sglang", "llamacpp"), "refuses:kind")
 
 
 def test_no_server_loads_a_compact_file(tmp_path):
     found = lrconvert.check(compact(tmp_path, "lowrank"))
-    assert rules(found) == each(base.ids(), "refuses:layout")
+    assert by_consumer(found) == each(base.ids(), "refuses:layout")
     assert all("export" in f.fix for f in found)
 
 
@@ -226,7 +230,7 @@ def test_a_file_beside_its_configuration_is_the_folder(tmp_path):
 def test_a_file_alone(tmp_path):
     folder = plain().write(tmp_path / "a")
     alone = (folder / "adapter_model.safetensors").rename(tmp_path / "other.safetensors")
-    assert rules(lrconvert.check(alone)) == each(base.ids(), "refuses:layout")
+    assert by_consumer(lrconvert.check(alone)) == each(base.ids(), "refuses:layout")
 
 
 # --- broken input ---------------------------------------------------------------------------------------------------

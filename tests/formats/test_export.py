@@ -13,7 +13,7 @@ from lrconvert import api
 from lrconvert.core import errors
 from lrconvert.formats import fidelity
 from lrconvert.formats.exporters import base as exporters
-from lrconvert.formats.exporters.peft_lora.extras import saved_modules
+from lrconvert.formats.exporters.shared.peft_extras import saved_modules
 from lrconvert.lora.adapter import ExtraTensor
 
 
@@ -173,7 +173,7 @@ def test_unknown_layout_and_nothing_left_behind(tmp_path):
     from lrconvert.lora.adapter import Target, View
 
     first = replace(odd.targets[0], target=Target("layers.0.proj.weight", (48, 16), View("rows:0:24")))
-    with pytest.raises(errors.ExportError, match="in rows 0:24 only"):
+    with pytest.raises(errors.ExportError, match="rows:0:24"):
         api.export(
             api.convert(replace(odd, targets=(first,)), "lowrank", bits="4").compact, tmp_path / "out", to="peft-lora"
         )

@@ -4,7 +4,6 @@ name of the base, the licence. What loads them is in test_export_peers.py."""
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import struct
 from collections.abc import Callable
@@ -196,9 +195,8 @@ def test_our_readers_read_our_exports(layout: str, tmp_path: Path) -> None:
     """Where there is a reader for the layout: equal updates under names that mean the same."""
     compact = made(TARGETS[layout])
     folder = exported(compact, tmp_path / "out", layout)
-    given = inspect.signature(api.load_lora).parameters
     rank = max(b.shape[1] for _, _, b in methods.expand_all(compact))
-    options: dict[str, Any] = {"alpha": float(rank)} if layout == "raw" and "alpha" in given else {}
+    options: dict[str, Any] = {"alpha": float(rank)} if layout == "raw" else {}
     for path in (folder, *sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*.gguf"))):
         with contextlib.suppress(errors.UnknownLayoutError):
             again = api.load_lora(path, **options)
@@ -338,7 +336,7 @@ def named_lora(base: str) -> LoraAdapter:
 def test_the_base_is_named_as_asked(layout: str, tmp_path: Path) -> None:
     compact = named(made(TARGETS.get(layout, LLAMA)), "/srv/secret/model")
     done = exported(compact, tmp_path / "out", layout, base_model_id="org/model@v2")
-    assert 'base_model: "org/model"' in (done / "README.md").read_text()
+    assert "base_model: org/model\n" in (done / "README.md").read_text()
     if layout == "peft-lora":
         config = json.loads((done / "adapter_config.json").read_text())
         assert (config["base_model_name_or_path"], config["revision"]) == ("org/model", "v2")

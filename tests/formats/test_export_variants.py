@@ -26,8 +26,6 @@ from torch import nn
 from lrconvert import api
 from lrconvert.core import errors
 from lrconvert.core.dtypes import Stored
-from lrconvert.formats.exporters.peft_lora import layers
-from lrconvert.formats.readers.peft import experts
 from lrconvert.lora.adapter import CompactAdapter, ExtraTensor, LoraAdapter, LoraTarget, Target, Use, View
 from lrconvert.methods import base as methods
 
@@ -172,7 +170,7 @@ def trained(use: Use, *names: str) -> tuple[ExtraTensor, ...]:
 LINEAR = placed("m.lin.weight", (4, 6), "matrix")
 STACK = placed("m.experts.w", (3, 4, 6), "expert:0")
 REFUSED = {
-    "in rows 12:24": placed("h.0.qkv.weight", (36, 16), "rows:12:24"),
+    "rows:12:24": placed("h.0.qkv.weight", (36, 16), "rows:12:24"),
     "in groups": placed("c.weight", (12, 8, 2), "conv:2:2"),
     "for all or none": replace(
         random_lora(), extras=(replace(extra("layers.0.proj.weight", np.ones(24)), use="magnitude"),)
@@ -269,7 +267,3 @@ def test_names_are_exact(tmp_path: Path) -> None:
         (exported(tmp_path / "two", api.load_lora(tmp_path / "moe")) / "adapter_config.json").read_text()
     )
     assert settings["target_parameters"] == [f"model.layers.0.mlp.experts.{n}" for n in ("down_proj", "gate_up_proj")]
-
-
-def test_the_order_of_wrapped_parameters_is_that_of_the_reader() -> None:
-    assert layers._PARAMETERS == experts._ORDER

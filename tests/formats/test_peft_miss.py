@@ -100,7 +100,7 @@ def test_other_forms_and_layers_are_refused_by_name(tmp_path):
     with pytest.raises(errors.ExportError, match="not bone"):
         api.export(api.convert(random_lora(), "lowrank", bits="4").compact, tmp_path / "out", to="peft-miss")
     turned = api.convert(random_lora(view=TRANSPOSED), "bone", rank=2).compact
-    with pytest.raises(errors.ExportError, match=r"no nn\.Linear"):
+    with pytest.raises(errors.ExportError, match="no linear layer"):
         api.export(turned, tmp_path / "out", to="peft-miss")
     plain = api.convert(random_lora(), "bone", rank=2).compact
     magnitude = ExtraTensor("layers.0.proj.weight", "F32", (24,), bytes(96), "magnitude")

@@ -22,7 +22,7 @@ from peers.cases import Case
 from peers.runner import norm
 
 import lrconvert
-from lrconvert.formats.compat.base import Subject, look
+from lrconvert.formats.compat.shared.subject import Subject, look
 
 BASE = HERE.parent.parent / "fixtures" / "bases" / "tiny-llama"
 Answer = dict[str, Any]

@@ -6,20 +6,20 @@ from __future__ import annotations
 import ntpath
 import posixpath
 from collections.abc import Iterator
-from functools import partial
 
-from lrconvert.formats.compat import base
-from lrconvert.formats.compat.base import BAKE, RESAVE, Consumer, Finding, NoOptions, Subject, example, leaf, words
+from lrconvert.formats.compat.base import Consumer, Finding, NoOptions, verdicts
+from lrconvert.formats.compat.shared import rules
+from lrconvert.formats.compat.shared.rules import BAKE, CHECK_BASE, EXPAND, RIGHT_BASE, words
+from lrconvert.formats.compat.shared.subject import PEFT_PREFIX, Subject, example, leaf
 
 VERSION = "as in llama-cpp-python 0.3.36"
-refuses = partial(Finding, "refuses", "llamacpp", VERSION)
-wrong = partial(Finding, "wrong", "llamacpp", VERSION)
-warns = partial(Finding, "warns", "llamacpp", VERSION)
+refuses, wrong, warns = verdicts("llamacpp", VERSION)
 
 CONVERTER = "convert_lora_to_gguf.py"
 TENSORS = f"{CONVERTER} LoraModel.get_tensors"
+FILTER = "conversion/base.py TextModel.filter_tensors"
 RUNTIME = "src/llama-adapter.cpp llama_adapter_lora_init_impl"
-EXPAND = "expand it to plain LoRA first"
+SCALE = "src/llama-adapter.h get_scale"
 MERGE = "merge it into the base and convert that"
 
 # conversion/base.py TextModel.filter_tensors: parts of names that no text model has.
@@ -40,14 +40,13 @@ _CONV1D = ("c_attn", "c_proj", "c_fc", "c_fc2")
 def examine(subject: Subject, options: NoOptions) -> Iterator[Finding]:
     if subject.foreign == "gguf":
         return  # what the converter makes: the runtime loads it as it is
-    if (found := base.not_a_peft_folder(subject)) is not None:
-        yield refuses("layout", *found, CONVERTER)
+    if (problem := rules.not_a_peft_folder(subject)) is not None:
+        yield refuses("layout", *problem, CONVERTER)
         return
     if subject.pickle == "adapter_model.bin":
-        yield warns("pickle", f"the weights are a pickle, {subject.pickle}, and were not looked at", RESAVE, CONVERTER)
+        yield rules.pickled(subject, warns, CONVERTER)
     elif not subject.weights:
-        fix = "put the weights there under this name"
-        yield refuses("weights", f"there is no {base.PEFT_WEIGHTS}", fix, CONVERTER)
+        yield rules.unweighted(refuses, CONVERTER)
     if subject.kind not in ("LORA", ""):
         yield _other_kind(subject)
         return
@@ -56,6 +55,7 @@ def examine(subject: Subject, options: NoOptions) -> Iterator[Finding]:
     yield from _names(subject)
     yield from _config(subject)
     yield from _factors(subject)
+    yield from _conv1d(subject)
     yield from _base(subject)
 
 
@@ -64,76 +64,54 @@ def _other_kind(subject: Subject) -> Finding:
     what = f"the adapter is {subject.kind}, not LORA, which is not looked at"
     if subject.pairs and not subject.others and subject.number("lora_alpha") is not None:
         return wrong("kind", f"{what}; its tensors are read as LoRA", EXPAND, CONVERTER)
-    names = f": {example([info.name for info in subject.others])}" if subject.others else ""
+    names = f": {example(subject.others)}" if subject.others else ""
     return refuses("kind", f"{what}; what it stores is refused{names}", EXPAND, TENSORS)
 
 
 def _names(subject: Subject) -> Iterator[Finding]:
     """The converter takes factors, skips base layers, keeps norms (which the runtime skips), and stops at all else."""
-    norms, unknown = [], []
-    for info in subject.others:
-        name = info.name
-        if "_layernorm" in name or ".norm" in name:
-            norms.append(name)
-        elif ".base_layer.weight" not in name and not _skipped(name):
-            unknown.append(name)
-    if unknown:
-        dora = all(name.endswith(".lora_magnitude_vector") for name in unknown)
-        what = "the magnitudes of DoRA are refused" if dora else "tensors other than LoRA factors are refused"
-        yield refuses("dora" if dora else "names", f"{what}: {example(unknown)}", MERGE, TENSORS)
-    if norms:
-        yield wrong("norms", f"trained norms are left out when loading: {example(norms)}", MERGE, RUNTIME)
+    norms = [name for name in subject.others if "_layernorm" in name or ".norm" in name]
+    rest = [name for name in subject.others if name not in norms and ".base_layer.weight" not in name]
+    unknown = [name for name in rest if not _skipped(name)]
+    if all(name.endswith(".lora_magnitude_vector") for name in unknown):
+        yield from refuses.of("dora", unknown, "the magnitudes of DoRA are refused", MERGE, TENSORS)
+    else:
+        yield from refuses.of("names", unknown, "tensors other than LoRA factors are refused", MERGE, TENSORS)
+    yield from wrong.of("norms", norms, "trained norms are left out when loading", MERGE, RUNTIME)
 
 
 def _skipped(name: str) -> bool:
-    bare = name.replace(base.PEFT_PREFIX, "")
-    return bare.startswith(tuple(sorted(_SKIPPED_STARTS))) or any(part in bare for part in _SKIPPED)
+    bare = name.replace(PEFT_PREFIX, "")
+    return bare.startswith(tuple(_SKIPPED_STARTS)) or any(part in bare for part in _SKIPPED)
 
 
 def _config(subject: Subject) -> Iterator[Finding]:
-    if subject.flag("use_dora") and not any("lora_magnitude_vector" in info.name for info in subject.others):
+    if subject.flag("use_dora") and not any("lora_magnitude_vector" in name for name in subject.others):
         yield wrong("dora", "use_dora is ignored", MERGE, CONVERTER)
-    for key, rule, what in (
-        ("use_qalora", "qalora", "the factors of QA-LoRA have other shapes"),
-        ("use_bdlora", "bdlora", "the factors of block-diagonal LoRA have other shapes"),
-        ("layer_replication", "replication", "the replicated layers do not exist"),
-        ("target_parameters", "experts", "expert stacks as PEFT stores them (target_parameters) are not read"),
-    ):
-        if subject.flag(key):
-            yield refuses(rule, what, MERGE, RUNTIME)
-    if base.changes_base(subject):
-        init = subject.config["init_lora_weights"]
-        fix = "convert it to plain LoRA (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
-        what = f"the initialization {init!r:.60} changes the base's weights, which is ignored"
-        yield wrong("init", what, fix, CONVERTER)
+    yield from rules.set_features(subject, refuses, MERGE, RUNTIME)
+    yield from rules.ignored_init(subject, wrong, CONVERTER)
     alpha = subject.number("lora_alpha")
     # get_scale takes alpha 0 for "no alpha" and leaves the factors as they are.
-    if alpha is not None and (changed := base.rescaled(subject, lambda m, rank: alpha / rank if alpha else 1.0)):
+    if alpha is not None and (changed := rules.rescaled(subject, lambda m, rank: alpha / rank if alpha else 1.0)):
         ignored = [key for key in ("use_rslora", "alpha_pattern") if subject.flag(key)]
         reason = f"{' and '.join(ignored)} ignored" if ignored else "lora_alpha / rank of the tensors is the scale"
-        yield wrong("scale", f"{reason}: {changed}", BAKE, "src/llama-adapter.h get_scale")
+        yield wrong("scale", f"{reason}: {changed}", BAKE, SCALE)
 
 
 def _factors(subject: Subject) -> Iterator[Finding]:
     if subject.weights and not subject.pairs and not subject.others:
         yield wrong("names", "the file holds no LoRA factors", "is this a LoRA?", TENSORS)
-    if odd := base.ranks_at_odds(subject):
+    if odd := rules.ranks_at_odds(subject):
         module = odd[0]
         what = (
             f"{len(odd)} modules have another rank than the configuration says and are scaled by the former, "
             f"{module!r:.120} by alpha / {subject.pairs[module].rank}"
         )
-        yield warns("shape", what, "correct r or rank_pattern", "src/llama-adapter.h get_scale")
-    if halves := base.incomplete(subject):
-        what = f"lora_A or lora_B is missing or does not fit: {example(halves)}"
-        yield refuses("pair", what, "the file is incomplete: save it again", TENSORS)
-    if codes := base.not_floats(subject):
-        what = f"factors that are no floats are read as plain numbers: {example(codes)}"
-        yield wrong("dtype", what, "store them as F32, F16 or BF16", "conversion/base.py ModelBase.prepare_tensors")
-    if dropped := [m for m in subject.pairs if _skipped(m + ".weight")]:
-        what = f"modules outside the text model are dropped without a word: {example(dropped)}"
-        yield wrong("modules", what, MERGE, "conversion/base.py TextModel.filter_tensors")
-    yield from _conv1d(subject)
+        yield warns("shape", what, "correct r or rank_pattern", SCALE)
+    yield from rules.incomplete_pairs(subject, refuses, TENSORS)
+    yield from rules.integer_factors(subject, wrong, "conversion/base.py ModelBase.prepare_tensors")
+    dropped = [module for module in subject.pairs if _skipped(f"{module}.weight")]
+    yield from wrong.of("modules", dropped, "modules outside the text model are dropped without a word", MERGE, FILTER)
 
 
 def _conv1d(subject: Subject) -> Iterator[Finding]:
@@ -146,25 +124,25 @@ def _conv1d(subject: Subject) -> Iterator[Finding]:
         for module, pair in subject.pairs.items()
         if leaf(module) in _CONV1D and pair.a is not None and pair.b is not None
     }
-    source = "conversion/gpt2.py GPT2Model.modify_tensors"
-    if oblong := [m for m, (out, inner) in shapes.items() if out != inner]:
-        what = f"Conv1D updates come out transposed, the file does not load: {example(oblong)}"
-        yield refuses("conv1d", what, MERGE, source)
-    elif shapes:
-        yield wrong("conv1d", f"Conv1D updates come out transposed: {example(list(shapes))}", MERGE, source)
+    oblong = [module for module, (out, inner) in shapes.items() if out != inner]
+    what, source = "Conv1D updates come out transposed", "conversion/gpt2.py GPT2Model.modify_tensors"
+    if oblong:
+        yield from refuses.of("conv1d", oblong, f"{what}, the file does not load", MERGE, source)
+    else:
+        yield from wrong.of("conv1d", list(shapes), what, MERGE, source)
 
 
 def _base(subject: Subject) -> Iterator[Finding]:
     heads = [module for module in subject.pairs if leaf(module) == "lm_head"]
     if subject.base is None:
-        named = subject.config.get("base_model_name_or_path")
-        if not isinstance(named, str) or not named or posixpath.isabs(named) or ntpath.isabs(named):
-            shown = "no base" if not named else f"the base by a path, {named!r:.80}"
+        base = subject.config.get("base_model_name_or_path")
+        if not isinstance(base, str) or not base or posixpath.isabs(base) or ntpath.isabs(base):
+            shown = "no base" if not base else f"the base by a path, {base!r:.80}"
             what = f"the configuration names {shown}, which the converter would load"
             yield warns("base", what, "give the converter --base FOLDER (its config.json is enough)", CONVERTER)
         if heads:
             what = f"a base whose lm_head is tied to its embeddings has no {example(heads)} to adapt"
-            yield warns("embedding", what, "give --base to have it checked", RUNTIME)
+            yield warns("embedding", what, CHECK_BASE, RUNTIME)
         return
     if subject.architecture and subject.architecture not in ARCHITECTURES:
         what = f"the base's architecture {subject.architecture!r:.80} is not known"
@@ -173,10 +151,8 @@ def _base(subject: Subject) -> Iterator[Finding]:
         # Gemma's converter drops the factors instead, without a word.
         what = f"the base's lm_head is tied to its embeddings: there is no {example(heads)} to adapt when loading"
         yield refuses("embedding", what, MERGE, RUNTIME)
-    lacking, _ = base.outside_base(subject)
-    if lacking:
-        what = f"{len(lacking)} modules are not in the base: {example(lacking)}"
-        yield refuses("modules", what, "is this the right base?", RUNTIME)
+    lacking, _ = rules.outside_base(subject)
+    yield from refuses.of("modules", lacking, f"{len(lacking)} modules are not in the base", RIGHT_BASE, RUNTIME)
 
 
 # conversion/__init__.py TEXT_MODEL_MAP.

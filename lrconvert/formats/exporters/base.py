@@ -14,7 +14,9 @@ from typing import Any
 from lrconvert.core import registry
 from lrconvert.core.errors import ExportError, FileKindError, OptionError
 from lrconvert.core.options import option
+from lrconvert.formats.exporters.shared.files import json_file
 from lrconvert.formats.fidelity import Fidelity
+from lrconvert.formats.model_card import model_card, sidecar
 from lrconvert.io import hub
 from lrconvert.io.container import PIPELINE_NAME, read_json
 from lrconvert.lora.adapter import CompactAdapter
@@ -24,10 +26,8 @@ Files = Mapping[str, Iterable[bytes]]
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """`keep_ranks`: per-module ranks instead of one padded rank; `pad_rank`: that rank, the largest of the adapter
-    without it. `dtype`: of the factors. `base_model_id` names the base in the output. `command`: what the user ran, for
-    the model card. `base_config`: the base's config.json (`base_config`), for layouts whose names or orders depend on
-    it."""
+    """What a user may choose about an export; `command` is what they ran, for the model card. `base_config` is the
+    base's config.json (`base_config`), for layouts whose names or orders depend on it."""
 
     keep_ranks: bool = option(False, "Write rank_pattern and alpha_pattern instead of one padded rank.")
     pad_rank: int | None = option(
@@ -41,7 +41,7 @@ class ExportOptions:
     base_config: Mapping[str, Any] | None = None
 
     def rank(self, top: int) -> int:
-        """The one rank of an adapter whose largest is `top`. Raises E-OPTION for a `pad_rank` below it."""
+        """Return the one rank of an adapter whose largest is `top`. Raises E-OPTION for a `pad_rank` below it."""
         if self.pad_rank is None:
             return top
         if self.keep_ranks:
@@ -52,62 +52,74 @@ class ExportOptions:
         return self.pad_rank
 
 
-_DENOISERS = ("unet", "transformer")
-
-
 def base_config(root: Path) -> Mapping[str, Any]:
-    """The config.json of a model folder, of a diffusers pipeline that of its UNet or transformer. Raises E-IO-KIND and
-    what reading raises."""
-    if not (root / "config.json").exists() and (root / PIPELINE_NAME).is_file():
-        for name in _DENOISERS:
-            if (root / name / "config.json").is_file():
-                return read_json(root / name / "config.json")
-        raise FileKindError("the pipeline holds neither a UNet nor a transformer", path=root)
-    return read_json(root / "config.json")
+    """Return the config.json of a model folder, of a diffusers pipeline that of its UNet or transformer. Raises
+    E-IO-KIND and what reading raises."""
+    path = root / "config.json"
+    if not path.exists() and (root / PIPELINE_NAME).is_file():
+        parts = [root / name / "config.json" for name in ("unet", "transformer")]
+        present = [part for part in parts if part.is_file()]
+        if not present:
+            raise FileKindError("the pipeline holds neither a UNet nor a transformer", path=root)
+        path = present[0]
+    return read_json(path)
 
 
 @dataclass(frozen=True)
 class Exporter:
-    """One output layout. `files(compact, options, fidelity)` maps file names to their bytes in pieces."""
+    """One output layout.
+
+    `title` says what it is in the help of `--to`. `files(compact, options)` maps file names to their bytes in pieces,
+    and raises E-EXPORT for what the layout cannot express. `kind` and `library` are what the model card calls the
+    adapter, and the library that loads it.
+    """
 
     id: str
     title: str
-    files: Callable[[CompactAdapter, ExportOptions, Fidelity | None], Files]
+    files: Callable[[CompactAdapter, ExportOptions], Files]
+    kind: str
+    library: str = ""
+
+    def folder(self, compact: CompactAdapter, options: ExportOptions, fidelity: Fidelity | None) -> Files:
+        """Return the files with a model card, and with ``lrconvert.json`` unless the layout has one of its own."""
+        files = self.files(compact, options)
+        card = model_card(compact, self.kind, options.command, fidelity, self.library)
+        return {"README.md": [card], "lrconvert.json": json_file(sidecar(compact)), **files}
 
 
 def ids() -> list[str]:
-    """Names for `--to`, from the file names of this folder."""
+    """Return the names for `--to`, from the file names of this folder."""
     return [name.replace("_", "-") for name in registry.names("lrconvert.formats.exporters")]
 
 
 def get(exporter_id: str) -> Exporter:
-    """The exporter of that id. Raises E-EXPORT for an unknown one."""
+    """Return the exporter of that id. Raises E-EXPORT for an unknown one."""
     if exporter_id not in ids():
         raise ExportError(f"there is no export to {exporter_id!r}", fix=f"known: {', '.join(ids())}")
-    found: Exporter = registry.load("lrconvert.formats.exporters", exporter_id.replace("-", "_"), "EXPORTER")
-    return found
+    exporter: Exporter = registry.load("lrconvert.formats.exporters", exporter_id.replace("-", "_"), "EXPORTER")
+    return exporter
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: the names of the files, and notes for the user, a line each."""
+    """The names of the files that were written, and notes for the user, a line each."""
 
     files: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
 
 def public(compact: CompactAdapter, base_model_id: str | None) -> tuple[CompactAdapter, tuple[str, ...]]:
-    """`compact` as it may be given to others, and notes: the base named by `base_model_id` (``org/name``,
+    """Return `compact` as it may be given to others, and notes: the base named by `base_model_id` (``org/name``,
     ``org/name@revision``) if there is one, else without the folders of a path. Raises E-OPTION for what is no name."""
-    came = compact.provenance
+    provenance = compact.provenance
     if base_model_id is not None:
         name, _, revision = base_model_id.partition("@")
         if not name or not base_model_id.isprintable():
             raise OptionError(f"{base_model_id!r:.80} does not name a base model", fix="write org/name")
         notes = (f"the base is named by a private path, {name!r:.80}",) if hub.is_private(name) else ()
-        return replace(compact, provenance=replace(came, base_model=name, revision=revision)), notes
-    if not hub.is_private(came.base_model):
+        return replace(compact, provenance=replace(provenance, base_model=name, revision=revision)), notes
+    if not hub.is_private(provenance.base_model):
         return compact, ()
-    short = hub.last_part(came.base_model)
+    short = hub.last_part(provenance.base_model)
     note = f"the base was named by a private path, of which {short!r:.80} is kept; --base-model-id names it"
-    return replace(compact, provenance=replace(came, base_model=short)), (note,)
+    return replace(compact, provenance=replace(provenance, base_model=short)), (note,)

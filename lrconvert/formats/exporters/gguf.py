@@ -17,11 +17,10 @@ from lrconvert.core.dtypes import Array
 from lrconvert.core.errors import ExportError
 from lrconvert.formats import gguf_names
 from lrconvert.formats.exporters.base import Exporter, ExportOptions, Files
-from lrconvert.formats.exporters.peft_lora import config_file
-from lrconvert.formats.exporters.shared.plain import EXCLUDE, Pair, module_of, pairs, refuse_extras, stored
-from lrconvert.formats.fidelity import Fidelity
+from lrconvert.formats.exporters.shared.files import stored
+from lrconvert.formats.exporters.shared.plain import EXCLUDE, Pair, module_of, pairs, refuse_extras
 from lrconvert.formats.gguf_names import Family
-from lrconvert.formats.model_card import model_card, origin, sidecar
+from lrconvert.formats.model_card import origin
 from lrconvert.lora.adapter import CompactAdapter, Target
 from lrconvert.lora.base_names import ties_embeddings
 
@@ -30,43 +29,36 @@ _TYPES = {"F32": 0, "F16": 1, "BF16": 30}
 _UINT32, _FLOAT32, _STRING = 4, 6, 8  # kinds of metadata
 
 
-def files(compact: CompactAdapter, options: ExportOptions, fidelity: Fidelity | None) -> Files:
-    """See the module's docstring. Raises E-EXPORT for what llama.cpp has no name for or a family that is not known
-    here, E-CONFIG for a base's config without what is needed."""
+def files(compact: CompactAdapter, options: ExportOptions) -> Files:
+    """Return the GGUF file. Raises E-EXPORT for what llama.cpp has no name for or a family that is not known here,
+    E-CONFIG for a base's config without what is needed."""
     refuse_extras(compact, "GGUF")
     family, config = _family(options.base_config)
-    found = pairs(compact, options)
-    tensors: list[tuple[str, Array]] = []
-    for pair in found:
+    tensors: dict[str, Array] = {}
+    for pair in pairs(compact, options):
         name = _name(pair.target, family, config)
-        b = _in_order(pair, name, family, config)
-        tensors.append((f"{name}.weight.lora_a", pair.a.T if name == "token_embd" else pair.a))
-        tensors.append((f"{name}.weight.lora_b", b))
-    alpha = 0.0 if options.keep_ranks else float(found[0].rank)
-    return {
-        "adapter.gguf": _gguf(_metadata(compact, family.id, alpha), sorted(tensors, key=lambda t: t[0]), options.dtype),
-        "README.md": [model_card(compact, "GGUF LoRA", options.command, fidelity, "")],
-        "lrconvert.json": [config_file(sidecar(compact))],
-    }
+        tensors[f"{name}.weight.lora_a"] = pair.a.T if name == "token_embd" else pair.a
+        tensors[f"{name}.weight.lora_b"] = _in_order(pair, name, family, config)
+        rank = pair.rank
+    metadata = _metadata(compact, family.id, 0.0 if options.keep_ranks else float(rank))
+    return {"adapter.gguf": _gguf(metadata, sorted(tensors.items()), options.dtype)}
 
 
 def _family(config: Mapping[str, Any] | None) -> tuple[Family, Mapping[str, Any]]:
     if config is None:
+        fix = "give --base; its config.json is enough"
+        raise ExportError("llama.cpp's names depend on the base, which was not given", fix=fix)
+    name = gguf_names.architecture(config)
+    if name not in gguf_names.FAMILIES:
         raise ExportError(
-            "llama.cpp's names depend on the base, which was not given", fix="give --base; its config.json is enough"
-        )
-    family = gguf_names.FAMILIES.get(gguf_names.architecture(config))
-    if family is None:
-        name = gguf_names.architecture(config) or "model without architectures"
-        raise ExportError(
-            f"the base is a {name:.60}, whose names in llama.cpp are not known here",
+            f"the base is a {name or 'model without architectures':.60}, whose names in llama.cpp are not known here",
             fix="export to peft-lora, and convert that with llama.cpp's convert_lora_to_gguf.py",
         )
-    return family, config
+    return gguf_names.FAMILIES[name], config
 
 
 def _name(target: Target, family: Family, config: Mapping[str, Any]) -> str:
-    """llama.cpp's name of a target. Raises E-EXPORT."""
+    """Return llama.cpp's name of a target. Raises E-EXPORT."""
     name = family.named(module_of(target, "GGUF"))
     if name is None:
         raise ExportError(f"llama.cpp takes no LoRA on {target.name!r:.120} of a {family.id}", fix=EXCLUDE)
@@ -77,7 +69,7 @@ def _name(target: Target, family: Family, config: Mapping[str, Any]) -> str:
 
 
 def _in_order(pair: Pair, name: str, family: Family, config: Mapping[str, Any]) -> Array:
-    """B (out, r) with its rows in llama.cpp's order. Raises E-CONFIG."""
+    """Return B (out, r) with its rows in llama.cpp's order. Raises E-CONFIG."""
     order = family.rows.get(name.rpartition(".")[2])
     return pair.b if order is None else pair.b[gguf_names.row_order(order, pair.b.shape[0], config)]
 
@@ -87,30 +79,26 @@ def _in_order(pair: Pair, name: str, family: Family, config: Mapping[str, Any]) 
 _Value = str | int | float
 
 
-def _metadata(compact: CompactAdapter, family: str, alpha: float) -> list[tuple[str, _Value]]:
-    came = compact.provenance
-    found: list[tuple[str, _Value]] = [
-        ("general.architecture", family),
-        ("general.type", "adapter"),
-        ("general.quantization_version", 2),
-        ("adapter.type", "lora"),
-        ("adapter.lora.alpha", alpha),
-    ]
-    found += [
-        (f"general.{key.replace('_', '.')}", came.fields[key])
-        for key in ("license", "license_name", "license_link")
-        if came.fields.get(key)
-    ]
-    if came.base_model:
-        found += [("general.base_model.count", 1), ("general.base_model.0.name", came.base_model)]
-    return found + [(key.replace("_", ".", 1), text) for key, text in origin(compact).items()]
+def _metadata(compact: CompactAdapter, family: str, alpha: float) -> dict[str, _Value]:
+    fields, base = compact.provenance.fields, compact.provenance.base_model
+    licence = {key: fields[key] for key in ("license", "license_name", "license_link") if fields.get(key)}
+    return {
+        "general.architecture": family,
+        "general.type": "adapter",
+        "general.quantization_version": 2,
+        "adapter.type": "lora",
+        "adapter.lora.alpha": alpha,
+        **{f"general.{key.replace('_', '.')}": text for key, text in licence.items()},
+        **({"general.base_model.count": 1, "general.base_model.0.name": base} if base else {}),
+        **{key.replace("_", ".", 1): text for key, text in origin(compact).items()},
+    }
 
 
-def _gguf(metadata: Sequence[tuple[str, _Value]], tensors: Sequence[tuple[str, Array]], dtype: str) -> Iterator[bytes]:
-    """A GGUF file in pieces. Dimensions stand innermost first."""
+def _gguf(metadata: Mapping[str, _Value], tensors: Sequence[tuple[str, Array]], dtype: str) -> Iterator[bytes]:
+    """Yield a GGUF file in pieces. Dimensions stand innermost first."""
     size = 4 if dtype == "F32" else 2
     head = bytearray(struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(metadata)))
-    for key, value in metadata:
+    for key, value in metadata.items():
         head += _text(key) + _typed(value)
     offset = 0
     for name, values in tensors:
@@ -140,4 +128,4 @@ def _typed(value: _Value) -> bytes:
     return struct.pack("<II", _UINT32, value)
 
 
-EXPORTER = Exporter("gguf", "GGUF LoRA for llama.cpp", files)
+EXPORTER = Exporter("gguf", "a GGUF LoRA for llama.cpp", files, kind="GGUF LoRA")

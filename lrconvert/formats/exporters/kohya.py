@@ -19,11 +19,9 @@ import numpy as np
 from lrconvert.core.errors import ExportError
 from lrconvert.formats import unet_names
 from lrconvert.formats.exporters.base import Exporter, ExportOptions, Files
-from lrconvert.formats.exporters.peft_lora import config_file, weights_file
 from lrconvert.formats.exporters.shared.diffusion import TRANSFORMER, UNET, placed
-from lrconvert.formats.exporters.shared.plain import EXCLUDE, Pair, entry, pairs, refuse_extras, unfolded
-from lrconvert.formats.fidelity import Fidelity
-from lrconvert.formats.model_card import model_card, origin, sidecar
+from lrconvert.formats.exporters.shared.files import entry, weights_file
+from lrconvert.formats.exporters.shared.plain import EXCLUDE, Pair, pairs, refuse_extras, unfolded
 from lrconvert.lora.adapter import CompactAdapter, Target
 
 _LAYOUT = "kohya's layout"
@@ -31,14 +29,14 @@ _CONTEXT = (".attn2.to_k", ".attn2.to_v")
 _SDXL_CONTEXT = 2048
 
 
-def files(compact: CompactAdapter, options: ExportOptions, fidelity: Fidelity | None) -> Files:
-    """See the module's docstring. Raises E-EXPORT for what the layout has no name for."""
+def files(compact: CompactAdapter, options: ExportOptions) -> Files:
+    """Return the file of weights. Raises E-EXPORT for what the layout has no name for."""
     refuse_extras(compact, _LAYOUT)
-    found = [(*placed(pair.target, _LAYOUT), pair) for pair in pairs(compact, options)]
-    components = {component for component, _, _ in found}
-    originals = _originals(found, options)
+    layers = [(*placed(pair.target, _LAYOUT), pair) for pair in pairs(compact, options)]
+    components = {component for component, _, _ in layers}
+    originals = _originals(layers, options)
     tensors, owners = [], dict[str, str]()
-    for component, module, pair in found:
+    for component, module, pair in layers:
         if component == UNET and originals is not None:
             module = _original(pair.target, module, originals)
         name = f"{_prefix(component, components, originals is not None)}_{module.replace('.', '_')}"
@@ -47,28 +45,25 @@ def files(compact: CompactAdapter, options: ExportOptions, fidelity: Fidelity | 
             raise ExportError(what, fix=EXCLUDE)
         owners[name] = pair.target.name
         down, up = unfolded(pair, _LAYOUT)
-        tensors.append(entry(f"{name}.lora_down.weight", options.dtype, down))
         alpha = 1 if options.keep_ranks else pair.rank
-        up = up.astype(np.float64) * (pair.rank / alpha)
-        tensors.append(entry(f"{name}.lora_up.weight", options.dtype, up))
+        tensors.append(entry(f"{name}.lora_down.weight", options.dtype, down))
+        tensors.append(entry(f"{name}.lora_up.weight", options.dtype, up.astype(np.float64) * (pair.rank / alpha)))
         tensors.append(entry(f"{name}.alpha", "F32", np.full((), alpha, np.float32)))
-    ranks = {pair.rank for _, _, pair in found}
+    ranks = {pair.rank for _, _, pair in layers}
     dim = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
     alphas = "1" if options.keep_ranks else dim
     notes = {"ss_network_module": "networks.lora", "ss_network_dim": dim, "ss_network_alpha": alphas}
-    return {
-        "lora.safetensors": weights_file(sorted(tensors), {**notes, **origin(compact)}),
-        "README.md": [model_card(compact, "kohya LoRA", options.command, fidelity, "diffusers")],
-        "lrconvert.json": [config_file(sidecar(compact))],
-    }
+    return {"lora.safetensors": weights_file(tensors, compact, **notes)}
 
 
-def _originals(found: Sequence[tuple[str, str, Pair]], options: ExportOptions) -> Mapping[str, str] | None:
-    """The table of names if the UNet is SDXL's, else None."""
+def _originals(layers: Sequence[tuple[str, str, Pair]], options: ExportOptions) -> Mapping[str, str] | None:
+    """Return the table of names if the UNet is SDXL's, else None."""
     if options.base_config is not None:
-        return unet_names.stability_names(levels=3) if unet_names.is_sdxl(options.base_config) else None
-    widths = {p.target.in_features for c, m, p in found if c == UNET and m.endswith(_CONTEXT)}
-    return unet_names.stability_names(levels=3) if widths == {_SDXL_CONTEXT} else None
+        is_sdxl = unet_names.is_sdxl(options.base_config)
+    else:
+        widths = {p.target.in_features for c, m, p in layers if c == UNET and m.endswith(_CONTEXT)}
+        is_sdxl = widths == {_SDXL_CONTEXT}
+    return unet_names.stability_names(levels=3) if is_sdxl else None
 
 
 def _original(target: Target, module: str, originals: Mapping[str, str]) -> str:
@@ -87,4 +82,4 @@ def _prefix(component: str, components: set[str], sdxl: bool) -> str:
     return f"lora_te{component[-1]}"
 
 
-EXPORTER = Exporter("kohya", "kohya / sd-scripts LoRA", files)
+EXPORTER = Exporter("kohya", "a LoRA in kohya's layout (sd-scripts)", files, kind="kohya LoRA", library="diffusers")

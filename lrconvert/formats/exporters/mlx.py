@@ -10,10 +10,8 @@ import re
 
 from lrconvert.core.errors import ExportError, OptionError
 from lrconvert.formats.exporters.base import Exporter, ExportOptions, Files
-from lrconvert.formats.exporters.peft_lora import config_file, weights_file
-from lrconvert.formats.exporters.shared.plain import EXCLUDE, entry, module_of, pairs, refuse_extras
-from lrconvert.formats.fidelity import Fidelity
-from lrconvert.formats.model_card import model_card, origin, sidecar
+from lrconvert.formats.exporters.shared.files import entry, json_file, weights_file
+from lrconvert.formats.exporters.shared.plain import EXCLUDE, module_of, pairs, refuse_extras
 from lrconvert.lora.adapter import CompactAdapter, Target
 
 _LAYOUT = "mlx-lm's layout"
@@ -21,34 +19,29 @@ _SAME = re.compile(r"(?:language_model\.)?model\.(?:layers\.\d+\..+|embed_tokens
 _GPT2 = re.compile(r"(?:transformer\.)?(h\.\d+\.(?:attn|mlp)\.c_\w+|wte|wpe)")
 
 
-def files(compact: CompactAdapter, options: ExportOptions, fidelity: Fidelity | None) -> Files:
-    """See the module's docstring. Raises E-EXPORT for what mlx-lm has no place for, E-OPTION for ranks by module."""
+def files(compact: CompactAdapter, options: ExportOptions) -> Files:
+    """Return the configuration and the weights. Raises E-EXPORT for what mlx-lm has no place for, E-OPTION for ranks by
+    module."""
     if options.keep_ranks:
         raise OptionError("mlx-lm has one rank for all modules", fix="leave --keep-ranks out")
     refuse_extras(compact, _LAYOUT)
-    found = pairs(compact, options)
-    tensors, keys = [], []
-    for pair in found:
-        module = _module(pair.target)
-        keys.append(module)
+    by_module = {_module(pair.target): pair for pair in pairs(compact, options)}
+    tensors = []
+    for module, pair in by_module.items():
         tensors.append(entry(f"{module}.lora_a", options.dtype, pair.a.T))
         tensors.append(entry(f"{module}.lora_b", options.dtype, pair.b.T))
+        rank = pair.rank
     config = {
         "fine_tune_type": "lora",
         "num_layers": -1,  # all: which modules are adapted is for the keys to say
-        "lora_parameters": {"rank": found[0].rank, "scale": 1.0, "dropout": 0.0, "keys": sorted(keys)},
+        "lora_parameters": {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": sorted(by_module)},
         "model": compact.provenance.base_model,
     }
-    return {
-        "adapter_config.json": [config_file(config)],
-        "adapters.safetensors": weights_file(sorted(tensors), origin(compact)),
-        "README.md": [model_card(compact, "mlx-lm LoRA", options.command, fidelity, "mlx")],
-        "lrconvert.json": [config_file(sidecar(compact))],
-    }
+    return {"adapter_config.json": json_file(config), "adapters.safetensors": weights_file(tensors, compact)}
 
 
 def _module(target: Target) -> str:
-    """mlx-lm's name of a target's module. Raises E-EXPORT for models that it calls otherwise, or not at all."""
+    """Return mlx-lm's name of a target's module. Raises E-EXPORT for models that it calls otherwise, or not at all."""
     module = module_of(target, _LAYOUT)
     if target.view.kind == "conv":
         raise ExportError(f"{target.name!r:.120} is a convolution, which mlx-lm does not adapt", fix=EXCLUDE)
@@ -63,4 +56,4 @@ def _module(target: Target) -> str:
     return f"model.{renamed[1]}"
 
 
-EXPORTER = Exporter("mlx", "mlx-lm adapter folder", files)
+EXPORTER = Exporter("mlx", "an adapter folder of mlx-lm", files, kind="mlx-lm LoRA", library="mlx")

@@ -9,34 +9,28 @@ from __future__ import annotations
 
 from lrconvert.core.errors import ExportError
 from lrconvert.formats.exporters.base import Exporter, ExportOptions, Files
-from lrconvert.formats.exporters.peft_lora import config_file, weights_file
-from lrconvert.formats.exporters.shared.plain import EXCLUDE, entry, module_of, pairs, refuse_extras
-from lrconvert.formats.fidelity import Fidelity
-from lrconvert.formats.model_card import model_card, origin, sidecar
+from lrconvert.formats.exporters.shared.files import Entry, entry, weights_file
+from lrconvert.formats.exporters.shared.plain import EXCLUDE, module_of, pairs, refuse_extras
 from lrconvert.lora.adapter import CompactAdapter
 
 _LAYOUT = "a bare state dict"
 
 
-def files(compact: CompactAdapter, options: ExportOptions, fidelity: Fidelity | None) -> Files:
-    """See the module's docstring. Raises E-EXPORT for what the layout cannot express."""
+def files(compact: CompactAdapter, options: ExportOptions) -> Files:
+    """Return the file of weights. Raises E-EXPORT for what the layout cannot express."""
     refuse_extras(compact, _LAYOUT, allowed=("replace",))
-    found = pairs(compact, options)
-    tensors = [(e.name, e.dtype, e.shape, e.data) for e in compact.extras]
-    for pair in found:
+    tensors: list[Entry] = [(e.name, e.dtype, e.shape, e.data) for e in compact.extras]
+    ranks = set()
+    for pair in pairs(compact, options):
         module = module_of(pair.target, _LAYOUT)
         if pair.target.view.kind == "conv":
             what = f"{pair.target.name!r:.120} is a convolution, whose factors have other shapes in {_LAYOUT}"
             raise ExportError(what, fix=EXCLUDE)
         tensors.append(entry(f"{module}.lora_A", options.dtype, pair.a))
         tensors.append(entry(f"{module}.lora_B", options.dtype, pair.b))
-    ranks = {pair.rank for pair in found}
-    notes = {"lora_alpha": str(ranks.pop()) if len(ranks) == 1 else "rank"}
-    return {
-        "lora.safetensors": weights_file(sorted(tensors), {**notes, **origin(compact)}),
-        "README.md": [model_card(compact, "bare LoRA", options.command, fidelity, "")],
-        "lrconvert.json": [config_file(sidecar(compact))],
-    }
+        ranks.add(pair.rank)
+    alpha = str(ranks.pop()) if len(ranks) == 1 else "rank"
+    return {"lora.safetensors": weights_file(tensors, compact, lora_alpha=alpha)}
 
 
-EXPORTER = Exporter("raw", "bare state dict, as loralib's", files)
+EXPORTER = Exporter("raw", "a bare state dict, as loralib has it", files, kind="bare LoRA")

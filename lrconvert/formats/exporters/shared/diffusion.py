@@ -1,4 +1,4 @@
-"""Names of diffusion models: which component of a pipeline a target belongs to, and its name in there."""
+"""Names of diffusion models: the component of a pipeline that a target belongs to, and its name in there."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _BARE = {UNET: _UNET, TRANSFORMER: _TRANSFORMER, "text_encoder": re.compile(r"te
 
 
 def placed(target: Target, layout: str) -> tuple[str, str]:
-    """(component, module) of a target: named by its first part, or known by its blocks where an adapter of one
+    """Return (component, module) of a target: named by its first part, or known by its blocks where an adapter of one
     component alone leaves that out. Raises E-EXPORT for what is no part of a diffusion pipeline."""
     module = module_of(target, layout)
     first, _, rest = module.partition(".")
@@ -46,6 +46,7 @@ def placed(target: Target, layout: str) -> tuple[str, str]:
 
 
 def _with_text_model(component: str, module: str) -> str:
-    """CLIP's modules below ``text_model``, as files call them; newer releases of transformers leave that level out."""
+    """Return CLIP's modules below ``text_model``, as files call them; newer releases of transformers leave that level
+    out."""
     clip = component.startswith("text_encoder") and _CLIP.match(module) and not module.startswith("text_")
     return f"text_model.{module}" if clip else module

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lrconvert.core.dtypes import Array, round_to
+from lrconvert.core.dtypes import Array
 from lrconvert.core.errors import ExportError
 from lrconvert.formats.exporters.base import ExportOptions
 from lrconvert.lora.adapter import CompactAdapter, Target
@@ -35,22 +35,27 @@ class Pair:
     def rank(self) -> int:
         return int(self.a.shape[0])
 
+    def padded(self, rank: int) -> Pair:
+        """Return the same product with zero rows of A and columns of B up to `rank`."""
+        more = rank - self.rank
+        return replace(self, a=np.pad(self.a, ((0, more), (0, 0))), b=np.pad(self.b, ((0, 0), (0, more))))
+
+
+def expanded(compact: CompactAdapter) -> list[Pair]:
+    """Return the factors of every target. Raises E-OPTION for updates that depend on the base."""
+    return [Pair(target, a, b) for target, a, b in methods.expand_all(compact)]
+
 
 def pairs(compact: CompactAdapter, options: ExportOptions) -> list[Pair]:
-    """The factors of every target with an update, padded with zeros to one rank unless their own are kept.
+    """Return the factors of every target with an update, padded with zeros to one rank unless their own are kept.
 
     Raises E-EXPORT if nothing is left, E-OPTION for a rank that is too small.
     """
-    found = [Pair(target, a, b) for target, a, b in methods.expand_all(compact) if a.shape[0]]
-    if not found:
+    updated = [pair for pair in expanded(compact) if pair.rank]
+    if not updated:
         raise ExportError("every target has rank 0, there is nothing to export")
-    top = options.rank(max(pair.rank for pair in found))
-    return found if options.keep_ranks else [_padded(pair, top) for pair in found]
-
-
-def _padded(pair: Pair, rank: int) -> Pair:
-    more = rank - pair.rank
-    return Pair(pair.target, np.pad(pair.a, ((0, more), (0, 0))), np.pad(pair.b, ((0, 0), (0, more))))
+    top = options.rank(max(pair.rank for pair in updated))
+    return updated if options.keep_ranks else [pair.padded(top) for pair in updated]
 
 
 def refuse_extras(compact: CompactAdapter, layout: str, allowed: Collection[str] = ()) -> None:
@@ -65,7 +70,8 @@ def refuse_extras(compact: CompactAdapter, layout: str, allowed: Collection[str]
 
 
 def module_of(target: Target, layout: str) -> str:
-    """The module whose weight a target is. Raises E-EXPORT for a parameter of its own, or a slice or entry of one."""
+    """Return the module whose weight a target is. Raises E-EXPORT for a parameter of its own, or a slice or entry of
+    one."""
     module = target.name.removesuffix(".weight")
     if module == target.name:
         raise ExportError(f"{target.name!r:.120} is no module's weight, {layout} cannot name it", fix=EXCLUDE)
@@ -76,7 +82,7 @@ def module_of(target: Target, layout: str) -> str:
 
 
 def unfolded(pair: Pair, layout: str) -> tuple[Array, Array]:
-    """The factors in the shapes of two layers one after the other: (r, in, kernel) and (out, r, 1, 1) for a
+    """Return the factors in the shapes of two layers one after the other: (r, in, kernel) and (out, r, 1, 1) for a
     convolution, as they are otherwise. Raises E-EXPORT for a convolution in groups."""
     target = pair.target
     if target.view.kind != "conv":
@@ -85,16 +91,3 @@ def unfolded(pair: Pair, layout: str) -> tuple[Array, Array]:
         raise ExportError(f"{target.name!r:.120} is a convolution in groups, {layout} has none", fix=EXCLUDE)
     kernel = target.shape[2:]
     return pair.a.reshape(pair.rank, -1, *kernel), pair.b.reshape(-1, pair.rank, *(1 for _ in kernel))
-
-
-def entry(name: str, dtype: str, values: Array) -> tuple[str, str, tuple[int, ...], bytes]:
-    """A tensor of a file: name, dtype, shape, data. Raises E-EXPORT for values beyond the range of `dtype`."""
-    return name, dtype, values.shape, stored(name, dtype, values)
-
-
-def stored(name: str, dtype: str, values: Array) -> bytes:
-    """Values in row-major order, rounded once to `dtype`. Raises E-EXPORT for those beyond its range."""
-    bits = round_to(np.ascontiguousarray(values), dtype)
-    if dtype == "F16" and not np.isfinite(bits).all():
-        raise ExportError(f"{name!r:.120} has values beyond the range of F16", fix="take --dtype BF16 or F32")
-    return bits.tobytes()

@@ -23,7 +23,7 @@ from lrconvert.formats.readers.shared.weights import Weights, load_finite
 from lrconvert.lora.adapter import MATRIX, LoraTarget, Target, View
 
 # How transformers' modules of experts order their parameters.
-WRAPPING_ORDER = (
+ORDER = (
     "gate_up_proj",
     "gate_up_proj_bias",
     "gate_proj",
@@ -139,10 +139,10 @@ def _in_order(root: str, names: Sequence[str], wrappers: int) -> list[str]:
         what = f"{wrappers} of its parameters are adapted, target_parameters names {len(names)}: {listed:.300}"
         fix = "name in target_parameters the parameters that are adapted, each with its module"
         raise ConfigError(f"{root}: {what}", fix=fix)
-    if wrappers > 1 and not set(names) <= set(WRAPPING_ORDER):
+    if wrappers > 1 and not set(names) <= set(ORDER):
         what = f"the order of its parameters {listed:.300} is not known, and the file does not tell it"
         raise UnsupportedLoraError(f"{root}: {what}", fix="adapt one of them alone")
-    return sorted(names, key=WRAPPING_ORDER.index) if wrappers > 1 else list(names)
+    return sorted(names, key=ORDER.index) if wrappers > 1 else list(names)
 
 
 # --- how a stack is stored ------------------------------------------------------------------------------------------

@@ -10,23 +10,30 @@ import numpy as np
 
 from lrconvert.core.dtypes import STORAGE
 from lrconvert.core.errors import ExportError
-from lrconvert.formats.exporters.peft_lora.layers import BASE_LAYER, PREFIX
+from lrconvert.formats.exporters.shared.files import Entry
+from lrconvert.formats.exporters.shared.plain import EXCLUDE
+from lrconvert.formats.readers.peft.names import BASE_LAYER, PREFIX
 from lrconvert.lora.adapter import CompactAdapter, ExtraTensor
 
-Entry = tuple[str, str, tuple[int, ...], bytes]  # name, dtype, shape, data
+# Parts of an update beside its factors, as PEFT calls them.
+_PARTS = {
+    "add": "lora_B.bias",
+    "magnitude": "lora_magnitude_vector",
+    "rows": "token_adapter.trainable_tokens_delta",
+}
 
 
 @dataclass(frozen=True)
 class Placed:
-    """Tensors of the file, and what the configuration says of them."""
+    """Tensors of the file, and the fields of the configuration that place them."""
 
     entries: tuple[Entry, ...]
     config: dict[str, Any] = field(default_factory=dict)
 
 
 def place(compact: CompactAdapter, adapted: Collection[str], only: str = "lora_only") -> Placed:
-    """The extras of `compact`; `adapted` are the modules that have an update, `only` is what PEFT's option `bias` calls
-    theirs. Raises E-EXPORT for what has no place."""
+    """Return the extras of `compact` under PEFT's names. `adapted` are the modules that have an update, `only` is what
+    PEFT's option `bias` calls their biases. Raises E-EXPORT for what has no place."""
     _check_owners(compact.extras, adapted)
     whole = [e for e in compact.extras if e.use == "replace"]
     biases = [e for e in whole if _is_bias(e, whole)]
@@ -39,15 +46,17 @@ def place(compact: CompactAdapter, adapted: Collection[str], only: str = "lora_o
     if both:
         raise ExportError(
             f"{both!r} has an update, and PEFT would save it whole because of modules_to_save {saved}",
-            fix="convert again with --exclude for it, or merge the adapter into the base",
+            fix=EXCLUDE,
         )
     config: dict[str, Any] = {"modules_to_save": saved or None}
     if biases:
         own = all(owner(e.name) in adapted for e in biases)
         config["bias"] = only if own else "all"
-    rows = {owner(e.name): _integers(e) for e in compact.extras if e.use == "row_indices"}
+    rows = [e for e in compact.extras if e.use == "row_indices"]
     if rows:
-        config["trainable_token_indices"] = rows
+        config["trainable_token_indices"] = {
+            owner(e.name): np.frombuffer(e.data, STORAGE[e.dtype]).tolist() for e in rows
+        }
     return Placed(tuple(entries), config)
 
 
@@ -63,33 +72,23 @@ def _check_owners(extras: Iterable[ExtraTensor], adapted: Collection[str]) -> No
         if e.use == "rows" and module in adapted:
             raise ExportError(
                 f"{module!r} has factors and trained rows; PEFT has one of them in a layer",
-                fix="convert again with --exclude for it, or merge the adapter into the base",
+                fix=EXCLUDE,
             )
 
 
 def _parts(extras: Iterable[ExtraTensor]) -> Iterable[Entry]:
-    """What stands beside factors."""
     for e in extras:
-        module = PREFIX + owner(e.name)
-        if e.use == "add":
-            yield f"{module}.lora_B.bias", e.dtype, e.shape, e.data
-        elif e.use == "magnitude":
-            yield f"{module}.lora_magnitude_vector", e.dtype, e.shape, e.data
-        elif e.use == "rows":
-            yield f"{module}.token_adapter.trainable_tokens_delta", e.dtype, e.shape, e.data
-
-
-def _integers(extra: ExtraTensor) -> list[int]:
-    return [int(n) for n in np.frombuffer(extra.data, STORAGE[extra.dtype])]
+        if e.use in _PARTS:
+            yield f"{PREFIX}{owner(e.name)}.{_PARTS[e.use]}", e.dtype, e.shape, e.data
 
 
 def owner(name: str) -> str:
-    """The module that a parameter belongs to, without PEFT's wrapper."""
+    """Return the module that a parameter belongs to, without PEFT's wrapper."""
     return name.rpartition(".")[0].removesuffix(BASE_LAYER)
 
 
 def _is_bias(extra: ExtraTensor, whole: Iterable[ExtraTensor]) -> bool:
-    """Whether PEFT saved a tensor for its option `bias`: a bias without the weight of its module."""
+    """Return True if PEFT saved a tensor for its option `bias`: a bias without the weight of its module."""
     weight = f"{owner(extra.name)}.weight"
     return extra.name.endswith(".bias") and not any(e.name == weight for e in whole)
 
@@ -100,7 +99,8 @@ def _bias_name(extra: ExtraTensor, adapted: Collection[str]) -> str:
 
 
 def saved_modules(compact: CompactAdapter, extras: Iterable[ExtraTensor]) -> list[str]:
-    """The modules_to_save that place these extras: the source's own list if it does, else the extras' modules."""
+    """Return the modules_to_save that place these extras: the source's own list if it does, else the extras'
+    modules."""
     owners = sorted({e.name.rpartition(".")[0] for e in extras})
     if "" in owners:
         raise ExportError("an extra tensor belongs to no module, PEFT cannot place it")
@@ -109,7 +109,8 @@ def saved_modules(compact: CompactAdapter, extras: Iterable[ExtraTensor]) -> lis
 
 
 def _placed(owner: str, modules: list[str]) -> bool:
-    """Whether PEFT's rule (a module's path ends with a listed name) saves the module `owner` or one around it."""
+    """Return True if PEFT's rule (a module's path ends with a listed name) saves the module `owner` or one around
+    it."""
     parts = owner.split(".")
     paths = [".".join(parts[: n + 1]) for n in range(len(parts))]
     return any(path.endswith(m) for path in paths for m in modules)

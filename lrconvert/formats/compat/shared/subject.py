@@ -1,0 +1,264 @@
+"""An adapter as consumers see it, from its configuration, the headers of its tensors and the names of its files."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from lrconvert.core.errors import FileKindError, UnknownLayoutError
+from lrconvert.core.limits import MAX_PATTERNS
+from lrconvert.formats import loading
+from lrconvert.formats.lrc import file
+from lrconvert.formats.readers import base as readers
+from lrconvert.formats.readers.peft.patterns import check_work, compile_pattern
+from lrconvert.formats.readers.shared.options import ReadOptions
+from lrconvert.io.container import INDEX_NAME, SINGLE_NAME, ContainerFile, TensorInfo, open_checkpoint, read_json
+
+Layout = Literal["peft", "mlx", "bare", "lrconvert"]  # bare: weights without a configuration
+
+CONFIG_NAME = "adapter_config.json"
+PEFT_WEIGHTS = "adapter_model.safetensors"
+PEFT_PICKLES = ("adapter_model.bin", "adapter_model.pt")
+MLX_WEIGHTS = "adapters.safetensors"
+PEFT_PREFIX = "base_model.model."
+
+_FACTOR = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?:(?P<half>[AB])\.weight|embedding_(?P<embedding>[AB]))"
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two factors stored for one module; `embedding` if they are PEFT's lora_embedding_A and _B."""
+
+    a: TensorInfo | None
+    b: TensorInfo | None
+    embedding: bool
+
+    @property
+    def rank(self) -> int | None:
+        """r of the stored factors, if they are the halves of one matrix."""
+        if self.a is None or self.b is None or len(self.a.shape) < 2 or len(self.b.shape) < 2:
+            return None
+        return self.a.shape[0] if self.a.shape[0] == self.b.shape[1] else None
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """An adapter before any weight is read.
+
+    `weights` names the file that `tensors` are from, or "". `pickle` names a pickle that holds the weights instead; it
+    is not opened. `foreign` is the reader of the layout where it is another tool's, "" for PEFT's, mlx-lm's and names
+    that may be anybody's. `base` is the base's config.json, None if no base was given; `base_modules` are the modules
+    whose weight the base stores, empty if unknown. A value of the configuration that has another type than expected
+    reads as None or empty.
+    """
+
+    layout: Layout
+    config: Mapping[str, Any] = field(default_factory=dict)
+    tensors: tuple[TensorInfo, ...] = ()
+    weights: str = ""
+    pickle: str = ""
+    files: frozenset[str] = frozenset()
+    added_tokens: Mapping[str, Any] = field(default_factory=dict)
+    foreign: str = ""
+    base: Mapping[str, Any] | None = None
+    base_modules: frozenset[str] = frozenset()
+
+    # --- configuration ---
+
+    def number(self, key: str, default: float | None = None) -> float | None:
+        return as_number(self.config.get(key, default))
+
+    def flag(self, key: str) -> bool:
+        """Return True if a feature is set to anything but nothing."""
+        return self.config.get(key) not in (None, False, "", [], {}, "none")
+
+    def names(self, key: str) -> list[str]:
+        """Return the strings of a list."""
+        value = self.config.get(key)
+        return [v for v in value if isinstance(v, str)] if isinstance(value, list) else []
+
+    def pattern(self, key: str) -> dict[str, Any]:
+        value = self.config.get(key)
+        return value if isinstance(value, dict) and len(value) <= MAX_PATTERNS else {}
+
+    @property
+    def kind(self) -> str:
+        value = self.config.get("peft_type")
+        return value if isinstance(value, str) else ""
+
+    @property
+    def architecture(self) -> str:
+        """The base's model class, or "" if unknown."""
+        classes = (self.base or {}).get("architectures")
+        return classes[0] if isinstance(classes, list) and classes and isinstance(classes[0], str) else ""
+
+    def base_number(self, key: str) -> float | None:
+        """Return a number of the base's configuration, or of its text part."""
+        base = self.base or {}
+        text = base.get("text_config")
+        return as_number(base.get(key, text.get(key) if isinstance(text, dict) else None))
+
+    # --- tensors ---
+
+    @cached_property
+    def pairs(self) -> dict[str, Pair]:
+        """LoRA factors by module, with or without PEFT's prefix."""
+        halves: dict[tuple[str, bool], dict[str, TensorInfo]] = {}
+        for info in self.tensors:
+            if name := _FACTOR.fullmatch(info.name):
+                embedding = name["embedding"] is not None
+                halves.setdefault((name["module"], embedding), {})[name["half"] or name["embedding"]] = info
+        return {module: Pair(ab.get("A"), ab.get("B"), kind) for (module, kind), ab in sorted(halves.items())}
+
+    @cached_property
+    def others(self) -> tuple[str, ...]:
+        """The names of tensors that are not LoRA factors."""
+        return tuple(info.name for info in self.tensors if not _FACTOR.fullmatch(info.name))
+
+    # --- PEFT's meaning of ranks and alphas ---
+
+    @cached_property
+    def _rules(self) -> dict[str, list[tuple[str, re.Pattern[str], float | None]]]:
+        rules = {
+            key: [(text, compile_pattern(text), as_number(value)) for text, value in self.pattern(key).items()]
+            for key in ("rank_pattern", "alpha_pattern")
+        }
+        check_work([text for patterns in rules.values() for text, _, _ in patterns], self.pairs)
+        return rules
+
+    def _by_pattern(self, key: str, module: str, default: float | None) -> float | None:
+        for text, rule, value in self._rules[key]:
+            if text == module or rule.match(module):
+                return value
+        return default
+
+    def rank(self, module: str) -> float | None:
+        """Return the rank that the configuration gives a module (PEFT: the first pattern that matches)."""
+        return self._by_pattern("rank_pattern", module, self.number("r", 8))
+
+    def alpha(self, module: str) -> float | None:
+        return self._by_pattern("alpha_pattern", module, self.number("lora_alpha", 8))
+
+    def scale(self, module: str) -> float | None:
+        """Return the factor on B @ A that PEFT computes; None if the configuration gives none."""
+        rank, alpha = self.rank(module), self.alpha(module)
+        if rank is None or alpha is None or rank <= 0:
+            return None
+        return alpha / math.sqrt(rank) if self.flag("use_rslora") else alpha / rank
+
+
+def as_number(value: Any) -> float | None:
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def leaf(module: str) -> str:
+    """Return the last part of a module's name."""
+    return module.rpartition(".")[2]
+
+
+def example(names: Sequence[str]) -> str:
+    """Return the first of `names` and the count of the others, for a message."""
+    return f"{names[0]!r:.160}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+# --- looking at a path ----------------------------------------------------------------------------------------------
+
+
+# Readers of what the consumers have rules of their own for, or that names alone do not tell from PEFT's tensors.
+_OWN_RULES = ("peft", "peft_miss", "peft_vblora", "mlx", "raw")
+_GGUF = "gguf"
+
+
+def look(path: Path, options: ReadOptions | None = None) -> Subject:
+    """Return the `Subject` at `path`, a folder or a file, from headers and small JSON files. `options.layout` counts
+    before the content.
+
+    Raises E-LAYOUT if nothing there could be an adapter, E-OPTION for a layout or an alpha that is not for it, and the
+    container's errors for broken files.
+    """
+    options = options or ReadOptions()
+    base = _base_facts(options.base) if options.base is not None else {}
+    layout = options.layout
+    if layout is None and readers.named(_GGUF).recognises(path):
+        layout = _GGUF
+    if layout == _GGUF and path.is_file():
+        subject = Subject("bare", weights=path.name, **base)
+    else:
+        subject = _subject_at(path, base)
+    if subject.layout == "lrconvert":
+        loading.refuse_options(options, path)
+        return subject
+    if layout is None:
+        layout = subject.layout if subject.layout != "bare" else _layout_by_names(subject)
+    if layout is None:
+        loading.refuse_options(options)
+        return subject
+    readers.check_alpha(readers.named(layout), options.alpha, path)
+    if layout == "mlx":
+        return replace(subject, layout="mlx")
+    return subject if layout in _OWN_RULES else replace(subject, foreign=layout)
+
+
+def _layout_by_names(subject: Subject) -> str | None:
+    names = [info.name for info in subject.tensors]
+    return next((reader.id for reader in readers.all_readers() if reader.knows(names)), None)
+
+
+def _subject_at(path: Path, base: dict[str, Any]) -> Subject:
+    if path.is_dir():
+        return _subject_in_folder(path, base)
+    if not path.exists():
+        raise UnknownLayoutError("there is no such file or folder", path=path)
+    if file.is_lrconvert(path):
+        return Subject("lrconvert", **base)
+    if path.name in (PEFT_WEIGHTS, MLX_WEIGHTS, *PEFT_PICKLES) and (path.parent / CONFIG_NAME).exists():
+        return _subject_in_folder(path.parent, base)
+    return Subject("bare", tensors=_headers(path), weights=path.name, **base)
+
+
+def _headers(path: Path) -> tuple[TensorInfo, ...]:
+    with ContainerFile(path) as opened:
+        return opened.tensors
+
+
+def _subject_in_folder(path: Path, base: dict[str, Any]) -> Subject:
+    try:
+        files = frozenset(p.name for p in path.iterdir())
+    except OSError as error:
+        raise FileKindError(f"cannot be listed: {error.strerror}", path=path) from None
+    config = read_json(path / CONFIG_NAME) if CONFIG_NAME in files else {}
+    of_mlx = "peft_type" not in config and (
+        not {"fine_tune_type", "lora_parameters"}.isdisjoint(config)
+        or (not {MLX_WEIGHTS, "adapters.npz"}.isdisjoint(files) and PEFT_WEIGHTS not in files)
+    )
+    if not config and not any(name.endswith((".safetensors", ".npz", ".bin", ".pt")) for name in files):
+        raise UnknownLayoutError("the folder holds neither an adapter_config.json nor weights", path=path)
+    weights = MLX_WEIGHTS if of_mlx else PEFT_WEIGHTS
+    present = weights in files
+    return Subject(
+        "mlx" if of_mlx else "peft" if CONFIG_NAME in files else "bare",
+        config,
+        _headers(path / weights) if present else (),
+        weights if present else "",
+        "" if present else next((name for name in PEFT_PICKLES if name in files), ""),
+        files,
+        read_json(path / "added_tokens.json") if "added_tokens.json" in files else {},
+        **base,
+    )
+
+
+def _base_facts(base: Path) -> dict[str, Any]:
+    config = read_json(base / "config.json")
+    modules: frozenset[str] = frozenset()
+    # A quantized base stores other tensors under other names.
+    if not config.get("quantization_config") and any((base / n).exists() for n in (INDEX_NAME, SINGLE_NAME)):
+        with open_checkpoint(base) as checkpoint:
+            modules = frozenset(name.removesuffix(".weight") for name in checkpoint.tensors if name.endswith(".weight"))
+    return {"base": config, "base_modules": modules}
