@@ -21,10 +21,12 @@ from lrconvert.methods import base as methods
 from lrconvert.methods.base import Budget, FitContext
 from lrconvert.methods.vblora import METHOD, subvectors
 from lrconvert.methods.vblora import bank as vectorbank
-from lrconvert.methods.vblora.bank import Coder, Refit, Rows
+from lrconvert.methods.vblora.coder import Coder
 from lrconvert.methods.vblora.fit import Problem
 from lrconvert.methods.vblora.form import Form, canonical_codes, complete, starts
 from lrconvert.methods.vblora.plan import VBLoraOptions
+from lrconvert.methods.vblora.refit import Refit
+from lrconvert.methods.vblora.rows import Rows
 
 RNG = np.random.default_rng
 

@@ -47,10 +47,9 @@ from lrconvert.lora.adapter import CompactAdapter, LoraAdapter, Target
 from lrconvert.lora.packing import TensorSpec
 from lrconvert.methods.base import Budget, Command, FitContext, Method, Tensors
 from lrconvert.methods.shared.ranks import check_ranks, ranks_layout, ranks_specs, read_ranks
-from lrconvert.methods.vblora.bank import I64
-from lrconvert.methods.vblora.fit import fit
 from lrconvert.methods.vblora.form import Config, Form, Header, canonical_codes, complete, specs, starts
-from lrconvert.methods.vblora.plan import Search, VBLoraOptions, check_options, default_form
+from lrconvert.methods.vblora.plan import VBLoraOptions, check_options, default_form
+from lrconvert.methods.vblora.rows import I64
 
 if TYPE_CHECKING:
     from lrconvert.lora.trainable import TrainableAdapter
@@ -179,9 +178,13 @@ class VBLora(Method):
         if budget is None:
             form = default_form(targets, limits, options)
             return complete(form, targets, limits, [options.passes or 1] * (2 * sum(limits)))
+        from lrconvert.methods.vblora.search import Search
+
         return Search(lora, spectra, limits, options, budget, context).best()
 
     def fit(self, lora: LoraAdapter, config: Config, context: FitContext) -> dict[str, Array]:
+        from lrconvert.methods.vblora.fit import fit  # torch
+
         return fit(lora, config, context)
 
     def student(self, compact: CompactAdapter) -> TrainableAdapter:

@@ -6,9 +6,10 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from lrconvert.core.dtypes import F64, Array
 from lrconvert.core.limits import MAX_DIM
@@ -16,11 +17,10 @@ from lrconvert.lora import packing, svd
 from lrconvert.lora.adapter import LoraAdapter, LoraTarget
 from lrconvert.lora.input_statistics import Moment
 from lrconvert.methods.base import FitContext
-from lrconvert.methods.vblora import bank as vectorbank
+from lrconvert.methods.vblora.bank import train_bank
+from lrconvert.methods.vblora.coder import Coder
 from lrconvert.methods.vblora.form import Config, Form, canonical_codes, coded_rows
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from lrconvert.methods.vblora.refit import Refit, Update
 
 _ROUNDS = 6  # alternations of codes and bank on the training sample
 _SWEEPS = 16  # alternations of A, B and bank on the update itself
@@ -50,20 +50,18 @@ class Problem:
     def __init__(
         self, lora: LoraAdapter, config: Config, context: FitContext, factors: Sequence[Components] | None = None
     ) -> None:
-        import torch
-
         self.form, self.rows = config.form, coded_rows(config, lora.shapes())
         b, gains, device = self.form.vector_length, self.form.gains, context.device
         x = np.zeros((int(self.rows.starts[-1]), b), np.float32)
         self.weight = np.zeros(len(self.rows.counts))
         self.scale = np.ones(len(self.rows.counts))  # what a row of x must be multiplied with
-        self.updates: list[vectorbank.Update] = []
+        self.updates: list[Update] = []
         importance = None if context.statistics is None else np.ones_like(x)
         row = 0
         for which, (pair, rank) in enumerate(zip(lora.targets, config.ranks, strict=True)):
             left, right = _tensor(pair.B, device), _tensor(pair.A, device)
             metric = None if context.statistics is None else partial(_metric, pair, context)
-            self.updates.append(vectorbank.Update(left, right, pair.scale, row, rank, metric))
+            self.updates.append(Update(left, right, pair.scale, row, rank, metric))
             if rank == 0:
                 continue
             top = top_components(pair, rank, context) if factors is None else factors[which]
@@ -83,7 +81,7 @@ class Problem:
         self.importance = None if importance is None else torch.from_numpy(importance).to(device)
         self.x = torch.from_numpy(x).to(device)
 
-    def train(self, seed: int, rounds: int, restarts: int, sample: int = MAX_DIM) -> tuple[vectorbank.Coder, Tensor]:
+    def train(self, seed: int, rounds: int, restarts: int, sample: int = MAX_DIM) -> tuple[Coder, Tensor]:
         """Return a bank for at most about `sample` sub-vectors, with their codes; and these sub-vectors."""
         form = self.form
         rows, x, importance = self.rows, self.x, self.importance
@@ -95,13 +93,13 @@ class Problem:
             restarts = 1
         shape = (form.num_vectors, form.top_k, form.denominator, form.gains)
         rng = np.random.default_rng(seed)
-        return vectorbank.train_bank(x, rows, self.weight, shape, rng, rounds, restarts, importance), x
+        return train_bank(x, rows, self.weight, shape, rng, rounds, restarts, importance), x
 
-    def refit(self, coder: vectorbank.Coder) -> vectorbank.Refit:
+    def refit(self, coder: Coder) -> Refit:
         """Return the refit of the codes of all rows, at the size that the update needs."""
         if coder.scaled:
             coder.gains *= np.repeat(self.scale, self.rows.passes)
-        return vectorbank.Refit(coder, self.updates)
+        return Refit(coder, self.updates)
 
 
 def top_components(pair: LoraTarget, rank: int, context: FitContext) -> Components:
@@ -125,8 +123,6 @@ def _metric(pair: LoraTarget, context: FitContext) -> Moment:
 
 def _tensor(array: Array, device: str) -> Tensor:
     """As float32 (integers as they are), without a copy where that can be."""
-    import torch
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a read-only array is only read
         kind = np.float32 if array.dtype.kind == "f" else array.dtype
@@ -142,7 +138,7 @@ def fit(lora: LoraAdapter, config: Config, context: FitContext) -> dict[str, Arr
     coder, x = problem.train(context.seed, _ROUNDS, 2, max(_SAMPLE, 32 * form.num_vectors))
     if len(x) < len(problem.x):
         shape = form.top_k, form.denominator, form.gains
-        coder = vectorbank.Coder.new(problem.rows, coder.bank, *shape, problem.importance)
+        coder = Coder.new(problem.rows, coder.bank, *shape, problem.importance)
         coder.recode(np.arange(len(problem.rows.counts)), problem.x, fresh=True)
     refit = problem.refit(coder)
     del problem, x
@@ -177,7 +173,7 @@ def fit(lora: LoraAdapter, config: Config, context: FitContext) -> dict[str, Arr
     return {**tensors, **_store_codes(coder, form)}
 
 
-def _store_bank(coder: vectorbank.Coder, form: Form) -> dict[str, Array]:
+def _store_bank(coder: Coder, form: Form) -> dict[str, Array]:
     """The bank as stored; from now on the coder works with these very numbers."""
     bank = coder.bank.cpu().numpy()
     if form.bits == 16:
@@ -190,7 +186,7 @@ def _store_bank(coder: vectorbank.Coder, form: Form) -> dict[str, Array]:
     return {"bank": codes, "scales": scales}
 
 
-def _store_codes(coder: vectorbank.Coder, form: Form) -> dict[str, Array]:
+def _store_codes(coder: Coder, form: Form) -> dict[str, Array]:
     indices = coder.indices.cpu().numpy()
     tensors: dict[str, Array] = {}
     if form.top_k > 1:

@@ -16,7 +16,7 @@ from lrconvert.io.fields import between, one_of
 from lrconvert.lora import packing
 from lrconvert.lora.adapter import Target
 from lrconvert.lora.packing import TensorSpec
-from lrconvert.methods.vblora.bank import I64, Rows
+from lrconvert.methods.vblora.rows import I64, Rows
 
 MAX_TOP_K = 16
 MAX_PASSES = 16

@@ -5,10 +5,8 @@ All in torch on any device, in chunks of scores that stay in the cache.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
 PAIR_LIMIT = 512  # vectors up to which k = 2 searches all pairs
 CHUNK = 1 << 20  # numbers in one block of scores; more falls out of the cache
@@ -33,8 +31,6 @@ def encode(
     rounding of the weight). `mixer`: a ready ``Mixer(bank, exact)``. `weight` (n, b): how much the squared
     error of each number counts; for k = 1 alone.
     """
-    import torch
-
     indices = torch.empty((len(x), k), dtype=torch.int64, device=x.device)
     weights = torch.ones((len(x), k), dtype=x.dtype, device=x.device)
     half_squares = -0.5 * (bank * bank).sum(1)
@@ -80,8 +76,6 @@ class Mixer:
 
     def _roots(self, vectors: Tensor, squares: Tensor) -> Tensor:
         """(n, h) distances between `vectors` and the bank, positive so that one can divide by them."""
-        import torch
-
         distances = torch.addmm(self.squares, vectors, self.bank.T, alpha=-2).add_(squares[:, None])
         return distances.clamp_(min=1e-36).sqrt_()
 
@@ -89,8 +83,6 @@ class Mixer:
         self, x: Tensor, k: int, denominator: int, previous: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         """Return codes of k vectors for sub-vectors x (n, b), no worse than `previous`; see `encode`."""
-        import torch
-
         e = torch.addmm(self.squares, x, self.bank.T, alpha=-2).add_((x * x).sum(1, keepdim=True)).clamp_(min=0)
         indices = torch.stack(self._best_pair(e) if self.exact else self._near_pair(e, previous), 1)
         for _ in range(k - 2):
@@ -107,8 +99,6 @@ class Mixer:
 
     def _best_pair(self, e: Tensor) -> tuple[Tensor, Tensor]:
         """The best of all pairs for each row of e (n, h)."""
-        import torch
-
         assert self.roots is not None
         best = torch.full((len(e),), float("inf"), device=e.device)
         first = torch.zeros(len(e), dtype=torch.int64, device=e.device)
@@ -124,8 +114,6 @@ class Mixer:
 
     def _near_pair(self, e: Tensor, previous: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """The best pair with one of the nearest vectors, or with the heavier one of the previous code."""
-        import torch
-
         near = e.topk(min(_NEAR, e.shape[1]), dim=1, largest=False).indices
         if previous is not None:
             near = torch.cat([near, previous[0][:, :1]], 1)
@@ -141,8 +129,6 @@ class Mixer:
 
     def _partner(self, e: Tensor, p: Tensor, later: bool = False) -> tuple[Tensor, Tensor]:
         """The best q for each p (n,), other than p, and its y; with `later`, q > p."""
-        import torch
-
         root = self._roots(self.bank[p], self.squares[p]) if self.roots is None else self.roots[p]
         twice = torch.addcdiv(root, e.gather(1, p[:, None]) - e, root).clamp_(min=0)
         twice = torch.minimum(twice, root.mul_(2), out=twice)
@@ -165,8 +151,6 @@ class Mixer:
     def _simplex(self, x: Tensor, indices: Tensor) -> Tensor:
         """Weights, nonnegative with sum 1, that bring the chosen vectors nearest to x: for two a clipped projection,
         for more least squares on the hyperplane, dropping negative weights until none is left."""
-        import torch
-
         chosen = self.bank[indices]  # (n, k, b)
         k = indices.shape[1]
         if k == 2:
@@ -218,8 +202,6 @@ def beam_search(
 
     Keeps the `beam` best partial sums after each pass. Coding greedily, pass after pass, has up to half more error.
     """
-    import torch
-
     depth, h = previous.shape[1], len(bank)
     squares = (bank * bank).sum(1)
     result = previous.clone()
