@@ -1,4 +1,4 @@
-"""The nouns: targets, the canonical LoRA, the compact adapter. Frozen dataclasses; nothing here computes much.
+"""Adapters as data: targets, the LoRA, the compact adapter. Frozen dataclasses; nothing here computes much.
 
 Shapes are the same everywhere: `A` is (r, in), `B` is (out, r), the update of W (out, in) is ``scale * B @ A``.
 """
@@ -24,7 +24,7 @@ _VIEW = re.compile(
 
 @dataclass(frozen=True, order=True)
 class View:
-    """How a 2-D (out, in) matrix lies in a stored parameter. A closed set, written as a short string:
+    """The place of a 2-D (out, in) matrix in a stored parameter. A closed set, written as a short string:
 
     ``matrix``        the parameter is (out, in)
     ``transposed``    the parameter is (in, out): Conv1D, embeddings
@@ -44,18 +44,18 @@ class View:
         return self.text.split(":")[0]
 
     def matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """(out, in) of the matrix seen in a parameter of `shape`. Raises E-SHAPE if the view does not apply."""
-        found = _VIEW.fullmatch(self.text)
-        assert found is not None
+        """Return (out, in) of the matrix seen in a parameter of `shape`. Raise E-SHAPE if the view does not apply."""
+        match = _VIEW.fullmatch(self.text)
+        assert match is not None
         if self.kind == "matrix" and len(shape) == 2:
             return shape[0], shape[1]
         if self.kind == "transposed" and len(shape) == 2:
             return shape[1], shape[0]
-        if self.kind == "rows" and len(shape) == 2 and int(found["start"]) < int(found["stop"]) <= shape[0]:
-            return int(found["stop"]) - int(found["start"]), shape[1]
-        if found["expert"] and len(shape) == 3 and int(found["expert"]) < shape[0]:
+        if self.kind == "rows" and len(shape) == 2 and int(match["start"]) < int(match["stop"]) <= shape[0]:
+            return int(match["stop"]) - int(match["start"]), shape[1]
+        if match["expert"] and len(shape) == 3 and int(match["expert"]) < shape[0]:
             return (shape[1], shape[2]) if self.kind == "expert" else (shape[2], shape[1])
-        if self.kind == "conv" and tuple(int(k) for k in found["kernel"].split("x")) == shape[2:]:
+        if self.kind == "conv" and tuple(int(k) for k in match["kernel"].split("x")) == shape[2:]:
             return shape[0], math.prod(shape[1:])
         raise ShapeError(f"the view {self.text} does not apply to a parameter of shape {list(shape)}")
 
@@ -117,7 +117,7 @@ USES: tuple[Use, ...] = get_args(Use)
 @dataclass(frozen=True)
 class ExtraTensor:
     """A tensor that rides along untouched: any dtype, raw little-endian bytes. `name` is a parameter of the base, and
-    `use` what the tensor is for it:
+    `use` its purpose there:
 
     ``replace``      takes its place, or adds it: a classifier head
     ``add``          is added to it: the bias of a LoRA, its scale folded in
@@ -135,7 +135,7 @@ class ExtraTensor:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where an adapter comes from. `source` is the sha256 of the source's tensors; `base_model` and `revision` are
+    """The origin of an adapter. `source` is the sha256 of the source's tensors; `base_model` and `revision` are
     hints that are never opened; `fields` are the few strings an export needs. No time, no absolute path."""
 
     source: str = ""
@@ -147,7 +147,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """A LoRA in canonical terms. `targets` are sorted by name; `warnings` are one-line texts for the user."""
+    """A LoRA in the terms of this package. `targets` are sorted by name; `warnings` are one-line texts for the user."""
 
     targets: tuple[LoraTarget, ...]
     extras: tuple[ExtraTensor, ...] = ()
@@ -170,7 +170,7 @@ class LoraAdapter:
 
 @dataclass(frozen=True)
 class BaseFingerprint:
-    """What identifies the base: sha256 over target names and shapes (always), over all contents (if it was given)."""
+    """The identity of a base: sha256 over target names and shapes (always), over all contents (if it was given)."""
 
     names: str
     content: str = ""

@@ -54,20 +54,23 @@ class NameIndex:
 
     def __init__(self, names: Collection[str], families: Iterable[str], root: Path | None = None) -> None:
         self._names, self._root = names, root
-        self._rules = renamings.rules_of(families)
+        self._rules = renamings.rules(families)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> NameIndex:
         return cls(checkpoint.tensors.keys(), renamings.families(checkpoint.config), checkpoint.root)
 
     def find(self, name: str) -> str | None:
-        """The stored name that `name` means, or None. Raises E-BASE if several are possible."""
-        found = self._candidates(name)
-        if len(found) > 1:
-            raise BaseError(f"{name!r} may be any of {', '.join(found[:5])}", path=self._root)
-        return found[0] if found else None
+        """Return the stored name that `name` means, or None. Raise E-BASE if several are possible."""
+        if name in self._names:
+            return name
+        candidates = sorted({*self._plain.matches(name), *self._renamed.matches(self.canonical(name))})
+        if len(candidates) > 1:
+            raise BaseError(f"{name!r} may be any of {', '.join(candidates[:5])}", path=self._root)
+        return candidates[0] if candidates else None
 
     def canonical(self, name: str) -> str:
+        """Return `name` as the newest release of transformers spells it."""
         return renamings.canonical(name, self._rules)
 
     @cached_property
@@ -78,34 +81,30 @@ class NameIndex:
     def _renamed(self) -> _Table:
         return _Table((self.canonical(name), name) for name in self._names)
 
-    def _candidates(self, name: str) -> list[str]:
-        """Stored names that `name` may mean; the exact name alone if it is stored."""
-        if name in self._names:
-            return [name]
-        return sorted({*self._plain.matches(name), *self._renamed.matches(self.canonical(name))})
-
     def missing(self, name: str) -> BaseError:
-        """The error for a name that is not stored: with similar names, or how its layer is stored there."""
+        """Return the error for a name that is not stored: with similar names, or how the base stores its layer."""
         what = f"the target {name!r} is not in the base"
         parts = self.canonical(name).split(".")
         module = parts[-2] if len(parts) > 1 else ""
-        if "experts" in parts and (found := self._in_layer(name, lambda parts: "experts" in parts)):
-            what = f"{what}, which stores its experts in another form: {found}"
-        elif module in _PARTS and (found := self._in_layer(name, lambda parts: not _FUSED.isdisjoint(parts))):
-            what = f"{what}, which stores that layer fused with others: {found}"
-        elif module in _FUSED and (found := self._in_layer(name, lambda parts: not _PARTS.isdisjoint(parts))):
-            what = f"{what}, which stores that layer in parts: {found}"
-        else:
-            similar = sorted(n for n in self._names if n.endswith(".".join(name.split(".")[-2:])))[:5]
-            fix = f"similar names there: {', '.join(similar)}" if similar else "is this the adapter's own base?"
-            return BaseError(what, fix=fix, path=self._root)
-        return BaseError(what, fix="use a checkpoint in the form that the adapter was trained on", path=self._root)
+        other_forms = (
+            ("experts" in parts, frozenset(("experts",)), "which stores its experts in another form"),
+            (module in _PARTS, _FUSED, "which stores that layer fused with others"),
+            (module in _FUSED, _PARTS, "which stores that layer in parts"),
+        )
+        for applies, modules, how in other_forms:
+            stored = self._in_layer(name, modules) if applies else ""
+            if stored:
+                fix = "use a checkpoint in the form that the adapter was trained on"
+                return BaseError(f"{what}, {how}: {stored}", fix=fix, path=self._root)
+        similar = sorted(n for n in self._names if n.endswith(".".join(name.split(".")[-2:])))[:5]
+        fix = f"similar names there: {', '.join(similar)}" if similar else "is this the adapter's own base?"
+        return BaseError(what, fix=fix, path=self._root)
 
-    def _in_layer(self, name: str, wanted: Callable[[list[str]], bool]) -> str:
-        """Up to three stored names of the same layer as `name` whose segments are `wanted`, or ""."""
+    def _in_layer(self, name: str, modules: frozenset[str]) -> str:
+        """Up to three stored names of the same layer as `name` that have one of these `modules`, or ""."""
         layer = _layer(self.canonical(name))
-        found = (n for n in self._names if wanted(n.split(".")) and _layer(self.canonical(n)) == layer)
-        return ", ".join(sorted(found)[:3])
+        names = (n for n in self._names if not modules.isdisjoint(n.split(".")))
+        return ", ".join(sorted(n for n in names if _layer(self.canonical(n)) == layer)[:3])
 
 
 class _Table:
@@ -119,7 +118,7 @@ class _Table:
             self._tails.setdefault(spelling.partition(".")[2], []).append(name)
 
     def matches(self, spelling: str) -> Iterable[str]:
-        """Names spelled like this, or with one leading segment more or less."""
+        """Return the names spelled like this, or with one leading segment more or less."""
         shorter = spelling.partition(".")[2]
         return (
             *self._whole.get(spelling, ()),
@@ -136,7 +135,7 @@ def _layer(name: str) -> str:
 
 
 def tied_source(name: str, checkpoint: Checkpoint) -> str | None:
-    """The stored input embedding that an unstored output head `name` shares its weights with, or None."""
+    """Return the stored input embedding that an unstored output head `name` shares its weights with, or None."""
     if not name.endswith(HEADS) or name in checkpoint.tensors or not ties_embeddings(checkpoint.config):
         return None
     stored = [n for n in checkpoint.tensors if n.endswith(EMBEDDINGS) and n.count(".") <= 3]
@@ -144,8 +143,8 @@ def tied_source(name: str, checkpoint: Checkpoint) -> str | None:
 
 
 def ties_embeddings(config: Mapping[str, Any]) -> bool:
-    """Whether a model of this config shares input and output embeddings (transformers' default: yes, but for the
-    families that write the field)."""
+    """Return whether a model of this config shares input and output embeddings (transformers' default: yes, but for
+    the families that write the field)."""
     text = config.get("text_config")
     nested = text.get("tie_word_embeddings") if isinstance(text, dict) else None
     value = config.get("tie_word_embeddings", nested)
@@ -221,23 +220,24 @@ class Part:
 
 
 def parts(target: Target, index: NameIndex, checkpoint: Checkpoint) -> tuple[Part, ...]:
-    """The parameters of one expert that the base stores apart, while `target` is an entry of a stack: ``gate_up_proj``
-    of expert 3 is ``3.gate_proj.weight`` above ``3.up_proj.weight``. Empty if it does not. Raises E-BASE."""
+    """Return the parameters of one expert that the base stores apart, while `target` is an entry of a stack:
+    ``gate_up_proj`` of expert 3 is ``3.gate_proj.weight`` above ``3.up_proj.weight``. Empty if it does not. Raises
+    E-BASE."""
     if not target.view.kind.startswith("expert"):
         return ()
     stack, _, leaf = target.name.rpartition(".")
     number = target.view.text.rpartition(":")[2]
     for leaves in _EXPERT_PARTS.get(leaf, ()):
         names = [index.find(f"{stack}.{number}.{part}.weight") for part in leaves]
-        found = [Target(name, checkpoint.tensors[name].shape) for name in names if name is not None]
-        if len(found) < len(leaves):
+        stored = [Target(name, checkpoint.tensors[name].shape) for name in names if name is not None]
+        if len(stored) < len(leaves):
             continue
         rows, cols = target.matrix_shape
-        ends = [0, *accumulate(t.shape[0] for t in found)]
-        if ends[-1] != rows or any(len(t.shape) != 2 or t.shape[1] != cols for t in found):
-            shapes = " and ".join(str(list(t.shape)) for t in found)
+        ends = [0, *accumulate(t.shape[0] for t in stored)]
+        if ends[-1] != rows or any(len(t.shape) != 2 or t.shape[1] != cols for t in stored):
+            shapes = " and ".join(str(list(t.shape)) for t in stored)
             raise BaseError(f"{target.name!r} is {[rows, cols]} (out, in) in the adapter, {shapes} in the base")
-        return tuple(Part(t, *ends[n : n + 2]) for n, t in enumerate(found))
+        return tuple(Part(t, *ends[n : n + 2]) for n, t in enumerate(stored))
     return ()
 
 
@@ -272,32 +272,27 @@ def _resolve_targets(targets: Iterable[Target], checkpoint: Checkpoint) -> list[
 
 
 def resolve(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
-    """`adapter` with every target named, shaped and viewed as the base stores it, in the order it had; entries of a
-    stack that the base stores in `parts` stay as they are.
+    """Return `adapter` with every target named, shaped and viewed as the base stores it, in the order it had; entries
+    of a stack that the base stores in `parts` stay as they are.
 
     Raises E-BASE (missing, ambiguous, other shape, two targets on one matrix), E-ORIENT (an undecided square weight).
     """
-    if isinstance(adapter, LoraAdapter):
-        found = _resolve_targets(adapter.shapes(), checkpoint)
-        _distinct(found, checkpoint)
-        pairs = tuple(replace(pair, target=target) for pair, target in zip(adapter.targets, found, strict=True))
-        return replace(adapter, targets=pairs)
-    found = _resolve_targets(adapter.targets, checkpoint)
-    _distinct(found, checkpoint)
-    return replace(adapter, targets=tuple(found))
-
-
-def _distinct(targets: list[Target], checkpoint: Checkpoint) -> None:
-    seen: set[tuple[str, str]] = set()
+    targets = _resolve_targets(adapter.shapes() if isinstance(adapter, LoraAdapter) else adapter.targets, checkpoint)
+    names: set[tuple[str, str]] = set()
     for target in targets:
         key = (target.name, target.view.text)
-        if key in seen:
+        if key in names:
             raise BaseError(f"two targets of the adapter mean the same parameter {target.name!r}", path=checkpoint.root)
-        seen.add(key)
+        names.add(key)
+    if isinstance(adapter, LoraAdapter):
+        pairs = tuple(replace(pair, target=target) for pair, target in zip(adapter.targets, targets, strict=True))
+        return replace(adapter, targets=pairs)
+    return replace(adapter, targets=tuple(targets))
 
 
 def name_filter(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], bool]:
-    """Whether a name is one of those that patterns choose. Raises E-OPTION for what is no pattern."""
+    """Return the test whether a name is one of those that the patterns choose. Raise E-OPTION for an invalid
+    pattern."""
     try:
         wanted, unwanted = [[re.compile(p) for p in patterns] for patterns in (include, exclude)]
     except re.error as error:

@@ -22,17 +22,17 @@ class BaseWeights:
     """
 
     def __init__(self, adapter: LoraAdapter | CompactAdapter, checkpoint: Checkpoint, content: str = "") -> None:
-        """Raises E-BASE, E-ORIENT if a target has no place in the checkpoint."""
-        if isinstance(adapter, LoraAdapter):
-            ours, there = adapter.shapes(), base_names.resolve(adapter, checkpoint).shapes()
-        else:
-            ours, there = adapter.targets, base_names.resolve(adapter, checkpoint).targets
+        """Raise E-BASE, E-ORIENT if a target has no place in the checkpoint."""
+        targets, stored = (
+            one.shapes() if isinstance(one, LoraAdapter) else one.targets
+            for one in (adapter, base_names.resolve(adapter, checkpoint))
+        )
         self.content = content
         self._checkpoint = checkpoint
-        self._places = {(o.name, o.view.text): found for o, found in zip(ours, there, strict=True)}
+        self._places = {(t.name, t.view.text): place for t, place in zip(targets, stored, strict=True)}
 
     def rows(self, target: Target, start: int, stop: int) -> Array:
-        """Rows `start` to `stop` of a target's matrix, (stop - start, in), float32 (float64 if stored so).
+        """Return rows `start` to `stop` of a target's matrix, (stop - start, in), float32 (float64 if stored so).
 
         Of a parameter that is stored (in, out) all is read for that. Raises E-BASE, E-BASE-QUANT.
         """
@@ -49,7 +49,8 @@ class BaseWeights:
         return self._read(info, (above + start) * cols, stop - start, cols)
 
     def blocks(self, target: Target, step: int = 1, elements: int = BLOCK) -> Iterator[tuple[int, Array]]:
-        """(first row, rows) of a target's matrix from the top, in multiples of `step` rows, some `elements` at once."""
+        """Yield (first row, rows) of a target's matrix from the top, in multiples of `step` rows, about `elements` at
+        once."""
         out, inner = target.matrix_shape
         height = max(1, elements // (inner * step)) * step
         turned = self._places[target.name, target.view.text].view.kind.endswith("transposed")

@@ -1,4 +1,4 @@
-"""The quantizers of `packing` in torch, with straight-through gradients: what training sees is what will be stored.
+"""Fake quantization: the quantizers of `packing` in torch, with straight-through gradients.
 
 The forward value is the number that a file holds, to the last bit; the gradient is that of the number before it was
 rounded.
@@ -13,7 +13,7 @@ from lrconvert.lora.packing import EXPONENT_RANGE
 
 
 def odd(x: Tensor, bits: int) -> Tensor:
-    """The odd integers ``2c + 1 - 2^bits`` of codes c nearest to x, float32, clipped to those that there are."""
+    """Return the odd integers ``2c + 1 - 2^bits`` of codes c nearest to x, float32, clipped to those that there are."""
     last = (1 << bits) - 1
     with torch.no_grad():
         value = torch.floor(x / 2).add_(1 << (bits - 1)).clamp_(0, last).mul_(2).sub_(last)
@@ -21,7 +21,8 @@ def odd(x: Tensor, bits: int) -> Tensor:
 
 
 def half(x: Tensor) -> Tensor:
-    """`packing.round_half`: x as a ``half`` tensor will hold it, float32. The largest magnitude is below 2^111."""
+    """Return x as a ``half`` tensor will hold it (`packing.round_half`), float32. The largest magnitude is below
+    2^111."""
     with torch.no_grad():
         largest = x.detach().float().abs().max() if x.numel() else x.new_zeros(())
         mantissa, exponent = torch.frexp(largest)
@@ -32,9 +33,8 @@ def half(x: Tensor) -> Tensor:
 
 
 def through(x: Tensor, value: Tensor) -> Tensor:
-    """`value`, with the gradient of x."""
-    found: Tensor = _Through.apply(x, value)  # type: ignore[no-untyped-call]
-    return found
+    """Return `value`, with the gradient of x."""
+    return _Through.apply(x, value)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Through(torch.autograd.Function):

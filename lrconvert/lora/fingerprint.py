@@ -1,4 +1,4 @@
-"""What identifies a base: a digest over target names and shapes, and one over all contents."""
+"""The fingerprint of a base: a digest over target names and shapes, and one over all contents."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from lrconvert.lora.adapter import BaseFingerprint, Target
 
 
 def names_digest(targets: Iterable[Target]) -> str:
-    """sha256 in hex over the sorted (name, stored shape) list of the targets' parameters. Raises E-NAME for a name that
-    is no text."""
+    """Return sha256 in hex over the sorted (name, stored shape) list of the targets' parameters. Raise E-NAME for a
+    name that is no text."""
     digest = hashlib.sha256()
     for name, shape in sorted({(t.name, t.shape) for t in targets}):
         try:
@@ -27,12 +27,13 @@ def names_digest(targets: Iterable[Target]) -> str:
 
 
 def fingerprint(targets: Iterable[Target]) -> BaseFingerprint:
-    """The fingerprint of a base by the names and shapes of targets alone; its contents are not known."""
+    """Return the fingerprint of a base by the names and shapes of targets alone; its contents are not known."""
     return BaseFingerprint(names_digest(targets))
 
 
 def content_digest(tensors: Mapping[str, str], manifest: Mapping[str, Any]) -> str:
-    """sha256 over the sorted tensor digests and the canonical manifest with empty ``digests``: the file's true name."""
+    """Return sha256 over the sorted tensor digests and the canonical manifest with empty ``digests``: the file's true
+    name."""
     digest = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         digest.update(name.encode() + b"\0" + bytes.fromhex(value))

@@ -3,7 +3,7 @@
 For an input x of a layer, ``M = E[x x^T]`` (in, in), and the mean squared change of the output by an error E (out, in)
 of the weight is ``tr(E M E^T)``. Narrow inputs keep M itself; wide ones a sketch of rank m and the exact diagonal:
 ``M ~ R^T R + diag(d - diag(R^T R))`` with R (m, in), which never exceeds M; embeddings, whose inputs are unit vectors,
-the diagonal alone. Collecting them is `collecting`'s business, storing them `statistics_file`'s.
+the diagonal alone. `live.statistics` collects them, `statistics_file` stores them.
 """
 
 from __future__ import annotations
@@ -48,40 +48,41 @@ class Moment:
         squares = self.squares.astype(np.float64)
         if self.rows is None:
             return squares
-        found: F64 = np.maximum(squares - np.einsum("mn,mn->n", self.rows, self.rows, dtype=np.float64), 0)
-        return found
+        sketch = np.einsum("mn,mn->n", self.rows, self.rows, dtype=np.float64)
+        return np.asarray(np.maximum(squares - sketch, 0), np.float64)
 
     def times(self, x: Array) -> F64:
-        """``x @ M`` for x (k, n), float64."""
+        """Return ``x @ M`` for x (k, n), float64."""
         wide = np.asarray(x, np.float64)
         if self.matrix is not None:
             return wide @ self._factor
-        found: F64 = wide * self.rest
+        product: F64 = wide * self.rest
         if self.rows is not None and len(self.rows):
-            found += (wide @ self._factor.T) @ self._factor
-        return found
+            product += (wide @ self._factor.T) @ self._factor
+        return product
 
     @cached_property
     def _factor(self) -> F64:
         """`matrix` or `rows` in float64, for many small products."""
-        found = self.matrix if self.matrix is not None else self.rows
-        assert found is not None
-        return found.astype(np.float64)
+        factor = self.matrix if self.matrix is not None else self.rows
+        assert factor is not None
+        return factor.astype(np.float64)
 
     def gram(self, x: Array) -> F64:
-        """``x @ M @ x^T`` (k, k) for x (k, n), float64, symmetric."""
-        found = self.times(x) @ np.asarray(x, np.float64).T
-        return (found + found.T) / 2
+        """Return ``x @ M @ x^T`` (k, k) for x (k, n), float64, symmetric."""
+        product = self.times(x) @ np.asarray(x, np.float64).T
+        return (product + product.T) / 2
 
     def damped(self) -> Moment:
-        """``M + m I`` for the mean square m of an input: half the size of what is measured comes from the weights."""
+        """Return ``M + m I`` for the mean square m of an input: half the size of what is measured comes from the
+        weights."""
         more = np.float32(self.squares.mean(dtype=np.float64) or 1.0)
         if self.matrix is not None:
             return replace(self, matrix=self.matrix + more * np.eye(self.width, dtype=np.float32))
         return replace(self, diagonal=self.squares + more)
 
     def scaled(self, factor: float) -> Moment:
-        """``factor * M``."""
+        """Return ``factor * M``."""
         if self.matrix is not None:
             return replace(self, matrix=self.matrix * np.float32(factor))
         rows = None if self.rows is None else self.rows * np.float32(factor**0.5)
@@ -116,14 +117,14 @@ class InputStatistics:
 
     @cached_property
     def _places(self) -> Mapping[tuple[str, int | None], int]:
-        return {(name, some.expert): n for n, some in enumerate(self.inputs) for name in some.names}
+        return {(name, entry.expert): n for n, entry in enumerate(self.inputs) for name in entry.names}
 
     @cached_property
     def _index(self) -> NameIndex:
-        return NameIndex({name for some in self.inputs for name in some.names}, self.families)
+        return NameIndex({name for entry in self.inputs for name in entry.names}, self.families)
 
     def of(self, target: Target) -> Moment:
-        """The moment of what a target is multiplied with. An expert that no token was sent to has the mean squares of
+        """Return the moment of the input of a target. An expert that no token was sent to has the mean squares of
         its siblings. Raises E-STATS if the statistics do not know it, or it has another width."""
         name = self._index.find(target.name)
         if name is None:
@@ -133,14 +134,13 @@ class InputStatistics:
             )
         expert = int(target.view.text.rpartition(":")[2]) if target.view.kind.startswith("expert") else None
         place = self._places.get((name, expert))
-        found = self.load(place) if place is not None else self._of_siblings(name)
-        if found.width != target.in_features:
+        moment = self.load(place) if place is not None else self._of_siblings(name)
+        if moment.width != target.in_features:
+            what = f"the input of {target.name!r} has {moment.width} numbers in the statistics"
             raise StatisticsError(
-                f"the input of {target.name!r} has {found.width} numbers in the statistics, {target.in_features} in "
-                "the adapter",
-                fix="collect them from the adapter's own base",
+                f"{what}, {target.in_features} in the adapter", fix="collect them from the adapter's own base"
             )
-        return found
+        return moment
 
     def _of_siblings(self, name: str) -> Moment:
         places = [n for (other, _), n in self._places.items() if other == name]

@@ -1,4 +1,4 @@
-"""How a declared tensor becomes bytes and numbers: bit-packing, 16-bit payload, scale search.
+"""Declared tensors as bytes and as numbers: bit-packing, 16-bit payload, scale search.
 
 Four kinds of payload (normative text: ``formats/lrconvert-v1.md``, "Payload"):
 
@@ -81,7 +81,7 @@ def single(name: str, shape: tuple[int, ...]) -> TensorSpec:
 
 
 def index_bits(limit: int) -> int:
-    """Bits of an index below `limit`: ceil(log2 limit), at least 1."""
+    """Return the bits of an index below `limit`: ceil(log2 limit), at least 1."""
     return max(1, (limit - 1).bit_length())
 
 
@@ -89,7 +89,7 @@ def index_bits(limit: int) -> int:
 
 
 def pack_bits(values: Array, bits: int) -> Array:
-    """Unsigned integers (any shape, below 2^bits) to bytes, least significant bit first. uint8, ceil(n bits / 8)."""
+    """Return unsigned integers (any shape, below 2^bits) as bytes, uint8 (ceil(n bits / 8),), lowest bit first."""
     flat = np.ascontiguousarray(values).reshape(-1)
     if bits == 8:
         return flat.astype(np.uint8)
@@ -104,7 +104,7 @@ def pack_bits(values: Array, bits: int) -> Array:
 
 
 def unpack_bits(data: Array, bits: int, count: int) -> Array:
-    """The inverse of `pack_bits`: `count` values, uint8 up to 8 bits, else uint32. Raises E-CANON on set fill bits."""
+    """Invert `pack_bits`: return `count` values, uint8 up to 8 bits, else uint32. Raises E-CANON on set fill bits."""
     dtype = np.uint8 if bits <= 8 else np.uint32
     fill = data.size * 8 - count * bits
     if fill and int(data[-1]) >> (8 - fill):
@@ -126,8 +126,8 @@ def unpack_bits(data: Array, bits: int, count: int) -> Array:
 
 
 def half_exponent(values: Array) -> int:
-    """The power of two e for which ``values / 2^e`` uses fp16's range best: the largest magnitude, once rounded to 11
-    bits, lies in [2^14, 2^15). 0 for all-zero values."""
+    """Return the power of two e for which ``values / 2^e`` uses fp16's range best: the largest magnitude, once rounded
+    to 11 bits, lies in [2^14, 2^15). 0 for all-zero values."""
     largest = float(np.max(np.abs(values), initial=0.0))
     if largest == 0.0:
         return 0
@@ -138,7 +138,7 @@ def half_exponent(values: Array) -> int:
 
 
 def encode_half(values: Array) -> tuple[Array, int]:
-    """(fp16 array, exponent) nearest to `values`; the exponent is 0 if all of them become zero.
+    """Return (fp16 array, exponent) nearest to `values`; the exponent is 0 if all of them become zero.
 
     Raises E-VALUE for NaN, infinity or a magnitude that rounds to 2^112 or more.
     """
@@ -155,12 +155,12 @@ def encode_half(values: Array) -> tuple[Array, int]:
 
 
 def decode_half(stored: Array, exponent: int) -> F32:
-    """fp16 times 2^exponent as float32; exact."""
+    """Return fp16 times 2^exponent as float32; exact."""
     return np.ldexp(stored.astype(np.float32), np.int32(exponent)).astype(np.float32)
 
 
 def round_half(values: Array) -> F32:
-    """`values` as a ``half`` tensor will hold them. Idempotent."""
+    """Return `values` as a ``half`` tensor will hold them. Idempotent."""
     return decode_half(*encode_half(values))
 
 
@@ -168,7 +168,7 @@ def round_half(values: Array) -> F32:
 
 
 def encode(spec: TensorSpec, array: Array) -> tuple[Array, int]:
-    """(stored array, exponent) of an in-memory tensor; the exponent is 0 except for halves.
+    """Return (stored array, exponent) of an in-memory tensor; the exponent is 0 except for halves.
 
     Raises E-SHAPE if the array is not of the declared shape, E-INDEX or E-VALUE if it holds what `decode` would not
     give back.
@@ -178,9 +178,8 @@ def encode(spec: TensorSpec, array: Array) -> tuple[Array, int]:
     if spec.kind == "half":
         stored, exponent = encode_half(array)
         if not np.array_equal(decode_half(stored, exponent), array):
-            raise ValueRangeError(
-                f"tensor {spec.name} holds numbers that 16 bits cannot", fix="round them with packing.round_half"
-            )
+            what = f"tensor {spec.name} holds numbers that 16 bits cannot"
+            raise ValueRangeError(what, fix="round them with packing.round_half")
         return stored.reshape(-1), exponent
     if spec.kind == "single":
         if array.dtype != np.float32 or not np.isfinite(array).all():
@@ -195,7 +194,7 @@ def encode(spec: TensorSpec, array: Array) -> tuple[Array, int]:
 
 
 def decode(spec: TensorSpec, stored: Array, exponent: int) -> Array:
-    """The inverse of `encode`. Raises E-CANON, E-INDEX or E-VALUE on contents that `encode` never writes."""
+    """Invert `encode`. Raise E-CANON, E-INDEX or E-VALUE on contents that `encode` never writes."""
     if spec.dtype != "U8":
         if not np.isfinite(stored).all():
             raise ValueRangeError(f"tensor {spec.name} holds NaN or infinity")
@@ -218,23 +217,22 @@ def decode(spec: TensorSpec, stored: Array, exponent: int) -> Array:
 
 
 def code_values(codes: Array, bits: int) -> F32:
-    """Codes to their odd integers ``2c + 1 - 2^bits``, float32; exact."""
+    """Return the odd integers of codes, ``2c + 1 - 2^bits``, float32; exact."""
     return codes.astype(np.float32) * np.float32(2) + np.float32(1 - (1 << bits))
 
 
 def odd_integers(codes: Array, bits: int) -> Array:
-    """The same in the narrowest integers, int8 or int16: a form of one bit is large when it is widened."""
+    """Return the same in the narrowest integers, int8 or int16: a form of one bit is large when it is widened."""
     kind: Any = np.int8 if bits < 8 else np.int16
     twice = np.left_shift(codes.astype(kind), 1)
-    found: Array = twice + kind(1 - (1 << bits))  # where the first wraps, the second wraps back
-    return found
+    return np.asarray(twice + kind(1 - (1 << bits)))  # where the first wraps, the second wraps back
 
 
 # --- choosing scales ------------------------------------------------------------------------------------------------
 
 
 def quantize_rows(rows: Array, bits: int, weights: Array | None = None) -> tuple[Array, F32]:
-    """Codes and scales that minimize the squared error of each row: ``row ~ scale * (2c + 1 - 2^bits)``.
+    """Return codes and scales that minimize the squared error of each row: ``row ~ scale * (2c + 1 - 2^bits)``.
 
     `rows` is (n, d); returns uint8 codes (n, d), at 16 bits uint32, and float32 scales (n,). `weights`, (d,) or (n, d),
     say how much the squared error of each number counts. One bit has the closed form (the mean magnitude); more bits
@@ -243,8 +241,8 @@ def quantize_rows(rows: Array, bits: int, weights: Array | None = None) -> tuple
     """
     if bits == 16:
         wide = np.asarray(rows, np.float64)
-        found = (np.abs(wide).max(axis=1) / 65535).astype(np.float32)
-        return nearest_codes(wide, found, bits), found
+        scales = (np.abs(wide).max(axis=1) / 65535).astype(np.float32)
+        return nearest_codes(wide, scales, bits), scales
     x = np.asarray(rows, np.float32)
     w = np.broadcast_to(np.float32(1) if weights is None else np.asarray(weights, np.float32), x.shape)
     if bits == 1:
@@ -257,8 +255,7 @@ def quantize_rows(rows: Array, bits: int, weights: Array | None = None) -> tuple
     def codes_for(scale: F32) -> Array:
         safe = np.where(scale > 0, scale, 1).astype(np.float32)
         c = np.floor(x / (2 * safe[:, None]) + levels // 2)
-        clipped: Array = np.clip(c, 0, levels - 1, out=c)
-        return clipped
+        return np.asarray(np.clip(c, 0, levels - 1, out=c))
 
     def solve(scale: F32) -> tuple[F32, Array]:
         """Least-squares scale for the codes of `scale`, and the squared error it reaches."""
@@ -282,7 +279,8 @@ def quantize_rows(rows: Array, bits: int, weights: Array | None = None) -> tuple
 
 
 def nearest_codes(rows: Array, scales: Array, bits: int) -> Array:
-    """The codes c of rows (n, d) for scales (n,): ``row ~ scale * (2c + 1 - 2^bits)``; uint8, at 16 bits uint32."""
+    """Return the codes c of rows (n, d) for scales (n,): ``row ~ scale * (2c + 1 - 2^bits)``; uint8, at 16 bits
+    uint32."""
     safe = np.where(scales > 0, scales, 1).astype(np.float64)
     levels = 1 << bits
     codes = np.clip(np.floor(rows / (2 * safe[:, None]) + levels // 2), 0, levels - 1)
@@ -291,5 +289,4 @@ def nearest_codes(rows: Array, scales: Array, bits: int) -> Array:
 
 def _dots(x: Array, y: Array) -> F64:
     """Row-wise inner products in float64."""
-    found: F64 = np.einsum("nd,nd->n", x, y, dtype=np.float64)
-    return found
+    return np.asarray(np.einsum("nd,nd->n", x, y, dtype=np.float64), np.float64)

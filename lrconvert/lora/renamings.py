@@ -205,7 +205,7 @@ def _rule(line: str) -> Rule:
 
 
 def parse(text: str) -> tuple[Rule, ...]:
-    """The rules of a text, one a line."""
+    """Return the rules of a text, one a line."""
     return tuple(_rule(line.strip()) for line in text.splitlines() if line.strip())
 
 
@@ -216,7 +216,7 @@ def _rules(families: tuple[str, ...]) -> tuple[Rule, ...]:
 
 
 def families(config: Mapping[str, Any], depth: int = 3) -> Iterable[str]:
-    """The model types that a configuration names: its own first, then those of its parts."""
+    """Yield the model types that a configuration names: its own first, then those of its parts."""
     own = config.get("model_type")
     if isinstance(own, str):
         yield own
@@ -225,18 +225,13 @@ def families(config: Mapping[str, Any], depth: int = 3) -> Iterable[str]:
             yield from families(config[key], depth - 1)
 
 
-def rules(config: Mapping[str, Any]) -> tuple[Rule, ...]:
-    """The rules that hold for a base of this configuration."""
-    return rules_of(families(config))
-
-
-def rules_of(names: Iterable[str]) -> tuple[Rule, ...]:
-    """The rules of model types."""
-    return _rules(tuple(dict.fromkeys(names)))
+def rules(families: Iterable[str]) -> tuple[Rule, ...]:
+    """Return the rules of model types."""
+    return _rules(tuple(dict.fromkeys(families)))
 
 
 def canonical(name: str, rules: Iterable[Rule]) -> str:
-    """`name` as the newest release spells it."""
+    """Return `name` as the newest release spells it."""
     for rule in rules:
         name = rule(name)
     return name

@@ -1,4 +1,4 @@
-"""The canonical form of a LoRA: gauge-free factors by thin QR and the SVD of an r x r core.
+"""The SVD form of a LoRA, by thin QR of its factors and the SVD of an r x r core.
 
 (B G, G^-1 A) is the same update for every invertible G. Fits, budgets and scores work on the one form that does not
 depend on the stored coordinates: ``scale * B @ A = U diag(s) Vt`` with orthonormal U (out, r), Vt (r, in). The dense
@@ -8,12 +8,12 @@ update (out, in) is never formed: for a 4096 x 4096 target of rank 16 that is so
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from lrconvert.core.dtypes import F64, Array, Stored, round_to
-from lrconvert.lora.adapter import LoraAdapter, LoraTarget
+from lrconvert.core.dtypes import F64, Array
+from lrconvert.lora.adapter import LoraTarget
 from lrconvert.lora.input_statistics import Moment
 
 
@@ -75,7 +75,7 @@ def _r_factor(x: F64) -> F64:
 
 
 def svd(pair: LoraTarget, moment: Moment | None = None) -> Factors:
-    """The SVD of ``scale * B @ A`` from its factors: two thin QRs and an SVD of r x r.
+    """Return the SVD of ``scale * B @ A`` from its factors: two thin QRs and an SVD of r x r.
 
     With the `moment` M of the target's input, in the metric of the output: Vt M Vt^T is the identity, s^2 the mean
     squared size of the outputs along U, and cutting at any rank has the least mean squared error of the output.
@@ -88,8 +88,8 @@ def svd(pair: LoraTarget, moment: Moment | None = None) -> Factors:
     if moment is None:
         right = vt[:rank] @ r_in
     else:
-        known = s > 1e-14 * s.max(initial=0.0)
-        right = np.where(known, 1 / np.where(known, s, 1), 0)[:, None] * (u.T @ r_in)
+        used = s > 1e-14 * s.max(initial=0.0)
+        right = np.where(used, 1 / np.where(used, s, 1), 0)[:, None] * (u.T @ r_in)
     peak = np.argmax(np.abs(left), axis=0)
     sign = np.where(left[peak, np.arange(rank)] < 0, -1.0, 1.0)
     return Factors(left * sign, s, right * sign[:, None])
@@ -109,19 +109,18 @@ def _core(pair: LoraTarget, moment: Moment | None) -> tuple[F64, F64, F64]:
 def _root(gram: F64) -> F64:
     """Z with ``Z @ Z^T = gram`` for a symmetric matrix without negative eigenvalues, but for rounding."""
     values, vectors = np.linalg.eigh(gram)
-    found: F64 = vectors * np.sqrt(np.maximum(values, 0))
-    return found
+    return np.asarray(vectors * np.sqrt(np.maximum(values, 0)), np.float64)
 
 
 def singular_values(pair: LoraTarget, moment: Moment | None = None) -> F64:
-    """Singular values of ``scale * B @ A``, descending, without forming U and Vt; see `svd`."""
+    """Return the singular values of ``scale * B @ A``, descending, without forming U and Vt; see `svd`."""
     r_out = _r_factor(pair.B.astype(np.float64))
     right = _r_factor(pair.A.T.astype(np.float64)).T if moment is None else _root(moment.gram(pair.A))
     return np.asarray(np.linalg.svd(pair.scale * (r_out @ right), compute_uv=False), np.float64)
 
 
 def energy_rank(s: F64, share: float) -> int:
-    """The smallest rank whose squared singular values hold `share` of the total; 0 for an all-zero update."""
+    """Return the smallest rank whose squared singular values hold `share` of the total; 0 for an all-zero update."""
     total = np.cumsum(s * s)
     if len(s) == 0 or total[-1] == 0.0:
         return 0
@@ -129,28 +128,19 @@ def energy_rank(s: F64, share: float) -> int:
 
 
 def balanced(factors: Factors, rank: int | None = None) -> tuple[F64, F64]:
-    """(A (k, in), B (out, k)) with ``B @ A`` the update cut to `rank`; the singular values split as square roots."""
+    """Return (A (k, in), B (out, k)) with ``B @ A`` the update cut to `rank`; the singular values split as square
+    roots."""
     k = len(factors.s) if rank is None else min(rank, len(factors.s))
     root = np.sqrt(factors.s[:k])
     return root[:, None] * factors.Vt[:k], factors.U[:, :k] * root
-
-
-def canonicalize(lora: LoraAdapter) -> LoraAdapter:
-    """The same update in canonical coordinates: per target balanced SVD factors in float32, scale 1."""
-    targets = []
-    for pair in lora.targets:
-        a, b = balanced(svd(pair))
-        stored_a, stored_b = Stored("F32", round_to(a, "F32")), Stored("F32", round_to(b, "F32"))
-        targets.append(LoraTarget(pair.target, stored_a, stored_b, 1.0))
-    return replace(lora, targets=tuple(targets))
 
 
 _COLUMNS = 2048  # of a stack of factors that are in memory as float64 at a time
 
 
 def distance(pair: LoraTarget, a: Array, b: Array, moment: Moment | None = None) -> tuple[float, float]:
-    """(||delta - b @ a||^2, ||delta||^2) for delta = scale * B @ A; `a` (k, in), `b` (out, k). In the Frobenius norm,
-    or with the `moment` M of the input as mean squares of the output: tr(E M E^T).
+    """Return (||delta - b @ a||^2, ||delta||^2) for delta = scale * B @ A; `a` (k, in), `b` (out, k). In the Frobenius
+    norm, or with the `moment` M of the input as mean squares of the output: tr(E M E^T).
 
     By Gram matrices of the stacked factors; where the two agree so closely that this would be a difference of large
     numbers, by thin QRs of the stacks, whose core holds the difference itself.
@@ -181,7 +171,7 @@ def _summed(part: Callable[[slice], F64], width: int) -> F64:
 
 
 def fit_metric(pair: LoraTarget, moment: Moment) -> Moment:
-    """The metric in which fits measure the error of a target, from the `moment` M of its input.
+    """Return the metric in which fits measure the error of a target, from the `moment` M of its input.
 
     ``(M + m I) / sqrt(m e)`` with the mean square m of an input and the update's energy e in that numerator. What
     flows into layers differs by orders of magnitude, and so do updates, so that the plain sum of the output errors is

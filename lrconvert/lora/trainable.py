@@ -1,13 +1,13 @@
-"""Compact adapters in training: their payload as tensors that move, with the quantizers in the loop.
+"""Trainable adapters: the payload of a compact adapter as latents, with the quantizers in the loop.
 
-A student holds every number of a payload as a latent one. What it expands to comes from the numbers that a file would
-hold for these latents (`straight`), so that what is trained, measured and written is one thing. How latents move
-follows from what `packing` says of a tensor:
+A trainable adapter holds every number of a payload as a latent. It expands to the numbers that a file would hold for
+these latents (`fake_quant`), so that the same update is trained, measured and written. How latents move follows from
+the kind of a tensor in `packing`:
 
 ``code``    a number in code units, stored as the nearest odd integer
 ``half``    a number, stored as fp16 times the tensor's power of two
 ``single``  a number, stored as it is
-``index``   fixed, unless the method names it as numbers (codes too wide for bytes) or has a student of its own
+``index``   fixed, unless the method names it as numbers (codes too wide for bytes) or has its own trainable form
 
 Latents are kept in units of their own size (a power of two, so that nothing is rounded), which makes one rate mean the
 same relative change everywhere: for codes and numbers the root mean square of the tensor; for scales each number's own
@@ -70,48 +70,46 @@ class TrainableAdapter(nn.Module):
             self.register_parameter(_moving(name), nn.Parameter(value / unit))
 
     def kind(self, name: str) -> str:
-        """``code``, ``half``, ``single``, or ``index`` for what does not move."""
+        """Return ``code``, ``half``, ``single``, or ``index`` for a tensor that does not move."""
         return "code" if name in self.numbers else self.specs[name].kind
 
     def latent(self, name: str) -> Tensor:
-        """The numbers of a tensor before they are rounded, in the units of `values`."""
-        moving, unit = getattr(self, _moving(name)), getattr(self, _unit(name))
-        found: Tensor = moving * unit
-        return found
+        """Return the numbers of a tensor before they are rounded, in the units of `values`."""
+        latent: Tensor = getattr(self, _moving(name)) * getattr(self, _unit(name))
+        return latent
 
     def stored(self, name: str) -> Tensor:
-        """The numbers of a tensor that moves as a file would hold them: codes as odd integers."""
+        """Return the numbers of a tensor that moves as a file would hold them: codes as odd integers."""
         kind, latent = self.kind(name), self.latent(name)
         if kind == "code":
             return fake_quant.odd(latent, self.specs[name].width)
         return fake_quant.half(latent) if kind == "half" else latent
 
     def values(self) -> dict[str, Tensor]:
-        """What ``expand`` takes; to be computed once a step."""
-        found = {}
+        """Return the numbers that ``expand`` takes; to be computed once a step."""
+        values = {}
         for name, spec in self.specs.items():
             if self.kind(name) == "index":
-                found[name] = getattr(self, _fixed(name))
-            elif name in self.numbers:
-                found[name] = (self.stored(name) + (spec.limit - 1)) / 2
+                values[name] = getattr(self, _fixed(name))
             else:
-                found[name] = self.stored(name)
-        return found
+                stored = self.stored(name)
+                values[name] = (stored + (spec.limit - 1)) / 2 if name in self.numbers else stored
+        return values
 
     def factors(self, values: Mapping[str, Tensor], which: int) -> tuple[Tensor, Tensor]:
-        """A (r, in) and B (out, r) of a target, float32."""
+        """Return A (r, in) and B (out, r) of a target, float32."""
         a, b = self.method.expand(self.source.config, self.source.targets, values, which, torch)
         return a, b
 
     def groups(self) -> list[dict[str, Any]]:
-        """Parameter groups with their highest rates."""
-        found = []
+        """Return parameter groups with their highest rates."""
+        groups = []
         for name in self.specs:
             if self.kind(name) != "index":
                 rate = self.rates.codes if self.kind(name) == "code" else self.rates.numbers
                 rate = self.rates.scales if name in SCALES else rate
-                found.append({"params": [getattr(self, _moving(name))], "lr": rate})
-        return found
+                groups.append({"params": [getattr(self, _moving(name))], "lr": rate})
+        return groups
 
     def warm_start_latents(self, pairs: Sequence[LoraTarget]) -> None:
         """Move latents of codes towards the best numbers for the LoRA `pairs`, target by target, as far as what is
@@ -123,28 +121,27 @@ class TrainableAdapter(nn.Module):
                     getattr(self, _moving(name)).add_(shift / getattr(self, _unit(name)))
 
     def shift(self, name: str, pairs: Sequence[LoraTarget]) -> Tensor:
-        """What would have to be added to the numbers ``values()[name]``, so that each factor is the best one beside the
-        other as it is: one step of least squares. Factors are affine in the numbers, and what two numbers do is taken
+        """Return what to add to the numbers ``values()[name]`` so that each factor is the best one beside the other as
+        it is: one step of least squares. Factors are affine in the numbers, and what two numbers do is taken
         to be orthogonal, which is so in all forms (mosaics, disjoint entries, Hadamard bases)."""
         fixed = {key: value.detach() for key, value in self.values().items()}
         numbers = fixed[name].clone().requires_grad_(True)
         signs = torch.where(torch.arange(numbers.numel(), device=numbers.device) * 7919 % 13 < 6, -1.0, 1.0)
-        probe = signs.view_as(numbers)
-        zero = torch.zeros_like(numbers)
+        probe, zero = signs.view_as(numbers), torch.zeros_like(numbers)
         wanted, probed = torch.zeros_like(numbers), torch.zeros_like(numbers)
         for which, pair in enumerate(pairs):
             now = self.factors({**fixed, name: numbers}, which)
-            if not now[0].shape[0] or not any(f.requires_grad for f in now):
+            if not now[0].shape[0] or not any(factor.requires_grad for factor in now):
                 continue
             with torch.no_grad():
                 ends = (self.factors({**fixed, name: x}, which) for x in (probe, zero))
-                moves = [there - here for there, here in zip(*ends, strict=True)]
-            errors = [(b - f.detach()).float() for b, f in zip(_best(pair, *now), now, strict=True)]
-            for total, towards in ((wanted, errors), (probed, moves)):
-                product = sum((f * t).sum() for f, t in zip(now, towards, strict=True))
-                (found,) = torch.autograd.grad(product, numbers, retain_graph=True, allow_unused=True)
-                if found is not None:
-                    total += found
+                moves = [end - start for end, start in zip(*ends, strict=True)]
+            errors = [(best - f.detach()).float() for best, f in zip(_best(pair, *now), now, strict=True)]
+            for total, directions in ((wanted, errors), (probed, moves)):
+                product = sum((f * d).sum() for f, d in zip(now, directions, strict=True))
+                (gradient,) = torch.autograd.grad(product, numbers, retain_graph=True, allow_unused=True)
+                if gradient is not None:
+                    total += gradient
         squares = probed * probe
         return torch.where(squares > 0, wanted / squares, torch.zeros_like(wanted))
 
@@ -158,22 +155,22 @@ class TrainableAdapter(nn.Module):
 
     @torch.no_grad()
     def tensors(self) -> dict[str, Array]:
-        """The payload in the in-memory form of `packing`."""
-        found: dict[str, Array] = {}
+        """Return the payload in the in-memory form of `packing`."""
+        tensors: dict[str, Array] = {}
         for name, spec in self.specs.items():
             kind = self.kind(name)
             value = (getattr(self, _fixed(name)) if kind == "index" else self.stored(name)).cpu()
             if kind == "code":
                 codes = (value.to(torch.int64) + ((1 << spec.width) - 1)) // 2
-                found[name] = codes.numpy().astype(np.uint8 if spec.kind == "code" else np.uint32)
+                tensors[name] = codes.numpy().astype(np.uint8 if spec.kind == "code" else np.uint32)
             elif kind == "index":
-                found[name] = value.numpy().astype(np.uint32)
+                tensors[name] = value.numpy().astype(np.uint32)
             else:
-                found[name] = value.numpy() + np.float32(0)
-        return found
+                tensors[name] = value.numpy() + np.float32(0)
+        return tensors
 
     def compact(self) -> CompactAdapter:
-        """The adapter with the numbers of `values`, in the one spelling that files have."""
+        """Return the adapter with the numbers of `values`, in the one spelling that files have."""
         return replace(self.source, tensors=self.tensors())
 
 
@@ -188,7 +185,8 @@ def _best(pair: LoraTarget, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unit_of(value: Tensor, each: bool) -> Tensor:
-    """The power of two next to the root mean square of `value` (), or to the magnitude of each number; 1 for zeros."""
+    """Return the power of two next to the root mean square of `value` (), or to the magnitude of each number; 1 for
+    zeros."""
     size = value.double().abs() if each else value.double().square().mean().sqrt()
     if each and size.numel():
         size = torch.maximum(size, size.amax() * 2.0**-12)  # what was zero may become something

@@ -157,7 +157,7 @@ def test_fused_layers_are_refused_by_name(tmp_path: Path, family: str, name: str
 
 
 def test_long_names_take_linear_time() -> None:
-    rules = renamings.rules({f"{n}": {"model_type": n} for names in renamings.FAMILIES for n in names.split()})
+    rules = renamings.rules(n for names in renamings.FAMILIES for n in names.split())
     assert len(rules) > 100
     seconds = []
     for count in (250, 500):
@@ -228,7 +228,7 @@ def check_family(family: str) -> int:
             AssertionError,
         ):  # it needs more than its defaults
             continue
-        rules = renamings.rules(config.to_dict())
+        rules = renamings.rules(renamings.families(config.to_dict()))
         saved = saved_names(model)
         for names in (saved.keys(), saved.values()):  # no two parameters become one
             assert len({renamings.canonical(name, rules) for name in names}) == len(saved)

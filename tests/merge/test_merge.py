@@ -86,23 +86,23 @@ def test_never_further_from_exact_than_peft(tmp_path: Path, base: str, adapter: 
     """`wide`: PEFT keeps the adapter in float32, as is its default; else in the base's dtype."""
     source = cast_base(BASES / base, tmp_path / "base", dtype)
     api.merge(source, ADAPTERS / adapter, tmp_path / "out")
-    theirs = peft_merged("CausalLM", source, ADAPTERS / adapter, wide=wide).state_dict()
-    weights, ours = load_all(source), load_all(tmp_path / "out")
+    expected = peft_merged("CausalLM", source, ADAPTERS / adapter, wide=wide).state_dict()
+    weights, after = load_all(source), load_all(tmp_path / "out")
     with open_checkpoint(source) as checkpoint:
         lora = base_names.resolve(api.load_lora(ADAPTERS / adapter), checkpoint)
     better = 0
     for pair in lora.targets:
         name, stored_transposed = pair.target.name, pair.target.view.kind == "transposed"
-        w, mine = (x[name].decode().astype(np.float64) for x in (weights, ours))
-        other = theirs[name].double().numpy()
+        w, merged = (x[name].decode().astype(np.float64) for x in (weights, after))
+        other = expected[name].double().numpy()
         left, right = (pair.A.T, pair.B.T) if stored_transposed else (pair.B, pair.A)
         nearly = w + np.longdouble(pair.scale) * (left.astype(np.longdouble) @ right.astype(np.longdouble))
-        assert (np.abs(mine - nearly) <= np.abs(other - nearly) + np.abs(nearly) * 2.0**-50).all()
+        assert (np.abs(merged - nearly) <= np.abs(other - nearly) + np.abs(nearly) * 2.0**-50).all()
         update = exact.Update([exact.Term(pair.scale, left, right)])
-        differing = np.argwhere(mine != other)
+        differing = np.argwhere(merged != other)
         for row, col in differing[:: max(1, len(differing) // 50)]:  # and without any rounding, where it matters
             goal = Fraction(w[row, col]) + update.exact(row, col)
-            assert abs(Fraction(mine[row, col]) - goal) <= abs(Fraction(other[row, col]) - goal)
+            assert abs(Fraction(merged[row, col]) - goal) <= abs(Fraction(other[row, col]) - goal)
         better += len(differing)
     assert better > 1000 or (wide and dtype != "F32")  # where PEFT rounds twice there is something to be better at
 
@@ -263,15 +263,15 @@ def test_fixture_models_give_the_stored_logits(tmp_path: Path, adapter: str, bas
     inputs = load_file(ADAPTERS / adapter / "expected.safetensors")
     expected = inputs.pop("logits")
     with torch.no_grad():
-        found = load_clean(kind, tmp_path / "out")(**inputs).logits
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+        result = load_clean(kind, tmp_path / "out")(**inputs).logits
+    assert (result - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def renamed_vit(folder: Path, prefix: str = "") -> Path:
     """The ViT fixture with the names of its modules, which transformers saves under those of before; `prefix` is taken
     off, and what does not have it left out."""
     stored, config = load_all(BASES / "tiny-vit"), config_of(BASES / "tiny-vit")
-    names = {name: renamings.canonical(name, renamings.rules(config)) for name in stored}
+    names = {name: renamings.canonical(name, renamings.rules(renamings.families(config))) for name in stored}
     assert any(name != new for name, new in names.items())
     kept = {new.removeprefix(prefix): stored[name] for name, new in names.items() if new.startswith(prefix)}
     kept |= {"pooler.dense.bias": stored["vit.layernorm.bias"]} if prefix else {}
@@ -288,13 +288,13 @@ def test_renamed_modules_merge_as_in_peft(tmp_path: Path, adapter: str, dtype: s
     for base in (new, old):
         api.merge(base, ADAPTERS / adapter, tmp_path / f"merged-{base.name}")
         assert load_all(base).keys() == load_all(tmp_path / f"merged-{base.name}").keys()
-    ours, again = (load_clean("ImageClassification", tmp_path / f"merged-{n}").state_dict() for n in ("old", "new"))
-    theirs = peft_merged("ImageClassification", old, ADAPTERS / "vit-plain").state_dict()
+    merged, again = (load_clean("ImageClassification", tmp_path / f"merged-{n}").state_dict() for n in ("old", "new"))
+    expected = peft_merged("ImageClassification", old, ADAPTERS / "vit-plain").state_dict()
     unit = {"F32": 2.0**-22, "BF16": 2.0**-7, "F16": 2.0**-10}[dtype]
-    assert ours.keys() == again.keys() == theirs.keys()
-    for name, goal in theirs.items():
-        assert torch.equal(ours[name], again[name])
-        assert torch.allclose(ours[name].double(), goal.double(), rtol=unit, atol=1e-7)
+    assert merged.keys() == again.keys() == expected.keys()
+    for name, goal in expected.items():
+        assert torch.equal(merged[name], again[name])
+        assert torch.allclose(merged[name].double(), goal.double(), rtol=unit, atol=1e-7)
 
 
 def test_renamed_names_get_their_prefix(tmp_path: Path) -> None:
@@ -308,8 +308,8 @@ def test_renamed_names_get_their_prefix(tmp_path: Path) -> None:
     assert report.dropped == ("pooler.dense.bias",)
     assert {n.partition(".")[0] for n in load_all(tmp_path / "out")} == {"vit", "classifier"}
     api.merge(BASES / "tiny-vit", ADAPTERS / "vit-query-value", tmp_path / "whole")
-    found, goal = (load_clean("ImageClassification", tmp_path / n).state_dict() for n in ("out", "whole"))
-    assert found.keys() == goal.keys() and all(torch.equal(found[n], goal[n]) for n in found)
+    result, goal = (load_clean("ImageClassification", tmp_path / n).state_dict() for n in ("out", "whole"))
+    assert result.keys() == goal.keys() and all(torch.equal(result[n], goal[n]) for n in result)
 
 
 @pytest.mark.parametrize("adapter", ("llama-plain", "llama-bf16", "llama-tied-bf16"))
@@ -329,12 +329,12 @@ def test_bert_gets_head_prefix_and_architecture(tmp_path: Path) -> None:
     report = api.merge(base, adapter, tmp_path / "out")
     peft_merged("SequenceClassification", base, adapter, num_labels=3).save_pretrained(tmp_path / "theirs")
     assert config_of(tmp_path / "out") == config_of(tmp_path / "theirs")
-    ours, theirs = load_all(tmp_path / "out"), load_all(tmp_path / "theirs")
-    assert ours.keys() == theirs.keys()
+    merged, expected = load_all(tmp_path / "out"), load_all(tmp_path / "theirs")
+    assert merged.keys() == expected.keys()
     for name, stored in load_all(base).items():
         if not name.endswith(("query.weight", "value.weight")):
-            assert ours[f"bert.{name}"] == stored
-    assert ours["classifier.weight"] == theirs["classifier.weight"]
+            assert merged[f"bert.{name}"] == stored
+    assert merged["classifier.weight"] == expected["classifier.weight"]
     assert report.added == ("classifier.bias", "classifier.weight") and report.placed == report.dropped == ()
     assert report.config["architectures"] == ["BertForSequenceClassification"]
 
@@ -365,8 +365,8 @@ def test_heads_of_other_tasks(
 
 def check_as_peft(tmp_path: Path, source: Path, adapter: Path, kind: str, limit: float = 1e-5, **options: Any) -> None:
     """`tmp_path / "out"` is the model that PEFT merges and saves, in names, configuration and logits."""
-    theirs = peft_merged(kind, source, adapter, **options)
-    theirs.save_pretrained(tmp_path / "theirs")
+    peft_model = peft_merged(kind, source, adapter, **options)
+    peft_model.save_pretrained(tmp_path / "theirs")
     assert config_of(tmp_path / "out") == config_of(tmp_path / "theirs")
     names, expected = load_all(tmp_path / "out").keys(), load_all(tmp_path / "theirs").keys()
     assert {n for n in names if not n.endswith(".attn.bias")} == expected
@@ -374,9 +374,9 @@ def check_as_peft(tmp_path: Path, source: Path, adapter: Path, kind: str, limit:
     ids = torch.randint(4, 100, (2, 20), generator=torch.Generator().manual_seed(1))
     ids[:, -1] = 2  # where some read the class
     with torch.no_grad():
-        found, goal = (m.float()(input_ids=ids, attention_mask=torch.ones_like(ids)) for m in (model, theirs))
+        result, goal = (m.float()(input_ids=ids, attention_mask=torch.ones_like(ids)) for m in (model, peft_model))
     field = "start_logits" if kind == "QuestionAnswering" else "logits"
-    assert torch.allclose(found[field], goal[field], atol=limit)
+    assert torch.allclose(result[field], goal[field], atol=limit)
 
 
 _ENCODER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
@@ -478,8 +478,8 @@ def test_classifier_of_another_size_is_replaced(tmp_path: Path) -> None:
     report = api.merge(tmp_path / "base", ADAPTERS / "bert-classifier", tmp_path / "out")
     assert report.placed == ("classifier.bias", "classifier.weight") and report.added == ()
     model = load_clean("SequenceClassification", tmp_path / "out")
-    theirs = peft_merged("SequenceClassification", BASES / "tiny-bert", ADAPTERS / "bert-classifier", num_labels=3)
-    assert model.config.num_labels == 3 and torch.allclose(logits(model), logits(theirs), atol=1e-5)
+    expected = peft_merged("SequenceClassification", BASES / "tiny-bert", ADAPTERS / "bert-classifier", num_labels=3)
+    assert model.config.num_labels == 3 and torch.allclose(logits(model), logits(expected), atol=1e-5)
     # and back to two: transformers does not write its default
     two = saved_adapter(
         "SequenceClassification", tmp_path / "base", tmp_path / "two", task_type="SEQ_CLS", target_modules=["key"]

@@ -45,7 +45,7 @@ Float = Literal["float32", "float64"]
 
 
 def parse_seed(text: str) -> int:
-    """The seed that a file spells in decimal. Raises E-CANON on any other spelling, E-VALUE beyond 64 bits."""
+    """Return the seed that a file spells in decimal. Raises E-CANON on any other spelling, E-VALUE beyond 64 bits."""
     if not (text.isascii() and text.isdigit()) or (text[0] == "0" and text != "0"):
         raise CanonicalError(f"{text!r:.40} is not the decimal spelling of a seed")
     if len(text) > len(str(SEEDS)) or int(text) >= SEEDS:
@@ -54,41 +54,41 @@ def parse_seed(text: str) -> int:
 
 
 def value_map(name: str) -> ValueMap:
-    """The map of this name. Raises E-OPTION."""
+    """Return the map of this name. Raise E-OPTION."""
     if name not in MAPS:
         raise OptionError(f"there is no value map {name!r:.40}", fix=f"known: {', '.join(MAPS)}")
     return MAPS[name]
 
 
 def check_size(name: str, numel: int, bases: int) -> None:
-    """Raises E-LIMIT if a basis of `numel` elements, or a stream of so many bases, goes beyond what has a counter."""
+    """Raise E-LIMIT if a basis of `numel` elements, or a stream of so many bases, goes beyond what has a counter."""
     whole("the number of elements of a basis", numel, value_map(name).lanes * BLOCKS)
     whole("the number of bases", bases, BASES)
 
 
 def words(stream: Stream, bases: Bases, start: int, count: int) -> philox.U32:
-    """Words `start` to ``start + count`` of each basis: uint32 (len(bases), count).
+    """Return words `start` to ``start + count`` of each basis: uint32 (len(bases), count).
 
     `bases` holds the indices of bases, a range or any sequence. Raises E-LIMIT beyond the last basis or word, E-OPTION
     on what is no range.
     """
-    chosen, start, count = _asked(bases, start, count, 4)
+    chosen, start, count = _checked_range(bases, start, count, 4)
     out = np.empty((len(chosen), count), np.uint32)
     for tile in philox.tiles(len(chosen), start, count, 4, _TILE_BLOCKS):
-        found = philox.words(stream.key, stream.sid, chosen[tile.rows], tile.first, tile.blocks)
-        out[tile.rows, tile.out] = found.reshape(len(found), -1)[:, tile.lanes]
+        block = philox.words(stream.key, stream.sid, chosen[tile.rows], tile.first, tile.blocks)
+        out[tile.rows, tile.out] = block.reshape(len(block), -1)[:, tile.lanes]
     return out
 
 
 def numerators(stream: Stream, name: str, bases: Bases, start: int, count: int) -> npt.NDArray[np.int32]:
-    """As `values`, without the unit: odd integers, int32 (len(bases), count)."""
+    """Return `values` without the unit: odd integers, int32 (len(bases), count)."""
     return _mapped(stream, value_map(name), bases, start, count, np.dtype(np.int32), 1)
 
 
 def values(
     stream: Stream, name: str, bases: Bases, start: int, count: int, dtype: Float = "float32"
 ) -> npt.NDArray[Any]:
-    """Elements `start` to ``start + count`` of each basis under the map `name`: `dtype` (len(bases), count).
+    """Return elements `start` to ``start + count`` of each basis under the map `name`: `dtype` (len(bases), count).
 
     The elements of a basis are numbered row by row, the last dimension fastest. `bases` holds indices of bases, a range
     or any sequence. The numbers are the same in both dtypes. Raises E-LIMIT beyond the last basis or element, E-OPTION
@@ -108,35 +108,34 @@ def tensor(
     device: str | torch.device = "cpu",
     dtype: Float = "float32",
 ) -> torch.Tensor:
-    """The same numbers as `values`, computed by torch on `device`."""
+    """Return the same numbers as `values`, computed by torch on `device`."""
     import torch
 
     from lrconvert.lora.prng import torch_philox
 
     kind, place = value_map(name), torch.device(device)
-    chosen, start, count = _asked(bases, start, count, kind.lanes)
-    asked = stream, kind, chosen, start, count, place, getattr(torch, _checked(dtype))
-    return torch_philox.values(*asked)
+    chosen, start, count = _checked_range(bases, start, count, kind.lanes)
+    return torch_philox.values(stream, kind, chosen, start, count, place, getattr(torch, _checked(dtype)))
 
 
 def _mapped(
     stream: Stream, kind: ValueMap, bases: Bases, start: int, count: int, dtype: np.dtype[Any], unit: float
 ) -> npt.NDArray[Any]:
     """(2c + 1 - 2^bits) * unit in `dtype`. Product and sum are exact, so neither their order nor FMA matters."""
-    chosen, start, count = _asked(bases, start, count, kind.lanes)
+    chosen, start, count = _checked_range(bases, start, count, kind.lanes)
     step, offset = dtype.type(2 * unit), dtype.type(kind.offset * unit)
     out = np.empty((len(chosen), count), dtype)
     size = max(1, min(_TILE_BLOCKS, _TILE_ELEMENTS // kind.lanes))
     for tile in philox.tiles(len(chosen), start, count, kind.lanes, size):
-        found = philox.words(stream.key, stream.sid, chosen[tile.rows], tile.first, tile.blocks)
+        block = philox.words(stream.key, stream.sid, chosen[tile.rows], tile.first, tile.blocks)
         piece = out[tile.rows, tile.out]
-        piece[...] = philox.codes(found, kind.bits)[:, tile.lanes]
+        piece[...] = philox.codes(block, kind.bits)[:, tile.lanes]
         piece *= step
         piece += offset
     return out
 
 
-def _asked(bases: Bases, start: int, count: int, lanes: int) -> tuple[philox.U32, int, int]:
+def _checked_range(bases: Bases, start: int, count: int, lanes: int) -> tuple[philox.U32, int, int]:
     """The indices of the bases as uint32, and the range of elements, all checked against the limits."""
     start = whole("the first element", start, lanes * BLOCKS)
     count = whole("the number of elements", count, lanes * BLOCKS)

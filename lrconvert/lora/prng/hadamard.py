@@ -51,29 +51,29 @@ class Block:
 
 
 def blocks(length: int) -> tuple[Block, ...]:
-    """How a length of 1 to `MAX_LENGTH` is cut. Raises E-LIMIT."""
+    """Return how a length of 1 to `MAX_LENGTH` is cut. Raise E-LIMIT."""
     if not 1 <= length <= MAX_LENGTH:
         raise LimitError(f"a transform has {length} numbers; 1 to {MAX_LENGTH} are allowed")
     bits = (length & -length).bit_length() - 1
     if length >> bits <= MAX_ODD:
         return (Block(0, bits, length >> bits),)
-    top, start, found = length.bit_length() - 1, 0, []
+    top, start, blocks = length.bit_length() - 1, 0, []
     for power in range(top, -1, -1):
         if length >> power & 1:
-            found.append(Block(start, power, 1, (top - power) // 2))
+            blocks.append(Block(start, power, 1, (top - power) // 2))
             start += 1 << power
-    return tuple(found)
+    return tuple(blocks)
 
 
 def growth(length: int) -> int:
-    """How many times the sum of the magnitudes of what goes in any number on the way can be; powers of two that are
-    exact in floating point do not count."""
+    """Return how many times the sum of the magnitudes of the inputs any number on the way can be; powers of two that
+    are exact in floating point do not count."""
     return max(block.odd + 2 if block.odd > 1 else 1 for block in blocks(length))
 
 
 @lru_cache(maxsize=8)
 def squares(length: int) -> npt.NDArray[np.float64]:
-    """The squared length of each vector: float64 (length,) or, where they are all equal, (1,)."""
+    """Return the squared length of each vector: float64 (length,) or, where they are all equal, (1,)."""
     parts = blocks(length)
     if len(parts) == 1:
         return np.array([float(parts[0].square)])
@@ -81,7 +81,7 @@ def squares(length: int) -> npt.NDArray[np.float64]:
 
 
 def transform(x: Any, xp: Any) -> Any:
-    """The matrix times each row of `x`: float64 (n, length), a numpy array or, with `xp` torch, a tensor."""
+    """Return the matrix times each row of `x`: float64 (n, length), a numpy array or, with `xp` torch, a tensor."""
     parts = [_block(x[:, b.start : b.start + b.length], b, xp) for b in blocks(x.shape[1])]
     return parts[0] if len(parts) == 1 else xp.concatenate(parts, 1)
 
@@ -90,13 +90,13 @@ def _block(x: Any, block: Block, xp: Any) -> Any:
     shape, x, step = x.shape, x.reshape(-1), block.odd
     buffers = xp.empty_like(x), xp.empty_like(x)
     for n in range(block.bits):
-        pairs, found = x.reshape(-1, 2, step), buffers[n % 2].reshape(-1, 2, step)
+        pairs, sums = x.reshape(-1, 2, step), buffers[n % 2].reshape(-1, 2, step)
         if getattr(x, "requires_grad", False):  # gradients do not flow through buffers
             x, step = xp.stack((pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]), 1), 2 * step
             continue
-        xp.add(pairs[:, 0], pairs[:, 1], out=found[:, 0])
-        xp.subtract(pairs[:, 0], pairs[:, 1], out=found[:, 1])
-        x, step = found, 2 * step
+        xp.add(pairs[:, 0], pairs[:, 1], out=sums[:, 0])
+        xp.subtract(pairs[:, 0], pairs[:, 1], out=sums[:, 1])
+        x, step = sums, 2 * step
     if block.odd > 1:
         x = x.reshape(-1, block.odd)
         x = block.odd * x - 2 * x.sum(1)[:, None]
@@ -105,7 +105,7 @@ def _block(x: Any, block: Block, xp: Any) -> Any:
 
 
 def order(stream: prng.Stream, length: int, count: int) -> I64:
-    """The first `count` numbers of a seeded order of 0 to `length` - 1, all different: int64 (count,).
+    """Return the first `count` numbers of a seeded order of 0 to `length` - 1, all different: int64 (count,).
 
     The order is that of a permutation of 2^n numbers, n the bits of ``length - 1``, in which numbers from `length` on
     are left out. The permutation multiplies, adds and folds the upper half onto the lower one, four times over.
@@ -113,7 +113,7 @@ def order(stream: prng.Stream, length: int, count: int) -> I64:
     bits = (length - 1).bit_length()
     draws = prng.words(stream, (0,), 0, 2 * _ROUNDS)[0].astype(np.uint64).tolist()
     mask, fold = np.uint64((1 << bits) - 1), np.uint64((bits + 1) // 2)
-    found: list[I64] = []
+    numbers: list[I64] = []
     start, missing = 0, count
     while missing:
         stop = min(1 << bits, start + missing + missing * ((1 << bits) - length) // length + 64)
@@ -124,6 +124,6 @@ def order(stream: prng.Stream, length: int, count: int) -> I64:
             x &= mask
             x ^= x >> fold
         kept = x[x < np.uint64(length)][:missing].astype(np.int64)
-        found.append(kept)
+        numbers.append(kept)
         start, missing = stop, missing - len(kept)
-    return np.concatenate(found) if found else np.zeros(0, np.int64)
+    return np.concatenate(numbers) if numbers else np.zeros(0, np.int64)

@@ -37,7 +37,7 @@ class Tile:
 
 
 def tiles(bases: int, start: int, count: int, lanes: int, size: int) -> Iterator[Tile]:
-    """Cuts elements `start` to ``start + count`` of so many bases, at `lanes` elements a block, into tiles of at most
+    """Cut elements `start` to ``start + count`` of so many bases, at `lanes` elements a block, into tiles of at most
     `size` blocks."""
     if not bases or not count:
         return
@@ -58,36 +58,35 @@ def tiles(bases: int, start: int, count: int, lanes: int, size: int) -> Iterator
 
 
 def round_keys(key: Key) -> tuple[Key, ...]:
-    """The keys of the ten rounds."""
+    """Return the keys of the ten rounds."""
     return tuple(((key[0] + n * W0) & MASK, (key[1] + n * W1) & MASK) for n in range(ROUNDS))
 
 
 def block(counters: npt.ArrayLike, key: Key) -> U32:
-    """The block function: counters (n, 4) below 2^32 and two key words give uint32 words (n, 4)."""
+    """Return the uint32 words (n, 4) of counters (n, 4) below 2^32 and two key words: the block function."""
     state = np.array(counters, np.uint64).T.copy()
     return _rounds(state, key).T.astype(np.uint32)
 
 
 def words(key: Key, sid: int, bases: U32, first: int, blocks: int) -> U32:
-    """The words of blocks `first` to ``first + blocks`` of every basis in `bases`: uint32 (len(bases), blocks, 4)."""
+    """Return the words of blocks `first` to ``first + blocks`` of every basis in `bases`: uint32 (len(bases), blocks,
+    4)."""
     state = np.empty((4, len(bases), blocks), np.uint64)
     state[0] = np.arange(first, first + blocks, dtype=np.uint64)
     state[1] = bases[:, None]
     state[2] = sid & MASK
     state[3] = sid >> 32
-    found = np.empty((len(bases), blocks, 4), np.uint32)
-    found[...] = np.moveaxis(_rounds(state, key), 0, -1)
-    return found
+    return np.ascontiguousarray(np.moveaxis(_rounds(state, key), 0, -1), np.uint32)
 
 
-def codes(found: U32, bits: int) -> npt.NDArray[Any]:
-    """The codes of words (n, blocks, 4), in the order of the elements: uint8 or uint32 (n, blocks * lanes).
+def codes(words: U32, bits: int) -> npt.NDArray[Any]:
+    """Return the codes of words (n, blocks, 4), in the order of the elements: uint8 or uint32 (n, blocks * lanes).
 
     `bits` 8: the bytes, 1: the bits, both from the least significant on; 24: the upper 24 bits.
     """
     if bits == 24:
-        return found.reshape(len(found), -1) >> np.uint32(8)
-    octets: U8 = found.astype(np.dtype("<u4"), copy=False).reshape(len(found), -1).view(np.uint8)
+        return words.reshape(len(words), -1) >> np.uint32(8)
+    octets: U8 = words.astype(np.dtype("<u4"), copy=False).reshape(len(words), -1).view(np.uint8)
     return octets if bits == 8 else np.unpackbits(octets, axis=1, bitorder="little")
 
 

@@ -19,8 +19,8 @@ BLOCKS = 1 << 32  # of a basis
 
 @dataclass(frozen=True)
 class ValueMap:
-    """How words become numbers: lane i of a word is the code ``c = (word >> shifts[i]) mod 2^bits``, its numerator the
-    odd integer ``2c + 1 - 2^bits``, its value the numerator times `unit`, a power of two: exact in float32."""
+    """A map from words to numbers: lane i of a word is the code ``c = (word >> shifts[i]) mod 2^bits``, its numerator
+    the odd integer ``2c + 1 - 2^bits``, its value the numerator times `unit`, a power of two: exact in float32."""
 
     name: str
     bits: int
@@ -80,7 +80,7 @@ class Stream:
 
 
 def whole(what: str, number: int, largest: int) -> int:
-    """`number` as an int in [0, largest]. Raises E-OPTION below, E-LIMIT above."""
+    """Return `number` as an int in [0, largest]. Raises E-OPTION below, E-LIMIT above."""
     try:
         whole = operator.index(number)
     except TypeError:

@@ -32,7 +32,7 @@ def values(
     device: torch.device,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Elements `start` to ``start + count`` of each basis: float32 or float64 (len(bases), count) on `device`.
+    """Return elements `start` to ``start + count`` of each basis: float32 or float64 (len(bases), count) on `device`.
 
     The arguments are those of `prng.tensor`, checked there.
     """
@@ -47,16 +47,16 @@ def values(
         (_TILE_ELEMENTS if small else _TILE_ELEMENTS_GPU) // kind.lanes,
     )
     for tile in philox.tiles(len(bases), start, count, kind.lanes, size):
-        found = words(stream.key, stream.sid, indices[tile.rows], tile.first, tile.blocks)
-        codes = (found.unsqueeze(-1) >> shifts).bitwise_and_((1 << kind.bits) - 1)
-        piece = codes.reshape(len(found), -1)[:, tile.lanes].to(dtype)
+        block = words(stream.key, stream.sid, indices[tile.rows], tile.first, tile.blocks)
+        codes = (block.unsqueeze(-1) >> shifts).bitwise_and_((1 << kind.bits) - 1)
+        piece = codes.reshape(len(block), -1)[:, tile.lanes].to(dtype)
         out[tile.rows, tile.out] = piece.mul_(2 * kind.unit).add_(kind.offset * kind.unit)
     return out
 
 
 def words(key: philox.Key, sid: int, bases: torch.Tensor, first: int, blocks: int) -> torch.Tensor:
-    """Words of blocks `first` to ``first + blocks`` of each basis: int32 (len(bases), blocks, 4) with the bits of the
-    words. `bases` is int64 (n,) and says on which device."""
+    """Return words of blocks `first` to ``first + blocks`` of each basis: int32 (len(bases), blocks, 4) with the bits
+    of the words. `bases` is int64 (n,) and says on which device."""
     import torch
 
     shape = len(bases), blocks
@@ -68,7 +68,7 @@ def words(key: philox.Key, sid: int, bases: torch.Tensor, first: int, blocks: in
 
 
 def rounds(state: tuple[torch.Tensor, ...], key: philox.Key) -> tuple[torch.Tensor, ...]:
-    """Ten rounds on four int64 tensors of one shape, which stay as they are; the results are below 2^32 too."""
+    """Apply ten rounds to four int64 tensors of one shape, which stay as they are; the results are below 2^32 too."""
     x0, x1, x2, x3 = state
     for k0, k1 in philox.round_keys(key):
         p, q = x0 * (philox.M0 - (1 << 32)), x2 * (philox.M1 - (1 << 32))
