@@ -22,11 +22,12 @@ QUERIES, KEYS, GATHERED = "rotated queries", "rotated keys", "gathered"
 _ROTATED = {"attn_q": QUERIES, "attn_k": KEYS}
 
 
+def _below(module: str, names: Mapping[str, str]) -> dict[str, str]:
+    return {f"{module}.{name}": theirs for name, theirs in names.items()}
+
+
 def _layers(attention: Mapping[str, str], feed_forward: Mapping[str, str]) -> dict[str, str]:
-    return {
-        **{f"self_attn.{name}": ours for name, ours in attention.items()},
-        **{f"mlp.{name}": ours for name, ours in feed_forward.items()},
-    }
+    return {**_below("self_attn", attention), **_below("mlp", feed_forward)}
 
 
 _QKV = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v"}
@@ -39,19 +40,11 @@ _HEADS_ONLY = _layers(_ATTENTION, {})
 _BY_HEADS = {"query_key_value": "attn_qkv", "dense": "attn_output"}
 _FOUR = {"mlp.dense_h_to_4h": "ffn_up", "mlp.dense_4h_to_h": "ffn_down"}
 _OLD = {"attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
-_EXPERT = "mlp.shared_expert"
-_SHARED = {
-    f"{_EXPERT}.gate_proj": "ffn_gate_shexp",
-    f"{_EXPERT}.up_proj": "ffn_up_shexp",
-    f"{_EXPERT}.down_proj": "ffn_down_shexp",
-}
+_SHARED = _below("mlp.shared_expert", {name: f"{theirs}_shexp" for name, theirs in _GATED.items()})
 _LATENT = {
-    "q_a_proj": "attn_q_a",
-    "q_b_proj": "attn_q_b",
-    "kv_a_proj_with_mqa": "attn_kv_a_mqa",
-    "kv_b_proj": "attn_kv_b",
+    "q_a_proj": "attn_q_a", "q_b_proj": "attn_q_b", "kv_a_proj_with_mqa": "attn_kv_a_mqa", "kv_b_proj": "attn_kv_b",
     "o_proj": "attn_output",
-}
+}  # fmt: skip
 
 _EMBEDDED = {"model.embed_tokens": "token_embd"}
 _WHOLE = {**_EMBEDDED, "lm_head": "output"}
@@ -81,7 +74,7 @@ class Family:
     rows: Mapping[str, str] = field(default_factory=dict)
 
     def named(self, module: str) -> str | None:
-        """llama.cpp's name of a module of transformers, or None."""
+        """Return llama.cpp's name of a module of transformers, or None."""
         if module in self.whole:
             return self.whole[module]
         for stem in self.stems:
@@ -91,12 +84,12 @@ class Family:
         return None
 
     def modules(self, name: str) -> list[str]:
-        """The modules of transformers that a name of llama.cpp may mean, the usual one first."""
+        """Return the modules of transformers that a name of llama.cpp may mean, the usual one first."""
         prefix, _, rest = name.partition(".")
         block, _, leaf = rest.partition(".")
         if prefix == "blk" and block.isdecimal():
-            found = [layer for layer, theirs in self.layers.items() if theirs == leaf]
-            return [f"{stem}{int(block)}.{layer}" for stem in self.stems for layer in found]
+            layers = [layer for layer, theirs in self.layers.items() if theirs == leaf]
+            return [f"{stem}{int(block)}.{layer}" for stem in self.stems for layer in layers]
         return [module for module, theirs in self.whole.items() if theirs == name]
 
 
@@ -104,7 +97,7 @@ FAMILIES: Mapping[str, Family] = {
     "ApertusForCausalLM": Family("apertus", "apertus", _layers(_ATTENTION, _UP_DOWN)),
     "ArceeForCausalLM": Family("arcee", "arcee", _layers(_ATTENTION, _UP_DOWN), rows=_ROTATED),
     "BloomForCausalLM": Family(
-        "bloom", "bloom", {**{f"self_attention.{k}": v for k, v in _BY_HEADS.items()}, **_FOUR},
+        "bloom", "bloom", {**_below("self_attention", _BY_HEADS), **_FOUR},
         {"transformer.word_embeddings": "token_embd", "word_embeddings": "token_embd"},
         ("transformer.h.", "h."), {"attn_qkv": GATHERED},
     ),
@@ -115,7 +108,7 @@ FAMILIES: Mapping[str, Family] = {
     "GPT2LMHeadModel": Family("gpt2", "gpt2", _OLD, _GPT2, ("transformer.h.", "h.")),
     "GPTBigCodeForCausalLM": Family("starcoder", "gpt_bigcode", _OLD, _GPT2, ("transformer.h.", "h.")),
     "GPTNeoXForCausalLM": Family(
-        "gptneox", "gpt_neox", {**{f"attention.{k}": v for k, v in _BY_HEADS.items()}, **_FOUR},
+        "gptneox", "gpt_neox", {**_below("attention", _BY_HEADS), **_FOUR},
         {"gpt_neox.embed_in": "token_embd", "embed_out": "output"},
         ("gpt_neox.layers.", "layers."), {"attn_qkv": GATHERED},
     ),
@@ -166,32 +159,31 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def architecture(config: Mapping[str, Any]) -> str:
-    """The class of the model that a config.json is of, or "" if it does not say."""
+    """Return the class of the model that a config.json is of, or "" if it does not say."""
     listed = config.get("architectures")
     return listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], str) else ""
 
 
 def family_of(config: Mapping[str, Any]) -> Family | None:
-    """The family of a base by its class, or by its model_type where the configuration names no class."""
-    name = architecture(config)
-    if name:
+    """Return the family of a base by its class, or by its model_type where the configuration names no class."""
+    if name := architecture(config):
         return FAMILIES.get(name)
     kind = config.get("model_type")
     return next((family for family in FAMILIES.values() if family.kind == kind), None)
 
 
 def row_order(order: str, rows: int, config: Mapping[str, Any]) -> Array:
-    """(rows,) integers: the row of transformers that each row of llama.cpp is, for an output of `rows` numbers.
+    """Return (rows,) integers: the row of transformers that each row of llama.cpp is, for an output of `rows` numbers.
 
     Raises E-CONFIG if the configuration does not say how many heads there are, or they do not divide the rows.
     """
     text = config.get("text_config")
-    said = {**config, **(text if isinstance(text, dict) else {})}
-    heads = next((said[key] for key in ("num_attention_heads", "n_head") if said.get(key) is not None), None)
-    if order == KEYS and said.get("num_key_value_heads") is not None:
-        heads = said["num_key_value_heads"]
+    settings = {**config, **(text if isinstance(text, dict) else {})}
+    keys = ("num_key_value_heads",) if order == KEYS else ()
+    counts = [settings.get(key) for key in (*keys, "num_attention_heads", "n_head")]
+    heads = next((count for count in counts if count is not None), None)
     parts = 3 if order == GATHERED else 2
     if type(heads) is not int or heads < 1 or rows % (parts * heads):
         raise ConfigError(f"the base's config has {heads!r:.40} heads, which do not divide {rows} outputs")
-    found: Array = np.arange(rows).reshape(heads, parts, -1)
-    return (found.swapaxes(0, 1) if order == GATHERED else found.swapaxes(1, 2)).reshape(-1)
+    numbered: Array = np.arange(rows).reshape(heads, parts, -1)
+    return (numbered.swapaxes(0, 1) if order == GATHERED else numbered.swapaxes(1, 2)).reshape(-1)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Field = str | float | int | Sequence[int]
 ALIGNMENT = 32
+_KINDS = {str: 8, float: 6, int: 4}  # of fields; 9 is an array
 _BAD = {
     "<I": (0, 1, 2, 5, 9, 12, 13, 30, 2**31, 2**32 - 1),
     "<Q": (0, 1, 3, 33, 2**16, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1),
@@ -23,7 +24,7 @@ _BAD = {
 
 @dataclass(frozen=True)
 class Spot:
-    """A number of the frame of a file: what it is, where, and in which form of `struct`."""
+    """A number of the frame of a file: what it is, its offset, and its form in `struct`."""
 
     kind: str
     at: int
@@ -46,17 +47,13 @@ class _Writer:
 
     def field(self, key: str, value: Field) -> None:
         self.text(key)
+        kind = next((kind for form, kind in _KINDS.items() if isinstance(value, form)), 9)
+        self.number("type of a field", "<I", kind)
         if isinstance(value, str):
-            self.number("type of a field", "<I", 8)
             self.text(value)
-        elif isinstance(value, float):
-            self.number("type of a field", "<I", 6)
-            self.data += struct.pack("<f", value)
-        elif isinstance(value, int):
-            self.number("type of a field", "<I", 4)
-            self.data += struct.pack("<I", value)
+        elif isinstance(value, (float, int)):
+            self.data += struct.pack("<f" if kind == 6 else "<I", value)
         else:
-            self.number("type of a field", "<I", 9)
             self.number("type of an array", "<I", 4)
             self.number("length of an array", "<Q", len(value))
             self.data += struct.pack(f"<{len(value)}I", *value)
@@ -65,7 +62,7 @@ class _Writer:
 def gguf_file(
     fields: Mapping[str, Field], tensors: Mapping[str, tuple[int, Sequence[int], bytes]], version: int = 3
 ) -> tuple[bytes, tuple[Spot, ...]]:
-    """(file, the places of its numbers). `tensors`: name -> (ggml's type, shape as numpy has it, data)."""
+    """Return (file, the places of its numbers). `tensors`: name -> (ggml's type, shape as numpy has it, data)."""
     out = _Writer()
     out.data += b"GGUF"
     out.number("version", "<I", version)
@@ -89,7 +86,7 @@ def gguf_file(
 
 
 def gguf_mutations(data: bytes, spots: Sequence[Spot]) -> SearchStrategy[Mutation]:
-    """One number of the frame made wrong, or any byte."""
+    """Return files with one number of the frame made wrong, or any byte."""
     st = lazy.st
 
     def wrong(spot: Spot, value: int, step: int) -> Mutation:
