@@ -35,15 +35,15 @@ def sample_of(reader_id: str) -> Sample:
 
 @dataclass(frozen=True)
 class Case:
-    """A reader and its sample on the disk; `said` is what a user must say."""
+    """A reader and its sample on the disk; `options` are what a user must say."""
 
     reader: Reader
     sample: Sample
     folder: Path
-    said: dict[str, Any]
+    options: dict[str, Any]
 
-    def load(self, folder: Path | None = None, **options: Any) -> Any:
-        return load(folder or self.folder, ReadOptions(**{**self.said, **options}))
+    def load(self, folder: Path | None = None, **changes: Any) -> Any:
+        return load(folder or self.folder, ReadOptions(**{**self.options, **changes}))
 
     def rewritten(self, tensors: dict[str, Array]) -> Path:
         """The folder with these tensors in its file of weights."""
@@ -59,10 +59,10 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
     folder.mkdir()
     for name, data in sample.files.items():
         (folder / name).write_bytes(data)
-    said: dict[str, Any] = {} if sample.alpha is None else {"alpha": sample.alpha}
+    options: dict[str, Any] = {} if sample.alpha is None else {"alpha": sample.alpha}
     if sample.base:
-        said["base"] = make_base(tmp_path / "base", sample.base, {})
-    return Case(named(request.param), sample, folder, said)
+        options["base"] = make_base(tmp_path / "base", sample.base, {})
+    return Case(named(request.param), sample, folder, options)
 
 
 def test_a_reader_without_a_sample_fails_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +111,7 @@ def test_the_update_is_known(case: Case) -> None:
 
 def test_from_names_the_reader(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     """`--from` on the command line, and of the weights alone where no configuration is needed."""
-    words = [word for name, value in case.said.items() for word in (f"--{name}", str(value))]
+    words = [word for name, value in case.options.items() for word in (f"--{name}", str(value))]
     cli.cli(["inspect", str(case.folder), "--json", "--from", case.reader.id, *words], standalone_mode=False)
     shown = json.loads(capsys.readouterr().out)
     assert [target["name"] for target in shown["targets"]] == sorted(case.sample.updates)

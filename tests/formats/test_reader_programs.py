@@ -18,7 +18,7 @@ import torch
 from conftest import ADAPTERS, BASES, asset, dense
 from peers import make
 from test_base_names import make_base
-from test_reader_layouts import check, known, put, refused
+from test_reader_layouts import check, known, put, refused, stored
 
 from lrconvert import api
 from lrconvert.core import errors
@@ -46,6 +46,10 @@ def mlx_config(**more: Any) -> bytes:
     return json.dumps({**config, **more}).encode()
 
 
+def mlx_folder(folder: Path, tensors: dict[str, Any], **config: Any) -> Path:
+    return put(folder, {"adapter_config.json": mlx_config(**config), "adapters.safetensors": safetensors_file(tensors)})
+
+
 def test_mlx_layers_embeddings_and_experts(tmp_path):
     """mlx-lm's fuse: weight + scale * (lora_a @ lora_b), of linear layers transposed."""
     a, b = floats(9, 2), floats(2, 6, seed=1)
@@ -53,23 +57,21 @@ def test_mlx_layers_embeddings_and_experts(tmp_path):
     q, up = "model.layers.3.self_attn.q_proj", "model.layers.2.mlp.switch_mlp.up_proj"
     tensors = {f"{q}.lora_a": a, f"{q}.lora_b": b, "model.embed_tokens.lora_a": a, "model.embed_tokens.lora_b": b}
     tensors |= {f"{up}.lora_a": ea, f"{up}.lora_b": eb}
-    folder = put(
-        tmp_path / "x", {"adapter_config.json": mlx_config(), "adapters.safetensors": safetensors_file(tensors)}
-    )
-    found = {(p.target.name, p.target.view.text): p for p in load(folder).targets}
-    plain = found.pop(("model.layers.3.self_attn.q_proj.weight", "matrix"))
+    folder = mlx_folder(tmp_path / "x", tensors)
+    targets = {(p.target.name, p.target.view.text): p for p in load(folder).targets}
+    plain = targets.pop(("model.layers.3.self_attn.q_proj.weight", "matrix"))
     np.testing.assert_allclose(dense(plain), 10 * (a.astype(float) @ b.astype(float)).T, rtol=1e-12)
-    embedding = found.pop(("model.embed_tokens.weight", "transposed"))
+    embedding = targets.pop(("model.embed_tokens.weight", "transposed"))
     assert embedding.target.shape == (9, 6)
     np.testing.assert_allclose(dense(embedding).T, 10 * (a.astype(float) @ b.astype(float)), rtol=1e-12)
     for n in range(3):
-        expert = found.pop(("model.layers.2.mlp.switch_mlp.up_proj.weight", f"expert:{n}"))
+        expert = targets.pop(("model.layers.2.mlp.switch_mlp.up_proj.weight", f"expert:{n}"))
         assert expert.target.shape == (3, 4, 5)
         np.testing.assert_allclose(dense(expert), 10 * eb[n].astype(float) @ ea[n].astype(float), rtol=1e-12)
-    assert not found
+    assert not targets
     early = {**tensors, "model.layers.2.mlp.switch_mlp.up_proj.lora_a": ea.reshape(6, 5)}
-    again = put(tmp_path / "y", {"adapter_config.json": mlx_config(), "adapters.safetensors": safetensors_file(early)})
-    assert [p.a for p in load(again).targets] == [p.a for p in load(folder).targets]
+    again = load(mlx_folder(tmp_path / "y", early))
+    assert [p.a for p in again.targets] == [p.a for p in load(folder).targets]
 
 
 def test_mlx_settings(tmp_path):
@@ -104,17 +106,12 @@ def test_mlx_settings(tmp_path):
     other = make_base(tmp_path / "other", {"model.layers.6.self_attn.q_proj.weight": (6, 5)}, {"model_type": "llama"})
     refused("E-BASE", written(), "not in the base", base=other)
     swapped = {"model.q.lora_a": floats(2, 5), "model.q.lora_b": floats(6, 2)}
-    folder = put(
-        tmp_path / "s", {"adapter_config.json": mlx_config(), "adapters.safetensors": safetensors_file(swapped)}
-    )
-    refused("E-PAIR", folder, "swapped")
+    refused("E-PAIR", mlx_folder(tmp_path / "s", swapped), "swapped")
 
 
 def test_mlx_dora(tmp_path):
     arrays = {"m.q.lora_a": floats(5, 2), "m.q.lora_b": floats(2, 6), "m.q.m": floats(6)}
-    config = mlx_config(fine_tune_type="dora")
-    folder = put(tmp_path / "x", {"adapter_config.json": config, "adapters.safetensors": safetensors_file(arrays)})
-    (extra,) = load(folder).extras
+    (extra,) = load(mlx_folder(tmp_path / "x", arrays, fine_tune_type="dora")).extras
     assert (extra.name, extra.use, extra.data) == ("m.q.weight", "magnitude", arrays["m.q.m"].tobytes())
 
 
@@ -319,8 +316,8 @@ def vit_pairs(blocks: int) -> list[layouts.Known]:
 
 def test_lora_vit_on_fused_and_on_separate_layers(tmp_path):
     """Sam_LoRA: the first third of qkv gets the query's update, the last the value's; block 10 comes after block 9."""
-    found = vit_pairs(11)
-    folder = put(tmp_path / "x", layouts.lora_vit(found))
+    pairs = vit_pairs(11)
+    folder = put(tmp_path / "x", layouts.lora_vit(pairs))
     stem = "image_encoder.blocks"
     fused = make_base(tmp_path / "fused", {f"{stem}.{n}.attn.qkv.weight": (24, 8) for n in range(11)}, {})
     lora = load(folder, ReadOptions(base=fused))
@@ -329,11 +326,11 @@ def test_lora_vit_on_fused_and_on_separate_layers(tmp_path):
         start, stop = map(int, pair.target.view.text.split(":")[1:])
         deltas.setdefault(pair.target.name, np.zeros((24, 8)))[start:stop] += dense(pair)
     for n in range(11):
-        q, v = (k.b.astype(float) @ k.a.astype(float) for k in found[2 * n : 2 * n + 2])
+        q, v = (k.b.astype(float) @ k.a.astype(float) for k in pairs[2 * n : 2 * n + 2])
         np.testing.assert_array_equal(deltas[f"{stem}.{n}.attn.qkv.weight"], np.concatenate([q, np.zeros((8, 8)), v]))
     apart = {f"transformer.blocks.{n}.attn.proj_{w}.weight": (8, 8) for n in range(11) for w in "qkv"}
     separate = load(folder, ReadOptions(base=make_base(tmp_path / "apart", apart, {})))
-    wanted = {f"transformer.blocks.{n}.attn.proj_{w}.weight": found[2 * n + i]
+    wanted = {f"transformer.blocks.{n}.attn.proj_{w}.weight": pairs[2 * n + i]
               for n in range(11) for i, w in enumerate("qv")}  # fmt: skip
     check(separate, wanted, 1.0)
     shorter = make_base(tmp_path / "short", {f"{stem}.{n}.attn.qkv.weight": (24, 8) for n in range(10)}, {})
@@ -347,12 +344,12 @@ def test_lora_vit_orientation_and_heads(tmp_path):
     odd = [layouts.Known("0", floats(2, 8), floats(8, 3), 1.0)]
     refused("E-PAIR", put(tmp_path / "o", layouts.lora_vit(odd)), "do not fit")
     arrays = {"w_a_000": floats(2, 8), "w_b_000": floats(8, 2), "fc_8in_3out": floats(3, 8)}
-    (head,) = load(put(tmp_path / "h", {"x.safetensors": safetensors_file(arrays)})).extras
+    (head,) = load(stored(tmp_path / "h", arrays)).extras
     assert (head.name, head.shape) == ("head.weight", (3, 8))
     gap = {"w_a_001": floats(2, 8), "w_b_001": floats(8, 2)}
-    refused("E-PAIR", put(tmp_path / "g", {"x.safetensors": safetensors_file(gap)}), "gaps")
+    refused("E-PAIR", stored(tmp_path / "g", gap), "gaps")
     wrong = {**arrays, "fc_8in_3out": floats(4, 8)}
-    refused("E-PAIR", put(tmp_path / "w", {"x.safetensors": safetensors_file(wrong)}), "its name")
+    refused("E-PAIR", stored(tmp_path / "w", wrong), "its name")
 
 
 # --- NOLA -----------------------------------------------------------------------------------------------------------
@@ -382,7 +379,7 @@ def test_nola_bases_are_made_again(rank, tmp_path):
             arrays |= {f"{layer}_alpha_{block:03d}": alpha, f"{layer}_beta_{block:03d}": beta}
             if layer == "fc1":
                 arrays[f"fc1_A_{block:03d}"] = first.astype("<f4")
-    folder = put(tmp_path / "x", {"x.safetensors": safetensors_file(arrays)})
+    folder = stored(tmp_path / "x", arrays)
     base = make_base(tmp_path / "base", shapes, {})
     before = torch.random.get_rng_state()
     lora = load(folder, ReadOptions(base=base))
@@ -393,11 +390,11 @@ def test_nola_bases_are_made_again(rank, tmp_path):
     assert [e.name for e in lora.extras] == ["head.weight"]
     refused("E-BASE", folder, "how wide")
     other = {**arrays, "fc1_A_001": np.nextafter(arrays["fc1_A_001"], np.float32(1))}
-    refused("E-DIGEST", put(tmp_path / "o", {"x.safetensors": safetensors_file(other)}), "another way", base=base)
+    refused("E-DIGEST", stored(tmp_path / "o", other), "another way", base=base)
     bare = {name: value for name, value in arrays.items() if "_A_" not in name}
-    refused("E-DIGEST", put(tmp_path / "b", {"x.safetensors": safetensors_file(bare)}), "no numbers", base=base)
+    refused("E-DIGEST", stored(tmp_path / "b", bare), "no numbers", base=base)
     half = {name: value for name, value in arrays.items() if name != "fc2_beta_001"}
-    refused("E-PAIR", put(tmp_path / "h", {"x.safetensors": safetensors_file(half)}), "alpha and beta", base=base)
+    refused("E-PAIR", stored(tmp_path / "h", half), "alpha and beta", base=base)
 
 
 def test_nola_of_a_language_model_is_refused_in_a_peft_folder(tmp_path):
@@ -457,10 +454,10 @@ def test_sbora(kind, pickle, tmp_path):
 
 
 def environment(peer: str) -> Path:
-    found = make.environment(peer)
-    if found is None:
+    folder = make.environment(peer)
+    if folder is None:
         pytest.skip(f"the peer {peer} has no environment: python tests/peers/make.py {peer}")
-    return found / "lib"
+    return folder / "lib"
 
 
 @pytest.mark.slow
@@ -502,8 +499,8 @@ model.load_weights(new, strict=False)
 out = Path(sys.argv[3])
 mx.save_safetensors(str(out / "adapters.safetensors"), dict(tree_flatten(model.trainable_parameters())))
 mx.savez(str(out / "adapters.npz"), **{n: v.astype(mx.bfloat16) for n, v in tree_flatten(model.trainable_parameters())})
-told = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": settings, "model": "org/base"}
-(out / "adapter_config.json").write_text(json.dumps(told))
+config = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": settings, "model": "org/base"}
+(out / "adapter_config.json").write_text(json.dumps(config))
 fused = [(n, m.fuse()) for n, m in model.named_modules() if hasattr(m, "fuse")]
 deltas = {n: np.array(m.weight) - before[n + ".weight"] for n, m in fused}
 np.savez(out / "deltas.npz", **deltas)
@@ -545,25 +542,25 @@ def test_the_real_mlx_adapter_on_a_base_of_its_shape(tmp_path):
 def test_every_layout_of_one_adapter_merges_to_the_same_bytes(tmp_path):
     """A PEFT adapter, written as MLX, GGUF, raw and kohya, and merged by each file into the base."""
     lora = api.load_lora(ADAPTERS / "llama-plain")
-    found = [
+    pairs = [
         layouts.Known(p.target.name.removesuffix(".weight"), p.A.astype("<f4"), p.B.astype("<f4"), p.scale * p.rank)
         for p in lora.targets
     ]
-    assert len({(k.rank, k.alpha) for k in found}) == 1
+    assert len({(k.rank, k.alpha) for k in pairs}) == 1
     gguf_names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
                   "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
                   "mlp.down_proj": "ffn_down"}  # fmt: skip
     rows = {"self_attn.q_proj": 4, "self_attn.k_proj": 2}
     blocks = []
-    for k in found:
+    for k in pairs:
         _, _, block, leaf = k.module.split(".", 3)
         b = permuted(k.b, rows[leaf]) if leaf in rows else k.b
         blocks.append(layouts.Known(f"blk.{block}.{gguf_names[leaf]}", k.a, np.ascontiguousarray(b), k.alpha))
     written = {
-        "mlx": layouts.mlx(found),
+        "mlx": layouts.mlx(pairs),
         "gguf": layouts.gguf(blocks),
-        "raw": layouts.raw(found),
-        "kohya": layouts.kohya(found, "lora_te"),
+        "raw": layouts.raw(pairs),
+        "kohya": layouts.kohya(pairs, "lora_te"),
     }
 
     def merged(name: str, adapter: Any) -> dict[str, bytes]:
@@ -574,6 +571,6 @@ def test_every_layout_of_one_adapter_merges_to_the_same_bytes(tmp_path):
     assert wanted != {p.name: p.read_bytes() for p in sorted(LLAMA.glob("*.safetensors"))}
     for name, files in written.items():
         folder = put(tmp_path / name, files)
-        options = {"alpha": found[0].alpha} if name == "raw" else {}
+        options = {"alpha": pairs[0].alpha} if name == "raw" else {}
         adapter = api.load_lora(folder, base=LLAMA, **options) if options else folder
         assert merged(name, adapter) == wanted, name

@@ -142,8 +142,8 @@ def test_stored_bits_are_kept(name, tmp_path):
 
 def test_views(tmp_path):
     oracle.train(NET, tmp_path, target_modules=LAYERS, init_lora_weights=False)
-    found = {p.target.name: (p.target.view.text, p.target.shape) for p in load(tmp_path).targets}
-    assert found == {
+    views = {p.target.name: (p.target.view.text, p.target.shape) for p in load(tmp_path).targets}
+    assert views == {
         "conv1.weight": ("conv:3:1", (8, 6, 3)),
         "conv2.weight": ("conv:3x2:1", (10, 8, 3, 2)),
         "emb.weight": ("transposed", (11, 6)),
@@ -221,15 +221,15 @@ def edited(folder, **changes):
 
 
 @pytest.mark.parametrize(
-    "said",
+    "changes",
     [{"base_model_name_or_path": "org/gpt-oss-tiny"}, {"peft_version": "0.18.1"}, {"peft_version": None}],
-    ids=lambda said: str(said),
+    ids=str,
 )
-def test_experts_that_are_stored_in_out(said, tmp_path):
+def test_experts_that_are_stored_in_out(changes, tmp_path):
     """What PEFT before 0.19 did with every stack, it does now where the model asks for it: (experts, in, out)."""
     make = seeded(lambda: oracle.Mixture(True))
     oracle.train(make, tmp_path, target_modules=["lin"], target_parameters=STACK, init_lora_weights=False)
-    lora = load(edited(tmp_path, auto_mapping=None, **said))
+    lora = load(edited(tmp_path, auto_mapping=None, **changes))
     assert {p.target.view.kind for p in lora.targets} == {"matrix", "expert_transposed"} and lora.warnings == ()
     x, loaded = inputs(make), oracle.peft_model(make, tmp_path)
     theirs = oracle.outputs(loaded, x)

@@ -51,8 +51,8 @@ CONVERTED: dict[str, tuple[int, tuple[float, float] | None]] = {
     "sd_lora_pokemon": (128, (0.68, 0.41)),
     "t5_small_rec": (36, (0.94, 0.92)),
 }
-# What is said of a source that does not say it itself.
-SAID = {"mlx_vtboyarc": {"alpha": 160.0}}
+# Options of sources that do not state something themselves.
+OPTIONS = {"mlx_vtboyarc": {"alpha": 160.0}}
 # The norm of all updates together, of layouts that state a scale, a half or an orientation in their own way; worked out
 # from the plain tensors by the definitions of the layouts.
 NORMS = {
@@ -128,7 +128,7 @@ def test_pickles_are_opened_only_when_allowed(name):
     path = asset(f"adapters/{name}")
     pickled = path.is_dir() and not [p for p in path.iterdir() if p.suffix in (".safetensors", ".npz")]
     if not pickled:
-        assert len(api.load_lora(path, **SAID.get(name, {})).targets) == CONVERTED[name][0]
+        assert len(api.load_lora(path, **OPTIONS.get(name, {})).targets) == CONVERTED[name][0]
     else:
         with pytest.raises(errors.PickleError):
             api.load_lora(path)
@@ -140,7 +140,7 @@ def test_norms_and_memory(name):
     path = asset(f"adapters/{name}")
     pytest.importorskip("torch")  # what loading it takes is not the reader's
     tracemalloc.start()
-    lora = api.load_lora(path, allow_pickle=True, **SAID.get(name, {}))
+    lora = api.load_lora(path, allow_pickle=True, **OPTIONS.get(name, {}))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     total = math.sqrt(sum(np.sum(dense(pair) ** 2) for pair in lora.targets))
@@ -174,7 +174,7 @@ def test_bat(name, tmp_path):
 def check(name: str, method: str, folder, floors: tuple[float, ...] | None, **options) -> None:
     """At three budgets: what fits is written, read, and keeps its share; what does not is refused with the smallest
     size, which does fit. Without `floors` no budget fits, and only the whole adapter is converted."""
-    lora = api.load_lora(asset(f"adapters/{name}"), allow_pickle=True, **SAID.get(name, {}))
+    lora = api.load_lora(asset(f"adapters/{name}"), allow_pickle=True, **OPTIONS.get(name, {}))
     assert len(lora.targets) == CONVERTED[name][0]
     smallest, sizes = None, []
     for share, floor in zip(SHARES, (*(floors or (0, 0)), 0.0), strict=True):

@@ -53,10 +53,10 @@ def refuse(names: Sequence[str]) -> None:
                 if re.search(pattern, name):
                     raise error(f"tensor {name!r:.120} belongs to {what}", fix=advice)
     if names and not any(_FACTOR.search(name) for name in names) and all(_SCALAR.search(name) for name in names):
-        raise no_matrices(names[0])
+        raise no_matrices(names)
 
 
-def no_matrices(name: str) -> EmptyAdapterError:
-    """Return the error for a file that holds nothing but settings, `name` for one."""
-    what = f"the file holds settings such as {name!r:.120}, and no matrices"
+def no_matrices(names: Sequence[str]) -> EmptyAdapterError:
+    """Return the error for a file whose tensors are settings alone."""
+    what = f"the file holds {len(names)} settings such as {names[0]!r:.120}, and no matrices"
     return EmptyAdapterError(what, fix="the training saved no weights; export the adapter again")

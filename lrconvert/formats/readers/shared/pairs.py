@@ -87,7 +87,7 @@ def check_both_halves(modules: Mapping[str, Parts], labels: Labels) -> None:
         what = f"the file holds {name} of {len(modules)} modules and not one {other}"
         raise PairError(what, fix="one half has no update; export both from the training")
     if modules and not present:
-        raise kinds.no_matrices(next(info.name for parts in modules.values() for info in parts.values()))
+        raise kinds.no_matrices([info.name for parts in modules.values() for info in parts.values()])
 
 
 def scalar(weights: Weights, info: TensorInfo) -> float:
