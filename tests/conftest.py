@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -43,6 +43,14 @@ def asset(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"real material is absent: {name}")
     return path
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> Path:
+    """Write {name: bytes} into the folder, which may be new; return it."""
+    folder.mkdir(exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder
 
 
 def random_lora(

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import safetensors
-from conftest import FIXTURES, ROOT
+from conftest import FIXTURES, ROOT, write_files
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from test_container import check_against_the_library
@@ -42,18 +42,11 @@ def fuzz(examples: int, check: Callable[[st.DataObject], None]) -> None:
     quick(given(st.data())(check))()
 
 
-def put(folder: Path, files: Mapping[str, bytes]) -> Path:
-    folder.mkdir(exist_ok=True)
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    return folder
-
-
 def mutated(data: st.DataObject, files: Mapping[str, bytes], often: str) -> dict[str, bytes]:
     """The folder with one of its files mutated, every other time the one named `often`."""
-    found = data.draw(testing.folder_mutations(files, [often] if data.draw(st.booleans()) else []))
-    note(f"{found.name}: {found.kind} at {found.where}: {found.data[:300]!r}")
-    return {**files, found.name: found.data}
+    bad = data.draw(testing.folder_mutations(files, [often] if data.draw(st.booleans()) else []))
+    note(f"{bad.name}: {bad.kind} at {bad.where}: {bad.data[:300]!r}")
+    return {**files, bad.name: bad.data}
 
 
 # --- containers -----------------------------------------------------------------------------------------------------
@@ -124,7 +117,7 @@ def expected(files: Mapping[str, bytes]) -> dict[str, tuple[bytes, bytes, float]
     """{module: (bits of A, bits of B, scale)} by PEFT's rules."""
     config = json.loads(files[CONFIG_NAME])
     tensors = dict(container_tensors(files[WEIGHTS_NAME]))
-    found = {}
+    updates = {}
     for name, (_, shape, a) in tensors.items():
         if ".lora_A." not in name:
             continue
@@ -132,8 +125,8 @@ def expected(files: Mapping[str, bytes]) -> dict[str, tuple[bytes, bytes, float]
         alpha = first_match(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
         assert first_match(config.get("rank_pattern") or {}, module, config["r"]) == shape[0]
         scale = alpha / math.sqrt(shape[0]) if config.get("use_rslora") else alpha / shape[0]
-        found[module] = (a, tensors[name.replace("lora_A", "lora_B")][2], scale)
-    return found
+        updates[module] = (a, tensors[name.replace("lora_A", "lora_B")][2], scale)
+    return updates
 
 
 def first_match(table: Mapping[str, float], module: str, default: float) -> float:
@@ -156,7 +149,7 @@ def test_peft_folders(examples: int, tmp_path: Path) -> None:
     def check(data: st.DataObject) -> None:
         good = data.draw(testing.peft_folders())
         for files in (good, mutated(data, good, CONFIG_NAME)):
-            put(folder, files)
+            write_files(folder, files)
             try:
                 lora = api.load_lora(folder)
             except errors.LrcError as error:
@@ -185,7 +178,7 @@ def test_peft_configurations_of_real_adapters(examples: int, tmp_path: Path) -> 
         note(f"{source.name}: {bad.kind} at {bad.where}")
         weights = (source / WEIGHTS_NAME).read_bytes()
         try:
-            lora = api.load_lora(put(tmp_path / "lora", {CONFIG_NAME: bad.data, WEIGHTS_NAME: weights}))
+            lora = api.load_lora(write_files(tmp_path / "lora", {CONFIG_NAME: bad.data, WEIGHTS_NAME: weights}))
         except errors.LrcError:
             return
         assert lora.targets
@@ -208,7 +201,7 @@ def test_shard_indexes(examples: int, tmp_path: Path) -> None:
         good = data.draw(testing.shard_indexes())
         folder = tmp_path / str(count)  # files of earlier examples must not be there
         for files in (good, mutated(data, good, container.INDEX_NAME)):
-            put(folder, files)
+            write_files(folder, files)
             try:
                 with container.open_checkpoint(folder) as base:
                     ours = {t.name: (t.file.name, bytes(base.read(t))) for t in base.tensors.values()}

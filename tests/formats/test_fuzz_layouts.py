@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import write_files
 from hypothesis import note
 from hypothesis import strategies as st
-from test_fuzz import SLOW, container_tensors, fuzz, mutated, put
+from test_fuzz import SLOW, container_tensors, fuzz, mutated
 
 from lrconvert import api, testing
 from lrconvert.core import errors
@@ -136,7 +137,7 @@ def test_layouts(layout: str, examples: int, tmp_path: Path) -> None:
         _, good = data.draw(testing.layout_folders(layout))
         weights = next(name for name in good if name != "adapter_config.json")
         for files in (good, mutated(data, good, weights)):
-            lora = loaded(put(folder, files), alpha=ALPHA if layout == "raw" else None)
+            lora = loaded(write_files(folder, files), alpha=ALPHA if layout == "raw" else None)
             if lora is None:
                 assert files is not good
             else:

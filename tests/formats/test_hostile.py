@@ -24,17 +24,19 @@ from typing import Any
 
 import hostile
 import pytest
-from conftest import ADAPTERS, BASES, FIXTURES, ROOT, random_lora
+from conftest import ADAPTERS, BASES, FIXTURES, ROOT, random_lora, write_files
 
 from lrconvert import api, cli
 from lrconvert.core import errors
-from lrconvert.core.limits import FOREIGN, MAX_CONFIG_BYTES, MAX_INDEX_BYTES, MAX_SHARDS, OWN
+from lrconvert.core.limits import FOREIGN, MAX_CONFIG_BYTES, MAX_INDEX_BYTES, MAX_SHARDS, OWN, Limits
 from lrconvert.formats.lrc import file
 from lrconvert.formats.lrc.validation import validate
 from lrconvert.io import container
 from lrconvert.testing.raw_files import spelled, with_header
 
 CASES = {case.path: case for case in hostile.cases()}
+GOLDEN = FIXTURES / "golden" / "v1" / "lowrank" / "4.lrc"
+SHARD = hostile.tensors(h__0__q__weight=hostile.zeros(6, 4))
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -84,7 +86,6 @@ def watched(*, memory: bool = True) -> Iterator[Seen]:
     """Count reads and bytes, note what is opened, written, imported, started or sent, and measure peak memory (which
     takes five times as long)."""
     seen = Seen()
-    patch = pytest.MonkeyPatch()
 
     def counting(real: Callable[..., Any], size: Callable[[Any], int]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
@@ -95,19 +96,19 @@ def watched(*, memory: bool = True) -> Iterator[Seen]:
 
         return call
 
-    for name, size in (("preadv", int), ("pread", len), ("read", len)):
-        patch.setattr(os, name, counting(getattr(os, name), size))
-    if memory:
-        tracemalloc.start()
-    _watching.append(seen)
-    try:
-        yield seen
-    finally:
-        _watching.pop()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in (("preadv", int), ("pread", len), ("read", len)):
+            patch.setattr(os, name, counting(getattr(os, name), size))
         if memory:
-            seen.peak = tracemalloc.get_traced_memory()[1]
-            tracemalloc.stop()
-        patch.undo()
+            tracemalloc.start()
+        _watching.append(seen)
+        try:
+            yield seen
+        finally:
+            _watching.pop()
+            if memory:
+                seen.peak = tracemalloc.get_traced_memory()[1]
+                tracemalloc.stop()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -123,13 +124,9 @@ def _warm(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 def run_cli(*words: Any) -> int:
     """The exit code of the command line, run in this process."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(sys, "argv", ["lrconvert", *map(str, words)])
-    try:
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-    finally:
-        patch.undo()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", ["lrconvert", *map(str, words)])
+        cli.main()
     return int(ended.value.code or 0)
 
 
@@ -191,14 +188,12 @@ def readings(case: Any, path: Path, folder: Path) -> list[Reading]:
         adapter = path / "adapter" if (path / "adapter").exists() else path / "adapter.lrc"
         return [Reading("merge", path, lambda: api.merge(path / "base", adapter, folder / "out"))]
     data = case.files[""]
-    for name, files in (("lora", hostile.lora(None, data)), ("base", hostile.base(data, {}))):
-        (folder / name).mkdir()
-        for inner, content in files.items():
-            (folder / name / inner).write_bytes(content)
+    lora = write_files(folder / "lora", hostile.lora(None, data))
+    base = write_files(folder / "base", hostile.base(data, {}))
     return [
         Reading("read", path, lambda: api.read(path)),
-        Reading("lora", folder / "lora", lambda: api.load_lora(folder / "lora")),
-        Reading("base", folder / "base", lambda: container.open_checkpoint(folder / "base")),
+        Reading("lora", lora, lambda: api.load_lora(lora)),
+        Reading("base", base, lambda: container.open_checkpoint(base)),
     ]
 
 
@@ -297,20 +292,11 @@ def alarm() -> Iterator[None]:
 
 def plain_folders(root: Path) -> dict[str, Path]:
     """A file, a LoRA and a base in shards that are all sound."""
-    made = {"file": root / "x.lrc", "lora": root / "lora", "base": root / "base"}
-    made["file"].write_bytes((FIXTURES / "golden" / "v1" / "lowrank" / "4.lrc").read_bytes())
-    one = hostile.tensors(h__0__q__weight=hostile.zeros(6, 4))
-    for name, files in (
-        ("lora", hostile.lora()),
-        (
-            "base",
-            {"config.json": b'{"model_type": "llama"}', **hostile.sharded({"h.0.q.weight": "m.safetensors"}, m=one)},
-        ),
-    ):
-        made[name].mkdir()
-        for inner, content in files.items():
-            (made[name] / inner).write_bytes(content)
-    return made
+    shards = hostile.sharded({"h.0.q.weight": "m.safetensors"}, m=SHARD)
+    write_files(root, {"x.lrc": GOLDEN.read_bytes()})
+    lora = write_files(root / "lora", hostile.lora())
+    base = write_files(root / "base", {"config.json": b'{"model_type": "llama"}', **shards})
+    return {"file": root / "x.lrc", "lora": lora, "base": base}
 
 
 def read_all(made: dict[str, Path]) -> None:
@@ -375,27 +361,14 @@ def sparse(path: Path, start: bytes, size: int) -> Path:
     return path
 
 
-def length(nbytes: int) -> bytes:
-    return nbytes.to_bytes(8, "little")
-
-
-GIANTS = {
-    "header over our cap": (OWN, length(OWN.header_bytes + 1), OWN.header_bytes + 9, "E-HDR-LEN", 8),
-    "header over the library's cap": (
-        FOREIGN,
-        length(FOREIGN.header_bytes + 1),
-        FOREIGN.header_bytes + 9,
-        "E-HDR-LEN",
-        8,
-    ),
-    "file over our cap": (OWN, b"", OWN.file_bytes + 1, "E-LIMIT", 0),
-    "file over every cap": (FOREIGN, b"", FOREIGN.file_bytes + 1, "E-LIMIT", 0),
-}
-
-
-@pytest.mark.parametrize("name", GIANTS)
-def test_giants_are_not_read(name: str, tmp_path: Path) -> None:
-    limits, start, size, code, nbytes = GIANTS[name]
+@pytest.mark.parametrize("part", ["header", "file"])
+@pytest.mark.parametrize("limits", [OWN, FOREIGN], ids=["our cap", "the library's cap"])
+def test_giants_are_not_read(limits: Limits, part: str, tmp_path: Path) -> None:
+    if part == "header":
+        start, size = (limits.header_bytes + 1).to_bytes(8, "little"), limits.header_bytes + 9
+        code, nbytes = "E-HDR-LEN", 8
+    else:
+        start, size, code, nbytes = b"", limits.file_bytes + 1, "E-LIMIT", 0
     path = sparse(tmp_path / "x", start, size)
     with watched() as seen, pytest.raises(errors.LrcError) as caught:
         container.ContainerFile(path, limits)
@@ -511,8 +484,7 @@ def test_many_dimensions_and_deep_patterns(tmp_path: Path) -> None:
         container.ContainerFile(tmp_path / "x")
     check_message(caught.value, tmp_path)
     for depth in (10, 100, 300, 490):
-        for name, data in hostile.lora(rank_pattern={"(" * depth + "a" + ")" * depth: 2}).items():
-            (tmp_path / name).write_bytes(data)
+        write_files(tmp_path, hostile.lora(rank_pattern={"(" * depth + "a" + ")" * depth: 2}))
         with contextlib.suppress(errors.PatternError):
             api.load_lora(tmp_path)
 
@@ -541,18 +513,13 @@ def test_links_that_leave_the_folder(tmp_path: Path) -> None:
     outside = tmp_path / "outside.safetensors"
     outside.write_bytes(hostile.tensors(a=hostile.zeros(2)))
     for n, files in enumerate((hostile.sharded({"a": "m.safetensors"}), {})):
-        root = tmp_path / str(n)
-        root.mkdir()
-        for name, data in files.items():
-            (root / name).write_bytes(data)
+        root = write_files(tmp_path / str(n), files)
         (root / ("m.safetensors" if files else container.SINGLE_NAME)).symlink_to(outside)
         with watched() as seen, pytest.raises(errors.ShardPathError) as caught:
             container.open_checkpoint(root)
         check_message(caught.value, root)
         assert not [p for _, p in seen.named("open") if "outside" in p]
-    real = tmp_path / "real"
-    real.mkdir()
-    (real / container.SINGLE_NAME).write_bytes(outside.read_bytes())
+    real = write_files(tmp_path / "real", {container.SINGLE_NAME: outside.read_bytes()})
     (tmp_path / "alias").symlink_to(real)  # the user's own: given, not found in a file
     with container.open_checkpoint(tmp_path / "alias") as base:
         assert set(base.tensors) == {"a"}
@@ -585,12 +552,9 @@ def test_nothing_goes_out(
     monkeypatch.setattr(socket, "socket", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     adapter, lrc = hostile_files / "H28-names-of-code", tmp_path / "x.lrc"
-    model = tmp_path / "base"
-    model.mkdir()
-    for name, data in hostile.base(hostile.tensors(h__0__q__weight=hostile.zeros(6, 4))).items():
-        (model / name).write_bytes(data)
     remote = {"auto_map": {"AutoModel": "org/repo--antigravity.Model"}, "model_type": "antigravity"}
-    (model / "config.json").write_bytes(spelled({**remote, "_name_or_path": "https://evil.invalid/x"}))
+    config = {**remote, "_name_or_path": "https://evil.invalid/x"}
+    model = write_files(tmp_path / "base", hostile.base(SHARD, config))
     with watched() as seen:
         for words in (
             ["inspect", adapter],
@@ -614,7 +578,7 @@ def test_nothing_goes_out(
 @pytest.mark.parametrize("change", ["cut", "grown", "rewritten", "replaced"])
 def test_files_that_change_while_they_are_read(change: str, tmp_path: Path) -> None:
     """The file changes before each of its reads in turn: refused, or read as one of its two states."""
-    good = (FIXTURES / "golden" / "v1" / "lowrank" / "4.lrc").read_bytes()
+    good = GOLDEN.read_bytes()
     path = tmp_path / "x.lrc"
 
     def alter() -> None:
@@ -630,7 +594,8 @@ def test_files_that_change_while_they_are_read(change: str, tmp_path: Path) -> N
             (tmp_path / "new").write_bytes(bytes(len(good)))
             (tmp_path / "new").replace(path)
 
-    real, codes = os.preadv, []
+    real = os.preadv
+    codes: list[str] = []
     for number in range(1, 10):
         path.write_bytes(good)
         os.utime(path, ns=(10**9, 10**9))  # so that any change is seen, however coarse the clock
@@ -643,15 +608,13 @@ def test_files_that_change_while_they_are_read(change: str, tmp_path: Path) -> N
                 alter()
             return real(*arguments)
 
-        patch = pytest.MonkeyPatch()
-        patch.setattr(os, "preadv", altering)
-        try:
-            api.read(path)
-            codes.append("")
-        except errors.LrcError as error:
-            codes.append(error.code)
-        finally:
-            patch.undo()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "preadv", altering)
+            try:
+                api.read(path)
+                codes.append("")
+            except errors.LrcError as error:
+                codes.append(error.code)
         if calls < number:
             break
     assert calls < number and codes[-1] == ""
@@ -728,14 +691,13 @@ def test_two_writers(overwrite: bool, tmp_path: Path) -> None:
         except errors.LrcError as error:
             results.append(error.code)
 
-    patch = pytest.MonkeyPatch()
-    patch.setattr(os, "fsync", together)
-    threads = [threading.Thread(target=work, args=(compact,)) for compact in made]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", together)
+        threads = [threading.Thread(target=work, args=(compact,)) for compact in made]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     assert sorted(results) == (["", ""] if overwrite else ["", "E-OUT-EXISTS"])
     assert path.read_bytes() in whole and [p.name for p in tmp_path.iterdir()] == ["x.lrc"]
 

@@ -26,9 +26,9 @@ class Plot:
 
 def plots(files: Sequence[File], measures: Sequence[Measure]) -> list[Plot]:
     """Return a plot for each measure, and one for the models' answers where these were measured."""
-    answers = [(f, f.kept.answers.closed) for f in files if f.kept.answers is not None]
     panels = [(f"Captured {m.title}", [(f, m.of(f.kept)) for f in files]) for m in measures]
-    panels += [("Share of the distance to the LoRA's answers that is closed", answers)]
+    closed = [(f, None if f.kept.answers is None else f.kept.answers.closed) for f in files]
+    panels.append(("Share of the distance to the LoRA's answers that is closed", closed))
     drawn = [(title, [(f, v) for f, v in points if v is not None and math.isfinite(v)]) for title, points in panels]
     return [_plot(title, points) for title, points in drawn if points]
 
