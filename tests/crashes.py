@@ -1,11 +1,14 @@
-"""What the tests of crashes share: a small model in several files, what is done to it, what it may be then."""
+"""A small model in several files, and the two loops of the tests of crashes: every call fails, power is lost."""
 
 from __future__ import annotations
 
+import errno
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,7 @@ from models import extra, one_target, random_base, save_base
 from lrconvert import api
 from lrconvert.api import merge, unmerge
 from lrconvert.core.dtypes import Stored, round_to
+from lrconvert.core.errors import LrcError
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter, Target
 from lrconvert.testing import faults
 
@@ -86,7 +90,80 @@ KINDS = ("swap", "patch", "mixed")
 ALL = [(error, persistent) for persistent in (False, True) for error in faults.ERRORS]
 
 
-def nothing_fails(disk: faults.Faulty | None, n: int, error: int) -> bool:
-    """Whether call `n`, as the run before this one made it, cannot fail in the way `error`: only writes can be SHORT.
-    All that are short from `n` on are those from the next write on, whose turn comes."""
+def _nothing_fails(disk: faults.Faulty | None, n: int, error: int) -> bool:
+    """Call `n`, as the run before this one made it, cannot fail in the way `error`: only writes can be SHORT. All that
+    are short from `n` on are those from the next write on, whose turn comes."""
     return error == faults.SHORT and disk is not None and disk.made[n - 1 : n] not in (["write"], ["pwrite"])
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run into `out` whose call `n` failed, and perhaps all later ones; `caught` is what it raised."""
+
+    n: int
+    error: int
+    persistent: bool
+    options: tuple[Any, ...]
+    out: Path
+    caught: LrcError | None
+
+
+def failures(
+    place: Path,
+    ways: Callable[[int], Iterable[tuple[Any, ...]]],
+    prepare: Callable[..., Any],
+    run: Callable[..., Any],
+    calls: Iterable[int] | None = None,
+) -> Iterator[Failure]:
+    """SQLite's loop: let call n = 1, 2, ... fail until nothing is left to fail.
+
+    `ways(n)` gives (error, whether later calls fail too, options...); ``prepare(out, *options)`` and
+    ``run(out, *options)`` are called for each, in a folder of its own.
+    """
+    for n in count(1) if calls is None else calls:
+        disk: faults.Faulty | None = None
+        for error, persistent, *options in ways(n):
+            if _nothing_fails(disk, n, error):
+                continue
+            (place / "work").mkdir()
+            out = place / "work" / "out"
+            prepare(out, *options)
+            caught: LrcError | None = None
+            with faults.installed(faults.Faulty(n, error, persistent)) as disk:
+                try:
+                    run(out, *options)
+                except LrcError as raised:
+                    caught = raised
+            yield Failure(n, error, persistent, tuple(options), out, caught)
+            shutil.rmtree(out.parent)
+        if calls is None and disk is not None and not disk.reached:
+            return
+
+
+def calls_of(run: Callable[[], Any]) -> list[str]:
+    """The names of the calls that a run makes."""
+    with faults.installed(faults.Faulty(10**9, errno.EIO)) as disk:
+        run()
+    return disk.made
+
+
+def power_losses(
+    place: Path,
+    prepare: Callable[[Path], Any],
+    run: Callable[[Path], Any],
+    moments: Callable[[int], Iterable[int]],
+    tries: int = 1,
+) -> Iterator[tuple[Path, bool]]:
+    """Run once, then make what the disk may hold if power failed at these moments: (output, whether the run had
+    reported success)."""
+    work, left = place / "work", place / "left"
+    work.mkdir()
+    prepare(work / "out")
+    with faults.installed(faults.Recorder(work)) as disk:
+        run(work / "out")
+    for moment in moments(len(disk.calls)):
+        for attempt in range(tries):
+            left.mkdir()
+            disk.after_power_loss(moment, Random(1000 * moment + attempt), left)
+            yield left / "out", moment == len(disk.calls)
+            shutil.rmtree(left)

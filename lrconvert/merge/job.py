@@ -8,15 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lrconvert.core.errors import (
-    DiskSpaceError,
-    FileChangedError,
-    FileReadError,
-    FileWriteError,
-    FingerprintError,
-    NoEffectError,
-    OutputPathError,
-)
+from lrconvert.core import errors
 from lrconvert.io.container import Checkpoint
 from lrconvert.lora.adapter import LoraAdapter
 from lrconvert.merge.arithmetic.stats import MergeStats
@@ -31,7 +23,7 @@ from lrconvert.merge.undo.open_record import OpenRecord
 from lrconvert.merge.writing import Merger, Progress
 
 # After these a merge may go on where it stopped; after others it would stop there again.
-BROKEN_OFF = (FileWriteError, FileReadError, FileChangedError, DiskSpaceError)
+BROKEN_OFF = (errors.FileWriteError, errors.FileReadError, errors.FileChangedError, errors.DiskSpaceError)
 
 _SPACE_MARGIN = 1.05
 _RECORD_SHARE = 0.08  # of the touched bytes, as an estimate: 3.5 % in bf16, more where updates are large
@@ -124,7 +116,9 @@ def _row(output: Output, stats: MergeStats) -> MergedTensor:
 def check_replaceable(out: Path) -> None:
     """Raise E-OUT-PATH unless `out` is a model folder, empty, or not there: nothing else is ever replaced."""
     if out.is_dir() and any(out.iterdir()) and not (out / CONFIG_NAME).exists() and not any(out.glob("*.safetensors")):
-        raise OutputPathError("is not a model folder, so it is not replaced", fix="choose another output", path=out)
+        raise errors.OutputPathError(
+            "is not a model folder, so it is not replaced", fix="choose another output", path=out
+        )
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
@@ -139,7 +133,7 @@ def _check_content(content: str, planned: Plan, earlier: Mapping[int, Path]) -> 
         with OpenRecord(place) as opened:
             if opened.record.content in planned.contents:
                 return
-    raise FingerprintError(
+    raise errors.FingerprintError(
         "the base has other contents than the one that the adapter was made for",
         fix="use the same revision of the base",
         path=planned.checkpoint.root,
@@ -151,9 +145,9 @@ def _check_effect(inputs: Sequence[Scaled], planned: Plan) -> None:
     if planned.placement.has_effect:
         return
     if not planned.touched:
-        raise NoEffectError("the adapter has no target and no other tensor for this base", fix=_ALLOW)
+        raise errors.NoEffectError("the adapter has no target and no other tensor for this base", fix=_ALLOW)
     if all(_is_zero(item) for item in inputs):
-        raise NoEffectError("the update is zero everywhere", fix=f"was the adapter trained? Otherwise {_ALLOW}")
+        raise errors.NoEffectError("the update is zero everywhere", fix=f"was the adapter trained? Otherwise {_ALLOW}")
 
 
 def _is_zero(item: Scaled) -> bool:
@@ -169,9 +163,9 @@ def _check_moved(report: MergeReport) -> None:
     if stats.changed:
         return
     if not stats.unmoved:
-        raise NoEffectError("the update is zero everywhere", fix=f"was the adapter trained? Otherwise {_ALLOW}")
+        raise errors.NoEffectError("the update is zero everywhere", fix=f"was the adapter trained? Otherwise {_ALLOW}")
     names = ", ".join(sorted({t.dtype for t in report.tensors}))
-    raise NoEffectError(
+    raise errors.NoEffectError(
         f"no element moved: all {stats.unmoved} nonzero updates are below the resolution of {names}",
         fix=f"merge into a base of a wider dtype, or {_ALLOW}",
     )

@@ -24,11 +24,7 @@ from lrconvert.merge.writing import Progress
 
 
 def merge(
-    base: Path,
-    adapters: Sequence[Adapter | Scaled],
-    out: Path | None,
-    options: MergeOptions,
-    progress: Progress,
+    base: Path, adapters: Sequence[Adapter | Scaled], out: Path | None, options: MergeOptions, progress: Progress
 ) -> MergeReport:
     """Write the folder `out`: `base` with all `adapters` added in one sum and rounded once, and the record that undoes
     it; or change the base itself.

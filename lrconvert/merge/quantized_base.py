@@ -120,7 +120,7 @@ class DequantizedFile(ContainerFile):
         return (info.name, info.dtype, info.shape) if weight is None else (info.name, DTYPE, weight.shape)
 
     def read(self, info: TensorInfo, offset: int = 0, nbytes: int | None = None) -> bytearray:
-        """Bytes of a tensor, or `nbytes` of them from `offset`. Raises E-BASE-QUANT for scales that are no numbers."""
+        """Return bytes of a tensor, or `nbytes` of them from `offset`. Raises E-BASE-QUANT for scales that are NaN."""
         weight = self._weights.get(info.name)
         if weight is None:
             return self._stored.read(self._stored.by_name[info.name], offset, nbytes)
@@ -164,7 +164,7 @@ class DequantizedCheckpoint(Checkpoint):
 
     @property
     def note(self) -> str:
-        """One line for the user, with what was measured if everything was read."""
+        """A line for the user, with what was measured if everything was read."""
         method = quantization_name(self.stored.config)
         lines = [f"{len(self.weights)} tensors are dequantized from {method} to bf16"]
         if all(weight.rounding.count for weight in self.weights.values()):
@@ -186,7 +186,7 @@ class DequantizedCheckpoint(Checkpoint):
 
 
 def open_base(path: Path, *, dequantize: bool = False) -> Checkpoint:
-    """A model folder; with `dequantize` one that bitsandbytes has quantized, as bf16.
+    """Open a model folder; with `dequantize` one that bitsandbytes has quantized, as bf16.
 
     Raises what `open_checkpoint` raises; E-BASE-QUANT for other quantizations, for a state that does not describe its
     weight, and, with `dequantize`, for a base that is not quantized.

@@ -88,13 +88,7 @@ class Merger:
     """
 
     def __init__(
-        self,
-        planned: Plan,
-        inputs: Sequence[Scaled],
-        workspace: Workspace,
-        number: int,
-        undo: bool,
-        progress: Progress,
+        self, planned: Plan, inputs: Sequence[Scaled], workspace: Workspace, number: int, undo: bool, progress: Progress
     ) -> None:
         self.plan, self.inputs, self.undo, self.progress = planned, inputs, undo, progress
         self.workspace, self.number = workspace, number

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from conftest import random_lora
-from crashes import ALL, KINDS, Scene, nothing_fails, whole
+from crashes import ALL, KINDS, Scene, calls_of, failures, power_losses, whole
 from models import random_base
 
 from lrconvert import api
@@ -45,15 +45,17 @@ class States:
         return cls(whole(before), whole(after))
 
 
-def check_recovered(model: Path, states: States, said: str = "") -> str:
-    """Run `recover`; what the model is then, which has to be what is said, and one of the two wholly."""
-    found = recover(model).state
+def check_recovered(model: Path, states: States, expected: str = "") -> None:
+    """Run `recover`: the model is wholly in one of the two states, the one that is reported and expected."""
+    reported = recover(model).state
     now = whole(model)
     assert now in (states.old, states.new), sorted(now)
     state = "new" if now == states.new else "old"
-    assert found in (state, "clean") and said in (state, ""), (found, state, said)
+    assert reported in (state, "clean") and expected in (state, ""), (reported, state, expected)
     assert [p.name for p in model.parent.iterdir()] == [model.name]
-    return state
+
+
+WRITING = ("E-IO-WRITE", "E-IO-READ", "E-LOCKED")
 
 
 # --- every call may fail --------------------------------------------------------------------------------------------
@@ -63,47 +65,31 @@ def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def fail_every_call(given: Scene, act: str, place: Path, ways: Callable[[int], list[Any]]) -> int:
-    """SQLite's loop: let call n = 1, 2, ... fail until nothing is left to fail; returns how many there are."""
-    before, after, run = given.acts()[act]
+def fail_every_call(scene: Scene, act: str, place: Path, ways: Callable[[int], list[Any]]) -> int:
+    """Let every call fail; return how many there are."""
+    before, after, run = scene.acts()[act]
     states = States.of(before, after)
-    n, reached, descriptors = 0, True, open_files()
-    while reached:
-        n += 1
-        assert open_files() == descriptors, n
-        disk: faults.Faulty | None = None
-        for error, persistent, resume in ways(n):
-            if nothing_fails(disk, n, error):
-                continue
-            model = shutil.copytree(before, place / "model")
-            caught: LrcError | None = None
-            with faults.installed(faults.Faulty(n, error, persistent)) as disk:
-                try:
-                    run(model, resume=resume)
-                except LrcError as raised:
-                    caught = raised
-            reached = disk.reached
-            if not isinstance(caught, UnfinishedError | DurabilityError) and not persistent and not resume:
-                assert not (model / JOURNAL).exists(), (n, error)  # it cleans up by itself
-            if caught is None:
-                check_recovered(model, states, "new")
-            elif isinstance(caught, DurabilityError):
-                check_recovered(model, states)
-            elif isinstance(caught, UnfinishedError):
-                if resume:
-                    run(model, resume=True)
-                    check_recovered(model, states, "new")
-                else:
-                    check_recovered(model, states)
-            else:
-                assert caught.code in ("E-IO-WRITE", "E-IO-READ", "E-LOCKED"), caught
-                if resume and caught.code != "E-LOCKED":
-                    run(model, resume=True)
-                    check_recovered(model, states, "new")
-                else:
-                    check_recovered(model, states, "old")
-            shutil.rmtree(model)
-    return n
+
+    def run_on(model: Path, resume: bool) -> None:
+        run(model, resume=resume)
+
+    descriptors = open_files()
+    for failure in failures(place, ways, lambda model, resume: shutil.copytree(before, model), run_on):
+        model, caught, (resume,) = failure.out, failure.caught, failure.options
+        assert open_files() == descriptors, failure
+        if not isinstance(caught, UnfinishedError | DurabilityError) and not failure.persistent and not resume:
+            assert not (model / JOURNAL).exists(), failure  # it cleans up by itself
+        if caught is None:
+            check_recovered(model, states, "new")
+            continue
+        unfinished = isinstance(caught, UnfinishedError)
+        assert isinstance(caught, UnfinishedError | DurabilityError) or caught.code in WRITING, caught
+        if resume and (unfinished or caught.code in ("E-IO-WRITE", "E-IO-READ")):
+            run(model, resume=True)
+            check_recovered(model, states, "new")
+        else:
+            check_recovered(model, states, "old" if caught.code in WRITING else "")
+    return failure.n
 
 
 OFTEN = [kind if kind == "mixed" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
@@ -132,52 +118,39 @@ def test_every_call_may_fail_in_every_way(
     fail_every_call(scenes[kind], act, place, lambda n: [(*way, resume) for way in ALL])
 
 
-def fail_new_folder(given: Scene, place: Path, ways: Callable[[int], list[Any]]) -> None:
+def fail_new_folder(scene: Scene, place: Path, ways: Callable[[int], list[Any]]) -> None:
     """A merge into a new folder, new or in place of another: whole or not at all, and with `resume` what is finished
     stays and is gone on with."""
-    wanted, before = whole(given.merged), whole(given.base)
-    given = replace(given, base=shutil.copytree(given.base, place / "base"))  # on the same disk as what is written
-    n, reached = 0, True
-    while reached:
-        n += 1
-        disk: faults.Faulty | None = None
-        for error, persistent, resume, overwrite in ways(n):
-            if nothing_fails(disk, n, error):
-                continue
-            (place / "work").mkdir()
-            out = place / "work" / "out"
-            if overwrite:
-                shutil.copytree(given.base, out)
-            old = before if overwrite else {}
+    merged, before = whole(scene.merged), whole(scene.base)
+    scene = replace(scene, base=shutil.copytree(scene.base, place / "base"))  # on the same disk as what is written
 
-            def run(out: Path = out, resume: bool = resume, overwrite: bool = overwrite) -> None:
-                merge(given.base, [given.adapter], out, resume=resume, overwrite=overwrite)
+    def prepare(out: Path, resume: bool, overwrite: bool) -> None:
+        if overwrite:
+            shutil.copytree(scene.base, out)
 
-            caught: LrcError | None = None
-            with faults.installed(faults.Faulty(n, error, persistent)) as disk:
-                try:
-                    run()
-                except LrcError as raised:
-                    caught = raised
-            reached = disk.reached
-            now = whole(out)
-            if caught is None or isinstance(caught, DurabilityError):
-                assert now == wanted, (n, error, persistent)
-            else:
-                assert caught.code in ("E-IO-WRITE", "E-IO-READ", "E-LOCKED"), caught
-                assert now == old or (persistent and overwrite and not now)  # set aside: recover brings it back
-                if resume:
-                    run()
-                    now = whole(out)
-                    assert now == wanted
-            if not persistent and not resume and not isinstance(caught, DurabilityError):
-                assert [p.name for p in out.parent.iterdir()] == ["out"] * bool(now)
-            if any(out.parent.iterdir()):
-                recover(out)
+    def run(out: Path, resume: bool, overwrite: bool) -> None:
+        merge(scene.base, [scene.adapter], out, resume=resume, overwrite=overwrite)
+
+    for failure in failures(place, ways, prepare, run):
+        out, caught, (resume, overwrite) = failure.out, failure.caught, failure.options
+        old, now = before if overwrite else {}, whole(out)
+        if caught is None or isinstance(caught, DurabilityError):
+            assert now == merged, failure
+        else:
+            assert caught.code in WRITING, caught
+            # What was set aside `recover` brings back.
+            assert now == old or (failure.persistent and overwrite and not now)
+            if resume:
+                run(out, resume, overwrite)
                 now = whole(out)
-            assert now in (old, wanted)
+                assert now == merged
+        if not failure.persistent and not resume and not isinstance(caught, DurabilityError):
             assert [p.name for p in out.parent.iterdir()] == ["out"] * bool(now)
-            shutil.rmtree(out.parent)
+        if any(out.parent.iterdir()):
+            recover(out)
+            now = whole(out)
+        assert now in (old, merged)
+        assert [p.name for p in out.parent.iterdir()] == ["out"] * bool(now)
 
 
 def test_every_call_may_fail_in_a_new_folder(scenes: dict[str, Scene], place: Path) -> None:
@@ -199,30 +172,20 @@ def test_every_call_may_fail_in_a_new_folder_in_every_way(
 def lose_power(
     before: Path, after: Path, place: Path, run: Callable[[Path], Any], moments: Callable[[int], Any], tries: int
 ) -> set[str]:
-    """Do it once, then make what the disk may hold if power failed at these moments. Returns the states it came to."""
-    work = place / "work"
-    work.mkdir()
-    model = work / "model"
-    if before.exists():
-        shutil.copytree(before, model)
-    with faults.installed(faults.Recorder(work)) as disk:
-        run(model)
-    states = States.of(before, after)
-    assert whole(model) == states.new
-    seen = set()
-    for moment in moments(len(disk.calls)):
-        for attempt in range(tries):
-            left = place / "left"
-            left.mkdir()
-            disk.after_power_loss(moment, Random(1000 * moment + attempt), left)
-            if before.exists() or any(left.iterdir()):
-                recover(left / "model")
-            now = whole(left / "model")
-            assert now in (states.old, states.new), (moment, attempt, sorted(now))
-            assert [p.name for p in left.iterdir()] == ["model"] * bool(now), (moment, attempt)
-            assert now == states.new or moment < len(disk.calls) or attempt < 0, "success was reported too early"
-            seen.add("new" if now == states.new else "old")
-            shutil.rmtree(left)
+    """Lose power at these moments; return the states that the model came to."""
+    states, seen = States.of(before, after), set()
+    existed = before.exists()
+    for model, reported in power_losses(
+        place, lambda model: existed and shutil.copytree(before, model), run, moments, tries
+    ):
+        if existed or any(model.parent.iterdir()):
+            recover(model)
+        now = whole(model)
+        assert now in (states.old, states.new), sorted(now)
+        assert [p.name for p in model.parent.iterdir()] == [model.name] * bool(now)
+        assert now == states.new or not reported, "success was reported too early"
+        seen.add("new" if now == states.new else "old")
+    assert whole(place / "work" / "out") == states.new
     return seen
 
 
@@ -244,13 +207,13 @@ def test_power_loss_at_every_moment(kind: str, act: str, scenes: dict[str, Scene
 
 @pytest.mark.parametrize("old", (False, True))
 def test_power_loss_in_a_new_folder(old: bool, scenes: dict[str, Scene], tmp_path: Path) -> None:
-    given = scenes["swap"]
-    before = given.base if old else tmp_path / "none"
+    scene = scenes["swap"]
+    before = scene.base if old else tmp_path / "none"
     seen = lose_power(
         before,
-        given.merged,
+        scene.merged,
         tmp_path,
-        lambda model: merge(given.base, [given.adapter], model, overwrite=old),
+        lambda model: merge(scene.base, [scene.adapter], model, overwrite=old),
         lambda n: [*range(0, n, 2), n],
         2,
     )
@@ -259,12 +222,12 @@ def test_power_loss_in_a_new_folder(old: bool, scenes: dict[str, Scene], tmp_pat
 
 def test_power_loss_while_recovering(scenes: dict[str, Scene], tmp_path: Path) -> None:
     """Taking back is broken off too, and taken back again."""
-    given = scenes["swap"]
+    scene = scenes["swap"]
     work = tmp_path / "work"
     work.mkdir()
-    shutil.copytree(given.base, work / "model")
+    shutil.copytree(scene.base, work / "model")
     with faults.installed(faults.Recorder(work)) as disk:
-        given.merge(work / "model")
+        scene.merge(work / "model")
     renames = [n for n, call in enumerate(disk.calls) if call[0] == "rename"]
     left, again = tmp_path / "left", tmp_path / "again"
     for moment in renames[2:5]:
@@ -275,7 +238,7 @@ def test_power_loss_while_recovering(scenes: dict[str, Scene], tmp_path: Path) -
         for other in range(0, len(second.calls), 4):
             again.mkdir()
             second.after_power_loss(other, Random(other), again)
-            check_recovered(again / "model", States.of(given.base, given.merged))
+            check_recovered(again / "model", States.of(scene.base, scene.merged))
             shutil.rmtree(again)
         shutil.rmtree(left)
 
@@ -379,12 +342,12 @@ def test_killed_at_random_often(tmp_path: Path) -> None:
 
 def test_every_flipped_byte_of_a_journal(scenes: dict[str, Scene], tmp_path: Path) -> None:
     """Of a merge that was broken off between two states: refused, or one of the two states all the same."""
-    given = scenes["mixed"]
+    scene = scenes["mixed"]
     work = tmp_path / "work"
     work.mkdir()
-    shutil.copytree(given.base, work / "model")
+    shutil.copytree(scene.base, work / "model")
     with faults.installed(faults.Recorder(work)) as disk:
-        given.merge(work / "model")
+        scene.merge(work / "model")
     names = [n for n, call in enumerate(disk.calls) if call[0] == "rename" and call[2].endswith(".safetensors")]
     moment = 1 + min(names)
     disk.after_power_loss(moment, Random(0), tmp_path / "left")
@@ -396,15 +359,15 @@ def test_every_flipped_byte_of_a_journal(scenes: dict[str, Scene], tmp_path: Pat
         data = path.read_bytes()
         for at in range(0, len(data), 1 + len(data) // 12):
             copy = shutil.copytree(model, tmp_path / "copy" / "model")
-            states = (copy, given.base, given.merged)
+            states = (copy, scene.base, scene.merged)
             (copy / path.relative_to(model)).write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
             try:
                 recover(copy)
             except LrcError:
                 assert (copy / JOURNAL / "ready.json").exists()  # it is still known to be between two states
             else:
-                ours, *theirs = ({p.name: p.read_bytes() for p in f.iterdir() if p.is_file()} for f in states)
-                assert ours in theirs, (path.name, at)
+                now, *allowed = ({p.name: p.read_bytes() for p in f.iterdir() if p.is_file()} for f in states)
+                assert now in allowed, (path.name, at)
             shutil.rmtree(tmp_path / "copy")
             flipped += 1
     assert flipped > 80
@@ -412,41 +375,38 @@ def test_every_flipped_byte_of_a_journal(scenes: dict[str, Scene], tmp_path: Pat
 
 def test_a_lying_journal_of_finished_files(scenes: dict[str, Scene], tmp_path: Path) -> None:
     """What `resume` finds is hashed again: a changed file, base or line is done again, not trusted."""
-    given = scenes["swap"]
+    scene = scenes["swap"]
     for what in ("model-00001-of-00002.safetensors", "undo.bin", "done.jsonl", "plan.json", "base"):
-        base = shutil.copytree(given.base, tmp_path / what / "base")
+        base = shutil.copytree(scene.base, tmp_path / what / "base")
         out = tmp_path / what / "out"
-        with faults.installed(faults.Faulty(10**9, errno.EIO)) as disk:
-            merge(base, [given.adapter], tmp_path / what / "whole")
-        with faults.installed(faults.Faulty(len(disk.made) - 6, errno.ENOSPC)), pytest.raises(LrcError):
-            merge(base, [given.adapter], out, resume=True)
+        made = calls_of(lambda base=base, what=what: merge(base, [scene.adapter], tmp_path / what / "whole"))
+        with faults.installed(faults.Faulty(len(made) - 6, errno.ENOSPC)), pytest.raises(LrcError):
+            merge(base, [scene.adapter], out, resume=True)
         work = tmp_path / what / ".out.partial"
         assert len((work / "done.jsonl").read_bytes().splitlines()) == 2
         path = base / "model-00001-of-00002.safetensors" if what == "base" else next(work.rglob(what))
         data = bytearray(path.read_bytes())
         data[-4 if what == "base" else len(data) // 2] ^= 1
         path.write_bytes(data)
-        merge(base, [given.adapter], out, resume=True)
+        merge(base, [scene.adapter], out, resume=True)
         if what != "base":
-            assert whole(out) == whole(given.merged)
-        assert verify(out, base, [given.adapter]).ok and not work.exists()
+            assert whole(out) == whole(scene.merged)
+        assert verify(out, base, [scene.adapter]).ok and not work.exists()
 
 
 def test_resume_keeps_what_is_finished(scenes: dict[str, Scene], tmp_path: Path) -> None:
     """The file that was finished is not written again; without `resume` nothing of it is used."""
-    given = scenes["swap"]
-    with faults.installed(faults.Faulty(10**9, errno.EIO)) as disk:
-        merge(given.base, [given.adapter], tmp_path / "whole")
-    at = len(disk.made) - 6
+    scene = scenes["swap"]
+    at = len(calls_of(lambda: merge(scene.base, [scene.adapter], tmp_path / "whole"))) - 6
     for resume in (True, False):
         out = tmp_path / f"out-{resume}"
         with faults.installed(faults.Faulty(at, errno.ENOSPC)), pytest.raises(LrcError, match="No space left"):
-            merge(given.base, [given.adapter], out, resume=True)
+            merge(scene.base, [scene.adapter], out, resume=True)
         made = tmp_path / f".{out.name}.partial" / "model" / "model-00001-of-00002.safetensors"
         os.utime(made, (1, 1))
-        merge(given.base, [given.adapter], out, resume=resume)
+        merge(scene.base, [scene.adapter], out, resume=resume)
         assert ((out / made.name).stat().st_mtime == 1) == resume
-        assert whole(out) == whole(given.merged)
+        assert whole(out) == whole(scene.merged)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

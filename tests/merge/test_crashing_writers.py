@@ -9,14 +9,13 @@ import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import ADAPTERS, BASES, random_lora
-from crashes import ALL, nothing_fails, whole
+from crashes import ALL, calls_of, failures, power_losses, whole
 from models import one_target, random_base
 
 from lrconvert import api
@@ -60,8 +59,8 @@ def upgrading(folder: Path) -> Write:
 
 def saving_statistics(folder: Path) -> Write:
     inputs = (Input(("layers.0.proj.weight",), None, 16, 10),)
-    found = InputStatistics(inputs, lambda n: Moment(10, np.eye(16, dtype=np.float32)))
-    return lambda out, overwrite: statistics_file.write(found, out, overwrite=overwrite)
+    statistics = InputStatistics(inputs, lambda n: Moment(10, np.eye(16, dtype=np.float32)))
+    return lambda out, overwrite: statistics_file.write(statistics, out, overwrite=overwrite)
 
 
 def undoing(folder: Path) -> Write:
@@ -106,8 +105,8 @@ def by_command(*words: str) -> Callable[[Path], Write]:
         places = {"LORA": ADAPTERS / "llama-plain", "FILE": folder / "x.lrc"}
 
         def run(out: Path, overwrite: bool) -> None:
-            given = [str({**places, "OUT": out}.get(word, word)) for word in words]
-            cli.main([*given, *(["--overwrite"] * overwrite)], standalone_mode=False)
+            arguments = [str({**places, "OUT": out}.get(word, word)) for word in words]
+            cli.main([*arguments, *(["--overwrite"] * overwrite)], standalone_mode=False)
 
         return run
 
@@ -129,10 +128,8 @@ def of_many(folder: Path) -> Write:
     return run
 
 
-class Refused(LrcError):
-    """What a job of a batch said, by its text."""
-
-    code = "E-IO-WRITE"
+class Refused(LrcError, code="E-IO-WRITE"):
+    """The error of a job of a batch."""
 
 
 WRITERS: dict[str, Callable[[Path], Write]] = {
@@ -153,43 +150,38 @@ COMMANDS: dict[str, Callable[[Path], Write]] = {
 # --- every call may fail --------------------------------------------------------------------------------------------
 
 
-def fail_writer(write: Write, place: Path, overwrite: bool, ways: Callable[[int], list[tuple[int, bool]]]) -> int:
-    """Let call n = 1, 2, ... fail until nothing is left to fail; returns how many there are."""
+def old_and_new(write: Write, place: Path, overwrite: bool) -> tuple[Any, Any, Callable[..., Any]]:
+    """(what is there before, what is to be there, what puts the old one there)."""
     write(place / "wanted", False)
-    wanted, n, reached = bytes_of(place / "wanted"), 0, True
-    while reached:
-        n += 1
-        disk: faults.Faulty | None = None
-        for error, persistent in ways(n):
-            if nothing_fails(disk, n, error):
-                continue
-            (place / "work").mkdir()
-            out = place / "work" / "out"
-            if overwrite and isinstance(wanted, bytes):
-                out.write_bytes(b"old")
-            elif overwrite:
-                shutil.copytree(BASES / "tiny-vit", out)
-            old = bytes_of(out)
-            caught: LrcError | None = None
-            with faults.installed(faults.Faulty(n, error, persistent)) as disk:
-                try:
-                    write(out, overwrite)
-                except LrcError as raised:
-                    caught = raised
-            reached = disk.reached
-            if caught is None or isinstance(caught, DurabilityError):
-                assert bytes_of(out) == wanted, (n, error, persistent)
-            else:
-                assert caught.code == "E-IO-WRITE"
-                assert bytes_of(out) == old or (persistent and overwrite and not out.exists())
-            if not persistent and not isinstance(caught, DurabilityError):
-                assert names(out.parent) == ["out"] * out.exists()
-            if any(out.parent.iterdir()):
-                recover(out)
-            assert bytes_of(out) in (old, wanted)
+    new = bytes_of(place / "wanted")
+    old = bytes_of(BASES / "tiny-vit") if isinstance(new, dict) else b"old"
+
+    def prepare(out: Path, *_: Any) -> None:
+        if overwrite and isinstance(old, bytes):
+            out.write_bytes(old)
+        elif overwrite:
+            shutil.copytree(BASES / "tiny-vit", out)
+
+    return old if overwrite else {}, new, prepare
+
+
+def fail_writer(write: Write, place: Path, overwrite: bool, ways: Callable[[int], list[tuple[int, bool]]]) -> int:
+    """Let every call fail; return how many there are."""
+    old, new, prepare = old_and_new(write, place, overwrite)
+    for failure in failures(place, ways, prepare, lambda out: write(out, overwrite)):
+        out, caught = failure.out, failure.caught
+        if caught is None or isinstance(caught, DurabilityError):
+            assert bytes_of(out) == new, failure
+        else:
+            assert caught.code == "E-IO-WRITE"
+            assert bytes_of(out) == old or (failure.persistent and overwrite and not out.exists())
+        if not failure.persistent and not isinstance(caught, DurabilityError):
             assert names(out.parent) == ["out"] * out.exists()
-            shutil.rmtree(out.parent)
-    return n
+        if any(out.parent.iterdir()):
+            recover(out)
+        assert bytes_of(out) in (old, new)
+        assert names(out.parent) == ["out"] * out.exists()
+    return failure.n
 
 
 def by_turns(n: int) -> list[tuple[int, bool]]:
@@ -232,39 +224,23 @@ def test_a_batch_makes_its_folder_when_there_is_something_to_put(place: Path) ->
 # --- power loss -----------------------------------------------------------------------------------------------------
 
 
-def lose_power(write: Write, place: Path, moments: Callable[[int], Any], old: bytes | None) -> set[str]:
-    """Do it once over `old`, then make what the disk may hold if power failed at these moments: the states of that."""
-    write(place / "wanted", False)
-    wanted, work, before = bytes_of(place / "wanted"), place / "work", {} if old is None else old
-    work.mkdir()
-    if old is not None:
-        (work / "out").write_bytes(old)
-    with faults.installed(faults.Recorder(work)) as disk:
-        write(work / "out", old is not None)
-    seen = set()
-    for moment in moments(len(disk.calls)):
-        for attempt in range(3):
-            left = place / "left"
-            left.mkdir()
-            disk.after_power_loss(moment, Random(1000 * moment + attempt), left)
-            if any(left.iterdir()):
-                recover(left / "out")
-            now = bytes_of(left / "out")
-            assert now in (before, wanted), (moment, attempt)
-            assert names(left) == ["out"] * bool(now)
-            assert now == wanted or moment < len(disk.calls), "success was reported too early"
-            seen.add("new" if now == wanted else "old")
-            shutil.rmtree(left)
-    return seen
-
-
 @pytest.mark.parametrize("overwrite", (False, True))
 @pytest.mark.parametrize("name", ("convert", "statistics", "export gguf", "unmerge"))
 def test_power_loss(name: str, overwrite: bool, place: Path) -> None:
     if overwrite and name in ("export gguf", "unmerge"):
         pytest.skip("folders that replace others: test_crashes.test_power_loss_in_a_new_folder")
-    old = b"old" if overwrite else None
-    assert lose_power(WRITERS[name](place), place, lambda n: range(n + 1), old) == {"old", "new"}
+    write, seen = WRITERS[name](place), set()
+    old, new, prepare = old_and_new(write, place, overwrite)
+    losses = power_losses(place, prepare, lambda out: write(out, overwrite), lambda n: range(n + 1), 3)
+    for out, reported in losses:
+        if any(out.parent.iterdir()):
+            recover(out)
+        now = bytes_of(out)
+        assert now in (old, new)
+        assert names(out.parent) == ["out"] * bool(now)
+        assert now == new or not reported, "success was reported too early"
+        seen.add("new" if now == new else "old")
+    assert seen == {"old", "new"}
 
 
 # --- work that goes on ----------------------------------------------------------------------------------------------
@@ -275,7 +251,7 @@ BATCHES = 3
 @pytest.fixture(scope="module")
 def refining() -> Write:
     """A refinement of three steps with a checkpoint after each but the last; it goes on with one that is there."""
-    model, lora = load_model.load_model(BASES / "tiny-llama").float(), api.load_lora(ADAPTERS / "llama-plain")
+    model, lora = load_model(BASES / "tiny-llama").float(), api.load_lora(ADAPTERS / "llama-plain")
     compact, data = api.convert(lora, "lowrank", bits="2", rank=3).compact, batches(8)
     options = {"steps": 3, "eval_every": 1, "checkpoint_every": 1, "batch_tokens": 96, "lr": 0.1, "layerwise": False}
 
@@ -288,7 +264,7 @@ def refining() -> Write:
 @pytest.fixture(scope="module")
 def measuring() -> Write:
     """Statistics of a few batches, kept after each; work that is there is gone on with."""
-    model, data = load_model.load_model(BASES / "tiny-llama").float(), batches(BATCHES)
+    model, data = load_model(BASES / "tiny-llama").float(), batches(BATCHES)
     return lambda out, overwrite: api.statistics(model, data, out, checkpoint_seconds=0, overwrite=overwrite)
 
 
@@ -297,45 +273,29 @@ def batches(count: int) -> list[dict[str, Any]]:
     return [{"input_ids": torch.randint(3, 100, (2, 8), generator=draw)} for _ in range(count)]
 
 
-def went_on(write: Write, out: Path, old: Any, wanted: Any, overwrite: bool) -> None:
+def went_on(write: Write, out: Path, old: Any, new: Any, overwrite: bool) -> None:
     """After whatever stopped it: the old output or the new one, and beside it at most work that was whole when it was
     kept. The same once more gives the bytes of a run without a break."""
     if any(out.parent.glob(".out.*")):
         recover(out)
-    assert bytes_of(out) in (old, wanted)
+    assert bytes_of(out) in (old, new)
     assert set(names(out.parent)) <= {"out", "out.partial"}
-    if bytes_of(out) != wanted:
+    if bytes_of(out) != new:
         write(out, overwrite)
-        assert bytes_of(out) == wanted and names(out.parent) == ["out"]
+        assert bytes_of(out) == new and names(out.parent) == ["out"]
 
 
-def fail_and_go_on(
-    write: Write, place: Path, overwrite: bool, calls: Callable[[int], Any], ways: Callable[[int], Any]
-) -> None:
-    with faults.installed(faults.Faulty(10**9, errno.EIO)) as disk:
-        write(place / "wanted", False)
-    wanted, old = (place / "wanted").read_bytes(), b"old" if overwrite else {}
-    for n in calls(len(disk.made)):
-        last: faults.Faulty | None = None
-        for error, persistent in ways(n):
-            if nothing_fails(last, n, error):
-                continue
-            (place / "work").mkdir()
-            out = place / "work" / "out"
-            if overwrite:
-                out.write_bytes(b"old")
-            caught: LrcError | None = None
-            with faults.installed(faults.Faulty(n, error, persistent)) as last:
-                try:
-                    write(out, overwrite)
-                except LrcError as raised:
-                    caught = raised
-            if caught is None:
-                assert bytes_of(out) == wanted and names(out.parent) == ["out"], (n, error, persistent)
-            elif not isinstance(caught, DurabilityError):  # that may be of a checkpoint, or of the result
-                assert caught.code == "E-IO-WRITE" and bytes_of(out) == old
-            went_on(write, out, old, wanted, overwrite)
-            shutil.rmtree(out.parent)
+def fail_and_go_on(write: Write, place: Path, overwrite: bool, step: int, ways: Callable[[int], Any]) -> None:
+    made = calls_of(lambda: write(place / "wanted", False))
+    old, new, prepare = old_and_new(lambda out, overwrite: None, place, overwrite)
+    calls = range(1, len(made) + 1, step)
+    for failure in failures(place, ways, prepare, lambda out: write(out, overwrite), calls):
+        out, caught = failure.out, failure.caught
+        if caught is None:
+            assert bytes_of(out) == new and names(out.parent) == ["out"], failure
+        elif not isinstance(caught, DurabilityError):  # that may be of a checkpoint, or of the result
+            assert caught.code == "E-IO-WRITE" and bytes_of(out) == old
+        went_on(write, out, old, new, overwrite)
 
 
 @pytest.mark.medium
@@ -343,7 +303,7 @@ def fail_and_go_on(
 def test_work_that_a_failing_disk_stopped_goes_on(what: str, place: Path, request: pytest.FixtureRequest) -> None:
     """Some of the calls, each in one way, by turns."""
     write = request.getfixturevalue(what)
-    fail_and_go_on(write, place, False, lambda n: range(1, n + 1, 7), by_turns)
+    fail_and_go_on(write, place, False, 7, by_turns)
 
 
 @pytest.mark.slow
@@ -354,33 +314,25 @@ def test_work_goes_on_after_every_call_that_fails(
 ) -> None:
     """In every way; over an old output by turns, since only the last calls know of it."""
     write = request.getfixturevalue(what)
-    fail_and_go_on(write, place, overwrite, lambda n: range(1, n + 1), by_turns if overwrite else lambda n: ALL)
+    fail_and_go_on(write, place, overwrite, 1, by_turns if overwrite else lambda n: ALL)
 
 
 @pytest.mark.parametrize("what", ("refining", "measuring"))
 def test_work_goes_on_after_a_power_loss(what: str, place: Path, request: pytest.FixtureRequest) -> None:
     """What is left of the checkpoint is the last one or the one before, whole: never one that cannot be read."""
     write = request.getfixturevalue(what)
-    write(place / "wanted", False)
-    wanted, work = (place / "wanted").read_bytes(), place / "work"
-    work.mkdir()
-    with faults.installed(faults.Recorder(work)) as disk:
-        write(work / "out", False)
+    old, new, prepare = old_and_new(write, place, False)
     seen = set()
-    for moment in range(0, len(disk.calls) + 1, 5):
-        left = place / "left"
-        disk.after_power_loss(moment, Random(moment), left)
-        seen |= set(names(left))
-        went_on(write, left / "out", {}, wanted, False)
-        shutil.rmtree(left)
+    for out, _ in power_losses(place, prepare, lambda out: write(out, False), lambda n: range(0, n + 1, 5)):
+        seen |= set(names(out.parent))
+        went_on(write, out, old, new, False)
     assert {"out", "out.partial"} <= seen
 
 
 def test_finished_statistics_stay_until_they_are_put_away(measuring: Write, place: Path) -> None:
     """A result that the disk does not take is not measured again."""
-    with faults.installed(faults.Faulty(10**9, errno.EIO)) as disk:
-        measuring(place / "wanted", False)
-    last = len(disk.made) - disk.made[::-1].index("open")  # of the result; the one after it is the folder
+    made = calls_of(lambda: measuring(place / "wanted", False))
+    last = len(made) - made[::-1].index("open")  # of the result; the one after it is the folder
     with faults.installed(faults.Faulty(last, errno.ENOSPC, persistent=True)), pytest.raises(LrcError, match="space"):
         measuring(place / "out", False)
     fields, _ = statistics_file.read_partial(place / "out.partial")
@@ -397,9 +349,9 @@ def test_a_demo_on_a_full_disk(place: Path) -> None:
         pytest.raises(LrcError, match="E-IO-WRITE"),
     ):
         cli.main(["demo", "-o", str(place / "demo")], standalone_mode=False)
-    found = [p for p in (place / "demo").iterdir() if not p.name.startswith(".")]
-    assert found
-    for path in found:
+    files = [p for p in (place / "demo").iterdir() if not p.name.startswith(".")]
+    assert files
+    for path in files:
         assert path.suffix == ".stats" or api.validate(path).ok
         if path.suffix == ".stats":
             assert api.load_statistics(path).tokens

@@ -22,20 +22,8 @@ from models import load_all, one_target, random_base, save_base, tree
 
 from lrconvert import api
 from lrconvert.api import merge, unmerge, verify
+from lrconvert.core import errors
 from lrconvert.core.dtypes import Stored
-from lrconvert.core.errors import (
-    DigestError,
-    FileKindError,
-    FileWriteError,
-    LockedError,
-    LrcError,
-    MergeOverflowError,
-    NoEffectError,
-    OptionError,
-    OutputPathError,
-    UndoError,
-    UnfinishedError,
-)
 from lrconvert.io import durable
 from lrconvert.io.container import JOURNAL, READY_NAME, open_checkpoint
 from lrconvert.lora.adapter import LoraAdapter, Target, View
@@ -52,9 +40,9 @@ def modes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     seen: list[tuple[str, ...]] = []
     real = ModelFolder.begin
 
-    def begin(site: ModelFolder, work: Any, ready: Any) -> None:
-        seen.append(tuple(c.mode for c in ready.changes))
-        real(site, work, ready)
+    def begin(folder: ModelFolder, work: Any, commit_plan: Any) -> None:
+        seen.append(tuple(c.mode for c in commit_plan.changes))
+        real(folder, work, commit_plan)
 
     monkeypatch.setattr(ModelFolder, "begin", begin)
     return seen
@@ -65,19 +53,19 @@ def modes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_bytes_as_a_copy(kind: str, scenes: dict[str, Scene], tmp_path: Path, monkeypatch: Any) -> None:
-    given = scenes[kind]
-    merge(given.base, [given.adapter], tmp_path / "copy")
-    model = shutil.copytree(given.base, tmp_path / "model")
+    scene = scenes[kind]
+    merge(scene.base, [scene.adapter], tmp_path / "copy")
+    model = shutil.copytree(scene.base, tmp_path / "model")
     seen = modes(monkeypatch)
-    report = given.merge(model)
-    assert whole(model) == whole(tmp_path / "copy") == whole(given.merged)
-    assert verify(model, given.base, [given.adapter]).ok
-    copied = merge(given.base, [given.adapter], tmp_path / "again")
+    report = scene.merge(model)
+    assert whole(model) == whole(tmp_path / "copy") == whole(scene.merged)
+    assert verify(model, scene.base, [scene.adapter]).ok
+    copied = merge(scene.base, [scene.adapter], tmp_path / "again")
     assert replace(report, left_out=copied.left_out) == copied
-    undone = given.unmerge(model)
-    assert whole(model) == whole(given.base) and undone.verified
-    wanted = {"swap": (SWAP, SWAP), "patch": (PATCH, PATCH), "mixed": (SWAP, SAME, PATCH)}[kind]
-    assert seen == [wanted, wanted]
+    undone = scene.unmerge(model)
+    assert whole(model) == whole(scene.base) and undone.verified
+    expected = {"swap": (SWAP, SWAP), "patch": (PATCH, PATCH), "mixed": (SWAP, SAME, PATCH)}[kind]
+    assert seen == [expected, expected]
 
 
 @pytest.mark.parametrize(
@@ -97,12 +85,7 @@ def test_fixtures_in_place(base: str, adapter: str, tmp_path: Path) -> None:
     assert whole(model) == whole(BASES / base)
 
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "tie_word_embeddings": True,
-    "vocab_size": 6,
-}
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": True, "vocab_size": 6}
 
 
 def test_an_untied_head_in_another_file(tmp_path: Path) -> None:
@@ -180,7 +163,7 @@ def test_extra_space_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
-def refused(model: Path, lora: Any, error: type[LrcError], what: str, **options: Any) -> None:
+def refused(model: Path, lora: Any, error: type[errors.LrcError], what: str, **options: Any) -> None:
     before = whole(model)
     with pytest.raises(error, match=what):
         merge(model, [lora], in_place=True, **options)
@@ -194,31 +177,31 @@ def test_what_is_not_changed_in_place(tmp_path: Path) -> None:
     for name in names:
         linked = shutil.copytree(base, tmp_path / f"hard-{name}")
         os.link(linked / name, tmp_path / f"other-{name}")
-        refused(linked, lora, OutputPathError, "2 hard links")
+        refused(linked, lora, errors.OutputPathError, "2 hard links")
         soft = shutil.copytree(base, tmp_path / f"soft-{name}")
         (soft / name).rename(soft / f"x-{name}")
         (soft / name).symlink_to(f"x-{name}")
-        refused(soft, lora, OutputPathError, "symbolic link")
+        refused(soft, lora, errors.OutputPathError, "symbolic link")
     (tmp_path / "alias").symlink_to("base")
-    with pytest.raises(OutputPathError):
+    with pytest.raises(errors.OutputPathError):
         merge(tmp_path / "alias", [lora], in_place=True)
     (base / ".lrconvert").symlink_to(tmp_path / "hard-config.json")
-    refused(base, lora, OutputPathError, "in the way of the record")
+    refused(base, lora, errors.OutputPathError, "in the way of the record")
 
 
 def test_options_that_do_not_go_together(scenes: dict[str, Scene], tmp_path: Path) -> None:
     model = shutil.copytree(scenes["swap"].base, tmp_path / "model")
-    given: list[dict[str, Any]] = [
+    excluded: list[dict[str, Any]] = [
         *({"undo": False}, {"shard_bytes": 100}, {"dequantize": True}, {"overwrite": True}, {"out": tmp_path / "x"})
     ]
-    for options in given:
-        refused(model, scenes["swap"].adapter, OptionError, "E-OPTION", **options)
-    with pytest.raises(OptionError):
+    for options in excluded:
+        refused(model, scenes["swap"].adapter, errors.OptionError, "E-OPTION", **options)
+    with pytest.raises(errors.OptionError):
         merge(model, [scenes["swap"].adapter])
     for more in ({"out": tmp_path / "x"}, {"from_base": scenes["swap"].base}, {"overwrite": True}):
-        with pytest.raises(OptionError):
+        with pytest.raises(errors.OptionError):
             unmerge(shutil.copytree(scenes["swap"].merged, tmp_path / f"m-{min(more)}"), in_place=True, **more)
-    with pytest.raises(OptionError):
+    with pytest.raises(errors.OptionError):
         unmerge(scenes["swap"].merged, tmp_path / "x", resume=True)
 
 
@@ -229,17 +212,17 @@ def test_refusals_come_before_any_change(tmp_path: Path) -> None:
     huge = replace(lora, targets=(lora.targets[0], replace(lora.targets[1], scale=1e9)))
     tiny = replace(lora, targets=tuple(replace(p, scale=1e-12) for p in lora.targets))
     for resume in (False, True):
-        refused(base, huge, MergeOverflowError, "element", resume=resume)
-        refused(base, tiny, NoEffectError, "no element moved", resume=resume)
+        refused(base, huge, errors.MergeOverflowError, "element", resume=resume)
+        refused(base, tiny, errors.NoEffectError, "no element moved", resume=resume)
     made = api.convert(lora, "lowrank", bits="4", base=random_base(tmp_path / "other", lora, "F16", seed=5)).compact
-    refused(base, made, LrcError, "E-FPR")
+    refused(base, made, errors.LrcError, "E-FPR")
 
 
 def test_other_cuts_are_not_undone_in_place(tmp_path: Path) -> None:
     lora = random_lora(((12, 16), (16, 20)))
     base = random_base(tmp_path / "base", lora, shards=2)
     merge(base, [lora], tmp_path / "out", shard_bytes=10**6)
-    with pytest.raises(UndoError, match="other files"):
+    with pytest.raises(errors.UndoError, match="other files"):
         unmerge(tmp_path / "out", in_place=True)
     unmerge(tmp_path / "out", tmp_path / "back")
     assert whole(tmp_path / "back") == whole(base)
@@ -254,7 +237,7 @@ def test_damage_is_found_before_any_change(scenes: dict[str, Scene], tmp_path: P
         data[-3] ^= 1
         path.write_bytes(data)
         before = whole(model)
-        with pytest.raises(DigestError):
+        with pytest.raises(errors.DigestError):
             unmerge(model, in_place=True)
         assert whole(model) == before and not (model / JOURNAL).exists()
 
@@ -295,7 +278,7 @@ def test_hostile_bases_on_every_path(
     }
     before = whole(tmp_path)
     for name, verb in verbs.items():
-        with pytest.raises(LrcError) as caught:
+        with pytest.raises(errors.LrcError) as caught:
             verb()
         assert caught.value.code == case.code, (name, caught.value)
         assert whole(tmp_path) == before, name
@@ -326,7 +309,7 @@ def test_journals_of_strangers(what: str, scenes: dict[str, Scene], tmp_path: Pa
     path.write_bytes(sign({key: item for key, item in value.items() if key != "digest"}))
     before = whole(tmp_path)
     for verb in (lambda: recover(model), lambda: scenes["mixed"].merge(model, resume=True)):
-        with pytest.raises(LrcError, match=r"E-UNDO|E-VER"):
+        with pytest.raises(errors.LrcError, match=r"E-UNDO|E-VER"):
             verb()
     assert whole(tmp_path) == before
 
@@ -337,7 +320,7 @@ def test_a_journal_that_is_a_link(scenes: dict[str, Scene], tmp_path: Path) -> N
     (model / JOURNAL).rename(tmp_path / "elsewhere")
     (model / JOURNAL).symlink_to(tmp_path / "elsewhere")
     before = whole(tmp_path)
-    with pytest.raises(OutputPathError, match="is a link"):
+    with pytest.raises(errors.OutputPathError, match="is a link"):
         recover(model)
     assert whole(tmp_path) == before
 
@@ -349,7 +332,7 @@ class Stop(Exception):
     pass
 
 
-def stopped(given: Scene, model: Path, act: str, at: int, **options: Any) -> None:
+def stopped(scene: Scene, model: Path, act: str, at: int, **options: Any) -> None:
     """Break off after `at` renames of the second pass."""
     patch = pytest.MonkeyPatch()
     real, count = durable.system.System.rename, 0
@@ -364,33 +347,32 @@ def stopped(given: Scene, model: Path, act: str, at: int, **options: Any) -> Non
     patch.setattr(durable.system.System, "rename", rename)
     try:
         with pytest.raises(Stop):
-            given.acts()[act][2](model, **options)
+            scene.acts()[act][2](model, **options)
     finally:
         patch.undo()
 
 
 @pytest.mark.parametrize("act", ("merge", "unmerge"))
 def test_between_two_states_nothing_reads_it(act: str, scenes: dict[str, Scene], tmp_path: Path) -> None:
-    given = scenes["swap"]
-    before = given.acts()[act][0]
+    scene = scenes["swap"]
+    before = scene.acts()[act][0]
     model = shutil.copytree(before, tmp_path / "model")
-    stopped(given, model, act, 3)
+    stopped(scene, model, act, 3)
     assert not (model / "config.json").exists() and not (model / "model.safetensors.index.json").exists()
     for verb in (
         lambda: open_checkpoint(model),
-        lambda: merge(model, [given.adapter], tmp_path / "out"),
-        lambda: merge(model, [given.adapter], in_place=True),
+        lambda: merge(model, [scene.adapter], tmp_path / "out"),
+        lambda: merge(model, [scene.adapter], in_place=True),
         lambda: unmerge(model, tmp_path / "out"),
         lambda: unmerge(model, in_place=True),
-        lambda: verify(model, given.base, [given.adapter]),
-        lambda: verify(given.merged, model, [given.adapter]),
+        lambda: verify(model, scene.base, [scene.adapter]),
+        lambda: verify(scene.merged, model, [scene.adapter]),
     ):
-        with pytest.raises(UnfinishedError, match=r"E-UNFINISHED: .*lrconvert recover"):
+        with pytest.raises(errors.UnfinishedError, match=r"E-UNFINISHED: .*lrconvert recover"):
             verb()
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
-    found = recover(model)
-    assert found.state == ("old" if act == "merge" else "new")
-    assert whole(model) == whole(given.base)
+    assert recover(model).state == ("old" if act == "merge" else "new")
+    assert whole(model) == whole(scene.base)
     assert recover(model).state == "clean"
 
 
@@ -398,27 +380,27 @@ def test_between_two_states_nothing_reads_it(act: str, scenes: dict[str, Scene],
 @pytest.mark.parametrize("at", range(1, 7))
 def test_resume_finishes(kind: str, at: int, scenes: dict[str, Scene], tmp_path: Path) -> None:
     """A merge goes on forward from wherever it was, to the same bytes and the same report."""
-    given = scenes[kind]
-    model, other = (shutil.copytree(given.base, tmp_path / name) for name in ("model", "other"))
-    whole_report = given.merge(other)
+    scene = scenes[kind]
+    model, other = (shutil.copytree(scene.base, tmp_path / name) for name in ("model", "other"))
+    whole_report = scene.merge(other)
     try:
-        stopped(given, model, "merge", at, resume=True)
+        stopped(scene, model, "merge", at, resume=True)
     except pytest.fail.Exception:
-        assert whole(model) == whole(given.merged)  # there are not so many renames
+        assert whole(model) == whole(scene.merged)  # there are not so many renames
         return
     if (model / JOURNAL / READY_NAME).exists():
-        with pytest.raises(OptionError, match="other adapters"):
-            merge(model, [Scaled(given.adapter, 0.5)], in_place=True, resume=True)
-    report = given.merge(model, resume=True)
-    assert whole(model) == whole(given.merged)
+        with pytest.raises(errors.OptionError, match="other adapters"):
+            merge(model, [Scaled(scene.adapter, 0.5)], in_place=True, resume=True)
+    report = scene.merge(model, resume=True)
+    assert whole(model) == whole(scene.merged)
     assert report == whole_report
 
 
 def test_a_second_pass_that_cannot_write_is_taken_back(scenes: dict[str, Scene], tmp_path: Path) -> None:
     """And is not, where there is `resume`: then it goes on."""
-    given = scenes["swap"]
+    scene = scenes["swap"]
     for resume in (False, True):
-        model = shutil.copytree(given.base, tmp_path / f"model-{resume}")
+        model = shutil.copytree(scene.base, tmp_path / f"model-{resume}")
         patch = pytest.MonkeyPatch()
         real = durable.system.System.rename
         full = [True]
@@ -430,48 +412,48 @@ def test_a_second_pass_that_cannot_write_is_taken_back(scenes: dict[str, Scene],
             real(disk, source, target)
 
         patch.setattr(durable.system.System, "rename", rename)
-        with pytest.raises(UnfinishedError if resume else FileWriteError, match="No space left"):
-            given.merge(model, resume=resume)
+        with pytest.raises(errors.UnfinishedError if resume else errors.FileWriteError, match="No space left"):
+            scene.merge(model, resume=resume)
         patch.undo()
         if resume:
-            given.merge(model, resume=True)
-        assert whole(model) == whole(given.merged if resume else given.base)
+            scene.merge(model, resume=True)
+        assert whole(model) == whole(scene.merged if resume else scene.base)
 
 
 # --- one run at a time ----------------------------------------------------------------------------------------------
 
 
 def test_two_runs_at_once(scenes: dict[str, Scene], tmp_path: Path) -> None:
-    given = scenes["swap"]
-    model = shutil.copytree(given.base, tmp_path / "model")
+    scene = scenes["swap"]
+    model = shutil.copytree(scene.base, tmp_path / "model")
     codes: list[str] = []
 
     def meanwhile(fraction: float, text: str) -> None:
-        for verb in (given.merge, given.unmerge, recover):
-            with pytest.raises(LockedError) as caught:
+        for verb in (scene.merge, scene.unmerge, recover):
+            with pytest.raises(errors.LockedError) as caught:
                 verb(model)
             codes.append(caught.value.code)
 
-    given.merge(model, progress=meanwhile)
+    scene.merge(model, progress=meanwhile)
     assert codes and set(codes) == {"E-LOCKED"}
-    assert whole(model) == whole(given.merged)
+    assert whole(model) == whole(scene.merged)
 
 
 def test_two_merges_into_one_new_folder(scenes: dict[str, Scene], tmp_path: Path) -> None:
-    given = scenes["swap"]
+    scene = scenes["swap"]
     codes: list[str] = []
 
     def meanwhile(fraction: float, text: str) -> None:
         for resume in (False, True):
-            with pytest.raises(LockedError) as caught:
-                merge(given.base, [given.adapter], tmp_path / "out", resume=resume)
+            with pytest.raises(errors.LockedError) as caught:
+                merge(scene.base, [scene.adapter], tmp_path / "out", resume=resume)
             codes.append(caught.value.code)
-        with pytest.raises(FileKindError):  # it is not a leftover
+        with pytest.raises(errors.FileKindError):  # it is not a leftover
             recover(tmp_path / "out")
 
-    merge(given.base, [given.adapter], tmp_path / "out", progress=meanwhile)
+    merge(scene.base, [scene.adapter], tmp_path / "out", progress=meanwhile)
     assert set(codes) == {"E-LOCKED"}
-    assert tree(tmp_path / "out") == tree(given.merged)
+    assert tree(tmp_path / "out") == tree(scene.merged)
 
 
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
@@ -481,37 +463,37 @@ NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
 def test_file_systems_without_locks(error: int, scenes: dict[str, Scene], tmp_path: Path) -> None:
     """New outputs are written, as making their folder keeps others out; nothing is changed where another run may be at
     work, and nothing is cleaned up that may be in use."""
-    given, out, partial = scenes["swap"], tmp_path / "out", tmp_path / ".out.partial"
-    model, merged = (shutil.copytree(p, tmp_path / n) for p, n in ((given.base, "model"), (given.merged, "merged")))
+    scene, out, partial = scenes["swap"], tmp_path / "out", tmp_path / ".out.partial"
+    model, merged = (shutil.copytree(p, tmp_path / n) for p, n in ((scene.base, "model"), (scene.merged, "merged")))
     before = whole(model), whole(merged)
     with faults.installed(faults.Remote(error)):
-        for verb in (lambda: given.merge(model), lambda: given.unmerge(merged)):
-            with pytest.raises(LockedError, match=r"the file system gives no lock \(.*\), so .* new folder"):
+        for verb in (lambda: scene.merge(model), lambda: scene.unmerge(merged)):
+            with pytest.raises(errors.LockedError, match=r"the file system gives no lock \(.*\), so .* new folder"):
                 verb()
         assert (whole(model), whole(merged)) == before
 
         def meanwhile(fraction: float, text: str) -> None:
-            with pytest.raises(LockedError, match="If none is, remove it, and run it again"):
-                merge(given.base, [given.adapter], out)
+            with pytest.raises(errors.LockedError, match="If none is, remove it, and run it again"):
+                merge(scene.base, [scene.adapter], out)
 
-        merge(given.base, [given.adapter], out, progress=meanwhile)
-        assert tree(out) == tree(given.merged) and not partial.exists()
+        merge(scene.base, [scene.adapter], out, progress=meanwhile)
+        assert tree(out) == tree(scene.merged) and not partial.exists()
         unmerge(out, tmp_path / "back")
-        assert whole(tmp_path / "back") == whole(given.base)
+        assert whole(tmp_path / "back") == whole(scene.base)
         with durable.atomic_file(tmp_path / "file", overwrite=False) as file:
             file.write(b"new")
         assert (tmp_path / "file").read_bytes() == b"new"
         partial.mkdir()
         (partial / "done.jsonl").write_text("of a killed run")
         shutil.rmtree(out)
-        for verb in (lambda: recover(out), lambda: merge(given.base, [given.adapter], out, resume=True)):
-            with pytest.raises(LockedError, match="If none is, remove it, and run it again"):
+        for verb in (lambda: recover(out), lambda: merge(scene.base, [scene.adapter], out, resume=True)):
+            with pytest.raises(errors.LockedError, match="If none is, remove it, and run it again"):
                 verb()
         meanwhile(0, "")
         assert (partial / "done.jsonl").exists() and not out.exists()
         shutil.rmtree(partial)
-        merge(given.base, [given.adapter], out)
-    assert tree(out) == tree(given.merged)
+        merge(scene.base, [scene.adapter], out)
+    assert tree(out) == tree(scene.merged)
 
 
 # --- recover, and the command line ----------------------------------------------------------------------------------
@@ -520,15 +502,15 @@ def test_file_systems_without_locks(error: int, scenes: dict[str, Scene], tmp_pa
 def test_recover_knows_leftovers(tmp_path: Path) -> None:
     """Those that nobody holds, of this very output."""
     out = tmp_path / "out.lrc"
-    with pytest.raises(FileKindError):
+    with pytest.raises(errors.FileKindError):
         recover(out)
-    mine, theirs = tmp_path / ".out.lrc.123.0badcafe.tmp", tmp_path / ".other.lrc.123.0badcafe.tmp"
-    mine.write_bytes(b"half")
-    theirs.write_bytes(b"half")
+    own, other = tmp_path / ".out.lrc.123.0badcafe.tmp", tmp_path / ".other.lrc.123.0badcafe.tmp"
+    own.write_bytes(b"half")
+    other.write_bytes(b"half")
     with durable.atomic_file(out, overwrite=False) as file:
         file.write(b"new")
-        assert recover(out).removed == (mine.name,)
-    assert out.read_bytes() == b"new" and theirs.exists() and not mine.exists()
+        assert recover(out).removed == (own.name,)
+    assert out.read_bytes() == b"new" and other.exists() and not own.exists()
     (tmp_path / ".out.lrc.partial").mkdir()
     (tmp_path / ".out.lrc.partial" / "thesis.txt").write_text("not ours")
     assert recover(out).removed == () and (tmp_path / ".out.lrc.partial" / "thesis.txt").exists()
@@ -564,7 +546,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert lrconvert("verify", model, "--base", BASES / "tiny-llama", "--adapter", adapter).returncode == 0
     assert lrconvert("unmerge", model, "--in-place", "-q").returncode == 0
     assert whole(model) == whole(BASES / "tiny-llama")
-    found = lrconvert("recover", model)
-    assert found.returncode == 0 and "nothing that was broken off" in found.stdout
+    done = lrconvert("recover", model)
+    assert done.returncode == 0 and "nothing that was broken off" in done.stdout
     assert json.loads(lrconvert("recover", model, "--json").stdout)["state"] == "clean"
     assert load_all(model)

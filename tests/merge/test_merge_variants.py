@@ -62,18 +62,10 @@ def loaded_with(folder: Path, make: Any) -> Any:
 
 
 PHI3 = oracle.transformer("Phi3ForCausalLM")
-ALL = {
-    **CASES,
-    "fused layers": (PHI3, {"target_modules": ["qkv_proj", "gate_up_proj", "o_proj", "down_proj"]}, 4, {}),
-}
+ALL = {**CASES, "fused layers": (PHI3, {"target_modules": ["qkv_proj", "gate_up_proj", "o_proj", "down_proj"]}, 4, {})}
 
 # PEFT merges an update of one end of a tie into both; the model with the adapter attached is the oracle there.
-SPLIT_TIES = {
-    "DoRA, Conv1D",
-    "embedding, tied",
-    "embedding and head, tied",
-    "embedding and head, tied adapters",
-}
+SPLIT_TIES = {"DoRA, Conv1D", "embedding, tied", "embedding and head, tied", "embedding and head, tied adapters"}
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -88,8 +80,8 @@ def test_as_peft_and_back(name: str, dtype: str, tmp_path: Path) -> None:
 
     attached = peft.PeftModel.from_pretrained(loaded_with(base, make), str(tmp_path / "adapter")).eval()
     x = inputs(make)
-    theirs = oracle.outputs(attached, x)
-    assert oracle.difference(oracle.outputs(loaded_with(tmp_path / "out", make), x), theirs) <= TOLERANCE[dtype]
+    expected = oracle.outputs(attached, x)
+    assert oracle.difference(oracle.outputs(loaded_with(tmp_path / "out", make), x), expected) <= TOLERANCE[dtype]
     if name not in SPLIT_TIES:
         state = attached.merge_and_unload().state_dict()
         for key, stored in load_all(tmp_path / "out").items():
@@ -126,8 +118,8 @@ def test_dora_is_the_stated_formula(tmp_path: Path) -> None:
             lanes = lanes[:, : lanes.shape[1] // 2] + lanes[:, lanes.shape[1] // 2 :]
         factor = magnitudes[pair.target.name].astype(np.float64) / np.sqrt(lanes[:, 0])
         goal = round_to(v * factor[:, None], "F32")
-        found = after[pair.target.name].array
-        assert np.array_equal(goal, found.T if pair.target.view.kind == "transposed" else found)
+        merged = after[pair.target.name].array
+        assert np.array_equal(goal, merged.T if pair.target.view.kind == "transposed" else merged)
 
 
 @pytest.mark.parametrize("what", ("two adapters", "scaled", "no bias"))
@@ -162,15 +154,15 @@ def test_experts_that_the_base_stores_one_by_one(name: str, tmp_path: Path) -> N
     report = api.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert set(apart) & {t.name for t in report.tensors}
     x = inputs(make)
-    theirs = oracle.outputs(oracle.peft_model(make, tmp_path / "adapter"), x)
-    ours = oracle.outputs(type(make()).from_pretrained(tmp_path / "out").eval(), x)
-    assert oracle.difference(ours, theirs) <= 1e-5
+    expected = oracle.outputs(oracle.peft_model(make, tmp_path / "adapter"), x)
+    merged = oracle.outputs(type(make()).from_pretrained(tmp_path / "out").eval(), x)
+    assert oracle.difference(merged, expected) <= 1e-5
     api.unmerge(tmp_path / "out", tmp_path / "back")
     assert tree(tmp_path / "back") == tree(tmp_path / "base")
     made = api.convert(api.load_lora(tmp_path / "adapter"), "lowrank", bits=16, base=tmp_path / "base")
     api.merge(tmp_path / "base", made.compact, tmp_path / "compact")
-    ours = oracle.outputs(type(make()).from_pretrained(tmp_path / "compact").eval(), x)
-    assert oracle.difference(ours, theirs) <= 2e-3
+    merged = oracle.outputs(type(make()).from_pretrained(tmp_path / "compact").eval(), x)
+    assert oracle.difference(merged, expected) <= 2e-3
 
 
 # --- DoRA as a plain LoRA -------------------------------------------------------------------------------------------

@@ -45,11 +45,11 @@ def four_bit(
     name: str, w: np.ndarray, block: int = 64, nested: bool = False, kind: str = "nf4", storage: str = "U8"
 ) -> tuple[dict[str, Stored], np.ndarray]:
     """(stored tensors, values) of a matrix, one element after the other: the definition."""
-    known = {"nf4": NF4, "fp4": FP4}[kind]
+    table = {"nf4": NF4, "fp4": FP4}[kind]
     flat = w.reshape(-1)
     blocks = [flat[i : i + block] for i in range(0, flat.size, block)]
     absmax = np.array([np.abs(b).max() for b in blocks], np.float32)
-    parts = {f"{name}.quant_map": Stored("F32", known)}
+    parts = {f"{name}.quant_map": Stored("F32", table)}
     fields: dict[str, Any] = {"quant_type": kind, "blocksize": block, "dtype": "bfloat16", "shape": list(w.shape)}
     if nested:
         table = np.linspace(-1, 1, 256).astype(np.float32)
@@ -63,12 +63,12 @@ def four_bit(
         fields |= {"nested_blocksize": 4, "nested_dtype": "float32", "nested_offset": float(offset)}
     else:
         parts[f"{name}.absmax"] = Stored("F32", absmax)
-    codes = np.array([np.abs(known - x / absmax[i // block]).argmin() for i, x in enumerate(flat)], np.uint8)
+    codes = np.array([np.abs(table - x / absmax[i // block]).argmin() for i, x in enumerate(flat)], np.uint8)
     padded = np.append(codes, np.zeros(codes.size % 2, np.uint8))
     packed = ((padded[::2] << 4) | padded[1::2]).view(STORAGE[storage])
     parts[name] = Stored(storage, packed.reshape(-1, 1))
     parts[f"{name}.quant_state.bitsandbytes__{kind}"] = state(**fields)
-    values = np.array([np.float32(known[c] * absmax[i // block]) for i, c in enumerate(codes)], np.float32)
+    values = np.array([np.float32(table[c] * absmax[i // block]) for i, c in enumerate(codes)], np.float32)
     return parts, values.reshape(w.shape)
 
 
@@ -137,8 +137,8 @@ def test_values_are_those_of_the_definition(kind: str, tmp_path: Path) -> None:
             whole = np.frombuffer(checkpoint.read(info), "<u2")
             assert np.array_equal(whole, goal)
             for first, count in ((0, 1), (1, 2), (63, 66), (goal.size - 1, 1), (7, goal.size - 9)):
-                some = np.frombuffer(checkpoint.read(info, 2 * first, 2 * count), "<u2")
-                assert np.array_equal(some, goal[first : first + count])
+                part = np.frombuffer(checkpoint.read(info, 2 * first, 2 * count), "<u2")
+                assert np.array_equal(part, goal[first : first + count])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -147,10 +147,10 @@ def test_merge_verify_undo(kind: str, shards: int, tmp_path: Path) -> None:
     """As into a base that is stored as bf16; the undo gives that base."""
     base, values = base_of(tmp_path / "base", kind, shards)
     before = tree(base)
-    ours = adapter(kind)
-    report = merge(base, [ours], tmp_path / "out", dequantize=True)
+    lora = adapter(kind)
+    report = merge(base, [lora], tmp_path / "out", dequantize=True)
     bits = 8 if kind == "int8" else 4
-    planned = merge(base, [ours], tmp_path / "dry", dequantize=True, dry_run=True)
+    planned = merge(base, [lora], tmp_path / "dry", dequantize=True, dry_run=True)
     assert planned.warnings[-1].startswith(f"2 tensors are dequantized from bitsandbytes {bits} bit to bf16;")
     rounded = [np.abs(v - decode(round_to(v, "BF16"), "BF16")).reshape(-1) for v in values.values()]
     errors = np.concatenate(rounded).astype(np.float64)
@@ -158,14 +158,14 @@ def test_merge_verify_undo(kind: str, shards: int, tmp_path: Path) -> None:
     plain = {name: Stored("BF16", round_to(v, "BF16")) for name, v in values.items()}
     plain["model.norm.weight"] = Stored("F16", np.ones(7, np.float16))
     unpacked = save_base(tmp_path / "plain", [plain], {"model_type": "llama", "torch_dtype": "bfloat16"})
-    merge(unpacked, [ours], tmp_path / "goal")
+    merge(unpacked, [lora], tmp_path / "goal")
     merged, goal = load_all(tmp_path / "out"), load_all(tmp_path / "goal")
     assert merged.keys() == goal.keys() and all(merged[name] == goal[name] for name in goal)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == min(shards, 2)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config == {"model_type": "llama", "torch_dtype": "bfloat16"}
-    assert verify(tmp_path / "out", base, [ours], dequantize=True).ok
-    assert verify(tmp_path / "out", unpacked, [ours]).ok
+    assert verify(tmp_path / "out", base, [lora], dequantize=True).ok
+    assert verify(tmp_path / "out", unpacked, [lora]).ok
     unmerge(tmp_path / "out", tmp_path / "back")
     back = load_all(tmp_path / "back")
     assert back.keys() == plain.keys() and all(back[name] == plain[name] for name in plain)
@@ -280,36 +280,36 @@ def test_as_bitsandbytes_computes(tmp_path: Path) -> None:
     for kind in ("nf4", "fp4"):
         for nested in (False, True):
             for dtype in (torch.float32, torch.bfloat16):
-                packed, told = functional.quantize_4bit(w.to(dtype), quant_type=kind, compress_statistics=nested)
+                packed, state = functional.quantize_4bit(w.to(dtype), quant_type=kind, compress_statistics=nested)
                 tensors = {"q.weight": packed}
-                tensors |= {f"q.weight.{key}": value for key, value in told.as_dict(packed=True).items()}
+                tensors |= {f"q.weight.{key}": value for key, value in state.as_dict(packed=True).items()}
                 folder = tmp_path / f"{kind}-{nested}-{dtype}"
                 folder.mkdir()
                 save_file(tensors, folder / "model.safetensors")
                 (folder / "config.json").write_text(json.dumps({"quantization_config": FOUR_BIT}))
-                theirs = dequantized_4bit(packed, told).to(torch.bfloat16).view(torch.int16).numpy()
-                assert np.array_equal(only(folder), theirs.view(np.uint16))
+                expected = dequantized_4bit(packed, state).to(torch.bfloat16).view(torch.int16).numpy()
+                assert np.array_equal(only(folder), expected.view(np.uint16))
     codes, scale, _ = functional.int8_vectorwise_quant(w.half())
     folder = tmp_path / "int8"
     folder.mkdir()
     save_file({"q.weight": codes, "q.SCB": scale}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"quantization_config": EIGHT_BIT}))
-    theirs = functional.int8_vectorwise_dequant(codes, scale).to(torch.bfloat16).view(torch.int16).numpy()
-    assert np.array_equal(only(folder), theirs.view(np.uint16))
+    expected = functional.int8_vectorwise_dequant(codes, scale).to(torch.bfloat16).view(torch.int16).numpy()
+    assert np.array_equal(only(folder), expected.view(np.uint16))
 
 
-def dequantized_4bit(packed: Any, told: Any) -> Any:
+def dequantized_4bit(packed: Any, state: Any) -> Any:
     """What bitsandbytes computes in float32, seen as a matrix with one block a row: its AVX-512 kernel (0.50.2) takes
     the wrong scales where a row is not whole blocks; others go through the flat tensor."""
     import torch
     from bitsandbytes import functional
 
-    shape, told.shape, told.dtype = (
-        told.shape,
-        torch.Size([told.shape.numel() // told.blocksize, told.blocksize]),
+    shape, state.shape, state.dtype = (
+        state.shape,
+        torch.Size([state.shape.numel() // state.blocksize, state.blocksize]),
         torch.float32,
     )
-    return functional.dequantize_4bit(packed, told).reshape(shape)
+    return functional.dequantize_4bit(packed, state).reshape(shape)
 
 
 SAVED: dict[str, dict[str, Any]] = {
@@ -345,8 +345,9 @@ def test_as_transformers_saves(kind: str, tmp_path: Path) -> None:
     with open_base(base, dequantize=True) as checkpoint:
         assert checkpoint.tensors.keys() == goal.keys()
         for name, info in checkpoint.tensors.items():
-            theirs = goal[name].to(torch.bfloat16).contiguous().view(torch.int16).numpy().view(np.uint16)
-            assert info.dtype == "BF16" and np.array_equal(np.frombuffer(checkpoint.read(info), "<u2"), theirs.ravel())
+            expected = goal[name].to(torch.bfloat16).contiguous().view(torch.int16).numpy().view(np.uint16)
+            values = np.frombuffer(checkpoint.read(info), "<u2")
+            assert info.dtype == "BF16" and np.array_equal(values, expected.ravel())
     lora = api.load_lora(ADAPTERS / "llama-plain")
     merge(base, [lora], tmp_path / "out", dequantize=True)
     assert verify(tmp_path / "out", base, [lora], dequantize=True).ok
@@ -363,7 +364,7 @@ def only(folder: Path) -> np.ndarray:
 def test_memory_is_that_of_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks are computed as they are read: never more than so many elements at a time."""
     base, _ = base_of(tmp_path / "base", "nf4")
-    asked = []
+    counts = []
     monkeypatch.setattr(quantized_base, "_CHUNK", 50)
     with open_base(base, dequantize=True) as checkpoint:
         assert isinstance(checkpoint, quantized_base.DequantizedCheckpoint)
@@ -371,9 +372,9 @@ def test_memory_is_that_of_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             real = weight.values
 
             def values(first: int, count: int, real: Any = real) -> Any:
-                asked.append(count)
+                counts.append(count)
                 return real(first, count)
 
             object.__setattr__(weight, "values", values)
             checkpoint.read(checkpoint.tensors[name])
-    assert max(asked) <= 50 and sum(asked) == sum(np.prod(s) for s in ODD.values())
+    assert max(counts) <= 50 and sum(counts) == sum(np.prod(s) for s in ODD.values())

@@ -42,14 +42,14 @@ def test_codes_hold_any_bits(data: st.DataObject) -> None:
     kind = STORAGE[dtype]
     count = data.draw(st.integers(1, 50))
     pattern = st.lists(st.integers(0, 2 ** (8 * kind.itemsize) - 1), min_size=count, max_size=count)
-    wanted = np.array(data.draw(pattern), f"<u{kind.itemsize}").view(kind)
+    base = np.array(data.draw(pattern), f"<u{kind.itemsize}").view(kind)
     near = np.array(data.draw(st.lists(st.integers(-3, 3), min_size=count, max_size=count)))
     far = np.array(data.draw(pattern), f"<u{kind.itemsize}").view(kind)
-    close = (wanted.view(f"<i{kind.itemsize}") + near.astype(f"<i{kind.itemsize}")).view(kind)
-    for guess in (far, close, wanted):
-        found = residual.decode_residual(residual.encode_residual(wanted, guess), guess)
-        assert found.tobytes() == wanted.tobytes() and found.dtype == wanted.dtype
-        assert residual.decode_xor(residual.encode_xor(wanted, guess), guess).tobytes() == wanted.tobytes()
+    close = (base.view(f"<i{kind.itemsize}") + near.astype(f"<i{kind.itemsize}")).view(kind)
+    for guess in (far, close, base):
+        restored = residual.decode_residual(residual.encode_residual(base, guess), guess)
+        assert restored.tobytes() == base.tobytes() and restored.dtype == base.dtype
+        assert residual.decode_xor(residual.encode_xor(base, guess), guess).tobytes() == base.tobytes()
 
 
 def test_codes_are_small() -> None:
@@ -66,12 +66,12 @@ def test_codes_are_small() -> None:
 
 @pytest.mark.parametrize("cut", (0, 5, 23, -1))
 def test_damaged_codes_are_refused(cut: int) -> None:
-    wanted = np.arange(40, dtype="<u2")
-    data = residual.encode_residual(wanted, wanted + np.uint16(1))
+    base = np.arange(40, dtype="<u2")
+    data = residual.encode_residual(base, base + np.uint16(1))
     with pytest.raises(UndoError):
-        residual.decode_residual(data[:cut], wanted)
+        residual.decode_residual(data[:cut], base)
     with pytest.raises(UndoError):
-        residual.decode_xor(residual.encode_xor(wanted, wanted + np.uint16(1)), wanted[:-1])
+        residual.decode_xor(residual.encode_xor(base, base + np.uint16(1)), base[:-1])
 
 
 # --- the law --------------------------------------------------------------------------------------------------------
@@ -177,8 +177,7 @@ def test_several_scaled_adapters_and_other_shards(tmp_path: Path) -> None:
     assert {p.name for p in (tmp_path / "single").glob("*.safetensors*")} == {"model.safetensors"}
     unmerge(tmp_path / "single", tmp_path / "again")
     assert tree(tmp_path / "again") == tree(base)
-    ours, theirs = load_all(tmp_path / "out"), load_all(tmp_path / "single")
-    assert all(ours[name] == theirs[name] for name in theirs)
+    assert load_all(tmp_path / "out") == load_all(tmp_path / "single")
 
 
 def test_shards_load_in_transformers(tmp_path: Path) -> None:
@@ -226,8 +225,8 @@ def test_merges_on_merges_undo_in_turn(tmp_path: Path) -> None:
     done = unmerge(tmp_path / "second", tmp_path / "out", number=2)
     assert done.remaining == 1
     files = {p.relative_to(tmp_path / "first"): p.read_bytes() for p in (tmp_path / "first").rglob("*") if p.is_file()}
-    found = {p.relative_to(tmp_path / "out"): p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
-    assert found == files  # the record of the first merge too
+    restored = {p.relative_to(tmp_path / "out"): p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert restored == files  # the record of the first merge too
     unmerge(tmp_path / "out")
     assert tree(tmp_path / "out") == tree(base)
 
@@ -459,9 +458,9 @@ def test_verify_names_what_differs(merged: Path, tmp_path: Path) -> None:
     del stored["score.weight"]
     stored["more"] = Stored("F32", np.ones(2, "<f4"))
     wrong = save_base(tmp_path / "wrong", [stored], {"model_type": "llama"})
-    found = verify(wrong, merged / "base", [lora])
-    names = [d.name for d in found.differences]
+    report = verify(wrong, merged / "base", [lora])
+    names = [d.name for d in report.differences]
     assert names == ["score.weight", "more", "config.json: architectures", "config.json: id2label", "norm"] or (
         names[:2] == ["score.weight", "more"] and names[-1] == "norm"
     )
-    assert found.differences[-1].elements == 1
+    assert report.differences[-1].elements == 1

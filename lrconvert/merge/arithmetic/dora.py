@@ -60,7 +60,8 @@ def checked_factor(magnitude: F64, norms: F64) -> F64:
 
 
 def _tiles(stored: Array, dtype: str, term: Term) -> Iterator[tuple[int, F64]]:
-    """(first row, ``W + s * (left_1 right_1 + left_2 right_2 + ...)``) of a few rows each, added from left to right."""
+    """Return (first row, ``W + s * (left_1 right_1 + left_2 right_2 + ...)``) of a few rows each, added from left to
+    right."""
     height = max(1, _TILE // stored.shape[1])
     right = term.right.astype(np.float64)
     for top in range(0, stored.shape[0], height):

@@ -46,7 +46,7 @@ def product_error(a: F64, b: F64, product: F64) -> F64:
 
 
 def _split(a: F64) -> tuple[F64, F64]:
-    """Two halves of at most 26 bits each."""
+    """Return two halves of at most 26 bits each."""
     c = a * 134217729.0  # 2^27 + 1
     high = c - (c - a)
     return high, a - high

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class MergeStats:
-    """What an update did to a number of elements. Errors are |stored - exact|, in float64 estimates.
+    """Counts of the elements that an update was added to. Errors are |stored - exact|, in float64 estimates.
 
     `changed` is exact. `unmoved` counts elements whose nonzero update is too small to change them, where float64 does
     not take it for zero. `recomputed` and `rational` count those that the second and the third stage decided.

@@ -10,13 +10,11 @@ import numpy as np
 from lrconvert.core.dtypes import STORAGE, Array
 from lrconvert.io.durable import CONTENT, Work, Writer
 from lrconvert.merge.in_place.model_folder import PATCH, SAME, SWAP, Change
-from lrconvert.merge.in_place.patches import PatchWriter, is_whole
+from lrconvert.merge.in_place.patches import PATCH_SHARE, Patches, is_whole
 from lrconvert.merge.journal import Done, Patch
 from lrconvert.merge.plan.plan import Output, Plan, Shard
 from lrconvert.merge.plan.updates import NonlinearPiece
 from lrconvert.merge.sinks import Nowhere, has_digests
-
-PATCH_SHARE = 8  # a patch has at most this part of its weight file
 
 
 @dataclass
@@ -27,38 +25,27 @@ class InPlaceSink:
     work: Work
     plan: Plan
     is_copy: bool = False
-    _patch: PatchWriter | None = None
     _ahead: str = ""
-    _patched_bytes: int = 0
     _changes: dict[str, Change] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.patches = Patches(self.work.files, [shard.size for shard in self.plan.shards])
         last = self.plan.shards[-1]
         if any(not o.is_copy for o in last.outputs) and not self._is_sparse(last):
             self._ahead = last.name
 
     def open(self, shard: Shard) -> AbstractContextManager[Writer]:
-        self._patch = None
-        largest = max(s.size for s in self.plan.shards)
-        limit = min(shard.size // PATCH_SHARE, largest // 2 - self._patched_bytes)
         if _may_be_patched(shard) and any(o.is_touched for o in shard.outputs) and shard.name != self._ahead:
-            self._patch = PatchWriter(self.work.files, f"patch-{self.plan.shards.index(shard)}.tmp", limit)
+            self.patches.open(self.plan.shards.index(shard))
         return self.work.content.create(shard.name) if shard.name == self._ahead else Nowhere()
 
     def change(self, output: Output, first: int, before: Array, after: Array) -> None:
-        if self._patch is not None and output.base is not None:
+        if output.base is not None:
             width = before.shape[1] * before.dtype.itemsize
-            self._patch.change(output.base.start + first * width, before, after)
+            self.patches.change(output.base.start + first * width, before, after)
 
     def finish(self, shard: Shard) -> Patch | None:
-        patch = None if self._patch is None else self._patch.finish()
-        self._patched_bytes += 0 if patch is None else patch.nbytes
-        return patch
-
-    def close(self) -> None:
-        """Let go of what a failure has left open."""
-        if self._patch is not None:
-            self._patch.close()
+        return self.patches.finish()
 
     def note(self, done: Done, shard: Shard) -> None:
         """Settle how a finished file is changed."""
@@ -70,7 +57,7 @@ class InPlaceSink:
         if done.patch is not None:
             if not is_whole(self.work.files.root / done.patch.name, done.patch):
                 return None
-            self._patched_bytes += done.patch.nbytes
+            self.patches.nbytes += done.patch.nbytes
             return [done.patch.name]
         path = self.work.content.root / shard.name
         return [f"{CONTENT}/{shard.name}"] if path.exists() and has_digests(path, shard, done.digests) else []

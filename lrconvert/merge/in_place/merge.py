@@ -57,7 +57,7 @@ def merge_in_place(base: Path, job: Job, *, resume: bool, dry_run: bool) -> Merg
             if not resume:
                 work.clear()
             sink = InPlaceSink(work, planned)
-            stack.callback(sink.close)
+            stack.callback(sink.patches.close)
             first = replace(job, progress=lambda f, text: job.progress(FIRST_PASS * f, text))
             number = max(earlier, default=0) + 1
             report = first.write(planned, sink, number, earlier, report)
@@ -71,7 +71,7 @@ def merge_in_place(base: Path, job: Job, *, resume: bool, dry_run: bool) -> Merg
 
 
 def take_back(folder: ModelFolder, keep: bool) -> None:
-    """After a failure before anything was changed: leave nothing behind, or only what a later run can use."""
+    """Leave nothing after a failure before anything was changed, or only what a later run can use."""
     try:
         folder.cancel(keep)
     except LrcError:

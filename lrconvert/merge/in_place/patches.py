@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from lrconvert.merge.hashing import file_digest
 from lrconvert.merge.journal import Patch
 
 BASE, MERGED = 0, 1
+PATCH_SHARE = 8  # a patch has at most this part of its weight file
 _DENSE_BYTES = 1 << 20  # a block of this size of which more than half has changed is no matter of a few rows
 _ENTRY_BYTES = 1 << 24
 
@@ -81,6 +83,39 @@ class PatchWriter:
         with self._file:
             pass
         return Patch(self.name, self.nbytes, self._hash.hexdigest())
+
+
+@dataclass
+class Patches:
+    """The patches of one pass over weight files of these sizes: each has at most an eighth of its weight file, all
+    together half of the largest."""
+
+    folder: StagedDirectory
+    sizes: Sequence[int]
+    nbytes: int = 0
+    _writer: PatchWriter | None = None
+
+    def open(self, number: int) -> None:
+        """Begin the patch of weight file `number`; without it changes are not kept."""
+        limit = min(self.sizes[number] // PATCH_SHARE, max(self.sizes) // 2 - self.nbytes)
+        self._writer = PatchWriter(self.folder, f"patch-{number}.tmp", limit)
+
+    def change(self, offset: int, base: Array, merged: Array) -> None:
+        """Take changed rows, see `PatchWriter.change`."""
+        if self._writer is not None:
+            self._writer.change(offset, base, merged)
+
+    def finish(self) -> Patch | None:
+        """Return the patch of the weight file, None if there is none."""
+        patch = None if self._writer is None else self._writer.finish()
+        self.nbytes += 0 if patch is None else patch.nbytes
+        self._writer = None
+        return patch
+
+    def close(self) -> None:
+        """Let go of what a failure has left open."""
+        if self._writer is not None:
+            self._writer.close()
 
 
 def is_whole(path: Path, patch: Patch) -> bool:

@@ -81,7 +81,7 @@ class _Merged(ContainerFile):
         writer.write(self.read(info))
 
     def check_unchanged(self) -> None:
-        """It is gone, as it should be."""
+        """Do nothing: the file is gone, as it should be."""
 
 
 class _Memory:

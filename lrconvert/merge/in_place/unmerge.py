@@ -6,7 +6,7 @@ damaged is found before anything changes.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import closing
 from pathlib import Path
 
 from lrconvert.core.dtypes import Array
@@ -15,10 +15,9 @@ from lrconvert.io.container import INDEX_NAME, Checkpoint, TensorInfo, open_chec
 from lrconvert.io.durable import Work, locked, require_space
 from lrconvert.merge.arithmetic.workspace import Workspace
 from lrconvert.merge.in_place.commit import Commit, open_commit, recover
-from lrconvert.merge.in_place.first_pass import PATCH_SHARE
 from lrconvert.merge.in_place.merge import FIRST_PASS, broken_off, take_back
 from lrconvert.merge.in_place.model_folder import PATCH, SAME, SWAP, UNMERGE, Change, CommitPlan, ModelFolder
-from lrconvert.merge.in_place.patches import PatchWriter
+from lrconvert.merge.in_place.patches import Patches
 from lrconvert.merge.journal import PLAN_NAME, plan_text
 from lrconvert.merge.plan.plan import other_files
 from lrconvert.merge.report import UnmergeReport
@@ -79,9 +78,8 @@ def _rehearse(opened: OpenRecord, checkpoint: Checkpoint, work: Work, progress: 
     record, place = opened.record, opened.place
     work.files.write_bytes(PLAN_NAME, plan_text(UNMERGE, {"place": place}))
     files = {file.path.name: file for file in checkpoint.files}
-    largest = max(size for _, size in record.files)
-    total, done, patched_bytes = max(1, sum(size for _, size in record.files)), 0, 0
-    writer: PatchWriter | None = None
+    patches = Patches(work.files, [file.nbytes for file in record.files])
+    total, done = max(1, sum(patches.sizes)), 0
     changes: list[Change] = []
 
     def advance(info: TensorInfo) -> None:
@@ -90,28 +88,19 @@ def _rehearse(opened: OpenRecord, checkpoint: Checkpoint, work: Work, progress: 
         progress(FIRST_PASS * min(1.0, done / total), info.name)
 
     def change(tensor: TensorRecord, first: int, present: Array, restored: Array) -> None:
-        if writer is not None:
-            width = present.shape[1] * present.dtype.itemsize
-            writer.change(checkpoint.tensors[tensor.output].start + first * width, restored, present)
+        width = present.shape[1] * present.dtype.itemsize
+        patches.change(checkpoint.tensors[tensor.output].start + first * width, restored, present)
 
-    with (
-        ExitStack() as stack,
-        Workspace() as workspace,
-        Restorer(opened, checkpoint, workspace, change) as restorer,
-    ):
-        for number, (name, size) in enumerate(record.files):
+    with closing(patches), Workspace() as workspace, Restorer(opened, checkpoint, workspace, change) as restorer:
+        for number, (name, _) in enumerate(record.files):
             header, infos = opened.headers[number]
             tensors = [opened.tensors[info.name] for info in infos]
             changed = [t for t in tensors if t.before != t.after]
             has_same_header = files[name].header_bytes == header
-            writer = None
             if has_same_header and changed and all(t.cols for t in changed):
-                limit = min(size // PATCH_SHARE, largest // 2 - patched_bytes)
-                writer = PatchWriter(work.files, f"patch-{number}.tmp", limit)
-                stack.callback(writer.close)
+                patches.open(number)
             restorer.file(number, Nowhere(), advance)
-            patch = None if writer is None else writer.finish()
-            patched_bytes += 0 if patch is None else patch.nbytes
+            patch = patches.finish()
             mode = SAME if has_same_header and not changed else SWAP if patch is None else PATCH
             changes.append(Change(name, mode, patch))
     opened.check_content()

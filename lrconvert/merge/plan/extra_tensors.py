@@ -465,9 +465,9 @@ def _same_values(extra: ExtraTensor, info: TensorInfo, checkpoint: Checkpoint) -
     values, kind = decoded(extra), STORAGE[info.dtype]
     step = _COMPARE_BYTES // kind.itemsize
     for start in range(0, values.size, step):
-        ours = values[start : start + step]
-        data = checkpoint.read(info, start * kind.itemsize, ours.size * kind.itemsize)
-        if not np.array_equal(ours, decode(np.frombuffer(data, kind), info.dtype)):
+        part = values[start : start + step]
+        data = checkpoint.read(info, start * kind.itemsize, part.size * kind.itemsize)
+        if not np.array_equal(part, decode(np.frombuffer(data, kind), info.dtype)):
             return False
     return True
 

@@ -27,9 +27,7 @@ def check_undoable(opened: OpenRecord, checkpoint: Checkpoint) -> None:
     if missing or strange:
         what = f"lacks {missing[0]!r}" if missing else f"has {strange[0]!r}, which the merge did not write"
         raise UndoError(
-            f"the model {what}",
-            fix="it was changed since the merge; give the base: --from-base",
-            path=checkpoint.root,
+            f"the model {what}", fix="it was changed since the merge; give the base: --from-base", path=checkpoint.root
         )
 
 
