@@ -31,9 +31,9 @@ def make_base(folder: Path, shapes: Mapping[str, Shape], config: Mapping[str, An
     return folder
 
 
-def lora_of(*found: Target) -> LoraAdapter:
+def lora_of(*targets: Target) -> LoraAdapter:
     pairs = []
-    for target in found:
+    for target in targets:
         out, inner = target.matrix_shape
         a, b = np.ones((1, inner), "<f4"), np.ones((out, 1), "<f4")
         pairs.append(LoraTarget(target, Stored("F32", a), Stored("F32", b), 1.0))
@@ -182,8 +182,10 @@ def model_classes(family: str) -> Iterable[type]:
     from transformers.models.auto import modeling_auto
 
     tables = [v for k, v in vars(modeling_auto).items() if k.endswith("_MAPPING_NAMES")]
-    found = {name for table in tables for kind, names in table.items() if kind == family for name in np.ravel(names)}
-    return [getattr(transformers, name) for name in sorted(found) if hasattr(transformers, name)]
+    classes = {
+        name for table in tables for kind, names in table.items() if kind == family for name in np.ravel(names)
+    }
+    return [getattr(transformers, name) for name in sorted(classes) if hasattr(transformers, name)]
 
 
 def saved_names(model: Any) -> dict[str, str]:

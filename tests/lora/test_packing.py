@@ -120,5 +120,5 @@ def test_encode_checks_shape_and_range():
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_odd_integers_are_the_code_values(bits):
     codes = np.arange(1 << bits).astype(np.uint8)
-    found = packing.odd_integers(codes, bits)
-    assert np.array_equal(found, packing.code_values(codes, bits)) and found.itemsize == (2 if bits == 8 else 1)
+    integers = packing.odd_integers(codes, bits)
+    assert np.array_equal(integers, packing.code_values(codes, bits)) and integers.itemsize == (2 if bits == 8 else 1)

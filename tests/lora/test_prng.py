@@ -98,8 +98,8 @@ def test_known_words():
         expected = integers(row["words"])
         assert prng.words(stream(row), [row["k"]], 4 * row["block"], 4).tolist() == [expected]
         s = stream(row)
-        found = torch_philox.words(s.key, s.sid, torch.tensor([row["k"]]), row["block"], 1)
-        assert found.numpy().view(np.uint32).reshape(-1).tolist() == expected
+        words = torch_philox.words(s.key, s.sid, torch.tensor([row["k"]]), row["block"], 1)
+        assert words.numpy().view(np.uint32).reshape(-1).tolist() == expected
         assert [oracle_word(s.seed, s.label, row["k"], 4 * row["block"] + n) for n in range(4)] == expected
 
 
@@ -110,17 +110,17 @@ def test_known_numerators():
         assert prng.numerators(stream(row), *place).tolist() == [expected]
         exact = np.array([expected], np.float64) * prng.MAPS[name].unit
         for dtype in ("float32", "float64"):
-            found = prng.values(stream(row), *place, dtype=dtype)
-            assert found.dtype == dtype and np.array_equal(found, exact)
-            assert np.array_equal(prng.tensor(stream(row), *place, dtype=dtype).numpy(), found)
+            numbers = prng.values(stream(row), *place, dtype=dtype)
+            assert numbers.dtype == dtype and np.array_equal(numbers, exact)
+            assert np.array_equal(prng.tensor(stream(row), *place, dtype=dtype).numpy(), numbers)
     assert {row["map"] for row in KAT["numerators"]} == set(prng.MAPS)
 
 
 def digests(values) -> None:
     """`values(stream, name, bases, start, count)` gives the numbers of every row of `digests`."""
     for row in KAT["digests"]:
-        found = values(stream(row), row["map"], range(*row["bases"]), row["start"], row["count"])
-        assert hashlib.sha256(np.asarray(found).astype("<f4").tobytes()).hexdigest() == row["sha256"], row
+        numbers = values(stream(row), row["map"], range(*row["bases"]), row["start"], row["count"])
+        assert hashlib.sha256(np.asarray(numbers).astype("<f4").tobytes()).hexdigest() == row["sha256"], row
 
 
 @pytest.mark.parametrize("values", [prng.values, prng.tensor])
@@ -167,18 +167,18 @@ def test_numpy_equals_the_oracle(seed, label, k, place):
 @given(seeds, labels, st.lists(indices, max_size=4), ranges(), st.sampled_from(["float32", "float64"]))
 def test_torch_equals_numpy(seed, label, ks, place, dtype):
     s = prng.Stream(seed, label)
-    found = prng.tensor(s, place[0], ks, *place[1:], dtype=dtype)
+    numbers = prng.tensor(s, place[0], ks, *place[1:], dtype=dtype)
     expected = prng.values(s, place[0], ks, *place[1:], dtype=dtype)
-    assert found.numpy().dtype == expected.dtype == dtype and found.shape == expected.shape == (len(ks), place[2])
-    assert found.numpy().tobytes() == expected.tobytes()
+    assert numbers.numpy().dtype == expected.dtype == dtype and numbers.shape == expected.shape == (len(ks), place[2])
+    assert numbers.numpy().tobytes() == expected.tobytes()
 
 
 @settings(deadline=None)
 @given(seeds, st.integers(0, LAST), st.integers(0, 2**34 - 40), st.integers(0, 40))
 def test_words_equal_the_oracle(seed, k, start, count):
     expected = [oracle_word(seed, "w", k, w) for w in range(start, start + count)]
-    found = prng.words(prng.Stream(seed, "w"), [k], start, count)
-    assert found.dtype == np.uint32 and found.tolist() == [expected]
+    words = prng.words(prng.Stream(seed, "w"), [k], start, count)
+    assert words.dtype == np.uint32 and words.tolist() == [expected]
 
 
 @pytest.mark.parametrize("name", prng.MAPS)
@@ -355,10 +355,10 @@ def test_torch_defaults_do_not_matter():
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
-            found = prng.tensor(SHARED, "u24", range(3), 1, 99)
+            numbers = prng.tensor(SHARED, "u24", range(3), 1, 99)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert found.dtype == torch.float32 and np.array_equal(found.numpy(), expected)
+    assert numbers.dtype == torch.float32 and np.array_equal(numbers.numpy(), expected)
 
 
 def test_numpy_needs_neither_torch_nor_triton():
@@ -394,9 +394,9 @@ def compare(compute, device: str) -> None:
     for s, name, ks, start, count in hard_cases():
         for dtype in (torch.float32, torch.float64):
             kind, bases = prng.MAPS[name], np.array(ks, np.uint32)
-            found = compute(s, kind, bases, start, count, torch.device(device), dtype).cpu().numpy()
+            numbers = compute(s, kind, bases, start, count, torch.device(device), dtype).cpu().numpy()
             expected = prng.values(s, name, ks, start, count, dtype=str(dtype).removeprefix("torch."))
-            assert found.dtype == expected.dtype and found.tobytes() == expected.tobytes(), (s, name, start, count)
+            assert numbers.dtype == expected.dtype and numbers.tobytes() == expected.tobytes(), (s, name, start, count)
 
 
 def test_int64_operations_on_the_cpu():

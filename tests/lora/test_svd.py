@@ -14,13 +14,13 @@ from lrconvert.lora.adapter import LoraTarget, Target
 @pytest.mark.parametrize(("out", "inner", "rank"), [(24, 16, 4), (16, 40, 4), (2, 6, 4), (5, 5, 5), (7, 3, 1)])
 def test_svd_is_the_dense_svd(out, inner, rank):
     pair = random_lora([(out, inner)], rank=rank).targets[0]
-    found = svd.svd(pair)
-    k = len(found.s)
+    factors = svd.svd(pair)
+    k = len(factors.s)
     assert k == min(rank, out, inner)
-    assert np.allclose(found.U * found.s @ found.Vt, dense(pair), atol=1e-12 * np.linalg.norm(dense(pair)))
-    assert np.allclose(found.s, np.linalg.svd(dense(pair), compute_uv=False)[:k])
-    assert np.allclose(found.U.T @ found.U, np.eye(k)) and np.allclose(found.Vt @ found.Vt.T, np.eye(k))
-    assert np.allclose(svd.singular_values(pair), found.s)
+    assert np.allclose(factors.U * factors.s @ factors.Vt, dense(pair), atol=1e-12 * np.linalg.norm(dense(pair)))
+    assert np.allclose(factors.s, np.linalg.svd(dense(pair), compute_uv=False)[:k])
+    assert np.allclose(factors.U.T @ factors.U, np.eye(k)) and np.allclose(factors.Vt @ factors.Vt.T, np.eye(k))
+    assert np.allclose(svd.singular_values(pair), factors.s)
 
 
 def test_gauge_does_not_matter():

@@ -43,17 +43,17 @@ _numbers = st.floats(-(2.0**40), 2.0**40, width=32, allow_subnormal=False)
 @given(hnp.arrays(np.float32, hnp.array_shapes(max_dims=2, max_side=9), elements=_numbers), st.integers(-60, 40))
 def test_halves_are_those_of_a_file(values: np.ndarray, power: int) -> None:
     x = np.ldexp(values, power).astype(np.float32)
-    found = fake_quant.half(torch.from_numpy(x)).numpy()
-    assert found.tobytes() == (packing.round_half(x) + np.float32(0)).tobytes()
+    halves = fake_quant.half(torch.from_numpy(x)).numpy()
+    assert halves.tobytes() == (packing.round_half(x) + np.float32(0)).tobytes()
 
 
 @settings(max_examples=60, deadline=None)
 @given(hnp.arrays(np.float32, 7, elements=st.floats(-300, 300, width=32)), st.sampled_from((1, 2, 3, 4, 8)))
 def test_odd_integers_are_the_nearest_there_are(x: np.ndarray, bits: int) -> None:
     allowed = packing.code_values(np.arange(1 << bits), bits)
-    found = fake_quant.odd(torch.from_numpy(x), bits).numpy()
-    assert np.isin(found, allowed).all()
-    assert np.array_equal(np.abs(found - x), np.abs(allowed[None] - x[:, None]).min(1))
+    integers = fake_quant.odd(torch.from_numpy(x), bits).numpy()
+    assert np.isin(integers, allowed).all()
+    assert np.array_equal(np.abs(integers - x), np.abs(allowed[None] - x[:, None]).min(1))
 
 
 def test_gradients_go_straight_through() -> None:

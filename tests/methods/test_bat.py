@@ -76,7 +76,7 @@ def test_no_block_is_nearer(kind: str, rank: int, spread: float, tmp_path: Path)
         block, _ = bat_fit.fit_block(pair, config, 0, metric, Scaled(lora, checkpoint))
     root = np.eye(24) if metric is None else np.linalg.cholesky(metric.times(np.eye(24)))
     delta = dense(pair)
-    found = (by_blocks(block, weight) - delta) @ root
+    error = (by_blocks(block, weight) - delta) @ root
     best = 0.0
     for i in range(16 // rank):
         rows = slice(i * rank, (i + 1) * rank)
@@ -87,7 +87,7 @@ def test_no_block_is_nearer(kind: str, rank: int, spread: float, tmp_path: Path)
             columns.append((by_blocks(one, weight)[rows] @ root).reshape(-1))
         _, _, _, _ = system = np.linalg.lstsq(np.array(columns).T, (delta[rows] @ root).reshape(-1), rcond=None)
         best += float(np.sum((np.array(columns).T @ system[0] - (delta[rows] @ root).reshape(-1)) ** 2))
-    assert np.sum(found**2) <= best * (1 + 1e-7) + 1e-12
+    assert np.sum(error**2) <= best * (1 + 1e-7) + 1e-12
 
 
 @pytest.mark.parametrize("kind", ["matrix", "transposed", "rows", "expert"])
@@ -131,9 +131,9 @@ def test_every_view_is_merged_measured_and_attached_alike(kind: str, tmp_path: P
 def test_statistics_are_the_metric(tmp_path: Path) -> None:
     lora = random_lora(SHAPES, rank=6)
     base = random_base(tmp_path / "base", lora)
-    known = statistics(lora)
-    blind, seeing = (api.convert(lora, "bone", variant="bat", rank=4, base=base, statistics=s) for s in (None, known))
-    one, two = (api.compare(lora, [c.compact], base=base, statistics=known)[0] for c in (blind, seeing))
+    moments = statistics(lora)
+    blind, seeing = (api.convert(lora, "bone", variant="bat", rank=4, base=base, statistics=s) for s in (None, moments))
+    one, two = (api.compare(lora, [c.compact], base=base, statistics=moments)[0] for c in (blind, seeing))
     assert two.fit_captured > one.fit_captured and two.captured < one.captured
     assert seeing.fidelity == two
 
@@ -153,9 +153,9 @@ def test_few_bits_lose_as_little_as_those_of_a_bone(bits: str, seeing: bool, tmp
     options: dict[str, Any] = {"rank": 16, "bits": bits, "statistics": statistics(lora) if seeing else None}
     kept = []
     for variant in ("bone", "bat"):
-        found = api.convert(lora, "bone", variant=variant, base=base, **options).fidelity
-        assert found is not None
-        kept.append(found.captured if found.fit_captured is None else found.fit_captured)
+        fidelity = api.convert(lora, "bone", variant=variant, base=base, **options).fidelity
+        assert fidelity is not None
+        kept.append(fidelity.captured if fidelity.fit_captured is None else fidelity.fit_captured)
     assert 0 < 0.4 * kept[0] < kept[1]
 
 
@@ -415,8 +415,8 @@ def test_what_needs_the_base_says_so(tmp_path: Path) -> None:
     api.write(compact, tmp_path / "x.lrc")
     with pytest.raises(errors.OptionError, match="no factors"):
         api.load_lora(tmp_path / "x.lrc")
-    told = api.inspect(tmp_path / "x.lrc")
-    assert {t["norm"] for t in told["targets"]} == {None} and told["warnings"]
+    summary = api.inspect(tmp_path / "x.lrc")
+    assert {t["norm"] for t in summary["targets"]} == {None} and summary["warnings"]
 
 
 @pytest.mark.parametrize(
@@ -449,8 +449,8 @@ def test_the_command(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli, [*words, "--base", str(LLAMA)])
     assert done.exit_code == 0, done.output
     for more in (["inspect"], ["validate", "--base", str(LLAMA)]):
-        found = CliRunner().invoke(cli, [more[0], str(tmp_path / "x.lrc"), *more[1:]])
-        assert found.exit_code == 0, found.output
+        result = CliRunner().invoke(cli, [more[0], str(tmp_path / "x.lrc"), *more[1:]])
+        assert result.exit_code == 0, result.output
     shown = CliRunner().invoke(cli, ["compare", str(ADAPTERS / "llama-plain"), str(tmp_path / "x.lrc")])
     assert shown.exit_code == 1 and "--base" in str(shown.exception)
     words = ["compare", str(ADAPTERS / "llama-plain"), str(tmp_path / "x.lrc"), "--base", str(LLAMA)]

@@ -154,6 +154,39 @@ def test_an_impossible_budget_names_the_smallest_size(method):
         api.convert(lora, method, target_size=smallest - 200)
 
 
+UNDER_OPTIONS = [
+    *(("bone", options) for options in ({"rank": 8}, {"peft_compatible": True}, {"variant": "mini"}, {"bits": "16"})),
+    *(("sbora", options) for options in ({"rank": 4}, {"variant": "fa"}, {"variant": "fb", "bits": "8"})),
+    *(("vblora", options) for options in ({"rank": 4}, {"vector_length": 16, "num_vectors": 64})),
+    ("vblora", {"peft_compatible": True}),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), UNDER_OPTIONS)
+def test_an_impossible_budget_names_the_smallest_size_under_options(method, options):
+    lora = random_lora([(96, 64), (64, 96)], rank=4)
+    with pytest.raises(errors.BudgetError) as caught:
+        api.convert(lora, method, target_size=300, **options)
+    smallest = int(re.search(r"smallest possible file has (\d+)", str(caught.value))[1])
+    assert api.convert(lora, method, target_size=smallest, **options).sizes.adapter <= smallest
+
+
+@pytest.mark.parametrize(("method", "example"), CASES)
+def test_header_and_layout_are_the_config(method, example):
+    """They give the config back, and a header lacks no field and has no other."""
+    compact, form = converted(method, example).compact, methods.get(method)
+    header, layout = form.header(compact.config), form.layout(compact.config)
+    specs = form.layout_specs(header, compact.targets)
+    assert [s.name for s in specs] == list(layout) and all(layout[s.name].shape == s.shape for s in specs)
+    assert all(int(layout[s.name].max()) < s.limit for s in specs)
+    assert form.config(header, layout, compact.targets) == compact.config
+    for name in header:
+        with pytest.raises(errors.MissingFieldError, match=name):
+            form.layout_specs({key: value for key, value in header.items() if key != name}, compact.targets)
+    with pytest.raises(errors.UnknownFieldError, match="colour"):
+        form.layout_specs({**header, "colour": 1}, compact.targets)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_zero_updates_stay_zero(method):
     """An adapter with one all-zero target: that target's expansion adds nothing; an all-zero adapter converts too."""

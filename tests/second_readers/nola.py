@@ -35,10 +35,10 @@ def stream_id(label: str) -> int:
 def words(seed: int, label: str, k: int, count: int) -> list[int]:
     """The first `count` words of basis k of a stream (section 2)."""
     stream = stream_id(label)
-    found: list[int] = []
+    numbers: list[int] = []
     for block in range(-(-count // 4)):
-        found += philox((block, k, stream & LOW, stream >> 32), (seed & LOW, seed >> 32))
-    return found[:count]
+        numbers += philox((block, k, stream & LOW, stream >> 32), (seed & LOW, seed >> 32))
+    return numbers[:count]
 
 
 def numerators(seed: int, label: str, kind: str, k: int, count: int) -> np.ndarray:
@@ -76,12 +76,12 @@ def row_of(d: int, row: int) -> np.ndarray:
         inner = np.full(m, -2, np.int64)
         inner[row % m] = m - 2
         return np.kron(sylvester(row // m, d // m), inner)
-    found, at = np.zeros(d, np.int64), 0
+    row_values, at = np.zeros(d, np.int64), 0
     for a, factor in blocks_of(d):
         if at <= row < at + 2**a:
-            found[at : at + 2**a] = factor * sylvester(row - at, 2**a)
+            row_values[at : at + 2**a] = factor * sylvester(row - at, 2**a)
         at += 2**a
-    return found
+    return row_values
 
 
 def order(seed: int, role: str, d: int) -> Iterator[int]:

@@ -16,17 +16,17 @@ Reader = Callable[[Manifest, Tensors], Factors]
 
 def list_targets(manifest: Manifest) -> list[tuple[str, list[int], str]]:
     """(name, shape, view) in target order (section 6)."""
-    found = []
+    targets = []
     for entry in manifest["targets"]:
         if "name" in entry:
-            found.append((entry["name"], entry["shape"], entry.get("view", "matrix")))
+            targets.append((entry["name"], entry["shape"], entry.get("view", "matrix")))
             continue
         for first, last in zip(entry["ranges"][::2], entry["ranges"][1::2], strict=True):
             for number in range(first, last + 1):
                 for member in entry["members"]:
                     name = f"{entry['prefix']}{number}{member['suffix']}"
-                    found.append((name, member["shape"], member.get("view", "matrix")))
-    return sorted(found, key=lambda t: (t[0].encode(), t[1], t[2]))
+                    targets.append((name, member["shape"], member.get("view", "matrix")))
+    return sorted(targets, key=lambda t: (t[0].encode(), t[1], t[2]))
 
 
 def out_in(shape: Sequence[int], view: str) -> tuple[int, int]:

@@ -35,13 +35,13 @@ def expand(manifest: Manifest, tensors: Tensors) -> Factors:
     for row, rank, fb, limit, length in zip(counts, ranks, turned, places, lengths, strict=True):
         assert rank <= limit
         units, lines = np.zeros((rank, limit), np.float32), np.zeros((rank, length), np.float32)
-        seen: set[int] = set()
+        used_places: set[int] = set()
         j = 0
         for q, count in zip(levels, row, strict=True):
             own = [next(indices) for _ in range(count)]
-            assert own == sorted(own) and not seen & set(own) and len(set(own)) == count
+            assert own == sorted(own) and not used_places & set(own) and len(set(own)) == count
             assert all(place < limit for place in own)
-            seen |= set(own)
+            used_places |= set(own)
             for place in own:
                 scale = 1.0 if q == 16 else next(scales)
                 units[j, place] = 1
