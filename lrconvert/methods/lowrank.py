@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import Annotated, Any
@@ -35,6 +35,7 @@ import numpy as np
 from lrconvert.core.dtypes import F32, F64, Array
 from lrconvert.core.errors import CanonicalError, OptionError
 from lrconvert.core.limits import MAX_DIM, MAX_RANK
+from lrconvert.core.options import option
 from lrconvert.io import fields
 from lrconvert.lora import svd
 from lrconvert.lora.adapter import LoraAdapter, LoraTarget, Target
@@ -52,22 +53,18 @@ _ROUNDS = 6  # alternations of quantizing one factor and solving the other
 
 @dataclass(frozen=True)
 class LowRankOptions:
-    """What a user may ask for."""
+    """The options of `lora-to-lowrank`."""
 
     bits: str = bits_option()
-    rank: int | None = field(default=None, metadata={"help": "Keep this rank in every target (at most)."})
-    dynamic_method: str | None = field(
-        default=None,
-        metadata={
-            "help": "Choose ranks per target by singular values: sv_ratio (down to 1/param of the largest), "
-            "sv_fro (keep this share of the Frobenius norm), sv_cumulative (of the sum).",
-            "choices": ("sv_ratio", "sv_fro", "sv_cumulative"),
-        },
+    rank: int | None = option(None, "Keep this rank in every target (at most).")
+    dynamic_method: str | None = option(
+        None,
+        "Choose ranks per target by singular values: sv_ratio (down to 1/param of the largest), sv_fro (keep this "
+        "share of the Frobenius norm), sv_cumulative (of the sum).",
+        choices=("sv_ratio", "sv_fro", "sv_cumulative"),
     )
-    dynamic_param: float | None = field(default=None, metadata={"help": "The parameter of --dynamic-method."})
-    group_size: int = field(
-        default=0, metadata={"help": "Numbers that share a scale; 0: one scale per component and side."}
-    )
+    dynamic_param: float | None = option(None, "The parameter of --dynamic-method.")
+    group_size: int = option(0, "Numbers that share a scale; 0: one scale per component and side.")
 
 
 @dataclass(frozen=True)
@@ -380,12 +377,12 @@ def _fit_target(pair: LoraTarget, config: Config, which: int, metric: Moment | N
     stuck = 0
     for _ in range(_ROUNDS if any(q != 16 for q in widths) else 1):
         parts_a, values_a = _quantize_all(A, widths, config.group_size, squares)
-        seen = values_a if metric is None else metric.times(values_a)
+        weighed = values_a if metric is None else metric.times(values_a)
         if best is not None:
-            B = full_left @ _solve(seen @ values_a.T, seen @ full_right.T).T
+            B = full_left @ _solve(weighed @ values_a.T, weighed @ full_right.T).T
         parts_b, values_b = _quantize_all(B.T, widths, config.group_size)
-        cross = np.sum((values_b @ full_left) * (seen @ full_right.T))
-        error = total - 2 * float(cross) + float(np.sum((seen @ values_a.T) * (values_b @ values_b.T)))
+        cross = np.sum((values_b @ full_left) * (weighed @ full_right.T))
+        error = total - 2 * float(cross) + float(np.sum((weighed @ values_a.T) * (values_b @ values_b.T)))
         if error < best_error * (1 - 1e-4):
             best_error, best, stuck = error, (parts_a, parts_b), 0
         else:

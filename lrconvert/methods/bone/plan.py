@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
 from lrconvert.core.errors import OptionError
 from lrconvert.core.limits import MAX_RANK
+from lrconvert.core.options import option
 from lrconvert.lora.adapter import LoraAdapter, LoraTarget, Target
 from lrconvert.lora.base_weights import BaseWeights
 from lrconvert.lora.input_statistics import Moment
@@ -29,38 +30,29 @@ _MOST = 1024  # the largest rank that a search tries: each costs its cube; --ran
 class BoneOptions:
     """The options of `lora-to-bone` and `lora-to-bat`."""
 
-    variant: str = field(
-        default="bone",
-        metadata={
-            "help": "bone: one number per output and row of the block. mini: the block repeats along outputs too. bat: "
-            "the block is multiplied with the base's own; needs --base.",
-            "choices": ("bone", "mini", "bat"),
-        },
+    variant: str = option(
+        "bone",
+        "bone: one number per output and row of the block. mini: the block repeats along outputs too. bat: the "
+        "block is multiplied with the base's own; needs --base.",
+        choices=("bone", "mini", "bat"),
     )
-    rank: int | None = field(
-        default=None,
-        metadata={
-            "help": "Rows of every block (at most the width that it repeats along). Default: chosen per target by the "
-            "size asked for; 64 without one."
-        },
+    rank: int | None = option(
+        None,
+        "Rows of every block (at most the width that it repeats along). Default: chosen per target by the size "
+        "asked for; 64 without one.",
     )
-    mini_rank: int | None = field(
-        default=None,
-        metadata={"help": "Columns of every block of --variant mini; divides every output width. Default: chosen."},
+    mini_rank: int | None = option(
+        None, "Columns of every block of --variant mini; divides every output width. Default: chosen."
     )
-    shard: str = field(
-        default="in",
-        metadata={
-            "help": "Side along which blocks repeat: in (as in MiSS; what statistics help), out, or auto (per target, "
-            "by what a bit buys).",
-            "choices": ("in", "out", "auto"),
-        },
+    shard: str = option(
+        "in",
+        "Side along which blocks repeat: in (as in MiSS; what statistics help), out, or auto (per target, by what "
+        "a bit buys).",
+        choices=("in", "out", "auto"),
     )
     bits: str = bits_option(auto="the best")
-    group_size: int = field(default=0, metadata={"help": "Numbers that share a scale; 0: one scale per row."})
-    peft_compatible: bool = field(
-        default=False, metadata={"help": "Only what PEFT's MiSS can express: shards along inputs, one rank for all."}
-    )
+    group_size: int = option(0, "Numbers that share a scale; 0: one scale per row.")
+    peft_compatible: bool = option(False, "Only what PEFT's MiSS can express: shards along inputs, one rank for all.")
 
 
 # --- planning -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ to whole bases of a low rank first, where they keep most, and what is left to a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
@@ -17,6 +17,7 @@ import numpy as np
 from lrconvert.core.dtypes import F64
 from lrconvert.core.errors import OptionError
 from lrconvert.core.limits import MAX_DIM, MAX_RANK
+from lrconvert.core.options import option
 from lrconvert.lora import prng, svd
 from lrconvert.lora.adapter import LoraAdapter
 from lrconvert.methods.base import Budget, FitContext
@@ -34,29 +35,18 @@ _FILL = {HADAMARD: 1.0, DENSE: 0.75}  # share of d in use: the vectors of a full
 class NolaOptions:
     """The options of `lora-to-nola`."""
 
-    num_basis: int | None = field(
-        default=None,
-        metadata={
-            "help": "Coefficients per factor, k (at most; 512 without a size). Under a size they go where they keep "
-            "most."
-        },
+    num_basis: int | None = option(
+        None, "Coefficients per factor, k (at most; 512 without a size). Under a size they go where they keep most."
     )
-    rank: int | None = field(
-        default=None, metadata={"help": "Rank of the factors (at most). A lower rank wastes fewer coefficients."}
+    rank: int | None = option(None, "Rank of the factors (at most). A lower rank wastes fewer coefficients.")
+    family: str = option(
+        HADAMARD,
+        "Seeded bases: hadamard (orthogonal and fast), or dense (random numbers, the paper's).",
+        choices=(HADAMARD, DENSE),
     )
-    family: str = field(
-        default=HADAMARD,
-        metadata={
-            "help": "Seeded bases: hadamard (orthogonal and fast), or dense (random numbers, the paper's).",
-            "choices": (HADAMARD, DENSE),
-        },
-    )
-    map: str | None = field(
-        default=None,
-        metadata={"help": "Numbers of dense bases: u8 (default), u24 or sign.", "choices": tuple(prng.MAPS)},
-    )
+    map: str | None = option(None, "Numbers of dense bases: u8 (default), u24 or sign.", choices=tuple(prng.MAPS))
     bits: str = bits_option("coefficient", "the best")
-    base_term: bool = field(default=False, metadata={"help": "Let A begin with a seeded matrix, as the paper does."})
+    base_term: bool = option(False, "Let A begin with a seeded matrix, as the paper does.")
 
 
 def plan(lora: LoraAdapter, options: NolaOptions, budget: Budget | None, context: FitContext) -> Config:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 
 import numpy as np
 
 from lrconvert.core.dtypes import F64
 from lrconvert.core.limits import MAX_RANK
+from lrconvert.core.options import option
 from lrconvert.lora import packing, svd
 from lrconvert.lora.adapter import LoraAdapter, LoraTarget
 from lrconvert.lora.input_statistics import Moment
@@ -27,20 +28,14 @@ _BY_ROWS = {"fa": (False,), "fb": (True,), "auto": (False, True)}
 class SBoRAOptions:
     """The options of `lora-to-sbora`."""
 
-    variant: str = field(
-        default="auto",
-        metadata={
-            "help": "fa: input columns, fb: output rows, auto: the better one for each target.",
-            "choices": ("auto", "fa", "fb"),
-        },
+    variant: str = option(
+        "auto",
+        "fa: input columns, fb: output rows, auto: the better one for each target.",
+        choices=("auto", "fa", "fb"),
     )
     bits: str = bits_option()
-    rank: int | None = field(
-        default=None,
-        metadata={
-            "help": "Columns or rows of every target, under a size at most; as many as the LoRA's rank if neither is "
-            "given."
-        },
+    rank: int | None = option(
+        None, "Columns or rows of every target, under a size at most; as many as the LoRA's rank if neither is given."
     )
 
 

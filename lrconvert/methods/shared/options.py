@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import field
 from typing import Any, TypeVar
 
 from lrconvert.core.errors import BudgetError, OptionError
+from lrconvert.core.options import option
 from lrconvert.methods.base import Budget
 from lrconvert.methods.shared.widths import WIDTHS
 
@@ -13,10 +13,10 @@ Config = TypeVar("Config")
 
 
 def bits_option(unit: str = "number", auto: str = "the best mix") -> Any:
-    """Return the dataclass field of ``--bits``: a width, or ``auto``."""
+    """Declare the option ``--bits``: a width, or ``auto``."""
     names = tuple(str(bits) for bits in WIDTHS)
     text = f"Bits per {unit}: {', '.join(names)}, or auto (16 without a size; under a size, {auto})."
-    return field(default="auto", metadata={"help": text, "choices": ("auto", *names)})
+    return option("auto", text, choices=("auto", *names))
 
 
 def check_range(options: Any, name: str, least: int, most: int | None = None) -> None:

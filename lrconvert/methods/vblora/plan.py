@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from lrconvert.core.errors import OptionError
 from lrconvert.core.limits import MAX_DIM, MAX_RANK, MAX_VECTORS
+from lrconvert.core.options import option
 from lrconvert.lora.adapter import LoraAdapter, Target
 from lrconvert.methods.shared.options import check_range
 from lrconvert.methods.vblora.form import MAX_PASSES, MAX_TOP_K, MAX_WEIGHT_BITS, Form
@@ -22,23 +23,18 @@ FITTED_BITS = (16, 8, 4)
 class VBLoraOptions:
     """The options of `lora-to-vblora`."""
 
-    rank: int | None = field(default=None, metadata={"help": "Components of every target (at most what it has)."})
-    vector_length: int | None = field(default=None, metadata={"help": "Numbers per bank vector, b."})
-    num_vectors: int | None = field(default=None, metadata={"help": "Vectors in the bank, h."})
-    top_k: int | None = field(default=None, metadata={"help": "Bank vectors mixed in one sub-vector, k."})
-    bits: int | None = field(default=None, metadata={"help": "Bits per number of the bank: 16, 8 or 4."})
-    weight_bits: int | None = field(default=None, metadata={"help": "Bits per mixing weight, 1 to 8; only for k > 1."})
-    gain: str = field(
-        default="auto",
-        metadata={
-            "help": "A gain per coded row: on, off, or auto (on unless PEFT-compatible).",
-            "choices": ("auto", "on", "off"),
-        },
+    rank: int | None = option(None, "Components of every target (at most what it has).")
+    vector_length: int | None = option(None, "Numbers per bank vector, b.")
+    num_vectors: int | None = option(None, "Vectors in the bank, h.")
+    top_k: int | None = option(None, "Bank vectors mixed in one sub-vector, k.")
+    bits: int | None = option(None, "Bits per number of the bank: 16, 8 or 4.")
+    weight_bits: int | None = option(None, "Bits per mixing weight, 1 to 8; only for k > 1.")
+    gain: str = option(
+        "auto", "A gain per coded row: on, off, or auto (on unless PEFT-compatible).", choices=("auto", "on", "off")
     )
-    passes: int | None = field(default=None, metadata={"help": "How often a row is coded at most; needs gains."})
-    peft_compatible: bool = field(
-        default=False,
-        metadata={"help": "Keep to what PEFT's VBLoRA can express: one rank, no gains, no cut sub-vectors."},
+    passes: int | None = option(None, "How often a row is coded at most; needs gains.")
+    peft_compatible: bool = option(
+        False, "Keep to what PEFT's VBLoRA can express: one rank, no gains, no cut sub-vectors."
     )
 
     @property
