@@ -49,58 +49,43 @@ def resolved(base: Path, *wanted: Target) -> list[Target]:
 
 Config = dict[str, Any]
 VIT: Config = {"model_type": "vit"}
-# configuration, a name before and a name after
-RENAMED: list[tuple[Config, str, str]] = [
-    (VIT, "vit.encoder.layer.3.attention.attention.query", "vit.layers.3.attention.q_proj"),
-    (VIT, "encoder.layer.3.attention.attention.key", "vit.layers.3.attention.k_proj"),
-    (VIT, "vit.encoder.layer.3.attention.attention.value", "layers.3.attention.v_proj"),
-    (VIT, "vit.encoder.layer.3.attention.output.dense", "vit.layers.3.attention.o_proj"),
-    (VIT, "vit.encoder.layer.3.intermediate.dense", "vit.layers.3.mlp.fc1"),
-    (VIT, "vit.encoder.layer.3.output.dense", "vit.layers.3.mlp.fc2"),
+# family or configuration, a name before and a name after
+RENAMED: list[tuple[str | Config, str, str]] = [
+    ("vit", "vit.encoder.layer.3.attention.attention.query", "vit.layers.3.attention.q_proj"),
+    ("vit", "encoder.layer.3.attention.attention.key", "vit.layers.3.attention.k_proj"),
+    ("vit", "vit.encoder.layer.3.attention.attention.value", "layers.3.attention.v_proj"),
+    ("vit", "vit.encoder.layer.3.attention.output.dense", "vit.layers.3.attention.o_proj"),
+    ("vit", "vit.encoder.layer.3.intermediate.dense", "vit.layers.3.mlp.fc1"),
+    ("vit", "vit.encoder.layer.3.output.dense", "vit.layers.3.mlp.fc2"),
     (
         {"model_type": "depth_anything", "backbone_config": {"model_type": "dinov2"}},
-        *("backbone.encoder.layer.1.attention.attention.query", "backbone.encoder.layer.1.attention.q_proj"),
+        "backbone.encoder.layer.1.attention.attention.query",
+        "backbone.encoder.layer.1.attention.q_proj",
     ),
     (
         {"model_type": "vision-encoder-decoder", "encoder": VIT, "decoder": {"model_type": "gpt2"}},
-        *("encoder.encoder.layer.1.attention.attention.query", "encoder.layers.1.attention.q_proj"),
+        "encoder.encoder.layer.1.attention.attention.query",
+        "encoder.layers.1.attention.q_proj",
     ),
-    (
-        {"model_type": "swin"},
-        *("swin.encoder.layers.2.blocks.1.attention.self.query", "swin.encoder.layers.2.blocks.1.attention.q_proj"),
-    ),
-    (
-        {"model_type": "segformer"},
-        *("segformer.encoder.block.2.1.attention.self.value", "segformer.stages.2.blocks.1.attention.v_proj"),
-    ),
-    ({"model_type": "detr"}, "model.decoder.layers.5.fc1", "model.decoder.layers.5.mlp.fc1"),
-    ({"model_type": "gpt_neox"}, "embed_out", "lm_head"),
-    ({"model_type": "mixtral"}, "model.layers.0.block_sparse_moe.gate", "model.layers.0.mlp.gate"),
-    (
-        {"model_type": "clip"},
-        *("text_model.text_model.encoder.layers.0.mlp.fc1", "text_model.encoder.layers.0.mlp.fc1"),
-    ),
-    (
-        {"model_type": "llava"},
-        *("language_model.model.layers.7.self_attn.q_proj", "model.language_model.layers.7.self_attn.q_proj"),
-    ),
-    (
-        {"model_type": "llava"},
-        *("vision_tower.vision_model.encoder.layers.7.mlp.fc1", "model.vision_tower.encoder.layers.7.mlp.fc1"),
-    ),
-    ({"model_type": "llava"}, "language_model.lm_head", "lm_head"),
-    ({"model_type": "llava"}, "multi_modal_projector.linear_1", "model.multi_modal_projector.linear_1"),
-    ({"model_type": "qwen2_vl"}, "visual.blocks.0.attn.proj", "model.visual.blocks.0.attn.proj"),
-    (
-        {"model_type": "qwen2_vl"},
-        *("model.layers.0.self_attn.q_proj", "model.language_model.layers.0.self_attn.q_proj"),
-    ),
-    ({"model_type": "nomic_bert"}, "nomic_bert.encoder.layers.2.mlp.fc12", "nomic_bert.layers.2.mlp.gate_proj"),
+    ("swin", "swin.encoder.layers.2.blocks.1.attention.self.query", "swin.encoder.layers.2.blocks.1.attention.q_proj"),
+    ("segformer", "segformer.encoder.block.2.1.attention.self.value", "segformer.stages.2.blocks.1.attention.v_proj"),
+    ("detr", "model.decoder.layers.5.fc1", "model.decoder.layers.5.mlp.fc1"),
+    ("gpt_neox", "embed_out", "lm_head"),
+    ("mixtral", "model.layers.0.block_sparse_moe.gate", "model.layers.0.mlp.gate"),
+    ("clip", "text_model.text_model.encoder.layers.0.mlp.fc1", "text_model.encoder.layers.0.mlp.fc1"),
+    ("llava", "language_model.model.layers.7.self_attn.q_proj", "model.language_model.layers.7.self_attn.q_proj"),
+    ("llava", "vision_tower.vision_model.encoder.layers.7.mlp.fc1", "model.vision_tower.encoder.layers.7.mlp.fc1"),
+    ("llava", "language_model.lm_head", "lm_head"),
+    ("llava", "multi_modal_projector.linear_1", "model.multi_modal_projector.linear_1"),
+    ("qwen2_vl", "visual.blocks.0.attn.proj", "model.visual.blocks.0.attn.proj"),
+    ("qwen2_vl", "model.layers.0.self_attn.q_proj", "model.language_model.layers.0.self_attn.q_proj"),
+    ("nomic_bert", "nomic_bert.encoder.layers.2.mlp.fc12", "nomic_bert.layers.2.mlp.gate_proj"),
 ]
 
 
 @pytest.mark.parametrize(("config", "old", "new"), RENAMED, ids=[new for _, _, new in RENAMED])
-def test_renamed_modules_are_found_both_ways(tmp_path: Path, config: Config, old: str, new: str) -> None:
+def test_renamed_modules_are_found_both_ways(tmp_path: Path, config: str | Config, old: str, new: str) -> None:
+    config = {"model_type": config} if isinstance(config, str) else config
     old, new = f"{old}.weight", f"{new}.weight"
     others = {f"{name.removesuffix('.weight')}_too.weight": (4, 6) for name in (old, new)}
     for n, (ours, stored) in enumerate(((old, new), (new, old), (old, old), (new, new))):
@@ -182,9 +167,7 @@ def model_classes(family: str) -> Iterable[type]:
     from transformers.models.auto import modeling_auto
 
     tables = [v for k, v in vars(modeling_auto).items() if k.endswith("_MAPPING_NAMES")]
-    classes = {
-        name for table in tables for kind, names in table.items() if kind == family for name in np.ravel(names)
-    }
+    classes = {name for table in tables for kind, names in table.items() if kind == family for name in np.ravel(names)}
     return [getattr(transformers, name) for name in sorted(classes) if hasattr(transformers, name)]
 
 

@@ -27,8 +27,8 @@ def anisotropic(n: int, seed: int = 0, decay: float = 0.7) -> np.ndarray:
 
 
 def exact(n: int, seed: int = 0) -> Moment:
-    found = anisotropic(n, seed)
-    return Moment(1000, matrix=(found + found.T) / 2)
+    matrix = anisotropic(n, seed)
+    return Moment(1000, matrix=(matrix + matrix.T) / 2)
 
 
 def sketched(n: int, rank: int, seed: int = 0) -> tuple[Moment, np.ndarray]:
@@ -43,9 +43,9 @@ def sketched(n: int, rank: int, seed: int = 0) -> tuple[Moment, np.ndarray]:
 def statistics_for(lora, moments=None) -> InputStatistics:
     """Every target its own input."""
     targets = lora.shapes()
-    found = moments or [exact(t.in_features, n) for n, t in enumerate(targets)]
+    all_moments = moments or [exact(t.in_features, n) for n, t in enumerate(targets)]
     inputs = tuple(Input((t.name,), None, t.in_features, 1000) for t in targets)
-    return InputStatistics(inputs, found.__getitem__, data="0" * 64, tokens=1000)
+    return InputStatistics(inputs, all_moments.__getitem__, data="0" * 64, tokens=1000)
 
 
 def forms() -> list[tuple[Moment, np.ndarray]]:
@@ -138,11 +138,11 @@ def test_fits_use_the_metric(method):
     statistics = statistics_for(lora)
     context = methods.FitContext(statistics=statistics)
     errors = []
-    for some in (None, statistics):
-        done = api.convert(lora, method, target_ratio=8, statistics=some)
+    for used in (None, statistics):
+        done = api.convert(lora, method, target_ratio=8, statistics=used)
         ours = {t.name: (a, b) for t, a, b in methods.expand_all(done.compact)}
         errors.append(sum(svd.distance(p, *ours[p.target.name], context.metric(p))[0] for p in lora.targets))
-        assert (done.fidelity.output_captured is None) == (some is None)
+        assert (done.fidelity.output_captured is None) == (used is None)
     assert errors[1] < errors[0]
 
 
