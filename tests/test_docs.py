@@ -18,7 +18,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import ADAPTERS, ROOT
+from conftest import ADAPTERS, BASES, ROOT
 from test_structure import PACKAGE, folder, graph
 
 import lrconvert
@@ -160,10 +160,14 @@ def with_examples() -> list[str]:
     return ["lrconvert", *(name for name, path in files.items() if ">>> " in path.read_text())]
 
 
-@pytest.mark.parametrize("name", with_examples())
+SLOWER = {"lrconvert.api.live": pytest.mark.medium}  # loads a model
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOWER.get(name, ())) for name in with_examples()])
 def test_docstrings(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Examples run in a folder that holds `my-adapter`, in which they may write."""
+    """Examples run in a folder that holds `my-adapter` and `base-model`, in which they may write."""
     shutil.copytree(PLAIN, tmp_path / "my-adapter")
+    shutil.copytree(BASES / "tiny-llama", tmp_path / "base-model")
     monkeypatch.chdir(tmp_path)
     assert doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS).failed == 0
 

@@ -29,6 +29,10 @@ def load_lora(path: AnyPath, *, base: AnyPath | None = None, **reading: Any) -> 
     >>> lora = load_lora(demo.ADAPTER)
     >>> len(lora.targets), lora.targets[0].A.shape  # (r, in)
     (42, (16, 320))
+
+    >>> lora = load_lora("my-adapter")
+    >>> len(lora.targets), lora.half_bytes
+    (14, 34304)
     """
     return loading.lora(path, _reading("load_lora", base, reading))
 
@@ -69,7 +73,14 @@ def read(path: AnyPath) -> CompactAdapter:
 
 
 def write(compact: CompactAdapter, path: AnyPath, *, overwrite: bool = False) -> file.Sizes:
-    """Write an lrconvert file, atomically. The same content gives the same bytes everywhere. Returns its sizes."""
+    """Write an lrconvert file, atomically. The same content gives the same bytes everywhere. Returns its sizes.
+
+    >>> from lrconvert import convert, load_lora
+    >>> write(convert(load_lora("my-adapter"), "lowrank", target_size=6000).compact, "small.lrc").adapter <= 6000
+    True
+    >>> read("small.lrc").method, validate("small.lrc").ok
+    ('lowrank', True)
+    """
     return file.write(compact, hub.output(path), overwrite=overwrite)
 
 
@@ -106,6 +117,9 @@ def check(
     consumers' ``Options``, such as `max_lora_rank`, and `layout` and `alpha` as in `load`: what a program makes of the
     adapter does not depend on them, what is said of it may. Raises E-OPTION, E-LAYOUT, E-PATTERN and errors of broken
     files.
+
+    >>> check("my-adapter", ["vllm", "peft"])
+    ()
     """
     reading = take_reading(more, base)
     return consumer_base.check(hub.locate(path), consumers, reading, more)

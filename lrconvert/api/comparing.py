@@ -44,6 +44,13 @@ def compare(
     `more` are single fields of `CompareOptions`, and `allow_pickle`, `layout` and `alpha` as in `load`, which, as
     `base`, are also for a source that is a path. Raises E-STATS, E-DATA, E-OPTION, E-FPR, and E-BASE for targets that
     are not the source's.
+
+    >>> from lrconvert import convert, load_lora
+    >>> lora = load_lora("my-adapter")
+    >>> files = [convert(lora, "lowrank", target_size=size).compact for size in (6000, 9000)]
+    >>> small, large = compare(lora, files)
+    >>> small.captured < large.captured
+    True
     """
     where = hub.locate(base) if isinstance(base, (str, PathLike)) else None
     reading = take_reading(more, where)

@@ -57,6 +57,11 @@ def convert(
     >>> result = convert(load_lora(demo.ADAPTER), "lowrank", target_ratio=20)
     >>> result.ratio >= 20
     True
+
+    >>> from lrconvert import load_lora
+    >>> conversion = convert(load_lora("my-adapter"), "lowrank", target_ratio=4)
+    >>> conversion.fidelity.captured > 0.95
+    True
     """
     settled = take(ConvertOptions, options, more, "convert").resolved()
     return conversion.convert(
@@ -82,6 +87,10 @@ def compress(
 
     Raises E-BUDGET, saying what would do, if nothing meets the request, E-OPTION, what `convert` raises, and ranking by
     answers what `refine` raises.
+
+    >>> from lrconvert import load_lora
+    >>> compress(load_lora("my-adapter"), min_captured=0.8, forms=["lowrank", "sbora"]).chosen.compact.method
+    'lowrank'
     """
     settled = take(ConvertOptions, options, more, "compress").resolved()
     request = take(CompressOptions, None, more, "compress")

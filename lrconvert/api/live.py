@@ -35,6 +35,13 @@ def attach(
     their gradients. Heads, biases and token rows are installed. `base` (the model's folder), and `more`
     (`allow_pickle`, `layout`, `alpha`), are those of `load`. Raises E-ATTACH, E-BASE, E-PLACE; the model is untouched
     then.
+
+    >>> from transformers import AutoModelForCausalLM
+    >>> model = AutoModelForCausalLM.from_pretrained("base-model")
+    >>> attached = attach(model, "my-adapter", name="one")
+    >>> with disabled(model):
+    ...     pass  # the model computes as its base does
+    >>> detach(model)
     """
     import torch
 

@@ -45,6 +45,11 @@ def export(
     needed for "gguf", and decides the names of "kohya". `source` (the LoRA it came from) adds the error table to the
     model card. Returns the names of the files written, and notes. Raises E-EXPORT for what the target format cannot
     express, E-OPTION for a rank that does not do.
+
+    >>> from lrconvert import convert, load_lora
+    >>> compact = convert(load_lora("my-adapter"), "lowrank", target_size=6000).compact
+    >>> export(compact, "for-servers", to="peft-lora").files
+    ('README.md', 'adapter_config.json', 'adapter_model.safetensors', 'lrconvert.json')
     """
     exporter = exporters.get(to)
     reading = take_reading(more, base)
@@ -97,6 +102,12 @@ def merge(
     files. The output holds a record with which `unmerge` restores every byte of the base; with `undo` False, only
     digests. Raises E-BASE, E-ORIENT, E-FPR, E-PLACE, E-NO-EFFECT, E-OVERFLOW, E-BASE-QUANT, E-OPTION, E-OUT-EXISTS,
     E-OUT-PATH, E-OUT-SPACE, E-LOCKED, E-IO-WRITE: nothing is changed then; E-UNFINISHED: see `recover`.
+
+    >>> report = merge("base-model", "my-adapter", "merged-model")
+    >>> verify("merged-model", "base-model", "my-adapter").ok
+    True
+    >>> unmerge("merged-model", "base-again").verified
+    True
     """
     reading = take_reading(more, base)
     chosen = take(MergeOptions, options, more, "merge")
