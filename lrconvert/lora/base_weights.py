@@ -23,10 +23,10 @@ class BaseWeights:
 
     def __init__(self, adapter: LoraAdapter | CompactAdapter, checkpoint: Checkpoint, content: str = "") -> None:
         """Raise E-BASE, E-ORIENT if a target has no place in the checkpoint."""
-        targets, stored = (
-            one.shapes() if isinstance(one, LoraAdapter) else one.targets
-            for one in (adapter, base_names.resolve(adapter, checkpoint))
-        )
+        if isinstance(adapter, LoraAdapter):
+            targets, stored = adapter.shapes(), base_names.resolve(adapter, checkpoint).shapes()
+        else:
+            targets, stored = adapter.targets, base_names.resolve(adapter, checkpoint).targets
         self.content = content
         self._checkpoint = checkpoint
         self._places = {(t.name, t.view.text): place for t, place in zip(targets, stored, strict=True)}

@@ -98,9 +98,11 @@ class TrainableBank(TrainableAdapter):
 def nearest(x: Tensor, bank: Tensor, before: Tensor) -> Tensor:
     """Return which vector of `bank` (h, b) is nearest to each x (n, b), int64 (n,); `before` where that is as near."""
     squares = bank.square().sum(1)
-    codes = []
-    for part, old in zip(*(t.split(max(1, _CHUNK // len(bank))) for t in (x, before)), strict=True):
+    codes = torch.empty_like(before)
+    step = max(1, _CHUNK // len(bank))
+    for start in range(0, len(x), step):
+        part, old = x[start : start + step], before[start : start + step]
         scores = torch.addmm(squares, part, bank.T, alpha=-2)
         least, place = scores.min(1)
-        codes.append(torch.where(scores.gather(1, old[:, None])[:, 0] <= least, old, place))
-    return torch.cat(codes)
+        codes[start : start + step] = torch.where(scores.gather(1, old[:, None])[:, 0] <= least, old, place)
+    return codes
