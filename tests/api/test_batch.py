@@ -54,6 +54,7 @@ GOOD = ("gpt2-conv1d", "llama-plain", "team/a/llama-patterns")
 FOUND = dict.fromkeys(GOOD, "done") | {"refused": "E-NOT-LORA", "team/broken.safetensors": "E-LAYOUT"}
 
 
+@pytest.mark.medium
 def test_a_folder_of_adapters(zoo: Path, tmp_path: Path) -> None:
     """Everything is tried, failures do not stop it, and the bytes do not depend on the number of processes."""
     one = lrconvert.convert_many(zoo, tmp_path / "one", "lowrank", jobs=1, **OPTIONS)
@@ -72,6 +73,7 @@ def test_a_folder_of_adapters(zoo: Path, tmp_path: Path) -> None:
             assert outcome.message.startswith(outcome.code) and Path(outcome.source).name in outcome.message
 
 
+@pytest.mark.medium
 def test_what_is_finished_is_passed_by(zoo: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     lrconvert.convert_many(zoo, out, "lowrank", jobs=1, **OPTIONS)
@@ -96,6 +98,7 @@ def test_what_is_finished_is_passed_by(zoo: Path, tmp_path: Path) -> None:
     assert all(api.validate(path).ok for path in out.rglob("*.lrc"))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("change", [{"bits": "3"}, {"include": ["q_proj"]}, {"seed": 7}], ids=str)
 def test_other_options_are_another_request(change: dict[str, Any], tmp_path: Path) -> None:
     source = ADAPTERS / "llama-plain"
@@ -197,6 +200,7 @@ def test_a_request_is_not_inherited(tmp_path: Path) -> None:
     assert request.FIELD not in second.provenance.fields
 
 
+@pytest.mark.medium
 def test_the_other_verbs(tmp_path: Path) -> None:
     listed = [ADAPTERS / "llama-plain", ADAPTERS / "gpt2-conv1d"]
     smallest = lrconvert.compress_many(listed, tmp_path / "a", jobs=1, target_ratio=5, forms=["lowrank"])

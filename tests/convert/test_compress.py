@@ -24,6 +24,7 @@ FORMS = ("vblora", "lowrank")
 LORA = random_lora([(96, 64), (64, 96), (40, 72)], rank=6, seed=1)
 
 
+@pytest.mark.medium
 def test_the_best_of_those_that_fit_wins():
     done = api.compress(LORA, target_size=2600, forms=FORMS)
     assert [c.method for c in done.candidates] == ["lowrank", "vblora"]  # the cheapest first

@@ -339,6 +339,7 @@ def tidied(rng: np.random.Generator, form: Any, tensors: dict[str, np.ndarray]) 
     return tensors | {"indices": indices.astype(np.uint32)}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("seed", range(40))
 @pytest.mark.parametrize("method", DRAWN)
 def test_two_readers_agree_on_drawn_files(method, seed, tmp_path):

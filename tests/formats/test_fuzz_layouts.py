@@ -127,6 +127,7 @@ def loaded(path: Path, **options: Any) -> LoraAdapter | None:
         assert peak < 2 * MIB
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("examples", [60, SLOW])
 @pytest.mark.parametrize("layout", [name for name in layouts.WRITERS if name != "gguf"])
 def test_layouts(layout: str, examples: int, tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ def same_payload(one: CompactAdapter, other: CompactAdapter) -> bool:
     )
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("name", "n"), EXAMPLES)
 def test_a_student_is_its_file(name: str, n: int) -> None:
     """At the start, and after steps in random directions: codes, scales and factors equal to the last bit."""

@@ -337,6 +337,7 @@ def test_who_multiplies_changes_nothing(dtype: str, multiplier: Product) -> None
     assert np.array_equal(add_by(multiplier, stored, dtype, terms), add_by(multiply, stored, dtype, terms))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("multiplier", MULTIPLIERS)
 @pytest.mark.parametrize("dtype", ("BF16", "F16", "F32"))
 @pytest.mark.parametrize("beyond", (0.0, 2.0**-40, -(2.0**-40)))

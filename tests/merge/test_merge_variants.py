@@ -68,6 +68,7 @@ ALL = {**CASES, "fused layers": (PHI3, {"target_modules": ["qkv_proj", "gate_up_
 SPLIT_TIES = {"DoRA, Conv1D", "embedding, tied", "embedding and head, tied", "embedding and head, tied adapters"}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("dtype", ("F32", "BF16"))
 def test_as_peft_and_back(name: str, dtype: str, tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ MODELS = [
 ]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("adapter", "base"), MODELS)
 @pytest.mark.parametrize("dtype", ("F32", "BF16", "F16"))
 def test_every_byte_comes_back(adapter: str, base: str, dtype: str, tmp_path: Path) -> None:
