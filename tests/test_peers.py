@@ -18,16 +18,9 @@ from lrconvert.formats.compat import base, llamacpp, sglang, vllm
 pytestmark = pytest.mark.slow
 
 
-def environment(peer: str) -> Path:
-    found = make.environment(peer)
-    if found is None:
-        pytest.skip(f"the peer {peer} has no environment: python tests/peers/make.py {peer}")
-    return found / "lib"
-
-
 @pytest.mark.parametrize("peer", make.loaders())
 def test_the_peer_does_what_check_says(peer):
-    environment(peer)
+    oracle.needed(peer)
     count, lines = oracle.disagreements(peer)
     assert count > 10
     assert not lines
@@ -70,20 +63,20 @@ def test_the_table_of_peers():
 
 
 def test_llamacpp_transposes_conv1d():
-    environment("llamacpp")
+    oracle.needed("llamacpp")
     (answer,) = oracle.ask("llamacpp", [(ADAPTERS / "gpt2-conv1d", {})], BASES / "tiny-gpt2")
     assert answer["shapes"]["blk.0.attn_qkv"] == [48, 144]  # (out, in) of the weight are 144, 48
     assert answer["shapes"]["blk.0.attn_output"] == [48, 48]
 
 
 def test_llamacpp_architectures():
-    text = (environment("llamacpp") / "conversion" / "__init__.py").read_text()
+    text = (oracle.needed("llamacpp") / "conversion" / "__init__.py").read_text()
     table = text[text.index("TEXT_MODEL_MAP") : text.index("MMPROJ_MODEL_MAP")]
     assert set(re.findall(r'^    "([^"]+)":', table, re.MULTILINE)) == llamacpp.ARCHITECTURES
 
 
 def test_sglang_modules():
-    text = (environment("sglang") / "sglang" / "srt" / "lora" / "utils.py").read_text()
+    text = (oracle.needed("sglang") / "sglang" / "srt" / "lora" / "utils.py").read_text()
     tree = ast.parse(text)
     (known,) = [
         n.value for n in ast.walk(tree) if isinstance(n, ast.Assign) and "_KNOWN_LORA" in ast.unparse(n.targets)
@@ -93,7 +86,7 @@ def test_sglang_modules():
 
 
 def test_vllm_ranks_and_models():
-    lib = environment("vllm") / "vllm"
+    lib = oracle.needed("vllm") / "vllm"
     ranks = re.search(r"MaxLoRARanks = Literal\[([\d, ]+)\]", (lib / "config" / "lora.py").read_text())
     assert ranks and tuple(map(int, ranks[1].split(","))) == vllm.RANKS
     classes = _classes(lib / "model_executor" / "models")
@@ -134,5 +127,5 @@ def _embeddings(name: str, classes: dict[str, ast.ClassDef]) -> str | None:
     for item in classes[name].body:
         if isinstance(item, ast.Assign) and ast.unparse(item.targets[0]) == "embedding_modules":
             return ast.unparse(item.value)
-    found = (_embeddings(parent, classes) for parent in _parents(classes[name]))
-    return next((text for text in found if text is not None), None)
+    inherited = (_embeddings(parent, classes) for parent in _parents(classes[name]))
+    return next((text for text in inherited if text is not None), None)

@@ -392,7 +392,7 @@ def test_peft_agrees(case, tmp_path, llama_config):
     adapter = case.build()
     folder = adapter.write(tmp_path / case.name)
     answer = peft_does(folder, llama_config)
-    says = oracle.told(folder, "peft", case.options)
+    says = oracle.predicted(folder, "peft", case.options)
     if answer["outcome"] == "refuses":
         assert says == "refuses", answer["why"]
         return

@@ -15,18 +15,13 @@ import numpy as np
 import pytest
 from conftest import ADAPTERS, BASES
 from models import one_target
-from peers import make, oracle
+from peers import oracle
 
 from lrconvert import api
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter, Target, View
 from lrconvert.methods import base as methods
 
 pytestmark = pytest.mark.slow
-
-
-def needed(peer: str) -> None:
-    if make.environment(peer) is None:
-        pytest.skip(f"the peer {peer} has no environment: python tests/peers/make.py {peer}")
 
 
 def made(*targets: Target) -> CompactAdapter:
@@ -41,13 +36,12 @@ def converted(name: str) -> CompactAdapter:
 
 def updates(compact: CompactAdapter) -> dict[str, np.ndarray]:
     """What is added to each module's weight, in its stored shape."""
-    found = {}
+    deltas = {}
     for target, a, b in methods.expand_all(compact):
         delta = b.astype(np.float64) @ a
-        found[target.name.removesuffix(".weight")] = (
-            delta.T if target.view.kind == "transposed" else delta.reshape(target.shape)
-        )
-    return found
+        stored = delta.T if target.view.kind == "transposed" else delta.reshape(target.shape)
+        deltas[target.name.removesuffix(".weight")] = stored
+    return deltas
 
 
 def ask(peer: str, jobs: Mapping[str, tuple[Path, dict[str, Any]]], base: Path = oracle.BASE) -> dict[str, Any]:
@@ -58,11 +52,11 @@ def ask(peer: str, jobs: Mapping[str, tuple[Path, dict[str, Any]]], base: Path =
     return answers
 
 
-def same(case: str, found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray], bound: float = 1e-5) -> None:
-    assert set(found) == set(wanted), case
+def same(case: str, theirs: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> None:
+    assert set(theirs) == set(wanted), case
     for name, delta in wanted.items():
-        assert found[name].shape == delta.shape, (case, name)
-        assert np.abs(found[name] - delta).max() <= bound * np.abs(delta).max(), (case, name)
+        assert theirs[name].shape == delta.shape, (case, name)
+        assert np.abs(theirs[name] - delta).max() <= 1e-5 * np.abs(delta).max(), (case, name)
 
 
 def tensors(path: Path) -> dict[str, np.ndarray]:
@@ -115,7 +109,7 @@ WEIGHTS = {"diffusers": "pytorch_lora_weights.safetensors", "kohya": "lora.safet
 
 
 def test_diffusers_loads_every_layer(tmp_path: Path) -> None:
-    needed("diffusers")
+    oracle.needed("diffusers")
     jobs, compacts = {}, {}
     base = tmp_path / "base"  # says that the names of SDXL are Stability AI's in kohya's layout
     base.mkdir()
@@ -143,7 +137,7 @@ def test_diffusers_loads_every_layer(tmp_path: Path) -> None:
 
 def test_mlx_loads_every_layer(tmp_path: Path) -> None:
     """Layers, embedding and head of a Llama, and GPT-2, whose names and orientation differ."""
-    needed("mlx")
+    oracle.needed("mlx")
     config = json.loads((BASES / "tiny-llama" / "config.json").read_text())
     vocabulary, width = config["vocab_size"], config["hidden_size"]
     whole = made(
@@ -173,97 +167,34 @@ def test_mlx_loads_every_layer(tmp_path: Path) -> None:
 
 # --- llama.cpp ------------------------------------------------------------------------------------------------------
 
-COMMON = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "vocab_size": 128,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-}
-ATTENTION = {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64), "self_attn.v_proj": (32, 64)}
-GATED = {"mlp.gate_proj": (96, 64), "mlp.up_proj": (96, 64), "mlp.down_proj": (64, 96)}
-LLAMA = {**ATTENTION, "self_attn.o_proj": (64, 64), **GATED}
-FAMILIES: dict[str, tuple[str, dict[str, tuple[int, int]]]] = {
-    "LlamaForCausalLM": ("llama", LLAMA),
-    "MistralForCausalLM": ("mistral", LLAMA),
-    "Qwen2ForCausalLM": ("qwen2", LLAMA),
-    "Qwen3ForCausalLM": ("qwen3", LLAMA),
-    "GemmaForCausalLM": ("gemma", LLAMA),
-    "Gemma2ForCausalLM": ("gemma2", LLAMA),
-    "Gemma3ForCausalLM": ("gemma3_text", LLAMA),
-    "Olmo2ForCausalLM": ("olmo2", LLAMA),
-    "Phi3ForCausalLM": (
-        "phi3",
-        {
-            "self_attn.qkv_proj": (128, 64),
-            "self_attn.o_proj": (64, 64),
-            "mlp.gate_up_proj": (192, 64),
-            "mlp.down_proj": (64, 96),
-        },
-    ),
-    "PhiForCausalLM": (
-        "phi",
-        {**ATTENTION, "self_attn.dense": (64, 64), "mlp.fc1": (96, 64), "mlp.fc2": (64, 96)},
-    ),
-    "Starcoder2ForCausalLM": (
-        "starcoder2",
-        {**ATTENTION, "self_attn.o_proj": (64, 64), "mlp.c_fc": (96, 64), "mlp.c_proj": (64, 96)},
-    ),
-}
-
-
-def a_base(folder: Path, architecture: str) -> Path:
-    folder.mkdir()
-    config = {"model_type": FAMILIES[architecture][0], "architectures": [architecture], **COMMON}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-def of_family(architecture: str) -> CompactAdapter:
-    """Every layer of a family, and the whole-model ones where it has them."""
-    layers = FAMILIES[architecture][1]
-    targets = [Target(f"model.layers.{n}.{name}.weight", shape) for n in (0, 1) for name, shape in layers.items()]
-    if not architecture.startswith("Gemma"):
-        targets.append(Target("model.embed_tokens.weight", (128, 64), View("transposed")))
-        targets.append(Target("lm_head.weight", (128, 64)))
-    return made(*targets)
-
 
 def test_our_gguf_is_that_of_llamacpp(tmp_path: Path) -> None:
-    """Tensor by tensor, bit by bit, with the same scale."""
-    needed("llamacpp")
-    cases = {name: (of_family(name), a_base(tmp_path / name, name), "F32") for name in FAMILIES}
-    patterns = converted("llama-patterns")
-    cases |= {f"real {dtype}": (patterns, BASES / "tiny-llama", dtype) for dtype in ("F32", "F16")}
+    """Tensor by tensor, bit by bit, with the same scale; every family of models is in test_gguf_names.py."""
+    oracle.needed("llamacpp")
+    compact, base = converted("llama-patterns"), BASES / "tiny-llama"
+    api.export(compact, tmp_path / "peft", to="peft-lora")
     jobs = {}
-    for case, (compact, base, dtype) in cases.items():
-        api.export(compact, tmp_path / f"{case} peft", to="peft-lora")
-        api.export(compact, tmp_path / f"{case} ours", to="gguf", base=base, dtype=dtype)
+    for dtype in ("F32", "F16"):
+        api.export(compact, tmp_path / dtype, to="gguf", base=base, dtype=dtype)
         options = {"base": str(base), "outtype": dtype.lower()}
-        written = str(tmp_path / f"{case} ours" / "adapter.gguf")
-        jobs[f"{case} 1"] = tmp_path / f"{case} peft", {**options, "out": str(tmp_path / f"{case} 1.npz")}
-        jobs[f"{case} 2"] = tmp_path, {**options, "out": str(tmp_path / f"{case} 2.npz"), "written": written}
+        written = str(tmp_path / dtype / "adapter.gguf")
+        jobs[f"{dtype} 1"] = tmp_path / "peft", {**options, "out": str(tmp_path / f"{dtype} 1.npz")}
+        jobs[f"{dtype} 2"] = tmp_path, {**options, "out": str(tmp_path / f"{dtype} 2.npz"), "written": written}
     answers = ask("llamacpp", jobs)
-    kept = [f"general.{key}" for key in ("architecture", "type", "quantization_version")]
-    kept += ["adapter.type", "adapter.lora.alpha"]
-    for case, (compact, _, _) in cases.items():
-        wanted, found = (tensors(tmp_path / f"{case} {n}.npz") for n in (1, 2))
-        assert set(found) == set(wanted) and len(found) == 2 * len(compact.targets), case
-        assert all(np.array_equal(found[name], wanted[name]) for name in wanted), case
-        theirs, ours = answers[f"{case} 1"], answers[f"{case} 2"]
-        assert [ours["fields"][key] for key in kept] == [theirs["fields"][key] for key in kept], case
-    norms = {name: float(np.linalg.norm(delta)) for name, delta in updates(patterns).items()}
-    assert answers["real F32 1"]["norms"] == pytest.approx(norms, rel=1e-5)
-    assert answers["real F32 2"]["norms"] == pytest.approx(norms, rel=1e-5)
+    for dtype in ("F32", "F16"):
+        theirs, ours = (tensors(tmp_path / f"{dtype} {n}.npz") for n in (1, 2))
+        assert set(ours) == set(theirs) and len(ours) == 2 * len(compact.targets)
+        assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+        one, two = (answers[f"{dtype} {n}"]["fields"] for n in (1, 2))
+        assert [two[key] for key in oracle.GGUF_FIELDS] == [one[key] for key in oracle.GGUF_FIELDS]
+    norms = {name: float(np.linalg.norm(delta)) for name, delta in updates(compact).items()}
+    assert answers["F32 1"]["norms"] == pytest.approx(norms, rel=1e-5)
+    assert answers["F32 2"]["norms"] == pytest.approx(norms, rel=1e-5)
 
 
 def test_what_llamacpps_converter_cannot_do(tmp_path: Path) -> None:
     """Own ranks with one scale (alpha = 0 stands for 1), and GPT-2 with its factors not swapped."""
-    needed("llamacpp")
+    oracle.needed("llamacpp")
     own = made(
         Target("model.layers.0.self_attn.o_proj.weight", (48, 48)),
         Target("model.layers.1.self_attn.v_proj.weight", (24, 48)),
@@ -289,7 +220,7 @@ def test_what_llamacpps_converter_cannot_do(tmp_path: Path) -> None:
 
 def test_vllm_takes_padded_ranks(tmp_path: Path) -> None:
     """What the note after an export says of --max-lora-rank is what PEFTHelper asks for."""
-    needed("vllm")
+    oracle.needed("vllm")
     compact = converted("llama-plain")
     norms = {name: float(np.linalg.norm(delta)) for name, delta in updates(compact).items()}
     loads = {None: {16, 32, 64}, 16: {16, 32, 64}, 20: {32, 64}, 64: {64}}
@@ -310,7 +241,7 @@ def test_vllm_takes_padded_ranks(tmp_path: Path) -> None:
 
 
 def test_loralib_merges_our_updates(tmp_path: Path) -> None:
-    needed("loralib")
+    oracle.needed("loralib")
     compact = made(
         Target("encoder.q.weight", (24, 16)),
         Target("encoder.c_attn.weight", (16, 48), View("transposed")),

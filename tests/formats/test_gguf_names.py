@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import dense
 from models import one_target
-from peers import make, oracle
+from peers import oracle
 from test_base_names import make_base
 
 from lrconvert import api
@@ -39,10 +39,7 @@ NO_CONVERTER = {
 
 
 def gguf_package() -> Any:
-    folder = make.environment("llamacpp")
-    if folder is None:
-        pytest.skip("the peer llamacpp has no environment: python tests/peers/make.py llamacpp")
-    sys.path.insert(0, str(folder / "lib" / "gguf-py"))
+    sys.path.insert(0, str(oracle.needed("llamacpp") / "gguf-py"))
     try:
         import gguf  # type: ignore[import-not-found,unused-ignore]
     finally:
@@ -59,15 +56,15 @@ def rows_of(leaf: str, order: str | None) -> int:
 def targets_of(name: str) -> tuple[Target, ...]:
     """Every layer of the last block, the shapes as the rows need them, and the whole-model modules."""
     family = FAMILIES[name]
-    found = [
+    targets = [
         Target(f"{family.stems[0]}1.{layer}.weight", (rows_of(leaf, family.rows.get(leaf)), WIDTH))
         for layer, leaf in family.layers.items()
     ]
     for module, theirs in list(family.whole.items()):
         if list(family.whole.values()).index(theirs) == list(family.whole).index(module):  # the first of its meaning
             embedding = theirs == "token_embd"
-            found.append(Target(f"{module}.weight", (TOKENS, WIDTH), View("transposed" if embedding else "matrix")))
-    return tuple(sorted(found))
+            targets.append(Target(f"{module}.weight", (TOKENS, WIDTH), View("transposed" if embedding else "matrix")))
+    return tuple(sorted(targets))
 
 
 @functools.cache
@@ -115,9 +112,8 @@ def test_out_and_in_again(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_converter_of_llamacpp_makes_the_same(tmp_path: Path) -> None:
-    """Tensor by tensor, bit by bit, and the same architecture, for every family."""
-    if make.environment("llamacpp") is None:
-        pytest.skip("the peer llamacpp has no environment: python tests/peers/make.py llamacpp")
+    """Tensor by tensor, bit by bit, and the same fields, for every family."""
+    oracle.needed("llamacpp")
     jobs: list[tuple[Path, dict[str, Any]]] = []
     names = [name for name in FAMILIES if name not in NO_CONVERTER]
     for name in names:
@@ -136,13 +132,12 @@ def test_the_converter_of_llamacpp_makes_the_same(tmp_path: Path) -> None:
         if theirs["outcome"] != "loads":
             wrong[name] = theirs["why"]
             continue
-        wanted, found = (dict(np.load(tmp_path / f"{name} {k}.npz")) for k in (1, 2))
-        if set(found) != set(wanted):
-            wrong[name] = f"{sorted(set(found) ^ set(wanted))}"
-        elif odd := [key for key in wanted if not np.array_equal(found[key], wanted[key])]:
-            wrong[name] = f"{odd}"
-        elif ours["fields"]["general.architecture"] != theirs["fields"]["general.architecture"]:
-            wrong[name] = theirs["fields"]["general.architecture"]
+        wanted, written = (dict(np.load(tmp_path / f"{name} {k}.npz")) for k in (1, 2))
+        odd = sorted(set(written) ^ set(wanted))
+        odd += [key for key in wanted if key in written and not np.array_equal(written[key], wanted[key])]
+        odd += [key for key in oracle.GGUF_FIELDS if ours["fields"][key] != theirs["fields"][key]]
+        if odd:
+            wrong[name] = str(odd)
     assert not wrong
 
 
@@ -161,14 +156,10 @@ def test_orders_of_rows() -> None:
 
 
 def test_families_are_told_by_class_or_kind() -> None:
-    assert (
-        gguf_names.family_of({"architectures": ["Olmo3ForCausalLM"], "model_type": "llama"})
-        is FAMILIES["Olmo3ForCausalLM"]
-    )
-    assert gguf_names.family_of({"model_type": "stablelm"}) is FAMILIES["StableLmForCausalLM"]
-    assert (
-        gguf_names.family_of({"model_type": "bert"}) is None and gguf_names.family_of({"architectures": ["X"]}) is None
-    )
+    family_of = gguf_names.family_of
+    assert family_of({"architectures": ["Olmo3ForCausalLM"], "model_type": "llama"}) is FAMILIES["Olmo3ForCausalLM"]
+    assert family_of({"model_type": "stablelm"}) is FAMILIES["StableLmForCausalLM"]
+    assert family_of({"model_type": "bert"}) is None and family_of({"architectures": ["X"]}) is None
     kinds = [family.kind for family in FAMILIES.values()]
     assert len(set(kinds)) == len(kinds)
 

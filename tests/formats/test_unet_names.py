@@ -14,7 +14,7 @@ from conftest import ASSETS, asset, dense
 from hypothesis import given
 from hypothesis import strategies as st
 from models import one_target
-from peers import make, oracle
+from peers import oracle
 from safetensors.numpy import load_file
 from test_base_names import make_base
 from test_reader_layouts import put, refused
@@ -116,8 +116,7 @@ def test_whatever_a_configuration_says(change: Config) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [SD1, SDXL, TINY], ids=["sd1", "sdxl", "tiny"])
 def test_diffusers_makes_them_so(config: Config, tmp_path: Path) -> None:
-    if make.environment("diffusers") is None:
-        pytest.skip("the peer diffusers has no environment: python tests/peers/make.py diffusers")
+    oracle.needed("diffusers")
     (answer,) = oracle.ask("diffusers", [(tmp_path, {"unet": config})])
     assert answer["outcome"] == "loads", answer
     ours = unet_names.modules(config)

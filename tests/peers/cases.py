@@ -25,6 +25,7 @@ SHAPES = {
     "mlp.up_proj": (INNER, HIDDEN),
     "mlp.down_proj": (HIDDEN, INNER),
 }
+LEAVES = [name.rpartition(".")[2] for name in SHAPES]
 Tensors = dict[str, np.ndarray]
 
 
@@ -76,27 +77,21 @@ def plain(
             leaf = name.rpartition(".")[2]
             tensors |= factors(f"model.layers.{layer}.{name}", out, inner, (ranks or {}).get(leaf, rank))
     settings = {
-        "base_model_name_or_path": "lrconvert/tiny-llama",
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "lora_alpha": 16,
-        "modules_to_save": None,
-        "peft_type": "LORA",
-        "r": rank,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "lrconvert/tiny-llama",
+        "r": rank, "lora_alpha": 16, "rank_pattern": {}, "alpha_pattern": {}, "use_dora": False, "use_rslora": False,
+        "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None,
         "target_modules": sorted(name.rpartition(".")[2] for name in modules),
-        "task_type": "CAUSAL_LM",
-        "use_dora": False,
-        "use_rslora": False,
-    }
+    }  # fmt: skip
     return Adapter({**settings, **config}, tensors)
 
 
 def having(adapter: Adapter, tensors: Tensors) -> Adapter:
     adapter.tensors |= tensors
     return adapter
+
+
+def storing(adapter: Adapter, name: str, *shape: int) -> Adapter:
+    return having(adapter, {PREFIX + name: numbers(*shape)})
 
 
 def without(adapter: Adapter, *keys: str) -> Adapter:
@@ -112,16 +107,14 @@ def renamed(adapter: Adapter, old: str, new: str) -> Adapter:
 
 
 def magnitudes(adapter: Adapter) -> Adapter:
-    found = [name for name in adapter.tensors if name.endswith(".lora_B.weight")]
-    return having(
-        adapter,
-        {n.replace("lora_B.weight", "lora_magnitude_vector"): numbers(len(adapter.tensors[n])) + 9 for n in found},
-    )
+    halves = {name: value for name, value in adapter.tensors.items() if name.endswith(".lora_B.weight")}
+    new = {n.replace("lora_B.weight", "lora_magnitude_vector"): numbers(len(value)) + 9 for n, value in halves.items()}
+    return having(adapter, new)
 
 
 def biased(adapter: Adapter) -> Adapter:
-    found = [name for name in adapter.tensors if name.endswith(".lora_B.weight")]
-    return having(adapter, {n.replace("weight", "bias"): numbers(len(adapter.tensors[n])) for n in found})
+    halves = {name: value for name, value in adapter.tensors.items() if name.endswith(".lora_B.weight")}
+    return having(adapter, {n.replace("weight", "bias"): numbers(len(value)) for n, value in halves.items()})
 
 
 def embedded(adapter: Adapter) -> Adapter:
@@ -132,8 +125,9 @@ def embedded(adapter: Adapter) -> Adapter:
 
 def other_kind(kind: str, suffixes: Mapping[str, tuple[int, ...]], **config: Any) -> Adapter:
     """An adapter of another kind on q_proj."""
-    adapter = without(plain(modules=()), "lora_alpha", "rank_pattern", "alpha_pattern", "use_dora", "use_rslora")
-    adapter = without(adapter, "bias", "fan_in_fan_out", "init_lora_weights", "r")
+    kept = ("base_model_name_or_path", "task_type", "modules_to_save")
+    adapter = plain(modules=())
+    adapter.config = {key: adapter.config[key] for key in kept}
     adapter.config |= {"peft_type": kind, "target_modules": ["q_proj"], **config}
     for layer in range(LAYERS):
         for suffix, shape in suffixes.items():
@@ -155,8 +149,8 @@ def mlx(*, rank: int = 8, modules: tuple[str, ...] = ("self_attn.q_proj", "mlp.d
 
 
 def parameters(**changes: Any) -> dict[str, Any]:
-    given = {"rank": 8, "scale": 2.0, "dropout": 0.0, **changes}
-    return {key: value for key, value in given.items() if value is not None}
+    values = {"rank": 8, "scale": 2.0, "dropout": 0.0, **changes}
+    return {key: value for key, value in values.items() if value is not None}
 
 
 Expected = dict[str, set[str]]
@@ -200,19 +194,14 @@ def case(
     )
 
 
+_HALVES = {"a": (64, 4), "b": (4, 64)}
 _BAKED = {"r": 8, "lora_alpha": 8, "rank_pattern": {"k_proj": 4}, "alpha_pattern": {"k_proj": 4}}
 _PISSA = {"vllm": "refuses:init", "sglang": "wrong:init", "llamacpp": "wrong:init"}
 _BARE_NAMES = {"peft": "warns:modules", "vllm": "wrong:modules"}
-_ELSEWHERE = {
-    "peft": "wrong:modules",
-    "vllm": "wrong:modules",
-    "sglang": "refuses:layers",
-    "llamacpp": "refuses:modules",
-}
-_NO_WEIGHTS = dict.fromkeys(("peft", "vllm", "sglang", "llamacpp"), "refuses:weights")
-_NO_CONFIG = dict.fromkeys(("peft", "vllm", "sglang", "llamacpp"), "refuses:layout")
-_PICKLE = dict.fromkeys(("peft", "vllm", "sglang", "llamacpp"), "warns:pickle")
+_ELSEWHERE = dict.fromkeys(("peft", "vllm"), "wrong:modules")
+_ELSEWHERE |= {"sglang": "refuses:layers", "llamacpp": "refuses:modules"}
 _EVERYWHERE = ("peft", "vllm", "sglang", "llamacpp")
+_ALL = " ".join(_EVERYWHERE)
 
 PEFT_CASES = (
     case("clean", plain),
@@ -220,278 +209,131 @@ PEFT_CASES = (
     case("alpha-float", lambda: plain(lora_alpha=12.5)),
     case("double", lambda: _cast(plain(), np.float64)),
     case("half", lambda: _cast(plain(), np.float16)),
-    case(
-        "rank-pattern",
-        lambda: plain(ranks={"k_proj": 4}, rank_pattern={"k_proj": 4}),
-        {"sglang": "wrong:scale refuses:shape"},
-    ),
-    case(
-        "alpha-pattern",
-        lambda: plain(alpha_pattern={"o_proj": 32}),
-        {"sglang": "wrong:scale", "llamacpp": "wrong:scale"},
-    ),
-    case(
-        "ranks-kept",
-        lambda: plain(ranks={"k_proj": 4}, **_BAKED),
-        {"sglang": "refuses:shape", "llamacpp": "wrong:scale"},
-    ),
+    case("rank-pattern", lambda: plain(ranks={"k_proj": 4}, rank_pattern={"k_proj": 4}),
+         {"sglang": "wrong:scale refuses:shape"}),
+    case("alpha-pattern", lambda: plain(alpha_pattern={"o_proj": 32}),
+         {"sglang": "wrong:scale", "llamacpp": "wrong:scale"}),
+    case("ranks-kept", lambda: plain(ranks={"k_proj": 4}, **_BAKED),
+         {"sglang": "refuses:shape", "llamacpp": "wrong:scale"}),
     case("rslora", lambda: plain(use_rslora=True), {"sglang": "wrong:scale", "llamacpp": "wrong:scale"}),
     case("alpha-zero", lambda: plain(lora_alpha=0), {"llamacpp": "wrong:scale"}),
     case("rank-32", lambda: plain(rank=32), {"vllm": "refuses:max-rank"}),
     case("rank-32-allowed", lambda: plain(rank=32), options={"max_lora_rank": 32}),
     case("rank-32-not", lambda: plain(rank=32), {"vllm": "refuses:max-rank", "sglang": "refuses:max-rank"},
          options={"max_lora_rank": 16}),
-    case(
-        "rank-zero",
-        lambda: plain(modules=tuple(SHAPES)[:3], target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-                      rank_pattern={"o_proj": 0}),
-        {"peft": "refuses:rank", "vllm": "refuses:rank"},
-    ),
-    case(
-        "rank-at-odds",
-        lambda: plain(r=4),
-        {"peft": "refuses:shape", "vllm": "wrong:shape", "sglang": "refuses:shape", "llamacpp": "warns:shape"},
-        unseen="llamacpp",
-    ),
-    case(
-        "dora",
-        lambda: magnitudes(plain(use_dora=True)),
-        {"vllm": "refuses:dora", "sglang": "refuses:dora", "llamacpp": "refuses:dora"},
-        unseen="peft",
-    ),
-    case(
-        "dora-undeclared",
-        lambda: magnitudes(plain()),
-        {"peft": "wrong:extra", "vllm": "refuses:names", "sglang": "refuses:extra", "llamacpp": "refuses:dora"},
-    ),
-    case(
-        "lora-bias",
-        lambda: biased(plain(lora_bias=True)),
-        {"vllm": "refuses:lora-bias", "sglang": "wrong:lora-bias", "llamacpp": "refuses:names"},
-    ),
+    case("rank-zero", lambda: plain(modules=tuple(SHAPES)[:3], target_modules=LEAVES[:4], rank_pattern={"o_proj": 0}),
+         {"peft": "refuses:rank", "vllm": "refuses:rank"}),
+    case("rank-at-odds", lambda: plain(r=4),
+         {"peft": "refuses:shape", "vllm": "wrong:shape", "sglang": "refuses:shape", "llamacpp": "warns:shape"},
+         unseen="llamacpp"),
+    case("dora", lambda: magnitudes(plain(use_dora=True)),
+         {"vllm": "refuses:dora", "sglang": "refuses:dora", "llamacpp": "refuses:dora"}, unseen="peft"),
+    case("dora-undeclared", lambda: magnitudes(plain()),
+         {"peft": "wrong:extra", "vllm": "refuses:names", "sglang": "refuses:extra", "llamacpp": "refuses:dora"}),
+    case("lora-bias", lambda: biased(plain(lora_bias=True)),
+         {"vllm": "refuses:lora-bias", "sglang": "wrong:lora-bias", "llamacpp": "refuses:names"}),
     case("bias", lambda: plain(bias="lora_only"), {"vllm": "refuses:bias"}),
     case("pissa", lambda: plain(init_lora_weights="pissa"), _PISSA, unseen="sglang llamacpp"),
     case("gaussian", lambda: plain(init_lora_weights="gaussian")),
-    case(
-        "alora",
-        lambda: plain(alora_invocation_tokens=[5, 6]),
-        {"vllm": "refuses:alora", "sglang": "wrong:alora"},
-        unseen="sglang",
-    ),
-    case(
-        "replication",
-        lambda: having(
-            plain(layer_replication=[[0, 2], [1, 2]]), factors("model.layers.2.mlp.down_proj", HIDDEN, INNER, 8)
-        ),
-        {"vllm": "refuses:replication", "sglang": "refuses:replication", "llamacpp": "refuses:replication"},
-        unrun="peft",
-    ),
-    case(
-        "experts",
-        lambda: having(
-            plain(modules=(), target_parameters=["mlp.experts.down_proj"]),
-            factors("model.layers.0.mlp.experts", HIDDEN, INNER, 4 * 8),  # 4 experts of rank 8
-        ),
-        {"sglang": "refuses:experts", "llamacpp": "refuses:experts"},
-        unrun="peft vllm",  # the base has no experts
-    ),
-    case(
-        "saved-head",
-        lambda: having(
-            plain(modules_to_save=["lm_head"]), {f"{PREFIX}lm_head.weight": numbers(VOCABULARY, HIDDEN)}
-        ),
-        {"vllm": "refuses:saved", "sglang": "wrong:saved", "llamacpp": "refuses:names"},
-    ),
-    case(
-        "saved-norm",
-        lambda: having(plain(modules_to_save=["norm"]), {f"{PREFIX}model.norm.weight": numbers(HIDDEN)}),
-        {"vllm": "refuses:saved", "sglang": "wrong:saved", "llamacpp": "wrong:norms"},
-        unrun="peft",  # PEFT does not wrap this module
-    ),
-    case(
-        "norm-in-layer",
-        lambda: having(plain(), {f"{PREFIX}model.layers.0.input_layernorm.weight": numbers(HIDDEN)}),
-        {"vllm": "refuses:names", "sglang": "refuses:extra", "llamacpp": "wrong:norms"},
-    ),
-    case(
-        "saved-absent",
-        lambda: plain(modules_to_save=["lm_head"]),
-        {"peft": "refuses:saved", "vllm": "refuses:saved"},
-    ),
-    case(
-        "score",
-        lambda: having(
-            plain(modules_to_save=["score"], task_type="SEQ_CLS"), {f"{PREFIX}score.weight": numbers(3, HIDDEN)}
-        ),
-        {"sglang": "wrong:saved", "llamacpp": "refuses:names"},
-        unrun="peft",  # another model class
-    ),
-    case(
-        "score-undeclared",
-        lambda: having(plain(task_type="SEQ_CLS"), {f"{PREFIX}score.weight": numbers(3, HIDDEN)}),
-        {"vllm": "refuses:saved", "sglang": "wrong:saved", "llamacpp": "refuses:names"},
-        unrun="peft",
-    ),
-    case(
-        "embeddings-stored",
-        lambda: having(plain(), {f"{PREFIX}model.embed_tokens.weight": numbers(VOCABULARY, HIDDEN)}),
-        {"vllm": "refuses:names", "sglang": "wrong:saved", "llamacpp": "refuses:names"},
-    ),
-    case(
-        "trained-tokens",
-        lambda: having(
-            plain(trainable_token_indices=[1, 2]),
-            {f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": numbers(2, HIDDEN)},
-        ),
-        {"vllm": "refuses:names", "sglang": "wrong:saved", "llamacpp": "refuses:names"},
-    ),
-    case(
-        "embedding",
-        lambda: embedded(plain(target_modules=[*(n.split(".")[1] for n in SHAPES), "embed_tokens"])),
-        {"vllm": "warns:embedding"},
-        {},
-    ),
-    case(
-        "embedding-untargeted",
-        lambda: embedded(plain()),
-        {"peft": "wrong:targets", "vllm": "warns:embedding", "sglang": "wrong:embedding"},
-    ),
-    case(
-        "lm-head",
-        lambda: having(
-            plain(target_modules=[*(n.split(".")[1] for n in SHAPES), "lm_head"]),
-            factors("lm_head", VOCABULARY, HIDDEN, 8),
-        ),
-        {"vllm": "warns:embedding", "llamacpp": "warns:embedding"},
-        {},
-    ),
-    case(
-        "targets-pattern",
-        lambda: plain(target_modules=r".*\.(q|k|v|o|gate|up|down)_proj"),
-        {"sglang": "refuses:targets"},
-    ),
+    case("alora", lambda: plain(alora_invocation_tokens=[5, 6]), {"vllm": "refuses:alora", "sglang": "wrong:alora"},
+         unseen="sglang"),
+    case("replication",
+         lambda: having(plain(layer_replication=[[0, 2], [1, 2]]),
+                        factors("model.layers.2.mlp.down_proj", HIDDEN, INNER, 8)),
+         {"vllm": "refuses:replication", "sglang": "refuses:replication", "llamacpp": "refuses:replication"},
+         unrun="peft"),
+    case("experts",
+         lambda: having(plain(modules=(), target_parameters=["mlp.experts.down_proj"]),
+                        factors("model.layers.0.mlp.experts", HIDDEN, INNER, 4 * 8)),  # 4 experts of rank 8
+         {"sglang": "refuses:experts", "llamacpp": "refuses:experts"}, unrun="peft vllm"),  # the base has no experts
+    case("saved-head", lambda: storing(plain(modules_to_save=["lm_head"]), "lm_head.weight", VOCABULARY, HIDDEN),
+         {"vllm": "refuses:saved", "sglang": "wrong:saved", "llamacpp": "refuses:names"}),
+    case("saved-norm", lambda: storing(plain(modules_to_save=["norm"]), "model.norm.weight", HIDDEN),
+         {"vllm": "refuses:saved", "sglang": "wrong:saved", "llamacpp": "wrong:norms"}, unrun="peft"),  # not wrapped
+    case("norm-in-layer", lambda: storing(plain(), "model.layers.0.input_layernorm.weight", HIDDEN),
+         {"vllm": "refuses:names", "sglang": "refuses:extra", "llamacpp": "wrong:norms"}),
+    case("saved-absent", lambda: plain(modules_to_save=["lm_head"]),
+         {"peft": "refuses:saved", "vllm": "refuses:saved"}),
+    case("score", lambda: storing(plain(modules_to_save=["score"], task_type="SEQ_CLS"), "score.weight", 3, HIDDEN),
+         {"sglang": "wrong:saved", "llamacpp": "refuses:names"}, unrun="peft"),  # another model class
+    case("score-undeclared", lambda: storing(plain(task_type="SEQ_CLS"), "score.weight", 3, HIDDEN),
+         {"vllm": "refuses:saved", "sglang": "wrong:saved", "llamacpp": "refuses:names"}, unrun="peft"),
+    case("embeddings-stored", lambda: storing(plain(), "model.embed_tokens.weight", VOCABULARY, HIDDEN),
+         {"vllm": "refuses:names", "sglang": "wrong:saved", "llamacpp": "refuses:names"}),
+    case("trained-tokens",
+         lambda: storing(plain(trainable_token_indices=[1, 2]),
+                         "model.embed_tokens.token_adapter.trainable_tokens_delta", 2, HIDDEN),
+         {"vllm": "refuses:names", "sglang": "wrong:saved", "llamacpp": "refuses:names"}),
+    case("embedding", lambda: embedded(plain(target_modules=[*LEAVES, "embed_tokens"])), {"vllm": "warns:embedding"},
+         {}),
+    case("embedding-untargeted", lambda: embedded(plain()),
+         {"peft": "wrong:targets", "vllm": "warns:embedding", "sglang": "wrong:embedding"}),
+    case("lm-head",
+         lambda: having(plain(target_modules=[*LEAVES, "lm_head"]), factors("lm_head", VOCABULARY, HIDDEN, 8)),
+         {"vllm": "warns:embedding", "llamacpp": "warns:embedding"}, {}),
+    case("targets-pattern", lambda: plain(target_modules=r".*\.(q|k|v|o|gate|up|down)_proj"),
+         {"sglang": "refuses:targets"}),
     case("targets-absent", lambda: without(plain(), "target_modules"),
          {"peft": "warns:targets", "vllm": "refuses:fields", "sglang": "refuses:fields"}, unseen="peft"),
-    case(
-        "targets-fewer",
-        lambda: plain(target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]),
-        {"peft": "wrong:targets", "sglang": "refuses:targets"},
-    ),
-    case("pickle", lambda: _pickled(plain()), _PICKLE),
+    case("targets-fewer", lambda: plain(target_modules=LEAVES[:-1]),
+         {"peft": "wrong:targets", "sglang": "refuses:targets"}),
+    case("pickle", lambda: _pickled(plain()), dict.fromkeys(_EVERYWHERE, "warns:pickle")),
     case("unprefixed", lambda: renamed(plain(), PREFIX, ""), {"peft": "wrong:prefix"}),
-    case(
-        "named",
-        lambda: renamed(plain(), ".weight", ".style.weight"),
-        {"peft": "wrong:extra", "vllm": "refuses:names", "llamacpp": "refuses:names"},
-    ),
-    case(
-        "half-a-pair",
-        lambda: without(plain(), f"{PREFIX}model.layers.1.self_attn.o_proj.lora_B.weight"),
-        {"peft": "wrong:pair", "vllm": "refuses:pair", "sglang": "refuses:pair", "llamacpp": "refuses:pair"},
-    ),
-    case(
-        "integers",
-        lambda: _cast(plain(), np.int8),
-        dict.fromkeys(_EVERYWHERE, "wrong:dtype"),
-        unseen=" ".join(_EVERYWHERE),
-    ),
+    case("named", lambda: renamed(plain(), ".weight", ".style.weight"),
+         {"peft": "wrong:extra", "vllm": "refuses:names", "llamacpp": "refuses:names"}),
+    case("half-a-pair", lambda: without(plain(), f"{PREFIX}model.layers.1.self_attn.o_proj.lora_B.weight"),
+         {"peft": "wrong:pair", "vllm": "refuses:pair", "sglang": "refuses:pair", "llamacpp": "refuses:pair"}),
+    case("integers", lambda: _cast(plain(), np.int8), dict.fromkeys(_EVERYWHERE, "wrong:dtype"), unseen=_ALL),
     case("bare-names", lambda: renamed(plain(), "model.layers", "layers"), {}, _BARE_NAMES, unseen="peft"),
     case("other-base", lambda: renamed(plain(), "layers.1", "layers.7"), {}, _ELSEWHERE),
-    case(
-        "q-alone",
-        lambda: plain(modules=("self_attn.q_proj",)),
-        {"sglang": "refuses:partners"},
-    ),
+    case("q-alone", lambda: plain(modules=("self_attn.q_proj",)), {"sglang": "refuses:partners"}),
     case("v-alone", lambda: plain(modules=("self_attn.v_proj",)), {"sglang": "refuses:partners"}),
     case("q-and-v", lambda: plain(modules=("self_attn.q_proj", "self_attn.v_proj"))),
     case("gate-alone", lambda: plain(modules=("mlp.gate_proj",))),
     case("up-alone", lambda: plain(modules=("mlp.up_proj",)), {"sglang": "warns:partners"}, unseen="sglang"),
-    case(
-        "two-stacks",
-        lambda: having(
-            renamed(plain(modules=("self_attn.o_proj",)), "model.layers", "model.encoder.layers"),
-            renamed(plain(modules=("self_attn.o_proj",)), "model.layers", "model.decoder.layers").tensors,
-        ),
-        {"sglang": "wrong:modules"},
-        unrun="peft vllm llamacpp",
-    ),
-    case(
-        "strange-module",
-        lambda: renamed(plain(modules=("self_attn.o_proj",), target_modules=["dense"]), "o_proj", "dense"),
-        {"sglang": "warns:targets"},
-        unrun=" ".join(_EVERYWHERE),
-    ),
+    case("two-stacks",
+         lambda: having(renamed(plain(modules=("self_attn.o_proj",)), "model.layers", "model.encoder.layers"),
+                        renamed(plain(modules=("self_attn.o_proj",)), "model.layers", "model.decoder.layers").tensors),
+         {"sglang": "wrong:modules"}, unrun="peft vllm llamacpp"),
+    case("strange-module",
+         lambda: renamed(plain(modules=("self_attn.o_proj",), target_modules=["dense"]), "o_proj", "dense"),
+         {"sglang": "warns:targets"}, unrun=_ALL),
     case("unknown-field", lambda: plain(future_flag=True), {"peft": "warns:fields"}),
     case("unknown-field-unset", lambda: plain(future_flag=None)),
-    case(
-        "old-peft",
-        lambda: plain(corda_config=None),
-        {"peft": "refuses:fields"},
-        options={"peft_version": "0.13.2"},
-        unrun=" ".join(_EVERYWHERE),
-    ),
+    case("old-peft", lambda: plain(corda_config=None), {"peft": "refuses:fields"}, options={"peft_version": "0.13.2"},
+         unrun=_ALL),
     case("no-alpha", lambda: without(plain(), "lora_alpha"),
          {"vllm": "refuses:fields", "sglang": "refuses:fields", "llamacpp": "refuses:alpha"}),
-    case(
-        "null-alpha",
-        lambda: plain(lora_alpha=None),
-        {"peft": "refuses:alpha", "vllm": "refuses:alpha", "sglang": "refuses:rank", "llamacpp": "refuses:alpha"},
-    ),
+    case("null-alpha", lambda: plain(lora_alpha=None),
+         {"peft": "refuses:alpha", "vllm": "refuses:alpha", "sglang": "refuses:rank", "llamacpp": "refuses:alpha"}),
     case("task", lambda: plain(task_type="POETRY"), {"peft": "refuses:task"}),
     case("no-kind", lambda: without(plain(), "peft_type"), {"peft": "refuses:kind", "sglang": "refuses:kind"}),
     case("kind-from-the-future", lambda: plain(peft_type="NEXTLORA"),
          {"peft": "refuses:kind", "vllm": "wrong:kind", "sglang": "refuses:kind", "llamacpp": "wrong:kind"},
          unseen="vllm llamacpp"),
-    case(
-        "loha",
-        lambda: other_kind(
-            "LOHA",
-            {"hada_w1_a": (64, 4), "hada_w1_b": (4, 64), "hada_w2_a": (64, 4), "hada_w2_b": (4, 64)},
-            r=4,
-            alpha=8,
-        ),
-        {"vllm": "refuses:kind", "sglang": "refuses:kind", "llamacpp": "refuses:kind"},
-        unseen="peft",
-    ),
-    case(
-        "ia3",
-        lambda: other_kind("IA3", {"ia3_l": (64, 1)}, feedforward_modules=[]),
-        {"vllm": "refuses:kind", "sglang": "refuses:kind", "llamacpp": "refuses:kind"},
-        unseen="peft",
-    ),
-    case(
-        "bone",
-        lambda: other_kind("BONE", {"bone_block": (8, 8, 8)}, r=8),
-        dict.fromkeys(_EVERYWHERE, "refuses:kind"),
-    ),
-    case(
-        "two-files",
-        lambda: _beside(plain(), "optimizer.safetensors"),
-        {"sglang": "warns:files"},
-        unrun="sglang",
-    ),
-    case(
-        "added-tokens",
-        lambda: _beside(plain(), "added_tokens.json", json.dumps({"<new>": VOCABULARY})),
-        {"sglang": "warns:tokens"},
-        {"sglang": "refuses:tokens"},
-    ),
-    case(
-        "copied-tokens",
-        lambda: _beside(plain(), "added_tokens.json", json.dumps({"<old>": 7})),
-        {"sglang": "warns:tokens"},
-        {},
-    ),
+    case("loha",
+         lambda: other_kind("LOHA", {f"hada_w{n}_{half}": shape for n in (1, 2) for half, shape in _HALVES.items()},
+                            r=4, alpha=8),
+         {"vllm": "refuses:kind", "sglang": "refuses:kind", "llamacpp": "refuses:kind"}, unseen="peft"),
+    case("ia3", lambda: other_kind("IA3", {"ia3_l": (64, 1)}, feedforward_modules=[]),
+         {"vllm": "refuses:kind", "sglang": "refuses:kind", "llamacpp": "refuses:kind"}, unseen="peft"),
+    case("bone", lambda: other_kind("BONE", {"bone_block": (8, 8, 8)}, r=8),
+         dict.fromkeys(_EVERYWHERE, "refuses:kind")),
+    case("two-files", lambda: _beside(plain(), "optimizer.safetensors"), {"sglang": "warns:files"}, unrun="sglang"),
+    case("added-tokens", lambda: _beside(plain(), "added_tokens.json", json.dumps({"<new>": VOCABULARY})),
+         {"sglang": "warns:tokens"}, {"sglang": "refuses:tokens"}),
+    case("copied-tokens", lambda: _beside(plain(), "added_tokens.json", json.dumps({"<old>": 7})),
+         {"sglang": "warns:tokens"}, {}),
     case("no-base-name", lambda: plain(base_model_name_or_path=None), {"llamacpp": "warns:base"}, {}),
     case("private-base", lambda: plain(base_model_name_or_path="/home/me/llama"), {"llamacpp": "warns:base"}, {}),
-    case("no-weights", lambda: _unweighted(plain()), _NO_WEIGHTS),
-    case("no-config", lambda: Adapter({}, plain().tensors), _NO_CONFIG),
-    case("conv1d", lambda: _gpt2(("c_attn", 192, 64)),
-         {"sglang": "wrong:names", "llamacpp": "refuses:conv1d"}, unrun=" ".join(_EVERYWHERE)),
-    case("conv1d-square", lambda: _gpt2(("c_proj", 64, 64)),
-         {"sglang": "wrong:names", "llamacpp": "wrong:conv1d"}, unrun=" ".join(_EVERYWHERE)),
-    case("vision", lambda: renamed(plain(), "model.layers", "vision_tower.layers"),
-         {"llamacpp": "wrong:modules"}, unrun="peft vllm sglang"),
+    case("no-weights", lambda: _unweighted(plain()), dict.fromkeys(_EVERYWHERE, "refuses:weights")),
+    case("no-config", lambda: Adapter({}, plain().tensors), dict.fromkeys(_EVERYWHERE, "refuses:layout")),
+    case("conv1d", lambda: _gpt2(("c_attn", 192, 64)), {"sglang": "wrong:names", "llamacpp": "refuses:conv1d"},
+         unrun=_ALL),
+    case("conv1d-square", lambda: _gpt2(("c_proj", 64, 64)), {"sglang": "wrong:names", "llamacpp": "wrong:conv1d"},
+         unrun=_ALL),
+    case("vision", lambda: renamed(plain(), "model.layers", "vision_tower.layers"), {"llamacpp": "wrong:modules"},
+         unrun="peft vllm sglang"),
 )  # fmt: skip
 
 MLX_CASES = (
@@ -504,9 +346,9 @@ MLX_CASES = (
     case("mlx-extra", lambda: having(mlx(), {"model.norm.weight": numbers(HIDDEN)}), {"mlx": "refuses:names"}),
     case("mlx-magnitude", lambda: having(mlx(), {"model.layers.0.self_attn.q_proj.m": numbers(HIDDEN)}),
          {"mlx": "refuses:names"}),
-    case("mlx-dora", lambda: having(mlx(fine_tune_type="dora"),
-                                    {f"model.layers.{n}.{m}.m": numbers(HIDDEN)
-                                     for n in range(LAYERS) for m in ("self_attn.q_proj", "mlp.down_proj")})),
+    case("mlx-dora",
+         lambda: having(mlx(fine_tune_type="dora"), {f"model.layers.{n}.{m}.m": numbers(HIDDEN) for n in range(LAYERS)
+                                                   for m in ("self_attn.q_proj", "mlp.down_proj")})),
     case("mlx-half", lambda: without(mlx(), "model.layers.1.mlp.down_proj.lora_b"), {"mlx": "wrong:pair"}),
     case("mlx-keys", lambda: mlx(lora_parameters=parameters(keys=["self_attn.q_proj"])), {"mlx": "refuses:targets"}),
     case("mlx-last-layer", lambda: mlx(num_layers=1), {}, {"mlx": "refuses:layers"}),

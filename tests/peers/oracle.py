@@ -3,6 +3,7 @@ synthetic adapters it treats as `check` says."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -18,21 +19,33 @@ if __name__ == "__main__":
     sys.path.insert(0, str(HERE.parent))
 
 from peers import cases, make
-from peers.cases import Case
 from peers.runner import norm
 
 import lrconvert
+from lrconvert.formats.compat import base as consumers
 from lrconvert.formats.compat.shared.subject import Subject, look
 
 BASE = HERE.parent.parent / "fixtures" / "bases" / "tiny-llama"
 Answer = dict[str, Any]
+GGUF_FIELDS = ["general.architecture", "general.type", "general.quantization_version"]
+GGUF_FIELDS += ["adapter.type", "adapter.lora.alpha"]
 
 
-def ask(peer: str, jobs: Sequence[tuple[Path, dict[str, Any]]], base: Path = BASE) -> list[Answer]:
-    """What a peer does with each folder, in its own process."""
+def needed(peer: str) -> Path:
+    """Return the library of a peer; skip the test, by name, without its environment."""
+    import pytest
+
+    folder = make.environment(peer)
+    if folder is None:
+        pytest.skip(f"the peer {peer} has no environment: python tests/peers/make.py {peer}")
+    return folder / "lib"
+
+
+def run(peer: str, *words: object, text: str = "") -> str:
+    """Run a peer in a process of its own, which takes longer to start than to work; return what it prints."""
     done = subprocess.run(
-        [sys.executable, str(HERE / f"run_{peer}.py"), str(base)],
-        input=json.dumps([[str(folder), options] for folder, options in jobs]),
+        [sys.executable, str(HERE / f"run_{peer}.py"), *map(str, words)],
+        input=text,
         capture_output=True,
         text=True,
         check=False,
@@ -41,19 +54,25 @@ def ask(peer: str, jobs: Sequence[tuple[Path, dict[str, Any]]], base: Path = BAS
     )
     if done.returncode:
         raise RuntimeError(f"{peer} did not run: {done.stderr[-2000:]}")
-    found: list[Answer] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    return done.stdout
+
+
+def ask(peer: str, jobs: Sequence[tuple[Path, dict[str, Any]]], base: Path = BASE) -> list[Answer]:
+    """Return what a peer does with each folder."""
+    said = run(peer, base, text=json.dumps([[str(folder), options] for folder, options in jobs]))
+    answers: list[Answer] = json.loads(said.strip().splitlines()[-1])
+    return answers
 
 
 def truth(folder: Path, adapter: cases.Adapter) -> dict[str, float]:
-    """||scale * B @ A|| of every module that is not zero, by the rules of the tool that wrote the folder; infinite
-    where the folder contradicts itself: nothing is right there."""
+    """Return ||scale * B @ A|| of every module that is not zero, by the rules of the tool that wrote the folder;
+    infinite where the folder contradicts itself: nothing is right there."""
     subject = look(folder)
     stored = {name.removeprefix(cases.PREFIX): value for name, value in adapter.tensors.items()}
-    found = {}
+    norms = {}
     for name in stored:
-        found |= _of_half(stored, name, subject)
-    return {module: value for module, value in found.items() if value}
+        norms |= _of_half(stored, name, subject)
+    return {module: value for module, value in norms.items() if value}
 
 
 _HALVES = (
@@ -89,27 +108,23 @@ def verdict(answer: Answer, right: dict[str, float], adapter: cases.Adapter) -> 
         return "refuses"
     got = answer["norms"]
     same = set(got) == set(right) and all(math.isclose(got[m], right[m], rel_tol=1e-3) for m in right)
-    known = tuple(end for ends in _HALVES for end in ends)
-    others = [name for name in adapter.tensors if not name.endswith((*known, ".m"))]
+    halves = tuple(end for ends in _HALVES for end in ends)
+    others = [name for name in adapter.tensors if not name.endswith((*halves, ".m"))]
     return "right" if same and len(others) <= len(answer.get("saved", ())) else "wrong"
 
 
-def told(folder: Path, consumer: str, options: dict[str, Any]) -> str:
-    """The same by `check`, with the base given."""
-    known = {k: v for k, v in options.items() if not (k == "max_lora_rank" and consumer not in ("vllm", "sglang"))}
-    known = {k: v for k, v in known.items() if not (k == "peft_version" and consumer != "peft")}
-    found = {f.severity for f in lrconvert.check(folder, (consumer,), base=BASE, **known)}
-    return next((s for s in ("refuses", "wrong") if s in found), "right")
-
-
-def cases_of(peer: str) -> list[Case]:
-    listed = cases.MLX_CASES if peer == "mlx" else cases.PEFT_CASES
-    return [c for c in listed if peer not in c.unrun | c.unseen]
+def predicted(folder: Path, consumer: str, options: dict[str, Any]) -> str:
+    """Return the verdict of `check`, with the base given."""
+    fields = {field.name for field in dataclasses.fields(consumers.get(consumer).Options)}
+    own = {key: value for key, value in options.items() if key in fields}
+    severities = {finding.severity for finding in lrconvert.check(folder, (consumer,), base=BASE, **own)}
+    return next((severity for severity in ("refuses", "wrong") if severity in severities), "right")
 
 
 def disagreements(peer: str) -> tuple[int, list[str]]:
-    """(cases asked, one line for each in which the peer does otherwise than `check` says)."""
-    asked = cases_of(peer)
+    """Return (cases, one line for each in which the peer does otherwise than `check` says)."""
+    listed = cases.MLX_CASES if peer == "mlx" else cases.PEFT_CASES
+    asked = [c for c in listed if peer not in c.unrun | c.unseen]
     with tempfile.TemporaryDirectory() as scratch:
         adapters = [c.build() for c in asked]
         folders = [a.write(Path(scratch) / c.name) for a, c in zip(adapters, asked, strict=True)]
@@ -117,7 +132,7 @@ def disagreements(peer: str) -> tuple[int, list[str]]:
         lines = []
         for c, adapter, folder, answer in zip(asked, adapters, folders, answers, strict=True):
             does = verdict(answer, truth(folder, adapter), adapter)
-            says = told(folder, peer, c.options)
+            says = predicted(folder, peer, c.options)
             if does != says:
                 lines.append(f"{c.name}: check says {says}, {peer} does {does} {answer.get('why', '')}".strip())
     return len(asked), lines

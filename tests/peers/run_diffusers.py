@@ -19,33 +19,31 @@ import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 
-def stable_diffusion() -> Any:
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=8,
-        norm_num_groups=8,
-    )
-    text = transformers.CLIPTextConfig(
+def text_config() -> Any:
+    return transformers.CLIPTextConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=100
     )
-    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
-    return diffusers.StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=transformers.CLIPTextModel(text),
-        tokenizer=None,
-        unet=unet,
-        scheduler=diffusers.DDIMScheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
 
 
+def shared_parts() -> dict[str, Any]:
+    return {
+        "vae": diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4),
+        "text_encoder": transformers.CLIPTextModel(text_config()),
+        "tokenizer": None,
+        "scheduler": diffusers.DDIMScheduler(),
+    }
+
+
+SD = {
+    "sample_size": 8,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": 32,
+    "attention_head_dim": 8,
+    "norm_num_groups": 8,
+}
 SDXL = {
     "sample_size": 8,
     "block_out_channels": (32, 64, 96),
@@ -62,18 +60,17 @@ SDXL = {
 }
 
 
+def stable_diffusion() -> Any:
+    absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return diffusers.StableDiffusionPipeline(unet=diffusers.UNet2DConditionModel(**SD), **shared_parts(), **absent)
+
+
 def stable_diffusion_xl() -> Any:
-    text = transformers.CLIPTextConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=100
-    )
     return diffusers.StableDiffusionXLPipeline(
-        vae=diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4),
-        text_encoder=transformers.CLIPTextModel(text),
-        text_encoder_2=transformers.CLIPTextModelWithProjection(text),
-        tokenizer=None,
-        tokenizer_2=None,
         unet=diffusers.UNet2DConditionModel(**SDXL),
-        scheduler=diffusers.DDIMScheduler(),
+        text_encoder_2=transformers.CLIPTextModelWithProjection(text_config()),
+        tokenizer_2=None,
+        **shared_parts(),
     )
 
 
@@ -88,18 +85,12 @@ def flux() -> Any:
         pooled_projection_dim=32,
         axes_dims_rope=(4, 4, 8),
     )
-    return diffusers.FluxPipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        transformer=transformer,
-    )
+    absent = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    return diffusers.FluxPipeline(scheduler=scheduler, transformer=transformer, **absent)
 
 
-class _Said(logging.Handler):
+class _Messages(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.lines: list[str] = []
@@ -125,22 +116,22 @@ def load(folder: Path, base: dict[str, Any], options: dict[str, Any]) -> dict[st
     if "unet" in options:
         return {"walk": walk(options["unet"])}
     pipeline = {"sd": stable_diffusion, "sdxl": stable_diffusion_xl, "flux": flux}[options["model"]]()
-    said = _Said()
+    messages = _Messages()
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
     for logger in loggers:
-        logger.addHandler(said)
+        logger.addHandler(messages)
     try:
         pipeline.load_lora_weights(str(folder), weight_name=options["file"], adapter_name="ours")
     finally:
         for logger in loggers:
-            logger.removeHandler(said)
-    found = {}
+            logger.removeHandler(messages)
+    deltas = {}
     for component, model in pipeline.components.items():
         for name, module in model.named_modules() if isinstance(model, torch.nn.Module) else ():
             if isinstance(module, BaseTunerLayer) and "ours" in module.lora_A:
-                found[f"{component}.{name}"] = module.get_delta_weight("ours").detach().double().numpy()
-    np.savez(options["out"], **found)
-    return {"said": said.lines}
+                deltas[f"{component}.{name}"] = module.get_delta_weight("ours").detach().double().numpy()
+    np.savez(options["out"], **deltas)
+    return {"said": messages.lines}
 
 
 if __name__ == "__main__":

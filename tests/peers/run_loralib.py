@@ -22,24 +22,24 @@ def load(folder: Path, base: dict[str, Any], options: dict[str, Any]) -> dict[st
     stored = load_file(folder / "lora.safetensors")
     with safe_open(folder / "lora.safetensors", "pt") as opened:
         alpha = int(opened.metadata()["lora_alpha"])
-    found = {}
+    updates = {}
     for name, (kind, out, inner) in options["layers"].items():
         own = {key.rpartition(".")[2]: value for key, value in stored.items() if key.startswith(f"{name}.lora_")}
         rank = own["lora_A"].shape[0]
         if kind == "embedding":
             layer = loralib.Embedding(inner, out, r=rank, lora_alpha=alpha)
         else:
-            turned = kind == "transposed"
-            layer = loralib.Linear(inner, out, r=rank, lora_alpha=alpha, fan_in_fan_out=turned)
+            transposed = kind == "transposed"
+            layer = loralib.Linear(inner, out, r=rank, lora_alpha=alpha, fan_in_fan_out=transposed)
         missing, unexpected = layer.load_state_dict(own, strict=False)
         if unexpected or any("lora" in key for key in missing):
             raise ValueError(f"{name}: {missing} {unexpected}")
         before = layer.weight.detach().double().clone()
         layer.weight.data.zero_()
         layer.eval()  # merges
-        found[name] = layer.weight.detach().double().numpy()
-        assert before.shape == torch.Size(found[name].shape)
-    np.savez(options["out"], **found)
+        updates[name] = layer.weight.detach().double().numpy()
+        assert before.shape == torch.Size(updates[name].shape)
+    np.savez(options["out"], **updates)
     return {}
 
 

@@ -21,15 +21,15 @@ from mlx_lm.utils import load_model
 def load(folder: Path, base: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     model, _ = load_model(Path(options.get("base", BASE)))
     load_adapters(model, str(folder))
-    found: dict[str, dict[str, np.ndarray]] = {}
+    factors: dict[str, dict[str, np.ndarray]] = {}
     for name, value in tree_flatten(model.parameters()):
         module, _, leaf = name.rpartition(".")
         if leaf in ("lora_a", "lora_b"):
-            found.setdefault(module, {})[leaf] = np.array(value)
+            factors.setdefault(module, {})[leaf] = np.array(value)
     scales = {name: module.scale for name, module in model.named_modules() if hasattr(module, "lora_a")}
-    norms = {name: runner.norm(scales[name], ab["lora_b"].T, ab["lora_a"].T) for name, ab in found.items()}
+    norms = {name: runner.norm(scales[name], ab["lora_b"].T, ab["lora_a"].T) for name, ab in factors.items()}
     if "out" in options:  # what is added to each weight, (out, in)
-        deltas = {name: scales[name] * (ab["lora_b"].T @ ab["lora_a"].T) for name, ab in found.items()}
+        deltas = {name: scales[name] * (ab["lora_b"].T @ ab["lora_a"].T) for name, ab in factors.items()}
         np.savez(options["out"], **deltas)
     return {"norms": {name: value for name, value in norms.items() if value}}
 

@@ -118,10 +118,9 @@ def _norms(pool: Any, adapter: Any, hf: Any, rank: int) -> dict[str, float]:
             a, b = pool.A_buffer[target][layer][0], pool.B_buffer[target][layer][0]
             row = 0
             for n, (name, height) in enumerate(parts.get(target, [(target, b.shape[0])])):
-                found = runner.norm(adapter.scaling, b[row : row + height, :rank], a[n * rank : (n + 1) * rank])
+                norm = runner.norm(adapter.scaling, b[row : row + height, :rank], a[n * rank : (n + 1) * rank])
                 row += height
-                if found:
-                    norms[f"model.layers.{layer}.{parent}.{name}"] = found
+                norms[f"model.layers.{layer}.{parent}.{name}"] = norm
     for name, (a_buffer, b_buffer) in {
         "model.embed_tokens": (pool.embedding_A_buffer, pool.embedding_B_buffer),
         "lm_head": (pool.lm_head_A_buffer, pool.lm_head_B_buffer),

@@ -34,8 +34,8 @@ def tensors(folder: Path) -> dict[str, Any]:
     stored = folder / "adapter_model.safetensors"
     if stored.exists():
         return load_file(stored)
-    found: dict[str, Any] = torch.load(folder / "adapter_model.bin", weights_only=True)
-    return found
+    pickled: dict[str, Any] = torch.load(folder / "adapter_model.bin", weights_only=True)
+    return pickled
 
 
 def norm(scale: float, b: Any, a: Any) -> float:

@@ -24,6 +24,9 @@ if __name__ == "__main__":
 
 from peers import make
 
+TESTS = ["test_peers.py", "merge/test_merge_peers.py", "formats/test_export_peers.py", "formats/test_gguf_names.py"]
+TESTS += ["formats/test_unet_names.py"]
+
 
 def reason(peer: str, chosen: Sequence[str]) -> str:
     """Why a peer does not run, or ""."""
@@ -35,10 +38,7 @@ def run(peers: Sequence[str]) -> tuple[int, Counter[tuple[str, str]]]:
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
         words = ["-q", "-p", "no:cacheprovider", "-k", " or ".join(peers), f"--junitxml={report}"]
-        tests = [
-            str(HERE.parent / name)
-            for name in ("test_peers.py", "merge/test_merge_peers.py", "formats/test_export_peers.py")
-        ]
+        tests = [str(HERE.parent / name) for name in TESTS]
         status = subprocess.run([sys.executable, "-m", "pytest", *words, *tests], check=False).returncode
         cases = ElementTree.parse(report).iter("testcase")
         return status, Counter((p, outcome(case)) for case in cases for p in peers if p in case.attrib["name"])
