@@ -161,14 +161,14 @@ def test_the_same_files_are_made_everywhere(hostile_files: Path):
 
 
 def test_the_table_is_sound():
-    known = {error.code for error in errors.all_errors()} | {""}
+    codes = {error.code for error in errors.all_errors()} | {""}
     assert len(CASES) == len(hostile.cases())
-    assert all(case.code in known and case.reads in hostile.READS for case in CASES.values())
+    assert all(case.code in codes and case.reads in hostile.READS for case in CASES.values())
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A verb applied to a case: `place` is what it is given, `size` the bytes that are there."""
+    """A verb applied to a case; `place` is the file or folder that it reads."""
 
     name: str
     place: Path

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
+from functools import cache
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -22,13 +24,13 @@ from lrconvert.report.html import page
 LORA = random_lora([(96, 64), (64, 96), (40, 72)], rank=6, seed=1)
 
 
+@cache
 def compared(statistics: bool = True) -> list[tuple[str, Fidelity]]:
-    known = statistics_for(LORA) if statistics else None
-    made = [("small.lrc", {"rank": 1}), ("large.lrc", {"rank": 4, "bits": "4"})]
-    files = [api.convert(LORA, "lowrank", **options).compact for _, options in made]
-    found = api.compare(LORA, files, statistics=known)
+    requests: dict[str, dict[str, Any]] = {"small.lrc": {"rank": 1}, "large.lrc": {"rank": 4, "bits": "4"}}
+    files = [api.convert(LORA, "lowrank", **options).compact for options in requests.values()]
+    rows = api.compare(LORA, files, statistics=statistics_for(LORA) if statistics else None)
     answers = Answers("KL", 2000, 0.25, 2.0, 0.8125, 0.125)
-    return [(name, replace(f, answers=answers)) for (name, _), f in zip(made, found, strict=True)]
+    return [(name, replace(row, answers=answers)) for name, row in zip(requests, rows, strict=True)]
 
 
 def large(targets: int, files: int) -> list[tuple[str, Fidelity]]:
@@ -61,15 +63,15 @@ class Looker(HTMLParser):
 def check(document: str) -> Looker:
     """What holds of every page: well-formed, self-contained, inert."""
     ET.fromstring(re.sub(r"^<!doctype html>", "", document.strip(), flags=re.IGNORECASE))
-    found = Looker(document)
-    assert not {"script", "link", "iframe", "img", "object", "embed", "base", "form"} & set(found.tags)
-    for key, value in found.attributes:
+    looker = Looker(document)
+    assert not {"script", "link", "iframe", "img", "object", "embed", "base", "form"} & set(looker.tags)
+    for key, value in looker.attributes:
         assert not key.startswith("on") and key not in ("href", "src", "action", "srcset"), (key, value)
     styles = "".join(re.findall(r"<style>(.*?)</style>", document, re.DOTALL))
     assert "url(" not in styles and "@import" not in styles and "http" not in document.replace("http-equiv", "")
-    assert found.tags.count("h1") == 1 and "title" in found.tags
+    assert looker.tags.count("h1") == 1 and "title" in looker.tags
     assert all(c == "\n" or c.isprintable() for c in document)
-    return found
+    return looker
 
 
 def test_everything_is_on_it():
@@ -121,18 +123,9 @@ def test_names_of_strangers_are_inert(bad):
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.text(max_size=30), min_size=3, max_size=3), st.text(max_size=30))
 def test_any_names(names, title):
-    f = compared_once()[0][1]
+    f = compared()[0][1]
     targets = tuple(replace(t, name=n) for t, n in zip(f.targets, names, strict=True))
     check(page(title, title, [(title, replace(f, targets=targets))]))
-
-
-_ONCE: list[tuple[str, Fidelity]] = []
-
-
-def compared_once() -> list[tuple[str, Fidelity]]:
-    if not _ONCE:
-        _ONCE.extend(compared())
-    return _ONCE
 
 
 def test_it_stays_small():
