@@ -37,34 +37,37 @@ EXPORTS = {
 }
 
 
+def exported(folder, adapter="llama-plain", **options):
+    compact = api.convert(api.load_lora(ADAPTERS / adapter), "bone", **options).compact
+    api.export(compact, folder, to="peft-miss", overwrite=True)
+    return compact
+
+
+def close(theirs, ours):
+    assert np.abs(theirs - ours).max() <= 1e-5 * np.abs(ours).max()
+
+
 @pytest.mark.parametrize("options", EXPORTS.values(), ids=EXPORTS)
 def test_peft_has_our_logits(options, tmp_path):
-    compact = api.convert(api.load_lora(ADAPTERS / "llama-plain"), "bone", **options).compact
-    api.export(compact, tmp_path / "out", to="peft-miss")
-    theirs = logits(load_in_peft("tiny-llama", tmp_path / "out"))
-    ours = logits(dense_reference("tiny-llama", compact))
-    assert np.abs(theirs - ours).max() <= 1e-5 * np.abs(ours).max()
+    compact = exported(tmp_path / "out", **options)
+    close(logits(load_in_peft("tiny-llama", tmp_path / "out")), logits(dense_reference("tiny-llama", compact)))
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["init_weights"] == "mini") == (options.get("variant") == "mini")
 
 
 @pytest.mark.parametrize("options", [{"rank": 6}, {"variant": "mini", "rank": 4, "mini_rank": 8}], ids=["bone", "mini"])
 def test_peft_has_our_logits_with_a_head(options, tmp_path):
-    compact = api.convert(api.load_lora(ADAPTERS / "bert-classifier"), "bone", **options).compact
+    compact = exported(tmp_path / "out", "bert-classifier", **options)
     assert compact.extras
-    api.export(compact, tmp_path / "out", to="peft-miss")
-    made = ("AutoModelForSequenceClassification", {"num_labels": 3})
-    theirs = logits(load_in_peft("tiny-bert", tmp_path / "out", made[0], **made[1]))
-    ours = logits(dense_reference("tiny-bert", compact, made[0], **made[1]))
-    assert np.abs(theirs - ours).max() <= 1e-5 * np.abs(ours).max()
+    model = {"model_class": "AutoModelForSequenceClassification", "num_labels": 3}
+    theirs = logits(load_in_peft("tiny-bert", tmp_path / "out", **model))
+    close(theirs, logits(dense_reference("tiny-bert", compact, **model)))
 
 
 def test_merged_by_peft_it_is_the_same(tmp_path):
-    compact = api.convert(api.load_lora(ADAPTERS / "llama-plain"), "bone", rank=7).compact
-    api.export(compact, tmp_path / "out", to="peft-miss")
+    compact = exported(tmp_path / "out", rank=7)
     merged = load_in_peft("tiny-llama", tmp_path / "out").merge_and_unload()
-    ours = logits(dense_reference("tiny-llama", compact))
-    assert np.abs(logits(merged) - ours).max() <= 1e-5 * np.abs(ours).max()
+    close(logits(merged), logits(dense_reference("tiny-llama", compact)))
 
 
 def test_targets_without_a_block_are_left_out(tmp_path):
@@ -77,8 +80,7 @@ def test_targets_without_a_block_are_left_out(tmp_path):
     api.export(compact, tmp_path / "out", to="peft-miss")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert compact.targets[0].name.removesuffix(".weight") not in config["target_modules"]
-    theirs = logits(load_in_peft("tiny-llama", tmp_path / "out"))
-    assert np.abs(theirs - logits(dense_reference("tiny-llama", compact))).max() < 1e-5 * np.abs(theirs).max()
+    close(logits(load_in_peft("tiny-llama", tmp_path / "out")), logits(dense_reference("tiny-llama", compact)))
 
 
 @pytest.mark.parametrize(
@@ -128,6 +130,10 @@ def saved(folder, **settings):
     return model
 
 
+def read(folder):
+    return peft_miss.read_on(folder, BASES / "tiny-llama", OPTIONS)
+
+
 def as_bone(folder):
     """The same files as PEFT before 0.19 wrote them."""
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -144,7 +150,7 @@ MODES = {"true": STANDARD, "false": {"init_weights": False}, "mini": MINI, "mini
 def test_a_miss_is_read_without_loss(settings, tmp_path):
     model = saved(tmp_path / "miss", **settings)
     assert peft_miss.recognises(tmp_path / "miss")
-    compact = peft_miss.read_on(tmp_path / "miss", BASES / "tiny-llama", OPTIONS)
+    compact = read(tmp_path / "miss")
     stored = load_file(tmp_path / "miss" / "adapter_model.safetensors")
     api.write(compact, tmp_path / "x.lrc")
     assert api.validate(tmp_path / "x.lrc", base=BASES / "tiny-llama").ok
@@ -155,8 +161,7 @@ def test_a_miss_is_read_without_loss(settings, tmp_path):
         ours = methods.get("bone").block(again.config, again.targets, values, which)
         assert np.array_equal(ours, stored.pop(name).numpy())
     assert not stored
-    theirs = logits(model)
-    assert np.abs(logits(dense_reference("tiny-llama", again)) - theirs).max() <= 1e-5 * np.abs(theirs).max()
+    close(logits(dense_reference("tiny-llama", again)), logits(model))
     api.export(again, tmp_path / "again", to="peft-miss")
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("miss", "again"))
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
@@ -164,9 +169,9 @@ def test_a_miss_is_read_without_loss(settings, tmp_path):
 
 def test_a_bone_of_before_miss_is_the_same(tmp_path):
     saved(tmp_path / "miss", **STANDARD)
-    one = peft_miss.read_on(tmp_path / "miss", BASES / "tiny-llama", OPTIONS)
+    one = read(tmp_path / "miss")
     as_bone(tmp_path / "miss")
-    two = peft_miss.read_on(tmp_path / "miss", BASES / "tiny-llama", OPTIONS)
+    two = read(tmp_path / "miss")
     assert one.config == two.config and np.array_equal(one.tensors["blocks"], two.tensors["blocks"])
     assert two.provenance.fields["source_format"] == "peft-bone"
 
@@ -176,7 +181,7 @@ def test_sixteen_bits_where_they_hold_every_number(dtype, bits, tmp_path):
     saved(tmp_path, **STANDARD)
     tensors = {k: v.to(dtype) for k, v in load_file(tmp_path / "adapter_model.safetensors").items()}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    compact = peft_miss.read_on(tmp_path, BASES / "tiny-llama", OPTIONS)
+    compact = read(tmp_path)
     assert compact.config.bits == bits
     whole = torch.cat([tensors[k].float().reshape(-1) for k in sorted(tensors)])
     assert np.array_equal(np.sort(compact.tensors["blocks"]), np.sort(whole.numpy()))
@@ -188,15 +193,14 @@ def test_numbers_of_any_size_are_kept(tmp_path):
     first = next(iter(tensors.values()))
     first[0, 0], first[0, 1], first[0, 2] = 1e38, 1e-42, -0.0
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    compact = peft_miss.read_on(tmp_path, BASES / "tiny-llama", OPTIONS)
+    compact = read(tmp_path)
     api.write(compact, tmp_path / "x.lrc")
     assert {np.float32(1e38), np.float32(1e-42)} <= set(api.read(tmp_path / "x.lrc").tensors["blocks"].tolist())
 
 
 def test_our_own_export_needs_no_base(tmp_path):
     for options in EXPORTS.values():
-        compact = api.convert(api.load_lora(ADAPTERS / "llama-plain"), "bone", **options).compact
-        api.export(compact, tmp_path / "out", to="peft-miss", overwrite=True)
+        compact = exported(tmp_path / "out", **options)
         for path in (tmp_path / "out", tmp_path / "out" / "adapter_model.safetensors"):
             again = peft_miss.read(path, OPTIONS)
             for one, two in zip(methods.expand_all(compact), methods.expand_all(again), strict=True):
@@ -204,71 +208,73 @@ def test_our_own_export_needs_no_base(tmp_path):
 
 
 def test_heads_and_pickles_ride_along(tmp_path):
-    compact = api.convert(api.load_lora(ADAPTERS / "bert-classifier"), "bone", rank=4).compact
-    api.export(compact, tmp_path / "out", to="peft-miss")
+    compact = exported(tmp_path / "out", "bert-classifier", rank=4)
     wanted = {e.name: e.data for e in compact.extras}
     assert {e.name: e.data for e in peft_miss.read(tmp_path / "out", OPTIONS).extras} == wanted
     torch.save(load_file(tmp_path / "out" / "adapter_model.safetensors"), tmp_path / "out" / "adapter_model.bin")
     (tmp_path / "out" / "adapter_model.safetensors").unlink()
     with pytest.raises(errors.PickleError):
         peft_miss.read(tmp_path / "out", OPTIONS)
-    found = peft_miss.read(tmp_path / "out", readers.ReadOptions(allow_pickle=True))
-    assert {e.name: e.data for e in found.extras} == wanted
+    again = peft_miss.read(tmp_path / "out", readers.ReadOptions(allow_pickle=True))
+    assert {e.name: e.data for e in again.extras} == wanted
 
 
 def test_it_is_found_by_its_content(tmp_path):
     """... by the first reader that knows it: the reader of LoRAs has to leave it alone."""
-    compact = api.convert(api.load_lora(ADAPTERS / "llama-plain"), "bone", rank=4).compact
-    api.export(compact, tmp_path / "out", to="peft-miss")
+    compact = exported(tmp_path / "out", rank=4)
     for path in (tmp_path / "out", tmp_path / "out" / "adapter_model.safetensors"):
         assert api.load(path).config == compact.config
     assert "compact adapter" in api.load_lora(tmp_path / "out").warnings[0]
 
 
 BLOCK = "base_model.model.model.layers.0.self_attn.q_proj.miss_block"
+
+
+def block(edit, name=BLOCK):
+    """An edit of one block, stored under `name`."""
+    return lambda t, c: t.update({name: edit(t[BLOCK]).clone().contiguous()})
+
+
+def setting(**fields):
+    return lambda t, c: c.update(fields)
+
+
+def resized(rank, columns=None, **fields):
+    """Settings, and blocks of another shape."""
+    return lambda t, c: (c.update(fields), t.update({k: torch.ones(rank, columns or v.shape[1]) for k, v in t.items()}))
+
+
 REFUSED = {
     "no block": (lambda t, c: t.clear(), errors.EmptyAdapterError),
-    "a column less": (lambda t, c: t.update({BLOCK: t[BLOCK][:, 1:].contiguous()}), errors.ShapeError),
-    "three dimensions": (lambda t, c: t.update({BLOCK: t[BLOCK][None].contiguous()}), errors.ShapeError),
-    "a row less": (lambda t, c: t.update({BLOCK: t[BLOCK][1:].contiguous()}), errors.PairError),
-    "NaN": (lambda t, c: t[BLOCK].fill_(float("nan")), errors.ValueRangeError),
-    "infinity": (lambda t, c: t[BLOCK].fill_(float("inf")), errors.ValueRangeError),
-    "beyond float32": (lambda t, c: t.update({BLOCK: t[BLOCK].double() * 1e300}), errors.ValueRangeError),
-    "finer than float32": (lambda t, c: t.update({BLOCK: t[BLOCK].double() / 3}), errors.ValueRangeError),
-    "integers": (lambda t, c: t.update({BLOCK: t[BLOCK].int()}), errors.DtypeError),
-    "an odd part": (lambda t, c: t.update({BLOCK.replace("block", "odd"): torch.ones(1)}), errors.TensorUnknownError),
-    "a part of a bone": (
-        lambda t, c: t.update({BLOCK.replace("miss", "bone"): t[BLOCK].clone()}),
-        errors.TensorUnknownError,
-    ),
-    "no prefix": (lambda t, c: t.update({"x.weight": torch.ones(1)}), errors.TensorUnknownError),
-    "a layer that is not there": (
-        lambda t, c: t.update({BLOCK.replace("q_proj", "x_proj"): t[BLOCK].clone()}),
-        errors.BaseError,
-    ),
+    "a column less": (block(lambda b: b[:, 1:]), errors.ShapeError),
+    "three dimensions": (block(lambda b: b[None]), errors.ShapeError),
+    "a row less": (block(lambda b: b[1:]), errors.PairError),
+    "NaN": (block(lambda b: b.fill_(float("nan"))), errors.ValueRangeError),
+    "infinity": (block(lambda b: b.fill_(float("inf"))), errors.ValueRangeError),
+    "beyond float32": (block(lambda b: b.double() * 1e300), errors.ValueRangeError),
+    "finer than float32": (block(lambda b: b.double() / 3), errors.ValueRangeError),
+    "integers": (block(lambda b: b.int()), errors.DtypeError),
+    "an odd part": (block(lambda b: torch.ones(1), BLOCK.replace("block", "odd")), errors.TensorUnknownError),
+    "a part of a bone": (block(lambda b: b, BLOCK.replace("miss", "bone")), errors.TensorUnknownError),
+    "no prefix": (block(lambda b: torch.ones(1), "x.weight"), errors.TensorUnknownError),
+    "a layer that is not there": (block(lambda b: b, BLOCK.replace("q_proj", "x_proj")), errors.BaseError),
     "no linear layer": (
-        lambda t, c: t.update({BLOCK.replace("self_attn.q_proj", "input_layernorm"): t[BLOCK].clone()}),
+        block(lambda b: b, BLOCK.replace("self_attn.q_proj", "input_layernorm")),
         errors.BaseError,
     ),
-    "r of another": (lambda t, c: c.update(r=6), errors.PairError),
-    "r as text": (lambda t, c: c.update(r="7"), errors.ConfigError),
-    "r of nothing": (lambda t, c: c.update(r=0), errors.ConfigError),
-    "r beyond all": (lambda t, c: c.update(r=5000), errors.LimitError),
-    "r above the inputs": (
-        lambda t, c: (c.update(r=200), t.update({k: torch.ones(200, v.shape[1]) for k, v in t.items()})),
-        errors.ShapeError,
-    ),
-    "a bat of other shape": (lambda t, c: c.update(init_weights="bat"), errors.ShapeError),
-    "an unknown variant": (lambda t, c: c.update(init_weights="maxi"), errors.UnsupportedLoraError),
-    "a number as variant": (lambda t, c: c.update(init_weights=1), errors.UnsupportedLoraError),
-    "mini of other width": (lambda t, c: c.update(init_weights="mini", mini_r=8), errors.ShapeError),
-    "mini without width": (lambda t, c: c.update(init_weights="mini", mini_r=None), errors.ConfigError),
-    "mini that does not divide": (
-        lambda t, c: (c.update(init_weights="mini", mini_r=7), t.update({k: torch.ones(7, 7) for k in t})),
-        errors.ShapeError,
-    ),
-    "an unknown field": (lambda t, c: c.update(rank_pattern={"q_proj": 3}), errors.UnsupportedLoraError),
-    "another kind": (lambda t, c: c.update(peft_type="LOHA"), errors.ConfigError),
+    "r of another": (setting(r=6), errors.PairError),
+    "r as text": (setting(r="7"), errors.ConfigError),
+    "r of nothing": (setting(r=0), errors.ConfigError),
+    "r beyond all": (setting(r=5000), errors.LimitError),
+    "r above the inputs": (resized(200, r=200), errors.ShapeError),
+    "a bat of other shape": (setting(init_weights="bat"), errors.ShapeError),
+    "an unknown variant": (setting(init_weights="maxi"), errors.UnsupportedLoraError),
+    "a number as variant": (setting(init_weights=1), errors.UnsupportedLoraError),
+    "mini of other width": (setting(init_weights="mini", mini_r=8), errors.ShapeError),
+    "mini without width": (setting(init_weights="mini", mini_r=None), errors.ConfigError),
+    "mini that does not divide": (resized(7, 7, init_weights="mini", mini_r=7), errors.ShapeError),
+    "an unknown field": (setting(rank_pattern={"q_proj": 3}), errors.UnsupportedLoraError),
+    "another kind": (setting(peft_type="LOHA"), errors.ConfigError),
 }
 
 
@@ -282,14 +288,14 @@ def test_refusals(case, tmp_path):
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(error):
-        peft_miss.read_on(tmp_path, BASES / "tiny-llama", OPTIONS)
+        read(tmp_path)
 
 
 def test_a_bone_has_no_mini(tmp_path):
     saved(tmp_path, **MINI)
     as_bone(tmp_path)
     with pytest.raises(errors.UnsupportedLoraError, match="mini"):
-        peft_miss.read_on(tmp_path, BASES / "tiny-llama", OPTIONS)
+        read(tmp_path)
 
 
 def test_without_a_base_the_widths_are_asked_for(tmp_path):
