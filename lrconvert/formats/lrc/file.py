@@ -21,7 +21,6 @@ from lrconvert.formats.lrc import manifest as manifests
 from lrconvert.formats.lrc.manifest import MANIFEST_BYTES, Digests, Manifest
 from lrconvert.io import fields, strictjson
 from lrconvert.io.container import ContainerFile, TensorInfo, carries, encode_header, parse_header, tensor_digest
-from lrconvert.io.durable import atomic_file
 from lrconvert.io.fields import Hex
 from lrconvert.lora import packing
 from lrconvert.lora.adapter import BaseFingerprint, CompactAdapter, ExtraTensor, Target
@@ -172,6 +171,8 @@ def _check_config(compact: CompactAdapter, header: dict[str, Any]) -> None:
 
 def write(compact: CompactAdapter, path: Path, *, overwrite: bool = False) -> Sizes:
     """Write the file atomically and durably; returns its sizes. Raises E-OUT-EXISTS, E-OUT-PATH, E-IO-WRITE."""
+    from lrconvert.io.durable import atomic_file  # reading needs nothing that writes
+
     pieces = encode(compact)
     first = next(pieces)  # every check of the content happens before anything is created
     with atomic_file(path, overwrite=overwrite) as out:

@@ -11,7 +11,6 @@ from typing import Any
 from lrconvert.core.errors import FingerprintError, LrcError
 from lrconvert.formats.lrc import file
 from lrconvert.io.container import open_checkpoint
-from lrconvert.lora import base_names, statistics_file
 from lrconvert.lora.adapter import CompactAdapter
 
 LEVELS = ("structure", "semantics", "values", "base")
@@ -49,9 +48,12 @@ def validate(path: Path, base: Path | None = None) -> Validation:
         if finding not in findings:
             findings.append(finding)
 
-    if statistics_file.is_statistics(path):
-        facts = _examine_statistics(path, base, report)
-        return Validation(str(path), tuple(findings), facts)
+    if not file.is_lrconvert(path):
+        from lrconvert.lora import statistics_file  # not loaded for what is most often validated
+
+        if statistics_file.is_statistics(path):
+            facts = _examine_statistics(path, base, report)
+            return Validation(str(path), tuple(findings), facts)
     compact = file.examine(path, report)
     if compact is not None and base is not None:
         try:
@@ -66,6 +68,8 @@ def validate(path: Path, base: Path | None = None) -> Validation:
 
 def _examine_statistics(path: Path, base: Path | None, report: Callable[[str, LrcError], None]) -> dict[str, Any]:
     """Read all of a statistics file, and compare the contents of its base."""
+    from lrconvert.lora import statistics_file
+
     try:
         statistics = statistics_file.read(path)
     except LrcError as error:
@@ -96,6 +100,8 @@ def _check_content(base: Path, content: str) -> None:
 
 def check_base(compact: CompactAdapter, base: Path) -> None:
     """Raise E-BASE or E-ORIENT if a target does not fit the base, E-FPR if the base has other contents."""
+    from lrconvert.lora import base_names
+
     with open_checkpoint(base) as checkpoint:
         base_names.resolve(compact, checkpoint)
     if compact.base.content:
