@@ -95,9 +95,9 @@ def _convert(places: names.Sorted, settings: Settings, weights: Weights) -> Lora
         if module in parameters:
             targets += experts.read_parameter(module, parameters[module], parts, settings, weights)
         else:
-            converted = layers.read_module(module, parts, settings, weights)
-            targets += converted.targets
-            carried += converted.extras
+            own_targets, own_extras = layers.read_module(module, parts, settings, weights)
+            targets += own_targets
+            carried += own_extras
     whole = {extra.name: extra for extra in extras.read_extras(places.others, weights)}
     rows = list(extras.read_tokens(places.tokens, whole, settings, weights))
     replaced = {extra.name for extra in rows}

@@ -150,11 +150,7 @@ def _in_order(root: str, names: Sequence[str], wrappers: int) -> list[str]:
 
 def reads_in_out(settings: Settings) -> bool:
     """Return whether PEFT reads the stack as (experts, in, out): always before 0.19, then where the model says so."""
-    return settings.version < _READS_OUT_IN or _says_transposed(settings)
-
-
-def _says_transposed(settings: Settings) -> bool:
-    return says_transposed(settings.auto_mapping.base_class, settings.base_model)
+    return settings.version < _READS_OUT_IN or says_transposed(settings.auto_mapping.base_class, settings.base_model)
 
 
 def says_transposed(base_class: str, hint: str) -> bool:
@@ -164,7 +160,6 @@ def says_transposed(base_class: str, hint: str) -> bool:
 
 def doubt(names: Sequence[str], settings: Settings) -> str:
     """Return a warning where only the base can tell how its experts are stored, else ""."""
-    is_stated = settings.auto_mapping.library.startswith("transformers.") or _says_transposed(settings)
-    if not names or is_stated or settings.version < _READS_OUT_IN:
+    if not names or settings.auto_mapping.library.startswith("transformers.") or reads_in_out(settings):
         return ""
     return f"{names[0]} is taken as (experts, out, in), which the configuration does not say; check with the base"

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
 from lrconvert.core.dtypes import STORAGE, Stored
 from lrconvert.core.errors import ConfigError, PairError, UnsupportedLoraError
 from lrconvert.formats.readers.peft.config import Settings
-from lrconvert.formats.readers.peft.names import Part, title
+from lrconvert.formats.readers.peft.names import TITLES, Part
 from lrconvert.formats.readers.shared.folders import CONFIG_NAME
 from lrconvert.formats.readers.shared.pairs import check_outputs, check_rank, conv_view, reshape, scaled_bias
 from lrconvert.formats.readers.shared.weights import Weights, load_finite, load_finite_extra
@@ -27,16 +26,10 @@ Parts = Mapping[Part, TensorInfo]
 _CONV1D_FUSED = "c_attn"
 
 
-@dataclass(frozen=True)
-class Converted:
-    """The targets and extra tensors of one module."""
-
-    targets: tuple[LoraTarget, ...]
-    extras: tuple[ExtraTensor, ...] = ()
-
-
-def read_module(module: str, parts: Parts, settings: Settings, weights: Weights) -> Converted:
-    """Return the targets and extra tensors of an adapted module. Raises E-PAIR, E-CONFIG, E-LORA-FEATURE, E-LIMIT,
+def read_module(
+    module: str, parts: Parts, settings: Settings, weights: Weights
+) -> tuple[list[LoraTarget], list[ExtraTensor]]:
+    """Return (targets, extra tensors) of an adapted module. Raises E-PAIR, E-CONFIG, E-LORA-FEATURE, E-LIMIT,
     E-VALUE."""
     if parts.keys() & {"embedding_A", "embedding_B"}:
         pair = _embedding(module, parts, settings, weights)
@@ -45,7 +38,7 @@ def read_module(module: str, parts: Parts, settings: Settings, weights: Weights)
         if settings.enable_lora:
             _expected(module, parts, "bias", "lora_bias", False)
             _expected(module, parts, "magnitude", "use_dora", False)
-            return Converted(tuple(_fused(module, a, b, settings, weights)))
+            return list(_fused(module, a, b, settings, weights)), []
         read = _linear if len(a.shape) == len(b.shape) == 2 else _convolution
         pair = read(module, a, b, settings, weights)
     extras = []
@@ -56,7 +49,7 @@ def read_module(module: str, parts: Parts, settings: Settings, weights: Weights)
     if magnitude is not None:
         check_outputs(magnitude, pair)
         extras.append(load_finite_extra(f"{module}.weight", magnitude, weights, "magnitude"))
-    return Converted((pair,), tuple(extras))
+    return [pair], extras
 
 
 # --- the two halves -------------------------------------------------------------------------------------------------
@@ -67,10 +60,10 @@ def halves(module: str, parts: Parts, first: Part, second: Part) -> tuple[Tensor
     for half, partner in ((first, second), (second, first)):
         if half not in parts:
             other = next((part for part in (partner, *sorted(parts)) if part in parts), partner)
-            raise PairError(f"{module}: {title(other)} has no {title(half)}", fix="the file is incomplete")
+            raise PairError(f"{module}: {TITLES[other]} has no {TITLES[half]}", fix="the file is incomplete")
     stray = sorted(set(parts) - {first, second, "bias", "magnitude"})
     if stray:
-        raise PairError(f"{module}: has {title(first)} and {title(stray[0])}", fix="the file mixes two adapters")
+        raise PairError(f"{module}: has {TITLES[first]} and {TITLES[stray[0]]}", fix="the file mixes two adapters")
     return parts[first], parts[second]
 
 
@@ -196,7 +189,7 @@ def _expected(module: str, parts: Parts, part: Part, field: str, wanted: bool) -
     """Return the tensor of a part that the configuration announces. Raises E-PAIR or E-CONFIG if only one has it."""
     info = parts.get(part)
     if info is None and wanted:
-        raise PairError(f"{module}: {field} is set, but there is no {title(part)}", fix="the file is incomplete")
+        raise PairError(f"{module}: {field} is set, but there is no {TITLES[part]}", fix="the file is incomplete")
     if info is not None and not wanted:
         what = f"the file holds {info.name!r}, but {field} is not set"
         raise ConfigError(what, fix=f"set {field} to true in {CONFIG_NAME}")

@@ -20,7 +20,7 @@ PREFIX = "base_model.model."
 BASE_LAYER = ".base_layer"
 
 Part = Literal["A", "B", "bias", "embedding_A", "embedding_B", "magnitude"]
-_TITLES: dict[Part, str] = {
+TITLES: dict[Part, str] = {  # as PEFT spells the parts
     "A": "lora_A.weight",
     "B": "lora_B.weight",
     "bias": "lora_B.bias",
@@ -31,11 +31,6 @@ _TITLES: dict[Part, str] = {
 _COMPILED = re.compile(r"(?<![^.])_orig_mod\.")  # torch.compile's wrapper, around the model or any module of it
 # State of a training that an evaluated model does not use: MonteCLoRA's sampler, VeLoRA's projection.
 _TRAINING = ("monteclora_sampler", "velora_embed")
-
-
-def title(part: Part) -> str:
-    """Return a part as PEFT spells it."""
-    return _TITLES[part]
 
 
 @dataclass
@@ -130,7 +125,7 @@ def _part(name: str) -> Part | None:
     if words[0] in _TRAINING:
         return None
     kinds.refuse([name])
-    what = f"tensor {name!r} is not a part of a LoRA that is known: {', '.join(_TITLES.values())}"
+    what = f"tensor {name!r} is not a part of a LoRA that is known: {', '.join(TITLES.values())}"
     raise UnsupportedLoraError(what, fix="this variant of LoRA is not converted")
 
 
