@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -106,6 +106,12 @@ def one_target(target: Target, rank: int = 3, scale: float = 0.5, seed: int = 0,
     out, inner = target.matrix_shape
     a, b = (rng.integers(-4, 5, s) / 8 if whole else rng.standard_normal(s) for s in ((rank, inner), (out, rank)))
     return LoraTarget(target, Stored("F32", a.astype("<f4")), Stored("F32", b.astype("<f4")), scale)
+
+
+def renamed(lora: LoraAdapter, *names: str) -> LoraAdapter:
+    """A LoRA with other names for its targets."""
+    pairs = [replace(p, target=replace(p.target, name=name)) for name, p in zip(names, lora.targets, strict=True)]
+    return replace(lora, targets=tuple(pairs))
 
 
 def extra(name: str, values: Any, dtype: str = "F32") -> ExtraTensor:

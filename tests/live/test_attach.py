@@ -16,6 +16,7 @@ peft = pytest.importorskip("peft")
 
 import peft_oracle as oracle
 from conftest import random_lora
+from models import renamed
 from test_reader_variants import CASES, LLAMA, NET, inputs
 from torch import nn
 
@@ -124,8 +125,7 @@ def test_heads_of_several_adapters() -> None:
     """Each adapter has its own head whenever it is active, in whatever order they come and go."""
     model = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 3))
     plain, before = model[1].weight.detach().clone(), snapshot(model)
-    lora = random_lora([(24, 16)])
-    lora = replace(lora, targets=(replace(lora.targets[0], target=replace(lora.targets[0].target, name="0.weight")),))
+    lora = renamed(random_lora([(24, 16)]), "0.weight")
     for n in (1, 2, 3):
         head = ExtraTensor("1.weight", "F32", (3, 24), np.full((3, 24), n, np.float32).tobytes())
         attach(model, replace(lora, extras=(head,)), name=f"a{n}")
@@ -145,8 +145,7 @@ def test_heads_of_several_adapters() -> None:
 def test_a_copy_has_adapters_of_its_own(copied: Any) -> None:
     model, x = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 3)), torch.ones(2, 16)
     plain = model(x)
-    lora = random_lora([(24, 16)])
-    lora = replace(lora, targets=(replace(lora.targets[0], target=replace(lora.targets[0].target, name="0.weight")),))
+    lora = renamed(random_lora([(24, 16)]), "0.weight")
     attach(model, lora)
     adapted, other = model(x), copied(model)
     assert torch.equal(other(x), adapted) and not torch.equal(adapted, plain)
@@ -271,14 +270,13 @@ def test_four_bit_layers(tmp_path: Path) -> None:
 def test_accelerate() -> None:
     """Under accelerate (prepare, accumulate, clip) a model with an adapter trains as without."""
     accelerate = pytest.importorskip("accelerate")
-    lora = random_lora([(24, 16), (40, 24)])
-    pairs = [replace(pair, target=replace(pair.target, name=f"{2 * n}.weight")) for n, pair in enumerate(lora.targets)]
+    lora = renamed(random_lora([(24, 16), (40, 24)]), "0.weight", "2.weight")
     halves = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(3)).double()
     trained = []
     for accelerator in (None, accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 40)).double().requires_grad_(False)
-        source = attach(model, replace(lora, targets=tuple(pairs)), dtype=torch.float64, trainable=True)
+        source = attach(model, lora, dtype=torch.float64, trainable=True)
         step: Any = torch.optim.SGD(source.parameters(), lr=0.1)
         if accelerator is None:
             for _ in range(3):
@@ -312,17 +310,15 @@ import sys, torch, torch.distributed as dist, torch.multiprocessing as mp
 sys.path[:0] = {paths!r}
 from torch.nn.parallel import DistributedDataParallel
 from conftest import random_lora
+from models import renamed
 from lrconvert.live.attach import attach
 
 def run(rank, world, store, results):
     torch.manual_seed(0)
     layers = torch.nn.Linear(16, 24), torch.nn.Tanh(), torch.nn.Linear(24, 40)
     model = torch.nn.Sequential(*layers).double().requires_grad_(False)
-    lora = random_lora(((24, 16), (40, 24)))
-    named = {{"layers.0.proj.weight": "0.weight", "layers.1.proj.weight": "2.weight"}}
-    from dataclasses import replace
-    pairs = [replace(p, target=replace(p.target, name=named[p.target.name])) for p in lora.targets]
-    source = attach(model, replace(lora, targets=tuple(pairs)), dtype=torch.float64, trainable=True)
+    lora = renamed(random_lora(((24, 16), (40, 24))), "0.weight", "2.weight")
+    source = attach(model, lora, dtype=torch.float64, trainable=True)
     x = torch.randn(8, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{{store}}", rank=rank, world_size=world)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from conftest import ADAPTERS, BASES, dense, random_lora
-from models import auto
+from models import auto, renamed
 from test_attach import snapshot
 from test_statistics import inputs_of, padded
 
@@ -89,12 +88,8 @@ def test_models_without_logits() -> None:
 
     model = transformers.AutoModel.from_pretrained(BASES / "tiny-bert").eval()
     shapes = [tuple(model.get_submodule(f"encoder.layer.{n}.attention.self.query").weight.shape) for n in range(2)]
-    plain = random_lora(shapes, rank=4, seed=3)
-    named = [
-        replace(pair, target=replace(pair.target, name=f"encoder.layer.{n}.attention.self.query.weight"))
-        for n, pair in enumerate(plain.targets)
-    ]
-    lora = replace(plain, targets=tuple(named))
+    names = (f"encoder.layer.{n}.attention.self.query.weight" for n in range(2))
+    lora = renamed(random_lora(shapes, rank=4, seed=3), *names)
     compact = api.convert(lora, "lowrank", rank=2).compact
     (fidelity,) = api.compare(lora, [compact], base=model, data=[padded()])
     assert (

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from click.testing import CliRunner
 from conftest import ADAPTERS, BASES
 from models import auto
 from torch import nn
 
 import lrconvert
 from lrconvert import api
+from lrconvert.cli import cli
 from lrconvert.core.errors import DataError, FingerprintError, LrcError, StatisticsError, ValueRangeError
 from lrconvert.io.durable import discard
 from lrconvert.io.strictjson import dump_canonical
@@ -128,49 +132,36 @@ def test_sketches_never_exceed_what_they_sketch(llama: Any) -> None:
 
 def test_a_pause_changes_nothing(llama: Any, tmp_path: Path) -> None:
     """Broken off after any batch, and gone on with: the bytes of a run without a pause, exact and sketched."""
-    batches = [padded(n) for n in range(5)]
+    batches, partial = [padded(n) for n in range(5)], tmp_path / "out.partial"
     for settings in (Settings(), Settings(exact_width=40, rank=8)):
-        statistics_file.write(collect(llama, batches, settings=settings), tmp_path / "whole")
+        statistics_file.write(collect(llama, batches, settings=settings), tmp_path / "whole", overwrite=True)
         for stop in (1, 3):
-            partial = tmp_path / "out.partial"
-            seen = 0
-
-            def tire(_: int, stop: int = stop) -> None:
-                nonlocal seen
-                seen += 1
-                if seen == stop + 1:
-                    raise KeyboardInterrupt
-
             with pytest.raises(KeyboardInterrupt):
-                collect(llama, batches, settings=settings, partial=partial, every=0, progress=tire)
-            kept = statistics_file.read_partial(partial)[0]
-            assert kept["batches"] == stop
-            runs = []
-            again = collect(
-                llama,
-                batches,
-                settings=settings,
-                partial=partial,
-                every=1e9,
-                progress=lambda n: runs.append(n),  # noqa: B023
-            )
-            assert len(runs) == 5
+                collect(llama, batches, settings=settings, partial=partial, every=0, progress=stop_after(stop))
+            assert statistics_file.read_partial(partial)[0]["batches"] == stop
+            tokens: list[int] = []
+            again = collect(llama, batches, settings=settings, partial=partial, every=1e9, progress=tokens.append)
+            assert len(tokens) == 5
             discard(partial)
             statistics_file.write(again, tmp_path / "again", overwrite=True)
             assert (tmp_path / "again").read_bytes() == (tmp_path / "whole").read_bytes()
-        discard(tmp_path / "whole")
+
+
+def stop_after(batches: int) -> Callable[[int], None]:
+    """A progress that breaks off after so many batches."""
+    calls = itertools.count(1)
+
+    def progress(tokens: int) -> None:
+        if next(calls) > batches:
+            raise KeyboardInterrupt
+
+    return progress
 
 
 def test_half_done_work_of_something_else_is_refused(llama: Any, tmp_path: Path) -> None:
-    batches = [padded(n) for n in range(3)]
-    partial = tmp_path / "partial"
-
-    def stop(_: int) -> None:
-        if partial.exists():
-            raise KeyboardInterrupt
-
+    batches, partial = [padded(n) for n in range(3)], tmp_path / "partial"
     with pytest.raises(KeyboardInterrupt):
-        collect(llama, batches, partial=partial, every=0, progress=stop)
+        collect(llama, batches, partial=partial, every=0, progress=stop_after(1))
     for changed in (
         {"batches": [padded(n + 1) for n in range(3)]},
         {"settings": Settings(rank=3)},
@@ -371,6 +362,7 @@ def everything(path: Path) -> None:
         statistics.load(n)
 
 
+@pytest.mark.medium
 def test_every_flipped_byte_is_found(stored: Path, tmp_path: Path) -> None:
     data = bytearray(stored.read_bytes())
     where = tmp_path / "flipped"
@@ -506,9 +498,6 @@ def test_batches(tmp_path: Path) -> None:
 @pytest.mark.medium
 def test_the_whole_way(tmp_path: Path) -> None:
     """Statistics of texts, a fit with them, and what the models answer: better than without at the same size."""
-    from click.testing import CliRunner
-
-    from lrconvert.cli import cli
 
     def run(*words: Any) -> Any:
         done = CliRunner().invoke(cli, [str(w) for w in words], catch_exceptions=False)
@@ -565,11 +554,7 @@ def test_bases_without_a_tokenizer(tmp_path: Path) -> None:
         api.statistics(BASES / "tiny-vit", text)
 
 
-def test_validate_and_inspect_know_them(tmp_path):
-    from click.testing import CliRunner
-
-    from lrconvert.cli import cli
-
+def test_validate_and_inspect_know_them(tmp_path: Path) -> None:
     path = tmp_path / "base.stats"
     (tmp_path / "t.txt").write_text("the sea is wide and so old " * 40)
     api.statistics(DEMO / "base", tmp_path / "t.txt", path, include=["q_proj"])

@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 
 from click.testing import CliRunner
 from conftest import ADAPTERS, BASES, random_lora
-from models import answers_on, bert_classifier, held_out, token_batches
+from models import answers_on, bert_classifier, held_out, renamed, token_batches
 from test_attach import snapshot
 from test_trainable import same_payload
 
@@ -379,10 +379,9 @@ def test_an_encoder_decoder() -> None:
     )
     torch.manual_seed(0)
     model = transformers.T5ForConditionalGeneration(config).eval()
-    lora = random_lora([(16, 16), (16, 16)])
     names = ("encoder.block.0.layer.0.SelfAttention.q.weight", "decoder.block.0.layer.0.SelfAttention.v.weight")
-    pairs = [replace(p, target=replace(p.target, name=name)) for name, p in zip(names, lora.targets, strict=True)]
-    lora = replace(lora, targets=tuple(sorted(pairs, key=lambda p: p.target)))
+    lora = renamed(random_lora([(16, 16), (16, 16)]), *names)
+    lora = replace(lora, targets=tuple(sorted(lora.targets, key=lambda p: p.target)))
     draw = torch.Generator().manual_seed(0)
     batches = [
         {
