@@ -52,14 +52,16 @@ def four_bit(
     parts = {f"{name}.quant_map": Stored("F32", table)}
     fields: dict[str, Any] = {"quant_type": kind, "blocksize": block, "dtype": "bfloat16", "shape": list(w.shape)}
     if nested:
-        table = np.linspace(-1, 1, 256).astype(np.float32)
+        nested_table = np.linspace(-1, 1, 256).astype(np.float32)
         offset = np.float32(absmax.mean())
         outer = np.array([np.abs(absmax[i : i + 4] - offset).max() for i in range(0, absmax.size, 4)], np.float32)
-        codes = np.array([np.abs(table * outer[i // 4] + offset - a).argmin() for i, a in enumerate(absmax)], np.uint8)
-        absmax = np.array([table[c] * outer[i // 4] + offset for i, c in enumerate(codes)], np.float32)
+        codes = np.array(
+            [np.abs(nested_table * outer[i // 4] + offset - a).argmin() for i, a in enumerate(absmax)], np.uint8
+        )
+        absmax = np.array([nested_table[c] * outer[i // 4] + offset for i, c in enumerate(codes)], np.float32)
         parts[f"{name}.absmax"] = Stored("U8", codes)
         parts[f"{name}.nested_absmax"] = Stored("F32", outer)
-        parts[f"{name}.nested_quant_map"] = Stored("F32", table)
+        parts[f"{name}.nested_quant_map"] = Stored("F32", nested_table)
         fields |= {"nested_blocksize": 4, "nested_dtype": "float32", "nested_offset": float(offset)}
     else:
         parts[f"{name}.absmax"] = Stored("F32", absmax)
