@@ -209,25 +209,27 @@ def test_power_loss_at_every_moment(kind: str, act: str, scenes: dict[str, Scene
 def test_power_loss_in_a_new_folder(old: bool, scenes: dict[str, Scene], tmp_path: Path) -> None:
     scene = scenes["swap"]
     before = scene.base if old else tmp_path / "none"
-    seen = lose_power(
-        before,
-        scene.merged,
-        tmp_path,
-        lambda model: merge(scene.base, [scene.adapter], model, overwrite=old),
-        lambda n: [*range(0, n, 2), n],
-        2,
-    )
+
+    def run(model: Path) -> None:
+        merge(scene.base, [scene.adapter], model, overwrite=old)
+
+    seen = lose_power(before, scene.merged, tmp_path, run, lambda n: [*range(0, n, 2), n], 2)
     assert seen == {"old", "new"}
+
+
+def recorded(scene: Scene, work: Path) -> faults.Recorder:
+    """A merge in place in a new folder, call by call."""
+    work.mkdir()
+    shutil.copytree(scene.base, work / "model")
+    with faults.installed(faults.Recorder(work)) as disk:
+        scene.merge(work / "model")
+    return disk
 
 
 def test_power_loss_while_recovering(scenes: dict[str, Scene], tmp_path: Path) -> None:
     """Taking back is broken off too, and taken back again."""
     scene = scenes["swap"]
-    work = tmp_path / "work"
-    work.mkdir()
-    shutil.copytree(scene.base, work / "model")
-    with faults.installed(faults.Recorder(work)) as disk:
-        scene.merge(work / "model")
+    disk = recorded(scene, tmp_path / "work")
     renames = [n for n, call in enumerate(disk.calls) if call[0] == "rename"]
     left, again = tmp_path / "left", tmp_path / "again"
     for moment in renames[2:5]:
@@ -343,11 +345,7 @@ def test_killed_at_random_often(tmp_path: Path) -> None:
 def test_every_flipped_byte_of_a_journal(scenes: dict[str, Scene], tmp_path: Path) -> None:
     """Of a merge that was broken off between two states: refused, or one of the two states all the same."""
     scene = scenes["mixed"]
-    work = tmp_path / "work"
-    work.mkdir()
-    shutil.copytree(scene.base, work / "model")
-    with faults.installed(faults.Recorder(work)) as disk:
-        scene.merge(work / "model")
+    disk = recorded(scene, tmp_path / "work")
     names = [n for n, call in enumerate(disk.calls) if call[0] == "rename" and call[2].endswith(".safetensors")]
     moment = 1 + min(names)
     disk.after_power_loss(moment, Random(0), tmp_path / "left")
