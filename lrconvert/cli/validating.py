@@ -20,10 +20,12 @@ from lrconvert.core.errors import EXIT_REFUSED, printable
 def validate(files: tuple[Path, ...], base: Path | None, as_json: bool) -> None:
     """Check lrconvert files and input statistics; prints every finding and exits 1 if there is any."""
     from lrconvert.formats.lrc import validation
-    from lrconvert.io import hub
 
-    located = None if base is None else hub.locate(base)
-    results = [validation.validate(path, located) for path in files]
+    if base is not None:
+        from lrconvert.io import hub
+
+        base = hub.locate(base)
+    results = [validation.validate(path, base) for path in files]
     if as_json:
         emit({"ok": all(r.ok for r in results), "files": [{**dataclasses.asdict(r), "ok": r.ok} for r in results]})
     else:

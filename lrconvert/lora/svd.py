@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lrconvert.core.dtypes import F64, Array
 from lrconvert.lora.adapter import LoraTarget
-from lrconvert.lora.input_statistics import Moment
+
+if TYPE_CHECKING:
+    from lrconvert.lora.input_statistics import Moment
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
@@ -39,7 +39,6 @@ from lrconvert.core.options import option
 from lrconvert.io import fields
 from lrconvert.lora import svd
 from lrconvert.lora.adapter import LoraAdapter, LoraTarget, Target
-from lrconvert.lora.input_statistics import Moment
 from lrconvert.lora.packing import TensorSpec
 from lrconvert.methods.base import Budget, Command, FitContext, Method, Tensors
 from lrconvert.methods.shared import mixed_widths, payload
@@ -47,6 +46,9 @@ from lrconvert.methods.shared.mixed_widths import MAX_LEVELS, MixedWidths, numbe
 from lrconvert.methods.shared.options import bits_option, check_range, within
 from lrconvert.methods.shared.ranks import check_ranks
 from lrconvert.methods.shared.widths import ENERGY_LOST, WIDTHS, concave_hull, groups_of, spread_scales
+
+if TYPE_CHECKING:
+    from lrconvert.lora.input_statistics import Moment
 
 _ROUNDS = 6  # alternations of quantizing one factor and solving the other
 
