@@ -28,10 +28,10 @@ BY_NAME = {case.name: case for case in (*PEFT_CASES, *MLX_CASES)}
 
 
 def by_consumer(findings: tuple[lrconvert.Finding, ...]) -> dict[str, set[str]]:
-    found: dict[str, set[str]] = {}
+    table: dict[str, set[str]] = {}
     for finding in findings:
-        found.setdefault(finding.consumer, set()).add(f"{finding.severity}:{finding.rule}")
-    return found
+        table.setdefault(finding.consumer, set()).add(f"{finding.severity}:{finding.rule}")
+    return table
 
 
 def each(consumers: Iterable[str], rule: str) -> dict[str, set[str]]:
@@ -97,7 +97,7 @@ def with_base(tmp_path: Path, **config: object) -> Path:
     return folder
 
 
-def found(tmp_path: Path, adapter, consumer: str, **options) -> set[str]:
+def rules_for(tmp_path: Path, adapter, consumer: str, **options) -> set[str]:
     folder = adapter.write(tmp_path / "adapter")
     return by_consumer(lrconvert.check(folder, (consumer,), **options)).get(consumer, set())
 
@@ -113,30 +113,27 @@ def found(tmp_path: Path, adapter, consumer: str, **options) -> set[str]:
 )
 def test_the_architecture_of_the_base(tmp_path, consumer, architecture, rule):
     config = with_base(tmp_path, architectures=[architecture])
-    assert found(tmp_path, plain(), consumer, base=config) == ({rule} if rule else set())
+    assert rules_for(tmp_path, plain(), consumer, base=config) == ({rule} if rule else set())
 
 
-@pytest.mark.parametrize("architecture", ["MistralForCausalLM", "Qwen2ForCausalLM"])
-def test_vllm_models_without_lora_on_embeddings(tmp_path, architecture):
-    adapter = BY_NAME["lm-head"].build()
-    config = with_base(tmp_path, architectures=[architecture])
-    assert found(tmp_path, adapter, "vllm", base=config) == {"refuses:embedding"}
-
-
-def test_vllm_vocabulary(tmp_path):
-    config = with_base(tmp_path, architectures=["LlamaForCausalLM"], vocab_size=90)
-    assert found(tmp_path, BY_NAME["embedding"].build(), "vllm", base=config) == {"refuses:vocabulary"}
-
-
-def test_llamacpp_tied_head(tmp_path):
-    config = with_base(tmp_path, architectures=["LlamaForCausalLM"], tie_word_embeddings=True)
-    assert found(tmp_path, BY_NAME["lm-head"].build(), "llamacpp", base=config) == {"refuses:embedding"}
+@pytest.mark.parametrize(
+    ("consumer", "case", "architecture", "settings", "rule"),
+    [
+        ("vllm", "lm-head", "MistralForCausalLM", {}, "embedding"),
+        ("vllm", "lm-head", "Qwen2ForCausalLM", {}, "embedding"),
+        ("vllm", "embedding", "LlamaForCausalLM", {"vocab_size": 90}, "vocabulary"),
+        ("llamacpp", "lm-head", "LlamaForCausalLM", {"tie_word_embeddings": True}, "embedding"),
+    ],
+)
+def test_embeddings_and_heads_of_the_base(tmp_path, consumer, case, architecture, settings, rule):
+    config = with_base(tmp_path, architectures=[architecture], **settings)
+    assert rules_for(tmp_path, BY_NAME[case].build(), consumer, base=config) == {f"refuses:{rule}"}
 
 
 @pytest.mark.parametrize("key", ["use_qalora", "use_bdlora"])
 @pytest.mark.parametrize("consumer", ["vllm", "sglang", "llamacpp"])
 def test_variants_of_lora(tmp_path, key, consumer):
-    assert found(tmp_path, plain(**{key: {"nblocks": 2}}), consumer) == {f"refuses:{key.removeprefix('use_')}"}
+    assert rules_for(tmp_path, plain(**{key: {"nblocks": 2}}), consumer) == {f"refuses:{key.removeprefix('use_')}"}
 
 
 def test_vllm_convolutions(tmp_path):
@@ -145,7 +142,7 @@ def test_vllm_convolutions(tmp_path):
         "base_model.model.conv.lora_A.weight": numbers(8, 3, 3, 3),
         "base_model.model.conv.lora_B.weight": numbers(16, 8, 1, 1),
     }
-    assert found(tmp_path, adapter, "vllm") == {"refuses:conv"}
+    assert rules_for(tmp_path, adapter, "vllm") == {"refuses:conv"}
 
 
 def test_vllm_has_a_fixed_list_of_ranks(tmp_path):
@@ -176,16 +173,16 @@ def test_releases_of_peft_without_facts(tmp_path, version):
 
 @pytest.mark.parametrize("name", sorted(p.name for p in ADAPTERS.iterdir()))
 def test_fixtures(name):
-    found = lrconvert.check(ADAPTERS / name)
-    assert not [f for f in found if f.consumer == "peft"]
-    assert [f.rule for f in found if f.consumer == "mlx"] == ["layout"]
+    findings = lrconvert.check(ADAPTERS / name)
+    assert not [f for f in findings if f.consumer == "peft"]
+    assert [f.rule for f in findings if f.consumer == "mlx"] == ["layout"]
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in (ASSETS / "adapters").iterdir()) if ASSETS.exists() else [])
 def test_real_adapters(name):
     folder = asset(f"adapters/{name}")
-    found = lrconvert.check(folder)
-    assert {f.consumer for f in found} <= set(base.ids())
+    findings = lrconvert.check(folder)
+    assert {f.consumer for f in findings} <= set(base.ids())
     for path in folder.glob("*.safetensors"):
         assert lrconvert.check(path)
 
@@ -205,21 +202,21 @@ def test_our_export_is_clean(tmp_path, dtype):
 
 def test_our_export_with_ranks_kept(tmp_path):
     lrconvert.export(compact(tmp_path, "lowrank"), tmp_path / "out", to="peft-lora", keep_ranks=True)
-    found = by_consumer(lrconvert.check(tmp_path / "out", PEFT_READERS))
-    assert found == {"sglang": {"refuses:shape"}, "llamacpp": {"wrong:scale"}}
+    findings = by_consumer(lrconvert.check(tmp_path / "out", PEFT_READERS))
+    assert findings == {"sglang": {"refuses:shape"}, "llamacpp": {"wrong:scale"}}
 
 
 def test_our_vblora_export(tmp_path):
     file = compact(tmp_path, "vblora", peft_compatible=True, rank=2, num_vectors=32, vector_length=16, top_k=2)
     lrconvert.export(file, tmp_path / "out", to="peft-vblora")
-    found = by_consumer(lrconvert.check(tmp_path / "out", PEFT_READERS))
-    assert found == each(("vllm", "sglang", "llamacpp"), "refuses:kind")
+    findings = by_consumer(lrconvert.check(tmp_path / "out", PEFT_READERS))
+    assert findings == each(("vllm", "sglang", "llamacpp"), "refuses:kind")
 
 
 def test_no_server_loads_a_compact_file(tmp_path):
-    found = lrconvert.check(compact(tmp_path, "lowrank"))
-    assert by_consumer(found) == each(base.ids(), "refuses:layout")
-    assert all("export" in f.fix for f in found)
+    findings = lrconvert.check(compact(tmp_path, "lowrank"))
+    assert by_consumer(findings) == each(base.ids(), "refuses:layout")
+    assert all("export" in f.fix for f in findings)
 
 
 def test_a_file_beside_its_configuration_is_the_folder(tmp_path):
@@ -303,6 +300,7 @@ def test_the_folder_is_the_registry():
     assert base.ids() == ["llamacpp", "mlx", "peft", "sglang", "vllm"]
     assert [c.id for c in base.chosen(["all"])] == base.ids()
     assert sorted(c.id for c in base.chosen(["vllm", "all", "vllm"])) == base.ids()
+    assert all(0 < len(c.title) <= 70 for c in base.chosen(["all"]))
     with pytest.raises(OptionError, match="there is no consumer 'ollama'"):
         base.get("ollama")
 
@@ -348,11 +346,11 @@ def test_json(tmp_path):
     folder = plain(use_dora=True).write(tmp_path / "a")
     done = run(folder, "--for", "all", "--json")
     assert done.exit_code == 1
-    told = json.loads(done.output)
-    assert told["schema"] == 1 and told["ok"] is False
-    assert [c["id"] for c in told["consumers"]] == base.ids()
+    answer = json.loads(done.output)
+    assert answer["schema"] == 1 and answer["ok"] is False
+    assert [c["id"] for c in answer["consumers"]] == base.ids()
     fields = {"severity", "consumer", "version", "rule", "what", "fix", "source"}
-    assert told["findings"] and all(set(finding) == fields for finding in told["findings"])
+    assert answer["findings"] and all(set(finding) == fields for finding in answer["findings"])
 
 
 # --- PEFT itself ------------------------------------------------------------------------------------------------------

@@ -79,25 +79,25 @@ def of_diffusers(folder: Path) -> Deltas:
 
 def of_kohya(folder: Path) -> Deltas:
     stored = load_file(folder / "lora.safetensors")
-    found = {}
+    deltas = {}
     for target in DIFFUSION:
         component, _, module = target.name.removesuffix(".weight").partition(".")
         prefix = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}[component]
         name = f"{prefix}_{module.replace('.', '_')}"
         down, up, alpha = (stored.pop(f"{name}.{end}") for end in ("lora_down.weight", "lora_up.weight", "alpha"))
         assert alpha.shape == ()
-        found[target.name] = float(alpha) / down.shape[0] * product(up, down)
+        deltas[target.name] = float(alpha) / down.shape[0] * product(up, down)
     assert not stored
-    return found
+    return deltas
 
 
 def of_mlx(folder: Path) -> Deltas:
     stored = load_file(folder / "adapters.safetensors")
-    given = json.loads((folder / "adapter_config.json").read_text())["lora_parameters"]
-    assert sorted(given["keys"]) == sorted({name.rpartition(".")[0] for name in stored})
-    halves = {m: (stored[f"{m}.lora_a"], stored[f"{m}.lora_b"]) for m in given["keys"]}
-    assert all(a.shape[1] == b.shape[0] == given["rank"] for a, b in halves.values())
-    return {f"{m}.weight": given["scale"] * product(b.T, a.T) for m, (a, b) in halves.items()}
+    settings = json.loads((folder / "adapter_config.json").read_text())["lora_parameters"]
+    assert sorted(settings["keys"]) == sorted({name.rpartition(".")[0] for name in stored})
+    halves = {m: (stored[f"{m}.lora_a"], stored[f"{m}.lora_b"]) for m in settings["keys"]}
+    assert all(a.shape[1] == b.shape[0] == settings["rank"] for a, b in halves.values())
+    return {f"{m}.weight": settings["scale"] * product(b.T, a.T) for m, (a, b) in halves.items()}
 
 
 def of_raw(folder: Path) -> Deltas:
@@ -134,12 +134,12 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         shape = [take("Q") for _ in range(dims)][::-1]
         listed.append((name, shape, {0: "<f4", 1: "<f2"}[take("I")], take("Q")))
     start = -(-at // 32) * 32
-    found = {}
+    tensors = {}
     for name, shape, dtype, offset in listed:
         assert offset % 32 == 0
-        found[name] = np.frombuffer(data, dtype, int(np.prod(shape)), start + offset).reshape(shape)
+        tensors[name] = np.frombuffer(data, dtype, int(np.prod(shape)), start + offset).reshape(shape)
     assert len(data) % 32 == 0
-    return fields, found
+    return fields, tensors
 
 
 def of_gguf(folder: Path) -> Deltas:
@@ -148,7 +148,7 @@ def of_gguf(folder: Path) -> Deltas:
     names = {"token_embd": "model.embed_tokens", "output": "lm_head"}
     parts = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "ffn_down": "mlp.down_proj"}
     heads = {"attn_q": 4, "attn_k": 2}  # of tiny-llama
-    found = {}
+    deltas = {}
     for name, a in stored.items():
         if not name.endswith(".weight.lora_a"):
             continue
@@ -160,9 +160,9 @@ def of_gguf(folder: Path) -> Deltas:
         if layer in heads:  # undo: rows (head, pair, half) of the file are (head, half, pair) of the model
             delta = delta.reshape(heads[layer], -1, 2, delta.shape[1]).swapaxes(1, 2).reshape(delta.shape)
         full = names.get(module) or f"model.layers.{module.split('.')[1]}.{parts[layer]}"
-        found[f"{full}.weight"] = delta
-    assert 2 * len(found) == len(stored)
-    return found
+        deltas[f"{full}.weight"] = delta
+    assert 2 * len(deltas) == len(stored)
+    return deltas
 
 
 DECODERS: dict[str, Callable[[Path], Deltas]] = {
@@ -178,12 +178,12 @@ def test_updates_come_back(layout: str, options: dict[str, Any], tmp_path: Path)
             exported(made(TARGETS[layout]), tmp_path / "out", layout, **options)
         return
     compact = made(TARGETS[layout])
-    found = DECODERS[layout](exported(compact, tmp_path / "out", layout, **options))
+    decoded = DECODERS[layout](exported(compact, tmp_path / "out", layout, **options))
     wanted = updates(compact)
-    assert set(found) == set(wanted)
+    assert set(decoded) == set(wanted)
     bound = 2e-3 if "dtype" in options else 1e-6
     for name, delta in wanted.items():
-        assert np.abs(found[name] - delta).max() <= bound * np.abs(delta).max(), name
+        assert np.abs(decoded[name] - delta).max() <= bound * np.abs(delta).max(), name
 
 
 def test_every_layout_is_decoded_here() -> None:
@@ -203,8 +203,8 @@ def test_our_readers_read_our_exports(layout: str, tmp_path: Path) -> None:
             break
     else:
         pytest.skip(f"no reader knows what is exported to {layout}")
-    found = sorted(float(np.linalg.norm(p.scale * (p.B.astype(np.float64) @ p.A))) for p in again.targets)
-    assert found == pytest.approx(sorted(float(np.linalg.norm(d)) for d in updates(compact).values()), rel=1e-5)
+    norms = sorted(float(np.linalg.norm(p.scale * (p.B.astype(np.float64) @ p.A))) for p in again.targets)
+    assert norms == pytest.approx(sorted(float(np.linalg.norm(d)) for d in updates(compact).values()), rel=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["peft-lora", *DECODERS])
@@ -220,24 +220,24 @@ GPT2 = Target("transformer.h.0.mlp.c_fc.weight", (8, 8))
 ROWS = Target("model.layers.0.self_attn.q_proj.weight", (48, 48), View("rows:0:24"))
 GROUPS = Target("unet.conv_in.weight", (32, 2, 3, 3), View("conv:3x3:2"))
 REFUSED = {
-    "no diffusion model": ("kohya", LLAMA, {}, "lm_head"),
-    "no diffusion model either": ("diffusers", LLAMA, {}, "lm_head"),
-    "GPT-2 is no transformer of diffusers": ("diffusers", (GPT2,), {}, "h.0"),
-    "no language model": ("mlx", DIFFUSION, {}, "text_encoder"),
-    "not known in llama.cpp": ("gguf", DIFFUSION, {}, "text_encoder"),
-    "a slice": ("mlx", (ROWS,), {}, "rows:0:24"),
-    "a slice in GGUF": ("gguf", (ROWS,), {}, "rows:0:24"),
-    "an expert": ("raw", (Target("a.experts.up", (4, 8, 8), View("expert:1")),), {}, "no module's weight"),
-    "a convolution in groups": ("kohya", (GROUPS,), {}, "in groups"),
-    "a convolution of loralib": ("raw", DIFFUSION, {}, "convolution"),
+    "no diffusion model": ("kohya", LLAMA, "lm_head"),
+    "no diffusion model either": ("diffusers", LLAMA, "lm_head"),
+    "GPT-2 is no transformer of diffusers": ("diffusers", (GPT2,), "h.0"),
+    "no language model": ("mlx", DIFFUSION, "text_encoder"),
+    "not known in llama.cpp": ("gguf", DIFFUSION, "text_encoder"),
+    "a slice": ("mlx", (ROWS,), "rows:0:24"),
+    "a slice in GGUF": ("gguf", (ROWS,), "rows:0:24"),
+    "an expert": ("raw", (Target("a.experts.up", (4, 8, 8), View("expert:1")),), "no module's weight"),
+    "a convolution in groups": ("kohya", (GROUPS,), "in groups"),
+    "a convolution of loralib": ("raw", DIFFUSION, "convolution"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_a_layout_cannot_express_is_refused_by_name(case: str, tmp_path: Path) -> None:
-    layout, targets, options, said = REFUSED[case]
-    with pytest.raises(errors.ExportError, match=said):
-        exported(made(targets), tmp_path / "out", layout, **options)
+    layout, targets, message = REFUSED[case]
+    with pytest.raises(errors.ExportError, match=message):
+        exported(made(targets), tmp_path / "out", layout)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -390,8 +390,8 @@ def for_layout(layout: str, base_model: str) -> CompactAdapter:
         compact = api.convert(random_lora(), form, **options).compact
     else:
         compact = made(TARGETS.get(layout, LLAMA))
-    came = compact.provenance
-    return replace(compact, provenance=replace(came, base_model=base_model, fields={**came.fields, **STATED}))
+    fields = {**compact.provenance.fields, **STATED}
+    return replace(compact, provenance=replace(compact.provenance, base_model=base_model, fields=fields))
 
 
 def notes_in(folder: Path) -> dict[str, str]:
@@ -415,11 +415,11 @@ def test_every_export_says_its_licence_and_no_private_path(layout: str, tmp_path
         ("org/model@v2", "org/model", ""),
         ("/srv/x/y", "/srv/x/y", "private path"),
     )
-    for n, (given, shown, said) in enumerate(cases):
+    for n, (base_model_id, shown, note) in enumerate(cases):
         out = tmp_path / str(n)
-        done = api.export(for_layout(layout, private), out, to=layout, base=base, base_model_id=given)
+        done = api.export(for_layout(layout, private), out, to=layout, base=base, base_model_id=base_model_id)
         notes = " ".join(done.notes)
-        assert said in notes and ("private" in notes) == bool(said)
+        assert note in notes and ("private" in notes) == bool(note)
         assert not [path.name for path in out.iterdir() if b"secret" in path.read_bytes()]
         assert metadata_load(out / "README.md")["base_model"] == shown and model_card.licence(out) == STATED
         stored = notes_in(out)
