@@ -69,11 +69,11 @@ def test_the_trap_catches_double_rounding() -> None:
 @pytest.mark.parametrize("dtype", ("F64", "F32", "F16", "BF16"))
 @given(x=st.floats(allow_nan=False, allow_infinity=False))
 def test_rounding_equals_rational_arithmetic(dtype: str, x: float) -> None:
-    found = int(code(round_to(np.array([x]), dtype))[0])
+    rounded = int(code(round_to(np.array([x]), dtype))[0])
     expected = round_fraction(Fraction(x), dtype)
     if x == 0 or (Fraction(x) != 0 and expected == 0):
         return  # zeros: the sign of x is kept, which a fraction does not have
-    assert found == expected
+    assert rounded == expected
 
 
 @pytest.mark.parametrize("dtype", ("F32", "F16", "BF16"))

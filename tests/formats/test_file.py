@@ -68,9 +68,8 @@ def resign(data: bytes, edit) -> bytes:
     manifest = json.loads(header["__metadata__"]["lrconvert"])
     content = manifest["digests"]["content"]
     manifest = edit(manifest) or manifest
-    with contextlib.suppress(
-        AttributeError, KeyError, TypeError, ValueError
-    ):  # digests too broken to be signed stay so
+    broken = AttributeError, KeyError, TypeError, ValueError
+    with contextlib.suppress(*broken):  # digests too broken to be signed stay so
         if manifest["digests"]["content"] == content:
             manifest["digests"]["content"] = content_digest(manifest["digests"]["tensors"], manifest)
     header["__metadata__"]["lrconvert"] = strictjson.dump_canonical(manifest).decode()
@@ -105,19 +104,8 @@ def test_same_bytes_everywhere(tmp_path, environment):
     source = FIXTURES / "adapters" / "llama-plain"
     paths = [tmp_path / "one.lrc", tmp_path / "two.lrc"]
     for path, env in zip(paths, [{}, environment], strict=True):
-        command = [
-            sys.executable,
-            "-m",
-            "lrconvert.cli",
-            "lora-to-lowrank",
-            str(source),
-            "-o",
-            str(path),
-            "--target-ratio",
-            "12",
-            "-q",
-        ]
-        subprocess.run(command, check=True, env={**os.environ, **env})
+        words = ["lora-to-lowrank", str(source), "-o", str(path), "--target-ratio", "12", "-q"]
+        subprocess.run([sys.executable, "-m", "lrconvert.cli", *words], check=True, env={**os.environ, **env})
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
@@ -143,8 +131,8 @@ def test_golden_files_mean_the_same_forever(path, tmp_path):
     seen = set()
     if methods.get(compact.method).needs_base(compact.config):
         shutil.copy(path.with_suffix(".base.safetensors"), tmp_path / "model.safetensors")
-        found = updates_on(compact, tmp_path)
-        assert found.keys() == stored.keys() and all(np.array_equal(found[key], stored[key]) for key in found)
+        updates = updates_on(compact, tmp_path)
+        assert updates.keys() == stored.keys() and all(np.array_equal(updates[key], stored[key]) for key in updates)
         assert b"".join(file.encode(compact)) == path.read_bytes()
         return
     for target, a, b in methods.expand_all(compact):
@@ -307,11 +295,11 @@ def test_groups_without_scales_are_refused(tmp_path):
 @pytest.mark.parametrize("size", [None, 1300])
 def test_one_group_per_row_has_one_spelling(size):
     """The longest row has 40 numbers: groups of 40 are whole rows, groups of 39 are not."""
-    found = [
+    group_sizes = [
         api.convert(random_lora(), "lowrank", bits="2", group_size=n, target_size=size).compact.config.group_size
         for n in (0, 39, 40, 10**12)
     ]
-    assert found == [0, 39, 0, 0]
+    assert group_sizes == [0, 39, 0, 0]
 
 
 @pytest.mark.parametrize("half", [rb"o\\ud800", rb"oo\ud800"], ids=["in the manifest", "in the header"])
@@ -439,9 +427,9 @@ def test_notes_of_the_source_are_brought_into_form(tmp_path):
     notes = {"peft_version": "0.21\x1b", "modules_to_save": "m" * 5000}
     lora = replace(random_lora(), provenance=Provenance("", "org/cafe\u0301\n", "ma\tin", "a" * 5000, notes))
     file.write(api.convert(lora, "lowrank", bits="3").compact, tmp_path / "x.lrc")
-    found = file.read(tmp_path / "x.lrc").provenance
-    assert (found.base_model, found.revision, found.task_type) == ("org/café ", "ma in", "")
-    assert found.fields["peft_version"] == "0.21 " and found.fields["modules_to_save"] == ""
+    provenance = file.read(tmp_path / "x.lrc").provenance
+    assert (provenance.base_model, provenance.revision, provenance.task_type) == ("org/café ", "ma in", "")
+    assert provenance.fields["peft_version"] == "0.21 " and provenance.fields["modules_to_save"] == ""
 
 
 FITTING = {
@@ -521,8 +509,8 @@ def test_every_finding_is_reported(tmp_path):
     data[-1] ^= 1
     path = tmp_path / "x.lrc"
     path.write_bytes(data)
-    found = {(f.level, f.code) for f in validate(path).findings}
-    assert {("structure", "E-DIGEST"), ("semantics", "E-MISSING"), ("semantics", "E-DIGEST")} <= found
+    findings = {(f.level, f.code) for f in validate(path).findings}
+    assert {("structure", "E-DIGEST"), ("semantics", "E-MISSING"), ("semantics", "E-DIGEST")} <= findings
 
 
 def test_the_message_names_the_file_once(tmp_path):

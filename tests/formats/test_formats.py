@@ -286,13 +286,13 @@ def draw_vblora(rng: np.random.Generator, targets: Sequence[Target]) -> Any:
 
 def draw_places(rng: np.random.Generator, config: Any, targets: Sequence[Target]) -> np.ndarray:
     """`indices` of SBoRA: places rise within a width, none appears twice."""
-    found: list[int] = []
+    indices: list[int] = []
     for target, row, by_rows in zip(targets, config.counts, config.by_rows, strict=True):
         places = rng.permutation(target.matrix_shape[not by_rows]).tolist()
         for count in row:
-            found += sorted(places[:count])
+            indices += sorted(places[:count])
             places = places[count:]
-    return np.array(found, np.uint32)
+    return np.array(indices, np.uint32)
 
 
 DRAWN: dict[str, Callable[[np.random.Generator, Sequence[Target]], Any]] = {
@@ -469,8 +469,8 @@ def test_the_worked_example_decodes_from_the_page_alone(tmp_path):
     shown, factors = (json.loads(block) for block in re.findall(r"```json\n(.*?)```", generated(SPEC), re.DOTALL))
     manifest, tensors = open_file(data)
     assert manifest == shown
-    found = SECOND["lowrank"].expand(manifest, tensors)
-    for (name, shape, view), (a, b) in zip(list_targets(manifest), found, strict=True):
+    factors = SECOND["lowrank"].expand(manifest, tensors)
+    for (name, shape, view), (a, b) in zip(list_targets(manifest), factors, strict=True):
         assert factors[name] == {"A": a.tolist(), "B": b.tolist()}
         assert (b.shape[0], a.shape[1]) == out_in(shape, view)
     (tmp_path / "example.lrc").write_bytes(data)

@@ -37,8 +37,8 @@ def raw(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def ours(tmp_path: Path) -> Path:
-    found = api.convert(api.load_lora(ADAPTERS / "llama-plain"), "lowrank", bits="16").compact
-    api.write(found, tmp_path / "ours.lrc")
+    compact = api.convert(api.load_lora(ADAPTERS / "llama-plain"), "lowrank", bits="16").compact
+    api.write(compact, tmp_path / "ours.lrc")
     return tmp_path / "ours.lrc"
 
 
@@ -115,9 +115,9 @@ def test_check_says_whose_layout_it_is(raw: Path, ours: Path, tmp_path: Path) ->
         (path,) = [tmp_path / name for name in data if not name.endswith(".json")]
         path.write_bytes(data[path.name])
         for said in (None, layout):
-            found = {f.consumer: f for f in api.check(path, layout=said)}
-            assert f"the layout {layout}" in found["vllm"].what and f"the layout {layout}" in found["mlx"].what
-            assert ("llamacpp" in found) == (layout != "gguf")
+            findings = {f.consumer: f for f in api.check(path, layout=said)}
+            assert f"the layout {layout}" in findings["vllm"].what and f"the layout {layout}" in findings["mlx"].what
+            assert ("llamacpp" in findings) == (layout != "gguf")
     folder = json.loads(CliRunner().invoke(
         cli.cli, ["check", str(ADAPTERS / "llama-plain"), "--for", "vllm", "--from", "kohya", "--json"]
     ).output)  # fmt: skip

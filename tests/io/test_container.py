@@ -63,18 +63,18 @@ def ours(path, limits=FOREIGN):
     """(metadata, {name: (dtype, shape, bytes)}) as we read a file, or None where we refuse it."""
     try:
         with container.ContainerFile(path, limits) as file:
-            found = {t.name: (t.dtype, list(t.shape), bytes(file.read(t))) for t in file.tensors}
-            return file.metadata, found
+            stored = {t.name: (t.dtype, list(t.shape), bytes(file.read(t))) for t in file.tensors}
+            return file.metadata, stored
     except errors.LrcError:
         return None
 
 
 def check_against_the_library(path):
     """What we accept, the library accepts from memory and from the file, and finds the same in it. Whether we did."""
-    found = ours(path)
-    if found is None:
+    accepted = ours(path)
+    if accepted is None:
         return False
-    metadata, tensors = found
+    metadata, tensors = accepted
     theirs = {n: (i["dtype"], i["shape"], bytes(i["data"])) for n, i in safetensors.deserialize(path.read_bytes())}
     assert theirs == tensors
     with safetensors.safe_open(path, "np") as opened:

@@ -325,8 +325,8 @@ def test_commands_take_ids_and_show_them(cache, adapter, base):
         assert done.returncode == 0, (line, done.stderr)
     assert f"--source {ADAPTER}" in Path("out/README.md").read_text()
     for folder in ("x.lrc", "out", "merged"):
-        found = [Path(folder)] if Path(folder).is_file() else [p for p in Path(folder).rglob("*") if p.is_file()]
-        assert not [p for p in found if str(cache).encode() in p.read_bytes()]
+        written = [Path(folder)] if Path(folder).is_file() else [p for p in Path(folder).rglob("*") if p.is_file()]
+        assert not [p for p in written if str(cache).encode() in p.read_bytes()]
 
 
 def test_refusals_are_one_line(adapter):
