@@ -122,15 +122,15 @@ def _each(config: Mapping[str, Any], key: str, default: int, count: int) -> Sequ
 
 
 def _kinds(
-    config: Mapping[str, Any], key: str, known: Mapping[str, bool], default: Sequence[bool], count: int
+    config: Mapping[str, Any], key: str, kinds: Mapping[str, bool], default: Sequence[bool], count: int
 ) -> Sequence[bool]:
     """Return for each level True if it has attention."""
     value = config.get(key)
     if value is None:
         return default
-    if not isinstance(value, list) or len(value) != count or not all(isinstance(v, str) and v in known for v in value):
-        raise BaseError(f"{key} of the UNet is {value!r:.200}; known here are {', '.join(known)}")
-    return [known[kind] for kind in value]
+    if not isinstance(value, list) or len(value) != count or not all(isinstance(v, str) and v in kinds for v in value):
+        raise BaseError(f"{key} of the UNet is {value!r:.200}; known here are {', '.join(kinds)}")
+    return [kinds[kind] for kind in value]
 
 
 # --- the order of a walk --------------------------------------------------------------------------------------------

@@ -122,14 +122,14 @@ def test_diffusers_loads_every_layer(tmp_path: Path) -> None:
         out = str(tmp_path / f"{case}.npz")
         jobs[case] = tmp_path / case, {"model": model, "file": WEIGHTS[layout], "out": out}
     for case, answer in ask("diffusers", jobs).items():
-        said = [line for line in answer["said"] if "NoneType" not in line]  # components that are not there
-        assert not [line for line in said if re.search("unexpected|missing", line)], (case, said)
+        messages = [line for line in answer["said"] if "NoneType" not in line]  # components that are not there
+        assert not [line for line in messages if re.search("unexpected|missing", line)], (case, messages)
         # transformers leaves the level text_model out of CLIP's modules, but not of those with a projection.
-        wanted, found = (
+        wanted, theirs = (
             {name.replace("text_model.", ""): delta for name, delta in deltas.items()}
             for deltas in (updates(compacts[case]), tensors(tmp_path / f"{case}.npz"))
         )
-        same(case, found, wanted)
+        same(case, theirs, wanted)
 
 
 # --- mlx-lm ---------------------------------------------------------------------------------------------------------
@@ -210,9 +210,9 @@ def test_what_llamacpps_converter_cannot_do(tmp_path: Path) -> None:
     norms = {name: float(np.linalg.norm(delta)) for name, delta in updates(own).items()}
     assert answers["own"]["norms"] == pytest.approx(norms, rel=1e-6)
     assert answers["gpt2"]["shapes"]["blk.0.attn_qkv"] == [144, 48]
-    found = tensors(tmp_path / "gpt2.npz")
-    delta = found["blk.0.attn_qkv.weight.lora_b:F32"].astype(np.float64) @ found["blk.0.attn_qkv.weight.lora_a:F32"]
-    same("gpt2", {"": delta}, {"": updates(gpt2)["transformer.h.0.attn.c_attn"].T})
+    stored = tensors(tmp_path / "gpt2.npz")
+    a, b = (stored[f"blk.0.attn_qkv.weight.lora_{half}:F32"].astype(np.float64) for half in "ab")
+    same("gpt2", {"": b @ a}, {"": updates(gpt2)["transformer.h.0.attn.c_attn"].T})
 
 
 # --- vLLM -----------------------------------------------------------------------------------------------------------

@@ -57,10 +57,10 @@ def configured(folder: Path) -> dict[str, Any]:
 
 def loaded(make: Maker, folder: Path) -> Any:
     """The model that PEFT loads; fails on keys that are missing or left over, and on shapes."""
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = oracle.peft_model(make, folder)
-    assert not [line for line in map(str, (w.message for w in said)) if re.search("missing|unexpected", line)]
+    assert not [line for line in map(str, (w.message for w in caught)) if re.search("missing|unexpected", line)]
     stored = load_file(folder / "adapter_model.safetensors")
     state = peft.get_peft_model_state_dict(model)
     whole = {name for name in {*stored, *state} if name.endswith("base_layer.weight")}  # embeddings that PEFT may add
@@ -90,9 +90,9 @@ def test_exports_of_variants(name: str, keep_ranks: bool, tmp_path: Path) -> Non
     same_parts(again, exact, 0)
     same_parts(again, lora, 2e-3)
     x = inputs(make)
-    found = oracle.outputs(loaded(make, folder), x)
-    assert oracle.difference(found, oracle.outputs(oracle.merged(exact, make()), x)) <= 1e-5
-    assert oracle.difference(found, oracle.outputs(oracle.peft_model(make, tmp_path / "in"), x)) <= 5e-3
+    outputs = oracle.outputs(loaded(make, folder), x)
+    assert oracle.difference(outputs, oracle.outputs(oracle.merged(exact, make()), x)) <= 1e-5
+    assert oracle.difference(outputs, oracle.outputs(oracle.peft_model(make, tmp_path / "in"), x)) <= 5e-3
     settings = configured(folder)
     ranks = {p.rank for p in exact.targets}
     assert bool(settings["rank_pattern"]) == (keep_ranks and len(ranks) > 1)
@@ -258,12 +258,8 @@ def test_vblora_of_peft_has_biases_and_whole_modules(
 def test_names_are_exact(tmp_path: Path) -> None:
     """Modules are listed in full, so that PEFT's matching by ending takes no others."""
     oracle.train(LLAMA, tmp_path / "in", target_modules=["q_proj"])
-    settings = json.loads(
-        (exported(tmp_path / "out", api.load_lora(tmp_path / "in")) / "adapter_config.json").read_text()
-    )
+    settings = configured(exported(tmp_path / "out", api.load_lora(tmp_path / "in")))
     assert settings["target_modules"] == ["model.layers.0.self_attn.q_proj"]
     oracle.train(QWEN, tmp_path / "moe", **CASES["experts, bare names"][1])
-    settings = json.loads(
-        (exported(tmp_path / "two", api.load_lora(tmp_path / "moe")) / "adapter_config.json").read_text()
-    )
+    settings = configured(exported(tmp_path / "two", api.load_lora(tmp_path / "moe")))
     assert settings["target_parameters"] == [f"model.layers.0.mlp.experts.{n}" for n in ("down_proj", "gate_up_proj")]

@@ -59,8 +59,8 @@ def run(peer: str, *words: object, text: str = "") -> str:
 
 def ask(peer: str, jobs: Sequence[tuple[Path, dict[str, Any]]], base: Path = BASE) -> list[Answer]:
     """Return what a peer does with each folder."""
-    said = run(peer, base, text=json.dumps([[str(folder), options] for folder, options in jobs]))
-    answers: list[Answer] = json.loads(said.strip().splitlines()[-1])
+    printed = run(peer, base, text=json.dumps([[str(folder), options] for folder, options in jobs]))
+    answers: list[Answer] = json.loads(printed.strip().splitlines()[-1])
     return answers
 
 

@@ -20,8 +20,8 @@ class _Empty(types.ModuleType):
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def __init__(self, package: str, root: Path, real: frozenset[str], given: Mapping[str, Mapping[str, Any]]) -> None:
-        self.package, self.root, self.real, self.given = package, root, real, given
+    def __init__(self, package: str, root: Path, real: frozenset[str], names: Mapping[str, Mapping[str, Any]]) -> None:
+        self.package, self.root, self.real, self.names = package, root, real, names
 
     def find_spec(self, name: str, path: object, target: object = None) -> importlib.machinery.ModuleSpec | None:
         if name.partition(".")[0] != self.package or name in self.real:
@@ -31,7 +31,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
         module = _Empty(spec.name)
         module.__path__ = [str(self.root / spec.name.replace(".", "/"))]
-        module.__dict__.update(self.given.get(spec.name, {}))
+        module.__dict__.update(self.names.get(spec.name, {}))
         return module
 
     def exec_module(self, module: types.ModuleType) -> None:
@@ -39,7 +39,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def install(
-    package: str, root: Path, real: Sequence[str], given: Mapping[str, Mapping[str, Any]] | None = None
+    package: str, root: Path, real: Sequence[str], names: Mapping[str, Mapping[str, Any]] | None = None
 ) -> None:
-    """Import `real` modules of `package` from `root`, and stand-ins for all others; `given` are names in stand-ins."""
-    sys.meta_path.insert(0, _Finder(package, root, frozenset(real), given or {}))
+    """Import `real` modules of `package` from `root`, and stand-ins for all others; `names` are what stand-ins hold."""
+    sys.meta_path.insert(0, _Finder(package, root, frozenset(real), names or {}))

@@ -55,7 +55,7 @@ FIELDS = {
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may say about the PEFT that will load the adapter."""
+    """Facts about the PEFT that will load the adapter."""
 
     peft_version: str | None = field(
         default=None, metadata={"help": f"peft: the release that will load it, 0.13 or newer (facts are of {VERSION})."}

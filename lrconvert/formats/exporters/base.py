@@ -26,7 +26,7 @@ Files = Mapping[str, Iterable[bytes]]
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What a user may choose about an export; `command` is what they ran, for the model card. `base_config` is the
+    """Settings of an export; `command` is what they ran, for the model card. `base_config` is the
     base's config.json (`base_config`), for layouts whose names or orders depend on it."""
 
     keep_ranks: bool = option(False, "Write rank_pattern and alpha_pattern instead of one padded rank.")

@@ -1,4 +1,4 @@
-"""What the layouts of PEFT share: the names of modules, the configuration, what its compact forms are refused for."""
+"""Pieces that PEFT's layouts share: the names of modules, the configuration, the checks of its compact forms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the layouts of plain factors share: the expansion of a compact adapter, one rank for all, refusals by name."""
+"""Pieces that the layouts of plain factors share: the expansion of an adapter, one rank for all, refusals by name."""
 
 from __future__ import annotations
 
