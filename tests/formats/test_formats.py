@@ -469,8 +469,8 @@ def test_the_worked_example_decodes_from_the_page_alone(tmp_path):
     shown, factors = (json.loads(block) for block in re.findall(r"```json\n(.*?)```", generated(SPEC), re.DOTALL))
     manifest, tensors = open_file(data)
     assert manifest == shown
-    factors = SECOND["lowrank"].expand(manifest, tensors)
-    for (name, shape, view), (a, b) in zip(list_targets(manifest), factors, strict=True):
+    expanded = SECOND["lowrank"].expand(manifest, tensors)
+    for (name, shape, view), (a, b) in zip(list_targets(manifest), expanded, strict=True):
         assert factors[name] == {"A": a.tolist(), "B": b.tolist()}
         assert (b.shape[0], a.shape[1]) == out_in(shape, view)
     (tmp_path / "example.lrc").write_bytes(data)
