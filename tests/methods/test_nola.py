@@ -281,7 +281,7 @@ def test_names_and_order_do_not_matter():
     lora = random_lora([(24, 16), (16, 40)])
     swapped = [replace(p, target=replace(p.target, name=n)) for p, n in zip(lora.targets[::-1], "ab", strict=True)]
     tensors = convert(METHOD, lora, num_basis=9, rank=2)[1]
-    moved = convert(replace(lora, targets=tuple(swapped)), num_basis=9, rank=2)[1]
+    moved = convert(METHOD, replace(lora, targets=tuple(swapped)), num_basis=9, rank=2)[1]
     assert np.array_equal(tensors["codes"].reshape(2, -1), moved["codes"].reshape(2, -1)[::-1])
 
 
