@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from crashes import Scene
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # tests start hundreds of processes: each would compile all it loads
 if "PYTEST_XDIST_WORKER" in os.environ:  # several workers with several threads each wait for one another
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
