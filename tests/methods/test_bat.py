@@ -28,7 +28,8 @@ from lrconvert.io.container import open_checkpoint
 from lrconvert.live import attach
 from lrconvert.lora.adapter import TRANSPOSED, CompactAdapter, LoraAdapter, Target, View
 from lrconvert.lora.base_weights import BaseWeights
-from lrconvert.merge import Scaled
+from lrconvert.merge import Scaled, compute
+from lrconvert.merge.arithmetic import base_dependent
 from lrconvert.methods import base as methods
 from lrconvert.methods.bone import bat_fit
 from lrconvert.methods.bone.form import complete
@@ -209,8 +210,8 @@ def test_blocks_of_rows_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         base, compact = made(folder, lora, rank=8)
         merge(base, [compact], folder / "one")
         with monkeypatch.context() as patch:
-            patch.setattr("lrconvert.merge.compute.rows_per_block", lambda cols: 5)
-            patch.setattr("lrconvert.merge.arithmetic.base_dependent._TILE", 100)
+            patch.setattr(compute, "rows_per_block", lambda cols: 5)
+            patch.setattr(base_dependent, "_TILE", 100)
             merge(base, [compact], folder / "two")
         assert tree(folder / "one") == tree(folder / "two")
 
