@@ -181,7 +181,10 @@ def test_import_budget(name: str) -> None:
 
 def test_help_needs_no_numbers_and_validate_no_verbs() -> None:
     script = "import sys\n{}\nprint('LOADED', *sys.modules)"
-    for name, absent in {"--help": {"numpy"}, "validate": {"lrconvert.api", "lrconvert.lora.input_statistics", "tqdm"}}.items():
+    for name, absent in {
+        "--help": {"numpy"},
+        "validate": {"lrconvert.api", "lrconvert.lora.input_statistics", "tqdm"},
+    }.items():
         code = [sys.executable, "-c", script.format(LIGHT[name])]
         modules = subprocess.run(code, capture_output=True, text=True, check=True).stdout.rpartition("LOADED")[2]
         assert not absent & set(modules.split()), name
