@@ -19,7 +19,7 @@ _LAYERS = 48  # ranks of one kind of module that are shown one by one
 
 
 def is_trained(done: Allocation) -> TypeGuard[TrainedAllocation]:
-    """Whether an allocation was trained; its class is not asked, which would load torch."""
+    """Return true if an allocation was trained; its class is not asked, which would load torch."""
     return hasattr(done, "training")
 
 
@@ -40,7 +40,7 @@ def allocation_json(done: Allocation) -> dict[str, Any]:
 
 
 def _training(done: Allocation) -> str:
-    """What training did to the answers of the first allocation; nothing without one."""
+    """Show the effect of training on the answers of the first allocation; nothing without one."""
     if not is_trained(done):
         return ""
     moved = "; ".join(f"{m.came} for {m.went} after step {m.step}" for m in done.moves)
@@ -83,6 +83,6 @@ def _by_layer(members: Sequence[Module]) -> str:
 
 
 def _short(kinds: Sequence[str]) -> list[str]:
-    """What comes after the last number of each name, if that tells them apart."""
+    """Return the part after the last number of each name, if that tells them apart."""
     names = [kind.rpartition("*.")[2].removesuffix(".weight") for kind in kinds]
     return names if len(set(names)) == len(names) else list(kinds)

@@ -26,7 +26,7 @@ def jobs_option() -> click.Option:
 
 
 def is_meant(request: Request) -> bool:
-    """Whether a command line asks for many: several sources, --jobs, or a folder of several adapters."""
+    """Return true if a command line asks for many: several sources, --jobs, or a folder of several adapters."""
     return request.jobs is not None or are_many(request.sources, request.output)
 
 

@@ -183,7 +183,8 @@ def progress_bar(title: str, quiet: bool) -> Iterator[Callable[[float, str], Non
 
 
 def command_line() -> str:
-    """What the user typed, without private folders: hub ids, and only the last part of each path."""
+    """Return the command as the user typed it, without private folders: hub ids, and only the last part of each
+    path."""
     from lrconvert.io import hub
 
     words = [hub.hint(w) if "/" in w else w for w in sys.argv[1:]]

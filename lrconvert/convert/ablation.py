@@ -35,7 +35,7 @@ _IGNORED = -100  # the label of what is no item, as in torch
 
 @dataclass(frozen=True, eq=False)
 class _Question:
-    """What the model is given, and the right answers: classes (...), `_IGNORED` where there is none, in the shape of
+    """The inputs of the model, and the right answers: classes (...), `_IGNORED` where there is none, in the shape of
     its logits less their last dimension."""
 
     given: Mapping[str, Any]
@@ -197,7 +197,7 @@ def _question(model: nn.Module, batch: Batch) -> _Question:
 
 
 def _before(real: Tensor) -> Tensor:
-    """Which tokens follow a real one."""
+    """Mark the tokens that follow a real one."""
     found = torch.zeros_like(real)
     found[:, 1:] = real[:, :-1]
     return found

@@ -67,7 +67,7 @@ def bake_dora(lora: LoraAdapter, checkpoint: Checkpoint, rank: int) -> Baked:
 
 
 def _update(pair: LoraTarget, weight: np.ndarray, magnitude: F64) -> np.ndarray:
-    """What DoRA adds to `weight`, in its dtype; rows are computed in float64."""
+    """Return the update that DoRA adds to `weight`, in its dtype; rows are computed in float64."""
     update = np.empty_like(weight)
     a, b = pair.A.astype(np.float64), pair.B.astype(np.float64) * pair.scale
     step = max(1, _ROWS // weight.shape[1])

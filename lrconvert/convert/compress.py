@@ -43,13 +43,13 @@ class Candidate:
 
     @property
     def captured(self) -> float:
-        """What is asked for with `min_captured`: of the outputs under statistics, else of the weights."""
+        """The share that `min_captured` asks for: of the outputs under statistics, else of the weights."""
         fidelity = self._fidelity
         return fidelity.captured if fidelity.output_captured is None else fidelity.output_captured
 
     @property
     def score(self) -> float:
-        """What candidates are ranked by."""
+        """The share that ranks candidates."""
         fidelity = self._fidelity
         return fidelity.captured if fidelity.fit_captured is None else fidelity.fit_captured
 
@@ -66,8 +66,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Compression:
-    """What was tried, in the order it was, and the winner among it. `note`: why answers did not rank it, if they were
-    expected to."""
+    """The candidates, in the order they were tried, and the winner among it. `note`: why answers did not rank it, if
+    they were expected to."""
 
     candidates: tuple[Candidate, ...]
     winner: int
@@ -106,7 +106,7 @@ def no_answers(options: ConvertOptions, compress_options: CompressOptions) -> st
 
 
 def _writes(base: Path) -> bool:
-    """Whether a base is, by its configuration, a decoder with a tokenizer."""
+    """Return true if a base is, by its configuration, a decoder with a tokenizer."""
     with open_checkpoint(base, quantized=True) as checkpoint:
         named = checkpoint.config.get("architectures")
     first = str(named[0]) if isinstance(named, list) and named else ""

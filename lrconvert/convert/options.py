@@ -23,7 +23,7 @@ ROUNDS, EXACT, MOVES = 8, 16, 3
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What every conversion takes.
+    """Options of every conversion.
 
     `target_size` (bytes) or `target_ratio` (factors at 16 bit over the file's bytes) bound the file without its extra
     tensors. `include` and `exclude` are regular expressions searched in target names. `base` (a folder) settles the
@@ -72,7 +72,7 @@ class ConvertOptions:
 
 @dataclass(frozen=True)
 class CompressOptions:
-    """What `compress` asks of the winner, and how it ranks.
+    """Options of `compress`: the request to the winner, and the ranking.
 
     `min_captured` asks for the smallest file that keeps this share: of the outputs' energy under statistics, else of
     the weights'. `forms` are the ids of the methods to try; all that join `compress` without. `data` (files as in
@@ -102,7 +102,7 @@ class CompressOptions:
 
 @dataclass(frozen=True)
 class AllocateOptions:
-    """What `allocate` (ALoRA) asks for: one budget of `total_rank` components, or the size or ratio of the conversion.
+    """Options of `allocate` (ALoRA): one budget of `total_rank` components, or the size or ratio of the conversion.
 
     With a base and `data` (files, or batches of model inputs) components are scored by ablation, in `rounds` of
     pruning; in each the `exact` components next to the cut are ablated, two forward passes each."""

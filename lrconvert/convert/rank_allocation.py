@@ -98,7 +98,7 @@ def components(lora: LoraAdapter, spectra: Sequence[F64], bits: int) -> Componen
 
 @dataclass(frozen=True)
 class Cut:
-    """Where an order of components is cut: at `total_rank` components, or where the file is as large as `budget`."""
+    """The cut through an order of components: at `total_rank` components, or where the file is as large as `budget`."""
 
     parts: Components
     targets: Sequence[Target]
@@ -108,12 +108,12 @@ class Cut:
 
     @property
     def amounts(self) -> F64:
-        """What each component takes of the budget."""
+        """The share of the budget that each component takes."""
         return np.ones(len(self.parts.cost)) if self.budget is None else self.parts.cost
 
     def first(self, order: Array, limit: float) -> Array:
-        """Which components (n,) are kept if the first ones of `order` are taken while their amounts are within `limit`;
-        what is too large is left out, and smaller ones after it may still fit."""
+        """Mark the components (n,) that are kept if the first ones of `order` are taken while their amounts are within
+        `limit`; what is too large is left out, and smaller ones after it may still fit."""
         kept, amounts = np.zeros(len(self.parts.cost), bool), self.amounts
         for c in order:
             if amounts[c] <= limit:
@@ -126,7 +126,7 @@ class Cut:
         return lowrank.Config((self.bits,), tuple((int(n),) for n in counts))
 
     def meets(self, kept: Array) -> bool:
-        """Whether the components `kept` (n,) are within the budget."""
+        """Return true if the components `kept` (n,) are within the budget."""
         if self.budget is None:
             return int(kept.sum()) <= (self.total_rank or 0)
         return self.budget.fits(self.config(kept))
@@ -294,7 +294,7 @@ class Chooser:
         return fitted, cut.config(choice.kept)
 
     def allocation(self, done: Conversion, scores: str) -> Allocation:
-        """What was chosen, with the conversion that it led to."""
+        """Return the choice, with the conversion that it led to."""
         assert self.source is not None and self.choice is not None
         kept, warnings = int(self.choice.kept.sum()), done.warnings
         total_rank = self.options.total_rank

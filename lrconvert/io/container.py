@@ -41,7 +41,7 @@ _BITSANDBYTES = "bitsandbytes"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `start` is its absolute byte offset in `file`."""
+    """The place of a tensor: `start` is its absolute byte offset in `file`."""
 
     name: str
     dtype: str
@@ -200,7 +200,7 @@ def parse_header(text: bytes, data_bytes: int, limits: Limits, file: Path) -> tu
 
 
 class Appendable(Protocol):
-    """What tensors are copied to."""
+    """A target that tensors are copied to."""
 
     def write(self, data: bytes | bytearray | memoryview) -> int: ...
 

@@ -44,7 +44,7 @@ class Moment:
 
     @cached_property
     def rest(self) -> F64:
-        """What the diagonal has beyond the sketch (n,), not negative."""
+        """The part of the diagonal beyond the sketch (n,), not negative."""
         squares = self.squares.astype(np.float64)
         if self.rows is None:
             return squares

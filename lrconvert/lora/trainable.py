@@ -35,7 +35,7 @@ SCALES = ("scales", "gains", "base_scales")  # what numbers are multiplied with,
 
 @dataclass(frozen=True)
 class Rates:
-    """How much of their own size numbers move in a step at most, by what they are."""
+    """The largest move of numbers in a step, as a share of their own size, by what they are."""
 
     codes: float = 0.1
     numbers: float = 0.02

@@ -32,7 +32,7 @@ Tensors = Mapping[str, Array]
 
 @dataclass(frozen=True)
 class FitContext:
-    """What a fit may use besides the LoRA: a seed, a torch device name, a progress callback (fraction, text), input
+    """The means of a fit besides the LoRA: a seed, a torch device name, a progress callback (fraction, text), input
     statistics, in whose metric it then works, and the weights of the base, for forms whose updates depend on them."""
 
     seed: int = 0
@@ -42,7 +42,8 @@ class FitContext:
     base: BaseWeights | None = None
 
     def metric(self, pair: LoraTarget) -> Moment | None:
-        """What a fit measures the error of a target in, None without statistics: the plain norm. Raises E-STATS."""
+        """Return the metric that a fit measures the error of a target in, None without statistics: the plain norm.
+        Raises E-STATS."""
         if self.statistics is None:
             return None
         from lrconvert.lora import svd
@@ -122,14 +123,14 @@ class Method(ABC):
         """Rules on values beyond what the specs say. Raises our errors."""
 
     def needs_base(self, config: Any) -> bool:
-        """Whether updates depend on the base's weights. They are no products of factors then: `rows_on` says what they
-        are, and a file must name the contents of its base."""
+        """Return true if updates depend on the base's weights. They are no products of factors then: `rows_on` says
+        what they are, and a file must name the contents of its base."""
         return False
 
     # --- making it ---
 
     def wants_base(self, options: Any) -> bool:
-        """Whether these `options` lead to updates that depend on the base."""
+        """Return true if these `options` lead to updates that depend on the base."""
         return False
 
     @abstractmethod
@@ -144,7 +145,8 @@ class Method(ABC):
         """The payload tensors that represent `lora` best under `config`; in-memory form of `packing`."""
 
     def notes(self, config: Any, targets: Sequence[Target]) -> tuple[str, ...]:
-        """What a user should know of this configuration, a line each: what it cannot exceed, for instance."""
+        """Return facts that a user should know of this configuration, a line each: a bound that it cannot exceed,
+        say."""
         return ()
 
     # --- using it ---
@@ -163,8 +165,8 @@ class Method(ABC):
     def rows_on(
         self, config: Any, targets: Sequence[Target], which: int, factors: tuple[Any, Any], weight: Any, first: int
     ) -> Any:
-        """Where updates depend on the base: rows `first` and on of the update of target number `which`, in the shape
-        and dtype of `weight` (n, m), the same rows of the base's matrix. `factors` are those that `expand` gives.
+        """Return, where updates depend on the base, rows `first` and on of the update of target number `which`, in the
+        shape and dtype of `weight` (n, m), the same rows of the base's matrix. `factors` are those that `expand` gives.
 
         `weight` may be a part of the columns: any that begins and ends at a multiple of the target's rank. With numpy
         in float64 the operations and their order are those of the method's page, so that every machine merges the same
@@ -217,7 +219,7 @@ def values(method: Method, compact: CompactAdapter, xp: Any = np) -> dict[str, A
 
 
 def needs_base(adapter: LoraAdapter | CompactAdapter) -> bool:
-    """Whether the updates of an adapter depend on the base's weights."""
+    """Return true if the updates of an adapter depend on the base's weights."""
     return isinstance(adapter, CompactAdapter) and get(adapter.method).needs_base(adapter.config)
 
 

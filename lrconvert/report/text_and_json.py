@@ -287,7 +287,7 @@ def comparison(files: Sequence[tuple[str, Fidelity]], verbose: bool) -> str:
 
 
 def _answers(files: Sequence[tuple[str, Answers]]) -> str:
-    """How far the models' answers are from the LoRA's."""
+    """Show how far the models' answers are from the LoRA's."""
     first = files[0][1]
     rows = [["(no adapter)", f"{first.base_distance:.4g}", "0.0%", _percent(first.base_agreement)]]
     rows += [[printable(name), f"{a.distance:.4g}", f"{a.closed:.1%}", _percent(a.agreement)] for name, a in files]

@@ -26,7 +26,7 @@ OnDone = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one adapter. `nbytes` (without extra tensors), `total_bytes`, `captured` and `ratio` are None
+    """The outcome of one adapter. `nbytes` (without extra tensors), `total_bytes`, `captured` and `ratio` are None
     where they are not known; `code` and `message` say why it failed; `report` is the JSON object of one conversion."""
 
     source: str
@@ -59,7 +59,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """How a batch runs: `jobs` processes at once (without it as many as there are cores, one with a GPU); `verbose`
+    """The way a batch runs: `jobs` processes at once (without it as many as there are cores, one with a GPU); `verbose`
     adds the reports as text, `dry_run` plans only. `on_done(done, of)` is called after each adapter."""
 
     jobs: int | None = option(None, "Work in this many processes.", least=1)
@@ -71,7 +71,7 @@ class BatchOptions:
 
 @dataclass(frozen=True)
 class Work:
-    """What is done to every adapter of a batch: a `verb` with its `method`, and its options by their names, as JSON
+    """The work done on every adapter of a batch: a `verb` with its `method`, and its options by their names, as JSON
     holds them. Options that are left out have their defaults."""
 
     verb: Verb
@@ -196,8 +196,8 @@ def _plain_reading(reading: ReadOptions) -> dict[str, Any]:
 
 
 def _readings(jobs: Sequence[Job], reading: ReadOptions) -> list[ReadOptions]:
-    """How each source is read: a layout and an alpha hold for those that are not lrconvert files. Where all are, each
-    refuses them."""
+    """Return the reading options of each source: a layout and an alpha hold for those that are not lrconvert files.
+    Where all are, each refuses them."""
     ours = [job.path.is_file() and file.is_lrconvert(job.path) for job in jobs]
     bare = replace(reading, layout=None, alpha=None)
     return [bare if own and not all(ours) else reading for own in ours]

@@ -28,7 +28,7 @@ class Job:
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether `path` itself is an adapter, and no folder of adapters."""
+    """Return true if `path` itself is an adapter, and no folder of adapters."""
     if path.is_file():
         return True
     return any(reader.recognises(path) for reader in readers.all_readers())
@@ -55,8 +55,8 @@ def adapters_in(folder: Path) -> Iterator[Path]:
 
 
 def are_many(sources: Sequence[Path], output: Path | None) -> bool:
-    """Whether `sources` are to be converted into files in a folder: several, or a folder that is no adapter and holds
-    more than one, or that is to be converted into an existing folder."""
+    """Return true if `sources` are to be converted into files in a folder: several, or a folder that is no adapter and
+    holds more than one, or that is to be converted into an existing folder."""
     if len(sources) != 1:
         return True
     where = hub.locate(sources[0])

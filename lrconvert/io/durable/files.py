@@ -25,7 +25,7 @@ _NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, er
 
 
 class Writer(Protocol):
-    """What `atomic_file` and `StagedDirectory.create` give: a file that can only be appended to."""
+    """The file that `atomic_file` and `StagedDirectory.create` give: it that can only be appended to."""
 
     position: int
 

@@ -144,7 +144,7 @@ def work_directory(path: StrPath, *, overwrite: bool, resume: bool) -> Iterator[
 
 
 def _is_ours(root: Path) -> bool:
-    """Whether a folder has nothing in it that work has not."""
+    """Return true if a folder has nothing in it that work has not."""
     names = {p.name for p in root.iterdir()}
     return all(name == CONTENT or name.endswith((".json", ".jsonl", ".tmp")) for name in names)
 
@@ -173,7 +173,7 @@ def leftovers(path: Path) -> list[Path]:
 
 
 def _is_idle(path: Path) -> bool:
-    """Whether nobody has locked a file or folder. Raises E-LOCKED if there are no locks."""
+    """Return true if nobody has locked a file or folder. Raises E-LOCKED if there are no locks."""
     try:
         if not stat.S_ISREG(mode := path.lstat().st_mode) and not stat.S_ISDIR(mode):
             return False

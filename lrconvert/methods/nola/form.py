@@ -36,8 +36,8 @@ class Header:
 
 @dataclass(frozen=True)
 class Form:
-    """What all factors share: the `family` of bases, the `value_map` of seeded numbers, `bits` of a coefficient, the
-    `seed`, and whether A begins with a seeded matrix (`base_term`)."""
+    """The form that all factors share: the `family` of bases, the `value_map` of seeded numbers, `bits` of a
+    coefficient, the `seed`, and whether A begins with a seeded matrix (`base_term`)."""
 
     family: str
     value_map: str

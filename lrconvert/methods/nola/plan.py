@@ -146,8 +146,8 @@ class Search:
         return self._config(bits, ranks, [(rank, rank) for rank in ranks])
 
     def _allocate(self, bits: int, room: int) -> _Choice:
-        """What should keep most in `room` bits of payload: steps in the order of what a bit buys, then a part of one
-        more component."""
+        """Return the allocation that should keep most in `room` bits of payload: steps in the order of what a bit buys,
+        then a part of one more component."""
         ranks, closed = [0] * len(self.spectra), set()
         for step in self._steps[bits]:
             if step.bits > room:

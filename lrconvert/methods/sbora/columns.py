@@ -64,7 +64,7 @@ class Columns:
         return self._basis[: len(self.chosen)]
 
     def _scores(self, core_squares: F64, left: F64) -> F64:
-        """What each column that is not chosen would add."""
+        """Return the gain of each column that is not chosen."""
         independent = left > self.floor
         return np.where(independent, core_squares / np.where(independent, left, 1), 0)
 
@@ -156,7 +156,8 @@ class Columns:
 
 
 def _directions(inverse: F64) -> F64:
-    """What C no longer spans without a chosen column: unit vectors (n, r), from rows of the inverse of C[:, S]."""
+    """Return the directions that C no longer spans without a chosen column: unit vectors (n, r), from rows of the
+    inverse of C[:, S]."""
     return np.asarray(inverse / np.linalg.norm(inverse, axis=1, keepdims=True), np.float64)
 
 

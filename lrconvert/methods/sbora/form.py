@@ -58,7 +58,7 @@ def most_places(config: Config, targets: Sequence[Target]) -> int:
 
 @dataclass(frozen=True)
 class Start:
-    """Where the lines of a target begin in `indices`, in the tensor of each width, and in `scales`."""
+    """The places where the lines of a target begin in `indices`, in the tensor of each width, and in `scales`."""
 
     line: int
     numbers: Mapping[int, int]

@@ -66,7 +66,7 @@ def _of_rank(lora: LoraAdapter, options: SBoRAOptions, context: FitContext) -> C
 
 @dataclass
 class Curve:
-    """What each further line of a target captures, of at most `limit`, never more than the line before it.
+    """The energy that each further line of a target captures, of at most `limit`, never more than the line before it.
 
     `chosen`: the columns so far if more could be found, None if `gains` are all there are. `lost`: the share of a
     line's energy that each width loses; `length`: numbers of a line.
@@ -206,7 +206,7 @@ class Planner:
         return chosen, self._config(chosen, widths, taken)
 
     def _worth(self, curve: Curve, widths: Sequence[int], price: float) -> tuple[float, list[int]]:
-        """What a curve captures beyond its price, and how many lines take each step."""
+        """Return the energy that a curve captures beyond its price, and how many lines take each step."""
         worth, taken = 0.0, []
         for step in curve.steps(widths, self.index_bits):
             n = int(np.searchsorted(-curve.gains, -price / step.rate, side="left"))

@@ -197,7 +197,7 @@ class Coder:
         return self._cuts[width]
 
     def _places(self, which: I64) -> list[Tensor]:
-        """Where the codes of each pass are."""
+        """Return the places of the codes of each pass."""
         first, lengths = self.rows.first_pass[which], self.rows.counts[which]
         depth = int(self.rows.passes[which[0]])
         return [self.tensor(spans(self.rows.code_starts[first + p], lengths)) for p in range(depth)]

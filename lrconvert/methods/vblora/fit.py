@@ -43,9 +43,9 @@ class Components:
 
 
 class Problem:
-    """What a fit works on: the rows to code as sub-vectors `x` (n, b), scaled to mean square 1 if there are gains; what
-    a squared error of each row costs in the update (`weight`), and under statistics of each number (`importance`); and
-    the sources (`updates`)."""
+    """The problem of a fit: the rows to code as sub-vectors `x` (n, b), scaled to mean square 1 if there are gains;
+    what a squared error of each row costs in the update (`weight`), and under statistics of each number (`importance`);
+    and the sources (`updates`)."""
 
     def __init__(
         self, lora: LoraAdapter, config: Config, context: FitContext, factors: Sequence[Components] | None = None

@@ -79,7 +79,7 @@ class Form:
 
     @property
     def weight_unit(self) -> float:
-        """What a stored weight is multiplied with."""
+        """Return the factor of a stored weight."""
         return 1.0 if self.exact_weights else 1.0 / self.denominator
 
     @property

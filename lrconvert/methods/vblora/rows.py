@@ -13,7 +13,7 @@ I64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """How rows are cut and coded. `counts` (R,): sub-vectors of each row; `passes` (R,): how often it is coded;
+    """The way rows are cut and coded. `counts` (R,): sub-vectors of each row; `passes` (R,): how often it is coded;
     `valid` (sub-vectors,): valid numbers in each sub-vector, None if all are full.
 
     Codes are ordered by row, then pass, then place in the row.
