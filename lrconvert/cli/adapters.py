@@ -8,40 +8,27 @@ from typing import Any
 
 import click
 
-from lrconvert.cli.shared import (
-    PATH,
-    as_json_option,
-    base_option,
-    chosen,
-    command,
-    command_line,
-    emit,
-    options_of,
-    output_option,
-    overwrite_option,
-    quiet_option,
-    reading_options,
-    warn,
-)
+from lrconvert.cli import flags
+from lrconvert.cli.printing import command_line, emit, warn
 from lrconvert.core.errors import EXIT_REFUSED
 from lrconvert.formats.compat import base as consumers
 from lrconvert.formats.exporters import base as exporters
 from lrconvert.formats.readers.shared.options import ReadOptions
 
 
-@command(
+@flags.command(
     "inspect",
-    click.Argument(["source"], type=PATH),
-    base_option("Base model folder or hub id: for layouts that do not say shapes, or spell names in their own way."),
-    *reading_options(),
-    as_json_option,
+    click.Argument(["source"], type=flags.PATH),
+    flags.base("Base model folder or hub id: for layouts that do not say shapes, or spell names in their own way."),
+    *flags.reading(),
+    flags.AS_JSON,
 )
 def inspect(source: Path, base: Path | None, as_json: bool, **given: Any) -> None:
     """Show what an adapter is: targets, ranks, spectrum, bytes. Any LoRA layout, lrconvert files, statistics."""
     from lrconvert import api
     from lrconvert.report import text_and_json
 
-    facts = api.inspect(source, base=base, **chosen(given, ReadOptions))
+    facts = api.inspect(source, base=base, **flags.chosen(given, ReadOptions))
     if as_json:
         emit({"path": str(source), **facts})
         return
@@ -49,37 +36,37 @@ def inspect(source: Path, base: Path | None, as_json: bool, **given: Any) -> Non
     warn(facts["warnings"])
 
 
-@command(
+@flags.command(
     "export",
-    click.Argument(["file"], type=PATH),
-    output_option("The folder to write."),
+    click.Argument(["file"], type=flags.PATH),
+    flags.output("The folder to write."),
     click.Option(
         ["--to"],
         required=True,
         metavar="LAYOUT",
         help="; ".join(f"{name}: {exporters.get(name).title}" for name in exporters.ids()) + ".",
     ),
-    base_option("Base model folder or hub id, for gguf and the names of --source; its config.json is enough."),
-    click.Option(["--source"], type=PATH, help="The LoRA it came from: adds the error table to the card."),
-    *options_of(exporters.ExportOptions),
-    *reading_options(),
-    overwrite_option,
-    quiet_option,
+    flags.base("Base model folder or hub id, for gguf and the names of --source; its config.json is enough."),
+    click.Option(["--source"], type=flags.PATH, help="The LoRA it came from: adds the error table to the card."),
+    *flags.of(exporters.ExportOptions),
+    *flags.reading(),
+    flags.OVERWRITE,
+    flags.QUIET,
 )
 def export(file: Path, output: Path, to: str, quiet: bool, overwrite: bool, **given: Any) -> None:
     """Write an lrconvert FILE as a folder that other tools load."""
     from lrconvert import api
 
-    options = chosen(given, exporters.ExportOptions, ReadOptions)
+    options = flags.chosen(given, exporters.ExportOptions, ReadOptions)
     done = api.export(file, output, to=to, overwrite=overwrite, command=command_line(), **options, **given)
     warn(done.notes)
     if not quiet:
         click.echo(f"wrote {output}: {', '.join(done.files)}")
 
 
-@command(
+@flags.command(
     "check",
-    click.Argument(["path"], type=PATH),
+    click.Argument(["path"], type=flags.PATH),
     click.Option(
         ["--for", "consumers"],
         multiple=True,
@@ -87,10 +74,10 @@ def export(file: Path, output: Path, to: str, quiet: bool, overwrite: bool, **gi
         type=click.Choice([*consumers.ids(), "all"]),
         help="Who would load it; repeatable.",
     ),
-    base_option("Base model folder or hub id; its config.json is enough."),
-    *(option for option in reading_options() if option.name != "allow_pickle"),
-    *options_of(*(consumer.Options for consumer in consumers.chosen(["all"]))),
-    as_json_option,
+    flags.base("Base model folder or hub id; its config.json is enough."),
+    *(option for option in flags.reading() if option.name != "allow_pickle"),
+    *flags.of(*(consumer.Options for consumer in consumers.chosen(["all"]))),
+    flags.AS_JSON,
     help="Say what a server or library would refuse or silently get wrong in an adapter. Runs nothing, reads no "
     "weights; exits 1 if there is such a finding.",
 )

@@ -12,8 +12,8 @@ import click
 from lrconvert.api.batch.run import Batch, BatchOptions, OnDone, Outcome, Work
 from lrconvert.api.batch.run import run as run_batch
 from lrconvert.api.batch.sources import are_many
+from lrconvert.cli.printing import emit, progress_bar, warn
 from lrconvert.cli.request import Request
-from lrconvert.cli.shared import emit, progress_bar, warn
 from lrconvert.core.errors import EXIT_REFUSED, printable
 
 

@@ -13,22 +13,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lrconvert.api.batch.run import Work
-from lrconvert.cli import batch
+from lrconvert.cli import batch, flags
+from lrconvert.cli.printing import emit, progress_bar, warn
 from lrconvert.cli.request import Request
-from lrconvert.cli.shared import (
-    DATA_HELP,
-    PATH,
-    as_json_option,
-    chosen,
-    emit,
-    options_of,
-    overwrite_option,
-    progress_bar,
-    quiet_option,
-    reading_options,
-    verbose_option,
-    warn,
-)
 from lrconvert.convert.options import AllocateOptions, CompressOptions, ConvertOptions
 from lrconvert.methods import base as methods
 
@@ -54,18 +41,18 @@ def _command(
 ) -> click.Command:
     """Make a converter: its `own` options, those of every conversion but for `skip`, and what is printed."""
     plan = click.Option(["--dry-run"], is_flag=True, help="Print the plan and the exact size; write nothing.")
-    common = options_of(ConvertOptions, skip=[*skip, *(str(option.name) for option in own)])
+    common = flags.of(ConvertOptions, skip=[*skip, *(str(option.name) for option in own)])
     params: list[click.Parameter] = [
-        click.Argument(["sources"], metavar="SOURCE...", nargs=-1, required=True, type=PATH),
-        click.Option(["-o", "--output"], type=PATH, help=_MANY),
+        click.Argument(["sources"], metavar="SOURCE...", nargs=-1, required=True, type=flags.PATH),
+        click.Option(["-o", "--output"], type=flags.PATH, help=_MANY),
         batch.jobs_option(),
         *own,
         *common,
-        *reading_options(),
-        *(option for option in (plan, verbose_option) if option.name not in skip),
-        overwrite_option,
-        quiet_option,
-        as_json_option,
+        *flags.reading(),
+        *(option for option in (plan, flags.VERBOSE) if option.name not in skip),
+        flags.OVERWRITE,
+        flags.QUIET,
+        flags.AS_JSON,
     ]
     return click.Command(name, params=params, callback=run, help=about, short_help=about)
 
@@ -75,7 +62,7 @@ def method_command(name: str) -> click.Command:
     method, declared = next((m, c) for m in methods.all_methods() for c in m.commands if c.name == name)
 
     def run(**given: Any) -> None:
-        options = {**declared.fixed, **chosen(given, method.Options, ConvertOptions)}
+        options = {**declared.fixed, **flags.chosen(given, method.Options, ConvertOptions)}
         request = Request.of(given)
         if batch.is_meant(request):
             batch.run(request, Work("convert", method.id, options), name)
@@ -89,7 +76,7 @@ def method_command(name: str) -> click.Command:
 
         _one(request, name, options, convert)
 
-    own = options_of(method.Options, skip=declared.fixed)
+    own = flags.of(method.Options, skip=declared.fixed)
     return _command(name, declared.help, own, run, skip=[use for use in _USES if use not in method.uses])
 
 
@@ -148,14 +135,14 @@ def compress_command() -> click.Command:
     base = "Base model folder or hub id: its answers rank the forms; settles orientations, records its digest."
     own = [
         click.Option(["--methods"], help=forms),
-        *options_of(CompressOptions),
-        *options_of(ConvertOptions, skip={field.name for field in fields(ConvertOptions)} - {"base"}, base=base),
+        *flags.of(CompressOptions),
+        *flags.of(ConvertOptions, skip={field.name for field in fields(ConvertOptions)} - {"base"}, base=base),
     ]
     return _command("compress", about, own, _compress, skip=("dry_run", "verbose"))
 
 
 def _compress(*, methods: str | None, **given: Any) -> None:
-    options = chosen(given, CompressOptions, ConvertOptions)
+    options = flags.chosen(given, CompressOptions, ConvertOptions)
     forms = [name.strip() for name in (methods or "").split(",") if name.strip()]
     options |= {"forms": tuple(forms)} if forms else {}
     request = Request.of(given)
@@ -182,9 +169,9 @@ ALORA = "lora-to-alora"
 def allocate_command() -> click.Command:
     """Make `lora-to-alora`: the converters' options, and those of the allocation. It needs no model without --data."""
     about = "Give every module the rank it deserves under one budget (ALoRA); the file is of the form lowrank."
-    data = f"With --base: score by ablation on held-out texts instead of by energy. {DATA_HELP}"
+    data = f"With --base: score by ablation on held-out texts instead of by energy. {flags.DATA_HELP}"
     own = [
-        *options_of(AllocateOptions, data=data),
+        *flags.of(AllocateOptions, data=data),
         click.Option(
             ["--train-steps"],
             type=click.IntRange(0),
@@ -204,7 +191,7 @@ def allocate_command() -> click.Command:
 
 
 def _allocate(*, train_steps: int, seed: int, **given: Any) -> None:
-    options = chosen(given, AllocateOptions, ConvertOptions)
+    options = flags.chosen(given, AllocateOptions, ConvertOptions)
     if train_steps:
         options["retrain"] = {"steps": train_steps, "seed": seed}
     request = Request.of(given)

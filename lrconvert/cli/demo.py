@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from lrconvert.cli.shared import command, output_option
+from lrconvert.cli import flags
 from lrconvert.io.durable import check_output, make_folder
 from lrconvert.report.text_and_json import table
 
@@ -21,7 +21,7 @@ RATIO, STEPS = 30, 100
 _HELD_OUT = 100  # texts
 
 
-@command("demo", output_option("Keep the files in this new folder.", required=False))
+@flags.command("demo", flags.output("Keep the files in this new folder.", required=False))
 @click.pass_context
 def demo(context: click.Context, output: Path | None) -> None:
     """Run the whole pipeline on the bundled model and LoRA, and print what it measures."""

@@ -7,38 +7,23 @@ from typing import Any
 
 import click
 
-from lrconvert.cli.shared import (
-    DATA_HELP,
-    PATH,
-    as_json_option,
-    base_option,
-    chosen,
-    command,
-    data_option,
-    emit,
-    options_of,
-    output_option,
-    overwrite_option,
-    progress_bar,
-    quiet_option,
-    reading_options,
-    verbose_option,
-)
+from lrconvert.cli import flags
+from lrconvert.cli.printing import emit, progress_bar
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.live.options import CompareOptions, StatisticsOptions
 
 
-@command(
+@flags.command(
     "statistics",
-    click.Argument(["base"], type=PATH),
-    data_option(required=True),
-    output_option("The file to write."),
-    click.Option(["--adapter"], type=PATH, help="Only the inputs of this adapter's targets."),
-    *options_of(StatisticsOptions),
-    *reading_options(),
-    overwrite_option,
-    quiet_option,
-    as_json_option,
+    click.Argument(["base"], type=flags.PATH),
+    flags.data(required=True),
+    flags.output("The file to write."),
+    click.Option(["--adapter"], type=flags.PATH, help="Only the inputs of this adapter's targets."),
+    *flags.of(StatisticsOptions),
+    *flags.reading(),
+    flags.OVERWRITE,
+    flags.QUIET,
+    flags.AS_JSON,
 )
 def statistics(base: Path, data: tuple[Path, ...], output: Path, adapter: Path | None, **given: Any) -> None:
     """Measure what flows into the layers of BASE on texts, for --statistics of every converter.
@@ -50,7 +35,7 @@ def statistics(base: Path, data: tuple[Path, ...], output: Path, adapter: Path |
 
     quiet, as_json = given.pop("quiet"), given.pop("as_json")
     with progress_bar("statistics", quiet or as_json) as progress:
-        options = chosen(given, StatisticsOptions, ReadOptions)
+        options = flags.chosen(given, StatisticsOptions, ReadOptions)
         measured = api.statistics(base, data, output, adapter=adapter, progress=progress, **options)
     nbytes = output.stat().st_size
     if as_json:
@@ -59,21 +44,23 @@ def statistics(base: Path, data: tuple[Path, ...], output: Path, adapter: Path |
         click.echo(text_and_json.statistics(str(output), measured, nbytes))
 
 
-@command(
+@flags.command(
     "compare",
-    click.Argument(["source"], type=PATH),
-    click.Argument(["files"], nargs=-1, required=True, type=PATH),
+    click.Argument(["source"], type=flags.PATH),
+    click.Argument(["files"], nargs=-1, required=True, type=flags.PATH),
     click.Option(
-        ["--statistics"], type=PATH, help="Input statistics: adds the captured energy of the layers' outputs."
+        ["--statistics"], type=flags.PATH, help="Input statistics: adds the captured energy of the layers' outputs."
     ),
-    base_option("Base model folder or hub id, for --data and for names."),
-    data_option(f"Measure the models' answers on data. {DATA_HELP}"),
-    *options_of(CompareOptions),
-    click.Option(["--html"], type=PATH, help="Write it as one HTML page, too: plots, a map of the layers, all tables."),
-    *reading_options(),
-    overwrite_option,
-    verbose_option,
-    as_json_option,
+    flags.base("Base model folder or hub id, for --data and for names."),
+    flags.data(f"Measure the models' answers on data. {flags.DATA_HELP}"),
+    *flags.of(CompareOptions),
+    click.Option(
+        ["--html"], type=flags.PATH, help="Write it as one HTML page, too: plots, a map of the layers, all tables."
+    ),
+    *flags.reading(),
+    flags.OVERWRITE,
+    flags.VERBOSE,
+    flags.AS_JSON,
 )
 def compare(source: Path, files: tuple[Path, ...], html: Path | None, **given: Any) -> None:
     """Measure lrconvert FILES against the LoRA SOURCE they came from: captured energy, bytes, ratio; on data also the
@@ -89,7 +76,7 @@ def compare(source: Path, files: tuple[Path, ...], html: Path | None, **given: A
     if html is not None:
         check_output(html, overwrite, inputs=[hub.locate(source), *files])
     with progress_bar("compare", as_json or not data) as progress:
-        options = chosen(given, CompareOptions, ReadOptions)
+        options = flags.chosen(given, CompareOptions, ReadOptions)
         rows = api.compare(source, files, data=data, progress=progress, **options, **given)
     named = [(path.name, fidelity) for path, fidelity in zip(files, rows, strict=True)]
     if html is not None:

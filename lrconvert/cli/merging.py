@@ -9,22 +9,8 @@ from typing import Any
 
 import click
 
-from lrconvert.cli.shared import (
-    PATH,
-    as_json_option,
-    base_option,
-    chosen,
-    command,
-    emit,
-    options_of,
-    output_option,
-    overwrite_option,
-    progress_bar,
-    quiet_option,
-    reading_options,
-    verbose_option,
-    warn,
-)
+from lrconvert.cli import flags
+from lrconvert.cli.printing import emit, progress_bar, warn
 from lrconvert.core.errors import EXIT_REFUSED
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.merge.options import MergeOptions, UnmergeOptions
@@ -52,17 +38,17 @@ def _scaled(text: str) -> tuple[str, float]:
         raise click.UsageError(f"{text!r}: what follows the last '=' is not a scale") from None
 
 
-@command(
+@flags.command(
     "merge-into-base",
-    click.Argument(["base"], type=PATH),
+    click.Argument(["base"], type=flags.PATH),
     click.Argument(["adapters"], nargs=-1, required=True, metavar="ADAPTER[=SCALE]..."),
-    output_option("The model folder to write.", required=False),
-    *options_of(MergeOptions),
-    *reading_options(),
-    overwrite_option,
-    quiet_option,
-    verbose_option,
-    as_json_option,
+    flags.output("The model folder to write.", required=False),
+    *flags.of(MergeOptions),
+    *flags.reading(),
+    flags.OVERWRITE,
+    flags.QUIET,
+    flags.VERBOSE,
+    flags.AS_JSON,
 )
 def merge_into_base(base: Path, adapters: tuple[str, ...], output: Path | None, **given: Any) -> None:
     """Bake one or more ADAPTERs (lrconvert files, LoRA folders) into a copy of the model folder BASE.
@@ -76,8 +62,8 @@ def merge_into_base(base: Path, adapters: tuple[str, ...], output: Path | None, 
     if (output is None) != given["in_place"]:
         raise click.UsageError("give --output, or --in-place")
     with progress_bar("merge", quiet or as_json) as progress:
-        scaled = _weighted(adapters, base, chosen(given, ReadOptions))
-        report = api.merge(base, scaled, output, progress=progress, **chosen(given, MergeOptions))
+        scaled = _weighted(adapters, base, flags.chosen(given, ReadOptions))
+        report = api.merge(base, scaled, output, progress=progress, **flags.chosen(given, MergeOptions))
     if as_json:
         named = {"base": str(base), "adapters": list(adapters), "output": str(output or base)}
         emit({**named, **text_and_json.merge_json(report)})
@@ -87,14 +73,14 @@ def merge_into_base(base: Path, adapters: tuple[str, ...], output: Path | None, 
     warn(report.warnings)
 
 
-@command(
+@flags.command(
     "unmerge",
-    click.Argument(["merged"], type=PATH),
-    output_option("The folder to write; default: in its place.", required=False),
-    *options_of(UnmergeOptions),
-    overwrite_option,
-    quiet_option,
-    as_json_option,
+    click.Argument(["merged"], type=flags.PATH),
+    flags.output("The folder to write; default: in its place.", required=False),
+    *flags.of(UnmergeOptions),
+    flags.OVERWRITE,
+    flags.QUIET,
+    flags.AS_JSON,
 )
 def unmerge(merged: Path, output: Path | None, quiet: bool, as_json: bool, **given: Any) -> None:
     """Undo the last merge of the model folder MERGED: every byte of the base comes back, verified."""
@@ -102,7 +88,7 @@ def unmerge(merged: Path, output: Path | None, quiet: bool, as_json: bool, **giv
     from lrconvert.report import text_and_json
 
     with progress_bar("unmerge", quiet or as_json) as progress:
-        report = api.unmerge(merged, output, progress=progress, **chosen(given, UnmergeOptions))
+        report = api.unmerge(merged, output, progress=progress, **flags.chosen(given, UnmergeOptions))
     place = str(output or merged)
     if as_json:
         emit({"merged": str(merged), "output": place, **dataclasses.asdict(report)})
@@ -112,10 +98,10 @@ def unmerge(merged: Path, output: Path | None, quiet: bool, as_json: bool, **giv
     warn(report.warnings)
 
 
-@command(
+@flags.command(
     "verify",
-    click.Argument(["merged"], type=PATH),
-    base_option("Model folder or hub id of the base.", required=True),
+    click.Argument(["merged"], type=flags.PATH),
+    flags.base("Model folder or hub id of the base.", required=True),
     click.Option(
         ["--adapter", "adapters"],
         required=True,
@@ -123,10 +109,10 @@ def unmerge(merged: Path, output: Path | None, quiet: bool, as_json: bool, **giv
         metavar="ADAPTER[=SCALE]",
         help="As merged; repeatable.",
     ),
-    *(option for option in options_of(MergeOptions) if option.name == "dequantize"),
-    *reading_options(),
-    quiet_option,
-    as_json_option,
+    *(option for option in flags.of(MergeOptions) if option.name == "dequantize"),
+    *flags.reading(),
+    flags.QUIET,
+    flags.AS_JSON,
 )
 def verify(merged: Path, base: Path, adapters: tuple[str, ...], dequantize: bool, **given: Any) -> None:
     """Confirm that MERGED is BASE with the ADAPTERs merged in: computes it again and compares every bit."""
@@ -135,7 +121,7 @@ def verify(merged: Path, base: Path, adapters: tuple[str, ...], dequantize: bool
 
     quiet, as_json = given.pop("quiet"), given.pop("as_json")
     with progress_bar("verify", quiet or as_json) as progress:
-        scaled = _weighted(adapters, base, chosen(given, ReadOptions))
+        scaled = _weighted(adapters, base, flags.chosen(given, ReadOptions))
         report = api.verify(merged, base, scaled, dequantize=dequantize, progress=progress)
     if as_json:
         emit({"merged": str(merged), "base": str(base), "ok": report.ok, **dataclasses.asdict(report)})
@@ -145,11 +131,11 @@ def verify(merged: Path, base: Path, adapters: tuple[str, ...], dequantize: bool
         raise click.exceptions.Exit(EXIT_REFUSED)
 
 
-@command("recover", click.Argument(["path"], type=PATH), quiet_option, as_json_option)
+@flags.command("recover", click.Argument(["path"], type=flags.PATH), flags.QUIET, flags.AS_JSON)
 def recover(path: Path, quiet: bool, as_json: bool) -> None:
-    """Bring PATH, in which a merge or unmerge was broken off, to its old state or the new one.
+    """Bring flags.PATH, in which a merge or unmerge was broken off, to its old state or the new one.
 
-    Also removes what killed runs have left of an output PATH beside it.
+    Also removes what killed runs have left of an output flags.PATH beside it.
     """
     from lrconvert import api
     from lrconvert.report import text_and_json

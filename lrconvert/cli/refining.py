@@ -7,23 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lrconvert.cli.shared import (
-    DATA_HELP,
-    PATH,
-    as_json_option,
-    base_option,
-    chosen,
-    command,
-    data_option,
-    emit,
-    options_of,
-    output_option,
-    overwrite_option,
-    progress_bar,
-    quiet_option,
-    reading_options,
-    warn,
-)
+from lrconvert.cli import flags
+from lrconvert.cli.printing import emit, progress_bar, warn
 from lrconvert.core.errors import printable
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.refine.settings import RunOptions, Settings
@@ -32,19 +17,19 @@ if TYPE_CHECKING:
     from lrconvert.refine.refine import Refinement
 
 
-@command(
+@flags.command(
     "refine",
-    click.Argument(["file"], type=PATH),
-    base_option("Base model folder or hub id.", required=True),
-    click.Option(["--teacher"], type=PATH, required=True, help="The LoRA that FILE was made from."),
-    data_option(f"{DATA_HELP} Without it a decoder's teacher writes texts of its own."),
-    output_option("The file to write."),
-    *options_of(Settings, RunOptions),
+    click.Argument(["file"], type=flags.PATH),
+    flags.base("Base model folder or hub id.", required=True),
+    click.Option(["--teacher"], type=flags.PATH, required=True, help="The LoRA that FILE was made from."),
+    flags.data(f"{flags.DATA_HELP} Without it a decoder's teacher writes texts of its own."),
+    flags.output("The file to write."),
+    *flags.of(Settings, RunOptions),
     click.Option(["--strict"], is_flag=True, help="Exit with 1 if nothing was gained."),
-    as_json_option,
-    quiet_option,
-    overwrite_option,
-    *reading_options(),
+    flags.AS_JSON,
+    flags.QUIET,
+    flags.OVERWRITE,
+    *flags.reading(),
     help="Train FILE for a short while to answer as its LoRA does (distillation).",
 )
 def refine(file: Path, base: Path, teacher: Path, data: tuple[Path, ...], output: Path, **given: Any) -> None:
@@ -59,7 +44,7 @@ def refine(file: Path, base: Path, teacher: Path, data: tuple[Path, ...], output
             data or None,
             output,
             progress=progress,
-            **chosen(given, Settings, RunOptions, ReadOptions),
+            **flags.chosen(given, Settings, RunOptions, ReadOptions),
         )
     if done.leads:
         if as_json:

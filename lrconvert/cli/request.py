@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lrconvert.cli.shared import chosen
+from lrconvert.cli import flags
 from lrconvert.formats.readers.shared.options import ReadOptions
 
 
@@ -28,6 +28,6 @@ class Request:
     @classmethod
     def of(cls, given: dict[str, Any]) -> Request:
         """Take the request out of what a command was `given`; what is left are options of the conversion."""
-        reading = chosen(given, ReadOptions)
+        reading = flags.chosen(given, ReadOptions)
         names = [field.name for field in fields(cls) if field.name != "reading"]
         return cls(reading=reading, **{name: given.pop(name, False) for name in names})

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import click
 
-from lrconvert.cli.shared import PATH, as_json_option, base_option, command, emit, output_option, overwrite_option
+from lrconvert.cli import flags
+from lrconvert.cli.printing import emit
 from lrconvert.core.errors import EXIT_REFUSED, printable
 
 
-@command(
+@flags.command(
     "validate",
-    click.Argument(["files"], nargs=-1, required=True, type=PATH),
-    base_option("Model folder or hub id; its names, shapes and contents are checked."),
-    as_json_option,
+    click.Argument(["files"], nargs=-1, required=True, type=flags.PATH),
+    flags.base("Model folder or hub id; its names, shapes and contents are checked."),
+    flags.AS_JSON,
 )
 def validate(files: tuple[Path, ...], base: Path | None, as_json: bool) -> None:
     """Check lrconvert files and input statistics; prints every finding and exits 1 if there is any."""
@@ -40,11 +41,11 @@ def validate(files: tuple[Path, ...], base: Path | None, as_json: bool) -> None:
         raise click.exceptions.Exit(EXIT_REFUSED)
 
 
-@command(
+@flags.command(
     "upgrade",
-    click.Argument(["path"], metavar="FILE", type=PATH),
-    output_option("The file to write."),
-    overwrite_option,
+    click.Argument(["path"], metavar="FILE", type=flags.PATH),
+    flags.output("The file to write."),
+    flags.OVERWRITE,
 )
 def upgrade(path: Path, output: Path, overwrite: bool) -> None:
     """Write an lrconvert FILE in the newest version of the format."""

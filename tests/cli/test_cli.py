@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ADAPTERS, BASES
 
-from lrconvert.cli.shared import ByteSize
+from lrconvert.cli.flags import ByteSize
 
 SOURCE = str(ADAPTERS / "llama-plain")
 

@@ -1,22 +1,15 @@
-"""What the commands have in common: sizes, options, output."""
+"""Options of commands: those that many have, and those that dataclasses declare."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import shlex
-import sys
 import typing
-from collections.abc import Callable, Collection, Iterator, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from lrconvert.core.errors import printable
-
-SCHEMA_VERSION = 1
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
 
@@ -36,23 +29,23 @@ class ByteSize(click.ParamType):  # type: ignore[type-arg,unused-ignore]
             self.fail(f"{value!r} is not a size; write 200KB, 1.5MiB or 4096", param, ctx)
 
 
-as_json_option = click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object instead of text.")
-overwrite_option = click.Option(["--overwrite"], is_flag=True, help="Replace the output if it exists.")
-quiet_option = click.Option(["-q", "--quiet"], is_flag=True, help="No progress bar, no report.")
-verbose_option = click.Option(["-v", "--verbose"], is_flag=True, help="One line per target.")
+AS_JSON = click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object instead of text.")
+OVERWRITE = click.Option(["--overwrite"], is_flag=True, help="Replace the output if it exists.")
+QUIET = click.Option(["-q", "--quiet"], is_flag=True, help="No progress bar, no report.")
+VERBOSE = click.Option(["-v", "--verbose"], is_flag=True, help="One line per target.")
 PATH = click.Path(path_type=Path)
 DATA_HELP = "Texts: .txt (running text) or .jsonl (`text`; `prompt` and `completion`; `text` and `label`); repeatable."
 
 
-def output_option(help: str, required: bool = True) -> click.Option:
+def output(help: str, required: bool = True) -> click.Option:
     return click.Option(["-o", "--output"], required=required, type=PATH, help=help)
 
 
-def base_option(help: str, required: bool = False) -> click.Option:
+def base(help: str, required: bool = False) -> click.Option:
     return click.Option(["--base"], required=required, type=PATH, help=help)
 
 
-def data_option(help: str = DATA_HELP, required: bool = False) -> click.Option:
+def data(help: str = DATA_HELP, required: bool = False) -> click.Option:
     return click.Option(["--data"], multiple=True, required=required, type=PATH, help=help)
 
 
@@ -68,7 +61,7 @@ def command(name: str, *params: click.Parameter, help: str = "") -> Callable[[Ca
 # --- options declared in dataclasses --------------------------------------------------------------------------------
 
 
-def options_of(*kinds: type[Any], skip: Collection[str] = (), **help: str) -> list[click.Option]:
+def of(*kinds: type[Any], skip: Collection[str] = (), **help: str) -> list[click.Option]:
     """Make a click option of every field of the dataclasses `kinds` that has a help text, but for those to `skip`.
     `help` replaces the text of a field. What a user does not give stays out of `chosen`: defaults are the dataclass's.
     """
@@ -131,13 +124,13 @@ def chosen(given: MutableMapping[str, Any], *kinds: type[Any]) -> dict[str, Any]
     return values
 
 
-def reading_options() -> list[click.Option]:
+def reading() -> list[click.Option]:
     """Return the options that say how adapters are read; `chosen(given, ReadOptions)` takes them."""
     from lrconvert.formats.readers.base import ids
     from lrconvert.formats.readers.shared.options import ReadOptions
 
     known = ", ".join(ids())
-    return options_of(ReadOptions, layout=f"The layout of the source, whatever it looks like: {known}.")
+    return of(ReadOptions, layout=f"The layout of the source, whatever it looks like: {known}.")
 
 
 def device_of(name: str) -> str:
@@ -154,38 +147,3 @@ def device_of(name: str) -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def emit(value: dict[str, Any]) -> None:
-    click.echo(json.dumps({"schema": SCHEMA_VERSION, **value}, indent=1))
-
-
-def warn(warnings: typing.Iterable[str]) -> None:
-    for line in warnings:
-        click.echo(f"warning: {printable(line, 1000)}", err=True)
-
-
-@contextmanager
-def progress_bar(title: str, quiet: bool) -> Iterator[Callable[[float, str], None]]:
-    """A progress callback drawn by tqdm on stderr; silent when quiet or not on a terminal."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda fraction, text: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=100, desc=title, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
-
-        def update(fraction: float, text: str) -> None:
-            bar.set_postfix_str(text[-40:], refresh=False)
-            bar.update(min(int(100 * fraction), 100) - bar.n)
-
-        yield update
-
-
-def command_line() -> str:
-    """Return the command as the user typed it, without private folders: hub ids, and only the last part of each
-    path."""
-    from lrconvert.io import hub
-
-    words = [hub.hint(w) if "/" in w else w for w in sys.argv[1:]]
-    return shlex.join(["lrconvert", *words])
