@@ -42,7 +42,8 @@ sys.path.insert(0, str(cells.ROOT / "tests"))
 from peers import make
 
 from lrconvert.core.dtypes import round_to
-from lrconvert.io.container import encode_header, open_checkpoint
+from lrconvert.io.checkpoint import open_checkpoint
+from lrconvert.io.container import encode_header
 
 PEERS = cells.ROOT / "tests" / "peers"
 HIDDEN, INNER, KV, VOCABULARY, RANK = 4096, 14336, 1024, 128256, 16

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from lrconvert.core.dtypes import TORCH_NAMES, Stored, round_to
-from lrconvert.io.container import ContainerFile, encode_header, open_checkpoint
+from lrconvert.io.checkpoint import open_checkpoint
+from lrconvert.io.container import ContainerFile, encode_header
 from lrconvert.lora.adapter import CompactAdapter, ExtraTensor, LoraAdapter, LoraTarget, Target
 from lrconvert.lora.base_weights import BaseWeights
 from lrconvert.methods import base as methods

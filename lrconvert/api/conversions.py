@@ -21,7 +21,7 @@ from lrconvert.core.options import make, take
 from lrconvert.formats import loading
 from lrconvert.formats.lrc import file
 from lrconvert.io import hub
-from lrconvert.io.container import KnownContent
+from lrconvert.io.checkpoint import KnownContent
 from lrconvert.io.durable import check_output, delete_leftover
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 from lrconvert.lora.input_statistics import InputStatistics

@@ -12,7 +12,7 @@ import numpy as np
 
 from lrconvert.core.dtypes import F64, STORAGE, Stored, decode, round_to
 from lrconvert.core.errors import OptionError
-from lrconvert.io.container import Checkpoint
+from lrconvert.io.checkpoint import Checkpoint
 from lrconvert.lora import svd
 from lrconvert.lora.adapter import LoraAdapter, LoraTarget, Target
 from lrconvert.lora.base_weights import BaseWeights

@@ -16,7 +16,7 @@ from lrconvert.convert.convert import Conversion, PreparedSource, Progress, conv
 from lrconvert.convert.options import CompressOptions, ConvertOptions
 from lrconvert.core.errors import BudgetError, LrcError, OptionError
 from lrconvert.formats.fidelity import Answers, Fidelity
-from lrconvert.io.container import KnownContent, is_without_weights, open_checkpoint
+from lrconvert.io.checkpoint import KnownContent, is_without_weights, open_checkpoint
 from lrconvert.lora.adapter import LoraAdapter
 from lrconvert.methods import base as methods
 

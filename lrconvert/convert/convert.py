@@ -21,7 +21,7 @@ from lrconvert.formats.fidelity import Fidelity
 from lrconvert.formats.fidelity import fidelity as measure_fidelity
 from lrconvert.formats.lrc import file
 from lrconvert.io import hub, strictjson
-from lrconvert.io.container import KnownContent, is_without_weights, open_checkpoint
+from lrconvert.io.checkpoint import KnownContent, is_without_weights, open_checkpoint
 from lrconvert.lora import base_names
 from lrconvert.lora.adapter import CompactAdapter, ExtraTensor, LoraAdapter, Provenance, Target
 from lrconvert.lora.base_names import name_filter

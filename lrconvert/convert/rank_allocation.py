@@ -21,7 +21,7 @@ from lrconvert.convert.convert import Conversion, Progress, convert
 from lrconvert.convert.options import AllocateOptions, ConvertOptions
 from lrconvert.core.dtypes import F64, Array, Stored
 from lrconvert.core.errors import BudgetError, OptionError
-from lrconvert.io.container import KnownContent
+from lrconvert.io.checkpoint import KnownContent
 from lrconvert.lora import svd
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter, LoraTarget, Target
 from lrconvert.methods import lowrank

@@ -13,7 +13,7 @@ import numpy as np
 from lrconvert.core.dtypes import Array, Stored
 from lrconvert.core.errors import BaseError, EmptyAdapterError, OptionError
 from lrconvert.formats.lrc import file
-from lrconvert.io.container import open_checkpoint
+from lrconvert.io.checkpoint import open_checkpoint
 from lrconvert.lora import svd
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter, LoraTarget, Target
 from lrconvert.lora.base_weights import BaseWeights

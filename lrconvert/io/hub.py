@@ -20,7 +20,8 @@ from pathlib import Path, PurePosixPath
 
 from lrconvert.core.errors import FileKindError, FileReadError, LrcError, OutputPathError, ShardPathError
 from lrconvert.core.limits import MAX_INDEX_BYTES
-from lrconvert.io.container import INDEX_NAME, read_json, read_small
+from lrconvert.io.checkpoint import INDEX_NAME
+from lrconvert.io.container import read_json, read_small
 
 AnyPath = str | os.PathLike[str]
 

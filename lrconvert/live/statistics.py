@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lrconvert.io.container import open_checkpoint
+from lrconvert.io.checkpoint import open_checkpoint
 from lrconvert.io.durable import check_output, delete_leftover
 from lrconvert.live import collect_statistics, collector, compare_outputs, load_model, texts
 from lrconvert.live.attached_adapter import Adapter, targets_of

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lrconvert.core.errors import BaseError, LrcError, OptionError, OrientationError, ShapeError
-from lrconvert.io.container import Checkpoint
+from lrconvert.io.checkpoint import Checkpoint
 from lrconvert.lora import renamings
 from lrconvert.lora.adapter import MATRIX, TRANSPOSED, CompactAdapter, LoraAdapter, Target, View
 

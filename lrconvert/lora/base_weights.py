@@ -8,7 +8,8 @@ import numpy as np
 
 from lrconvert.core.dtypes import FLOATS, STORAGE, Array, decode
 from lrconvert.core.errors import BaseError, QuantizedBaseError
-from lrconvert.io.container import Checkpoint, TensorInfo
+from lrconvert.io.checkpoint import Checkpoint
+from lrconvert.io.container import TensorInfo
 from lrconvert.lora import base_names
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter, Target
 

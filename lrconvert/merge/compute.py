@@ -13,7 +13,8 @@ import numpy as np
 from lrconvert.core.dtypes import F64, STORAGE, Array
 from lrconvert.core.errors import LimitError, LrcError
 from lrconvert.core.limits import BLOCK_BYTES, MAX_RATIONAL
-from lrconvert.io.container import Checkpoint, TensorInfo
+from lrconvert.io.checkpoint import Checkpoint
+from lrconvert.io.container import TensorInfo
 from lrconvert.merge.arithmetic import base_dependent, dora
 from lrconvert.merge.arithmetic.exact import Term, Update
 from lrconvert.merge.arithmetic.rounding import bits

@@ -11,7 +11,8 @@ from typing import Protocol
 import numpy as np
 
 from lrconvert.core.dtypes import Array
-from lrconvert.io.container import Checkpoint, ContainerFile, TensorInfo, open_regular, pread, tensor_digest
+from lrconvert.io.checkpoint import Checkpoint
+from lrconvert.io.container import ContainerFile, TensorInfo, open_regular, pread, tensor_digest
 from lrconvert.io.durable import Buffer, Writer
 
 _CHUNK = 1 << 23

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lrconvert.core import errors
-from lrconvert.io.container import Checkpoint
+from lrconvert.io.checkpoint import Checkpoint
 from lrconvert.lora.adapter import LoraAdapter
 from lrconvert.merge.arithmetic.stats import MergeStats
 from lrconvert.merge.arithmetic.workspace import Workspace

@@ -21,15 +21,8 @@ from lrconvert.core.dtypes import F32, STORAGE, Array, decode, round_to
 from lrconvert.core.errors import LrcError, QuantizedBaseError
 from lrconvert.core.limits import FOREIGN, MAX_DIM
 from lrconvert.io import fields, strictjson
-from lrconvert.io.container import (
-    Appendable,
-    Checkpoint,
-    ContainerFile,
-    TensorInfo,
-    encode_header,
-    open_checkpoint,
-    quantization_name,
-)
+from lrconvert.io.checkpoint import Checkpoint, open_checkpoint, quantization_name
+from lrconvert.io.container import Appendable, ContainerFile, TensorInfo, encode_header
 from lrconvert.merge.hashing import chunks
 
 DTYPE = "BF16"

@@ -9,7 +9,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from lrconvert.core.errors import BaseError, FingerprintError, LrcError, OptionError
-from lrconvert.io.container import Checkpoint, TensorInfo, combined_digest, open_checkpoint, unfinished
+from lrconvert.io.checkpoint import Checkpoint, open_checkpoint, unfinished
+from lrconvert.io.container import TensorInfo, combined_digest
 from lrconvert.io.durable import StagedDirectory, atomic_directory, check_output, require_space
 from lrconvert.merge.arithmetic.workspace import Workspace
 from lrconvert.merge.hashing import stored_digest

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from lrconvert.core.dtypes import STORAGE, Array
-from lrconvert.io.container import Checkpoint, TensorInfo, open_checkpoint
+from lrconvert.io.checkpoint import Checkpoint, open_checkpoint
+from lrconvert.io.container import TensorInfo
 from lrconvert.merge.arithmetic.rounding import bits
 from lrconvert.merge.arithmetic.workspace import Workspace
 from lrconvert.merge.compute import Computer, read_rows

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from lrconvert.core.errors import BaseError, StatisticsError
 from lrconvert.formats.fidelity import target_key
-from lrconvert.io.container import open_checkpoint
+from lrconvert.io.checkpoint import open_checkpoint
 from lrconvert.live import collect_statistics, statistics
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 from lrconvert.lora.base_weights import BaseWeights

@@ -30,7 +30,7 @@ from lrconvert.core.dtypes import F64, Array
 from lrconvert.core.errors import OptionError
 from lrconvert.formats import fidelity
 from lrconvert.formats.lrc import file
-from lrconvert.io.container import KnownContent
+from lrconvert.io.checkpoint import KnownContent
 from lrconvert.live import attach
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 from lrconvert.methods.base import FitContext

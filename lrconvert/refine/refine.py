@@ -12,7 +12,7 @@ from torch import nn
 from lrconvert.core.errors import FingerprintError, OptionError, OutputExistsError
 from lrconvert.formats import fidelity
 from lrconvert.formats.fidelity import Answers
-from lrconvert.io.container import open_checkpoint
+from lrconvert.io.checkpoint import open_checkpoint
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 from lrconvert.methods import base as methods
 from lrconvert.refine import distributed, layerwise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lrconvert.io.container import INDEX_NAME
+from lrconvert.io.checkpoint import INDEX_NAME
 from lrconvert.testing import lazy
 from lrconvert.testing.raw_files import spelled, with_header
 

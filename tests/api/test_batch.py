@@ -22,7 +22,8 @@ from lrconvert import api
 from lrconvert.api.batch import pool, request, sources, worker
 from lrconvert.api.batch.run import Batch
 from lrconvert.core import errors
-from lrconvert.io import container
+from lrconvert.io import checkpoint
+from lrconvert.io.checkpoint import open_checkpoint
 from lrconvert.lora import statistics_file
 
 OPTIONS: dict[str, Any] = {"bits": "4"}
@@ -152,9 +153,9 @@ def test_a_base_is_digested_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(pool, "run", lambda asked, count, told: jobs.extend(asked) or [{"state": "done"}] * len(asked))
     lrconvert.convert_many(tmp_path / "zoo", tmp_path / "out", "lowrank", base=base, **OPTIONS)
     digested: list[str] = []
-    taken = container.tensor_digest
-    monkeypatch.setattr(container, "tensor_digest", lambda name, *rest: digested.append(name) or taken(name, *rest))
-    with container.open_checkpoint(base) as opened:
+    taken = checkpoint.tensor_digest
+    monkeypatch.setattr(checkpoint, "tensor_digest", lambda name, *rest: digested.append(name) or taken(name, *rest))
+    with open_checkpoint(base) as opened:
         whole, names = opened.content_digest(), set(opened.tensors)
     assert set(digested) == names
     digested.clear()

@@ -21,6 +21,7 @@ from lrconvert.cli import cli
 from lrconvert.core.errors import JsonSyntaxError, LrcError, OptionError, PatternError, PickleError, UnknownLayoutError
 from lrconvert.formats.compat import base, peft
 from lrconvert.formats.compat.shared import rules
+from lrconvert.io.checkpoint import Checkpoint
 
 LLAMA = BASES / "tiny-llama"
 PEFT_READERS = ("peft", "vllm", "sglang", "llamacpp")
@@ -289,7 +290,7 @@ def test_nothing_is_read_but_headers(tmp_path, monkeypatch):
         raise AssertionError("a tensor was read")
 
     monkeypatch.setattr(container.ContainerFile, "read", refuse)
-    monkeypatch.setattr(container.Checkpoint, "read", refuse)
+    monkeypatch.setattr(Checkpoint, "read", refuse)
     lrconvert.check(folder, base=LLAMA)
 
 

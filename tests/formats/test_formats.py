@@ -35,7 +35,7 @@ from lrconvert.core import errors, limits
 from lrconvert.formats.lrc import file, validation
 from lrconvert.formats.lrc import manifest as manifest_module
 from lrconvert.formats.readers.base import load
-from lrconvert.io.container import open_checkpoint
+from lrconvert.io.checkpoint import open_checkpoint
 from lrconvert.lora import packing
 from lrconvert.lora.adapter import TRANSPOSED, CompactAdapter, ExtraTensor, LoraAdapter, Provenance, Target, View
 from lrconvert.lora.base_weights import BaseWeights

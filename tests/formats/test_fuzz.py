@@ -26,7 +26,7 @@ from lrconvert import api, testing
 from lrconvert.core import errors
 from lrconvert.formats.lrc import file
 from lrconvert.formats.lrc.validation import validate
-from lrconvert.io import container
+from lrconvert.io.checkpoint import INDEX_NAME, open_checkpoint
 from lrconvert.methods import base as methods
 from lrconvert.testing import json_trees
 from lrconvert.testing.peft import CONFIG_NAME, WEIGHTS_NAME
@@ -200,16 +200,16 @@ def test_shard_indexes(examples: int, tmp_path: Path) -> None:
         count += 1
         good = data.draw(testing.shard_indexes())
         folder = tmp_path / str(count)  # files of earlier examples must not be there
-        for files in (good, mutated(data, good, container.INDEX_NAME)):
+        for files in (good, mutated(data, good, INDEX_NAME)):
             write_files(folder, files)
             try:
-                with container.open_checkpoint(folder) as base:
+                with open_checkpoint(folder) as base:
                     ours = {t.name: (t.file.name, bytes(base.read(t))) for t in base.tensors.values()}
             except errors.LrcError as error:
                 assert files is not good, error
                 assert str(error).isprintable() and str(folder) in str(error)
                 continue
-            index = json.loads(files[container.INDEX_NAME])
+            index = json.loads(files[INDEX_NAME])
             stored = {shard: dict(container_tensors(files[shard])) for shard in set(index["weight_map"].values())}
             assert ours == {name: (shard, stored[shard][name][2]) for name, shard in index["weight_map"].items()}
 

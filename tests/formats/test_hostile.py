@@ -32,6 +32,7 @@ from lrconvert.core.limits import FOREIGN, MAX_CONFIG_BYTES, MAX_INDEX_BYTES, MA
 from lrconvert.formats.lrc import file
 from lrconvert.formats.lrc.validation import validate
 from lrconvert.io import container
+from lrconvert.io.checkpoint import INDEX_NAME, SINGLE_NAME, open_checkpoint
 from lrconvert.testing.raw_files import spelled, with_header
 
 CASES = {case.path: case for case in hostile.cases()}
@@ -183,7 +184,7 @@ def readings(case: Any, path: Path, folder: Path) -> list[Reading]:
     if case.reads == "lora":
         return [Reading("load", path, lambda: api.load(path))]
     if case.reads == "base":
-        return [Reading("open", path, lambda: container.open_checkpoint(path).__exit__(None, None, None))]
+        return [Reading("open", path, lambda: open_checkpoint(path).__exit__(None, None, None))]
     if case.reads == "merge":
         adapter = path / "adapter" if (path / "adapter").exists() else path / "adapter.lrc"
         return [Reading("merge", path, lambda: api.merge(path / "base", adapter, folder / "out"))]
@@ -193,7 +194,7 @@ def readings(case: Any, path: Path, folder: Path) -> list[Reading]:
     return [
         Reading("read", path, lambda: api.read(path)),
         Reading("lora", lora, lambda: api.load_lora(lora)),
-        Reading("base", base, lambda: container.open_checkpoint(base)),
+        Reading("base", base, lambda: open_checkpoint(base)),
     ]
 
 
@@ -302,7 +303,7 @@ def plain_folders(root: Path) -> dict[str, Path]:
 def read_all(made: dict[str, Path]) -> None:
     api.read(made["file"])
     api.load_lora(made["lora"])
-    with container.open_checkpoint(made["base"]):
+    with open_checkpoint(made["base"]):
         pass
 
 
@@ -387,15 +388,15 @@ def test_giant_texts_are_not_read(which: str, inner: str, size: int, tmp_path: P
     made = plain_folders(tmp_path)
     sparse(made[which] / inner, b"{", size + 1)
     with watched() as seen, pytest.raises(errors.LimitError):
-        api.load_lora(made["lora"]) if which == "lora" else container.open_checkpoint(made["base"])
+        api.load_lora(made["lora"]) if which == "lora" else open_checkpoint(made["base"])
     assert seen.nbytes < 1000 and seen.peak < 1 << 20
 
 
 def test_shards_are_counted_before_any_is_opened(tmp_path: Path) -> None:
     weight_map = {f"t{n}": f"m{n}.safetensors" for n in range(MAX_SHARDS + 1)}
-    (tmp_path / container.INDEX_NAME).write_bytes(spelled({"weight_map": weight_map}))
+    (tmp_path / INDEX_NAME).write_bytes(spelled({"weight_map": weight_map}))
     with watched() as seen, pytest.raises(errors.LimitError, match="10001 shards"):
-        container.open_checkpoint(tmp_path)
+        open_checkpoint(tmp_path)
     assert seen.calls == 1
 
 
@@ -514,14 +515,14 @@ def test_links_that_leave_the_folder(tmp_path: Path) -> None:
     outside.write_bytes(hostile.tensors(a=hostile.zeros(2)))
     for n, files in enumerate((hostile.sharded({"a": "m.safetensors"}), {})):
         root = write_files(tmp_path / str(n), files)
-        (root / ("m.safetensors" if files else container.SINGLE_NAME)).symlink_to(outside)
+        (root / ("m.safetensors" if files else SINGLE_NAME)).symlink_to(outside)
         with watched() as seen, pytest.raises(errors.ShardPathError) as caught:
-            container.open_checkpoint(root)
+            open_checkpoint(root)
         check_message(caught.value, root)
         assert not [p for _, p in seen.named("open") if "outside" in p]
-    real = write_files(tmp_path / "real", {container.SINGLE_NAME: outside.read_bytes()})
+    real = write_files(tmp_path / "real", {SINGLE_NAME: outside.read_bytes()})
     (tmp_path / "alias").symlink_to(real)  # the user's own: given, not found in a file
-    with container.open_checkpoint(tmp_path / "alias") as base:
+    with open_checkpoint(tmp_path / "alias") as base:
         assert set(base.tensors) == {"a"}
 
 
@@ -534,7 +535,7 @@ def test_links_out_of_the_folder_are_not_copied(tmp_path: Path) -> None:
     report = api.merge(made["base"], made["lora"], tmp_path / "out")
     assert set(report.left_out) == {"tokenizer.json", "vocab/"}
     written = [name for name in sorted(tree(tmp_path / "out")) if not name.startswith(".lrconvert/")]
-    assert written == ["config.json", "m.safetensors", container.INDEX_NAME]
+    assert written == ["config.json", "m.safetensors", INDEX_NAME]
 
 
 # --- H28: the network -----------------------------------------------------------------------------------------------

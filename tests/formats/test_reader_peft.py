@@ -18,7 +18,7 @@ from conftest import ADAPTERS, BASES
 from lrconvert.core import errors
 from lrconvert.formats.readers.base import load
 from lrconvert.formats.readers.peft import config, patterns
-from lrconvert.io.container import open_checkpoint
+from lrconvert.io.checkpoint import open_checkpoint
 from lrconvert.lora import base_names
 
 READ = {

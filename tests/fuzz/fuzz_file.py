@@ -33,7 +33,8 @@ with atheris.instrument_imports(include=["lrconvert"]) if atheris else contextli
     from lrconvert.core.errors import LrcError
     from lrconvert.formats.lrc import file, validation
     from lrconvert.formats.readers import base as readers
-    from lrconvert.io.container import INDEX_NAME, ContainerFile, open_checkpoint
+    from lrconvert.io.checkpoint import INDEX_NAME, open_checkpoint
+    from lrconvert.io.container import ContainerFile
     from lrconvert.lora.adapter import LoraAdapter
     from lrconvert.methods import base as methods
     from lrconvert.testing import layouts

@@ -18,6 +18,7 @@ from lrconvert import testing
 from lrconvert.core import errors, limits
 from lrconvert.core.limits import FOREIGN
 from lrconvert.io import container
+from lrconvert.io.checkpoint import INDEX_NAME, SINGLE_NAME, open_checkpoint
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "I64": np.int64, "U8": np.uint8}
 
@@ -134,13 +135,13 @@ def test_a_header_may_be_as_long_as_a_magic_number(length, tmp_path):
 
 def test_names_that_lead_nowhere_are_not_overlooked(tmp_path):
     """A dangling config.json or index is an error and not a model without one."""
-    (tmp_path / container.SINGLE_NAME).write_bytes(safetensors.numpy.save({"a": np.ones(1, np.float32)}))
-    for name in ("config.json", container.INDEX_NAME):
+    (tmp_path / SINGLE_NAME).write_bytes(safetensors.numpy.save({"a": np.ones(1, np.float32)}))
+    for name in ("config.json", INDEX_NAME):
         (tmp_path / name).symlink_to("nowhere")
         with pytest.raises(errors.FileKindError):
-            container.open_checkpoint(tmp_path)
+            open_checkpoint(tmp_path)
         (tmp_path / name).unlink()
-    with container.open_checkpoint(tmp_path) as base:
+    with open_checkpoint(tmp_path) as base:
         assert set(base.tensors) == {"a"}
 
 
@@ -216,7 +217,7 @@ def test_a_shrinking_file_is_an_error(tmp_path):
 def sharded(folder, index: dict, shards: dict[str, dict[str, np.ndarray]]):
     for name, values in shards.items():
         (folder / name).write_bytes(safetensors.numpy.save(values))
-    (folder / container.INDEX_NAME).write_text(json.dumps(index))
+    (folder / INDEX_NAME).write_text(json.dumps(index))
 
 
 def test_sharded_checkpoint(tmp_path):
@@ -226,12 +227,12 @@ def test_sharded_checkpoint(tmp_path):
         {"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}},
         {"m-1.safetensors": {"a": a}, "m-2.safetensors": {"b": b}},
     )
-    with container.open_checkpoint(tmp_path) as base:
+    with open_checkpoint(tmp_path) as base:
         assert set(base.tensors) == {"a", "b"}
         digest = base.content_digest()
     (tmp_path / "one").mkdir()
-    (tmp_path / "one" / container.SINGLE_NAME).write_bytes(safetensors.numpy.save({"b": b, "a": a}))
-    with container.open_checkpoint(tmp_path / "one") as base:
+    (tmp_path / "one" / SINGLE_NAME).write_bytes(safetensors.numpy.save({"b": b, "a": a}))
+    with open_checkpoint(tmp_path / "one") as base:
         assert base.content_digest() == digest, "sharding must not change the digest"
 
 
@@ -257,7 +258,7 @@ def test_hostile_index(weight_map, error, tmp_path):
     outside.write_bytes((root / "m.safetensors").read_bytes())
     (root / "link.safetensors").symlink_to(outside)
     with pytest.raises(error):
-        container.open_checkpoint(root)
+        open_checkpoint(root)
 
 
 def test_hub_cache_links_are_followed_inside_the_cache(tmp_path):
@@ -265,19 +266,19 @@ def test_hub_cache_links_are_followed_inside_the_cache(tmp_path):
     blobs.mkdir()
     snapshot.mkdir(parents=True)
     (blobs / "123").write_bytes(safetensors.numpy.save({"a": np.ones(1, np.float32)}))
-    (snapshot / container.SINGLE_NAME).symlink_to(blobs / "123")
-    with container.open_checkpoint(snapshot) as base:
+    (snapshot / SINGLE_NAME).symlink_to(blobs / "123")
+    with open_checkpoint(snapshot) as base:
         assert set(base.tensors) == {"a"}
 
 
 def test_quantized_and_pickled_bases_are_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
     with pytest.raises(errors.QuantizedBaseError, match="unquantized parent"):
-        container.open_checkpoint(tmp_path)
+        open_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80")
     with pytest.raises(errors.PickleError, match="save_pretrained"):
-        container.open_checkpoint(tmp_path)
+        open_checkpoint(tmp_path)
 
 
 def test_limits_are_checked_before_reading(tmp_path):

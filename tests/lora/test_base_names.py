@@ -14,7 +14,8 @@ import pytest
 
 from lrconvert.core.dtypes import Stored
 from lrconvert.core.errors import BaseError, OrientationError
-from lrconvert.io.container import encode_header, open_checkpoint
+from lrconvert.io.checkpoint import open_checkpoint
+from lrconvert.io.container import encode_header
 from lrconvert.lora import base_names, renamings
 from lrconvert.lora.adapter import MATRIX, TRANSPOSED, LoraAdapter, LoraTarget, Target, View
 

@@ -26,7 +26,7 @@ from models import random_base
 from lrconvert import api
 from lrconvert.api import merge, verify
 from lrconvert.core.errors import DurabilityError, LrcError, UnfinishedError
-from lrconvert.io.container import JOURNAL
+from lrconvert.io.checkpoint import JOURNAL
 from lrconvert.merge import recover
 from lrconvert.testing import faults
 

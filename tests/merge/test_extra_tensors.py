@@ -31,7 +31,8 @@ from lrconvert import api
 from lrconvert.api import merge
 from lrconvert.core.dtypes import STORAGE, TORCH_NAMES, Stored
 from lrconvert.core.errors import NoEffectError, PlacementError
-from lrconvert.io.container import ContainerFile, open_checkpoint
+from lrconvert.io.checkpoint import open_checkpoint
+from lrconvert.io.container import ContainerFile
 from lrconvert.lora import renamings
 from lrconvert.lora.adapter import ExtraTensor, LoraAdapter, Provenance, Target
 from lrconvert.merge.arithmetic import exact

@@ -25,7 +25,7 @@ from lrconvert.api import merge, unmerge, verify
 from lrconvert.core import errors
 from lrconvert.core.dtypes import Stored
 from lrconvert.io import durable
-from lrconvert.io.container import JOURNAL, READY_NAME, open_checkpoint
+from lrconvert.io.checkpoint import JOURNAL, READY_NAME, open_checkpoint
 from lrconvert.lora.adapter import LoraAdapter, Target, View
 from lrconvert.merge import Scaled, recover
 from lrconvert.merge.in_place.model_folder import PATCH, SAME, SWAP, ModelFolder

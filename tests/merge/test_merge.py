@@ -20,7 +20,8 @@ from lrconvert import api
 from lrconvert.api import merge
 from lrconvert.core import errors
 from lrconvert.core.dtypes import Stored, decode, round_to
-from lrconvert.io.container import ContainerFile, encode_header, open_checkpoint
+from lrconvert.io.checkpoint import open_checkpoint
+from lrconvert.io.container import ContainerFile, encode_header
 from lrconvert.lora import base_names
 from lrconvert.lora.adapter import LoraAdapter, Target, View
 from lrconvert.merge import MergeReport, compute

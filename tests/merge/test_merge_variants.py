@@ -21,7 +21,7 @@ from lrconvert.api import merge, unmerge, verify
 from lrconvert.convert.bake_dora import bake_dora
 from lrconvert.core.dtypes import Stored, decode, round_to
 from lrconvert.core.errors import LrcError
-from lrconvert.io.container import open_checkpoint
+from lrconvert.io.checkpoint import open_checkpoint
 from lrconvert.lora import base_names
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's

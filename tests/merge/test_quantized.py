@@ -20,7 +20,7 @@ from lrconvert import api
 from lrconvert.api import merge, unmerge, verify
 from lrconvert.core.dtypes import STORAGE, Stored, decode, round_to
 from lrconvert.core.errors import LrcError, QuantizedBaseError
-from lrconvert.io.container import open_checkpoint
+from lrconvert.io.checkpoint import open_checkpoint
 from lrconvert.lora.adapter import LoraAdapter, Target
 from lrconvert.merge import quantized_base
 from lrconvert.merge.quantized_base import open_base

@@ -24,7 +24,7 @@ from lrconvert.api import merge, unmerge, verify
 from lrconvert.core import errors
 from lrconvert.core.dtypes import Stored, round_to
 from lrconvert.formats.readers import base as readers
-from lrconvert.io.container import open_checkpoint
+from lrconvert.io.checkpoint import open_checkpoint
 from lrconvert.live import attach
 from lrconvert.lora.adapter import TRANSPOSED, CompactAdapter, LoraAdapter, Target, View
 from lrconvert.lora.base_weights import BaseWeights

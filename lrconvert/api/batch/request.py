@@ -22,7 +22,7 @@ from lrconvert.convert.options import AllocateOptions, CompressOptions, ConvertO
 from lrconvert.core.errors import FileChangedError, FileReadError, LrcError
 from lrconvert.formats.lrc import file
 from lrconvert.formats.model_card import CARD
-from lrconvert.io.container import KnownContent, open_checkpoint
+from lrconvert.io.checkpoint import KnownContent, open_checkpoint
 from lrconvert.lora.adapter import CompactAdapter
 from lrconvert.methods import base as methods
 

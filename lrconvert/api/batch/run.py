@@ -17,7 +17,7 @@ from lrconvert.core.options import option, take
 from lrconvert.formats.lrc import file
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.io import hub
-from lrconvert.io.container import KnownContent
+from lrconvert.io.checkpoint import KnownContent
 
 State = Literal["done", "skipped", "failed"]
 Verb = Literal["convert", "compress", "allocate"]

@@ -22,7 +22,7 @@ from lrconvert.api.batch import request
 from lrconvert.convert.convert import Conversion
 from lrconvert.core.errors import LrcError, OutputExistsError, WorkerError
 from lrconvert.formats.lrc import file
-from lrconvert.io.container import KnownContent
+from lrconvert.io.checkpoint import KnownContent
 from lrconvert.io.durable import check_output, make_folder
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 from lrconvert.report import text_and_json

@@ -18,7 +18,8 @@ from lrconvert.formats.exporters.shared.files import json_file
 from lrconvert.formats.fidelity import Fidelity
 from lrconvert.formats.model_card import model_card, sidecar
 from lrconvert.io import hub
-from lrconvert.io.container import PIPELINE_NAME, read_json
+from lrconvert.io.checkpoint import PIPELINE_NAME
+from lrconvert.io.container import read_json
 from lrconvert.lora.adapter import CompactAdapter
 
 Files = Mapping[str, Iterable[bytes]]

@@ -10,7 +10,7 @@ from typing import Any
 
 from lrconvert.core.errors import FingerprintError, LrcError
 from lrconvert.formats.lrc import file
-from lrconvert.io.container import open_checkpoint
+from lrconvert.io.checkpoint import open_checkpoint
 from lrconvert.lora.adapter import CompactAdapter
 
 LEVELS = ("structure", "semantics", "values", "base")

@@ -23,7 +23,8 @@ from lrconvert.formats.readers.shared.naming import Component
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.formats.readers.shared.pairs import Labels, Parts
 from lrconvert.formats.readers.shared.weights import Weights, load_finite, load_finite_extra, open_weights
-from lrconvert.io.container import config_text, read_json
+from lrconvert.io.checkpoint import config_text
+from lrconvert.io.container import read_json
 from lrconvert.lora.adapter import MATRIX, TRANSPOSED, ExtraTensor, LoraAdapter, LoraTarget, Target
 from lrconvert.lora.base_names import EMBEDDINGS
 

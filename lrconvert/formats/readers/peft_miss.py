@@ -27,7 +27,8 @@ from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.formats.readers.shared.pairs import sort_extras
 from lrconvert.formats.readers.shared.weights import Weights, load_extra, load_finite, open_weights, source_digest
 from lrconvert.io import fields
-from lrconvert.io.container import Checkpoint, ContainerFile, TensorInfo, open_checkpoint, read_json
+from lrconvert.io.checkpoint import Checkpoint, open_checkpoint
+from lrconvert.io.container import ContainerFile, TensorInfo, read_json
 from lrconvert.io.fields import Check
 from lrconvert.lora import packing
 from lrconvert.lora.adapter import MATRIX, CompactAdapter, ExtraTensor, Provenance, Target

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lrconvert.core.errors import DigestError, DurabilityError, UndoError
-from lrconvert.io.container import Checkpoint, ContainerFile
+from lrconvert.io.checkpoint import Checkpoint
+from lrconvert.io.container import ContainerFile
 from lrconvert.io.durable import CONTENT, discard, install, sync_folder
 from lrconvert.merge.arithmetic.workspace import Workspace
 from lrconvert.merge.hashing import stored_digest

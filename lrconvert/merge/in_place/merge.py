@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from lrconvert.core.errors import FileChangedError, LrcError, OptionError, UnfinishedError
-from lrconvert.io.container import open_checkpoint, tensor_hasher, unfinished
+from lrconvert.io.checkpoint import open_checkpoint, unfinished
+from lrconvert.io.container import tensor_hasher
 from lrconvert.io.durable import Work, Writer, install, locked, require_space
 from lrconvert.merge.arithmetic.workspace import Workspace
 from lrconvert.merge.background_writer import BackgroundWriter

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple
 
 from lrconvert.core.errors import FileWriteError, LrcError, OutputPathError, UndoError
 from lrconvert.io import fields
-from lrconvert.io.container import JOURNAL, READY_NAME
+from lrconvert.io.checkpoint import JOURNAL, READY_NAME
 from lrconvert.io.durable import (
     CONTENT,
     File,

@@ -12,15 +12,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from lrconvert.core.limits import FOREIGN, MAX_INDEX_BYTES
-from lrconvert.io.container import (
-    INDEX_NAME,
-    Appendable,
-    Checkpoint,
-    ContainerFile,
-    TensorInfo,
-    parse_header,
-    read_json,
-)
+from lrconvert.io.checkpoint import INDEX_NAME, Checkpoint
+from lrconvert.io.container import Appendable, ContainerFile, TensorInfo, parse_header, read_json
 from lrconvert.io.durable import Buffer
 from lrconvert.merge.arithmetic.workspace import Workspace
 from lrconvert.merge.in_place.commit import Commit

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lrconvert.core.errors import FileKindError
-from lrconvert.io.container import JOURNAL
+from lrconvert.io.checkpoint import JOURNAL
 from lrconvert.io.durable import clean_up, leftovers, locked
 from lrconvert.merge.in_place import commit
 from lrconvert.merge.in_place.model_folder import ModelFolder

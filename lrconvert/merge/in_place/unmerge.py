@@ -11,7 +11,8 @@ from pathlib import Path
 
 from lrconvert.core.dtypes import Array
 from lrconvert.core.errors import LrcError, UndoError
-from lrconvert.io.container import INDEX_NAME, Checkpoint, TensorInfo, open_checkpoint, unfinished
+from lrconvert.io.checkpoint import INDEX_NAME, Checkpoint, open_checkpoint, unfinished
+from lrconvert.io.container import TensorInfo
 from lrconvert.io.durable import Work, locked, require_space
 from lrconvert.merge.arithmetic.workspace import Workspace
 from lrconvert.merge.in_place.commit import Commit, open_commit, recover

@@ -17,7 +17,8 @@ import numpy as np
 
 from lrconvert.core.dtypes import FLOATS, STORAGE, decode, round_to
 from lrconvert.core.errors import PlacementError
-from lrconvert.io.container import Checkpoint, TensorInfo
+from lrconvert.io.checkpoint import Checkpoint
+from lrconvert.io.container import TensorInfo
 from lrconvert.lora import base_names
 from lrconvert.lora.adapter import ExtraTensor, LoraAdapter, LoraTarget
 from lrconvert.merge.plan.updates import Adapter, decoded, targets_of

@@ -14,17 +14,8 @@ import numpy as np
 from lrconvert.core.dtypes import FLOATS, STORAGE, Array
 from lrconvert.core.errors import BaseError, FingerprintError, LrcError, OptionError, PlacementError, QuantizedBaseError
 from lrconvert.core.limits import MAX_INDEX_BYTES
-from lrconvert.io.container import (
-    INDEX_NAME,
-    JOURNAL,
-    SINGLE_NAME,
-    Checkpoint,
-    ContainerFile,
-    TensorInfo,
-    contained,
-    encode_header,
-    read_small,
-)
+from lrconvert.io.checkpoint import INDEX_NAME, JOURNAL, SINGLE_NAME, Checkpoint, contained
+from lrconvert.io.container import ContainerFile, TensorInfo, encode_header, read_small
 from lrconvert.lora import base_names
 from lrconvert.lora.adapter import ExtraTensor, LoraAdapter, Target
 from lrconvert.merge.plan import extra_tensors

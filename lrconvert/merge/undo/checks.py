@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lrconvert.core.errors import UndoError
-from lrconvert.io.container import Checkpoint
+from lrconvert.io.checkpoint import Checkpoint
 from lrconvert.merge.hashing import file_digest
 from lrconvert.merge.plan.plan import RECORDS
 from lrconvert.merge.report import UnmergeReport

@@ -14,7 +14,7 @@ from typing import Annotated, NamedTuple
 from lrconvert.core.dtypes import itemsize
 from lrconvert.core.errors import MissingFieldError, UndoError, UnknownFieldError
 from lrconvert.io import fields
-from lrconvert.io.container import INDEX_NAME
+from lrconvert.io.checkpoint import INDEX_NAME
 from lrconvert.io.fields import Hex, Whole
 from lrconvert.lora.adapter import USES, Use, View
 from lrconvert.merge.plan.plan import CONFIG_NAME

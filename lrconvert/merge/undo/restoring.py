@@ -14,7 +14,8 @@ import numpy as np
 
 from lrconvert.core.dtypes import Array
 from lrconvert.core.errors import DigestError, UndoError
-from lrconvert.io.container import Checkpoint, TensorInfo, tensor_hasher
+from lrconvert.io.checkpoint import Checkpoint
+from lrconvert.io.container import TensorInfo, tensor_hasher
 from lrconvert.io.durable import Writer
 from lrconvert.merge import compute
 from lrconvert.merge.arithmetic.exact import Update

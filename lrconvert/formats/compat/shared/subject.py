@@ -17,7 +17,8 @@ from lrconvert.formats.lrc import file
 from lrconvert.formats.readers import base as readers
 from lrconvert.formats.readers.peft.patterns import check_work, compile_pattern
 from lrconvert.formats.readers.shared.options import ReadOptions
-from lrconvert.io.container import INDEX_NAME, SINGLE_NAME, ContainerFile, TensorInfo, open_checkpoint, read_json
+from lrconvert.io.checkpoint import INDEX_NAME, SINGLE_NAME, open_checkpoint
+from lrconvert.io.container import ContainerFile, TensorInfo, read_json
 
 Layout = Literal["peft", "mlx", "bare", "lrconvert"]  # bare: weights without a configuration
 

@@ -16,7 +16,8 @@ from typing import Any
 from lrconvert.core.errors import BaseError, DependencyError, FileKindError
 from lrconvert.core.limits import MAX_INDEX_BYTES
 from lrconvert.formats.readers.shared.options import ReadOptions
-from lrconvert.io.container import INDEX_NAME, PIPELINE_NAME, SINGLE_NAME, ContainerFile, open_checkpoint, read_json
+from lrconvert.io.checkpoint import INDEX_NAME, PIPELINE_NAME, SINGLE_NAME, open_checkpoint
+from lrconvert.io.container import ContainerFile, read_json
 from lrconvert.lora import renamings
 from lrconvert.lora.adapter import MATRIX, TRANSPOSED, LoraTarget, Target, View
 from lrconvert.lora.base_names import NameIndex

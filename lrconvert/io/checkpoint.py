@@ -1,0 +1,246 @@
+"""A model's weights as a folder holds them: one safetensors file, or shards with an index, and the configuration."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lrconvert.core import errors
+from lrconvert.core.limits import MAX_INDEX_BYTES, MAX_SHARDS
+from lrconvert.io.container import ContainerFile, TensorInfo, combined_digest, read_json, tensor_digest
+
+PIPELINE_NAME = "model_index.json"  # of a diffusers pipeline
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+JOURNAL = ".lrconvert/journal"  # of a model that is being changed in place
+READY_NAME = "ready.json"  # in it from the first changed byte to the last
+_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+_SHARED_BLOB = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}")
+_BITSANDBYTES = "bitsandbytes"
+_COPY_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class KnownContent:
+    """The digest of a checkpoint's contents, and what its files were when it was taken: path, size, modification in
+    nanoseconds and inode of each. Good for one run, in which many adapters are converted on one base."""
+
+    digest: str
+    files: tuple[tuple[str, int, int, int], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A model folder: `config` (config.json, or {}), the open shards in order, and all tensors by name."""
+
+    root: Path
+    config: dict[str, Any]
+    files: tuple[ContainerFile, ...]
+    index_path: Path | None
+    index: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_derived(self) -> bool:
+        """True where headers and configuration are others than those on the disk."""
+        return False
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        return {info.name: info for file in self.files for info in file.tensors}
+
+    @cached_property
+    def _by_path(self) -> dict[Path, ContainerFile]:
+        return {file.path: file for file in self.files}
+
+    def file_of(self, info: TensorInfo) -> ContainerFile:
+        return self._by_path[info.file]
+
+    def read(self, info: TensorInfo, offset: int = 0, nbytes: int | None = None) -> bytearray:
+        return self.file_of(info).read(info, offset, nbytes)
+
+    def _chunks(self, info: TensorInfo) -> Iterator[bytearray]:
+        for offset in range(0, info.nbytes, _COPY_BYTES):
+            yield self.read(info, offset, min(_COPY_BYTES, info.nbytes - offset))
+
+    @property
+    def _identities(self) -> tuple[tuple[str, int, int, int], ...]:
+        return tuple(file.identity for file in self.files)
+
+    def known_content(self) -> KnownContent:
+        """Return the digest of the contents, for a later run. Raises E-IO-CHANGED if a file changed meanwhile."""
+        content = KnownContent(self.content_digest(), self._identities)
+        for file in self.files:
+            file.check_unchanged()
+        return content
+
+    def content_digest(self, known: KnownContent | None = None) -> str:
+        """Return the sha256 over name, dtype, shape and bytes of every tensor; the same however they are sharded.
+
+        With `known` nothing is read: it is that digest. Raises E-IO-CHANGED if the files are others than they were.
+        """
+        if known is not None:
+            if known.files != self._identities:
+                raise errors.FileChangedError("the base changed after its contents were digested", path=self.root)
+            return known.digest
+        return combined_digest(
+            (t.name, tensor_digest(t.name, t.dtype, t.shape, self._chunks(t))) for t in self.tensors.values()
+        )
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in self.files:
+            file.close()
+
+
+def contained(root: Path, path: Path) -> bool:
+    """Return true if a (possibly linked) file stays in its folder, or in the blobs of the hub cache that it lies in."""
+    try:
+        real_root, real = root.resolve(), path.resolve()
+    except (OSError, RuntimeError):  # a link that leads to itself
+        return False
+    if real_root.parent.name != "snapshots":
+        return real.is_relative_to(real_root)
+    model = real_root.parent.parent
+    shared = model.parent / "blobs"  # huggingface_hub 2: files of several models, named by their content
+    if real.is_relative_to(shared):
+        return _SHARED_BLOB.fullmatch(real.relative_to(shared).as_posix()) is not None
+    return real.is_relative_to(real_root) or real.is_relative_to(model / "blobs")
+
+
+def _shard_names(index: dict[str, Any], path: Path) -> list[str]:
+    """File names of a shard index in sorted order. Raises E-PATH or E-INDEX-MAP."""
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise errors.ShardIndexError("the index has no weight_map", path=path)
+    names = set()
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not _SHARD.fullmatch(name):
+            what = f"the index sends {tensor!r} to {name!r:.80}, which is not a plain .safetensors file name"
+            raise errors.ShardPathError(what, path=path)
+        names.add(name)
+    if len(names) > MAX_SHARDS:
+        raise errors.LimitError(f"the index names {len(names)} shards; at most {MAX_SHARDS} are read", path=path)
+    if len({name.casefold() for name in names}) != len(names):
+        raise errors.ShardIndexError("two shard names differ only in upper and lower case", path=path)
+    return sorted(names)
+
+
+def _present(path: Path) -> bool:
+    """True also for a link that leads nowhere, so that it is refused and not overlooked."""
+    return path.is_symlink() or path.exists()
+
+
+def quantization_name(config: Mapping[str, Any]) -> str:
+    """Return how a configuration says that its weights are quantized (``bitsandbytes 4 bit``, ``gptq``), or ""."""
+    settings = config.get("quantization_config")
+    if not settings:
+        return ""
+    table = settings if isinstance(settings, dict) else {}
+    bits = next((f" {n} bit" for n in (4, 8) if table.get(f"load_in_{n}bit")), "")
+    method = table.get("quant_method") or (_BITSANDBYTES if bits else None)
+    if method == _BITSANDBYTES:
+        return f"{_BITSANDBYTES}{bits}"
+    return method if isinstance(method, str) else "a method that is not named"
+
+
+def _check_quantization(config: Mapping[str, Any], allowed: bool, root: Path) -> None:
+    """Raise E-BASE-QUANT for a quantized base, by the name of how it is; but for bitsandbytes if that is `allowed`."""
+    name = quantization_name(config)
+    is_readable = name.startswith(_BITSANDBYTES)
+    if not name or (is_readable and allowed):
+        return
+    advice = "use the unquantized parent of this checkpoint"
+    if is_readable:
+        advice += ", so that the error of quantizing stays out; or pass --dequantize to merge into what it stands for"
+    raise errors.QuantizedBaseError(f"the base is stored quantized, by {name:.60}", fix=advice, path=root)
+
+
+def unfinished(root: Path) -> errors.UnfinishedError:
+    """Return the error for a model folder in which a merge or unmerge in place was broken off."""
+    what = "is between two states: a merge or unmerge in place was broken off"
+    return errors.UnfinishedError(what, fix="run lrconvert recover, or the same command with --resume", path=root)
+
+
+def is_without_weights(root: Path) -> bool:
+    """Return true if a folder has the configuration of a model or a pipeline, and no file of a model's weights."""
+    if not ((root / "config.json").is_file() or (root / PIPELINE_NAME).is_file()):
+        return False
+    return not (_present(root / INDEX_NAME) or _present(root / SINGLE_NAME) or any(root.glob("pytorch_model*.bin")))
+
+
+def open_checkpoint(path: str | os.PathLike[str], *, quantized: bool = False) -> Checkpoint:
+    """Open a Hugging Face model folder (``model.safetensors``, or an index and its shards), headers only.
+
+    With `quantized` also one that bitsandbytes has quantized, its tensors as they are stored. Raises E-IO-KIND, E-PATH,
+    E-INDEX-MAP, E-BASE-QUANT (another quantized checkpoint), E-UNFINISHED, and the container's errors.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise errors.FileKindError("is not a model folder", fix="give the folder that holds config.json", path=root)
+    if _present(root / JOURNAL / READY_NAME):
+        raise unfinished(root)
+    config = read_json(root / "config.json") if _present(root / "config.json") else {}
+    _check_quantization(config, quantized, root)
+    index_path = root / INDEX_NAME
+    if not _present(index_path):
+        return Checkpoint(root, config, (_single_file(root),), None)
+    index = read_json(index_path, MAX_INDEX_BYTES)
+    files: list[ContainerFile] = []
+    try:
+        for name in _shard_names(index, index_path):
+            if not contained(root, root / name):
+                raise errors.ShardPathError("the shard is a link that leaves its folder", path=root / name)
+            files.append(ContainerFile(root / name))
+        _check_index(index["weight_map"], files, index_path)
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+    return Checkpoint(root, config, tuple(files), index_path, index)
+
+
+def _single_file(root: Path) -> ContainerFile:
+    """The one weight file of a folder without an index."""
+    single = root / SINGLE_NAME
+    if not single.exists():
+        pickles = sorted(p.name for p in root.glob("pytorch_model*.bin"))
+        if pickles:
+            fix = "save it again with save_pretrained(..., safe_serialization=True)"
+            raise errors.PickleError(f"the base is stored as pickles ({pickles[0]})", fix=fix, path=root)
+        raise errors.FileKindError(f"holds neither {SINGLE_NAME} nor {INDEX_NAME}", path=root)
+    if not contained(root, single):
+        raise errors.ShardPathError("the file is a link that leaves its folder", path=single)
+    return ContainerFile(single)
+
+
+def _check_index(declared: Mapping[str, str], files: Sequence[ContainerFile], path: Path) -> None:
+    """Raise E-INDEX-MAP unless every tensor is stored once, where the index says, and none is absent."""
+    stored = [(info.name, file.path.name) for file in files for info in file.tensors]
+    names = {name for name, _ in stored}
+    if len(names) != len(stored):
+        raise errors.ShardIndexError("a tensor is stored in two shards", path=path)
+    misplaced = sorted(name for name, file in stored if declared.get(name) != file)
+    absent = sorted(set(declared) - names)
+    if misplaced or absent:
+        problem = f"{misplaced[0]!r} is stored elsewhere" if misplaced else f"{absent[0]!r} is in no shard"
+        raise errors.ShardIndexError(f"the index and the shards disagree: {problem}", path=path)
+
+
+def config_text(config: Mapping[str, Any], key: str) -> str:
+    """Return a string field of a foreign config, or "". Raises E-CONFIG if it has another type."""
+    value = config.get(key)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise errors.ConfigError(f"{key} is {value!r:.60}, expected a string")
+    return value
