@@ -3,7 +3,8 @@
     python tests/peers/table.py                          all peers
     LRCONVERT_PEERS="vllm mlx" python tests/peers/table.py     these; LRCONVERT_PEERS=none for none
 
-A peer that cannot be had is skipped, with the reason; the exit status is 1 only if a test fails, or none runs of a peer that is there.
+A peer that cannot be had is skipped, with the reason. The exit status is 1 if a test fails, and if a peer that is there
+ran none.
 """
 
 from __future__ import annotations
