@@ -18,7 +18,7 @@ from models import auto
 
 import lrconvert
 from lrconvert import api
-from lrconvert.cli import allocating as command
+from lrconvert.cli import cli
 from lrconvert.convert import ablation, rank_allocation
 from lrconvert.convert.rank_allocation import Allocation, Components, Cut
 from lrconvert.core.dtypes import Stored
@@ -37,13 +37,7 @@ TOKENS = 300
 
 
 def allocate(lora: LoraAdapter, **given: Any) -> Allocation:
-    plain = {
-        **dict.fromkeys(("total_rank", "target_size", "target_ratio", "base", "data", "statistics", "bake_dora")),
-        **{"extra_dtype": None, "include": (), "exclude": (), "bits": "16", "rounds": 3, "exact": 4, "length": 512},
-        **{"batch_tokens": 512, "max_tokens": TOKENS, "device": "cpu", "dry_run": False},
-        "progress": lambda share, text: None,
-    }
-    return rank_allocation.allocate(lora, **{**plain, **given})
+    return api.allocate(lora, **{"rounds": 3, "exact": 4, "batch_tokens": 512, "max_tokens": TOKENS, **given})
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +47,7 @@ def lora() -> LoraAdapter:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return load_model.load_model(DEMO / "base").float()
+    return load_model(DEMO / "base").float()
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +117,7 @@ def test_ablation_is_what_brute_force_finds(lora: LoraAdapter, model: Any, batch
 
 
 def test_slopes_are_finite_differences(lora: LoraAdapter, batches: list[dict[str, Any]]) -> None:
-    model = load_model.load_model(DEMO / "base").double()
+    model = load_model(DEMO / "base").double()
     n = 16 * len(lora.targets)
     rng = np.random.default_rng(0)
     some = rng.random(n) < 0.5
@@ -381,7 +375,7 @@ def test_options_that_say_nothing(lora: LoraAdapter) -> None:
     for given, message in (
         ({}, "give one of --total-rank, --target-size and --target-ratio"),
         ({"total_rank": 3, "target_size": 9000}, "give one of --total-rank"),
-        ({"total_rank": 3, "bits": "5"}, "16, 8, 4, 3, 2, 1 are allowed"),
+        ({"total_rank": 3, "bits": "5"}, "allocate takes 16, 8, 4, 3, 2, 1"),
         ({"total_rank": 0}, "--total-rank is 0"),
         ({"total_rank": 3, "rounds": 0}, "--rounds is 0"),
         ({"total_rank": 3, "data": ["x.txt"]}, "scores on data need the base"),
@@ -397,7 +391,7 @@ def test_options_that_say_nothing(lora: LoraAdapter) -> None:
 
 
 def invoke(*words: Any) -> str:
-    done = CliRunner().invoke(command.command(), [str(word) for word in words], catch_exceptions=False)
+    done = CliRunner().invoke(cli, ["lora-to-alora", *map(str, words)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.output
 
@@ -432,9 +426,9 @@ def test_the_command(lora: LoraAdapter, tmp_path: Path) -> None:
     (found,) = api.compare(lora, [tmp_path / "x.lrc"])
     assert found.captured == pytest.approx(again["captured"]) and 0 < found.captured < 1
     api.export(compact, tmp_path / "peft", to="peft-lora", keep_ranks=True)
-    ours, ids = load_model.load_model(DEMO / "base").float(), torch.arange(60).reshape(2, 30)
+    ours, ids = load_model(DEMO / "base").float(), torch.arange(60).reshape(2, 30)
     with torch.no_grad():
-        theirs = peft.PeftModel.from_pretrained(load_model.load_model(DEMO / "base").float(), tmp_path / "peft").eval()
+        theirs = peft.PeftModel.from_pretrained(load_model(DEMO / "base").float(), tmp_path / "peft").eval()
         goal = theirs(input_ids=ids).logits
         api.attach(ours, compact)
         assert (ours(input_ids=ids).logits - goal).abs().max() <= 1e-5 * goal.abs().max()
@@ -450,4 +444,4 @@ def test_the_command_without_data(tmp_path: Path) -> None:
     api.write(theirs.compact, tmp_path / "y.lrc")
     assert (tmp_path / "x.lrc").read_bytes() == (tmp_path / "y.lrc").read_bytes()
     assert invoke(*words, "--overwrite", "-q") == ""
-    assert CliRunner().invoke(command.command(), [str(DEMO / "adapter"), "--total-rank", "9"]).exit_code == 2
+    assert CliRunner().invoke(cli, ["lora-to-alora", str(DEMO / "adapter"), "--total-rank", "9"]).exit_code == 2
