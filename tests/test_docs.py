@@ -164,6 +164,7 @@ SLOWER = {"lrconvert.api.live": pytest.mark.medium}  # loads a model
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SLOWER.get(name, ())) for name in with_examples()])
+@pytest.mark.medium
 def test_docstrings(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Examples run in a folder that holds `my-adapter` and `base-model`, in which they may write."""
     shutil.copytree(PLAIN, tmp_path / "my-adapter")

@@ -26,6 +26,8 @@ from lrconvert.io import checkpoint
 from lrconvert.io.checkpoint import open_checkpoint
 from lrconvert.lora import statistics_file
 
+pytestmark = pytest.mark.medium  # all of them work on models, disks or processes
+
 OPTIONS: dict[str, Any] = {"bits": "4"}
 
 

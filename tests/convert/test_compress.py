@@ -82,6 +82,7 @@ def test_what_cannot_be_is_said():
         api.compress(LORA, target_ratio=9, forms=FORMS, include=["("])
 
 
+@pytest.mark.medium
 def test_the_command(tmp_path):
     def run(*words):
         done = CliRunner().invoke(
@@ -145,6 +146,7 @@ def test_answers_rank_by_halving(ranked):
     assert file.sizes(ranked.chosen.compact) == ranked.chosen.sizes and ranked.chosen.sizes.adapter <= 5000
 
 
+@pytest.mark.medium
 def test_what_won_is_what_was_measured(ranked, tmp_path):
     """Measured again from the file, beside the base and the LoRA themselves."""
     api.write(ranked.chosen.compact, tmp_path / "x.lrc")
@@ -193,6 +195,7 @@ def test_answers_that_cannot_rank(given, reason):
         api.compress(api.load_lora(LORA_ON_LLAMA), **{"target_size": 5000, "forms": ["lowrank"], **given})
 
 
+@pytest.mark.medium
 def test_without_answers_it_says_why(tmp_path):
     lora = api.load_lora(LORA_ON_LLAMA)
     asked = {"target_size": 5000, "forms": ["lowrank"]}

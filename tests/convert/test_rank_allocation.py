@@ -32,6 +32,8 @@ from lrconvert.lora.adapter import LoraAdapter
 from lrconvert.methods import base as methods
 from lrconvert.methods.base import FitContext
 
+pytestmark = pytest.mark.medium  # all of them work on models, disks or processes
+
 DEMO = Path(lrconvert.__file__).parent / "demo"
 TOKENS = 300
 

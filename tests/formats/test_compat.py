@@ -387,6 +387,7 @@ def peft_does(folder: Path, config) -> dict:
 
 
 @pytest.mark.parametrize("case", [c for c in PEFT_CASES if "peft" not in c.unrun | c.unseen], ids=lambda c: c.name)
+@pytest.mark.medium
 def test_peft_agrees(case, tmp_path, llama_config):
     adapter = case.build()
     folder = adapter.write(tmp_path / case.name)

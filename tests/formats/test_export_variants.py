@@ -29,7 +29,7 @@ from lrconvert.core.dtypes import Stored
 from lrconvert.lora.adapter import CompactAdapter, ExtraTensor, LoraAdapter, LoraTarget, Target, Use, View
 from lrconvert.methods import base as methods
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.medium]  # PEFT warns
 
 
 def exported(folder: Path, lora: LoraAdapter, **options: Any) -> Path:

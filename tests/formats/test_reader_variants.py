@@ -99,6 +99,7 @@ def inputs(make: Maker) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.medium
 def test_variants_are_those_of_peft(name, tmp_path):
     make, config, targets, uses = CASES[name]
     oracle.train(make, tmp_path, **{"init_lora_weights": False, **config})

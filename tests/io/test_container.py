@@ -89,6 +89,7 @@ def check_against_the_library(path):
 
 @given(st.data())
 @settings(max_examples=300, deadline=None)
+@pytest.mark.medium
 def test_strict_subset_of_the_library(tmp_path_factory, data):
     """One thing wrong with a file that both read: our own error, or the library reads the same tensors."""
     good = data.draw(testing.safetensors_files())

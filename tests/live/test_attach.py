@@ -52,6 +52,7 @@ def snapshot(model: nn.Module) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.medium
 def test_as_peft_computes(name: str, tmp_path: Path) -> None:
     make, config, _, _ = CASES[name]
     oracle.train(make, tmp_path, **{"init_lora_weights": False, **config})
@@ -69,6 +70,7 @@ def test_as_peft_computes(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", methods.module_names())
+@pytest.mark.medium
 def test_compact_adapters_compute_as_they_expand(method: str, tmp_path: Path) -> None:
     for n, name in enumerate(("every layer", "experts, ranks by pattern", "DoRA, Conv1D")):
         make, config, _, _ = CASES[name]

@@ -132,6 +132,7 @@ METHODS = [m.id for m in methods.all_methods()]
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.medium
 def test_fits_use_the_metric(method):
     """Law: with statistics, a fit of the same size has less error in its metric than one without."""
     lora = random_lora([(256, 192), (192, 256), (160, 192)], rank=8, seed=1)

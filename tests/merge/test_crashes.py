@@ -30,7 +30,7 @@ from lrconvert.io.checkpoint import JOURNAL
 from lrconvert.merge import recover
 from lrconvert.testing import faults
 
-pytestmark = pytest.mark.usefixtures("quick_disk")
+pytestmark = [pytest.mark.usefixtures("quick_disk"), pytest.mark.medium]
 
 
 @dataclass(frozen=True)

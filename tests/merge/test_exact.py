@@ -171,6 +171,7 @@ def problems(draw: st.DrawFn, dtype: str) -> tuple[Array, list[Term]]:
 @pytest.mark.parametrize("dtype", FLOATS)
 @given(data=st.data())
 @settings(max_examples=50, deadline=None)
+@pytest.mark.medium
 def test_anything(dtype: str, data: st.DataObject) -> None:
     stored, terms = data.draw(problems(dtype))
     infinity = exact._FORMATS[dtype][2]
@@ -367,6 +368,7 @@ def test_a_product_that_breaks_its_promise_is_seen() -> None:
 @pytest.mark.parametrize("dtype", FLOATS)
 @given(data=st.data())
 @settings(max_examples=50, deadline=None)
+@pytest.mark.medium
 def test_anything_is_the_same_whoever_multiplies(dtype: str, data: st.DataObject) -> None:
     stored, terms = data.draw(problems(dtype))
     try:

@@ -349,6 +349,7 @@ def test_every_flipped_byte_is_found(merged: Path, tmp_path: Path) -> None:
 
 @settings(deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
+@pytest.mark.medium
 def test_records_of_strangers(merged: Path, data: st.DataObject) -> None:
     """One thing changed in a record and signed anew: our own error, or the base all the same."""
     place = next((merged / "out").rglob(RECORD_NAME))

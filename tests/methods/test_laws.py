@@ -76,6 +76,7 @@ def test_dry_run_is_exact(method, example):
 
 
 @pytest.mark.parametrize(("method", "example"), CASES)
+@pytest.mark.medium
 def test_fit_is_deterministic(method, example):
     assert same(again(source(), method, example).compact, converted(method, example).compact)
 

@@ -43,6 +43,8 @@ from lrconvert.refine import data, losses, self_generated_data
 from lrconvert.refine.evaluation import TeacherModel
 from lrconvert.refine.trainer import Trainer
 
+pytestmark = pytest.mark.medium  # all of them work on models, disks or processes
+
 LLAMA, LORA = BASES / "tiny-llama", ADAPTERS / "llama-plain"
 FEW = {"steps": 4, "eval_every": 2, "batch_tokens": 96}
 
