@@ -12,8 +12,11 @@ from conftest import FIXTURES, dense, random_lora
 from models import updates, wanted_base
 
 from lrconvert import api
+from lrconvert.cli.converting import method_command
+from lrconvert.convert.options import ConvertOptions
 from lrconvert.core import errors
 from lrconvert.core.dtypes import Stored
+from lrconvert.core.options import names
 from lrconvert.formats.lrc import file
 from lrconvert.formats.lrc.validation import validate
 from lrconvert.lora.adapter import TRANSPOSED, CompactAdapter, LoraAdapter
@@ -209,6 +212,20 @@ def test_extras_ride_along_and_do_not_count(method, tmp_path):
     assert with_extras.sizes.adapter == without.sizes.total
     file.write(with_extras.compact, tmp_path / "x.lrc")
     assert file.read(tmp_path / "x.lrc").extras == lora.extras
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_fit_does_not_use_is_no_option_of_its_command(method):
+    """And what it does not use changes nothing."""
+    form = methods.get(method)
+    assert not set(names(form.Options)) & set(names(ConvertOptions)), "a keyword would mean two things"
+    for command in form.commands:
+        shown = {option.name for option in method_command(command.name).params}
+        for use in ("seed", "device", "statistics"):
+            assert (use in shown) == (use in form.uses), (command.name, use)
+    if "seed" not in form.uses:
+        one, other = (api.convert(source(), method, seed=seed, **dict(form.examples[0])).compact for seed in (0, 7))
+        assert all(np.array_equal(array, other.tensors[name]) for name, array in one.tensors.items())
 
 
 @pytest.mark.parametrize("method", METHODS)
