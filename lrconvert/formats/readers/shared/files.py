@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from lrconvert.core.limits import FOREIGN
 from lrconvert.io.container import OpenFile, TensorInfo
 
 
-class ForeignFile(OpenFile):
+class ForeignFile(OpenFile, ABC):
     """An open file of tensors. A context manager; `metadata` are the texts that the file holds beside them."""
 
     metadata: Mapping[str, str] = {}
@@ -36,12 +37,12 @@ class ForeignFile(OpenFile):
             self.close()
             raise
 
-    def _read_header(self, size: int) -> tuple[TensorInfo, ...]:
-        raise NotImplementedError
+    @abstractmethod
+    def _read_header(self, size: int) -> tuple[TensorInfo, ...]: ...
 
+    @abstractmethod
     def read(self, info: TensorInfo) -> bytes:
         """Return the bytes of a tensor, rows first, as a safetensors file would hold them."""
-        raise NotImplementedError
 
     def load(self, info: TensorInfo) -> Stored:
         """Return a tensor with its stored bits."""
