@@ -102,7 +102,7 @@ def _settings(metadata: Mapping[str, str]) -> dict[str, Settings]:
     except LrcError as error:
         raise ConfigError(f"the metadata {METADATA} is no JSON: {error.what:.200}") from None
     if not isinstance(table, dict):
-        raise ConfigError(f"the metadata {METADATA} is no object")
+        raise ConfigError(f"the metadata {METADATA} is not an object")
     configs: dict[str, dict[str, object]] = {}
     for key, value in table.items():
         model, _, field = key.partition(".")
