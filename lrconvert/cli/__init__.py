@@ -16,17 +16,17 @@ from lrconvert.core.version import __version__
 
 __all__ = ["cli", "main"]
 
-# Name, where the command is bound or made, and its line in the help: before the converters, and after them.
+# Name, where the command is bound, and its line in the help: before the converters, and after them.
 _FIRST = {
     "inspect": ("adapters:inspect", "Show what an adapter is: targets, ranks, spectrum, bytes."),
     "validate": ("validating:validate", "Check lrconvert files and input statistics."),
     "upgrade": ("validating:upgrade", "Write an lrconvert FILE in the newest version of the format."),
     "compare": ("measuring:compare", "Measure lrconvert FILES against the LoRA they came from."),
     "statistics": ("measuring:statistics", "Measure what flows into the layers of BASE on texts."),
-    "compress": ("converting:compress_command()", "Try every form that can meet a size or a share to keep."),
+    "compress": ("converting:compress", "Try every form that can meet a size or a share to keep."),
 }
 _LAST = {
-    "lora-to-alora": ("converting:allocate_command()", "Give every module the rank it deserves under one budget."),
+    "lora-to-alora": ("converting:allocate", "Give every module the rank it deserves under one budget."),
     "refine": ("refining:refine", "Train FILE for a short while to answer as its LoRA does."),
     "export": ("adapters:export", "Write an lrconvert FILE as a folder that other tools load."),
     "check": ("adapters:check", "Say what a server would refuse or get wrong in an adapter."),
@@ -47,15 +47,14 @@ class _Commands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         name = _ALIASES.get(cmd_name, cmd_name)
-        where = (_FIRST | _LAST).get(name, ("", ""))[0]
-        if not where:
-            if name not in _of_methods():
-                return None
-            where = f"converting:method_command({name})"
-        module, _, bound = where.partition(":")
-        attribute, called, argument = bound.partition("(")
-        bound_object = getattr(importlib.import_module(f"lrconvert.cli.{module}"), attribute)
-        command: click.Command = bound_object(*filter(None, [argument.rstrip(")")])) if called else bound_object
+        if name in _of_methods():
+            from lrconvert.cli.converting import method_command
+
+            return method_command(name)
+        if name not in _FIRST | _LAST:
+            return None
+        module, attribute = (_FIRST | _LAST)[name][0].split(":")
+        command: click.Command = getattr(importlib.import_module(f"lrconvert.cli.{module}"), attribute)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

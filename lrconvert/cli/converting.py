@@ -208,3 +208,6 @@ def _allocate(*, train_steps: int, seed: int, **given: Any) -> None:
         return Result(done, allocating.allocation_json(done), text)
 
     _one(request, ALORA, options, allocate)
+
+
+compress, allocate = compress_command(), allocate_command()

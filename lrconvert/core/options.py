@@ -10,8 +10,9 @@ line, its help and its checks follow from the declaration.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from lrconvert.core.errors import OptionError
@@ -42,7 +43,7 @@ def names(options: type[Any]) -> tuple[str, ...]:
 
 def make(options: type[T], values: Mapping[str, Any], owner: str) -> T:
     """Return `options` with these values. Raises E-OPTION, naming the `owner`, for a name that is no field, a value
-    that is no choice, and a number below the least."""
+    that is no choice, and a number below the least, infinite or NaN where there is a least."""
     known = {entry.name: entry for entry in fields(options)}  # type: ignore[arg-type]
     refuse_unknown(set(values) - set(known), owner, list(known))
     chosen = dict(values)
@@ -52,7 +53,7 @@ def make(options: type[T], values: Mapping[str, Any], owner: str) -> T:
             chosen[name] = str(value)
             if chosen[name] not in choices:
                 raise OptionError(f"{name} is {value!r:.40}; {owner} takes {', '.join(choices)}")
-        if least is not None and value is not None and value < least:
+        if least is not None and value is not None and not least <= value < math.inf:
             raise OptionError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
     return options(**chosen)
 
@@ -61,8 +62,8 @@ def take(options: type[T], given: T | None, keywords: MutableMapping[str, Any], 
     """Remove the fields of `options` from `keywords`, and return `given`, or the defaults, with their values. Raises
     what `make` raises."""
     own = {name: keywords.pop(name) for name in names(options) if name in keywords}
-    checked = make(options, own, owner)
-    return checked if given is None else replace(given, **{name: getattr(checked, name) for name in own})  # type: ignore[type-var]
+    before = {} if given is None else {name: getattr(given, name) for name in names(options)}
+    return make(options, {**before, **own}, owner)
 
 
 def refuse_unknown(unknown: set[str], owner: str, known: list[str]) -> None:

@@ -46,10 +46,7 @@ class Settings:
 
     def check(self) -> None:
         """Raise E-OPTION for what cannot be."""
-        make(Settings, {name: value for name, value in vars(self).items() if value is not None}, "refine")
-        for name in ("hidden", "task_loss", "steps"):
-            if not getattr(self, name) < math.inf:
-                raise OptionError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be finite")
+        make(Settings, vars(self), "refine")
         for name in ("temperature", "lr", "minutes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
