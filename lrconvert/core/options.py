@@ -1,6 +1,7 @@
 """Options declared once, as fields of a frozen dataclass: the keyword of the Python API, the option of the command
 line, its help and its checks follow from the declaration.
 
+    >>> from dataclasses import dataclass
     >>> @dataclass(frozen=True)
     ... class Options:
     ...     rank: int = option(4, "Keep this rank.", least=1)
@@ -12,14 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from typing import Any, TypeVar
 
 from lrconvert.core.errors import OptionError
 
 T = TypeVar("T")
-
-__all__ = ["dataclass", "make", "option", "take"]
 
 
 def option(
