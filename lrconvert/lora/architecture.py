@@ -70,7 +70,7 @@ def _built(text: str) -> Architecture:
                 if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
                     model: Any = kind(settings)
                 else:
-                    model = transformers.AutoModel.from_config(settings)
+                    model = transformers.AutoModel.from_config(settings)  # type: ignore[no-untyped-call]
                 model.tie_weights()
         except Exception as error:  # a stranger's configuration may fail anywhere in transformers
             raise _Unknown(str(error)) from None
@@ -128,7 +128,7 @@ def _quiet() -> Iterator[None]:
     import transformers
 
     level = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
