@@ -7,12 +7,15 @@ where the answer decides something.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
+
+TIE = "tie_word_embeddings"
 
 
 @dataclass(frozen=True)
@@ -20,9 +23,10 @@ class Architecture:
     """The class of a base, built without weights.
 
     `name` is its name. `shapes` has every name of its state dict, those of tied tensors too. `ties` are the groups of
-    names that share one tensor. `inputs` and `outputs` are the weights of its input and output embeddings.
-    `transposed` are the weights that it stores (in, out), or for a stack of experts (experts, in, out), as the class
-    says of itself; that is what PEFT asks, too.
+    names that share one tensor, `sources` the names in them that stand for another where a checkpoint lacks them.
+    `inputs` and `outputs` are the weights of its input and output embeddings. `transposed` are the weights that it
+    stores (in, out), or for a stack of experts (experts, in, out), as the class says of itself; that is what PEFT asks,
+    too. `is_tied` says that its configuration ties embeddings, `computes_by_tie` that what it computes depends on that.
     """
 
     name: str
@@ -31,6 +35,9 @@ class Architecture:
     inputs: frozenset[str]
     outputs: frozenset[str]
     transposed: frozenset[str]
+    sources: Mapping[str, str] = field(default_factory=dict)
+    is_tied: bool = False
+    computes_by_tie: bool = False
 
     def shared_with(self, name: str) -> frozenset[str]:
         """Return the other names of the tensor `name`."""
@@ -72,9 +79,26 @@ def _built(text: str) -> Architecture:
                 else:
                     model = transformers.AutoModel.from_config(settings)  # type: ignore[no-untyped-call]
                 model.tie_weights()
+            depends = _reads_tie(model) or _derives_from_tie(family, config)
         except Exception as error:  # a stranger's configuration may fail anywhere in transformers
             raise _Unknown(str(error)) from None
-    return _asked(model)
+    return replace(_asked(model), is_tied=getattr(settings, TIE, False) is True, computes_by_tie=depends)
+
+
+def _reads_tie(model: Any) -> bool:
+    """Whether a forward pass of the model looks at the field that ties embeddings, as those that scale then do."""
+    kinds = {type(module) for module in model.modules()}
+    codes = [getattr(inspect.unwrap(kind.forward), "__code__", None) for kind in kinds]
+    return any(code is not None and TIE in code.co_names for code in codes)
+
+
+def _derives_from_tie(family: str, config: Mapping[str, Any]) -> bool:
+    """Whether a configuration sets other fields by the one that ties embeddings."""
+    import transformers
+
+    fields = [transformers.AutoConfig.for_model(family, **{**config, TIE: tie}).to_dict() for tie in (True, False)]
+    own = [{key: value for key, value in each.items() if key != TIE} for each in fields]
+    return own[0] != own[1]
 
 
 def _asked(model: Any) -> Architecture:
@@ -90,6 +114,7 @@ def _asked(model: Any) -> Architecture:
         inputs=_weights(model, model.get_input_embeddings, names),
         outputs=_weights(model, model.get_output_embeddings, names),
         transposed=frozenset(transposed),
+        sources=dict(getattr(model, "all_tied_weights_keys", None) or {}),
     )
 
 
