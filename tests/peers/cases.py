@@ -198,6 +198,7 @@ _HALVES = {"a": (64, 4), "b": (4, 64)}
 _BAKED = {"r": 8, "lora_alpha": 8, "rank_pattern": {"k_proj": 4}, "alpha_pattern": {"k_proj": 4}}
 _PISSA = {"vllm": "refuses:init", "sglang": "wrong:init", "llamacpp": "wrong:init"}
 _BARE_NAMES = {"peft": "warns:modules", "vllm": "wrong:modules"}
+_WRAPPED = {"peft": "wrong:wrapper", "vllm": "wrong:wrapper", "llamacpp": "refuses:wrapper"}
 _ELSEWHERE = dict.fromkeys(("peft", "vllm"), "wrong:modules")
 _ELSEWHERE |= {"sglang": "refuses:layers", "llamacpp": "refuses:modules"}
 _EVERYWHERE = ("peft", "vllm", "sglang", "llamacpp")
@@ -285,6 +286,19 @@ PEFT_CASES = (
          {"peft": "wrong:pair", "vllm": "refuses:pair", "sglang": "refuses:pair", "llamacpp": "refuses:pair"}),
     case("integers", lambda: _cast(plain(), np.int8), dict.fromkeys(_EVERYWHERE, "wrong:dtype"), unseen=_ALL),
     case("bare-names", lambda: renamed(plain(), "model.layers", "layers"), {}, _BARE_NAMES, unseen="peft"),
+    case("compiled", lambda: renamed(plain(), PREFIX, f"_orig_mod.{PREFIX}"),
+         {**_WRAPPED, "peft": "wrong:prefix wrong:wrapper"}),
+    case("data-parallel", lambda: renamed(plain(), PREFIX, f"module.{PREFIX}"),
+         {**_WRAPPED, "peft": "wrong:prefix wrong:wrapper"}),
+    case("compiled-inside", lambda: renamed(plain(), PREFIX, f"{PREFIX}_orig_mod."), _WRAPPED, _WRAPPED),
+    case("sharded-inside", lambda: renamed(plain(), "layers.0.", "layers.0._fsdp_wrapped_module."), _WRAPPED, _WRAPPED),
+    case("checkpointed-inside", lambda: renamed(plain(), "self_attn.", "_checkpoint_wrapped_module.self_attn."),
+         _WRAPPED, _WRAPPED),
+    case("prefix-twice", lambda: renamed(plain(), PREFIX, PREFIX + PREFIX), {"peft": "warns:twice"},
+         {"peft": "wrong:modules"}),
+    case("model-twice", lambda: renamed(plain(), PREFIX, f"{PREFIX}model."),
+         dict.fromkeys(("peft", "vllm", "llamacpp"), "warns:twice"),
+         {"peft": "wrong:modules", "vllm": "wrong:modules", "llamacpp": "refuses:modules"}),
     case("other-base", lambda: renamed(plain(), "layers.1", "layers.7"), {}, _ELSEWHERE),
     case("q-alone", lambda: plain(modules=("self_attn.q_proj",)), {"sglang": "refuses:partners"}),
     case("v-alone", lambda: plain(modules=("self_attn.v_proj",)), {"sglang": "refuses:partners"}),
@@ -353,6 +367,9 @@ MLX_CASES = (
     case("mlx-keys", lambda: mlx(lora_parameters=parameters(keys=["self_attn.q_proj"])), {"mlx": "refuses:targets"}),
     case("mlx-last-layer", lambda: mlx(num_layers=1), {}, {"mlx": "refuses:layers"}),
     case("mlx-peft-names", lambda: _as_mlx(plain()), {"mlx": "refuses:names"}),
+    case("mlx-twice", lambda: renamed(mlx(), "model.layers", "model.model.layers"), {"mlx": "warns:twice"},
+         {"mlx": "refuses:modules"}),
+    case("mlx-compiled", lambda: renamed(mlx(), "model.layers", "_orig_mod.model.layers"), {"mlx": "refuses:wrapper"}),
     case("mlx-npz", lambda: _unweighted(_beside(mlx(), "adapters.npz")), {"mlx": "refuses:weights"}),
 )  # fmt: skip
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -92,14 +93,19 @@ def _of_half(stored: dict[str, Any], name: str, subject: Subject) -> dict[str, f
                     return {_full(module): math.inf}
                 a, b = stored[module + ends[0]], stored[module + ends[1]]
                 if end in (".lora_a", ".lora_b"):
-                    return {module: norm(subject.config["lora_parameters"].get("scale", 0.0), b.T, a.T)}
+                    return {_full(module): norm(subject.config["lora_parameters"].get("scale", 0.0), b.T, a.T)}
                 scale, fits = subject.scale(module), subject.rank(module) == a.shape[0]
                 return {_full(module): norm(scale or 0.0, b, a) if fits else math.inf}
     return {}
 
 
+_BESIDE = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|base_model\.model\.|^module\.")
+
+
 def _full(module: str) -> str:
-    return f"model.{module}" if module.startswith("layers.") else module
+    """Return the module of the base that a name means: without wrappers, with `model.` once."""
+    bare = _BESIDE.sub("", module).replace("model.model.", "model.")
+    return f"model.{bare}" if bare.startswith("layers.") else bare
 
 
 def verdict(answer: Answer, right: dict[str, float], adapter: cases.Adapter) -> str:

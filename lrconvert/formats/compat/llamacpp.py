@@ -8,7 +8,7 @@ import posixpath
 from collections.abc import Iterator
 
 from lrconvert.formats.compat.base import Consumer, Finding, NoOptions, verdicts
-from lrconvert.formats.compat.shared import rules
+from lrconvert.formats.compat.shared import rules, whole_names
 from lrconvert.formats.compat.shared.rules import BAKE, CHECK_BASE, EXPAND, RIGHT_BASE, words
 from lrconvert.formats.compat.shared.subject import PEFT_PREFIX, Subject, example, leaf
 
@@ -55,6 +55,7 @@ def examine(subject: Subject, options: NoOptions) -> Iterator[Finding]:
     yield from _names(subject)
     yield from _config(subject)
     yield from _factors(subject)
+    yield from whole_names.wrappers(subject, refuses, "which are refused", TENSORS)
     yield from _conv1d(subject)
     yield from _base(subject)
 
@@ -143,6 +144,7 @@ def _base(subject: Subject) -> Iterator[Finding]:
         if heads:
             what = f"a base whose lm_head is tied to its embeddings has no {example(heads)} to adapt"
             yield warns("embedding", what, CHECK_BASE, RUNTIME)
+        yield from whole_names.doubled(subject, warns, TENSORS, _spelled)
         return
     if subject.architecture and subject.architecture not in ARCHITECTURES:
         what = f"the base's architecture {subject.architecture!r:.80} is not known"
@@ -151,8 +153,14 @@ def _base(subject: Subject) -> Iterator[Finding]:
         # Gemma's converter drops the factors instead, without a word.
         what = f"the base's lm_head is tied to its embeddings: there is no {example(heads)} to adapt when loading"
         yield refuses("embedding", what, MERGE, RUNTIME)
-    lacking, _ = rules.outside_base(subject)
+    place = whole_names.placement(subject, _spelled)
+    lacking = [module for module in place.lacking if not _skipped(f"{module}.weight")]
     yield from refuses.of("modules", lacking, f"{len(lacking)} modules are not in the base", RIGHT_BASE, RUNTIME)
+
+
+def _spelled(module: str) -> str:
+    """get_base_tensor_name takes PEFT's prefix out wherever it stands."""
+    return module.replace(PEFT_PREFIX, "")
 
 
 # conversion/__init__.py TEXT_MODEL_MAP.

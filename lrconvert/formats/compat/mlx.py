@@ -8,10 +8,12 @@ import re
 from collections.abc import Iterator
 
 from lrconvert.formats.compat.base import Consumer, Finding, NoOptions, verdicts
+from lrconvert.formats.compat.shared import whole_names
+from lrconvert.formats.compat.shared.rules import RIGHT_BASE
 from lrconvert.formats.compat.shared.subject import MLX_WEIGHTS, Subject, as_number, example
 
 VERSION = "0.32.2"
-refuses, wrong, _ = verdicts("mlx", VERSION)
+refuses, wrong, warns = verdicts("mlx", VERSION)
 
 LOAD = "mlx_lm/tuner/utils.py load_adapters"
 CONVERT = "mlx_lm/tuner/utils.py linear_to_lora_layers"
@@ -75,6 +77,11 @@ def _tensors(subject: Subject) -> Iterator[Finding]:
             unknown.append(info.name)
     fix = "remove them, or fuse the model instead"
     yield from refuses.of("names", unknown, "tensors that are no adapter parameter", fix, LOAD)
+    yield from whole_names.wrappers(subject, refuses, "which are refused", LOAD, halves)
+    lacking = whole_names.placement(subject, modules=halves).lacking
+    yield from refuses.of("modules", lacking, f"{len(lacking)} modules are not in the base", RIGHT_BASE, LOAD)
+    if subject.base is None:
+        yield from whole_names.doubled(subject, warns, LOAD, modules=halves)
     alone = [module for module, shapes in halves.items() if not {"lora_a", "lora_b"} <= set(shapes)]
     what = "lora_a or lora_b is missing and keeps its initial value"
     yield from wrong.of("pair", alone, what, "the file is incomplete: save it again", LOAD)

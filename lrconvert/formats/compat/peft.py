@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from lrconvert.core.errors import OptionError, PatternError
 from lrconvert.formats.compat.base import Consumer, Finding, verdicts
-from lrconvert.formats.compat.shared import rules
+from lrconvert.formats.compat.shared import rules, whole_names
 from lrconvert.formats.compat.shared.rules import RIGHT_BASE, words
 from lrconvert.formats.compat.shared.subject import PEFT_PREFIX, Subject, example, leaf
 from lrconvert.formats.readers.peft.patterns import check_work, compile_pattern
@@ -135,6 +135,7 @@ def _config(subject: Subject) -> Iterator[Finding]:
 
 
 def _factors(subject: Subject) -> Iterator[Finding]:
+    yield from whole_names.wrappers(subject, wrong, "their tensors are ignored", SET)
     if bare := [info.name for info in subject.tensors if not info.name.startswith("base_model.")]:
         what = f"names do not begin with {PEFT_PREFIX}, their tensors are ignored"
         yield from wrong.of("prefix", bare, what, f"put {PEFT_PREFIX} before every name", SET)
@@ -151,12 +152,17 @@ def _factors(subject: Subject) -> Iterator[Finding]:
     what = "modules that target_modules does not name, their tensors are ignored"
     yield from wrong.of("targets", unnamed, what, "name them there", f"{TUNERS} check_target_module_exists")
     yield from rules.integer_factors(subject, wrong, SET)
-    lacking, shorter = rules.outside_base(subject)
-    what = f"{len(lacking)} modules are not in the base, their tensors are ignored"
-    yield from wrong.of("modules", lacking, what, RIGHT_BASE, SET)
+    place = whole_names.placement(subject, task=str(subject.config.get("task_type")))
+    what = f"{len(place.lacking)} modules are not in the base, their tensors are ignored"
+    yield from wrong.of("modules", place.lacking, what, RIGHT_BASE, SET)
     what = f"names fit the bare model, not {subject.architecture or 'this one'}"
     fix = "load the base with AutoModel, or add the missing part to every name"
-    yield from warns.of("modules", shorter, what, fix, SET)
+    yield from warns.of("modules", place.shorter, what, fix, SET)
+    unnamed = [module for module, name in place.renamed.items() if not _targeted(subject, name)]
+    what = "target_modules has the names of an older release, in which no module is found"
+    yield from wrong.of("targets", unnamed, what, "write the new names there", f"{TUNERS} check_target_module_exists")
+    if subject.base is None:
+        yield from whole_names.doubled(subject, warns, SET)
 
 
 def _targeted(subject: Subject, module: str) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from lrconvert.formats.compat.base import Consumer, Finding, verdicts
 from lrconvert.formats.compat.shared import rules
-from lrconvert.formats.compat.shared.rules import BAKE, CHECK_BASE, EXPAND, RIGHT_BASE, ServerOptions, words
+from lrconvert.formats.compat.shared.rules import BAKE, CHECK_BASE, EXPAND, ServerOptions, words
 from lrconvert.formats.compat.shared.subject import PEFT_WEIGHTS, Subject, as_number, leaf
 
 VERSION = "0.5.23"
@@ -154,7 +154,7 @@ def _layers(subject: Subject) -> Iterator[Finding]:
     depth = subject.base_number("num_hidden_layers")
     if depth is not None:
         deep = [module for (n, _), modules in slots.items() if int(n) >= depth for module in modules]
-        yield from refuses.of("layers", deep, f"the base has {depth:g} layers", RIGHT_BASE, PROCESS)
+        yield from refuses.of("layers", deep, f"the base has {depth:g} layers", "give the right base", PROCESS)
 
 
 def _partners(slots: Iterable[tuple[str, str]]) -> Iterator[Finding]:

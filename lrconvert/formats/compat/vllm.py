@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 from lrconvert.core.errors import OptionError
 from lrconvert.formats.compat.base import Consumer, Finding, verdicts
-from lrconvert.formats.compat.shared import rules
+from lrconvert.formats.compat.shared import rules, whole_names
 from lrconvert.formats.compat.shared.rules import CHECK_BASE, EXPAND, RIGHT_BASE, ServerOptions, words
-from lrconvert.formats.compat.shared.subject import Subject, example, leaf
+from lrconvert.formats.compat.shared.subject import PEFT_PREFIX, Subject, example, leaf
 
 VERSION = "0.33.0"
 refuses, wrong, warns = verdicts("vllm", VERSION)
@@ -189,13 +189,22 @@ def _base(subject: Subject) -> Iterator[Finding]:
         if pair.embedding and pair.a is not None and vocabulary is not None and pair.a.shape[-1] != vocabulary:
             what = f"{module!r:.120} has {pair.a.shape[-1]} tokens, the base {vocabulary:g}"
             yield refuses("vocabulary", what, "train without added tokens, or merge", f"{MODEL}.from_lora_tensors")
-    lacking, shorter = rules.outside_base(subject)
     source = "vllm/lora/model_manager.py LoRAModelManager.activate_adapter"
-    what = f"{len(lacking)} modules are not in the base and are left out silently"
-    yield from wrong.of("modules", lacking, what, RIGHT_BASE, source)
+    yield from whole_names.wrappers(subject, wrong, "they match no module and are left out silently", source)
+    place = whole_names.placement(subject, _spelled)
+    what = f"{len(place.lacking)} modules are not in the base and are left out silently"
+    yield from wrong.of("modules", place.lacking, what, RIGHT_BASE, source)
     if arch.endswith("ForCausalLM"):
         what = f"names are those of the bare model, none matches {arch}, the base alone answers"
-        yield from wrong.of("modules", shorter, what, "add the missing part (often `model.`) to every name", source)
+        fix = "add the missing part (often `model.`) to every name"
+        yield from wrong.of("modules", place.shorter, what, fix, source)
+    if subject.base is None:
+        yield from whole_names.doubled(subject, warns, source, _spelled)
+
+
+def _spelled(module: str) -> str:
+    """parse_fine_tuned_lora_name takes PEFT's prefix out wherever it stands, if the name begins with it."""
+    return module.replace(PEFT_PREFIX, "")
 
 
 CONSUMER = Consumer("vllm", "vLLM", VERSION, examine, ServerOptions)

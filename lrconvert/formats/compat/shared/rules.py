@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,10 +12,9 @@ from lrconvert.formats.compat.shared.subject import CONFIG_NAME, PEFT_WEIGHTS, S
 
 BAKE = "bake the scale into lora_B and write lora_alpha = r without patterns, as `lrconvert export --to peft-lora` does"
 EXPAND = "expand it to plain LoRA first"
-RIGHT_BASE = "is this the right base?"
+RIGHT_BASE = "if this is the right base, convert and export with --base: that writes the names that it has"
 CHECK_BASE = "give --base to have it checked"
 
-_NUMBERED = re.compile(r"[^.]+\.\d+\..*")
 _UNREAD = {
     "use_qalora": ("qalora", "the factors of QA-LoRA have other shapes"),
     "use_bdlora": ("bdlora", "the factors of block-diagonal LoRA have other shapes"),
@@ -106,27 +104,6 @@ def _stack_ranks(subject: Subject, module: str) -> list[int]:
     parameters = [last for holder, _, last in names if not holder or f".{module}".endswith(f".{holder}")]
     ranks = {subject.rank(f"{module}.{parameter}") for parameter in parameters}
     return [int(rank) for rank in ranks if rank is not None and rank >= 1 and rank == int(rank)]
-
-
-def outside_base(subject: Subject) -> tuple[list[str], list[str]]:
-    """Return (modules that the base lacks, modules that it has under a longer name), as far as the base's names are
-    known.
-
-    A base saved from the bare model lacks the prefix that the adapter's names have; that is no difference. Only names
-    with a layer number are judged: tied and renamed heads are stored in too many ways.
-    """
-    lacking, shorter = [], []
-    if subject.base_modules:
-        tails = {match.group() for name in subject.base_modules if (match := _NUMBERED.search(name))}
-        for module in subject.pairs:
-            numbered = _NUMBERED.search(module)
-            if not numbered or module in subject.base_modules:
-                continue
-            if numbered.group() not in tails:
-                lacking.append(module)
-            elif any(name.endswith(f".{module}") for name in subject.base_modules):
-                shorter.append(module)
-    return lacking, shorter
 
 
 def changes_base(subject: Subject) -> bool:
