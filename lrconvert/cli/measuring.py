@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from lrconvert.cli import flags
-from lrconvert.cli.printing import emit, progress_bar
+from lrconvert.cli.printing import emit, progress_bar, warn
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.live.options import CompareOptions, StatisticsOptions
 
@@ -90,4 +90,6 @@ def compare(source: Path, files: tuple[Path, ...], html: Path | None, **given: A
         ]
         emit({"source": str(source), "files": measured})
         return
+    for path, fidelity in zip(files, rows, strict=True):
+        warn(f"{path}: {line}" for line in fidelity.warnings)
     click.echo(text_and_json.comparison(named, verbose))

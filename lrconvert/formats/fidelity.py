@@ -66,7 +66,7 @@ def _total(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
 class Answers:
     """The distance of a model's answers from those of the LoRA, on data. `kind`: "KL" of the logits in nats per item,
     or the relative squared error of "hidden states" where a model has no logits. `agreement`: the share of items with
-    the same first choice. `base_...`: the same of the base without an adapter."""
+    the same first choice. `base_...`: the same of the base without updates; heads that both carry stay on it."""
 
     kind: str
     items: int
@@ -86,6 +86,7 @@ class Fidelity:
     """The share of a LoRA that a compact adapter keeps, in the Frobenius norm of the weight update.
 
     `source_bytes`: the LoRA's factors at 16 bit. `adapter_bytes`: the file without extra tensors; `total_bytes` with.
+    `warnings` are one-line texts.
     """
 
     targets: tuple[TargetFidelity, ...]
@@ -95,6 +96,7 @@ class Fidelity:
     overhead_bytes: int
     extras_bytes: int
     answers: Answers | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def captured(self) -> float:
@@ -317,4 +319,4 @@ def expanded(compact: CompactAdapter) -> LoraAdapter:
     warning = f"the source is {kept}: what is measured is against it"
     of_its_own = ("captured", "request")  # of that file, not of what is made from it
     fields = {key: text for key, text in compact.provenance.fields.items() if key not in of_its_own}
-    return LoraAdapter(pairs, compact.extras, replace(compact.provenance, fields=fields), (warning,))
+    return LoraAdapter(pairs, compact.extras, replace(compact.provenance, fields=fields), (*compact.warnings, warning))

@@ -93,7 +93,7 @@ class AnswerSums:
         return tuple(error / max(1, self.tokens) for error in self.hidden or ())
 
     def answers(self, base: AnswerSums) -> Answers:
-        """Return these answers beside those of the base without an adapter."""
+        """Return these answers beside those of the base without updates."""
         agreement = (self.agreement, base.agreement) if self.are_logits else (None, None)
         kind = "KL" if self.are_logits else "hidden states"
         return Answers(kind, self.items, self.mean, base.mean, *agreement)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lrconvert.core.dtypes import F64, Array
 from lrconvert.core.errors import DataError
 from lrconvert.formats.fidelity import Answers, Fidelity, target_key
-from lrconvert.live import attach
+from lrconvert.live import attach, zero_point
 from lrconvert.live.adapted_layer import AdaptedLayer, dense_update, dense_weight
 from lrconvert.live.answers import AnswerSums, Outputs, answer_of, masked_rows
 from lrconvert.live.attached_adapter import Update
@@ -29,16 +29,17 @@ from lrconvert.live.watch import first_input
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 from lrconvert.methods import base as methods
 
-_TEACHER = "teacher"
+_TEACHER, _ZERO = "teacher", "zero_point"
 
 
 @dataclass(frozen=True)
 class Measured:
     """`answers` of each student; `errors`: for each student, by number of the target, E||(delta - delta_hat) x||^2 and
-    E||delta x||^2 with x as it flows in the teacher."""
+    E||delta x||^2 with x as it flows in the teacher; `warnings` of each student."""
 
     answers: tuple[Answers, ...]
     errors: tuple[dict[int, tuple[float, float]], ...]
+    warnings: tuple[tuple[str, ...], ...]
 
     def added_to(self, fidelity: Fidelity, which: int) -> Fidelity:
         """Return the fidelity of student number `which` with what was measured of it."""
@@ -47,7 +48,12 @@ class Measured:
             replace(target, data_error=errors[n][0], data_energy=errors[n][1]) if n in errors else target
             for n, target in enumerate(fidelity.targets)
         ]
-        return replace(fidelity, targets=tuple(targets), answers=self.answers[which])
+        return replace(
+            fidelity,
+            targets=tuple(targets),
+            answers=self.answers[which],
+            warnings=(*fidelity.warnings, *self.warnings[which]),
+        )
 
 
 def measure(
@@ -58,29 +64,33 @@ def measure(
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Measured:
     """Run teacher, students and base over `batches`. Adapters that are active on the model stay so, as a part of the
-    base; the model is left as it was. Raises E-DATA for a model that gives neither logits nor hidden states, E-ATTACH,
-    E-BASE."""
+    base, and so do heads that teacher and student carry (`zero_point`); the model is left as it was. Raises E-DATA for
+    a model that gives neither logits nor hidden states, E-ATTACH, E-BASE."""
     device = next(iter(model.parameters())).device
     named = {f"student_{n}": student for n, student in enumerate(students)}
+    zero_of_each = [zero_point.without_updates(teacher, student) for student in students]
+    zeros = {extras: f"{_ZERO}_{n}" for n, extras in enumerate(dict.fromkeys(zero.extras for zero in zero_of_each))}
+    bases = {name: replace(teacher, targets=(), extras=extras) for extras, name in zeros.items()}
     before = attach.active(model)
-    with evaluating(model), attach.temporarily(model, {_TEACHER: teacher, **named}), torch.no_grad():
+    with evaluating(model), attach.temporarily(model, {_TEACHER: teacher, **named, **bases}), torch.no_grad():
         targets = _target_inputs(model, teacher, named)
-        sums = [AnswerSums() for _ in range(len(students) + 1)]
+        sums = {name: AnswerSums() for name in (*named, *bases)}
         for batch in batches:
             moved = on_device(batch, device)
             attach.set_active(model, (*before, _TEACHER))
             with _watching(targets, masks_of(model, moved)):
                 goal = _outputs(model, moved)
-            for names, total in zip([*((name,) for name in named), ()], sums, strict=True):
-                attach.set_active(model, (*before, *names))
+            for name, total in sums.items():
+                attach.set_active(model, (*before, name))
                 total.add(goal, _outputs(model, moved))
             progress(token_count(batch))
-    base = sums[-1]
-    if base.items == 0:
+    if not all(total.items for total in sums.values()):
         raise DataError("there is no output to compare", fix="is the data empty?")
     errors = {target.which: target.errors() for target in targets}
     by_student = tuple({which: pairs[n] for which, pairs in errors.items()} for n in range(len(students)))
-    return Measured(tuple(s.answers(base) for s in sums[:-1]), by_student)
+    answers = [sums[name].answers(sums[zeros[zero.extras]]) for name, zero in zip(named, zero_of_each, strict=True)]
+    warnings = (zero_point.differences(teacher, student) for student in students)
+    return Measured(tuple(answers), by_student, tuple(warnings))
 
 
 def _outputs(model: nn.Module, batch: Batch) -> Outputs:

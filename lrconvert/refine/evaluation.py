@@ -17,6 +17,7 @@ from lrconvert.refine.distributed import Processes
 from lrconvert.refine.losses import Batch, outputs
 
 TEACHER = "teacher"
+ZERO = "zero_point"  # what the teacher carries beside its updates
 _CACHED = 1 << 27  # numbers of the teacher's answers that are kept in memory, 512 MiB
 
 

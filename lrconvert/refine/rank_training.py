@@ -40,7 +40,7 @@ from lrconvert.refine.rank_exchange import Offer
 from lrconvert.refine.refine import Refinement
 from lrconvert.refine.run import RefineRun, WriteState
 from lrconvert.refine.session import Progress, open_session, part
-from lrconvert.refine.settings import Settings
+from lrconvert.refine.settings import RunOptions, Settings
 from lrconvert.refine.trainer import Trainer
 
 _HALF = 0.5  # of the steps: when ranks no longer move
@@ -210,7 +210,8 @@ def allocate(
             "which ranks there are is known only after training", fix="plan the first allocation, without --train-steps"
         )
     started, data = time.monotonic(), allocate_options.data
-    with open_session(base, lora, data, settings, device=options.device, progress=part(progress, 0.0, 0.0)) as session:
+    run_options, opening = RunOptions(device=options.device), part(progress, 0.0, 0.0)
+    with open_session(base, lora, data, settings, run_options, progress=opening) as session:
         pool, most = session.split.train, allocate_options.max_tokens
         batches = [pool.inputs(numbers) for numbers in pool.first_batches(settings.seed, settings.batch_tokens, most)]
 

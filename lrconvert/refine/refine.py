@@ -13,6 +13,7 @@ from lrconvert.core.errors import FingerprintError, OptionError, OutputExistsErr
 from lrconvert.formats import fidelity
 from lrconvert.formats.fidelity import Answers
 from lrconvert.io.checkpoint import open_checkpoint
+from lrconvert.live.zero_point import differences
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 from lrconvert.methods import base as methods
 from lrconvert.refine import distributed, layerwise
@@ -68,15 +69,15 @@ def refine(
             teacher,
             data,
             settings,
-            device=distributed.own_device(run.device),
+            replace(run, device=distributed.own_device(run.device)),
             processes=processes,
-            load_in_4bit=run.load_in_4bit,
+            student=compact,
             progress=part(quiet, 0.0, _OPENING),
         ) as session:
             log = None if run.log is None else Path(run.log)
             student = RefineRun(session, compact, settings, partial, run.resume, log)
             result = student.run(part(quiet, _OPENING, 1.0))
-            warnings = (*teacher.warnings, *_source_warnings(compact, teacher))
+            warnings = (*teacher.warnings, *_source_warnings(compact, teacher), *differences(teacher, compact))
             return refinement(session, result, settings.seed, time.monotonic() - started, warnings)
 
 

@@ -1,5 +1,5 @@
 """Sessions, which all students of one teacher share: a live model with the teacher on it, data that is split, and the
-distance of the base without an adapter from the teacher's answers."""
+distance of the base without updates from the teacher's answers."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any
 from torch import nn
 
 from lrconvert.core.errors import DataError, OptionError
-from lrconvert.live import attach, load_model, texts
+from lrconvert.live import attach, load_model, texts, zero_point
 from lrconvert.live.answers import AnswerSums
 from lrconvert.live.statistics import are_paths
-from lrconvert.lora.adapter import LoraAdapter
+from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 from lrconvert.refine import self_generated_data
 from lrconvert.refine.attached_student import NAME
 from lrconvert.refine.data import Pool, Split, examples, split
 from lrconvert.refine.distributed import Processes
-from lrconvert.refine.evaluation import TEACHER, Evaluator, TeacherModel
-from lrconvert.refine.settings import Settings
+from lrconvert.refine.evaluation import TEACHER, ZERO, Evaluator, TeacherModel
+from lrconvert.refine.settings import RunOptions, Settings
 
 Progress = Callable[[float, str], None]
 _STATISTICS_TOKENS = 1 << 16  # what layers are fitted on
@@ -36,7 +36,8 @@ def part(progress: Progress, start: float, stop: float) -> Progress:
 @dataclass(frozen=True, eq=False)
 class RefineSession:
     """A teacher on a live model, with data. `base` is the folder of the model, None for one that was live.
-    `base_distance`: how far the base without an adapter is from the teacher on held-out data."""
+    `base_distance`: how far the base without updates is from the teacher on held-out data; heads that teacher and
+    students carry are on it (`zero_point`)."""
 
     teacher_model: TeacherModel
     teacher: LoraAdapter
@@ -57,41 +58,43 @@ def open_session(
     teacher: LoraAdapter,
     data: Any,
     settings: Settings,
+    run: RunOptions,
     *,
-    device: str,
     processes: Processes | None = None,
-    load_in_4bit: bool = False,
+    student: CompactAdapter | None = None,
     progress: Progress,
 ) -> Iterator[RefineSession]:
-    """Open a session on `data` (as in `refine`); afterwards the model is as it was. Raises E-BASE, E-DATA, E-OPTION."""
+    """Open a session on `data` (as in `refine`), for one `student` or for all that carry the teacher's heads;
+    afterwards the model is as it was. Raises E-BASE, E-DATA, E-OPTION."""
     progress(0.0, "loading the base")
     where = base if isinstance(base, Path) else None
-    model = load_model.load_model(base, device, four_bit=load_in_4bit) if isinstance(base, Path) else base
-    with _prepared(model, teacher, settings, processes or Processes()) as teacher_model:
+    model = load_model.load_model(base, run.device, four_bit=run.load_in_4bit) if isinstance(base, Path) else base
+    adapters = {TEACHER: teacher, ZERO: zero_point.without_updates(teacher, student)}
+    with _prepared(model, adapters, settings, processes or Processes()) as teacher_model:
         parts = split(_pool(teacher_model, where, data, settings, progress), settings.seed)
         if settings.task_loss and _is_unlabelled(parts.train):
             raise DataError("the task's loss needs labels, and the data has none", fix="leave out --task-loss")
         evaluator = Evaluator.of(teacher_model, parts.held_out, settings.batch_tokens)
-        base_distance = evaluator.sums((), hidden=settings.hidden > 0)
+        base_distance = evaluator.sums((ZERO,), hidden=settings.hidden > 0)
         if base_distance.items == 0:
             raise DataError("there is no output to compare", fix="is the data empty?")
         if not base_distance.mean > 0:
-            raise DataError("the teacher answers as the base does on this data: there is nothing to learn from it")
+            raise DataError("the teacher's updates change no answer on this data: there is nothing to learn from it")
         yield RefineSession(teacher_model, teacher, where, parts, evaluator, base_distance)
 
 
 @contextmanager
 def _prepared(
-    model: nn.Module, teacher: LoraAdapter, settings: Settings, processes: Processes
+    model: nn.Module, adapters: Mapping[str, LoraAdapter], settings: Settings, processes: Processes
 ) -> Iterator[TeacherModel]:
-    """The model with its teacher, frozen and in evaluation mode; afterwards it is as it was."""
+    """The model with its teacher and its zero point, frozen and in evaluation mode; afterwards it is as it was."""
     trained = [p for p in model.parameters() if p.requires_grad]
     before = attach.active(model)
     device = next(iter(model.parameters())).device
     autocast = settings.autocast == "bf16" or (settings.autocast == "auto" and device.type == "cuda")
     config: Any = getattr(model, "config", None)
     cache = getattr(config, "use_cache", None)
-    with load_model.evaluating(model), attach.temporarily(model, {TEACHER: teacher}):
+    with load_model.evaluating(model), attach.temporarily(model, adapters):
         if settings.gradient_checkpointing:
             _set_gradient_checkpointing(model, True)
         try:

@@ -21,7 +21,7 @@ from lrconvert.refine import layerwise
 from lrconvert.refine.refine import with_longest_provenance, with_provenance
 from lrconvert.refine.run import RefineResult, RefineRun
 from lrconvert.refine.session import Progress, RefineSession, open_session, part
-from lrconvert.refine.settings import Settings
+from lrconvert.refine.settings import RunOptions, Settings
 
 STEPS = 32  # of the first round; every further one has twice as many
 _MORE = 8  # times as many steps at most where minutes decide
@@ -63,7 +63,7 @@ def compress(
     settings.check()
     source = with_longest_provenance(lora)
     opening, fitting = part(progress, 0.0, _OPENING), part(progress, _OPENING, _FITS)
-    with open_session(base, lora, data, settings, device=rules.device, progress=opening) as session:
+    with open_session(base, lora, data, settings, RunOptions(device=rules.device), progress=opening) as session:
         fitting(0.0, "inputs of the layers")
         inputs: InputStatistics | None = statistics or layerwise.teacher_statistics(session, lora, settings)
         try:

@@ -244,6 +244,7 @@ def fidelity_json(fidelity: Fidelity) -> dict[str, Any]:
             {**picked(t, "name", "rank_before", "rank_after", *_CAPTURED), "norm": t.energy**0.5}
             for t in fidelity.targets
         ],
+        "warnings": list(fidelity.warnings),
     }
 
 
@@ -287,10 +288,14 @@ def comparison(files: Sequence[tuple[str, Fidelity]], verbose: bool) -> str:
 
 
 def _answers(files: Sequence[tuple[str, Answers]]) -> str:
-    """Show how far the models' answers are from the LoRA's."""
-    first = files[0][1]
-    rows = [["(no adapter)", f"{first.base_distance:.4g}", "0.0%", _percent(first.base_agreement)]]
-    rows += [[printable(name), f"{a.distance:.4g}", f"{a.closed:.1%}", _percent(a.agreement)] for name, a in files]
+    """Show how far the models' answers are from the LoRA's, and before each file the base that it was measured from, if
+    that is another one than before: heads that a file carries are on its base, too."""
+    first, rows, base = files[0][1], [], None
+    for name, a in files:
+        if base != (a.base_distance, a.base_agreement):
+            base = a.base_distance, a.base_agreement
+            rows.append(["(no update)", f"{a.base_distance:.4g}", "0.0%", _percent(a.base_agreement)])
+        rows.append([printable(name), f"{a.distance:.4g}", f"{a.closed:.1%}", _percent(a.agreement)])
     unit = "KL, nats" if first.kind == "KL" else "error of hidden states"
     return table([f"answers on {first.items:,} items", unit, "of it closed", "agrees with the LoRA"], rows)
 

@@ -18,7 +18,7 @@ from lrconvert.core.errors import BudgetError, OptionError, VersionError
 from lrconvert.formats.lrc import file
 from lrconvert.refine import successive_halving
 from lrconvert.refine.session import open_session
-from lrconvert.refine.settings import Settings
+from lrconvert.refine.settings import RunOptions, Settings
 
 FORMS = ("vblora", "lowrank")
 LORA = random_lora([(96, 64), (64, 96), (40, 72)], rank=6, seed=1)
@@ -152,7 +152,7 @@ def test_what_won_is_what_was_measured(ranked, tmp_path):
     api.write(ranked.chosen.compact, tmp_path / "x.lrc")
     data, lora = words(tmp_path), api.load_lora(LORA_ON_LLAMA)
     settings = Settings(batch_tokens=96)
-    with open_session(LLAMA, lora, data, settings, device="cpu", progress=lambda s, t: None) as session:
+    with open_session(LLAMA, lora, data, settings, RunOptions(), progress=lambda s, t: None) as session:
         api.attach(session.teacher_model.model, tmp_path / "x.lrc", name="written")
         found = session.evaluator.sums(("written",))
         api.detach(session.teacher_model.model, "written")
