@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lrconvert.live.attached_adapter import Update
 from lrconvert.lora.adapter import Target
@@ -23,25 +24,32 @@ class ActiveAdapters:
 
 @dataclass(frozen=True, eq=False)
 class TokenRows:
-    """Trained token rows of an embedding, or of the output layer that is tied to it."""
+    """Trained token rows of an embedding, or of an output layer that is tied to it."""
 
     name: str
     index: Tensor  # (n,), rising
     values: Tensor  # (n, features)
-    is_output: bool
 
-    def apply(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the output `y` of a layer for its input `x`, with the trained rows in place of its own."""
-        index, values = self.index.to(x.device), self.values.to(device=y.device, dtype=y.dtype)
-        if self.is_output:
-            return y.index_copy(-1, index.to(y.device), F.linear(x.to(y.dtype), values))
+    def looked_up(self, x: Tensor, y: Tensor, scale: float) -> Tensor:
+        """Return the rows `y` that an embedding found for the tokens `x`, with the trained rows, times `scale`."""
+        index, values = self.index.to(x.device), self.values.to(device=y.device, dtype=y.dtype) * scale
         place = torch.searchsorted(index, x).clamp(max=index.numel() - 1)
         return torch.where((index[place] == x)[..., None], values[place], y)
+
+    def multiplied(self, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the output `y` of a linear layer for its input `x`, with the trained rows."""
+        index, values = self.index.to(y.device), self.values.to(device=y.device, dtype=y.dtype)
+        own = None if bias is None else bias[index].to(y.dtype)
+        return y.index_copy(-1, index, F.linear(x.to(y.dtype), values, own))
+
+    def placed(self, weight: Tensor) -> Tensor:
+        """Return the weight with the trained rows."""
+        return weight.index_copy(0, self.index.to(weight.device), self.values.to(weight))
 
 
 class AdaptedLayer(nn.Module):
     """A layer with the updates of the active adapters. Attributes that it lacks are those of the layer itself
-    (`weight`, `in_features`, ...)."""
+    (`in_features`, ...); its `weight` has the trained rows, for those who use it without the layer."""
 
     def __init__(self, layer: nn.Module, active: ActiveAdapters) -> None:
         super().__init__()
@@ -49,29 +57,49 @@ class AdaptedLayer(nn.Module):
         self.updates: list[Update] = []
         self.rows: list[TokenRows] = []
         self.active = active
+        self.scale = lookup_scale(layer)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("base_layer"), name)
+            layer: nn.Module = super().__getattr__("base_layer")
+            return self._weight(layer) if name == "weight" else getattr(layer, name)
+
+    def _weight(self, layer: nn.Module) -> Any:
+        weight: Any = layer.weight
+        for rows in self._active_rows():
+            weight = rows.placed(weight)
+        return weight
+
+    def _active_rows(self) -> list[TokenRows]:
+        return [rows for rows in self.rows if rows.name in self.active.names]
 
     def forward(self, x: Tensor, *arguments: Any, **named: Any) -> Any:
-        own = y = self.base_layer(x, *arguments, **named)
+        rows = self._active_rows()
+        if rows and self.scale is None and not isinstance(self.base_layer, nn.Linear):
+            # A layer that does more than to look up or multiply: let it do so with the other rows.
+            weight = {"weight": self._weight(self.base_layer)}
+            own, rows = functional_call(self.base_layer, weight, (x, *arguments), named), []
+        else:
+            own = self.base_layer(x, *arguments, **named)
+        y = own
         for update in self.updates:
             if update.name in self.active.names:
                 y = y + self._change(update, x, own)
         y = y.to(own.dtype)  # rounded once, after all was added
-        for rows in self.rows:
-            if rows.name in self.active.names:
-                y = rows.apply(x, y)
+        for trained in rows:
+            if self.scale is None:
+                y = trained.multiplied(x, y, self.base_layer.bias)
+            else:
+                y = trained.looked_up(x, y, self.scale)
         return y
 
     def _change(self, update: Update, x: Tensor, own: Tensor) -> Tensor:
         """Return the change that an update makes to the output `own` of the layer itself."""
         if update.source.needs_base:
             dense = dense_update(update, dense_weight(self.base_layer))
-            change = _product(self.base_layer, update.target, x, dense)
+            change = self._scaled(_product(self.base_layer, update.target, x, dense))
         else:
             change = self._through_factors(update, x, own)
         if update.bias is not None:
@@ -80,7 +108,7 @@ class AdaptedLayer(nn.Module):
 
     def _through_factors(self, update: Update, x: Tensor, own: Tensor) -> Tensor:
         a, b = update.source.factors(update.which)
-        change = _product(self.base_layer, update.target, x, a, b) * update.source.factor_of(update.which)
+        change = self._scaled(_product(self.base_layer, update.target, x, a, b)) * update.source.factor_of(update.which)
         if update.magnitude is None:
             return change
         bias: Any = getattr(self.base_layer, "bias", None)
@@ -88,22 +116,30 @@ class AdaptedLayer(nn.Module):
         factor = _per_output(self.base_layer, _dora_factor(self.base_layer, update, a, b)).to(change.dtype)
         return (factor - 1) * plain.to(change.dtype) + factor * change
 
+    def _scaled(self, change: Tensor) -> Tensor:
+        return change if self.scale in (None, 1.0) else change * self.scale
 
-class AdaptedParameter(nn.Module):
-    """A parametrization: a stack of experts with the updates of the active adapters."""
 
-    def __init__(self, active: ActiveAdapters) -> None:
-        super().__init__()
-        self.updates: list[Update] = []
-        self.active = active
-
-    def forward(self, weight: Tensor) -> Tensor:
-        own = weight
-        for update in self.updates:
-            if update.name in self.active.names:
-                delta = dense_update(update, own)
-                weight = weight + _placed(delta, update.target, weight).to(weight.dtype)
-        return weight
+def lookup_scale(layer: nn.Module) -> float | None:
+    """Return what an embedding multiplies the row of each token with: its own pass is asked, with other rows. None if
+    it does anything else, as norms or another choice of rows; PEFT adds updates to the output of such a one as they
+    are."""
+    if not isinstance(layer, nn.Embedding):
+        return None
+    if type(layer).forward is nn.Embedding.forward:
+        return 1.0
+    weight = layer.weight
+    rows = 1 + torch.arange(len(weight), device=weight.device)[:, None] % 3
+    tokens = torch.arange(min(3, len(weight)), device=weight.device)[None]
+    try:
+        with torch.no_grad():
+            found = functional_call(layer, {"weight": rows.to(weight.dtype).expand_as(weight)}, (tokens,)).double()
+    except Exception:  # whatever a layer of a stranger's raises for an input that it does not take
+        return None
+    scale = float(found.flatten()[0])
+    wanted = (scale * rows[: tokens.numel()].double()).expand_as(found[0])
+    is_scale = scale != 0 and found[0].shape == weight[: len(wanted)].shape and torch.allclose(found[0], wanted, 1e-2)
+    return scale if is_scale else None
 
 
 # --- products -------------------------------------------------------------------------------------------------------
@@ -112,7 +148,10 @@ class AdaptedParameter(nn.Module):
 def _product(layer: nn.Module, target: Target, x: Tensor, a: Tensor, b: Tensor | None = None) -> Tensor:
     """``B @ A``, or a dense update `a` (out, in) alone, applied to the input of `layer`."""
     if isinstance(layer, nn.Embedding):
-        inner = F.embedding(x, a.T, layer.padding_idx, layer.max_norm, layer.norm_type, False)
+        table = a.T
+        if target.view.kind == "matrix":  # (tokens, features): rows of B are looked up
+            table, b = (a, None) if b is None else (b, a.T)
+        inner = F.embedding(x, table, layer.padding_idx, layer.max_norm, layer.norm_type, False)
         return inner if b is None else inner @ b.T
     x = x.to(a.dtype)
     if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
@@ -187,12 +226,3 @@ def _matrix(weight: Tensor, target: Target) -> Tensor:
         start, stop = (int(n) for n in rest.split(":"))
         return weight[start:stop]
     return weight.flatten(1)
-
-
-def _placed(delta: Tensor, target: Target, weight: Tensor) -> Tensor:
-    """A dense update (out, in) of one expert, or of a matrix, in the shape of its parameter."""
-    if not target.view.kind.startswith("expert"):
-        return delta.T if target.view.kind == "transposed" else delta.reshape(weight.shape)
-    which = int(target.view.text.rpartition(":")[2])
-    entry = delta.T if target.view.kind == "expert_transposed" else delta
-    return F.pad(entry[None], (0, 0, 0, 0, which, weight.shape[0] - which - 1))

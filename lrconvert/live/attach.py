@@ -8,10 +8,9 @@ it is used, as PEFT does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,16 +18,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lrconvert.core.dtypes import STORAGE, TORCH_NAMES, decode
-from lrconvert.core.errors import AttachError, BaseError, PlacementError
-from lrconvert.live.adapted_layer import ActiveAdapters, AdaptedLayer, AdaptedParameter, TokenRows
+from lrconvert.core.errors import AttachError, PlacementError
+from lrconvert.live.adapted_layer import ActiveAdapters, AdaptedLayer, TokenRows
+from lrconvert.live.adapted_stack import AdaptedParameter
 from lrconvert.live.attached_adapter import Adapter, AttachedAdapter, Update, targets_of
 from lrconvert.live.layer_inputs import is_known_layer
-from lrconvert.live.load_model import families_of
+from lrconvert.live.live_parameters import CHILD, LiveParameters, Slot
 from lrconvert.lora.adapter import ExtraTensor, Target
-from lrconvert.lora.base_names import NameIndex
 
 _STATE = "_lrconvert"  # the attribute of a model that holds its `Attachments`
-_CHILD = "_adapter_"  # begins the name under which a wrapper registers an adapter
 
 
 # --- verbs ----------------------------------------------------------------------------------------------------------
@@ -53,20 +51,24 @@ def attach(
     if name in state.adapters or not name.isidentifier():
         what = "is taken" if name in state.adapters else "is no identifier"
         raise AttachError(f"the name {name!r} {what}", fix="attach it under another name, or detach the other first")
-    parameters = _Parameters(model)
-    places = [(target, parameters.path_of(target)) for target in targets_of(adapter)]
-    source = AttachedAdapter(adapter, scale, dtype, trainable)
-    if places:
-        source.to(parameters[places[0][1]].device)
-    state.adapters[name] = source
-    setattr(model, _STATE, state)
+    before = state.active.names
+    state.activate(())  # so that it holds its own parameters, tied as they are
     try:
+        parameters = LiveParameters(model)
+        places = [parameters.place(target) for target in targets_of(adapter)]
+        source = AttachedAdapter(adapter, scale, dtype, trainable)
+        if places:
+            source.to(parameters[places[0][0]].tensor.device)
+        state.adapters[name] = source
+        setattr(model, _STATE, state)
         state.install_extras(name, adapter.extras, parameters)
         state.install_updates(name, places, adapter.extras, parameters)
     except BaseException:
-        detach(model, name)
+        if name in state.adapters:
+            detach(model, name)
+        state.activate(before)
         raise
-    state.activate((*state.active.names, name))
+    state.activate((*before, name))
     return source
 
 
@@ -136,10 +138,11 @@ def layers_of(model: nn.Module, name: str) -> dict[int, AdaptedLayer]:
 
 
 def replaced(model: nn.Module, name: str, extras: Sequence[ExtraTensor]) -> list[tuple[ExtraTensor, nn.Parameter]]:
-    """Return those `extras` of the adapter `name` that take the place of parameters, each with its parameter, which
-    holds its values while the adapter is active."""
-    swaps = _attachments(model).replaced.get(name, [])
-    return list(zip([e for e in extras if e.use == "replace"], [p for p, _ in swaps], strict=True))
+    """Return those `extras` of the adapter `name` that take the place of parameters, each with the parameter that
+    holds its values, and is in its place while the adapter is active."""
+    values = {r.extra: r.value for r in _attachments(model).replaced.get(name, ())}
+    pairs = ((extra, values.get(extra.name)) for extra in extras if extra.use == "replace")
+    return [(extra, value) for extra, value in pairs if isinstance(value, nn.Parameter)]
 
 
 # --- a model's adapters ---------------------------------------------------------------------------------------------
@@ -153,6 +156,25 @@ def _attachments(model: nn.Module) -> Attachments:
 
 
 @dataclass(eq=False, repr=False)
+class _Replacement:
+    """A tensor of an adapter that takes the place of the one in a slot: of that module's alone, so that others that
+    are tied to it keep theirs, as with the copy of the module that PEFT trains."""
+
+    extra: str
+    slot: Slot
+    value: Tensor
+    before: Tensor | None = None
+
+    def put_in(self) -> None:
+        self.before = self.slot.exchange(self.value)
+
+    def put_back(self) -> None:
+        if self.before is not None:
+            self.slot.exchange(self.before)
+            self.before = None
+
+
+@dataclass(eq=False, repr=False)
 class Attachments:
     """The adapters of `model` by name, which of them are active, and how everything was before."""
 
@@ -161,7 +183,7 @@ class Attachments:
     active: ActiveAdapters = field(default_factory=ActiveAdapters)
     layers: dict[str, AdaptedLayer] = field(default_factory=dict)
     parameters: dict[str, tuple[AdaptedParameter, tuple[str, ...]]] = field(default_factory=dict)
-    replaced: dict[str, list[tuple[nn.Parameter, Tensor]]] = field(default_factory=dict)
+    replaced: dict[str, list[_Replacement]] = field(default_factory=dict)
     owners: dict[str, nn.Module] = field(default_factory=dict)  # which wrapper registers an adapter's parameters
 
     def check(self, names: Sequence[str]) -> None:
@@ -172,36 +194,32 @@ class Attachments:
                 raise AttachError(f"there is no adapter {name!r} on the model", fix=fix)
 
     def activate(self, names: tuple[str, ...]) -> None:
-        """Make these adapters the active ones. What they replace is put back last in, first out: each holds what the
-        one before it had put there."""
+        """Make these adapters the active ones. Of two that replace one tensor the last one does; all that is replaced
+        is put back first."""
         for name in reversed(dict.fromkeys(self.active.names)):
-            self._swap(reversed(self.replaced.get(name, [])))
+            for replacement in reversed(self.replaced.get(name, [])):
+                replacement.put_back()
         for name in dict.fromkeys(names):
-            self._swap(self.replaced.get(name, []))
+            for replacement in self.replaced.get(name, []):
+                replacement.put_in()
         self.active.names = names
-
-    @staticmethod
-    def _swap(swaps: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
-        """Exchange values of parameters with those that replace them; a tied parameter may be in two of them."""
-        for parameter, value in swaps:
-            parameter.data, value.data = value.data, parameter.data
 
     # --- updates ---
 
     def install_updates(
-        self, name: str, places: Sequence[tuple[Target, str]], extras: Sequence[ExtraTensor], parameters: _Parameters
+        self, name: str, places: Sequence[tuple[str, Target]], extras: Sequence[ExtraTensor], parameters: LiveParameters
     ) -> None:
         """Add every update of the adapter `name` to the parameter at its path, with the magnitude and the bias that
         belong to it. Raises E-ATTACH, E-PLACE."""
         beside = {(e.name, e.use): e for e in extras if e.use in ("magnitude", "add")}
-        for which, (target, path) in enumerate(places):
+        for which, (path, target) in enumerate(places):
             magnitude = beside.pop((target.name, "magnitude"), None)
             bias = beside.pop((f"{target.name.removesuffix('.weight')}.bias", "add"), None)
-            device = parameters[path].device
+            device = parameters[path].tensor.device
             tensors = (None if extra is None else _tensor(extra, device) for extra in (magnitude, bias))
             taker = self._add(path, Update(name, self.adapters[name], which, target, *tensors))
             if name not in self.owners:
-                taker.add_module(f"{_CHILD}{name}", self.adapters[name])
+                taker.add_module(f"{CHILD}{name}", self.adapters[name])
                 self.owners[name] = taker
         for extra in beside.values():
             raise PlacementError(f"the adapter's {extra.name!r} ({extra.use}) belongs to no target of it")
@@ -222,8 +240,9 @@ class Attachments:
             parent, added = self.model.get_submodule(owner), AdaptedParameter(self.active)
             self.parameters[path] = added, tuple(parent._parameters)
             parametrize.register_parametrization(parent, leaf, added, unsafe=True)
+            added.watch(parent)
         taker = self.parameters[path][0]
-        taker.updates.append(update)
+        taker.updates.setdefault(update.name, []).append(update)
         return taker
 
     def _wrap(self, module: str) -> AdaptedLayer:
@@ -254,8 +273,9 @@ class Attachments:
             wrapper.rows = [r for r in wrapper.rows if r.name != name]
             self._unwrap(module)
         for path, (added, order) in reversed(list(self.parameters.items())):
-            added.updates = [u for u in added.updates if u.name != name]
+            added.remove(name)
             if not added.updates:
+                added.unwatch()
                 owner, _, leaf = path.rpartition(".")
                 own = self.model.get_submodule(owner)
                 parametrize.remove_parametrizations(own, leaf, leave_parametrized=False)
@@ -265,78 +285,58 @@ class Attachments:
                 own._parameters.update(kept | rest)  # in the order they had
                 del self.parameters[path]
         if name in self.owners:
-            del self.owners.pop(name)._modules[f"{_CHILD}{name}"]
+            del self.owners.pop(name)._modules[f"{CHILD}{name}"]
         self.replaced.pop(name, None)
         self.adapters.pop(name)
 
     # --- extra tensors ---
 
-    def install_extras(self, name: str, extras: Sequence[ExtraTensor], parameters: _Parameters) -> None:
+    def install_extras(self, name: str, extras: Sequence[ExtraTensor], parameters: LiveParameters) -> None:
         """Install heads and trained token rows. Raises E-PLACE for what the model has no place for."""
         indices = {e.name: e for e in extras if e.use == "row_indices"}
-        swaps: list[tuple[nn.Parameter, Tensor]] = []
-        for extra in extras:
-            if extra.use not in ("replace", "rows"):
-                continue
-            path = parameters.index.find(extra.name.replace(".base_layer.", ".").replace("base_layer.", ""))
-            if path is None:
-                raise PlacementError(
-                    f"the model has no {extra.name!r}",
-                    fix="load it with the class of the adapter's task, as AutoModelFor...",
-                )
-            parameter = parameters[path]
-            value = _tensor(extra, parameter.device)
+        places = {e: _place_of(e, parameters) for e in extras if e.use in ("replace", "rows")}
+        own = set(places.values())
+        self.replaced[name] = []
+        for extra, path in places.items():
+            tensor = parameters[path].tensor
+            value = _tensor(extra, tensor.device)
             if extra.use == "rows":
-                index = _tensor(indices[extra.name], parameter.device).long()
-                self._add_rows(path, name, index, value)
+                index = _tensor(indices[extra.name], tensor.device).long()
+                for taker in self._takers_of_rows(path, own, parameters):
+                    self._wrap(taker.removesuffix(".weight")).rows.append(TokenRows(name, index, value))
                 continue
-            if value.shape != parameter.shape or not isinstance(parameter, nn.Parameter):
-                raise PlacementError(f"{extra.name!r} is {list(value.shape)}, {list(parameter.shape)} in the model")
-            swaps.append((parameter, value.to(parameter.dtype)))
-        self.replaced[name] = swaps
+            if value.shape != tensor.shape:
+                raise PlacementError(f"{extra.name!r} is {list(value.shape)}, {list(tensor.shape)} in the model")
+            value = value.to(tensor.dtype)
+            if isinstance(tensor, nn.Parameter):
+                value = nn.Parameter(value, requires_grad=False)
+            # The base's own weight, which PEFT stores beside an update, is that of all modules that are tied to it.
+            paths = parameters.sharing(path) if "base_layer." in extra.name else [path]
+            self.replaced[name] += [_Replacement(extra.name, parameters[p], value) for p in paths]
 
-    def _add_rows(self, path: str, name: str, index: Tensor, values: Tensor) -> None:
-        """Give trained rows to the layer at `path`, and to an output layer that is tied to it."""
-        layer = self._wrap(path.removesuffix(".weight"))
-        is_output = not isinstance(layer.base_layer, nn.Embedding)
-        layer.rows.append(TokenRows(name, index, values, is_output))
-        tied = getattr(self.model, "get_output_embeddings", lambda: None)()
-        inner = tied.base_layer if isinstance(tied, AdaptedLayer) else tied
-        if not is_output and inner is not None and inner.weight is layer.base_layer.weight:
-            for other, module in self.model.named_modules():
-                if module is tied:
-                    self._wrap(other).rows.append(TokenRows(name, index, values, True))
-                    break
+    def _takers_of_rows(self, path: str, own: Set[str], parameters: LiveParameters) -> list[str]:
+        """The weights that get trained rows of the one at `path`: as PEFT does, those of the input embeddings are also
+        the rows of every layer that is tied to them and has no tensor of its `own` in the adapter."""
+        ask = getattr(self.model, "get_input_embeddings", lambda: None)
+        inputs = ask()
+        inputs = inputs.base_layer if isinstance(inputs, AdaptedLayer) else inputs
+        if parameters[path].layer is not inputs:
+            return [path]
+        others = parameters.sharing(path)[1:]
+        return [path, *(p for p in others if p not in own and is_known_layer(parameters[p].layer))]
 
 
-# --- names and numbers ----------------------------------------------------------------------------------------------
+def _place_of(extra: ExtraTensor, parameters: LiveParameters) -> str:
+    """The parameter that an extra tensor belongs to. Raises E-PLACE."""
+    path = parameters.index.find(extra.name.replace(".base_layer.", ".").replace("base_layer.", ""))
+    if path is None:
+        raise PlacementError(
+            f"the model has no {extra.name!r}", fix="load it with the class of the adapter's task, as AutoModelFor..."
+        )
+    return path
 
 
-class _Parameters:
-    """Parameters and buffers of a live model by the names of their layers, whatever wraps these."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self._tensors: dict[str, Tensor] = {}
-        for path, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()):
-            plain = path.replace(".base_layer.", ".").replace("parametrizations.", "").removesuffix(".original")
-            if f".{_CHILD}" not in path:
-                self._tensors[plain] = tensor
-        self.index = NameIndex(self._tensors, families_of(model))
-
-    def __getitem__(self, path: str) -> Tensor:
-        return self._tensors[path]
-
-    def path_of(self, target: Target) -> str:
-        """The path of a target's parameter. Raises E-BASE if it is missing or of another shape."""
-        path = self.index.find(target.name)
-        if path is None:
-            raise self.index.missing(target.name)
-        state: Any = getattr(self[path], "quant_state", None)  # where its numbers are packed
-        shape = tuple(self[path].shape if state is None else state.shape)
-        if shape != tuple(target.shape):
-            raise BaseError(f"the target {target.name!r} is {list(target.shape)}, {list(shape)} in the model")
-        return path
+# --- numbers ----------------------------------------------------------------------------------------------
 
 
 def _tensor(extra: ExtraTensor, device: torch.device) -> Tensor:
