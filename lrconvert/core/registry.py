@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,14 @@ def calls(folder: str, name: str, function: str) -> list[tuple[Any, ...]]:
 
 def _sources(folder: str) -> dict[str, Path]:
     """Return the source file of every module and package directly in a package."""
+    return _scan(tuple((path, Path(path).stat().st_mtime_ns) for path in importlib.import_module(folder).__path__))
+
+
+@lru_cache  # one adapter of a batch asks some thirty times
+def _scan(folders: tuple[tuple[str, int], ...]) -> dict[str, Path]:
+    """Return the sources in these folders, each as it was changed last."""
     sources: dict[str, Path] = {}
-    for path in map(Path, importlib.import_module(folder).__path__):
+    for path in (Path(path) for path, _ in folders):
         sources |= {file.stem: file for file in path.glob("*.py")}
         sources |= {file.parent.name: file for file in path.glob("*/__init__.py")}
     return sources

@@ -11,7 +11,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lrconvert.core import registry
-from lrconvert.core.errors import ConfigError, LrcError, OptionError, PickleError, UnknownLayoutError
+from lrconvert.core.errors import (
+    ConfigError,
+    FileKindError,
+    HeaderLengthError,
+    HeaderTextError,
+    LrcError,
+    OptionError,
+    UnknownLayoutError,
+)
 from lrconvert.formats.readers.shared import folders, kinds
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.formats.readers.shared.weights import open_weights
@@ -52,7 +60,7 @@ def named(layout: str) -> Reader:
 
 def all_readers() -> list[Reader]:
     """Return all readers, sorted by id."""
-    return [named(layout) for layout in ids()]
+    return [registry.load(_FOLDER, layout, "READER") for layout in ids()]
 
 
 def load(path: Path, options: ReadOptions | None = None) -> LoraAdapter | CompactAdapter:
@@ -109,10 +117,12 @@ def _load_file(path: Path, options: ReadOptions) -> LoraAdapter | CompactAdapter
     try:
         with open_weights(path, options) as weights:
             names = [info.name for info in weights.tensors]
-    except PickleError as error:
-        raise error.at(path) from None
-    except LrcError:  # no file of tensors at all
+    except (FileKindError, HeaderLengthError, HeaderTextError) as error:  # no file of tensors at all, by its content
+        if path.suffix in folders.WEIGHT_SUFFIXES:
+            raise error.at(path) from None
         raise _unknown(path) from None
+    except LrcError as error:
+        raise error.at(path) from None
     for reader in all_readers():
         if reader.knows(names):
             return _read(reader, path, options)
