@@ -5,7 +5,7 @@ Two profiles (decision: strict for our own files, roomy for what other tools wri
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
@@ -39,6 +39,7 @@ class Limits:
     ndim: int
     dim: int  # of a stored tensor; the shapes in a manifest are bounded by MAX_DIM
     file_bytes: int
+    least_dim: int = 1
 
 
 OWN = Limits(
@@ -61,3 +62,4 @@ FOREIGN = Limits(
     dim=MAX_DIM,
     file_bytes=1 << 44,
 )
+ADAPTER = replace(FOREIGN, least_dim=0)  # DeepSpeed's ZeRO-3 leaves empty tensors in them, which are told apart

@@ -282,7 +282,7 @@ def inspect_compact(compact: CompactAdapter) -> dict[str, Any]:
         "base": {"names": compact.base.names, "content": compact.base.content},
         "source": compact.provenance.source,
         **_common(compact.extras, compact.provenance.base_model, compact.provenance.task_type),
-        "warnings": [_NO_NORM] if methods.needs_base(compact) else [],
+        "warnings": [*compact.warnings, *([_NO_NORM] if methods.needs_base(compact) else [])],
     }
 
 

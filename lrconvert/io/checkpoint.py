@@ -20,7 +20,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 JOURNAL = ".lrconvert/journal"  # of a model that is being changed in place
 READY_NAME = "ready.json"  # in it from the first changed byte to the last
-_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SHARED_BLOB = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}")
 _BITSANDBYTES = "bitsandbytes"
 _COPY_BYTES = 1 << 22
@@ -117,22 +117,26 @@ def contained(root: Path, path: Path) -> bool:
     return real.is_relative_to(real_root) or real.is_relative_to(model / "blobs")
 
 
-def _shard_names(index: dict[str, Any], path: Path) -> list[str]:
-    """File names of a shard index in sorted order. Raises E-PATH or E-INDEX-MAP."""
+def shard_paths(index: Mapping[str, Any], path: Path, suffix: str = ".safetensors") -> list[Path]:
+    """Return the files of the shard index at `path`, sorted. Raises E-PATH, E-INDEX-MAP, E-LIMIT."""
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise errors.ShardIndexError("the index has no weight_map", path=path)
     names = set()
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or not _SHARD.fullmatch(name):
-            what = f"the index sends {tensor!r} to {name!r:.80}, which is not a plain .safetensors file name"
+        if not isinstance(name, str) or not _SHARD.fullmatch(name) or not name.endswith(suffix):
+            what = f"the index sends {tensor!r} to {name!r:.80}, which is not a plain {suffix} file name"
             raise errors.ShardPathError(what, path=path)
         names.add(name)
     if len(names) > MAX_SHARDS:
         raise errors.LimitError(f"the index names {len(names)} shards; at most {MAX_SHARDS} are read", path=path)
     if len({name.casefold() for name in names}) != len(names):
         raise errors.ShardIndexError("two shard names differ only in upper and lower case", path=path)
-    return sorted(names)
+    shards = [path.parent / name for name in sorted(names)]
+    for shard in shards:
+        if not contained(path.parent, shard):
+            raise errors.ShardPathError("the shard is a link that leaves its folder", path=shard)
+    return shards
 
 
 def _present(path: Path) -> bool:
@@ -165,6 +169,11 @@ def _check_quantization(config: Mapping[str, Any], allowed: bool, root: Path) ->
     raise errors.QuantizedBaseError(f"the base is stored quantized, by {name:.60}", fix=advice, path=root)
 
 
+def is_between_states(root: Path) -> bool:
+    """Return whether a model folder is between two states: whatever reads or changes one asks this first."""
+    return _present(root / JOURNAL / READY_NAME)
+
+
 def unfinished(root: Path) -> errors.UnfinishedError:
     """Return the error for a model folder in which a merge or unmerge in place was broken off."""
     what = "is between two states: a merge or unmerge in place was broken off"
@@ -187,7 +196,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, quantized: bool = False) ->
     root = Path(path)
     if not root.is_dir():
         raise errors.FileKindError("is not a model folder", fix="give the folder that holds config.json", path=root)
-    if _present(root / JOURNAL / READY_NAME):
+    if is_between_states(root):
         raise unfinished(root)
     config = read_json(root / "config.json") if _present(root / "config.json") else {}
     _check_quantization(config, quantized, root)
@@ -197,11 +206,10 @@ def open_checkpoint(path: str | os.PathLike[str], *, quantized: bool = False) ->
     index = read_json(index_path, MAX_INDEX_BYTES)
     files: list[ContainerFile] = []
     try:
-        for name in _shard_names(index, index_path):
-            if not contained(root, root / name):
-                raise errors.ShardPathError("the shard is a link that leaves its folder", path=root / name)
-            files.append(ContainerFile(root / name))
-        _check_index(index["weight_map"], files, index_path)
+        for shard in shard_paths(index, index_path):
+            files.append(ContainerFile(shard))
+        stored = [(info.name, file.path.name) for file in files for info in file.tensors]
+        check_index(index["weight_map"], stored, index_path)
     except BaseException:
         for file in files:
             file.close()
@@ -223,9 +231,9 @@ def _single_file(root: Path) -> ContainerFile:
     return ContainerFile(single)
 
 
-def _check_index(declared: Mapping[str, str], files: Sequence[ContainerFile], path: Path) -> None:
-    """Raise E-INDEX-MAP unless every tensor is stored once, where the index says, and none is absent."""
-    stored = [(info.name, file.path.name) for file in files for info in file.tensors]
+def check_index(declared: Mapping[str, str], stored: Sequence[tuple[str, str]], path: Path) -> None:
+    """Raise E-INDEX-MAP unless every tensor of `stored`, (name, name of its file), is there once, where the index says,
+    and none is absent."""
     names = {name for name, _ in stored}
     if len(names) != len(stored):
         raise errors.ShardIndexError("a tensor is stored in two shards", path=path)

@@ -23,7 +23,7 @@ import numpy as np
 from lrconvert.core import errors
 from lrconvert.core.dtypes import STORAGE, Stored, itemsize
 from lrconvert.core.errors import LrcError
-from lrconvert.core.limits import FOREIGN, MAX_CONFIG_BYTES, Limits
+from lrconvert.core.limits import FOREIGN, MAX_CONFIG_BYTES, OWN, Limits
 from lrconvert.io import strictjson
 
 
@@ -140,9 +140,10 @@ def _entry(name: str, value: Any, limits: Limits) -> tuple[str, tuple[int, ...],
     if not isinstance(dtype, str) or dtype not in STORAGE:
         raise errors.DtypeError(f"tensor {name!r} has the unknown dtype {dtype!r:.40}")
     shape = _integers(value["shape"], None)
-    if len(shape) > limits.ndim or any(not 0 < n <= limits.dim for n in shape):
+    if len(shape) > limits.ndim or any(not limits.least_dim <= n <= limits.dim for n in shape):
         what = f"tensor {name!r} has shape {list(shape)!s:.80}"
-        raise errors.ShapeError(f"{what}; at most {limits.ndim} dimensions of 1 to {limits.dim} are read")
+        read = f"at most {limits.ndim} dimensions of {limits.least_dim} to {limits.dim} are read"
+        raise errors.ShapeError(f"{what}; {read}")
     begin, end = _integers(value["data_offsets"], 2)
     nbytes = math.prod(shape) * itemsize(dtype)
     if end - begin != nbytes:
@@ -164,7 +165,7 @@ def parse_header(text: bytes, data_bytes: int, limits: Limits, file: Path) -> tu
     if not isinstance(header, dict):
         raise errors.JsonSyntaxError("the header is not a JSON object")
     metadata = header.pop("__metadata__", {})
-    if metadata is None and limits is FOREIGN:  # as mlx writes it, and the safetensors library reads it
+    if metadata is None and limits is not OWN:  # as mlx writes it, and the safetensors library reads it
         metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise errors.JsonSyntaxError("__metadata__ is not an object of strings")
@@ -175,7 +176,7 @@ def parse_header(text: bytes, data_bytes: int, limits: Limits, file: Path) -> tu
     for name, value in header.items():
         dtype, shape, begin, end = _entry(name, value, limits)
         tensors.append(TensorInfo(name, dtype, shape, start + begin, end - begin, file))
-    tensors.sort(key=lambda t: t.start)
+    tensors.sort(key=lambda t: (t.start, t.nbytes))
     position = start
     for tensor in tensors:
         if tensor.start != position:

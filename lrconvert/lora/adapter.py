@@ -192,3 +192,4 @@ class CompactAdapter:
     extras: tuple[ExtraTensor, ...] = ()
     provenance: Provenance = Provenance()
     base: BaseFingerprint = BaseFingerprint("")
+    warnings: tuple[str, ...] = field(default=(), compare=False)

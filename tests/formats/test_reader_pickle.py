@@ -99,12 +99,13 @@ def named(value, name="base_model.model.x.lora_A.weight") -> bytes:
 
 
 HOSTILE = {
-    "a list": (lambda: saved([torch.ones(1)]), errors.TensorUnknownError, "tensor '0'"),
+    "a list": (lambda: saved([torch.ones(1)]), errors.EmptyAdapterError, "no lora_A"),
     "a list of lists": (lambda: saved([[torch.ones(1)]]), errors.PickleError, "entry '0' is a list"),
     "a tuple": (lambda: saved((torch.ones(1),)), errors.PickleError, "holds a tuple"),
-    "a value that is no tensor": (lambda: saved({**state(), "alpha": 16}), errors.PickleError, "'alpha' is a int"),
-    "a name that is no text": (lambda: saved({3: torch.ones(1)}), errors.PickleError, "entry 3"),
-    "a nested dict": (lambda: saved({"state_dict": state()}), errors.PickleError, "'state_dict' is a dict"),
+    "a value that is no tensor": (lambda: saved({**state(), "x": {1, 2}}), errors.PickleError, "'x' is a set"),
+    "a name that is no text": (lambda: saved({3: torch.ones(1)}), errors.PickleError, "entry '3'"),
+    "the state of a training": (lambda: saved({"model": state(), "optimizer": {"state": {0: torch.ones(1)}}}),
+                                errors.PickleError, "'optimizer.state.0' is a Tensor.*Save the adapter's tensors alone"),
     "a module": (lambda: saved(nn.Linear(2, 2)), errors.PickleError, "more than tensors"),
     "cut off": (lambda: saved(state())[:-5000], errors.PickleError, "zip|damaged"),
     "rubbish": (lambda: b"PK" + os.urandom(500), errors.PickleError, "zip"),

@@ -87,7 +87,9 @@ def read(path: Path, options: ReadOptions) -> LoraAdapter:
         warnings = [_NOTE] if base is None else []
         if tokens:
             warnings.append(f"the embeddings of new tokens are carried along: {', '.join(sorted(tokens))[:200]}")
-        return pairs.build_adapter(weights, targets, layout="cloneofsimo", extras=extras, warnings=warnings)
+        models = {module.partition(":")[0] for module in modules}
+        used = {*models, *tokens, *(f"{module}:rank" for module in modules)}
+        return pairs.build_adapter(weights, targets, layout="cloneofsimo", extras=extras, warnings=warnings, used=used)
 
 
 # --- numbers onto a base --------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """diffusers: ``pytorch_lora_weights.safetensors``, in all the forms that releases wrote.
 
-``unet.<module>.lora_A.weight`` (r, in) and ``.lora_B.weight`` (out, r); ``.lora.down.weight`` and ``.lora.up.weight``,
-of text encoders ``.lora_linear_layer.``; and the oldest, attention processors:
+``unet.<module>.lora_A.weight`` (r, in) and ``.lora_B.weight`` (out, r), which trainers for ComfyUI call ``.lora_down``
+and ``.lora_up``, with the model's name or without; ``.lora.down.weight`` and ``.lora.up.weight``, of text encoders
+``.lora_linear_layer.``; and the oldest, attention processors:
 ``<attention>.processor.to_q_lora.down.weight`` with or without ``unet.`` before it. The first word is a model of the
 pipeline.
 
@@ -32,11 +33,25 @@ METADATA = "lora_adapter_metadata"
 _MODELS = "unet|transformer|transformer_2|text_encoder|text_encoder_2|text_encoder_3|prior|controlnet|diffusion_model"
 # The first word of a module -> the models of a pipeline that it may mean; itself if it is not here.
 _ALIASES = {"diffusion_model": ("transformer", "unet")}
-_OURS = re.compile(rf"(?:{_MODELS})\.(?!(?:h|layers|wte|word_embeddings)\.)|(?:down_blocks|up_blocks|mid_block)\.")
+# What language models call their layers below `transformer`, which is no model of a pipeline there. Of `layers` only
+# those with the attention of diffusion models are ours: Z-Image, Lumina.
+_LANGUAGE = (
+    r"(?:h|wte|word_embeddings)\.|layers\.(?!\d+\.(?:attn|attention)\.to_|\d+\.(?:feed_forward|adaLN_modulation)\.)"
+)
+_OURS = re.compile(
+    rf"diffusion_model\.|(?:{_MODELS})\.(?!{_LANGUAGE})|(?:down_blocks|up_blocks|mid_block)\."
+    r"|(?!(?:lora|lycoris)_)[^.]+\..+\.lora_(?:down|up)\.weight$"
+)
+# First words of UNets' modules; those of other modules without a model's name are a transformer's.
+_IN_UNETS = (
+    *("down_blocks", "up_blocks", "mid_block", "conv_in", "conv_out", "time_embedding", "add_embedding"),
+    *("input_blocks", "output_blocks", "middle_block", "time_embed", "label_emb"),
+)
 _SUFFIX = re.compile(
     r"(?P<module>.+?)(?:"
     r"\.(?:lora|lora_linear_layer)\.(?P<old>down|up)\.weight"
     r"|_lora\.(?P<oldest>down|up)\.weight"
+    r"|\.lora_(?P<comfy>down|up)\.weight"
     r"|\.lora_(?P<half>[AB])(?:\.[^.]+)?\.weight"
     r"|\.lora_B(?:\.[^.]+)?\.(?P<bias>bias)"
     r"|\.lora_(?P<magnitude>magnitude_vector)(?:\.[^.]+)?(?:\.weight)?"
@@ -53,9 +68,9 @@ def knows(names: Sequence[str]) -> bool:
 
 def _split(name: str) -> tuple[str, str] | None:
     match = _SUFFIX.fullmatch(name)
-    if match is None or not _OURS.match(name):
+    if match is None or not (_OURS.match(name) or match["alpha"]):
         return None
-    half = match["old"] or match["oldest"] or match["half"]
+    half = match["old"] or match["oldest"] or match["comfy"] or match["half"]
     part = _HALVES[half] if half else match["bias"] or match["alpha"] or "magnitude"
     return _module(match["module"]), part
 
@@ -64,7 +79,8 @@ def _module(spelled: str) -> str:
     """Return a module with its model's name first, and attention processors as the layers that they adapt."""
     model = spelled.partition(".")[0]
     if not re.fullmatch(_MODELS, model):
-        model, spelled = "unet", f"unet.{spelled}"
+        model = "unet" if model in _IN_UNETS else "transformer"
+        spelled = f"{model}.{spelled}"
     path, _, leaf = spelled.replace(".processor.", ".").rpartition(".")
     if model.startswith("text_encoder"):
         leaf = _IN_TEXT_ENCODERS.get(leaf, leaf)
@@ -89,7 +105,10 @@ def read(path: Path, options: ReadOptions) -> LoraAdapter:
             targets.append(pair)
             extras += _extras(pair, parts, weights)
         warnings = [naming.unnamed("diffusers")] if base is None else []
-        return pairs.build_adapter(weights, targets, layout="diffusers", extras=extras, warnings=warnings)
+        return pairs.build_adapter(weights, targets, layout="diffusers", extras=extras, warnings=warnings, used=_USED)
+
+
+_USED = (METADATA,)
 
 
 def _settings(metadata: Mapping[str, str]) -> dict[str, Settings]:

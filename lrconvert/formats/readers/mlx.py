@@ -18,8 +18,10 @@ from typing import Any
 from lrconvert.core.errors import ConfigError, LrcError, NotLoraError, OptionError, PairError
 from lrconvert.formats.readers.base import Reader
 from lrconvert.formats.readers.shared import naming, pairs
+from lrconvert.formats.readers.shared.config import is_set
 from lrconvert.formats.readers.shared.folders import CONFIG_NAME, config_path, weights_in
 from lrconvert.formats.readers.shared.naming import Component
+from lrconvert.formats.readers.shared.notes import unused
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.formats.readers.shared.pairs import Labels, Parts
 from lrconvert.formats.readers.shared.weights import Weights, load_finite, load_finite_extra, open_weights
@@ -32,6 +34,18 @@ LABELS = Labels("lora_a", "lora_b")
 WEIGHTS_NAMES = ("adapters.safetensors", "adapters.npz")
 Scale = Callable[[int], float]  # by the rank
 _PARTS = {"lora_a": "A", "lora_b": "B", "m": "magnitude"}
+# Settings of mlx-lm's training that say nothing of the update, or that are read here.
+_SETTINGS = frozenset(
+    (
+        *("adapter_path", "batch_size", "config", "data", "fine_tune_type", "grad_accumulation_steps"),
+        *("grad_checkpoint", "hf_dataset", "iters", "learning_rate", "lora_layers", "lora_parameters", "lr_schedule"),
+        *("mask_prompt", "max_seq_length", "model", "num_layers", "optimizer", "optimizer_config", "project_name"),
+        *("prompt_feature", "completion_feature", "report_to", "resume_adapter_file", "save_every", "seed"),
+        *("steps_per_eval", "steps_per_report", "test", "test_batches", "train", "train_type", "use_dora"),
+        *("val_batches", "wandb", "chat_feature", "text_feature", "clear_cache_threshold", "quantized"),
+    )
+)
+_PARAMETERS = frozenset(("alpha", "dropout", "keys", "rank", "scale"))
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
@@ -78,6 +92,9 @@ def read(path: Path, options: ReadOptions) -> LoraAdapter:
         if component is None:
             notes.append(naming.unnamed("MLX"))
         notes += _depth(modules, config, component)
+        notes += unused({key: value for key, value in config.items() if is_set(value)}, _SETTINGS)
+        table = config.get("lora_parameters")
+        notes += unused({k: v for k, v in table.items() if is_set(v)} if isinstance(table, dict) else {}, _PARAMETERS)
         base_model = config_text(config, "model")
         return pairs.build_adapter(weights, targets, layout="mlx", extras=extras, warnings=notes, base_model=base_model)
 
@@ -141,7 +158,11 @@ def _targets(
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[0]:
         shown = f"lora_a {list(a.shape)} and lora_b {list(b.shape)}"
         if len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1]:
-            raise PairError(f"{module}: {shown} look swapped", fix="exchange lora_a and lora_b; MLX stores (in, r)")
+            raise PairError(
+                f"{module}: {shown} are transposed or swapped; MLX stores (in, r) and (r, out)",
+                fix="if they are PEFT's (r, in) and (out, r), transpose both; only if the model computes x @ lora_b @ "
+                "lora_a, exchange their names",
+            )
         raise PairError(f"{module}: {shown} do not fit; expected (in, r) and (r, out)")
     (inner, rank), out = a.shape, b.shape[1]
     table = config.get("lora_parameters")

@@ -23,12 +23,13 @@ from lrconvert.core.limits import MAX_DIM, MAX_EXPAND_BYTES, MAX_RANK
 from lrconvert.formats.readers.base import Reader
 from lrconvert.formats.readers.shared.config import Count, check_known
 from lrconvert.formats.readers.shared.folders import PEFT_WEIGHTS, config_path, peft_type, weights_in
+from lrconvert.formats.readers.shared.notes import notes_of
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.formats.readers.shared.pairs import sort_extras
 from lrconvert.formats.readers.shared.weights import Weights, load_extra, load_finite, open_weights, source_digest
 from lrconvert.io import fields
 from lrconvert.io.checkpoint import Checkpoint, open_checkpoint
-from lrconvert.io.container import ContainerFile, TensorInfo, read_json
+from lrconvert.io.container import TensorInfo, read_json
 from lrconvert.io.fields import Check
 from lrconvert.lora import packing
 from lrconvert.lora.adapter import MATRIX, CompactAdapter, ExtraTensor, Provenance, Target
@@ -76,7 +77,7 @@ def recognises(path: Path) -> bool:
     if path.is_dir():
         return peft_type(path) in tuple(_BLOCKS)
     try:
-        with ContainerFile(path) as file:
+        with open_weights(path, ReadOptions()) as file:
             return any(info.name.endswith(tuple(_BLOCKS.values())) for info in file.tensors)
     except errors.LrcError:
         return False
@@ -114,7 +115,7 @@ def _read(path: Path, options: ReadOptions, widths: Widths, content: Callable[[]
             _check_shape(module, info, settings, out, inner)
             values = _values(weights, info)
             blocks[Target(f"{module}.weight", (out, inner), MATRIX)] = values.reshape(out, rank).T if is_bat else values
-        source = source_digest(weights)
+        source, notes = source_digest(weights), notes_of(weights)
     targets = tuple(sorted(blocks))
     expanded = sum(4 * rank * sum(target.matrix_shape) for target in targets)
     if expanded > MAX_EXPAND_BYTES:
@@ -126,7 +127,7 @@ def _read(path: Path, options: ReadOptions, widths: Widths, content: Callable[[]
     hints = (settings.base_model_name_or_path, settings.revision, settings.task_type)
     provenance = Provenance(source, *hints, fields={"source_format": f"peft-{kind.lower()}"})
     base = replace(fingerprint(targets), content=content()) if is_bat else fingerprint(targets)
-    return CompactAdapter("bone", form, targets, {"blocks": numbers}, extras, provenance, base)
+    return CompactAdapter("bone", form, targets, {"blocks": numbers}, extras, provenance, base, tuple(notes))
 
 
 def _settings(config: Mapping[str, Any]) -> tuple[str, _Settings]:

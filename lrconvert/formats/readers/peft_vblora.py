@@ -16,13 +16,14 @@ import numpy as np
 from lrconvert.core import errors
 from lrconvert.core.dtypes import F32, Array
 from lrconvert.formats.readers.base import Reader
-from lrconvert.formats.readers.shared.config import Count
-from lrconvert.formats.readers.shared.folders import PEFT_WEIGHTS, config_path, peft_type
+from lrconvert.formats.readers.shared.config import Count, check_known
+from lrconvert.formats.readers.shared.folders import PEFT_WEIGHTS, config_path, peft_type, weights_in
+from lrconvert.formats.readers.shared.notes import notes_of
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.formats.readers.shared.pairs import sort_extras
-from lrconvert.formats.readers.shared.weights import load_extra, source_digest
+from lrconvert.formats.readers.shared.weights import Weights, load_extra, open_weights, source_digest
 from lrconvert.io import fields
-from lrconvert.io.container import ContainerFile, TensorInfo, read_json
+from lrconvert.io.container import TensorInfo, read_json
 from lrconvert.lora.adapter import MATRIX, TRANSPOSED, CompactAdapter, ExtraTensor, Provenance, Target
 from lrconvert.lora.fingerprint import fingerprint
 from lrconvert.methods.vblora import METHOD
@@ -30,6 +31,14 @@ from lrconvert.methods.vblora.form import EXACT, Form, canonical_codes, complete
 
 BANK = "base_model.vblora_vector_bank"
 _PREFIX = "base_model.model."
+# Fields that say how the adapter was trained or placed, and not what its update is.
+_NO_EFFECT = frozenset(
+    (
+        *("auto_mapping", "bias", "exclude_modules", "inference_mode", "init_logits_std", "init_vector_bank_bound"),
+        *("layers_pattern", "layers_to_transform", "modules_to_save", "peft_type", "peft_version"),
+        *("runtime_config", "save_only_topk_weights", "target_modules", "vblora_dropout"),
+    )
+)
 _CODES = re.compile(r"(?P<module>.+)\.vblora_logits_(?P<half>[AB])(?P<kind>|_topk_indices|_topk_weights)")
 
 Halves = dict[str, dict[str, TensorInfo]]  # {"A": {"": logits} or {"_topk_indices": ..., "_topk_weights": ...}, "B": }
@@ -54,8 +63,8 @@ def recognises(path: Path) -> bool:
     if path.is_dir():
         return peft_type(path) == "VBLORA"
     try:
-        with ContainerFile(path) as file:
-            return BANK in file.by_name
+        with open_weights(path, ReadOptions()) as file:
+            return any(info.name == BANK for info in file.tensors)
     except errors.LrcError:
         return False
 
@@ -64,11 +73,12 @@ def read(path: Path, options: ReadOptions) -> CompactAdapter:
     """Read a VB-LoRA. Raises E-CONFIG, E-PAIR, E-SHAPE, E-TENSOR, E-VALUE, E-INDEX, E-EMPTY."""
     config = read_json(config_path(path))
     try:
+        check_known(config, _NO_EFFECT | fields.names(_Settings))
         settings = fields.read_config(_Settings, config)
     except errors.LrcError as error:
         raise error.at(config_path(path)) from None
     rank, length = settings.r, settings.vector_length
-    with ContainerFile(path / PEFT_WEIGHTS[0] if path.is_dir() else path) as file:
+    with open_weights(weights_in(path, PEFT_WEIGHTS), options) as file:
         modules, extras = _sort(file)
         bank = _bank(file, (settings.num_vectors, length))
         codes = {}
@@ -81,7 +91,7 @@ def read(path: Path, options: ReadOptions) -> CompactAdapter:
             codes[Target(f"{module}.weight", shape, view)] = [
                 np.concatenate([_rows(of_a), _rows(np.swapaxes(of_b, 0, 1))]) for of_a, of_b in zip(a, b, strict=True)
             ]
-        source = source_digest(file)
+        source, notes = source_digest(file), notes_of(file)
     targets = tuple(sorted(codes))
     indices, weights = (np.concatenate([codes[target][part] for target in targets]) for part in (0, 1))
     form = Form(length, settings.num_vectors, settings.topk, EXACT, EXACT if settings.topk > 1 else 0, gains=False)
@@ -90,11 +100,12 @@ def read(path: Path, options: ReadOptions) -> CompactAdapter:
     METHOD.check(adapter, targets, tensors)
     hints = (settings.base_model_name_or_path, settings.revision, settings.task_type)
     provenance = Provenance(source, *hints, fields={"source_format": "peft-vblora"})
-    return CompactAdapter("vblora", adapter, targets, tensors, extras, provenance, fingerprint(targets))
+    names = fingerprint(targets)
+    return CompactAdapter("vblora", adapter, targets, tensors, extras, provenance, names, tuple(notes))
 
 
-def _bank(file: ContainerFile, shape: tuple[int, int]) -> F32:
-    info = file.by_name.get(BANK)
+def _bank(file: Weights, shape: tuple[int, int]) -> F32:
+    info = next((info for info in file.tensors if info.name == BANK), None)
     if info is None or info.shape != shape:
         stored = list(info.shape) if info else "missing"
         raise errors.ShapeError(f"the tensor {BANK!r} is {stored}; expected {list(shape)}")
@@ -106,7 +117,7 @@ def _rows(part: Array) -> Array:
     return np.ascontiguousarray(part).reshape(-1, part.shape[2])
 
 
-def _sort(file: ContainerFile) -> tuple[dict[str, Halves], tuple[ExtraTensor, ...]]:
+def _sort(file: Weights) -> tuple[dict[str, Halves], tuple[ExtraTensor, ...]]:
     """Return ({module: halves}, extras), both sorted. Raises E-TENSOR for a name without a place."""
     modules: dict[str, Halves] = {}
     extras = []
@@ -127,7 +138,7 @@ def _sort(file: ContainerFile) -> tuple[dict[str, Halves], tuple[ExtraTensor, ..
     return dict(sorted(modules.items())), sort_extras(extras)
 
 
-def _codes(file: ContainerFile, module: str, half: str, parts: dict[str, TensorInfo], k: int) -> tuple[Array, F32]:
+def _codes(file: Weights, module: str, half: str, parts: dict[str, TensorInfo], k: int) -> tuple[Array, F32]:
     """Return (indices (n, m, k), weights (n, m, k - 1) of all but the last) as PEFT stores them, in its order."""
     if set(parts) == {""}:
         logits = _finite(file.load(parts[""]).decode(), parts[""].name)

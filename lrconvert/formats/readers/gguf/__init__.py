@@ -16,13 +16,15 @@ from lrconvert.formats.readers.base import Reader
 from lrconvert.formats.readers.gguf import names
 from lrconvert.formats.readers.gguf.file import MAGIC, GgufFile
 from lrconvert.formats.readers.shared import naming, pairs
+from lrconvert.formats.readers.shared.notes import unused
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.formats.readers.shared.pairs import Labels, Parts
-from lrconvert.formats.readers.shared.weights import load_finite
+from lrconvert.formats.readers.shared.weights import Weights, load_finite
 from lrconvert.lora.adapter import TRANSPOSED, LoraAdapter, LoraTarget, Target
 
 LABELS = Labels("lora_a", "lora_b")
 EMBEDDING = "token_embd"
+_USED = ("adapter.type", "adapter.lora.alpha", "adapter.lora.task_name", "adapter.lora.prompt_prefix")
 _PARTS = {".weight.lora_a": "A", ".weight.lora_b": "B"}
 
 
@@ -48,22 +50,26 @@ def read(path: Path, options: ReadOptions) -> LoraAdapter:
     """Read a GGUF adapter. Raises E-NOT-LORA for models and other adapters, E-LORA-FEATURE, E-TENSOR, E-PAIR, E-EMPTY,
     E-BASE, E-LIMIT, E-DTYPE, E-VALUE, E-CONFIG, and E-VER and the E-HDR and E-OFF codes for broken files."""
     component = naming.base_component(options)
-    with GgufFile(path) as file:
+    file = GgufFile(path)
+    with Weights(path, [file]) as weights:
         alpha = _alpha(file)
         architecture = file.metadata.get("general.architecture", "")
-        modules = pairs.sort_parts(file, _split)
+        modules = pairs.sort_parts(weights, _split)
         norms = modules.pop("", {})
         pairs.check_both_halves(modules, LABELS)
         targets: list[LoraTarget] = []
         for module, parts in modules.items():
-            own = _targets(module, parts, alpha, file)
+            own = _targets(module, parts, alpha, weights)
             if component is None:
                 targets += own
             else:
                 targets += [names.placed(pair, module, architecture, component) for pair in own]
-        notes = _notes(architecture, list(norms), named=component is not None)
+        notes = [*unused({key: value for key, value in file.fields.items() if value != ()}, _USED)]
+        notes += _notes(architecture, list(norms), named=component is not None)
         model = file.metadata.get("general.base_model.0.name") or file.metadata.get("general.name", "")
-        return pairs.build_adapter(file, targets, layout="gguf", warnings=notes, base_model=model)
+        return pairs.build_adapter(
+            weights, targets, layout="gguf", warnings=notes, base_model=model, used=file.metadata
+        )
 
 
 def _alpha(file: GgufFile) -> float:
@@ -81,7 +87,7 @@ def _alpha(file: GgufFile) -> float:
     return alpha
 
 
-def _targets(module: str, parts: Parts, alpha: float, file: GgufFile) -> Iterator[LoraTarget]:
+def _targets(module: str, parts: Parts, alpha: float, weights: Weights) -> Iterator[LoraTarget]:
     a, b = pairs.halves(module, parts, LABELS)
     if module == EMBEDDING:
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[1]:
@@ -89,17 +95,17 @@ def _targets(module: str, parts: Parts, alpha: float, file: GgufFile) -> Iterato
         (tokens, rank), features = a.shape, b.shape[0]
         pairs.check_rank(module, rank)
         target = Target(f"{module}.weight", (tokens, features), TRANSPOSED)
-        left = pairs.transpose(load_finite(file, a))
-        yield LoraTarget(target, left, load_finite(file, b), _scale(module, alpha, rank))
+        left = pairs.transpose(load_finite(weights, a))
+        yield LoraTarget(target, left, load_finite(weights, b), _scale(module, alpha, rank))
     elif len(a.shape) == 3:
         experts, rank, _ = a.shape
         if len(b.shape) != 3 or (b.shape[0], b.shape[2]) != (experts, rank):
             raise PairError(f"{module}: lora_a {list(a.shape)} and lora_b {list(b.shape)} do not fit")
         pairs.check_rank(module, rank)
         scale = _scale(module, alpha, rank)
-        yield from pairs.read_experts(f"{module}.weight", load_finite(file, a), load_finite(file, b), scale)
+        yield from pairs.read_experts(f"{module}.weight", load_finite(weights, a), load_finite(weights, b), scale)
     else:
-        yield pairs.read_pair(module, parts, lambda rank: _scale(module, alpha, rank), file, LABELS)
+        yield pairs.read_pair(module, parts, lambda rank: _scale(module, alpha, rank), weights, LABELS)
 
 
 def _scale(module: str, alpha: float, rank: int) -> float:

@@ -3,7 +3,8 @@
 LyCORIS' ``.lora_mid.weight`` or without.
 
 The scale is alpha / r; without an alpha it is 1, as sd-scripts has it. ``lora_unet`` is a pipeline's ``unet`` or
-``transformer``, ``lora_te`` and ``lora_te1`` its ``text_encoder``, ``lora_te2`` its ``text_encoder_2``.
+``transformer``, ``lora_te`` and ``lora_te1`` its ``text_encoder``, ``lora_te2`` its ``text_encoder_2``, ``lora_te3``
+its ``text_encoder_3``, or FLUX's ``text_encoder_2``.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ ROLES = {
     "te": ("text_encoder",),
     "te1": ("text_encoder",),
     "te2": ("text_encoder_2",),
-    "te3": ("text_encoder_3",),
+    "te3": ("text_encoder_3", "text_encoder_2"),  # T5: the third of SD 3, and of FLUX, which has no third, the second
 }
 _MODULE = re.compile(rf"(?:lora|lycoris)_(?P<role>{'|'.join(sorted(ROLES, key=len, reverse=True))})_(?P<inside>[^.]+)")
 _ANY = re.compile(r"(?:lora|lycoris)_[A-Za-z0-9]+_[^.]+\.[^.]")
@@ -66,9 +67,14 @@ def read(path: Path, options: ReadOptions) -> LoraAdapter:
         unstated = [module for module, parts in modules.items() if "alpha" not in parts]
         warnings = [naming.unnamed("kohya")] if base is None else []
         if unstated and options.alpha is None:
-            warnings.append(f"{len(unstated)} modules state no alpha, {unstated[0]} for one: their scale is 1")
+            line = f"{len(unstated)} modules state no alpha, {unstated[0]} for one: their scale is 1"
+            said = weights.metadata.get("ss_network_alpha")
+            warnings.append(
+                line if said is None else f"{line}, as sd-scripts has it, though ss_network_alpha is {said:.40}"
+            )
+        used = ("ss_network_alpha", "ss_network_dim")  # as the tensors have them
         name = weights.metadata.get("ss_sd_model_name") or weights.metadata.get("ss_base_model_version", "")
-        return pairs.build_adapter(weights, targets, layout="kohya", warnings=warnings, base_model=name)
+        return pairs.build_adapter(weights, targets, layout="kohya", warnings=warnings, base_model=name, used=used)
 
 
 def _pair(module: str, parts: Parts, weights: Weights, options: ReadOptions) -> LoraTarget:

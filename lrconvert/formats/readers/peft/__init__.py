@@ -8,7 +8,7 @@ is refused by name, never ignored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,15 +17,24 @@ from lrconvert.formats.readers.base import Reader
 from lrconvert.formats.readers.peft import experts, extras, layers, names
 from lrconvert.formats.readers.peft.config import Settings, parse, provenance_fields
 from lrconvert.formats.readers.peft.patterns import check_work
-from lrconvert.formats.readers.shared.folders import CONFIG_NAME, PEFT_WEIGHTS, config_path, weights_in
+from lrconvert.formats.readers.shared.folders import (
+    CONFIG_NAME,
+    INDEX,
+    PEFT_WEIGHTS,
+    config_path,
+    peft_type,
+    weights_in,
+)
+from lrconvert.formats.readers.shared.notes import notes_of
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.formats.readers.shared.pairs import all_zero, sort_extras
-from lrconvert.formats.readers.shared.weights import Weights, open_weights, source_digest
-from lrconvert.io.container import ContainerFile, read_json
+from lrconvert.formats.readers.shared.weights import Weights, empty_part, open_weights, source_digest
+from lrconvert.io.container import read_json
 from lrconvert.lora.adapter import ExtraTensor, LoraAdapter, LoraTarget, Provenance
 
 _OTHER_READERS = ("VBLORA", "MISS", "BONE", "SBORA")
 _OTHER_TENSORS = (".miss_block", ".bone_block", "base_model.vblora_vector_bank")
+_GENERATING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # whose models have their layers inside of another module
 _MULTIHEAD = names.BASE_LAYER + ".out_proj"
 
 
@@ -40,11 +49,16 @@ def recognises(path: Path) -> bool:
             return False
         return "peft_type" in config or not {"fine_tune_type", "lora_parameters"} & set(config)
     try:
-        with ContainerFile(path) as file:
-            stored = [info.name for info in file.tensors]
-            return knows(stored) and not any(name.endswith(_OTHER_TENSORS) for name in stored)
+        with open_weights(path, ReadOptions()) as weights:
+            stored = [info.name for info in weights.tensors]
     except LrcError:
-        return path.name in PEFT_WEIGHTS
+        return path.name.removesuffix(INDEX) in PEFT_WEIGHTS
+    return not any(name.endswith(_OTHER_TENSORS) for name in stored) and (knows(stored) or _is_beside(path, stored))
+
+
+def _is_beside(path: Path, stored: Sequence[str]) -> bool:
+    """Return whether a file has factors in PEFT's spelling and lies beside the configuration of a LoRA."""
+    return peft_type(path.parent) == "LORA" and any(".lora_A." in name for name in stored)
 
 
 def knows(stored: Sequence[str]) -> bool:
@@ -70,14 +84,16 @@ def read(path: Path, options: ReadOptions) -> LoraAdapter:
     weights_path = weights_in(path, PEFT_WEIGHTS)
     with open_weights(weights_path, options) as weights:
         try:
+            _check_saved(weights.empty, settings)
             places = names.sort(weights.tensors)
             lora = _convert(places, settings, weights)
             source = source_digest(weights)
         except LrcError as error:
             raise error.at(weights_path) from None
+    odd = [] if options.base is not None else _odd_names(places.modules, settings)
     fields = {**provenance_fields(config, settings), **_embeddings(places)}
     provenance = Provenance(source, settings.base_model, settings.revision, settings.task_type, fields)
-    return replace(lora, provenance=provenance)
+    return replace(lora, provenance=provenance, warnings=(*lora.warnings, *odd))
 
 
 def _convert(places: names.Sorted, settings: Settings, weights: Weights) -> LoraAdapter:
@@ -105,7 +121,7 @@ def _convert(places: names.Sorted, settings: Settings, weights: Weights) -> Lora
     return LoraAdapter(
         targets=tuple(sorted(targets, key=lambda pair: pair.target)),
         extras=sort_extras(carried),
-        warnings=(*all_zero(targets), *_warnings(carried, settings, places, parameters)),
+        warnings=(*all_zero(targets), *notes_of(weights), *_warnings(carried, settings, places, parameters)),
     )
 
 
@@ -129,10 +145,28 @@ def _check_wrappers(modules: set[str]) -> None:
             raise UnsupportedLoraError(what, fix="this adapter cannot be converted")
 
 
+def _check_saved(empty: Sequence[str], settings: Settings) -> None:
+    """Raise E-SHAPE if a tensor of modules_to_save is empty."""
+    for name in empty:
+        if any(f".{module}." in f".{name}" for module in settings.saved):
+            raise empty_part(name)
+
+
+def _odd_names(modules: Iterable[str], settings: Settings) -> list[str]:
+    """Return the warning, if any, of modules that are not likely to have these names in a model of transformers."""
+    for module in modules:
+        first, _, rest = module.partition(".")
+        twice = first == rest.partition(".")[0] and not first.isdecimal()
+        if twice or (first in ("layers", "h", "block") and settings.task_type in _GENERATING):
+            what = f"the names were not checked against a base and look odd, {module!r:.160} for one"
+            return [f"{what}: PEFT ignores names that are not the base's own"]
+    return []
+
+
 def _warnings(
     carried: Sequence[ExtraTensor], settings: Settings, places: names.Sorted, parameters: Mapping[str, str]
 ) -> list[str]:
-    lines = []
+    lines = [*places.notes]
     modules = [parameters.get(module, module) for module in places.modules]
     unmatched = settings.ranks.unmatched(modules) | settings.alphas.unmatched(modules)
     if unmatched:

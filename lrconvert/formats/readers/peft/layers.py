@@ -15,7 +15,15 @@ from lrconvert.core.errors import ConfigError, PairError, UnsupportedLoraError
 from lrconvert.formats.readers.peft.config import Settings
 from lrconvert.formats.readers.peft.names import TITLES, Part
 from lrconvert.formats.readers.shared.folders import CONFIG_NAME
-from lrconvert.formats.readers.shared.pairs import check_outputs, check_rank, conv_view, reshape, scaled_bias
+from lrconvert.formats.readers.shared.pairs import (
+    Labels,
+    check_outputs,
+    check_rank,
+    conv_view,
+    reshape,
+    scaled_bias,
+    turned_pair,
+)
 from lrconvert.formats.readers.shared.weights import Weights, load_finite, load_finite_extra
 from lrconvert.io.container import TensorInfo
 from lrconvert.lora.adapter import MATRIX, TRANSPOSED, ExtraTensor, LoraTarget, Target, View
@@ -24,6 +32,7 @@ Parts = Mapping[Part, TensorInfo]
 
 # The one module of transformers' Conv1D families that PEFT 0.2 adapted in slices.
 _CONV1D_FUSED = "c_attn"
+_LABELS = Labels("lora_A", "lora_B")
 
 
 def read_module(
@@ -69,9 +78,9 @@ def halves(module: str, parts: Parts, first: Part, second: Part) -> tuple[Tensor
 
 def misfit(module: str, a: TensorInfo, b: TensorInfo, settings: Settings) -> PairError:
     """Return the error for two halves that do not fit each other."""
-    shown = f"lora_A {list(a.shape)} and lora_B {list(b.shape)}"
     if _swapped(module, a, b, settings):
-        return PairError(f"{module}: {shown} look swapped", fix="rename lora_A to lora_B and lora_B to lora_A")
+        return turned_pair(module, a, b, _LABELS)
+    shown = f"lora_A {list(a.shape)} and lora_B {list(b.shape)}"
     return PairError(f"{module}: {shown} do not fit; expected (r, in) and (out, r)")
 
 

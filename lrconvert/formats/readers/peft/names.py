@@ -6,7 +6,6 @@ keep it (``lora_A.default.weight``).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,9 +13,10 @@ from typing import Literal
 from lrconvert.core.errors import TensorUnknownError, UnsupportedLoraError
 from lrconvert.formats.readers.shared import kinds
 from lrconvert.formats.readers.shared.pairs import put_once
+from lrconvert.formats.readers.shared.wrappers import PEFT_PREFIX
 from lrconvert.io.container import TensorInfo
 
-PREFIX = "base_model.model."
+PREFIX = PEFT_PREFIX
 BASE_LAYER = ".base_layer"
 
 Part = Literal["A", "B", "bias", "embedding_A", "embedding_B", "magnitude"]
@@ -28,7 +28,6 @@ TITLES: dict[Part, str] = {  # as PEFT spells the parts
     "embedding_B": "lora_embedding_B",
     "magnitude": "lora_magnitude_vector",
 }
-_COMPILED = re.compile(r"(?<![^.])_orig_mod\.")  # torch.compile's wrapper, around the model or any module of it
 # State of a training that an evaluated model does not use: MonteCLoRA's sampler, VeLoRA's projection.
 _TRAINING = ("monteclora_sampler", "velora_embed")
 
@@ -37,24 +36,30 @@ _TRAINING = ("monteclora_sampler", "velora_embed")
 class Sorted:
     """The tensors of a file by what they are. `modules`: parts of a LoRA by module. `tokens`: trained rows by
     embedding. `others`: the rest by the name of a parameter, which several may be. `unused`: names of what has no part
-    in the model."""
+    in the model. `notes`: warnings of names that PEFT does not write."""
 
     modules: dict[str, dict[Part, TensorInfo]] = field(default_factory=dict)
     tokens: dict[str, TensorInfo] = field(default_factory=dict)
     others: dict[str, list[TensorInfo]] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def sort(tensors: Sequence[TensorInfo]) -> Sorted:
     """Return every tensor in its place. Raises E-TENSOR for names without one, E-LORA-FEATURE for parts of other
     variants and for several adapters in one file, E-NOT-LORA for other kinds of adapters, E-EMPTY for settings without
     matrices."""
-    if not any(info.name.startswith(PREFIX) for info in tensors):
+    prefix = PREFIX if any(info.name.startswith(PREFIX) for info in tensors) else ""
+    if not prefix:
         kinds.refuse([info.name for info in tensors])
     adapter = _adapter_name(tensors)
     places = Sorted()
+    if not prefix and tensors:
+        places.notes.append(f"names do not begin with {PREFIX!r} and are taken as those of the model's modules")
+    if adapter not in ("", "default"):
+        places.notes.append(f"the names keep that of the adapter, {adapter!r:.80}, which is left out")
     for info in tensors:
-        name = _local(info)
+        name = _local(info, prefix)
         module, inside, _ = name.rpartition(".lora_")
         if inside:
             part = _part(name)
@@ -71,10 +76,11 @@ def sort(tensors: Sequence[TensorInfo]) -> Sorted:
     return places
 
 
-def _local(info: TensorInfo) -> str:
-    if not info.name.startswith(PREFIX) or info.name == PREFIX:
-        raise TensorUnknownError(f"tensor {info.name!r} does not begin with {PREFIX!r}", fix="is this a PEFT file?")
-    name = _COMPILED.sub("", info.name.removeprefix(PREFIX))
+def _local(info: TensorInfo, prefix: str) -> str:
+    if not info.name.startswith(prefix) or info.name == prefix:
+        what = f"tensor {info.name!r} does not begin with {prefix!r}, as others do"
+        raise TensorUnknownError(what, fix="remove it if it is not part of the adapter")
+    name = info.name.removeprefix(prefix)
     if name.startswith("lora_"):
         raise TensorUnknownError(f"tensor {info.name!r} adapts the whole model, not a module of it")
     return name

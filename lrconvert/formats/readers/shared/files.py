@@ -11,7 +11,7 @@ import numpy as np
 
 from lrconvert.core.dtypes import STORAGE, Stored
 from lrconvert.core.errors import LimitError, LrcError, ShapeError, TensorNameError
-from lrconvert.core.limits import FOREIGN
+from lrconvert.core.limits import FOREIGN, Limits
 from lrconvert.io.container import OpenFile, TensorInfo
 
 
@@ -59,7 +59,7 @@ def check_name(name: str, kind: str = "tensor") -> None:
         raise TensorNameError(f"the {kind} name {name!r:.120} is empty, too long or has control characters")
 
 
-def check_shape(name: str, shape: Sequence[int]) -> None:
-    """Raise E-SHAPE for too many dimensions, and for a dimension that is not positive or too large."""
-    if len(shape) > FOREIGN.ndim or any(not 0 < n <= FOREIGN.dim for n in shape):
+def check_shape(name: str, shape: Sequence[int], limits: Limits = FOREIGN) -> None:
+    """Raise E-SHAPE for too many dimensions, and for a dimension that is too small or too large."""
+    if len(shape) > limits.ndim or any(not limits.least_dim <= n <= limits.dim for n in shape):
         raise ShapeError(f"tensor {name!r:.120} has shape {list(shape)!s:.80}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,14 +11,19 @@ from lrconvert.io.container import read_json
 
 CONFIG_NAME = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_WEIGHT_SUFFIXES = (".safetensors", ".npz", ".gguf", ".bin", ".pt", ".pth", ".ckpt")
+INDEX = ".index.json"  # after the name of a file of weights that is kept in shards
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+WEIGHT_SUFFIXES = (".safetensors", ".npz", ".gguf", ".bin", ".pt", ".pth", ".ckpt")
 # What a training tool calls its last result; checkpoints of earlier steps lie beside it.
 _FINAL_NAMES = ("pytorch_lora_weights.safetensors", "adapters.safetensors", "adapters.npz", "pytorch_lora_weights.bin")
 
 
 def weight_files(path: Path) -> list[Path]:
-    """Return the files of weights directly inside `path`; none if it has an adapter's configuration."""
-    return _entries(path, lambda entry: entry.suffix in _WEIGHT_SUFFIXES and entry.is_file())
+    """Return the files of weights directly inside `path`, the index for those in shards; none if it has an adapter's
+    configuration."""
+    files = _entries(path, lambda entry: entry.suffix in WEIGHT_SUFFIXES and entry.is_file())
+    indexes = _entries(path, lambda entry: entry.name.endswith(INDEX) and entry.is_file())
+    return [*(file for file in files if not (indexes and _SHARD.search(file.name))), *indexes]
 
 
 def only_file(path: Path) -> Path | None:
@@ -25,7 +31,7 @@ def only_file(path: Path) -> Path | None:
     if path.is_file():
         return path
     files = weight_files(path)
-    final = [entry for entry in files if entry.name in _FINAL_NAMES]
+    final = [entry for entry in files if entry.name.removesuffix(INDEX) in _FINAL_NAMES]
     if final:
         return final[0]
     return files[0] if len(files) == 1 else None
@@ -37,12 +43,18 @@ def inner_folders(path: Path) -> list[Path]:
 
 
 def weights_in(path: Path, names: Sequence[str]) -> Path:
-    """Return the first file of `names` in a folder, or `path` itself if it is none. Raises E-IO-KIND."""
+    """Return the first file of `names` in a folder, or its index if it is in shards; `path` itself if it is no folder.
+    Raises E-IO-KIND."""
     if not path.is_dir():
         return path
     for name in names:
-        if (path / name).exists():
-            return path / name
+        for entry in (path / name, path / f"{name}{INDEX}"):
+            if entry.exists():
+                return entry
+    shards = sorted(entry.name for entry in path.iterdir() if _SHARD.search(entry.name))
+    if shards:
+        fix = "the download or the copy is incomplete: get the index, too"
+        raise FileKindError(f"the folder holds the shard {shards[0]!r:.120} and no index of shards", fix=fix, path=path)
     raise FileKindError(f"the folder has no {' and no '.join(n for n in names if not n.endswith('.bin'))}", path=path)
 
 

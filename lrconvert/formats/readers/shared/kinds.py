@@ -38,6 +38,22 @@ _KINDS = (
 _PARTS = (
     (r"\.dora_scale$", "the magnitudes of a DoRA in LyCORIS' form, whose norms may run along either axis", _MERGE),
     (r"\.(diff|diff_b|w_norm|b_norm|set_weight)$", "a whole difference of weights, not a pair of factors", _MERGE),
+    (
+        r"(^|\.)(q|k|v|o|out)_proj\.w_lora_[AB]$",
+        "a CLIP-LoRA, which numbers its layers in an order that only its options tell",
+        "merge it with its own code and use the merged model",
+    ),
+    (
+        r"\.lora_\w+_adapter\.linear_(in|out)\.",
+        "a LoRA of NeMo, whose fused layers keep rows in Megatron's order",
+        "export it with NeMo as a Hugging Face adapter and convert that",
+    ),
+    (
+        r"\.processor\.(qkv|proj)_lora\d?\.(down|up)\.",
+        "a FLUX LoRA of XLabs, whose queries, keys and values are fused",
+        "load it with diffusers (load_lora_weights, which translates it), save it with save_lora_weights, convert that",
+    ),
+    (r"^bundle_emb\.", "embeddings of new tokens that are bundled with the LoRA", "save the LoRA without them"),
     (r"\.lora_(up|down)\.\d+\.weight$", "a pair of one slice of a fused layer", "save it again with sd-scripts"),
 )
 _FACTOR = re.compile(r"(?i)lora_?(a|b|up|down)\b|\.(up|down)\b|w_[ab]_\d")
@@ -47,13 +63,18 @@ _SCALAR = re.compile(r"\.(alpha|scale|lora_alpha|lora_dropout|dropout|dropout_p)
 def refuse(names: Sequence[str]) -> None:
     """Raise E-NOT-LORA if the names are those of another kind of adapter, E-LORA-FEATURE if they are parts of variants
     of LoRA that are not converted, E-EMPTY if there are only settings."""
+    refuse_parts(names)
+    if names and not any(_FACTOR.search(name) for name in names) and all(_SCALAR.search(name) for name in names):
+        raise no_matrices(names)
+
+
+def refuse_parts(names: Sequence[str]) -> None:
+    """Raise E-NOT-LORA and E-LORA-FEATURE as `refuse` does, for names of what stands beside factors."""
     for table, error in ((_KINDS, NotLoraError), (_PARTS, UnsupportedLoraError)):
         for pattern, what, advice in table:
             for name in names:
                 if re.search(pattern, name):
                     raise error(f"tensor {name!r:.120} belongs to {what}", fix=advice)
-    if names and not any(_FACTOR.search(name) for name in names) and all(_SCALAR.search(name) for name in names):
-        raise no_matrices(names)
 
 
 def no_matrices(names: Sequence[str]) -> EmptyAdapterError:

@@ -118,10 +118,11 @@ class BaseNames:
     components: tuple[Component, ...]
 
     def component(self, names: Sequence[str], what: str) -> Component:
-        """Return the first model of these names, or the only model of a base. Raises E-BASE."""
-        for component in self.components:
-            if component.name in names:
-                return component
+        """Return the model of the first of these names that is there, or the only model of a base. Raises E-BASE."""
+        named = {component.name: component for component in self.components}
+        for name in names:
+            if name in named:
+                return named[name]
         if len(self.components) == 1 and not self.components[0].name:
             return self.components[0]
         what += f" belongs to {' or '.join(names)}, and the base has {', '.join(c.name for c in self.components)}"

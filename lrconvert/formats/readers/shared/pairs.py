@@ -7,7 +7,7 @@ A pair is A (r, in) and B (out, r); of a convolution A (r, in, K, L) and B (out,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeVar
@@ -25,6 +25,7 @@ from lrconvert.core.errors import (
 )
 from lrconvert.core.limits import MAX_RANK
 from lrconvert.formats.readers.shared import kinds
+from lrconvert.formats.readers.shared.notes import notes_of
 from lrconvert.formats.readers.shared.weights import Weights, load_finite, source_digest
 from lrconvert.io.container import TensorInfo
 from lrconvert.lora.adapter import MATRIX, ExtraTensor, LoraAdapter, LoraTarget, Provenance, Target, View
@@ -114,19 +115,27 @@ def scale_of(module: str, alpha: float, rank: float) -> float:
 
 
 def rank_of(module: str, a: TensorInfo, b: TensorInfo, labels: Labels) -> int:
-    """Return r of two halves that fit. Raises E-PAIR for those that do not or that look swapped, E-LIMIT."""
-    shown = f"{labels.a} {list(a.shape)} and {labels.b} {list(b.shape)}"
-    exchange = f"exchange {labels.a} and {labels.b}"
-    swaps = len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[0]  # they fit the other way round
-    if min(len(a.shape), len(b.shape)) < 2 or a.shape[0] != b.shape[1]:
-        if swaps:
-            raise PairError(f"{module}: {shown} look swapped", fix=exchange)
+    """Return r of two halves that fit. Raises E-PAIR for those that do not or that are turned or exchanged, E-LIMIT."""
+    turned = len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[0]  # they fit the other way round
+    fits = min(len(a.shape), len(b.shape)) >= 2 and a.shape[0] == b.shape[1]
+    rank = a.shape[0] if a.shape else 0
+    if turned and (not fits or b.shape[0] < rank):
+        raise turned_pair(module, a, b, labels)
+    if not fits:
+        shown = f"{labels.a} {list(a.shape)} and {labels.b} {list(b.shape)}"
         raise PairError(f"{module}: {shown} do not fit; expected (r, in) and (out, r)")
-    rank = a.shape[0]
-    if swaps and b.shape[0] < rank:
-        raise PairError(f"{module}: {shown} look swapped: the rank {rank} would be above both sides", fix=exchange)
     check_rank(module, rank)
     return rank
+
+
+def turned_pair(module: str, a: TensorInfo, b: TensorInfo, labels: Labels) -> PairError:
+    """Return the error for halves that fit each other the other way round. Shapes cannot tell which of two mistakes it
+    is, and on a square layer the wrong remedy gives the transposed update."""
+    return PairError(
+        f"{module}: {labels.a} {list(a.shape)} and {labels.b} {list(b.shape)} are transposed or swapped",
+        fix=f"if the model computes x @ {labels.a} @ {labels.b}, transpose both; only if it adds {labels.a} @ "
+        f"{labels.b} to a weight (out, in), exchange their names",
+    )
 
 
 def check_rank(module: str, rank: int) -> None:
@@ -222,9 +231,11 @@ def build_adapter(
     extras: Iterable[ExtraTensor] = (),
     warnings: Sequence[str] = (),
     base_model: str = "",
+    used: Collection[str] = (),
 ) -> LoraAdapter:
-    """Return the adapter, sorted, with the digest of its source. Raises E-EMPTY without targets, E-TENSOR for two
-    targets on one matrix, E-IO-CHANGED."""
+    """Return the adapter, sorted, with the digest of its source, and a warning of what the file states beside its
+    tensors but for the `used` settings. Raises E-EMPTY without targets, E-TENSOR for two targets on one matrix,
+    E-IO-CHANGED."""
     if not targets:
         raise EmptyAdapterError("the file holds no pair of factors", fix="is it an adapter that was saved empty?")
     ordered = tuple(sorted(targets, key=lambda pair: pair.target))
@@ -232,7 +243,8 @@ def build_adapter(
         if (one.target.name, one.target.view) == (two.target.name, two.target.view):
             raise TensorUnknownError(f"two pairs of the file mean the same parameter {one.target.name!r}")
     source = Provenance(source_digest(weights), base_model, fields={"source_format": layout})
-    return LoraAdapter(ordered, sort_extras(extras), source, (*all_zero(ordered), *warnings))
+    said = (*all_zero(ordered), *notes_of(weights, used), *warnings)
+    return LoraAdapter(ordered, sort_extras(extras), source, said)
 
 
 def sort_extras(extras: Iterable[ExtraTensor]) -> tuple[ExtraTensor, ...]:
