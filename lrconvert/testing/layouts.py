@@ -12,7 +12,7 @@ import math
 import struct
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -309,6 +309,20 @@ def _nola() -> Sample:
     return Sample(files, updates, base={name: update.shape for name, update in updates.items()})
 
 
+def torchtune(pairs: Sequence[Known]) -> Folder:
+    """Write torchtune's own file: nothing states alpha."""
+    tensors: dict[str, Array] = {}
+    for pair in pairs:
+        tensors |= {f"{pair.module}.lora_a.weight": pair.a, f"{pair.module}.lora_b.weight": pair.b}
+    return {"adapter_0.safetensors": safetensors_file(tensors)}
+
+
+def _torchtune() -> Sample:
+    sample = _of_pairs(torchtune, ("layers.20.attn.v_proj", "layers.21.mlp.w2"), alpha=_ALPHA)()
+    names = ("model.layers.20.self_attn.v_proj.weight", "model.layers.21.mlp.down_proj.weight")
+    return replace(sample, updates=dict(zip(names, sample.updates.values(), strict=True)))
+
+
 # By the id of the reader. A reader that is not here fails the law tests.
 SAMPLES: Mapping[str, Callable[[], Sample]] = {
     "cloneofsimo": _of_pairs(cloneofsimo, ("0", "1"), "unet:{n}", scale=1.0),
@@ -323,6 +337,7 @@ SAMPLES: Mapping[str, Callable[[], Sample]] = {
     "peft_vblora": _vblora,
     "raw": _of_pairs(raw, _TEXT, alpha=_ALPHA),
     "sbora": _sbora,
+    "torchtune": _torchtune,
 }
 
 

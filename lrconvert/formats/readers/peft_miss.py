@@ -23,7 +23,7 @@ from lrconvert.core.limits import MAX_DIM, MAX_EXPAND_BYTES, MAX_RANK
 from lrconvert.formats.readers.base import Reader
 from lrconvert.formats.readers.shared.config import Count, check_known
 from lrconvert.formats.readers.shared.folders import PEFT_WEIGHTS, config_path, peft_type, weights_in
-from lrconvert.formats.readers.shared.notes import notes_of
+from lrconvert.formats.readers.shared.notes import beside, notes_of
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.formats.readers.shared.pairs import sort_extras
 from lrconvert.formats.readers.shared.weights import Weights, load_extra, load_finite, open_weights, source_digest
@@ -116,6 +116,7 @@ def _read(path: Path, options: ReadOptions, widths: Widths, content: Callable[[]
             values = _values(weights, info)
             blocks[Target(f"{module}.weight", (out, inner), MATRIX)] = values.reshape(out, rank).T if is_bat else values
         source, notes = source_digest(weights), notes_of(weights)
+        notes += beside(extra.name for extra in extras)
     targets = tuple(sorted(blocks))
     expanded = sum(4 * rank * sum(target.matrix_shape) for target in targets)
     if expanded > MAX_EXPAND_BYTES:

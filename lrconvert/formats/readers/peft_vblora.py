@@ -18,7 +18,7 @@ from lrconvert.core.dtypes import F32, Array
 from lrconvert.formats.readers.base import Reader
 from lrconvert.formats.readers.shared.config import Count, check_known
 from lrconvert.formats.readers.shared.folders import PEFT_WEIGHTS, config_path, peft_type, weights_in
-from lrconvert.formats.readers.shared.notes import notes_of
+from lrconvert.formats.readers.shared.notes import beside, notes_of
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.formats.readers.shared.pairs import sort_extras
 from lrconvert.formats.readers.shared.weights import Weights, load_extra, open_weights, source_digest
@@ -101,6 +101,7 @@ def read(path: Path, options: ReadOptions) -> CompactAdapter:
     hints = (settings.base_model_name_or_path, settings.revision, settings.task_type)
     provenance = Provenance(source, *hints, fields={"source_format": "peft-vblora"})
     names = fingerprint(targets)
+    notes += beside(extra.name for extra in extras)
     return CompactAdapter("vblora", adapter, targets, tensors, extras, provenance, names, tuple(notes))
 
 

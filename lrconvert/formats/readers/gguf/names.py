@@ -37,7 +37,7 @@ def placed(pair: LoraTarget, name: str, architecture: str, component: Component)
         raise BaseError(what, fix="give the adapter's own base", path=component.root)
     order = family.rows.get(name.rpartition(".")[2])
     if order is not None:
-        pair = _in_order(pair, order, component)
+        pair = in_order(pair, order, component)
     return component.placed(pair, _module(name, family, component))
 
 
@@ -50,8 +50,8 @@ def _module(name: str, family: Family, component: Component) -> str:
     return component.dotted(present[0] if present else modules[0])
 
 
-def _in_order(pair: LoraTarget, order: str, component: Component) -> LoraTarget:
-    """Put the rows of B in transformers' order. Raises E-BASE."""
+def in_order(pair: LoraTarget, order: str, component: Component) -> LoraTarget:
+    """Put the rows of B in transformers' order, from one of `gguf_names`. Raises E-BASE."""
     rows = pair.b.array
     try:
         index = gguf_names.row_order(order, rows.shape[0], component.config)

@@ -15,8 +15,10 @@ from pathlib import Path
 from lrconvert.core.errors import ConfigError, EmptyAdapterError, LrcError, UnsupportedLoraError
 from lrconvert.formats.readers.base import Reader
 from lrconvert.formats.readers.peft import experts, extras, layers, names
+from lrconvert.formats.readers.peft import stacks as stacked
 from lrconvert.formats.readers.peft.config import Settings, parse, provenance_fields
 from lrconvert.formats.readers.peft.patterns import check_work
+from lrconvert.formats.readers.shared import notes
 from lrconvert.formats.readers.shared.folders import (
     CONFIG_NAME,
     INDEX,
@@ -25,7 +27,6 @@ from lrconvert.formats.readers.shared.folders import (
     peft_type,
     weights_in,
 )
-from lrconvert.formats.readers.shared.notes import notes_of
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.formats.readers.shared.pairs import all_zero, sort_extras
 from lrconvert.formats.readers.shared.weights import Weights, empty_part, open_weights, source_digest
@@ -107,8 +108,11 @@ def _convert(places: names.Sorted, settings: Settings, weights: Weights) -> Lora
     experts.check_count(parameters, modules, settings)
     targets: list[LoraTarget] = []
     carried: list[ExtraTensor] = []
+    stacks = stacked.find(modules)
     for module, parts in sorted(modules.items()):
-        if module in parameters:
+        if module in stacks:
+            targets += stacked.read(module, parts, stacks, settings, weights)
+        elif module in parameters:
             targets += experts.read_parameter(module, parameters[module], parts, settings, weights)
         else:
             own_targets, own_extras = layers.read_module(module, parts, settings, weights)
@@ -121,7 +125,7 @@ def _convert(places: names.Sorted, settings: Settings, weights: Weights) -> Lora
     return LoraAdapter(
         targets=tuple(sorted(targets, key=lambda pair: pair.target)),
         extras=sort_extras(carried),
-        warnings=(*all_zero(targets), *notes_of(weights), *_warnings(carried, settings, places, parameters)),
+        warnings=(*all_zero(targets), *notes.notes_of(weights), *_warnings(carried, settings, places, parameters)),
     )
 
 
@@ -166,7 +170,7 @@ def _odd_names(modules: Iterable[str], settings: Settings) -> list[str]:
 def _warnings(
     carried: Sequence[ExtraTensor], settings: Settings, places: names.Sorted, parameters: Mapping[str, str]
 ) -> list[str]:
-    lines = [*places.notes]
+    lines = [*places.notes, *notes.beside(places.others)]
     modules = [parameters.get(module, module) for module in places.modules]
     unmatched = settings.ranks.unmatched(modules) | settings.alphas.unmatched(modules)
     if unmatched:

@@ -17,6 +17,7 @@ from lrconvert.formats.readers.shared.wrappers import PEFT_PREFIX
 from lrconvert.io.container import TensorInfo
 
 PREFIX = PEFT_PREFIX
+_TINKER_HEAD = "model.unembed_tokens."  # Tinker's name of the output head
 BASE_LAYER = ".base_layer"
 
 Part = Literal["A", "B", "bias", "embedding_A", "embedding_B", "magnitude"]
@@ -58,8 +59,13 @@ def sort(tensors: Sequence[TensorInfo]) -> Sorted:
         places.notes.append(f"names do not begin with {PREFIX!r} and are taken as those of the model's modules")
     if adapter not in ("", "default"):
         places.notes.append(f"the names keep that of the adapter, {adapter!r:.80}, which is left out")
+    bare = [info.name for info in tensors if prefix and _is_bare(info.name)]
+    if bare:
+        places.notes.append(
+            f"{len(bare)} parts do not begin with {PREFIX!r}, {bare[0]!r:.160} for one, and are read as others"
+        )
     for info in tensors:
-        name = _local(info, prefix)
+        name = _local(info, "" if _is_bare(info.name) else prefix)
         module, inside, _ = name.rpartition(".lora_")
         if inside:
             part = _part(name)
@@ -76,11 +82,18 @@ def sort(tensors: Sequence[TensorInfo]) -> Sorted:
     return places
 
 
+def _is_bare(name: str) -> bool:
+    """Return whether a tensor is a factor, by its name, that lacks PEFT's prefix."""
+    return not name.startswith(PREFIX) and _split(_words(name)) is not None and ".lora_" in name
+
+
 def _local(info: TensorInfo, prefix: str) -> str:
     if not info.name.startswith(prefix) or info.name == prefix:
         what = f"tensor {info.name!r} does not begin with {prefix!r}, as others do"
         raise TensorUnknownError(what, fix="remove it if it is not part of the adapter")
     name = info.name.removeprefix(prefix)
+    if name.startswith(_TINKER_HEAD):
+        name = f"lm_head.{name.removeprefix(_TINKER_HEAD)}"
     if name.startswith("lora_"):
         raise TensorUnknownError(f"tensor {info.name!r} adapts the whole model, not a module of it")
     return name
@@ -98,6 +111,8 @@ def _split(words: Sequence[str]) -> tuple[Part, str] | None:
     """Return (part, name of the adapter or "") of the words after ".lora_"; None if they are no part."""
     part: Part
     match words:
+        case ["A" | "B" as part]:  # SkyRL's experts
+            rest = []
         case ["A" | "B" as part, *rest, "weight"]:
             pass
         case ["B", *rest, "bias"]:

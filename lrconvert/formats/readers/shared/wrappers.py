@@ -51,8 +51,8 @@ def _without_segments(name: str, found: dict[str, int]) -> str:
 
 
 def _without_front(names: list[str], front: str, instead: str, found: dict[str, int]) -> list[str]:
-    """Return the names with `instead` for a `front` that all of them have; a name of two segments keeps it."""
-    if not names or not all(name.startswith(front) and name.count(".", len(front)) > 0 for name in names):
+    """Return the names with `instead` for a `front` that all of them have."""
+    if not names or not all(name.startswith(front) and name != front for name in names):
         return names
     if any(name[len(front) :].startswith("lora_") for name in names):  # the adapted module itself is called so
         return names
