@@ -128,7 +128,8 @@ def _scale(config: Mapping[str, Any], options: ReadOptions, notes: list[str]) ->
         )
     if alpha is not None:
         notes.append(f"lora_parameters.alpha ({alpha!r:.40}) has no meaning in mlx-lm; the scale {scale:g} is used")
-    return lambda rank: float(scale)
+    factor = pairs.check_scale("the adapter", float(scale), is_zero=scale == 0)
+    return lambda rank: factor
 
 
 def _depth(modules: Mapping[str, Parts], config: Mapping[str, Any], component: Component | None) -> Iterator[str]:

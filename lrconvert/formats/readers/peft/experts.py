@@ -36,7 +36,6 @@ ORDER = (
 )
 # Models whose experts are stored (experts, in, out) and say so to PEFT (`is_transposed`).
 _TRANSPOSED_CLASSES = ("GptOss", "Aria", "OpenAIPrivacyFilter")
-_TRANSPOSED_NAMES = ("gpt-oss", "gpt_oss")
 # The first PEFT that reads a stack as (experts, out, in) unless the model says otherwise; before, never.
 _READS_OUT_IN = (0, 19)
 
@@ -150,12 +149,12 @@ def _in_order(root: str, names: Sequence[str], wrappers: int) -> list[str]:
 
 def reads_in_out(settings: Settings) -> bool:
     """Return whether PEFT reads the stack as (experts, in, out): always before 0.19, then where the model says so."""
-    return settings.version < _READS_OUT_IN or says_transposed(settings.auto_mapping.base_class, settings.base_model)
+    return settings.version < _READS_OUT_IN or says_transposed(settings.auto_mapping.base_class)
 
 
-def says_transposed(base_class: str, hint: str) -> bool:
-    """Return whether the model tells PEFT that its experts are stored (experts, in, out), as far as its names show."""
-    return base_class.startswith(_TRANSPOSED_CLASSES) or any(name in hint.lower() for name in _TRANSPOSED_NAMES)
+def says_transposed(base_class: str) -> bool:
+    """Return whether a class tells PEFT that its experts are stored (experts, in, out), as far as its name shows."""
+    return base_class.startswith(_TRANSPOSED_CLASSES)
 
 
 def doubt(names: Sequence[str], settings: Settings) -> str:

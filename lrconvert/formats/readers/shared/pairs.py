@@ -33,6 +33,7 @@ from lrconvert.lora.adapter import MATRIX, ExtraTensor, LoraAdapter, LoraTarget,
 Parts = Mapping[str, TensorInfo]  # part of a module -> tensor
 Key = TypeVar("Key", bound=str)
 INTEGERS = ("I64", "I32", "I16", "I8", "U8")
+_SMALLEST, _LARGEST = (float(getattr(np.finfo(np.float32), name)) for name in ("smallest_normal", "max"))
 _MOST_KERNEL = 9999  # what a view can spell
 
 
@@ -101,13 +102,20 @@ def scalar(weights: Weights, info: TensorInfo) -> float:
 
 
 def scale_of(module: str, alpha: float, rank: float) -> float:
-    """Return alpha / r. Raises E-CONFIG if it is not finite."""
+    """Return alpha / r. Raises E-CONFIG if it is beyond the range of float32."""
     try:
-        scale = alpha / rank
+        return check_scale(module, alpha / rank, is_zero=alpha == 0)
     except OverflowError:  # an integer beyond the range of floats
-        scale = math.inf
+        raise ConfigError(f"{module}: the scale alpha / r is not finite") from None
+
+
+def check_scale(module: str, scale: float, *, is_zero: bool) -> float:
+    """Return a scale that float32, in which adapters are computed, holds with all its digits. Raises E-CONFIG."""
     if not math.isfinite(scale):
         raise ConfigError(f"{module}: the scale alpha / r is not finite")
+    if not is_zero and not _SMALLEST <= abs(scale) <= _LARGEST:
+        fix = "correct alpha: real ones lie between 0.001 and 10000"
+        raise ConfigError(f"{module}: the scale alpha / r is {scale:g}, beyond the range of float32", fix=fix)
     return scale
 
 
