@@ -17,14 +17,14 @@ from lrconvert.core.errors import LrcError
 from lrconvert.core.limits import MAX_INDEX_BYTES
 from lrconvert.io import fields
 from lrconvert.io.container import read_small
-from lrconvert.io.durable import StagedDirectory
+from lrconvert.io.durable import LINES_NAME as DONE_NAME
+from lrconvert.io.durable import PLAN_NAME, StagedDirectory
 from lrconvert.io.fields import By, Hex, Key, Whole
 from lrconvert.merge.arithmetic.stats import MergeStats
 from lrconvert.merge.signed_json import VERSION, HexFloat, sign, verify
 from lrconvert.merge.undo.record import TensorRecord, check_tensor
 
 FORMAT = "lrconvert-journal"
-PLAN_NAME, DONE_NAME = "plan.json", "done.jsonl"
 
 
 class Patch(NamedTuple):

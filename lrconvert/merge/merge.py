@@ -7,6 +7,7 @@ all other files. The output appears whole or not at all. Memory does not grow wi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lrconvert.core.errors import LrcError
@@ -20,6 +21,7 @@ from lrconvert.merge.quantized_base import open_base
 from lrconvert.merge.report import MergeReport
 from lrconvert.merge.sinks import FolderSink
 from lrconvert.merge.undo.open_record import numbered
+from lrconvert.merge.undo.repeats import same_merge
 from lrconvert.merge.writing import Progress
 
 
@@ -38,13 +40,16 @@ def merge(
     inputs = [item if isinstance(item, Scaled) else Scaled(item) for item in adapters]
     job = Job(inputs, options.undo, options.allow_no_op, progress)
     if options.in_place or out is None:
-        return merge_in_place(base, job, resume=options.resume, dry_run=options.dry_run)
+        return merge_in_place(base, job, resume=options.resume, dry_run=options.dry_run, again=options.again)
     check_output(out, options.overwrite, [base], directory=True)
     check_replaceable(out)
     with open_base(base, dequantize=options.dequantize) as checkpoint:
         planned = plan(inputs, checkpoint, options.shard_bytes)
         earlier = numbered(base)
         report = job.begin(planned, earlier, options.dry_run)
+        if not options.again and (number := same_merge(earlier, inputs)):
+            what = f"the base holds this merge already, as merge {number}; it is merged once more (--again says so)"
+            report = replace(report, warnings=(*report.warnings, what))
         if options.dry_run:
             return report
         with work_directory(out, overwrite=options.overwrite, resume=options.resume) as work:

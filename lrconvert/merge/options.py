@@ -15,11 +15,13 @@ class MergeOptions:
 
     `in_place` changes the base itself. With `resume` work that is broken off stays, and the same merge goes on from
     there. Without `undo` the record holds digests only. `shard_bytes` bounds the weight files of the output; without it
-    they are cut as the base's. `dequantize` takes a base that bitsandbytes has quantized as bf16.
+    they are cut as the base's. `dequantize` takes a base that bitsandbytes has quantized as bf16. A merge in place that
+    the model's records have already is not made a second time, but with `again`.
     """
 
     in_place: bool = option(False, "Change BASE itself, file by file; a crash is taken back by `recover`.")
     resume: bool = option(False, "Keep what is done if it is broken off, and go on from there.")
+    again: bool = option(False, "Merge once more what the model holds already, as its records say.")
     dry_run: bool = option(False, "Print what would be written; write nothing.")
     undo: bool = option(True, "Write no undo record: only the base itself can undo it then.", flag="--no-undo")
     shard_bytes: int | None = option(

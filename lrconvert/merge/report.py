@@ -26,7 +26,8 @@ class MergeReport:
 
     `files` are (name, bytes) of the output, without the record; `left_out` files of the base that are not in it;
     `placed`, `added`, `dropped` tensors that are not the base's any more; `config` the changed fields. `record` is the
-    folder in the output that undoes the merge, `record_bytes` its size; `touched_bytes` those of changed tensors.
+    folder in the output that undoes the merge, `record_bytes` its size; `touched_bytes` those of changed tensors. With
+    `already_done` the model held the merge of this `record` before, and nothing was changed.
     """
 
     tensors: tuple[MergedTensor, ...]
@@ -42,6 +43,7 @@ class MergeReport:
     record_bytes: int = 0
     touched_bytes: int = 0
     can_undo: bool = False
+    already_done: bool = False
 
     @property
     def stats(self) -> MergeStats:
@@ -57,7 +59,7 @@ class MergeReport:
 class UnmergeReport:
     """The report of an unmerge. `restored` names tensors that the merge had changed, `removed` those that it had added;
     `files` (name, bytes) of the output; `remaining` merges that are still in it. `verified` says whether all tensors
-    were compared with the digests of the base."""
+    were compared with the digests of the base. With `already_done` the merge was undone before, and nothing changed."""
 
     record: str
     restored: tuple[str, ...]
@@ -66,6 +68,7 @@ class UnmergeReport:
     remaining: int
     verified: bool
     warnings: tuple[str, ...] = ()
+    already_done: bool = False
 
     @property
     def total_bytes(self) -> int:

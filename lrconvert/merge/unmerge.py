@@ -14,14 +14,15 @@ from lrconvert.io.container import TensorInfo, combined_digest
 from lrconvert.io.durable import StagedDirectory, atomic_directory, check_output, require_space
 from lrconvert.merge.arithmetic.workspace import Workspace
 from lrconvert.merge.hashing import stored_digest
-from lrconvert.merge.in_place.model_folder import ModelFolder
-from lrconvert.merge.in_place.unmerge import unmerge_in_place
+from lrconvert.merge.in_place.model_folder import BETWEEN, ModelFolder
+from lrconvert.merge.in_place.unmerge import undone_before, unmerge_in_place
 from lrconvert.merge.job import check_replaceable
 from lrconvert.merge.options import UnmergeOptions
-from lrconvert.merge.plan.plan import CONFIG_NAME, other_files
+from lrconvert.merge.plan.plan import CONFIG_NAME, UNDONE, other_files
 from lrconvert.merge.report import UnmergeReport
 from lrconvert.merge.undo.checks import changed_files, check_undoable, undone
 from lrconvert.merge.undo.open_record import OpenRecord, latest, numbered
+from lrconvert.merge.undo.repeats import undone_note
 from lrconvert.merge.undo.restoring import Restorer
 from lrconvert.merge.writing import Progress
 
@@ -41,7 +42,8 @@ def unmerge(merged: Path, out: Path | None, options: UnmergeOptions, progress: P
     number, from_base, overwrite = options.number, options.from_base, options.overwrite
     if options.in_place:
         return unmerge_in_place(merged, number, progress, resume=options.resume)
-    if ModelFolder(merged).is_ready:
+    state = ModelFolder(merged).state()
+    if state.stage == BETWEEN:
         raise unfinished(merged)
     if options.resume:
         raise OptionError("--resume is for an unmerge in place", fix="add --in-place")
@@ -49,6 +51,8 @@ def unmerge(merged: Path, out: Path | None, options: UnmergeOptions, progress: P
     if out is not None:
         check_output(out, overwrite, [merged, *([] if from_base is None else [from_base])], directory=True)
         check_replaceable(out)
+    if out is None and from_base is None and (done := undone_before(merged, state, number, resume=False)):
+        return done
     if from_base is not None:
         return _copy_base(merged, from_base, place, out is None or overwrite, number, progress)
     with ExitStack() as stack:
@@ -58,12 +62,15 @@ def unmerge(merged: Path, out: Path | None, options: UnmergeOptions, progress: P
         require_space(place, int(sum(size for _, size in opened.record.files) * _SPACE_MARGIN))
         folder = stack.enter_context(atomic_directory(place, overwrite=out is None or overwrite))
         try:
-            done = _write(opened, checkpoint, folder, progress)
+            report = _write(opened, checkpoint, folder, progress)
         except LrcError as error:
             raise error.at(merged) from None
+        note = undone_note(opened.folder, numbered(merged)) if out is None and number is None else None
+        if note is not None:
+            folder.write_bytes(UNDONE, note)
         for file in checkpoint.files:
             file.check_unchanged()
-    return done
+    return report
 
 
 def _write(opened: OpenRecord, checkpoint: Checkpoint, folder: StagedDirectory, progress: Progress) -> UnmergeReport:

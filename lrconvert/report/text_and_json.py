@@ -110,6 +110,14 @@ def sizes_json(size: Sizes) -> dict[str, int]:
     return picked(size, "total", "adapter", "payload", "overhead", "extras")
 
 
+def size_line(size: Sizes, ratio: float, source_bytes: int) -> str:
+    """Return the size of a file beside that of its source as a line of text."""
+    return (
+        f"size      {size.adapter:,} bytes = payload {size.payload:,} + overhead {size.overhead:,}; "
+        f"{ratio:.1f} times smaller than {source_bytes:,} bytes at 16 bit"
+    )
+
+
 def conversion_json(done: Conversion) -> dict[str, Any]:
     """Return a conversion with its sizes, ratio and captured energy, in all and of each target."""
     method = methods.get(done.compact.method)
@@ -132,8 +140,7 @@ def conversion(source: str, output: str | None, done: Conversion, verbose: bool)
     lines = [
         f"{printable(source)} -> {printable(output) if output else '(dry run, nothing written)'}",
         f"method    {method.id}: {_listed(method.header(done.compact.config))}",
-        f"size      {size.adapter:,} bytes = payload {size.payload:,} + overhead {size.overhead:,}; "
-        f"{done.ratio:.1f} times smaller than {done.source_bytes:,} bytes at 16 bit",
+        size_line(size, done.ratio, done.source_bytes),
     ]
     if size.extras:
         lines.append(
@@ -353,13 +360,18 @@ def merge_json(report: MergeReport) -> dict[str, Any]:
         "config": dict(report.config),
         "files": [{"name": name, "bytes": size} for name, size in report.files],
         "left_out": list(report.left_out),
-        **picked(report, "touched_bytes", "record", "record_bytes", "can_undo"),
+        **picked(report, "touched_bytes", "record", "record_bytes", "can_undo", "already_done"),
         "warnings": list(report.warnings),
     }
 
 
 def merging(output: str, report: MergeReport, verbose: bool) -> str:
     """Return what a merge did as text."""
+    if report.already_done:
+        return (
+            f"{printable(output)} holds this merge already ({report.record}): nothing was changed\n"
+            "again     merges the same once more: --again"
+        )
     total = report.stats
     done = "would write" if report.dry_run else "wrote"
     lines = [f"{done} {printable(output)}: {len(report.files)} files, {count_bytes(report.total_bytes)}"]
@@ -397,6 +409,11 @@ def merging(output: str, report: MergeReport, verbose: bool) -> str:
 
 def unmerging(output: str, report: UnmergeReport) -> str:
     """Return what undoing a merge did as text."""
+    if report.already_done:
+        lines = [f"{printable(output)}: {report.record or 'the merge'} is undone already, nothing was changed"]
+        if report.remaining:
+            lines.append(f"merges    {report.remaining} are left; undo the last of them: --merge {report.remaining}")
+        return "\n".join(lines)
     lines = [f"wrote {printable(output)}: {len(report.files)} files, {count_bytes(report.total_bytes)}"]
     if report.restored:
         lines.append(f"restored  {len(report.restored)} tensors")
@@ -422,6 +439,8 @@ def recovery(recovered: Recovery) -> str:
     lines = [f"{printable(recovered.path)} {state}"]
     if recovered.removed:
         lines.append(f"removed   {', '.join(map(printable, recovered.removed))}")
+    for name in recovered.unfinished:
+        lines.append(f"unfinished work is in {printable(name)}: the same command with --resume goes on; or delete it")
     return "\n".join(lines)
 
 

@@ -25,7 +25,7 @@ from lrconvert.io.durable.system import System
 
 SHORT = -1  # in place of an errno: writes take half of what they are given
 _OPERATIONS = (
-    *("open", "open_folder", "chmod", "write", "pwrite", "copy_range", "truncate", "fsync", "close"),
+    *("open", "open_folder", "chown", "chmod", "write", "pwrite", "copy_range", "truncate", "fsync", "close"),
     *("mkdir", "rename", "exchange", "link", "unlink", "rmdir", "lock"),
 )
 _S = TypeVar("_S", bound=System)

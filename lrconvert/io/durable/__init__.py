@@ -6,7 +6,7 @@ system did not confirm that it would survive a power loss). `system` the calls t
 `files` and `folders` that appear whole, `work` that a later run can go on with, and locks.
 """
 
-from lrconvert.io.durable.checks import StrPath, check_output, require_space
+from lrconvert.io.durable.checks import StrPath, check_output, check_own, require_space
 from lrconvert.io.durable.files import (
     File,
     Writer,
@@ -15,6 +15,7 @@ from lrconvert.io.durable.files import (
     check_changeable,
     delete_leftover,
     discard,
+    give_to_owner,
     install,
     overwrite_bytes,
     sync_folder,
@@ -23,18 +24,23 @@ from lrconvert.io.durable.folders import StagedDirectory, atomic_directory, make
 from lrconvert.io.durable.system import Buffer
 from lrconvert.io.durable.work import (
     CONTENT,
+    LINES_NAME,
+    PLAN_NAME,
     Work,
     clean_up,
     end_work,
     leftovers,
     locked,
     open_work,
+    partial_path,
     work_directory,
     work_root,
 )
 
 __all__ = [
     "CONTENT",
+    "LINES_NAME",
+    "PLAN_NAME",
     "Buffer",
     "File",
     "StagedDirectory",
@@ -46,16 +52,19 @@ __all__ = [
     "atomic_file",
     "check_changeable",
     "check_output",
+    "check_own",
     "clean_up",
     "delete_leftover",
     "discard",
     "end_work",
+    "give_to_owner",
     "install",
     "leftovers",
     "locked",
     "make_folder",
     "open_work",
     "overwrite_bytes",
+    "partial_path",
     "require_space",
     "sync_folder",
     "work_directory",

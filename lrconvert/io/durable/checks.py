@@ -83,6 +83,28 @@ def _check_folder(path: Path, info: os.stat_result, overwrite: bool) -> None:
         raise OutputExistsError("exists already and is not empty", fix="choose another, or pass --overwrite", path=path)
 
 
+def check_own(root: Path, *, hard_links: bool = False) -> None:
+    """Raise E-OUT-PATH if a folder that we alone write, or anything in it, is a link, or, unless `hard_links` are
+    allowed, a file with other names: what is tidied or put back must be nobody else's."""
+    todo = [root]
+    while todo:
+        path = todo.pop()
+        try:
+            info = path.lstat()
+            inner = sorted(path.iterdir()) if stat.S_ISDIR(info.st_mode) else []
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise OutputPathError(f"cannot be looked at: {error.strerror}", path=path) from None
+        if stat.S_ISLNK(info.st_mode):
+            what = "is a link, and in the way of the record or journal that a merge keeps there"
+            raise OutputPathError(what, fix="remove it", path=path)
+        if not hard_links and info.st_nlink > 1 and not stat.S_ISDIR(info.st_mode):
+            what = f"has {info.st_nlink} hard links, where a merge keeps its own files"
+            raise OutputPathError(what, fix="move it away", path=path)
+        todo += inner
+
+
 def require_space(path: StrPath, nbytes: int) -> None:
     """Raise E-OUT-SPACE if the disk that holds `path` (or its nearest existing parent) has less than `nbytes` free."""
     place = Path(path).absolute()

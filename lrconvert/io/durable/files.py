@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterable, Iterator
@@ -18,6 +20,8 @@ from lrconvert.io.durable.checks import StrPath, check_output
 from lrconvert.io.durable.system import Buffer
 
 _COPY_BYTES = 1 << 23
+_NAME_BYTES = 255  # where the file system does not say
+_SUFFIX_BYTES = 36  # of a process number, eight digits and a kind, with room for a number of any system
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -35,18 +39,19 @@ class Writer(Protocol):
 
 
 class File:
-    """A file that is appended to: a new one, or with `keep` one that is there, cut off after so many bytes.
+    """A file that is appended to: a new one, or with `keep` one that is there, cut off after so many bytes. It has the
+    owner, group and mode of `like`, the file that it will replace.
 
     Errors of the system become E-IO-WRITE on `shown`, the path the user knows. Synced when its context ends.
     """
 
-    def __init__(self, path: Path, shown: Path, mode: int | None = None, keep: int | None = None) -> None:
+    def __init__(self, path: Path, shown: Path, like: os.stat_result | None = None, keep: int | None = None) -> None:
         self.path, self.shown, self.position = path, shown, 0 if keep is None else keep
         self._descriptor = -1
         try:
             self._descriptor = system.current.open(path, _CREATE if keep is None else os.O_WRONLY)
-            if mode is not None:
-                system.current.chmod(self._descriptor, mode)
+            if like is not None:
+                take_after(self._descriptor, like)
             if keep is not None:
                 system.current.truncate(self._descriptor, keep)
         except OSError as error:
@@ -147,6 +152,18 @@ def writing(path: Path) -> Iterator[None]:
         raise not_written(error, path) from None
 
 
+def take_after(descriptor: int, like: os.stat_result) -> None:
+    """Give an open file or folder the owner and group of another, where the system lets us, and its mode."""
+    now = os.fstat(descriptor)
+    if (now.st_uid, now.st_gid) != (like.st_uid, like.st_gid):
+        try:
+            system.current.chown(descriptor, like.st_uid, like.st_gid)
+        except PermissionError:  # only root gives files away; the group may be one of ours
+            with suppress(PermissionError):
+                system.current.chown(descriptor, -1, like.st_gid)
+    system.current.chmod(descriptor, stat.S_IMODE(like.st_mode))  # last, as a new owner clears bits of it
+
+
 @contextmanager
 def _opened(path: Path, flags: int) -> Iterator[int]:
     """A descriptor of a file that is changed; it is closed at the end."""
@@ -157,9 +174,37 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
         system.current.close(descriptor)
 
 
+def _name_bytes(folder: Path) -> int:
+    """Return how many bytes a name in a folder may have."""
+    try:
+        return os.pathconf(folder, "PC_NAME_MAX")
+    except (OSError, ValueError):
+        return _NAME_BYTES
+
+
+def beside(path: Path, suffix: str, *, hidden: bool = True, room: int | None = None) -> Path:
+    """Return the name that work for `path` has in the same folder: its own with a suffix, and with a dot in front of it
+    where it is `hidden`. A name that would be longer than the file system takes (with `room` bytes of suffixes) is cut,
+    and gets a digest of the whole in place of what it lacks."""
+    name, dot = path.name, "." if hidden else ""
+    free = _name_bytes(path.parent) - len(dot) - (len(suffix) if room is None else room)
+    if len(os.fsencode(name)) > free:
+        digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+        while len(os.fsencode(name)) > free - 17:
+            name = name[:-1]
+        name = f"{name}~{digest}"
+    return path.with_name(f"{dot}{name}{suffix}")
+
+
 def hidden_sibling(path: Path, suffix: str) -> Path:
     """Return a name in the same folder that says whose leftover it is, should the machine stop now."""
-    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.{suffix}")
+    return beside(path, f".{os.getpid()}.{secrets.token_hex(4)}.{suffix}", room=_SUFFIX_BYTES)
+
+
+def hidden_pattern(path: Path) -> re.Pattern[str]:
+    """Return what matches every name that `hidden_sibling` gives for a path."""
+    stem = beside(path, "", room=_SUFFIX_BYTES).name
+    return re.compile(rf"{re.escape(stem)}\.\d+\.[0-9a-f]{{8}}\.(tmp|partial|old)")
 
 
 def sync_folder(path: Path) -> None:
@@ -196,7 +241,7 @@ def atomic_file(path: StrPath, *, overwrite: bool) -> Iterator[Writer]:
     old = check_output(path, overwrite, directory=False)
     temporary = hidden_sibling(path, "tmp")
     try:
-        with File(temporary, path, None if old is None else stat.S_IMODE(old.st_mode)) as file:
+        with File(temporary, path, old) as file:
             file.claim()
             yield file
         _put_file(temporary, path, overwrite)
@@ -227,14 +272,22 @@ def discard(path: StrPath) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, or a folder with all that is in it, which may be gone already; links are not followed. Raises
-    OSError, after it has deleted all that can be."""
+    """Delete a file, or a folder with all that is in it, which may be gone already; links are not followed, and nothing
+    is reached through one. Raises OSError, after it has deleted all that can be."""
+    with system.guarded(path.parent):
+        try:
+            _remove(path)
+        except RecursionError:
+            raise OSError(errno.ENAMETOOLONG, "has folders in folders without end") from None
+
+
+def _remove(path: Path) -> None:
     failed: OSError | None = None
     try:
         if stat.S_ISDIR(path.lstat().st_mode):
-            for inner in list(path.iterdir()):
+            for inner in sorted(path.iterdir()):  # `plan.json`, by which work is known to be ours, after its content
                 try:
-                    remove(inner)
+                    _remove(inner)
                 except OSError as error:
                     failed = failed or error
             if failed is None:
@@ -295,19 +348,35 @@ def check_changeable(path: Path) -> os.stat_result:
     return info
 
 
-def install(source: Path, target: Path, mode_of: Path | None = None) -> None:
+def install(source: Path, target: Path, like: Path | None = None) -> None:
     """Move a synced file or folder to `target` in one step, over a file that is there, and sync both folders.
 
-    A file gets the mode of the one that it replaces, or of `mode_of`. Raises E-IO-WRITE.
+    A file gets owner, group and mode of the one that it replaces, or of `like`; what replaces nothing, the owner and
+    group of the folder that it comes to, where root writes. Raises E-IO-WRITE.
     """
-    model = target if mode_of is None else mode_of
+    model = target if like is None else like
     with writing(target):
         if model.exists() and stat.S_ISREG(source.lstat().st_mode):
             with _opened(source, os.O_WRONLY) as descriptor:
-                system.current.chmod(descriptor, stat.S_IMODE(model.stat().st_mode))
+                take_after(descriptor, model.stat())
+        elif not target.exists():
+            give_to_owner(source, target.parent.stat())
         system.current.rename(source, target)
         sync_folder(target.parent)
         sync_folder(source.parent)
+
+
+def give_to_owner(path: Path, owner: os.stat_result) -> None:
+    """Where root writes: give what is new, and all in it, to the owner and group of the folder that it comes to."""
+    if os.geteuid() != 0 or (owner.st_uid, owner.st_gid) == (0, 0):
+        return
+    for place in (path, *path.rglob("*")) if path.is_dir() else (path,):
+        if not place.is_symlink():
+            opening = system.current.open_folder(place) if place.is_dir() else system.current.open(place, os.O_RDONLY)
+            try:
+                system.current.chown(opening, owner.st_uid, owner.st_gid)
+            finally:
+                system.current.close(opening)
 
 
 def overwrite_bytes(path: Path, pieces: Iterable[tuple[int, Buffer]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from lrconvert.io.durable.files import (
     File,
     confirm,
     delete_leftover,
+    give_to_owner,
     hidden_sibling,
     not_written,
     remove,
@@ -27,11 +28,12 @@ from lrconvert.io.durable.system import Buffer
 class StagedDirectory:
     """A folder under construction. Names may have folders in them; those are made on the way.
 
-    Attributes: `root`, where it lies now; `shown`, the path the user knows.
+    Attributes: `root`, where it lies now; `shown`, the path the user knows; `is_ours`, which says of a name in it (of a
+    folder: with a slash at its end) whether it is one that we write, and may delete.
     """
 
-    def __init__(self, root: Path, shown: Path) -> None:
-        self.root, self.shown = root, shown
+    def __init__(self, root: Path, shown: Path, is_ours: Callable[[str], bool] = lambda name: True) -> None:
+        self.root, self.shown, self.is_ours = root, shown, is_ours
         self._folders = {root}
 
     def _place(self, name: str) -> Path:
@@ -86,16 +88,22 @@ class StagedDirectory:
                 os.close(descriptor)
 
     def clear(self, keep: Collection[str] = ()) -> None:
-        """Remove every file but those of the names `keep`, and folders that are empty then. Raises E-IO-WRITE."""
-        for folder, _, names in os.walk(self.root, topdown=False):
-            place = Path(folder)
-            with writing(self.shown):
-                for name in names:
-                    if (place / name).relative_to(self.root).as_posix() not in keep:
-                        remove(place / name)
-                if place != self.root and not any(place.iterdir()):
-                    remove(place)
+        """Remove every file of ours but those of the names `keep`, and folders of ours that are empty then. Raises
+        E-IO-WRITE."""
+        with writing(self.shown):
+            self._clear(self.root, keep)
         self._folders = {self.root}
+
+    def _clear(self, folder: Path, keep: Collection[str]) -> None:
+        for path in sorted(folder.iterdir()):
+            name = path.relative_to(self.root).as_posix()
+            if path.is_dir() and not path.is_symlink():
+                if self.is_ours(f"{name}/"):
+                    self._clear(path, keep)
+                    if not any(path.iterdir()):
+                        remove(path)
+            elif name not in keep and self.is_ours(name):
+                remove(path)
 
     def sync(self) -> None:
         """fsync every folder, the innermost first."""
@@ -141,12 +149,13 @@ def atomic_directory(path: StrPath, *, overwrite: bool) -> Iterator[StagedDirect
         with writing(path):
             system.current.mkdir(stage)
         with suppress(OSError):  # where locks work, `recover` knows by it that this is not a leftover
-            claim = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            claim = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             system.current.lock(claim)
         try:
-            staged = StagedDirectory(stage, path)
-            yield staged
-            staged.sync()
+            with system.guarded(stage):
+                staged = StagedDirectory(stage, path)
+                yield staged
+                staged.sync()
             old = put_folder(stage, path, overwrite)
         except BaseException:
             with suppress(OSError):
@@ -161,11 +170,13 @@ def atomic_directory(path: StrPath, *, overwrite: bool) -> Iterator[StagedDirect
 
 
 def put_folder(stage: Path, path: Path, overwrite: bool) -> Path | None:
-    """Commit: give the folder its name. Returns where the replaced folder is now, or None."""
+    """Commit: give the folder its name and, where root writes, the owner of the one that it replaces. Returns where the
+    replaced folder is now, or None."""
     with writing(path):
         if check_output(path, overwrite, directory=True) is None or not any(path.iterdir()):
             system.current.rename(stage, path)  # fails if `path` has content by now
             return None
+        give_to_owner(stage, path.lstat())
         if system.current.exchange(stage, path):
             return stage
         aside = hidden_sibling(path, "old")

@@ -10,26 +10,38 @@ to each machine; that cannot be seen from here.
 from __future__ import annotations
 
 import os
-import re
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lrconvert.core.errors import DurabilityError, LockedError, OutputPathError
+from lrconvert.core.errors import DurabilityError, FileWriteError, LockedError, OutputPathError
 from lrconvert.io.durable import system
 from lrconvert.io.durable.checks import StrPath, check_output
-from lrconvert.io.durable.files import confirm, delete_leftover, not_written, remove, sync_folder, writing
+from lrconvert.io.durable.files import (
+    beside,
+    confirm,
+    delete_leftover,
+    hidden_pattern,
+    not_written,
+    remove,
+    sync_folder,
+    writing,
+)
 from lrconvert.io.durable.folders import StagedDirectory, put_folder
 
 CONTENT = "model"
+PLAN_NAME, LINES_NAME = "plan.json", "done.jsonl"  # of work: its plan, written first and deleted last; what is done
+_MARK = b'"format":"lrconvert-'  # in a plan of ours
+_PLAN_BYTES = 1 << 28
 _IF_NONE_IS = "if none is, remove it, and run it again"
 
 
 @contextmanager
 def locked(folder: Path, *, needed: bool = True, fix: str = "write a new folder, or to another disk") -> Iterator[None]:
-    """Hold the lock of a folder. It is not `needed` for one that this run has just made: who finds it later needs it.
+    """Hold the lock of a folder, and reach nothing below it through a link. The lock is not `needed` for one that this
+    run has just made: who finds it later needs it.
 
     Raises E-LOCKED if another run has it or, where it is needed, if there are no locks (`fix`: what to do then);
     E-OUT-PATH if it is no folder.
@@ -49,7 +61,8 @@ def locked(folder: Path, *, needed: bool = True, fix: str = "write a new folder,
         held, named = os.fstat(descriptor), folder.stat() if folder.exists() else None
         if named is None or (held.st_ino, held.st_dev) != (named.st_ino, named.st_dev):
             raise LockedError("another run has just finished here", fix="look at it, then run it again", path=folder)
-        yield
+        with system.guarded(folder):
+            yield
     finally:
         os.close(descriptor)
 
@@ -69,9 +82,9 @@ class Work:
     keep: bool = field(default=False)
 
     @classmethod
-    def at(cls, root: Path, shown: Path) -> Work:
-        """Return the work in a folder that exists."""
-        return cls(StagedDirectory(root, shown), StagedDirectory(root / CONTENT, shown))
+    def at(cls, root: Path, shown: Path, is_ours: Callable[[str], bool] = lambda name: True) -> Work:
+        """Return the work in a folder that exists; `is_ours` as of a `StagedDirectory`."""
+        return cls(StagedDirectory(root, shown, is_ours), StagedDirectory(root / CONTENT, shown))
 
     @property
     def nbytes(self) -> int:
@@ -79,18 +92,23 @@ class Work:
         return sum(p.lstat().st_size for p in self.files.root.rglob("*") if p.is_file())
 
     def clear(self, keep: Collection[str] = ()) -> None:
-        """Remove all but the files of the names `keep`, in the folder of the work. Raises E-IO-WRITE."""
+        """Remove all of ours but the files of the names `keep`, in the folder of the work. Raises E-IO-WRITE."""
         self.files.clear(keep)
-        again = open_work(self.files.root, self.files.shown)
+        again = open_work(self.files.root, self.files.shown, self.files.is_ours)
         self.files, self.content = again.files, again.content
 
 
 def work_root(path: Path) -> Path:
     """Return the folder that the work of an output lies in."""
-    return path.with_name(f".{path.name}.partial")
+    return beside(path, ".partial")
 
 
-def open_work(root: Path, shown: Path) -> Work:
+def partial_path(path: Path) -> Path:
+    """Return the file, beside an output that is one file, that its unfinished work lies in."""
+    return beside(path, ".partial", hidden=False)
+
+
+def open_work(root: Path, shown: Path, is_ours: Callable[[str], bool] = lambda name: True) -> Work:
     """Return the work folder `root`, made if it does not exist. Raises E-OUT-PATH, E-IO-WRITE."""
     for place in (root, root / CONTENT):
         try:
@@ -100,7 +118,7 @@ def open_work(root: Path, shown: Path) -> Work:
                 raise OutputPathError("is in the way", fix="remove it", path=place) from None
         except OSError as error:
             raise not_written(error, shown) from None
-    return Work.at(root, shown)
+    return Work.at(root, shown, is_ours)
 
 
 @contextmanager
@@ -144,19 +162,29 @@ def work_directory(path: StrPath, *, overwrite: bool, resume: bool) -> Iterator[
 
 
 def _is_ours(root: Path) -> bool:
-    """Return true if a folder has nothing in it that work has not."""
+    """Return true if a folder is work that we wrote: it has our names, and where there is content a plan that says so
+    (a power loss may have torn the plan, but then nothing else was written yet)."""
     names = {p.name for p in root.iterdir()}
-    return all(name == CONTENT or name.endswith((".json", ".jsonl", ".tmp")) for name in names)
+    content, plan = root / CONTENT, root / PLAN_NAME
+    if not names <= {CONTENT, PLAN_NAME, LINES_NAME} or content.is_symlink() or plan.is_symlink():
+        return False
+    if CONTENT not in names or (content.is_dir() and not any(content.iterdir())):
+        return True
+    return plan.is_file() and plan.stat().st_size < _PLAN_BYTES and _MARK in plan.read_bytes()
 
 
-def end_work(root: Path, shown: Path) -> None:
-    """Remove a work folder inside the folder that was worked on. Raises E-IO-SYNC: what was done is done."""
+def end_work(work: StagedDirectory, last: str = "") -> None:
+    """Remove a work folder inside the folder that was worked on, the file `last`, by which it is known, after all
+    others; what is not ours stays. Raises E-IO-SYNC: what was done is done."""
     try:
-        remove(root)
-        sync_folder(root.parent)
-    except OSError as error:
-        what = f"is done, but {root.name!r} in it could not be deleted: {error.strerror}"
-        raise DurabilityError(what, fix="run lrconvert recover", path=shown) from None
+        work.clear({last})
+        work.clear()
+        if not any(work.root.iterdir()):
+            remove(work.root)
+        sync_folder(work.root.parent)
+    except (OSError, FileWriteError) as error:
+        what = f"is done, but {work.root.name!r} in it could not be deleted: {getattr(error, 'strerror', error)}"
+        raise DurabilityError(what, fix="run lrconvert recover", path=work.shown) from None
 
 
 # --- leftovers ------------------------------------------------------------------------------------------------------
@@ -165,11 +193,13 @@ def end_work(root: Path, shown: Path) -> None:
 def leftovers(path: Path) -> list[Path]:
     """Return what ended runs that were to write `path` have left beside it, and unfinished work. Raises E-LOCKED where
     the file system does not say whether they have ended."""
-    pattern = re.compile(rf"\.{re.escape(path.name)}(\.partial)?\.(\d+\.[0-9a-f]{{8}}\.(tmp|partial|old)|partial)")
+    patterns = [hidden_pattern(path), hidden_pattern(partial_path(path))]
     if not path.parent.is_dir():
         return []
-    ours = [p for p in sorted(path.parent.iterdir()) if pattern.fullmatch(p.name) and not p.is_symlink()]
-    return [p for p in ours if (p != work_root(path) or (p.is_dir() and _is_ours(p))) and _is_idle(p)]
+    ours = [p for p in sorted(path.parent.iterdir()) if any(pattern.fullmatch(p.name) for pattern in patterns)]
+    root = work_root(path)
+    ours += [root] if root.is_dir() and not root.is_symlink() and _is_ours(root) else []
+    return [p for p in ours if not p.is_symlink() and _is_idle(p)]
 
 
 def _is_idle(path: Path) -> bool:

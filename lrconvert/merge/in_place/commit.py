@@ -14,13 +14,23 @@ from lrconvert.io.durable import CONTENT, discard, install, sync_folder
 from lrconvert.merge.arithmetic.workspace import Workspace
 from lrconvert.merge.hashing import stored_digest
 from lrconvert.merge.in_place import patches
-from lrconvert.merge.in_place.model_folder import MERGE, OLD, SWAP, UNMERGE, CommitPlan, ModelFolder
+from lrconvert.merge.in_place.model_folder import (
+    BEGUN,
+    BETWEEN,
+    CLEAN,
+    DONE,
+    MERGE,
+    OLD,
+    SWAP,
+    UNDONE_RECORD,
+    CommitPlan,
+    ModelFolder,
+)
 from lrconvert.merge.in_place.patches import BASE, MERGED
+from lrconvert.merge.plan.plan import UNDONE
 from lrconvert.merge.undo.open_record import RECORD_NAME, OpenRecord
 from lrconvert.merge.undo.record import TEXTS
 from lrconvert.merge.undo.restoring import Restorer
-
-_UNDONE = "undone"
 
 
 @dataclass
@@ -90,12 +100,17 @@ class Commit:
             if name not in plan.texts:
                 self._put_back(name)
             elif new.exists():
-                install(new, folder.model / name, mode_of=folder.root / OLD / name)
+                install(new, folder.model / name, like=folder.root / OLD / name)
         staged, place = folder.root / CONTENT / plan.place, folder.model / plan.place
-        if plan.kind == MERGE and staged.exists():
-            install(staged, place)
-        if plan.kind == UNMERGE and place.exists():
-            install(place, folder.root / _UNDONE)
+        if plan.kind == MERGE:
+            if staged.exists():
+                install(staged, place)
+            discard(folder.model / UNDONE)
+        else:
+            if place.exists():
+                install(place, folder.root / UNDONE_RECORD)
+            if (note := folder.root / CONTENT / UNDONE).exists():
+                install(note, folder.model / UNDONE)
         self._end()
 
     def roll_back(self) -> None:
@@ -130,7 +145,7 @@ class Commit:
 def open_commit(folder: ModelFolder) -> Commit:
     """Open what is to be done in a folder that is ready, with the record, wherever it is at this moment."""
     plan = folder.commit_plan()
-    places = (folder.root / CONTENT / plan.place, folder.root / _UNDONE, folder.model / plan.place)
+    places = (folder.root / CONTENT / plan.place, folder.root / UNDONE_RECORD, folder.model / plan.place)
     opened = OpenRecord(next((place for place in places if (place / RECORD_NAME).exists()), places[-1]))
     if [file.name for file in opened.record.files] != [change.name for change in plan.changes]:
         opened.close()
@@ -139,11 +154,12 @@ def open_commit(folder: ModelFolder) -> Commit:
 
 
 def recover(folder: ModelFolder) -> str:
-    """Bring the model to the state "old" or "new", and return which of them. Raises E-DIGEST, E-IO-*."""
-    if not folder.is_ready:
-        state = folder.state()
+    """Bring the model to the state "old" or "new", and return which of them; "clean" where nothing shows what was at
+    work. Raises E-DIGEST, E-OUT-PATH, E-IO-*."""
+    stage = folder.state().stage
+    if stage != BETWEEN:
         folder.clear()
-        return state
+        return {CLEAN: "clean", BEGUN: "old", DONE: "new"}[stage]
     with open_commit(folder) as commit:
         if commit.plan.kind == MERGE:
             if BASE in commit.states().values():

@@ -22,31 +22,39 @@ from lrconvert.merge.compute import Computer
 from lrconvert.merge.hashing import Digest, emit
 from lrconvert.merge.in_place.commit import Commit, open_commit, recover
 from lrconvert.merge.in_place.first_pass import InPlaceSink
-from lrconvert.merge.in_place.model_folder import MERGE, CommitPlan, ModelFolder
+from lrconvert.merge.in_place.model_folder import BETWEEN, CLEAN, DONE, MERGE, CommitPlan, ModelFolder, State, is_ours
 from lrconvert.merge.in_place.patches import MERGED
 from lrconvert.merge.in_place.reconstructed_base import reconstructed_base
 from lrconvert.merge.job import BROKEN_OFF, Job
 from lrconvert.merge.journal import PLAN_NAME, Journal
-from lrconvert.merge.plan.plan import Plan, Shard, plan
+from lrconvert.merge.plan.plan import RECORDS, Plan, Shard, plan
 from lrconvert.merge.report import MergeReport
-from lrconvert.merge.undo import open_record
+from lrconvert.merge.undo import open_record, repeats
 from lrconvert.merge.undo.record import TEXTS
 
 FIRST_PASS = 0.6  # of the time, as progress is shown
 
 
-def merge_in_place(base: Path, job: Job, *, resume: bool, dry_run: bool) -> MergeReport:
-    """Turn `base` into the merge of it. Raises what `merge` raises; nothing is changed then, but for E-UNFINISHED."""
+def merge_in_place(base: Path, job: Job, *, resume: bool, dry_run: bool, again: bool = False) -> MergeReport:
+    """Turn `base` into the merge of it, unless it holds that merge already and is not to be merged `again`. Raises what
+    `merge` raises; nothing is changed then, but for E-UNFINISHED."""
     folder = ModelFolder(base)
     with locked(base), ExitStack() as stack:
-        if folder.is_ready:
+        state = folder.state()
+        if state.stage == BETWEEN:
             if not resume or dry_run:
                 raise unfinished(base)
             return _continue(folder, job)
         checkpoint = stack.enter_context(open_checkpoint(base))
         folder.check([file.path.name for file in checkpoint.files])
-        planned = plan(job.inputs, checkpoint)
+        if state.stage in (CLEAN, DONE) and not dry_run:
+            folder.clear()
         earlier = open_record.numbered(base)
+        merged = repeats.same_merge(earlier, job.inputs)
+        if merged and (not again or state == State(DONE, MERGE, f"{RECORDS}/{earlier[merged].name}")):
+            repeats.check_is_merged(checkpoint, earlier)
+            return _already_merged(earlier[merged], dry_run)
+        planned = plan(job.inputs, checkpoint)
         report = job.begin(planned, earlier, dry_run)
         if dry_run:
             return _in_place(report, planned)
@@ -69,6 +77,22 @@ def merge_in_place(base: Path, job: Job, *, resume: bool, dry_run: bool) -> Merg
             raise
         _second_pass(folder, planned, job, resume)
     return _in_place(report, planned)
+
+
+def _already_merged(place: Path, dry_run: bool) -> MergeReport:
+    """Return the report of a merge that the model holds as the record `place`."""
+    nbytes = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+    return MergeReport(
+        *((),) * 4,
+        config={},
+        files=(),
+        left_out=(),
+        dry_run=dry_run,
+        record=f"{RECORDS}/{place.name}",
+        record_bytes=nbytes,
+        can_undo=True,
+        already_done=True,
+    )
 
 
 def take_back(folder: ModelFolder, keep: bool) -> None:
@@ -104,7 +128,7 @@ def _continue(folder: ModelFolder, job: Job) -> MergeReport:
             if text != (folder.root / PLAN_NAME).read_bytes():
                 what = "a merge of other adapters was broken off here"
                 raise OptionError(what, fix="give the same ones, or run lrconvert recover first", path=folder.model)
-            journal = Journal(Work.at(folder.root, folder.model).files, text, len(job.inputs))
+            journal = Journal(Work.at(folder.root, folder.model, is_ours).files, text, len(job.inputs))
             journal.read()
             stats = {name: s for done in journal.finished for name, s in done.stats.items()}
             nbytes = sum((opened.folder / name).stat().st_size for name in opened.record.stored)

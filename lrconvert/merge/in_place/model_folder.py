@@ -17,7 +17,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple
 
 from lrconvert.core.errors import FileWriteError, LrcError, OutputPathError, UndoError
 from lrconvert.io import fields
-from lrconvert.io.checkpoint import JOURNAL, READY_NAME
+from lrconvert.io.checkpoint import JOURNAL, READY_NAME, is_between_states
 from lrconvert.io.durable import (
     CONTENT,
     File,
@@ -25,24 +25,49 @@ from lrconvert.io.durable import (
     Work,
     atomic_file,
     check_changeable,
+    check_own,
     discard,
     end_work,
+    give_to_owner,
     install,
     open_work,
     sync_folder,
 )
 from lrconvert.io.fields import Hex, Whole
-from lrconvert.merge.journal import PLAN_NAME, Patch, plan_text, read_signed
-from lrconvert.merge.plan.plan import RECORDS
-from lrconvert.merge.undo.open_record import RECORD_NAME
-from lrconvert.merge.undo.record import TEXTS
+from lrconvert.merge.journal import DONE_NAME, PLAN_NAME, Patch, plan_text, read_signed
+from lrconvert.merge.plan.plan import RECORDS, UNDONE
+from lrconvert.merge.undo.open_record import RECORD_NAME, numbered
+from lrconvert.merge.undo.record import CODES_NAME, TEXTS, WEIGHT_NAME
 
 MERGE: Final = "merge"
 UNMERGE: Final = "unmerge"
 SAME, SWAP, PATCH = "same", "swap", "patch"
 OLD = "old"
+UNDONE_RECORD = "undone"  # the record of an unmerge, in the journal
+CLEAN, BEGUN, BETWEEN, DONE = "clean", "begun", "between", "done"
 _FRESH = "fresh.tmp"
 _PLACE = rf"{re.escape(RECORDS)}/merge-[1-9][0-9]{{0,5}}-[0-9a-f]{{12}}"
+
+
+def _names_of_ours() -> re.Pattern[str]:
+    """Return what matches the names in a journal that a merge or unmerge writes; those of folders end with a slash."""
+
+    def any_of(*parts: str) -> str:
+        return f"(?:{'|'.join(parts)})"
+
+    texts = any_of(*map(re.escape, TEXTS))
+    record = any_of(
+        *(re.escape(RECORD_NAME), re.escape(CODES_NAME), r"adapter-\d+\.(?:lrc|safetensors)", "base/"),
+        *(r"base/\d+\.header", f"base/{texts}"),
+    )
+    content = any_of(texts, WEIGHT_NAME, re.escape(UNDONE), f"{re.escape(RECORDS)}/", f"{_PLACE}/(?:{record})?")
+    top = any_of(*map(re.escape, (PLAN_NAME, DONE_NAME, READY_NAME, _FRESH)), r"patch-\d+\.tmp")
+    ready = rf"\.{re.escape(READY_NAME)}\.\d+\.[0-9a-f]{{8}}\.tmp"
+    folders = (f"{OLD}/(?:{texts})?", f"{UNDONE_RECORD}/(?:{record})?", f"{CONTENT}/(?:{content})?")
+    return re.compile(any_of(top, ready, *folders))
+
+
+_OURS = _names_of_ours()
 
 
 @dataclass(frozen=True)
@@ -94,13 +119,46 @@ class CommitPlan:
         return plan_text(self.kind, fields.as_json(self))
 
 
+@dataclass(frozen=True)
+class State:
+    """Where a model folder stands. CLEAN: nothing is at work in it, or too little is left to tell what was; BEGUN: work
+    has changed nothing yet; BETWEEN two states; DONE: only tidying is left. `kind` of work (MERGE, UNMERGE) and `place`
+    of its record are known where it has begun or is done."""
+
+    stage: str
+    kind: str = ""
+    place: str = ""
+
+
 class ModelFolder:
-    """The journal of the model folder `model`, whose lock the caller holds."""
+    """The journal of the model folder `model`, whose lock the caller holds where it changes anything."""
 
     def __init__(self, model: Path) -> None:
         self.model = model
         self.root = model / JOURNAL
         self.ready_path = self.root / READY_NAME
+
+    def state(self) -> State:
+        """Return where the folder stands: every command that changes it asks this first.
+
+        A journal without `ready.json` is of work that had not begun to change the model, or was over: the record of a
+        merge is in its place when it is over, that of an unmerge is not. Raises E-OUT-PATH where a link or a stranger's
+        file lies among what a merge keeps.
+        """
+        if (self.model / RECORDS).is_symlink():
+            check_own(self.model / RECORDS)
+        check_own(self.root)
+        if is_between_states(self.model):
+            return State(BETWEEN)
+        try:
+            value = read_signed(self.root / PLAN_NAME)
+            kind, place = value["kind"], value["place"]
+            if kind not in (MERGE, UNMERGE) or not re.fullmatch(_PLACE, place):
+                return State(CLEAN)
+        except (LrcError, KeyError, TypeError):
+            return State(CLEAN)
+        is_merged = (self.model / place / RECORD_NAME).exists()
+        return State(DONE if is_merged == (kind == MERGE) else BEGUN, kind, place)
 
     # --- before anything changes ---
 
@@ -110,10 +168,10 @@ class ModelFolder:
         if self.model.is_symlink():
             raise OutputPathError("is a symbolic link", fix="give the path it points to", path=self.model)
         place = self.model / RECORDS
-        if place.is_symlink() or (place.exists() and not place.is_dir()):
-            raise OutputPathError("is in the way of the record", fix="remove it", path=place)
-        if self.root.is_symlink():
-            raise OutputPathError("is in the way of the journal", fix="remove it", path=self.root)
+        check_own(place, hard_links=True)
+        for folder, what in ((place, "record"), (self.root, "journal")):
+            if folder.exists() and not folder.is_dir():
+                raise OutputPathError(f"is in the way of the {what}", fix="remove it", path=folder)
         device = self.model.stat().st_dev
         for name in (*names, *(n for n in TEXTS if (self.model / n).exists() or (self.model / n).is_symlink())):
             if check_changeable(self.model / name).st_dev != device:
@@ -123,8 +181,11 @@ class ModelFolder:
 
     def open(self) -> Work:
         """Return the work folder, made if it is not there."""
-        StagedDirectory(self.model, self.model).add_folder(RECORDS)
-        return open_work(self.root, self.model)
+        place = self.model / RECORDS
+        if not place.exists():
+            StagedDirectory(self.model, self.model).add_folder(RECORDS)
+            give_to_owner(place, self.model.stat())
+        return open_work(self.root, self.model, is_ours)
 
     def begin(self, work: Work, commit_plan: CommitPlan) -> None:
         """Sync everything and say that it is ready. Nothing has changed yet; from here on there are two ways out."""
@@ -159,13 +220,12 @@ class ModelFolder:
 
     @property
     def is_ready(self) -> bool:
-        return self.ready_path.exists()
+        return is_between_states(self.model)
 
     def commit_plan(self) -> CommitPlan:
         """Return what is to be done, which may come from a stranger. Raises E-DIGEST, E-VER, E-UNDO, E-IO-KIND,
         E-OUT-PATH."""
-        if self.root.is_symlink() or self.root.parent.is_symlink():
-            raise OutputPathError("the journal is a link", fix="remove it", path=self.root)
+        check_own(self.root)
         value = read_signed(self.ready_path)
         try:
             return fields.read(CommitPlan, value, "the journal")
@@ -186,23 +246,19 @@ class ModelFolder:
         return self.root / CONTENT / name
 
     def clear(self) -> None:
-        """Remove the journal, where nothing has changed or all is done. Raises E-IO-SYNC."""
-        end_work(self.root, self.model)
+        """Remove what is ours of the journal, where nothing has changed or all is done. Raises E-IO-SYNC."""
         place = self.model / RECORDS
+        if not numbered(self.model) and (self.model / UNDONE).exists():
+            discard(self.model / UNDONE)  # with the last record
+        if self.root.exists():
+            end_work(StagedDirectory(self.root, self.model, is_ours), PLAN_NAME)
         if place.is_dir() and not any(place.iterdir()):
-            end_work(place, self.model)
+            end_work(StagedDirectory(place, self.model))
 
-    def state(self) -> str:
-        """Return "old" or "new" where the work had not begun, or was over already: the journal is not ready. "clean"
-        where too little of it is left to tell."""
-        try:
-            value = read_signed(self.root / PLAN_NAME)
-            if not re.fullmatch(_PLACE, value["place"]):
-                return "clean"
-            is_merged = (self.model / value["place"] / RECORD_NAME).exists()
-            return "new" if is_merged == (value["kind"] == MERGE) else "old"
-        except (LrcError, KeyError, TypeError):
-            return "clean"
+
+def is_ours(name: str) -> bool:
+    """Return whether a name in a journal (of a folder: with a slash at its end) is one that merges write there."""
+    return _OURS.fullmatch(name) is not None
 
 
 def _sync(folder: Path) -> None:

@@ -10,21 +10,34 @@ from contextlib import closing
 from pathlib import Path
 
 from lrconvert.core.dtypes import Array
-from lrconvert.core.errors import LrcError, UndoError
+from lrconvert.core.errors import LrcError, UndoError, UndoOrderError
 from lrconvert.io.checkpoint import INDEX_NAME, Checkpoint, open_checkpoint, unfinished
 from lrconvert.io.container import TensorInfo
 from lrconvert.io.durable import Work, locked, require_space
 from lrconvert.merge.arithmetic.workspace import Workspace
 from lrconvert.merge.in_place.commit import Commit, open_commit, recover
 from lrconvert.merge.in_place.merge import FIRST_PASS, broken_off, take_back
-from lrconvert.merge.in_place.model_folder import PATCH, SAME, SWAP, UNMERGE, Change, CommitPlan, ModelFolder
+from lrconvert.merge.in_place.model_folder import (
+    BETWEEN,
+    CLEAN,
+    DONE,
+    PATCH,
+    SAME,
+    SWAP,
+    UNMERGE,
+    Change,
+    CommitPlan,
+    ModelFolder,
+    State,
+)
 from lrconvert.merge.in_place.patches import Patches
 from lrconvert.merge.journal import PLAN_NAME, plan_text
-from lrconvert.merge.plan.plan import other_files
+from lrconvert.merge.plan.plan import UNDONE, other_files
 from lrconvert.merge.report import UnmergeReport
 from lrconvert.merge.sinks import Nowhere
+from lrconvert.merge.undo import repeats
 from lrconvert.merge.undo.checks import changed_files, check_undoable, undone
-from lrconvert.merge.undo.open_record import OpenRecord, latest
+from lrconvert.merge.undo.open_record import OpenRecord, latest, number_of, numbered
 from lrconvert.merge.undo.record import TensorRecord
 from lrconvert.merge.undo.restoring import Restorer
 from lrconvert.merge.writing import Progress
@@ -36,12 +49,17 @@ def unmerge_in_place(merged: Path, number: int | None, progress: Progress, *, re
     """Turn `merged` into the base again. Raises what `unmerge` raises; but for E-UNFINISHED nothing is changed then."""
     folder = ModelFolder(merged)
     with locked(merged):
-        if folder.is_ready:
+        state = folder.state()
+        if state.stage == BETWEEN:
             kind = folder.commit_plan().kind
             if not resume or kind != UNMERGE:
                 raise unfinished(merged)
             with open_commit(folder) as commit:
                 return _restore(commit)
+        if state.stage in (CLEAN, DONE):
+            folder.clear()
+        if done := undone_before(merged, state, number, resume=resume):
+            return done
         with OpenRecord(latest(merged, number)) as opened:
             with open_checkpoint(merged) as checkpoint:
                 check_undoable(opened, checkpoint)
@@ -53,6 +71,9 @@ def unmerge_in_place(merged: Path, number: int | None, progress: Progress, *, re
                     work = folder.open()
                     work.clear()
                     commit_plan = _rehearse(opened, checkpoint, work, progress)
+                    note = repeats.undone_note(opened.folder, numbered(merged)) if number is None else None
+                    if note is not None:
+                        work.content.write_bytes(UNDONE, note)
                     folder.begin(work, commit_plan)
                 except BaseException as error:
                     take_back(folder, keep=False)
@@ -60,6 +81,30 @@ def unmerge_in_place(merged: Path, number: int | None, progress: Progress, *, re
                         error.at(merged)
                     raise
             return _restore(Commit(folder, commit_plan, opened))
+
+
+def undone_before(model: Path, state: State, number: int | None, *, resume: bool) -> UnmergeReport | None:
+    """Return the report of an unmerge that is done already, so that it is not repeated on the merge before; else None.
+
+    A journal that is left says so. With `resume`, which means to finish something, so does the note of an unmerge that
+    was not told a `number`, and a model that does not hold the merge any more. Without it, nothing tells a command that
+    is repeated from one that means the merge before: raises E-UNDO-ORDER, which asks for the number.
+    """
+    records = numbered(model)
+    last = max(records, default=0)
+    done: tuple[int | None, ...] = ()
+    if (state.stage, state.kind) == (DONE, UNMERGE):
+        place, done = state.place, (None, number_of(state.place))
+    elif (place := repeats.noted_place(model, records)) and number is None and not resume:
+        what = f"merge {number_of(place)} was undone last, and merge {last} is left"
+        raise UndoOrderError(what, fix=f"to undo that one, too, pass --merge {last}", path=model)
+    elif place:
+        done = (None,)
+    if resume:
+        done = (*done, last + 1, None) if not records else (*done, last + 1)
+    if number not in done:
+        return None
+    return UnmergeReport(Path(place).name, (), (), (), remaining=len(records), verified=False, already_done=True)
 
 
 def _check_files(opened: OpenRecord, checkpoint: Checkpoint) -> None:

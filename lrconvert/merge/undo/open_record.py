@@ -35,6 +35,12 @@ def folder_name(number: int, inputs: Iterable[tuple[str, float]]) -> str:
     return f"{RECORDS}/merge-{number}-{digest[:12]}"
 
 
+def number_of(place: str) -> int:
+    """Return the number of the merge whose record is the folder `place`; 0 if that is not the name of one."""
+    match = _FOLDER.fullmatch(Path(place).name)
+    return int(match[1]) if match else 0
+
+
 def numbered(model: Path) -> dict[int, Path]:
     """Return the records of a model by number. Raises E-UNDO if two have the same one."""
     folders: dict[int, Path] = {}
@@ -54,13 +60,15 @@ def latest(model: Path, number: int | None = None) -> Path:
     another."""
     folders = numbered(model)
     if not folders:
-        raise UndoError("holds no record of a merge", fix="give the base it was merged from: --from-base", path=model)
+        fix = "if it was undone, nothing is left to do; otherwise give the base it was merged from: --from-base"
+        raise UndoError("holds no record of a merge", fix=fix, path=model)
     last = max(folders)
     if number in folders and number != last:
         what = f"merge {last} was made on top of merge {number}"
         raise UndoOrderError(what, fix=f"undo merge {last} first", path=model)
     if number not in (None, last):
-        raise UndoError(f"there is no record of a merge {number}; the last is {last}", path=model)
+        what = f"there is no record of a merge {number}; the last is {last}"
+        raise UndoError(what, fix="if it was undone, nothing is left to do", path=model)
     return folders[last]
 
 
@@ -73,6 +81,9 @@ class OpenRecord:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.path = folder / RECORD_NAME
+        for path in (self.path, folder / "base"):
+            if path.is_symlink():
+                raise UndoError("is a link, and not the record that the merge wrote", fix=_ADVICE, path=path)
         if not self.path.is_file():
             raise UndoError(f"the record has no {RECORD_NAME}", fix=_ADVICE, path=folder)
         try:

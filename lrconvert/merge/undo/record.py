@@ -27,7 +27,8 @@ RESIDUAL, XOR, STORED = 0, 1, 2
 CODE_ELEMENTS = 1 << 23  # of one code, unless a single row has more; bytes where they are stored
 TEXTS = (CONFIG_NAME, INDEX_NAME)
 
-_WEIGHTS = fields.matches(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors", "a plain name of a weight file", UndoError)
+WEIGHT_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,240}\.safetensors"
+_WEIGHTS = fields.matches(WEIGHT_NAME, "a plain name of a weight file", UndoError)
 
 
 class Code(NamedTuple):

@@ -67,7 +67,11 @@ class Restorer:
         """Write a tensor of the base; done when both queues are flushed."""
         before: Digest = tensor_hasher(tensor.name, tensor.dtype, tensor.shape)
         if tensor.output:
-            before = self._from_merged(tensor, self.checkpoint.tensors[tensor.output], file, before)
+            info = self.checkpoint.tensors.get(tensor.output)
+            if info is None:
+                what = f"the record has {tensor.output!r} in another weight file than the model"
+                raise UndoError(what, fix="give the base: --from-base", path=self.opened.path)
+            before = self._from_merged(tensor, info, file, before)
         else:
             self._from_codes(tensor, file, before)
         self.writer.submit(_compare, before, tensor.before, f"{tensor.name!r} would not be that of the base")
