@@ -22,7 +22,7 @@ from lrconvert.formats import loading
 from lrconvert.formats.lrc import file
 from lrconvert.io import hub
 from lrconvert.io.checkpoint import KnownContent
-from lrconvert.io.durable import check_output, delete_leftover
+from lrconvert.io.durable import check_output, delete_leftover, partial_path
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 from lrconvert.lora.input_statistics import InputStatistics
 
@@ -214,10 +214,10 @@ def refine(
         data,
         chosen,
         run,
-        partial=None if target is None else target.with_name(f"{target.name}.partial"),
+        partial=None if target is None else partial_path(target),
         progress=progress,
     )
     if target is not None and refined.leads:
         file.write(refined.compact, target, overwrite=run.overwrite)
-        delete_leftover(target.with_name(f"{target.name}.partial"), target)
+        delete_leftover(partial_path(target), target)
     return refined

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from lrconvert.io.checkpoint import open_checkpoint
-from lrconvert.io.durable import check_output, delete_leftover
+from lrconvert.io.durable import check_output, delete_leftover, partial_path
 from lrconvert.live import collect_statistics, collector, compare_outputs, load_model, texts
 from lrconvert.live.attached_adapter import Adapter, targets_of
 from lrconvert.live.compare_outputs import Measured
@@ -41,7 +41,7 @@ def statistics(
     progress(0.0, "loading the base")
     content = ""
     if where is not None:
-        with open_checkpoint(where) as checkpoint:
+        with open_checkpoint(where, quantized=True) as checkpoint:
             content = checkpoint.content_digest()
     model = load_model.load_model(base, options.device) if isinstance(base, Path) else base
     inputs = batches(model, where, data, options.length, options.batch_tokens, options.max_tokens)
@@ -51,13 +51,13 @@ def statistics(
         settings=collector.Settings(options.exact_width, options.rank, options.seed),
         wanted=wanted(model, adapter, options.include, options.exclude),
         content=content,
-        partial=None if out is None else out.with_name(f"{out.name}.partial"),
+        partial=None if out is None else partial_path(out),
         every=options.checkpoint_seconds,
         progress=_counting(inputs, progress),
     )
     if out is not None:
         statistics_file.write(measured, out, overwrite=options.overwrite)
-        delete_leftover(out.with_name(f"{out.name}.partial"), out)  # not before the result is there
+        delete_leftover(partial_path(out), out)  # not before the result is there
     return measured
 
 

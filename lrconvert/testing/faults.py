@@ -105,6 +105,36 @@ for _name in _OPERATIONS:
     setattr(Faulty, _name, _failing(_name))
 
 
+class Killed(BaseException):
+    """The process is gone: nothing that follows may have an effect."""
+
+
+class Killer(Quick):
+    """The process is killed before call number `at`: it and all later ones do nothing (but descriptors are closed, as
+    the system does)."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.made = at, 0
+
+
+def _killing(name: str) -> Any:
+    real = getattr(Quick, name)
+
+    def call(self: Killer, *arguments: Any) -> Any:
+        self.made += 1
+        if self.made < self.at or name == "close":
+            result = real(self, *arguments)
+        if self.made >= self.at:
+            raise Killed
+        return result
+
+    return call
+
+
+for _name in _OPERATIONS:
+    setattr(Killer, _name, _killing(_name))
+
+
 # --- power loss -----------------------------------------------------------------------------------------------------
 
 
