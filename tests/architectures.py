@@ -24,7 +24,8 @@ class Architecture:
 
     `linear` are the layers that most LoRAs of it adapt, as PEFT's `target_modules`, `experts` its stacks of experts,
     as `target_parameters`. `inputs` says what it is asked with: "decoder" and "encoder" take tokens, "pair" tokens on
-    both sides, "speech" a spectrogram and tokens.
+    both sides, "speech" a spectrogram and tokens, "image" tokens of which the first are `image` (token, count), and
+    pixels.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Architecture:
     linear: tuple[str, ...]
     experts: tuple[str, ...] = ()
     inputs: str = "decoder"
+    image: tuple[int, int] = (0, 0)
     tied: bool | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -76,6 +78,12 @@ class Architecture:
             return {"input_ids": tokens, "decoder_input_ids": tokens.flip(1)}
         if self.inputs == "speech":
             return {"input_features": torch.randn(2, 8, 32, generator=random), "decoder_input_ids": tokens}
+        if self.inputs == "image":
+            token, count = self.image
+            tokens[(tokens >= 37) & (tokens < VOCABULARY)] = 36  # the last are those of images
+            tokens[:, :count] = token
+            types = (tokens == token).long()
+            return {"input_ids": tokens, **_pixels(self.model, random), "mm_token_type_ids": types}
         if self.inputs == "decoder":
             return {"input_ids": tokens, "use_cache": False}  # type: ignore[dict-item]
         return {"input_ids": tokens}
@@ -84,6 +92,15 @@ class Architecture:
         """Return what the model answers, in float64."""
         with torch.no_grad():
             return model.eval()(**self.batch(vocabulary)).logits.double()
+
+
+def _pixels(model: str, random: torch.Generator) -> dict[str, torch.Tensor]:
+    """Two images, in the way of the model."""
+    if model.startswith("Qwen"):  # as patches
+        grid = torch.tensor([[1, 2, 2]] * 2)
+        return {"pixel_values": torch.randn(8, 3 * 2 * 14 * 14, generator=random), "image_grid_thw": grid}
+    pixels = {"pixel_values": torch.randn(2, 3, 28, 28, generator=random)}
+    return {**pixels, "image_sizes": torch.tensor([[28, 28]] * 2)} if model.startswith("Mistral3") else pixels
 
 
 _TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -124,8 +141,11 @@ _D_MODEL = {
 _MLA = {
     **{"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
     **{"num_key_value_heads": 2, "moe_intermediate_size": 12, "n_routed_experts": 4, "n_shared_experts": 1},
-    **{"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    **{"num_experts_per_tok": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
 }
+_MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}}
+_VIDEO = {"depth": 1, "hidden_size": 16, "num_heads": 2}
+_IMAGE = {"image_token_id": 37, "video_token_id": 38, "vision_start_token_id": 39}
 _QWEN_EXPERTS = {"moe_intermediate_size": 12, "num_experts": 4, "num_experts_per_tok": 2}
 _GEMMA3N = {
     **{"num_hidden_layers": 4, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 4},
@@ -258,7 +278,7 @@ def _all() -> list[Architecture]:
             "mamba",
             "MambaForCausalLM",
             {**_TOKENS, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 1},
-            ("in_proj", "x_proj", "dt_proj"),
+            ("in_proj", "x_proj"),
         ),
         A(
             "mamba2",
@@ -412,6 +432,8 @@ def _all() -> list[Architecture]:
                 "image_token_index": 39,
             },
             _LLAMA,
+            inputs="image",
+            image=(39, 1),
         ),
         A(
             "gemma3",
@@ -425,54 +447,240 @@ def _all() -> list[Architecture]:
                 "eoi_token_index": 39,
             },
             _LLAMA,
+            inputs="image",
+            image=(37, 4),
         ),
         A(
             "qwen2.5-vl",
             "Qwen2_5_VLForConditionalGeneration",
             {
-                "text_config": {
-                    **_TEXT,
-                    "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
-                },
+                "text_config": {**_TEXT, **_MROPE},
                 "vision_config": {
-                    "depth": 1,
-                    "hidden_size": 16,
+                    **_VIDEO,
                     "intermediate_size": 24,
-                    "num_heads": 2,
                     "out_hidden_size": 16,
                     "fullatt_block_indexes": [0],
                 },
-                "image_token_id": 37,
-                "video_token_id": 38,
-                "vision_start_token_id": 39,
+                **_IMAGE,
             },
             _LLAMA,
+            inputs="image",
+            image=(37, 1),
         ),
         A(
             "qwen2-vl",
             "Qwen2VLForConditionalGeneration",
-            {
-                "text_config": {
-                    **_TEXT,
-                    "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
-                },
-                "vision_config": {"depth": 1, "hidden_size": 16, "embed_dim": 16, "num_heads": 2},
-                "image_token_id": 37,
-                "video_token_id": 38,
-                "vision_start_token_id": 39,
-            },
+            {"text_config": {**_TEXT, **_MROPE}, "vision_config": {**_VIDEO, "embed_dim": 16}, **_IMAGE},
             _LLAMA,
+            inputs="image",
+            image=(37, 1),
         ),
         A(
             "llava",
             "LlavaForConditionalGeneration",
             {
                 "text_config": {"model_type": "llama", **_TEXT},
-                "vision_config": {"model_type": "clip_vision_model", **_VISION, "projection_dim": 16},
+                "vision_config": {
+                    "model_type": "clip_vision_model",
+                    **_VISION,
+                    "projection_dim": 16,
+                    "num_hidden_layers": 2,
+                },
                 "image_token_index": 39,
             },
             _LLAMA,
+            inputs="image",
+            image=(39, 4),
         ),
+        A(
+            "qwen3-vl",
+            "Qwen3VLForConditionalGeneration",
+            {
+                "text_config": {**_TEXT, **_MROPE},
+                "vision_config": {
+                    **_VIDEO,
+                    "intermediate_size": 24,
+                    "out_hidden_size": 16,
+                    "deepstack_visual_indexes": [0],
+                    "num_position_embeddings": 16,
+                    "patch_size": 14,
+                },
+                **_IMAGE,
+            },
+            _LLAMA,
+            inputs="image",
+            image=(37, 1),
+        ),
+        A(
+            "qwen3-next",
+            "Qwen3NextForCausalLM",
+            {
+                **_TEXT,
+                **_QWEN_EXPERTS,
+                "num_hidden_layers": 2,
+                "layer_types": ["linear_attention", "full_attention"],
+                "linear_num_value_heads": 2,
+                "linear_num_key_heads": 2,
+                "linear_key_head_dim": 8,
+                "linear_value_head_dim": 8,
+                "shared_expert_intermediate_size": 12,
+            },
+            ("in_proj_qkvz", "in_proj_ba", "out_proj", *_ATTENTION),
+            _EXPERTS,
+        ),
+        A(
+            "qwen2-moe",
+            "Qwen2MoeForCausalLM",
+            {**_TEXT, **_QWEN_EXPERTS, "shared_expert_intermediate_size": 12},
+            _ATTENTION,
+            _EXPERTS,
+        ),
+        A(
+            "qwen3.5",
+            "Qwen3_5ForCausalLM",
+            {
+                **_TEXT,
+                "num_hidden_layers": 2,
+                "layer_types": ["linear_attention", "full_attention"],
+                "linear_num_value_heads": 2,
+                "linear_num_key_heads": 2,
+                "linear_key_head_dim": 8,
+                "linear_value_head_dim": 8,
+            },
+            ("in_proj_qkv", "in_proj_z", "out_proj", *_ATTENTION),
+        ),
+        A(
+            "gemma4-text",
+            "Gemma4ForCausalLM",
+            {
+                **_TEXT,
+                "num_hidden_layers": 2,
+                "layer_types": ["sliding_attention", "full_attention"],
+                "global_head_dim": 8,
+                "vocab_size_per_layer_input": VOCABULARY,
+                "hidden_size_per_layer_input": 4,
+                "num_kv_shared_layers": 0,
+            },
+            _LLAMA,
+        ),
+        A(
+            "glm4-moe",
+            "Glm4MoeForCausalLM",
+            {
+                **_TEXT,
+                **{k: v for k, v in _MLA.items() if "lora" not in k and "_head_dim" not in k},
+                "num_key_value_heads": 1,
+                "num_hidden_layers": 2,
+            },
+            _ATTENTION,
+            _EXPERTS,
+        ),
+        A("phimoe", "PhimoeForCausalLM", {**_TEXT, "num_local_experts": 4}, _ATTENTION, _EXPERTS),
+        A(
+            "jamba",
+            "JambaForCausalLM",
+            {
+                **_TEXT,
+                "num_hidden_layers": 2,
+                "attn_layer_period": 2,
+                "attn_layer_offset": 1,
+                "expert_layer_period": 2,
+                "expert_layer_offset": 1,
+                "num_experts": 4,
+                "mamba_d_state": 4,
+                "mamba_dt_rank": 4,
+                "use_mamba_kernels": False,
+            },
+            ("in_proj", *_ATTENTION),
+            ("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"),
+        ),
+        A(
+            "granite-hybrid",
+            "GraniteMoeHybridForCausalLM",
+            {
+                **_TEXT,
+                "num_hidden_layers": 2,
+                "layer_types": ["mamba", "attention"],
+                "num_local_experts": 4,
+                "shared_intermediate_size": 12,
+                "mamba_n_heads": 4,
+                "mamba_d_head": 8,
+                "mamba_d_state": 4,
+                "mamba_n_groups": 1,
+                "mamba_expand": 2,
+            },
+            ("in_proj", *_ATTENTION),
+        ),
+        A(
+            "falcon-mamba",
+            "FalconMambaForCausalLM",
+            {**_TOKENS, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 1},
+            ("in_proj", "x_proj"),
+        ),
+        A(
+            "gpt-bigcode",
+            "GPTBigCodeForCausalLM",
+            {**_TOKENS, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32},
+            ("c_attn", "c_proj", "c_fc"),
+        ),
+        A(
+            "codegen",
+            "CodeGenForCausalLM",
+            {**_TOKENS, "n_embd": 16, "n_layer": 1, "n_head": 4, "n_positions": 32, "rotary_dim": 4},
+            ("qkv_proj", "out_proj", "fc_in"),
+        ),
+        A(
+            "gpt-neo",
+            "GPTNeoForCausalLM",
+            {
+                **_TOKENS,
+                "hidden_size": 16,
+                "num_layers": 2,
+                "num_heads": 2,
+                "attention_types": [[["global", "local"], 1]],
+                "max_position_embeddings": 32,
+                "intermediate_size": 24,
+            },
+            ("q_proj", "v_proj", "c_fc"),
+        ),
+        A(
+            "mbart",
+            "MBartForConditionalGeneration",
+            {**_D_MODEL, "max_position_embeddings": 32, "scale_embedding": True},
+            ("q_proj", "v_proj", "fc1"),
+            inputs="pair",
+        ),
+        A(
+            "mt5",
+            "MT5ForConditionalGeneration",
+            {
+                **_TOKENS,
+                "d_model": 16,
+                "d_kv": 8,
+                "d_ff": 24,
+                "num_layers": 1,
+                "num_heads": 2,
+                "decoder_start_token_id": 0,
+            },
+            ("q", "v", "wi_0", "wo"),
+            inputs="pair",
+            tied=False,
+        ),
+        A(
+            "t5gemma",
+            "T5GemmaForConditionalGeneration",
+            {
+                "encoder": {**_TEXT, "sliding_window": 8},
+                "decoder": {**_TEXT, "sliding_window": 8},
+                "vocab_size": VOCABULARY,
+            },
+            _LLAMA,
+            inputs="pair",
+        ),
+        A("albert", "AlbertForMaskedLM", {**_BERT, "embedding_size": 12}, ("query", "value"), inputs="encoder"),
+        A("deberta-v2-mlm", "DebertaV2ForMaskedLM", _BERT, ("query_proj", "value_proj"), inputs="encoder"),
+        A("llama-classifier", "LlamaForSequenceClassification", {**_TEXT, "num_labels": 3}, _LLAMA),
+        A("qwen3-classifier", "Qwen3ForSequenceClassification", {**_TEXT, "num_labels": 3}, _LLAMA),
         A(
             "phi4-multimodal",
             "Phi4MultimodalForCausalLM",
