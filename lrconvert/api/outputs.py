@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -10,12 +10,13 @@ from typing import Any
 
 from lrconvert.api.adapters import read
 from lrconvert.api.shared import AnyPath, Progress, refuse_rest, silent, take_reading
+from lrconvert.core.errors import LrcError
 from lrconvert.core.options import take
 from lrconvert.formats import fidelity as fidelity_report
 from lrconvert.formats import loading
 from lrconvert.formats.compat import base as consumers
 from lrconvert.formats.exporters import base as exporters
-from lrconvert.formats.exporters.base import Exported, ExportOptions
+from lrconvert.formats.exporters.base import Exported, Exporter, ExportOptions
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.io import hub
 from lrconvert.io.durable import atomic_directory, check_output
@@ -41,9 +42,11 @@ def export(
     """Write `adapter` as a folder that other tools load: `to` is "peft-lora", "kohya", "gguf" or another exporter's id.
 
     `more` are single fields of `ExportOptions`, and `allow_pickle`, `layout` and `alpha` as in `load`, for the source.
-    All modules get one rank, the largest or `pad_rank`, unless `keep_ranks`. `base` (its config.json is enough) is
-    needed for "gguf", and decides the names of "kohya". `source` (the LoRA it came from) adds the error table to the
-    model card. Returns the names of the files written, and notes. Raises E-EXPORT for what the target format cannot
+    All modules get one rank, the largest or `pad_rank`, unless `keep_ranks`. `base` (its config.json is enough)
+    decides the names, which programs compare as a whole, and is needed for "gguf"; `keep_names` keeps those of the
+    source. `source` (the LoRA it came from) adds the error table to the
+    model card. Returns the names of the files written, and notes: also what `check` finds for the
+    programs that load the layout. Raises E-EXPORT for what the target format cannot
     express, E-OPTION for a rank that does not do.
 
     >>> from lrconvert import convert, load_lora
@@ -64,21 +67,32 @@ def export(
         fidelity = fidelity_report.fidelity_on(loading.lora(source, reading), compact, None, reading.base)
     check_output(hub.output(out), overwrite, directory=True)
     config = None if reading.base is None else exporters.base_config(reading.base)
-    files = exporter.folder(compact, replace(options, base_config=config), fidelity)
+    made = exporter.folder(compact, replace(options, base_config=config), fidelity)
     with atomic_directory(Path(out), overwrite=overwrite) as folder:
-        for name, chunks in files.items():
+        for name, chunks in made.files.items():
             with folder.create(name) as handle:
                 for chunk in chunks:
                     handle.write(chunk)
-    return Exported(tuple(sorted(files)), (*notes, *_servers(Path(out), to)))
+    return Exported(tuple(sorted(made.files)), (*notes, *made.notes, *_findings(Path(out), exporter, reading)))
 
 
-def _servers(folder: Path, to: str) -> tuple[str, ...]:
-    """Say what vLLM has to be started with for a PEFT folder, where its defaults do not do."""
-    if to != "peft-lora":
-        return ()
-    findings = consumers.check(folder, ("vllm",), loading.options(), {})
-    return tuple(f"vLLM: {finding.what}; {finding.fix}" for finding in findings if finding.rule == "max-rank")
+def _findings(folder: Path, exporter: Exporter, reading: ReadOptions) -> Iterator[str]:
+    """Yield what the programs that load the layout would do with what was written, a note each."""
+    if not exporter.consumers:
+        return
+    is_known = reading.base is not None and (reading.base / "config.json").is_file()
+    options = ReadOptions(base=reading.base if is_known else None)
+    try:
+        findings = consumers.check(folder / exporter.weights, exporter.consumers, options, {})
+    except LrcError as error:  # of the base: what was written is complete
+        yield f"what programs make of it was not checked: {error}"
+        return
+    for finding in findings:
+        program = f"{consumers.get(finding.consumer).title} {finding.version}"
+        yield f"{program} {_DOES[finding.severity]}: {finding.what}; {finding.fix}"
+
+
+_DOES = {"refuses": "refuses this", "wrong": "gets this wrong", "warns": "may get this wrong"}
 
 
 Mergeable = AnyPath | LoraAdapter | CompactAdapter | Scaled

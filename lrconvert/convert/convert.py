@@ -17,12 +17,14 @@ from lrconvert.core.devices import torch_device
 from lrconvert.core.errors import BudgetError, EmptyAdapterError, FingerprintError, OptionError
 from lrconvert.core.limits import OWN
 from lrconvert.core.options import make
+from lrconvert.formats import base_class
 from lrconvert.formats.fidelity import Fidelity
 from lrconvert.formats.fidelity import fidelity as measure_fidelity
-from lrconvert.formats.lrc import file
+from lrconvert.formats.lrc import budgets, file
 from lrconvert.io import hub, strictjson
 from lrconvert.io.checkpoint import KnownContent, is_without_weights, open_checkpoint
-from lrconvert.lora import base_names
+from lrconvert.io.container import read_json
+from lrconvert.lora import base_names, float_range
 from lrconvert.lora.adapter import CompactAdapter, ExtraTensor, LoraAdapter, Provenance, Target
 from lrconvert.lora.base_names import name_filter
 from lrconvert.lora.base_weights import BaseWeights
@@ -82,6 +84,7 @@ def prepare_source(
     """Choose targets and settle them on the base, which is read once for its digest, if that is not known, and is open
     meanwhile."""
     lora, warnings = _select(lora, options.include, options.exclude)
+    float_range.check(lora)
     if hub.is_private(lora.provenance.base_model):
         short = hub.last_part(lora.provenance.base_model)
         warnings += (f"the source names its base by a private path; only {short!r:.80} of it is kept in the file",)
@@ -138,18 +141,23 @@ def convert_prepared(
         targets=lora.shapes(),
         tensors={},
         extras=tuple(_cast_extra(extra, options.extra_dtype) for extra in lora.extras),
-        provenance=_provenance(lora.provenance),
+        provenance=_provenance(lora.provenance, budget_bytes),
         base=replace(fingerprint(lora.shapes()), content=content),
     )
     if options.device != "cpu":
         torch_device(options.device)  # what is not there is refused before the work
     context = FitContext(options.seed, options.device, progress, statistics, weights)
-    budget = None
-    if budget_bytes is not None:
-        budget = Budget(budget_bytes, lambda config: file.sizes(replace(skeleton, config=config)).adapter)
-    fitted, config = (
-        (lora, form.plan(lora, chosen, budget, context)) if choose is None else choose(lora, budget, context)
-    )
+
+    def plan(skeleton: CompactAdapter) -> tuple[LoraAdapter, Any]:
+        budget = None
+        if budget_bytes is not None:
+            budget = Budget(budget_bytes, lambda config: file.sizes(replace(skeleton, config=config)).adapter)
+        return (lora, form.plan(lora, chosen, budget, context)) if choose is None else choose(lora, budget, context)
+
+    try:
+        fitted, config = plan(budgets.with_room(skeleton))
+    except BudgetError:
+        fitted, config = plan(skeleton)  # a size at the limit: a refinement then adds no note
     planned = replace(skeleton, config=config)
     sizes = file.sizes(planned)
     file.check(planned)  # before the work: a file that could not be written is not worth fitting
@@ -188,7 +196,7 @@ def _on_base(
 ) -> Iterator[tuple[LoraAdapter, BaseWeights | None, tuple[str, ...]]]:
     """The LoRA with shapes and views as the base stores them, the base's weights, and warnings, while it is open.
 
-    Names stay those of the adapter: they are what a model in memory uses, whatever prefix the base was saved with.
+    Names stay those of the adapter, which it is compared with; what the base's class calls them is noted for exports.
     """
     if base is None:
         if bake_dora is not None:
@@ -196,15 +204,17 @@ def _on_base(
         yield lora, None, ()
         return
     if bake_dora is None and is_without_weights(base):
-        yield lora, None, (_NAMES_ONLY,)
+        config = base / "config.json"
+        yield (base_class.noted(lora, read_json(config)) if config.is_file() else lora), None, (_NAMES_ONLY,)
         return
-    with open_checkpoint(base) as checkpoint:
+    with open_checkpoint(base, quantized=True) as checkpoint:
         resolved = base_names.resolve(lora, checkpoint)
         pairs = [
             replace(pair, target=Target(pair.target.name, stored.target.shape, stored.target.view))
             for pair, stored in zip(lora.targets, resolved.targets, strict=True)
         ]
         lora = replace(lora, targets=tuple(sorted(pairs, key=lambda pair: pair.target)))
+        lora = base_class.noted(lora, checkpoint.config, checkpoint.tensors.keys())
         notes: tuple[str, ...] = ()
         if bake_dora is not None:
             baked = baked_dora(lora, checkpoint, bake_dora)
@@ -231,17 +241,21 @@ def _cast_extra(extra: ExtraTensor, dtype: ExtraDtype | None) -> ExtraTensor:
     return replace(extra, dtype=dtype, data=dtypes.round_to(values, dtype).tobytes())
 
 
-def _provenance(source: Provenance) -> Provenance:
-    """The source's provenance without private paths, with room for the captured share (filled in after the fit).
+def _provenance(source: Provenance, budget: int | None) -> Provenance:
+    """The source's provenance without private paths, with the budget if there is one, and with room for the captured
+    share (filled in after the fit).
 
     Its texts are notes from a configuration: they are brought into the form that a file holds rather than refused.
     """
+    fields = {key: _note(text) for key, text in source.fields.items() if key != budgets.FIELD}
+    fields |= {} if budget is None else {budgets.FIELD: str(budget)}
+    fields["captured"] = _share(0.0)
     return Provenance(
         source=source.source,
         base_model=_note(hub.last_part(source.base_model)),
         revision=_note(source.revision),
         task_type=_note(source.task_type),
-        fields={**{key: _note(text) for key, text in source.fields.items()}, "captured": _share(0.0)},
+        fields=fields,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -32,10 +32,12 @@ _TASKS = {
 
 @dataclass(frozen=True)
 class ClassNames:
-    """The parameters of one class, `title`, by all their names. `is_bare`: it is the model without a head."""
+    """The parameters of one class, `title`, by all their names, and those of them that it stores transposed. `is_bare`:
+    it is the model without a head."""
 
     title: str
     names: Collection[str]
+    transposed: Collection[str]
     families: tuple[str, ...]
     is_bare: bool = False
 
@@ -73,7 +75,8 @@ def classes(config: Mapping[str, Any], task: str = "") -> Iterable[ClassNames]:
         asked = architecture.of({**config, "architectures": each})
         if asked is not None and asked.name not in seen:
             seen.add(asked.name)
-            yield ClassNames(asked.name, asked.shapes.keys(), families, bare is not None and bare.name == asked.name)
+            is_bare = bare is not None and bare.name == asked.name
+            yield ClassNames(asked.name, asked.shapes.keys(), asked.transposed, families, is_bare)
 
 
 def _of_task(config: Mapping[str, Any], task: str) -> list[str] | None:
@@ -101,12 +104,11 @@ class Renaming:
     `title` is the class, "" if transformers has none for the base, or if it was not asked."""
 
     title: str = ""
-    new: Mapping[str, str] | None = None
+    new: Mapping[str, str] = field(default_factory=dict)
     lost: tuple[str, ...] = ()
 
-    @property
-    def changed(self) -> Mapping[str, str]:
-        return self.new or {}
+    def __call__(self, name: str) -> str:
+        return self.new.get(name, name)
 
 
 def renaming(names: Collection[str], config: Mapping[str, Any], task: str, stored: Collection[str] = ()) -> Renaming:
@@ -126,6 +128,14 @@ def renaming(names: Collection[str], config: Mapping[str, Any], task: str, store
             new = {name: to for name, to in found.items() if to is not None and to != name}
             best = Renaming(one.title, new, lost)
     return best
+
+
+def library(title: str) -> str:
+    """Return the module of transformers that a class is from, as PEFT's `auto_mapping` names it, or ""."""
+    import transformers
+
+    found = getattr(transformers, title, None)
+    return found.__module__ if isinstance(found, type) else ""
 
 
 # --- a renaming as a short text, for a file -------------------------------------------------------------------------

@@ -195,11 +195,9 @@ def test_our_readers_read_our_exports(layout: str, tmp_path: Path) -> None:
     """Where there is a reader for the layout: equal updates under names that mean the same."""
     compact = made(TARGETS[layout])
     folder = exported(compact, tmp_path / "out", layout)
-    rank = max(b.shape[1] for _, _, b in methods.expand_all(compact))
-    options: dict[str, Any] = {"alpha": float(rank)} if layout == "raw" else {}
     for path in (folder, *sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*.gguf"))):
         with contextlib.suppress(errors.UnknownLayoutError):
-            again = api.load_lora(path, **options)
+            again = api.load_lora(path)
             break
     else:
         pytest.skip(f"no reader knows what is exported to {layout}")
@@ -348,7 +346,7 @@ def test_the_base_is_named_as_asked(layout: str, tmp_path: Path) -> None:
 
 def test_a_hub_id_is_no_private_path(tmp_path: Path) -> None:
     done = api.export(named(made(LLAMA), "org/llama"), tmp_path / "out", to="peft-lora")
-    assert done.notes == () and not api.convert(named_lora("gpt2"), "lowrank", bits="8").warnings
+    assert "path" not in " ".join(done.notes) and not api.convert(named_lora("gpt2"), "lowrank", bits="8").warnings
 
 
 CARDS = {
@@ -428,7 +426,7 @@ def test_every_export_says_its_licence_and_no_private_path(layout: str, tmp_path
         if layout == "gguf":
             theirs = ("license", "license.name", "license.link")
             assert [stored[f"general.{key}"] for key in theirs] == [*STATED.values()]
-    again = api.load(tmp_path / "1", alpha=4.0 if layout == "raw" else None)
+    again = api.load(tmp_path / "1")
     assert {key: again.provenance.fields[key] for key in STATED} == STATED
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from lrconvert.core import registry
 from lrconvert.core.errors import ExportError, FileKindError, OptionError
 from lrconvert.core.options import option
+from lrconvert.formats import base_class
 from lrconvert.formats.exporters.shared.files import json_file
 from lrconvert.formats.fidelity import Fidelity
 from lrconvert.formats.model_card import model_card, sidecar
@@ -37,6 +38,9 @@ class ExportOptions:
         least=1,
     )
     dtype: str = option("F32", "Of the factors.", choices=("F32", "F16", "BF16"))
+    keep_names: bool = option(
+        False, "Keep the source's names, for a model loaded in another class (AutoModel) than the base's."
+    )
     base_model_id: str | None = option(None, "How the output names the base: org/name, or org/name@revision.")
     command: str = ""
     base_config: Mapping[str, Any] | None = None
@@ -67,12 +71,22 @@ def base_config(root: Path) -> Mapping[str, Any]:
 
 
 @dataclass(frozen=True)
+class Folder:
+    """The files of an export, and notes for the user, a line each."""
+
+    files: Files
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Exporter:
     """One output layout.
 
     `title` says what it is in the help of `--to`. `files(compact, options)` maps file names to their bytes in pieces,
     and raises E-EXPORT for what the layout cannot express. `kind` and `library` are what the model card calls the
-    adapter, and the library that loads it.
+    adapter, and the library that loads it. `consumers` are the ids of the programs that load it, which `check` asks
+    about what was written: the folder, or the file `weights` in it. `own_names`: modules are called as the layout has
+    them, not as the base's class.
     """
 
     id: str
@@ -80,12 +94,17 @@ class Exporter:
     files: Callable[[CompactAdapter, ExportOptions], Files]
     kind: str
     library: str = ""
+    consumers: tuple[str, ...] = ()
+    weights: str = ""
+    own_names: bool = False
 
-    def folder(self, compact: CompactAdapter, options: ExportOptions, fidelity: Fidelity | None) -> Files:
+    def folder(self, compact: CompactAdapter, options: ExportOptions, fidelity: Fidelity | None) -> Folder:
         """Return the files with a model card, and with ``lrconvert.json`` unless the layout has one of its own."""
-        files = self.files(compact, options)
+        keep = self.own_names or options.keep_names
+        named, notes = (compact, ()) if keep else base_class.renamed(compact, options.base_config)
+        files = self.files(named, options)
         card = model_card(compact, self.kind, options.command, fidelity, self.library)
-        return {"README.md": [card], "lrconvert.json": json_file(sidecar(compact)), **files}
+        return Folder({"README.md": [card], "lrconvert.json": json_file(sidecar(compact)), **files}, notes)
 
 
 def ids() -> list[str]:

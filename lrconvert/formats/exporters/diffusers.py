@@ -54,5 +54,10 @@ def _settings(ranks: Mapping[str, Mapping[str, int]]) -> str:
 
 
 EXPORTER = Exporter(
-    "diffusers", "a LoRA for a pipeline of diffusers", files, kind="diffusers LoRA", library="diffusers"
+    "diffusers",
+    "a LoRA for a pipeline of diffusers",
+    files,
+    kind="diffusers LoRA",
+    library="diffusers",
+    own_names=True,
 )

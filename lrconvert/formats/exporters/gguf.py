@@ -24,6 +24,7 @@ from lrconvert.formats.model_card import origin
 from lrconvert.lora.adapter import CompactAdapter, Target
 from lrconvert.lora.base_names import ties_embeddings
 
+_NAME = "adapter.gguf"
 _ALIGNMENT = 32
 _TYPES = {"F32": 0, "F16": 1, "BF16": 30}
 _UINT32, _FLOAT32, _STRING = 4, 6, 8  # kinds of metadata
@@ -41,7 +42,7 @@ def files(compact: CompactAdapter, options: ExportOptions) -> Files:
         tensors[f"{name}.weight.lora_b"] = _in_order(pair, name, family, config)
         rank = pair.rank
     metadata = _metadata(compact, family.id, 0.0 if options.keep_ranks else float(rank))
-    return {"adapter.gguf": _gguf(metadata, sorted(tensors.items()), options.dtype)}
+    return {_NAME: _gguf(metadata, sorted(tensors.items()), options.dtype)}
 
 
 def _family(config: Mapping[str, Any] | None) -> tuple[Family, Mapping[str, Any]]:
@@ -128,4 +129,11 @@ def _typed(value: _Value) -> bytes:
     return struct.pack("<II", _UINT32, value)
 
 
-EXPORTER = Exporter("gguf", "a GGUF LoRA for llama.cpp", files, kind="GGUF LoRA")
+EXPORTER = Exporter(
+    "gguf",
+    "a GGUF LoRA for llama.cpp",
+    files,
+    kind="GGUF LoRA",
+    consumers=("llamacpp",),
+    weights=_NAME,
+)

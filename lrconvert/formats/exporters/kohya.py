@@ -82,4 +82,11 @@ def _prefix(component: str, components: set[str], sdxl: bool) -> str:
     return f"lora_te{component[-1]}"
 
 
-EXPORTER = Exporter("kohya", "a LoRA in kohya's layout (sd-scripts)", files, kind="kohya LoRA", library="diffusers")
+EXPORTER = Exporter(
+    "kohya",
+    "a LoRA in kohya's layout (sd-scripts)",
+    files,
+    kind="kohya LoRA",
+    library="diffusers",
+    own_names=True,
+)

@@ -56,4 +56,4 @@ def _module(target: Target) -> str:
     return f"model.{renamed[1]}"
 
 
-EXPORTER = Exporter("mlx", "an adapter folder of mlx-lm", files, kind="mlx-lm LoRA", library="mlx")
+EXPORTER = Exporter("mlx", "an adapter folder of mlx-lm", files, kind="mlx-lm LoRA", library="mlx", consumers=("mlx",))

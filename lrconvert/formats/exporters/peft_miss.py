@@ -84,4 +84,4 @@ def files(compact: CompactAdapter, options: ExportOptions) -> Files:
     return {**peft.folder(compact, settings, tensors), "lrconvert.json": json_file(notes)}
 
 
-EXPORTER = Exporter("peft-miss", "a PEFT MiSS folder", files, kind="MiSS", library="peft")
+EXPORTER = Exporter("peft-miss", "a PEFT MiSS folder", files, kind="MiSS", library="peft", consumers=("peft",))

@@ -16,11 +16,11 @@ import numpy as np
 from lrconvert.core.errors import ExportError
 from lrconvert.formats.exporters.base import Exporter, ExportOptions, Files
 from lrconvert.formats.exporters.peft_lora.layers import Layer, adapted_layers
+from lrconvert.formats.exporters.peft_lora.stacks import as_peft_stacks
 from lrconvert.formats.exporters.shared import peft
 from lrconvert.formats.exporters.shared.files import Entry, entry
 from lrconvert.formats.exporters.shared.peft_extras import owner, place
 from lrconvert.formats.exporters.shared.plain import Pair, expanded
-from lrconvert.formats.readers.peft.experts import says_transposed
 from lrconvert.formats.readers.peft.names import PREFIX
 from lrconvert.lora.adapter import CompactAdapter
 
@@ -61,7 +61,8 @@ def files(compact: CompactAdapter, options: ExportOptions) -> Files:
 def _layers(compact: CompactAdapter, options: ExportOptions) -> list[Layer]:
     """Return everything that is adapted. Modules that were pruned to rank 0 are left out, unless DoRA or a bias changes
     them all the same, or PEFT would adapt them because their name ends with one that is listed."""
-    pairs = [(pair, pair.target.name.removesuffix(".weight")) for pair in expanded(compact)]
+    every = as_peft_stacks(compact, expanded(compact), options.base_config)
+    pairs = [(pair, pair.target.name.removesuffix(".weight")) for pair in every]
     kept = {module for pair, module in pairs if pair.rank}
     kept |= {owner(e.name) for e in compact.extras if e.use in ("magnitude", "add")}
     adapted = [pair for pair, module in pairs if module in kept or not kept.isdisjoint(peft.endings(module))]
@@ -125,20 +126,12 @@ def _missing_biases(compact: CompactAdapter, layers: Sequence[Layer]) -> Iterato
 
 
 def _parameters(compact: CompactAdapter, layers: Sequence[Layer]) -> dict[str, Any]:
-    """Return the fields for `target_parameters`. Raises E-EXPORT for stacks that PEFT would read in another layout."""
+    """Return the fields for `target_parameters`."""
     names = [layer.name for layer in layers if layer.kind == "parameter"]
     if not names:
         return {}
     fields = compact.provenance.fields
     base_class, library = fields.get("base_model_class", ""), fields.get("parent_library", "")
-    stored = {t.view.kind == "expert_transposed" for t in compact.targets if t.view.kind.startswith("expert")}
-    expected = says_transposed(base_class, compact.provenance.base_model)
-    if stored and stored != {expected}:
-        layout = "(experts, out, in)" if expected else "(experts, in, out)"
-        raise ExportError(
-            f"the experts are stored {layout}, and PEFT takes those of {base_class or 'this model'!s} otherwise",
-            fix="convert again with --base, or merge the adapter into the base",
-        )
     mapping = {"auto_mapping": {"base_model_class": base_class, "parent_library": library}}
     return {
         "target_parameters": sorted(names),
@@ -147,4 +140,11 @@ def _parameters(compact: CompactAdapter, layers: Sequence[Layer]) -> dict[str, A
     }
 
 
-EXPORTER = Exporter("peft-lora", "a PEFT LoRA folder, scale baked in, one rank", files, kind="LoRA", library="peft")
+EXPORTER = Exporter(
+    "peft-lora",
+    "a PEFT LoRA folder, scale baked in, one rank",
+    files,
+    kind="LoRA",
+    library="peft",
+    consumers=("peft", "vllm", "sglang"),
+)
