@@ -85,13 +85,14 @@ def _check_folder(path: Path, info: os.stat_result, overwrite: bool) -> None:
 
 def check_own(root: Path, *, hard_links: bool = False) -> None:
     """Raise E-OUT-PATH if a folder that we alone write, or anything in it, is a link, or, unless `hard_links` are
-    allowed, a file with other names: what is tidied or put back must be nobody else's."""
+    allowed, a file with names elsewhere: what is tidied or put back must be nobody else's."""
+    files: dict[tuple[int, int], list[tuple[Path, int]]] = {}
     todo = [root]
     while todo:
         path = todo.pop()
         try:
             info = path.lstat()
-            inner = sorted(path.iterdir()) if stat.S_ISDIR(info.st_mode) else []
+            todo += sorted(path.iterdir()) if stat.S_ISDIR(info.st_mode) else []
         except FileNotFoundError:
             continue
         except OSError as error:
@@ -99,10 +100,13 @@ def check_own(root: Path, *, hard_links: bool = False) -> None:
         if stat.S_ISLNK(info.st_mode):
             what = "is a link, and in the way of the record or journal that a merge keeps there"
             raise OutputPathError(what, fix="remove it", path=path)
-        if not hard_links and info.st_nlink > 1 and not stat.S_ISDIR(info.st_mode):
-            what = f"has {info.st_nlink} hard links, where a merge keeps its own files"
+        if not stat.S_ISDIR(info.st_mode):
+            files.setdefault((info.st_dev, info.st_ino), []).append((path, info.st_nlink))
+    for names in () if hard_links else files.values():
+        path, links = names[0]
+        if links > len(names):  # a file that just got its name may have two of ours
+            what = f"has {links} hard links, where a merge keeps its own files"
             raise OutputPathError(what, fix="move it away", path=path)
-        todo += inner
 
 
 def require_space(path: StrPath, nbytes: int) -> None:
