@@ -42,6 +42,7 @@ STORAGE: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype("u1"),
     "F8_E4M3": np.dtype("u1"),
     "F8_E5M2": np.dtype("u1"),
+    "F8_E8M0": np.dtype("u1"),
 }
 FLOATS = ("F64", "F32", "F16", "BF16")
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}

@@ -175,7 +175,7 @@ def fidelity_on(
     """Measure the same with the folder of the base, which is opened where it is needed."""
     if base is None or not methods.needs_base(compact):
         return fidelity(lora, compact, statistics)
-    with open_checkpoint(base) as checkpoint:
+    with open_checkpoint(base, quantized=True) as checkpoint:
         return fidelity(lora, compact, statistics, BaseWeights(compact, checkpoint, checkpoint.content_digest()))
 
 
@@ -317,6 +317,6 @@ def expanded(compact: CompactAdapter) -> LoraAdapter:
     captured = compact.provenance.fields.get("captured")
     kept = f"a compact file that kept {captured} of its own source" if captured else "a compact adapter"
     warning = f"the source is {kept}: what is measured is against it"
-    of_its_own = ("captured", "request")  # of that file, not of what is made from it
+    of_its_own = ("budget", "captured", "request")  # of that file, not of what is made from it
     fields = {key: text for key, text in compact.provenance.fields.items() if key not in of_its_own}
     return LoraAdapter(pairs, compact.extras, replace(compact.provenance, fields=fields), (*compact.warnings, warning))

@@ -22,7 +22,8 @@ JOURNAL = ".lrconvert/journal"  # of a model that is being changed in place
 READY_NAME = "ready.json"  # in it from the first changed byte to the last
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SHARED_BLOB = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}")
-_BITSANDBYTES = "bitsandbytes"
+BITSANDBYTES = "bitsandbytes"
+_UNNAMED = "a method that is not named"
 _COPY_BYTES = 1 << 22
 
 
@@ -151,22 +152,26 @@ def quantization_name(config: Mapping[str, Any]) -> str:
         return ""
     table = settings if isinstance(settings, dict) else {}
     bits = next((f" {n} bit" for n in (4, 8) if table.get(f"load_in_{n}bit")), "")
-    method = table.get("quant_method") or (_BITSANDBYTES if bits else None)
-    if method == _BITSANDBYTES:
-        return f"{_BITSANDBYTES}{bits}"
-    return method if isinstance(method, str) else "a method that is not named"
+    method = table.get("quant_method") or (BITSANDBYTES if bits else None)
+    if method == BITSANDBYTES:
+        return f"{BITSANDBYTES}{bits}"
+    return method if isinstance(method, str) else _UNNAMED
+
+
+def quantized_base(config: Mapping[str, Any], root: Path, what: str = "") -> errors.QuantizedBaseError:
+    """Return the error for a quantized base, by the name of how it is, or for `what` of it."""
+    name = quantization_name(config)
+    advice = "use the unquantized parent of this checkpoint"
+    if name.startswith(BITSANDBYTES):
+        advice += ", so that the error of quantizing stays out; or pass --dequantize to merge into what it stands for"
+    return errors.QuantizedBaseError(f"{what}the base is stored quantized, by {name:.60}", fix=advice, path=root)
 
 
 def _check_quantization(config: Mapping[str, Any], allowed: bool, root: Path) -> None:
-    """Raise E-BASE-QUANT for a quantized base, by the name of how it is; but for bitsandbytes if that is `allowed`."""
+    """Raise E-BASE-QUANT for a quantized base, but where one is `allowed` whose method is named."""
     name = quantization_name(config)
-    is_readable = name.startswith(_BITSANDBYTES)
-    if not name or (is_readable and allowed):
-        return
-    advice = "use the unquantized parent of this checkpoint"
-    if is_readable:
-        advice += ", so that the error of quantizing stays out; or pass --dequantize to merge into what it stands for"
-    raise errors.QuantizedBaseError(f"the base is stored quantized, by {name:.60}", fix=advice, path=root)
+    if name and not (allowed and name != _UNNAMED):
+        raise quantized_base(config, root)
 
 
 def is_between_states(root: Path) -> bool:
@@ -190,8 +195,8 @@ def is_without_weights(root: Path) -> bool:
 def open_checkpoint(path: str | os.PathLike[str], *, quantized: bool = False) -> Checkpoint:
     """Open a Hugging Face model folder (``model.safetensors``, or an index and its shards), headers only.
 
-    With `quantized` also one that bitsandbytes has quantized, its tensors as they are stored. Raises E-IO-KIND, E-PATH,
-    E-INDEX-MAP, E-BASE-QUANT (another quantized checkpoint), E-UNFINISHED, and the container's errors.
+    With `quantized` also one that is stored quantized, its tensors as they are. Raises E-IO-KIND, E-PATH,
+    E-INDEX-MAP, E-BASE-QUANT (a quantized checkpoint), E-UNFINISHED, and the container's errors.
     """
     root = Path(path)
     if not root.is_dir():

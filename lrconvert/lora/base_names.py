@@ -9,17 +9,16 @@ stays undecided is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, TypeVar
 
 from lrconvert.core.errors import BaseError, LrcError, OptionError, OrientationError, ShapeError
 from lrconvert.io.checkpoint import Checkpoint
-from lrconvert.lora import renamings
+from lrconvert.lora import quantized_layers, ties
 from lrconvert.lora.adapter import MATRIX, TRANSPOSED, CompactAdapter, LoraAdapter, Target, View
+from lrconvert.lora.name_index import NameIndex as NameIndex
 
 Adapter = TypeVar("Adapter", LoraAdapter, CompactAdapter)
 
@@ -27,15 +26,6 @@ Adapter = TypeVar("Adapter", LoraAdapter, CompactAdapter)
 CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 # Modules of those families that are ordinary linear layers all the same.
 _LINEAR_IN_CONV1D = ("lm_head", "score", "classifier", "wte", "wpe")
-
-# Layers that some checkpoints keep as one tensor and others as several, by the last segment of their module.
-_PARTS = frozenset(("q_proj", "k_proj", "v_proj", "query", "key", "value", "gate_proj", "up_proj", "q", "k", "v"))
-_FUSED = frozenset(
-    (
-        *("qkv", "qkv_proj", "Wqkv", "w_qkv", "wqkv", "query_key_value", "in_proj", "att_proj", "c_attn", "gqkv_proj"),
-        *("gate_up_proj", "up_gate_proj", "weights_in", "w12", "ff_proj"),
-    )
-)
 
 # Stacks of experts as models hold them, and what checkpoints keep for each expert; rows one after the other.
 _EXPERT_PARTS = {
@@ -49,97 +39,24 @@ EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "em
 _OF_THEIR_OWN = (*EMBEDDINGS, *(f".{module}.weight" for module in _LINEAR_IN_CONV1D))
 
 
-class NameIndex:
-    """Look-up of parameter names in a base, up to one leading segment and the renamings of its families."""
-
-    def __init__(self, names: Collection[str], families: Iterable[str], root: Path | None = None) -> None:
-        self._names, self._root = names, root
-        self._rules = renamings.rules(families)
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint) -> NameIndex:
-        return cls(checkpoint.tensors.keys(), renamings.families(checkpoint.config), checkpoint.root)
-
-    def find(self, name: str) -> str | None:
-        """Return the stored name that `name` means, or None. Raise E-BASE if several are possible."""
-        if name in self._names:
-            return name
-        candidates = sorted({*self._plain.matches(name), *self._renamed.matches(self.canonical(name))})
-        if len(candidates) > 1:
-            raise BaseError(f"{name!r} may be any of {', '.join(candidates[:5])}", path=self._root)
-        return candidates[0] if candidates else None
-
-    def canonical(self, name: str) -> str:
-        """Return `name` as the newest release of transformers spells it."""
-        return renamings.canonical(name, self._rules)
-
-    @cached_property
-    def _plain(self) -> _Table:
-        return _Table((name, name) for name in self._names)
-
-    @cached_property
-    def _renamed(self) -> _Table:
-        return _Table((self.canonical(name), name) for name in self._names)
-
-    def missing(self, name: str) -> BaseError:
-        """Return the error for a name that is not stored: with similar names, or how the base stores its layer."""
-        what = f"the target {name!r} is not in the base"
-        parts = self.canonical(name).split(".")
-        module = parts[-2] if len(parts) > 1 else ""
-        other_forms = (
-            ("experts" in parts, frozenset(("experts",)), "which stores its experts in another form"),
-            (module in _PARTS, _FUSED, "which stores that layer fused with others"),
-            (module in _FUSED, _PARTS, "which stores that layer in parts"),
-        )
-        for applies, modules, how in other_forms:
-            stored = self._in_layer(name, modules) if applies else ""
-            if stored:
-                fix = "use a checkpoint in the form that the adapter was trained on"
-                return BaseError(f"{what}, {how}: {stored}", fix=fix, path=self._root)
-        similar = sorted(n for n in self._names if n.endswith(".".join(name.split(".")[-2:])))[:5]
-        fix = f"similar names there: {', '.join(similar)}" if similar else "is this the adapter's own base?"
-        return BaseError(what, fix=fix, path=self._root)
-
-    def _in_layer(self, name: str, modules: frozenset[str]) -> str:
-        """Up to three stored names of the same layer as `name` that have one of these `modules`, or ""."""
-        layer = _layer(self.canonical(name))
-        names = (n for n in self._names if not modules.isdisjoint(n.split(".")))
-        return ", ".join(sorted(n for n in names if _layer(self.canonical(n)) == layer)[:3])
-
-
-class _Table:
-    """Stored names by a spelling, and by what follows its first segment."""
-
-    def __init__(self, spelled: Iterable[tuple[str, str]]) -> None:
-        self._whole: dict[str, list[str]] = {}
-        self._tails: dict[str, list[str]] = {}
-        for spelling, name in spelled:
-            self._whole.setdefault(spelling, []).append(name)
-            self._tails.setdefault(spelling.partition(".")[2], []).append(name)
-
-    def matches(self, spelling: str) -> Iterable[str]:
-        """Return the names spelled like this, or with one leading segment more or less."""
-        shorter = spelling.partition(".")[2]
-        return (
-            *self._whole.get(spelling, ()),
-            *(self._whole.get(shorter, ()) if shorter else ()),
-            *self._tails.get(spelling, ()),
-        )
-
-
-def _layer(name: str) -> str:
-    """The layer of a model that a name lies in, whatever is above it: ``layers.3``."""
-    parts = name.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdecimal()), 0)
-    return ".".join(parts[max(0, at - 1) : at + 1])
-
-
 def tied_source(name: str, checkpoint: Checkpoint) -> str | None:
-    """Return the stored input embedding that an unstored output head `name` shares its weights with, or None."""
-    if not name.endswith(HEADS) or name in checkpoint.tensors or not ties_embeddings(checkpoint.config):
-        return None
+    """Return the stored tensor that the unstored parameter `name` shares its values with, or None.
+
+    transformers' class of the base is asked; where it has none, an output head of a usual name shares them with the
+    input embedding."""
+    return _tied(name, checkpoint)[1]
+
+
+def _tied(name: str, checkpoint: Checkpoint) -> tuple[str, str | None]:
+    """The name that an unstored parameter has in the class of the base, and the stored tensor that it shares."""
+    found = ties.shared(name, checkpoint)
+    if found is not None:
+        return found
+    is_known = name in checkpoint.tensors or (name.endswith(HEADS) and ties.of(checkpoint.config) is not None)
+    if is_known or not name.endswith(HEADS) or not ties_embeddings(checkpoint.config):
+        return name, None
     stored = [n for n in checkpoint.tensors if n.endswith(EMBEDDINGS) and n.count(".") <= 3]
-    return stored[0] if len(stored) == 1 else None
+    return name, stored[0] if len(stored) == 1 else None
 
 
 def ties_embeddings(config: Mapping[str, Any]) -> bool:
@@ -176,7 +93,8 @@ def _orientation(target: Target, stored: tuple[int, ...]) -> View | None:
 def _fitting_view(target: Target, stored: tuple[int, ...]) -> View | None:
     """The view with which `target` has its matrix in a parameter of shape `stored`; None for an undecided square one.
 
-    Experts keep the layout that they claim where it fits, and take the other one where only that does. Raises E-BASE.
+    Experts keep the layout that they claim where it fits, and take the other one where only that does. One that is
+    square keeps (experts, in, out), which is claimed where it is known alone. Raises E-BASE.
     """
     kind, _, rest = target.view.text.partition(":")
     if kind in ("matrix", "transposed"):
@@ -185,13 +103,30 @@ def _fitting_view(target: Target, stored: tuple[int, ...]) -> View | None:
     views = [target.view, *([View(f"{others[kind]}:{rest}")] if kind in others else [])]
     for view in views:
         try:
-            if view.matrix_shape(stored) == target.matrix_shape and (kind in others or stored == target.shape):
-                return view
+            fits = view.matrix_shape(stored) == target.matrix_shape and (kind in others or stored == target.shape)
         except ShapeError:
             continue
+        if fits:
+            return None if view.kind == "expert" and stored[1] == stored[2] else view
     raise BaseError(
         f"{target.name!r} is {list(target.matrix_shape)} (out, in) as {target.view.text} in the adapter, "
         f"{list(stored)} in the base"
+    )
+
+
+def _square_stack(target: Target, siblings: set[str], config: Mapping[str, Any]) -> View:
+    """The view of an entry of a stack of square matrices: from the base's class, else from what all stacks that are not
+    square agree on. Raises E-ORIENT."""
+    known, number = ties.of(config), target.view.text.partition(":")[2]
+    place = None if known is None else known.find(target.name)
+    if known is not None and place is not None:
+        siblings = {"expert_transposed" if place in known.architecture.transposed else "expert"}
+    if len(siblings) == 1:
+        return View(f"{next(iter(siblings))}:{number}")
+    raise OrientationError(
+        f"the matrices of {target.name!r} are square, and neither the base's class nor other stacks tell whether they "
+        "are stored (out, in)",
+        fix="give a base with its own config.json, of a class that transformers has",
     )
 
 
@@ -241,39 +176,77 @@ def parts(target: Target, index: NameIndex, checkpoint: Checkpoint) -> tuple[Par
     return ()
 
 
+def stack_rows(target: Target, index: NameIndex, checkpoint: Checkpoint) -> tuple[str, int, int] | None:
+    """Return (stack, first row, end) of the layer of one expert in the stack that the base stores all experts in, whose
+    matrices lie one below the other: ``experts.3.up_proj`` in ``experts.gate_up_proj``. None if it stores none, or not
+    (experts, out, in). Raises E-BASE, E-ORIENT."""
+    owner, _, leaf = target.name.removesuffix(".weight").rpartition(".")
+    owner, _, number = owner.rpartition(".")
+    if not number.isdecimal() or target.view != MATRIX:
+        return None
+    for stack, forms in _EXPERT_PARTS.items():
+        leaves = next((leaves for leaves in forms if leaf in leaves), ())
+        name = index.find(f"{owner}.{stack}") if leaves else None
+        shape = () if name is None else checkpoint.tensors[name].shape
+        if name is None or len(shape) != 3:
+            continue
+        out, inner = target.matrix_shape
+        if sorted(shape[1:]) != sorted((len(leaves) * out, inner)) or int(number) >= shape[0]:
+            raise BaseError(
+                f"{target.name!r} is {[out, inner]} (out, in) in the adapter, the base's {name!r} {[*shape]}"
+            )
+        side = set[str]() if shape[1] == shape[2] else {"expert" if shape[2] == inner else "expert_transposed"}
+        whole = Target(name, shape, View(f"expert:{number}"))
+        if _square_stack(whole, side, checkpoint.config).kind == "expert":
+            first = int(number) * shape[1] + leaves.index(leaf) * out
+            return name, first, first + out
+    return None
+
+
 def _resolve_targets(targets: Iterable[Target], checkpoint: Checkpoint) -> list[Target]:
     index = NameIndex.of(checkpoint)
     placed: list[tuple[Target, tuple[int, ...], View | None]] = []
     siblings: set[View] = set()
+    stacks: set[str] = set()
+    quantized = quantized_layers.of(checkpoint)
     for target in targets:
         name = index.find(target.name)
-        info = checkpoint.tensors.get(name or tied_source(target.name, checkpoint) or "")
-        if info is None:
-            if not parts(target, index, checkpoint):
+        place, stored = (name, name) if name else _tied(target.name, checkpoint)
+        info = checkpoint.tensors.get(stored or "")
+        shape = None if info is None else info.shape
+        if quantized is not None and quantized.holds(stored or target.name):
+            shape = quantized.shape(target.name)
+        if shape is None:
+            if not parts(target, index, checkpoint) and stack_rows(target, index, checkpoint) is None:
                 raise index.missing(target.name)
             placed.append((target, target.shape, target.view))
             continue
-        named = replace(target, name=name or target.name)
+        named = replace(target, name=place)
         try:
-            view = _fitting_view(target, info.shape)
+            view = _fitting_view(target, shape)
         except LrcError as error:
             raise error.at(checkpoint.root) from None
         plain = not f".{named.name}".endswith(_OF_THEIR_OWN)
         if view in (MATRIX, TRANSPOSED) and plain:
             siblings.add(view)
-        placed.append((named, info.shape, view))
+        if view is not None and view.kind.startswith("expert") and shape[1] != shape[2]:
+            stacks.add(view.kind)
+        placed.append((named, shape, view))
+
+    def decided(target: Target) -> View:
+        if target.view.kind.startswith("expert"):
+            return _square_stack(target, stacks, checkpoint.config)
+        return _square_view(target.name, siblings, checkpoint.config)
+
     try:
-        return [
-            Target(t.name, shape, view or _square_view(t.name, siblings, checkpoint.config))
-            for t, shape, view in placed
-        ]
+        return [Target(t.name, shape, view or decided(t)) for t, shape, view in placed]
     except OrientationError as error:
         raise error.at(checkpoint.root) from None
 
 
 def resolve(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
     """Return `adapter` with every target named, shaped and viewed as the base stores it, in the order it had; entries
-    of a stack that the base stores in `parts` stay as they are.
+    of a stack that the base stores in `parts`, and layers of experts that it stores as a stack, stay as they are.
 
     Raises E-BASE (missing, ambiguous, other shape, two targets on one matrix), E-ORIENT (an undecided square weight).
     """

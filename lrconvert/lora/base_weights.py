@@ -10,7 +10,7 @@ from lrconvert.core.dtypes import FLOATS, STORAGE, Array, decode
 from lrconvert.core.errors import BaseError, QuantizedBaseError
 from lrconvert.io.checkpoint import Checkpoint
 from lrconvert.io.container import TensorInfo
-from lrconvert.lora import base_names
+from lrconvert.lora import base_names, quantized_layers
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter, Target
 
 BLOCK = 1 << 18  # elements of a weight at a time: what is computed from them stays in the cache
@@ -29,7 +29,7 @@ class BaseWeights:
         else:
             targets, stored = adapter.targets, base_names.resolve(adapter, checkpoint).targets
         self.content = content
-        self._checkpoint = checkpoint
+        self._checkpoint, self._quantized = checkpoint, quantized_layers.of(checkpoint)
         self._places = {(t.name, t.view.text): place for t, place in zip(targets, stored, strict=True)}
 
     def rows(self, target: Target, start: int, stop: int) -> Array:
@@ -65,8 +65,10 @@ class BaseWeights:
         if name not in self._checkpoint.tensors:
             name = base_names.tied_source(name, self._checkpoint) or name
         info = self._checkpoint.tensors.get(name)
+        if self._quantized is not None and self._quantized.holds(name):
+            raise self._quantized.refused(name)
         if info is None:
-            raise BaseError(f"the base stores {name!r} in parts, an update cannot depend on these")
+            raise BaseError(f"the base stores {name!r} in another form, an update cannot depend on that")
         if info.dtype not in FLOATS:
             raise QuantizedBaseError(f"{name!r} is stored as {info.dtype}", fix="give the base that is not quantized")
         return info

@@ -103,7 +103,7 @@ def _report(inputs: Sequence[Scaled], planned: Plan) -> MergeReport:
         config=placement.config,
         files=tuple(planned.files.items()),
         left_out=planned.left_out,
-        warnings=tuple(w for item in inputs for w in item.adapter.warnings),
+        warnings=(*(w for item in inputs for w in item.adapter.warnings), *planned.warnings),
         touched_bytes=sum(o.nbytes for o in planned.touched),
     )
 

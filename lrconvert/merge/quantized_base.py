@@ -21,7 +21,7 @@ from lrconvert.core.dtypes import F32, STORAGE, Array, decode, round_to
 from lrconvert.core.errors import LrcError, QuantizedBaseError
 from lrconvert.core.limits import FOREIGN, MAX_DIM
 from lrconvert.io import fields, strictjson
-from lrconvert.io.checkpoint import Checkpoint, open_checkpoint, quantization_name
+from lrconvert.io.checkpoint import BITSANDBYTES, Checkpoint, open_checkpoint, quantization_name, quantized_base
 from lrconvert.io.container import Appendable, ContainerFile, TensorInfo, encode_header
 from lrconvert.merge.hashing import chunks
 
@@ -179,15 +179,19 @@ class DequantizedCheckpoint(Checkpoint):
 
 
 def open_base(path: Path, *, dequantize: bool = False) -> Checkpoint:
-    """Open a model folder; with `dequantize` one that bitsandbytes has quantized, as bf16.
+    """Open a model folder, quantized layers as they are stored; with `dequantize` one that bitsandbytes has quantized,
+    as bf16.
 
-    Raises what `open_checkpoint` raises; E-BASE-QUANT for other quantizations, for a state that does not describe its
-    weight, and, with `dequantize`, for a base that is not quantized.
+    Raises what `open_checkpoint` raises; with `dequantize` E-BASE-QUANT for other quantizations, for a state that does
+    not describe its weight, and for a base that is not quantized.
     """
     if not dequantize:
-        return open_checkpoint(path)
+        return open_checkpoint(path, quantized=True)
     with ExitStack() as stack:
         stored = stack.enter_context(open_checkpoint(path, quantized=True))
+        method = quantization_name(stored.config)
+        if method and not method.startswith(BITSANDBYTES):
+            raise quantized_base(stored.config, path)
         weights = _weights(stored)
         if not weights:
             raise QuantizedBaseError("the base holds no quantized tensor", fix="leave out --dequantize", path=path)

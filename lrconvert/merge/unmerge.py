@@ -57,7 +57,7 @@ def unmerge(merged: Path, out: Path | None, options: UnmergeOptions, progress: P
         return _copy_base(merged, from_base, place, out is None or overwrite, number, progress)
     with ExitStack() as stack:
         opened = stack.enter_context(OpenRecord(latest(merged, number)))
-        checkpoint = stack.enter_context(open_checkpoint(merged))
+        checkpoint = stack.enter_context(open_checkpoint(merged, quantized=True))
         check_undoable(opened, checkpoint)
         require_space(place, int(sum(size for _, size in opened.record.files) * _SPACE_MARGIN))
         folder = stack.enter_context(atomic_directory(place, overwrite=out is None or overwrite))
@@ -111,8 +111,8 @@ def _copy_base(
     has_record = number is not None or bool(numbered(merged))
     folder_of_record = latest(merged, number) if has_record else None
     with ExitStack() as stack:
-        model = stack.enter_context(open_checkpoint(merged))
-        source = stack.enter_context(open_checkpoint(base))
+        model = stack.enter_context(open_checkpoint(merged, quantized=True))
+        source = stack.enter_context(open_checkpoint(base, quantized=True))
         content = None
         if folder_of_record is not None:
             content = stack.enter_context(OpenRecord(folder_of_record)).record.content

@@ -16,7 +16,8 @@ from lrconvert.io.container import TensorInfo
 from lrconvert.merge.arithmetic.rounding import bits
 from lrconvert.merge.arithmetic.workspace import Workspace
 from lrconvert.merge.compute import Computer, read_rows
-from lrconvert.merge.plan.plan import Output, Plan, plan
+from lrconvert.merge.plan import load_check
+from lrconvert.merge.plan.plan import Output, Plan, named, plan
 from lrconvert.merge.plan.updates import Adapter, Scaled
 from lrconvert.merge.quantized_base import open_base
 from lrconvert.merge.report import Difference, VerifyReport
@@ -38,13 +39,15 @@ def verify(
     """
     inputs = [item if isinstance(item, Scaled) else Scaled(item) for item in adapters]
     with (
-        open_checkpoint(merged) as model,
+        open_checkpoint(merged, quantized=True) as model,
         open_base(base, dequantize=dequantize) as checkpoint,
         Workspace() as workspace,
     ):
         planned = plan(inputs, checkpoint)
         computer = Computer(planned, workspace)
         differences = list(_structure(planned, model))
+        if differences:  # what is as planned loads as planned
+            differences += _loading(planned, model)
         outputs = list(planned.outputs)
         total, done, recomputed = max(1, sum(o.nbytes for o in outputs)), 0, 0
         for output in outputs:
@@ -81,6 +84,14 @@ def _structure(planned: Plan, model: Checkpoint) -> Iterator[Difference]:
     for key in sorted(set(config) | set(model.config)):
         if config.get(key) != model.config.get(key):
             yield Difference(f"config.json: {key}", f"is {model.config.get(key)!r:.60}, not {config.get(key)!r:.60}")
+
+
+def _loading(planned: Plan, model: Checkpoint) -> list[Difference]:
+    """Return what keeps the model from loading as the base does."""
+    origins = {each.name: each.base for each in map(named, planned.outputs)}
+    tensors = [load_check.Named(name, info.shape, origins.get(name, "")) for name, info in model.tensors.items()]
+    found = load_check.problems(tensors, planned.checkpoint, model.config) or ()
+    return [Difference("loading", text) for text in found]
 
 
 def _pairs(computer: Computer, output: Output, model: Checkpoint, info: TensorInfo) -> Iterator[tuple[Array, Array]]:

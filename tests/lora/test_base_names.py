@@ -315,5 +315,37 @@ def test_experts_take_the_layout_that_fits(tmp_path: Path) -> None:
     assert resolved(base, Target("stack", (2, 6, 4), View("expert_transposed:1"))) == [
         Target("stack", (2, 4, 6), View("expert:1"))
     ]
-    for view in (View("expert:1"), View("expert_transposed:1")):
-        assert resolved(base, Target("square", (2, 4, 4), view))[0].view == view
+
+
+def test_square_stacks_are_never_guessed(tmp_path: Path) -> None:
+    """(experts, in, out) is claimed where it is known alone and stays; (experts, out, in) is for the base's class to
+    say, else for stacks that are not square, and without either it is refused."""
+    shapes = {"mlp.experts.down_proj": (2, 4, 4), "mlp.experts.gate_up_proj": (2, 4, 8)}
+    base = make_base(tmp_path / "base", shapes, {})
+    square = Target("mlp.experts.down_proj", (2, 4, 4), View("expert:1"))
+    known = Target("mlp.experts.down_proj", (2, 4, 4), View("expert_transposed:1"))
+    assert resolved(base, known) == [known]
+    with pytest.raises(OrientationError, match=r"E-ORIENT: .*base: the matrices of .*down_proj' are square"):
+        resolved(base, square)
+    for view, is_transposed in (((2, 8, 4), True), ((2, 4, 8), False)):
+        other = Target("mlp.experts.gate_up_proj", view, View("expert:0"))
+        assert resolved(base, other, square)[1].view == (known.view if is_transposed else square.view)
+
+
+@pytest.mark.parametrize(("family", "view"), (("gpt_oss", "expert_transposed:1"), ("qwen3_moe", "expert:1")))
+def test_the_class_says_how_square_stacks_are_stored(tmp_path: Path, family: str, view: str) -> None:
+    pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "moe_intermediate_size": 8, "num_hidden_layers": 1}
+    counts = {"num_experts": 2, "num_local_experts": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    title = {"gpt_oss": "GptOssForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}[family]
+    config: Config = {
+        "model_type": family,
+        "architectures": [title],
+        "vocab_size": 32,
+        "head_dim": 4,
+        **sizes,
+        **counts,
+    }
+    name = "model.layers.0.mlp.experts.down_proj"
+    base = make_base(tmp_path / "gpt-oss", {name: (2, 8, 8)}, config)  # a path says nothing
+    assert resolved(base, Target(name, (2, 8, 8), View("expert:1")))[0].view == View(view)

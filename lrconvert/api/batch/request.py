@@ -89,7 +89,7 @@ def of_base(base: Path) -> tuple[str, KnownContent | None]:
     """The digest of a base's contents and configuration, however it is sharded, and the contents for the conversions;
     of its files, and None, where it has no weights (a config.json is enough for some readers)."""
     try:
-        with open_checkpoint(base) as checkpoint:
+        with open_checkpoint(base, quantized=True) as checkpoint:
             content = checkpoint.known_content()
             config = json.dumps(checkpoint.config, sort_keys=True, default=str)
             return hashlib.sha256(f"{content.digest} {config}".encode()).hexdigest(), content

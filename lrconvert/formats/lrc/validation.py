@@ -89,7 +89,7 @@ def _examine_statistics(path: Path, base: Path | None, report: Callable[[str, Lr
 
 
 def _check_content(base: Path, content: str) -> None:
-    with open_checkpoint(base) as checkpoint:
+    with open_checkpoint(base, quantized=True) as checkpoint:
         if checkpoint.content_digest() == content:
             return
     raise FingerprintError(
@@ -102,7 +102,7 @@ def check_base(compact: CompactAdapter, base: Path) -> None:
     """Raise E-BASE or E-ORIENT if a target does not fit the base, E-FPR if the base has other contents."""
     from lrconvert.lora import base_names
 
-    with open_checkpoint(base) as checkpoint:
+    with open_checkpoint(base, quantized=True) as checkpoint:
         base_names.resolve(compact, checkpoint)
     if compact.base.content:
         _check_content(base, compact.base.content)

@@ -45,7 +45,7 @@ def merge_in_place(base: Path, job: Job, *, resume: bool, dry_run: bool, again: 
             if not resume or dry_run:
                 raise unfinished(base)
             return _continue(folder, job)
-        checkpoint = stack.enter_context(open_checkpoint(base))
+        checkpoint = stack.enter_context(open_checkpoint(base, quantized=True))
         folder.check([file.path.name for file in checkpoint.files])
         if state.stage in (CLEAN, DONE) and not dry_run:
             folder.clear()

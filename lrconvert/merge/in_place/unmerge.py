@@ -61,7 +61,7 @@ def unmerge_in_place(merged: Path, number: int | None, progress: Progress, *, re
         if done := undone_before(merged, state, number, resume=resume):
             return done
         with OpenRecord(latest(merged, number)) as opened:
-            with open_checkpoint(merged) as checkpoint:
+            with open_checkpoint(merged, quantized=True) as checkpoint:
                 check_undoable(opened, checkpoint)
                 _check_files(opened, checkpoint)
                 folder.check([name for name, _ in opened.record.files])
@@ -177,7 +177,7 @@ def _restore(commit: Commit) -> UnmergeReport:
             if folder.is_ready:
                 raise broken_off(folder, error) from error
             raise
-    with open_checkpoint(folder.model) as checkpoint:
+    with open_checkpoint(folder.model, quantized=True) as checkpoint:
         copies, _ = other_files(checkpoint)
         sizes = {name: path.stat().st_size for name, path in copies.items() if not opened.holds(name)}
         sizes |= {file.path.name: file.size for file in checkpoint.files}

@@ -19,8 +19,11 @@ from lrconvert.core.dtypes import FLOATS, STORAGE, decode, round_to
 from lrconvert.core.errors import PlacementError
 from lrconvert.io.checkpoint import Checkpoint
 from lrconvert.io.container import TensorInfo
-from lrconvert.lora import base_names
+from lrconvert.lora import architecture, base_names, ties
 from lrconvert.lora.adapter import ExtraTensor, LoraAdapter, LoraTarget
+from lrconvert.lora.architecture import TIE
+from lrconvert.lora.ties import BaseClass
+from lrconvert.merge.plan import tied_tensors
 from lrconvert.merge.plan.updates import Adapter, decoded, targets_of
 
 # The class of a task, as transformers names it after the architecture.
@@ -55,10 +58,9 @@ _PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 }
 # The last layer of a head: its rows are the labels.
 _LAST_LAYERS = ("out_proj.weight", "classifier.weight", "score.weight", "qa_outputs.weight")
-# Families that compute differently when their embeddings are tied, so that untying them would change the model.
+# Families of encoders and decoders whose classes for tokens have the encoder alone.
 _T5_LIKE = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers"})
 _BASE_LAYER = ".base_layer."
-_HEAD_NAME = "lm_head.weight"
 _COMPARE_BYTES = 1 << 22
 
 
@@ -70,6 +72,7 @@ class Placement:
     in place of the base's. `added`: new tensors. `copies`: new name -> stored tensor whose values it starts from (an
     untied head). `dropped`: stored names that are left out. `prefix`: put before every stored name. `config`: fields to
     set, or to remove where the value is None. `has_effect`: whether tensors beside updated ones differ from the base's.
+    `rows`: name of trained rows -> the tensors that they go into.
     """
 
     replaced: Mapping[str, ExtraTensor] = field(default_factory=dict)
@@ -80,6 +83,7 @@ class Placement:
     prefix: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
     has_effect: bool = False
+    rows: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def place(adapters: Sequence[Adapter], resolved: Sequence[Adapter], checkpoint: Checkpoint) -> Placement:
@@ -96,6 +100,8 @@ def place(adapters: Sequence[Adapter], resolved: Sequence[Adapter], checkpoint: 
 class _Planner:
     def __init__(self, adapters: Sequence[Adapter], resolved: Sequence[Adapter], checkpoint: Checkpoint) -> None:
         self.adapters, self.checkpoint, self.config = adapters, checkpoint, checkpoint.config
+        self.resolved = resolved
+        self.has_magnitudes = any(extra.use == "magnitude" for adapter in adapters for extra in adapter.extras)
         self.extras = _gather(adapters)
         self.index = base_names.NameIndex.of(checkpoint)
         self.targets = {t.name for adapter in resolved for t in targets_of(adapter)}
@@ -106,6 +112,11 @@ class _Planner:
             for own, stored in zip(targets_of(adapter), targets_of(other), strict=True)
             if stored.name in checkpoint.tensors
         }
+        self.asks_class = self._asks_class()
+        self.known = ties.of(self.config) if self.asks_class else None
+        self.ties = () if self.known is None else self.known.ties(checkpoint)
+        self.tied_names = {name for tie in self.ties for name in tie.names}
+        self.rows = {e.name: self._row_places(e.name) for a in adapters for e in a.extras if e.use == "rows"}
         self.replaced: dict[str, ExtraTensor] = {}
         self.values: dict[str, ExtraTensor] = {}
         self.added: list[ExtraTensor] = []
@@ -126,8 +137,10 @@ class _Planner:
             if self._encodes(architecture):
                 self.changes.update(is_encoder_decoder=False, use_cache=False)
             dropped = tuple(self._old_head(architecture))
-        else:
-            self._settle_ties()
+        elif self.known is not None:
+            self._settle_ties(self.known)
+        elif self.asks_class:
+            self._guess_ties()
         if self.added or self.copies:
             self._check_added(architecture)
         prefix = self._new_prefix if architecture or self.added or self.copies else ""
@@ -135,9 +148,37 @@ class _Planner:
         effect = bool(self.added or self.values or any(map(self._changes, self.replaced)))
         config = self._config_changes()
         added = tuple(sorted(self.added, key=lambda extra: extra.name))
-        return Placement(self.replaced, self.values, added, self.copies, dropped, prefix, config, effect)
+        return Placement(self.replaced, self.values, added, self.copies, dropped, prefix, config, effect, self.rows)
 
     # --- one tensor ---
+
+    def _asks_class(self) -> bool:
+        """Whether the adapter touches what only transformers' class of the base tells."""
+        names = {t.name for adapter in self.adapters for t in targets_of(adapter)} | self.targets
+        names |= {extra.name for adapter in self.adapters for extra in adapter.extras}
+        return any(ties.may_be_tied(name, self.config) for name in names)
+
+    def _name(self, name: str) -> str:
+        """The name that the class has for a tensor that is not stored, if it shares it with a stored one."""
+        place = None if self.known is None else self.known.find(name)
+        return place if place is not None and place in self.tied_names else name
+
+    def _row_places(self, name: str) -> tuple[str, ...]:
+        """The tensors that trained rows go into: with the input embedding, all that share it, as in PEFT."""
+        place = self.index.find(name)
+        if self.known is None:
+            place = place or base_names.tied_source(name, self.checkpoint)
+            twins = (
+                self._vocabulary() if place in self._vocabulary() and base_names.ties_embeddings(self.config) else ()
+            )
+            return () if place is None else (place, *(name for name in twins if name != place))
+        tie = next((t for t in self.ties if self.known.find(name) in t.names), None)
+        if tie is None:
+            return () if place is None else (place,)
+        others = {self.known.find(e.name) for a in self.adapters for e in a.extras if e.use == "rows"}
+        if tie.is_input and self.known.find(name) in self.known.architecture.inputs and len(others & {*tie.names}) == 1:
+            return tuple(tie.stored.values())
+        return (place or self._name(name),)
 
     def _place_base_layer(self, extra: ExtraTensor) -> None:
         """The base's own weight, which PEFT stores beside the LoRA of an embedding or head."""
@@ -153,7 +194,7 @@ class _Planner:
         if info.dtype not in FLOATS or extra.dtype not in FLOATS:
             raise no_place(extra, f"it is {extra.dtype}, the base's {stored!r} {info.dtype}")
         if not _same_values(extra, info, self.checkpoint):
-            target = self.index.find(name) or name
+            target = self.index.find(name) or self._name(name)
             self.values[target] = cast(extra, info.dtype)
 
     def _place_extra(self, extra: ExtraTensor) -> None:
@@ -165,7 +206,7 @@ class _Planner:
         if stored is not None:
             self.replaced[stored] = extra
         else:
-            self.added.append(extra)
+            self.added.append(replace(extra, name=self._name(extra.name)))
 
     # --- the architecture ---
 
@@ -194,7 +235,11 @@ class _Planner:
         """Return the extras outside the base model: tensors of a task's head."""
         inside = self._base_prefix()
         heads = [e for name, e in self.replaced.items() if not _inside(e.name, inside) and not _inside(name, inside)]
-        return [*heads, *(e for e in self.added if not e.name.endswith(base_names.HEADS))]
+        return [*heads, *(e for e in self.added if not (e.name in self.tied_names or self._is_usual_head(e.name)))]
+
+    def _is_usual_head(self, name: str) -> bool:
+        """Return whether an output head is taken for one by its name, as the class is not known."""
+        return self.known is None and name.endswith(base_names.HEADS)
 
     def _base_prefix(self) -> str:
         """Return the first segment, with its dot, of every name inside the base model ("bert."), or ""."""
@@ -224,6 +269,8 @@ class _Planner:
         """Raise E-PLACE for an added tensor that is neither of a head of the merged architecture nor an untied output
         head."""
         for extra in self.added:
+            if not architecture and extra.name in self.tied_names:
+                continue
             if extra.name.endswith(base_names.HEADS):
                 if not architecture and not self._is_headless and base_names.tied_source(extra.name, self.checkpoint):
                     continue
@@ -299,7 +346,7 @@ class _Planner:
             if extra.shape == info.shape:
                 continue
             rows_only = len(extra.shape) == len(info.shape) and extra.shape[1:] == info.shape[1:]
-            if rows_only and stored.endswith(base_names.HEADS + base_names.EMBEDDINGS):
+            if rows_only and stored in self._vocabulary():
                 vocabulary.add(extra.shape[0])
             elif not rows_only or extra.name not in heads:
                 raise no_place(extra, f"it is {list(extra.shape)}, the base's {stored!r} {list(info.shape)}")
@@ -308,8 +355,7 @@ class _Planner:
 
     def _resize_vocabulary(self, sizes: set[int]) -> None:
         """Raise E-PLACE unless all stored embeddings and heads were replaced by ones of one size."""
-        names = [n for n in self.checkpoint.tensors if n.endswith(base_names.HEADS + base_names.EMBEDDINGS)]
-        stale = [n for n in names if n not in self.replaced]
+        stale = [name for name in self._vocabulary() if name not in self.replaced]
         if len(sizes) > 1 or stale:
             what = f"{stale[0]!r} keeps its own" if stale else f"tensors disagree on it: {sorted(sizes)}"
             raise PlacementError(f"the adapter changes the size of the vocabulary, but {what}")
@@ -322,46 +368,87 @@ class _Planner:
 
     # --- tied embeddings ---
 
-    def _settle_ties(self) -> None:
-        """Make a tensor of its own of a tied input or output embedding of which only the other changes."""
-        if not base_names.ties_embeddings(self.config):
+    def _settle_ties(self, known: BaseClass) -> None:
+        """Make tensors of their own of shared ones that do not change alike."""
+        broken = []
+        for tie in self.ties:
+            if len({self._content(tie.stored.get(name, name)) for name in tie.names}) > 1:
+                broken.append(tie)
+            else:  # what is not stored is what it is tied to, an output head the embedding
+                self.added = [extra for extra in self.added if extra.name not in tie.names]
+        added = {extra.name for extra in self.added}
+        untied = tied_tensors.untie(known, self.ties, broken, self.checkpoint, added)
+        self.copies.update(untied.copies)
+        for key, value in untied.config.items():
+            both = isinstance(value, dict) and key in self.changes
+            self.changes[key] = {**value, **self.changes[key], TIE: False} if both else value
+
+    def _content(self, name: str) -> Any:
+        """What the tensor of this name gets: None for the base's values, and equal for equal ones."""
+        rows = frozenset(extra for extra, places in self.rows.items() if name in places)
+        shared = next((tie for tie in self.ties if name in tie.names and name not in tie.stored), None)
+        if shared is not None:  # it follows the stored ones if those rows are of all
+            rows |= {extra for extra, places in self.rows.items() if {*shared.stored.values()} == {*places}}
+        if name in self.values or (name in self.updated and self.has_magnitudes):
+            return name
+        if name in self.updated:
+            return tied_tensors.factors(name, self.resolved)
+        extra = self.replaced.get(name) or next((e for e in self.added if e.name == name), None)
+        if extra is None:
+            return rows or None
+        stored = self.checkpoint.tensors[shared.origin if shared else name]
+        same = _same_bytes(extra, stored, self.checkpoint)
+        return None if same else (extra.dtype, extra.shape, extra.data, rows)
+
+    def _guess_ties(self) -> None:
+        """The same where transformers has no class for the base: as far as its configuration and its tensors show, and
+        refused where they do not. Raises E-PLACE."""
+        family = architecture.of(self.config)
+        if ties.states_no_tie(self.config) or (family is not None and not family.is_tied):
             return
         for name in sorted(self.updated - self.checkpoint.tensors.keys()):
             source = base_names.tied_source(name, self.checkpoint)
             if source is not None:  # an output head that is not stored, not a stack that is stored in parts
                 self.copies[name] = source
-        embedding = self._embedding()
+        vocabulary = self._vocabulary()
+        embedding = next((n for n in vocabulary if not n.endswith(base_names.HEADS)), None)
         if self._head_equals(embedding):
             return
-        head = next((n for n in self.checkpoint.tensors if n.endswith(base_names.HEADS)), None)
         new_head = bool(self.copies) or any(e.name.endswith(base_names.HEADS) for e in self.added)
-        embedding_changes = self._changes(embedding)
-        if not (embedding_changes or self._changes(head) or new_head):
+        if not (new_head or any(self._changes(name) for name in vocabulary)) or (self._is_headless and not new_head):
             return
-        if head is None and not new_head and self._is_headless:
+        replaced = [self.replaced.get(name) for name in vocabulary]
+        alike = [e for e in replaced if e is not None and replaced[0] is not None and _same_tensor(e, replaced[0])]
+        if len(vocabulary) > 1 and len(alike) == len(vocabulary):
             return
-        ends = (self.replaced.get(embedding or ""), self.replaced.get(head or ""))
-        if ends[0] is not None and ends[1] is not None and _same_tensor(ends[0], ends[1]):
-            return
-        if self.config.get("model_type") in _T5_LIKE:
+        if (len(vocabulary) < 2 and not new_head) or (family is not None and family.computes_by_tie):
             raise PlacementError(
-                "only one of the tied embeddings is changed, and this family computes differently without the tie",
-                fix="use an adapter that changes both alike",
+                f"{embedding!r} may be tied to an output layer, and transformers has no class {self._architecture!r} "
+                "that tells",
+                fix='state "tie_word_embeddings": false in the config.json of the base if it has none',
             )
-        if head is None and not new_head:
-            if embedding is None or not _LANGUAGE_MODEL.fullmatch(self._architecture):
-                raise PlacementError(
-                    f"{embedding!r} is tied to an output layer whose name {self._architecture!r} does not tell"
-                )
-            self.copies[_HEAD_NAME] = embedding
-        self.changes["tie_word_embeddings"] = False
+        if new_head or self.config.get(TIE) is not None:
+            self.changes[TIE] = False
         text = self.config.get("text_config")
-        if isinstance(text, dict) and "tie_word_embeddings" in text:
-            self.changes["text_config"] = {**self.changes.get("text_config", text), "tie_word_embeddings": False}
+        if isinstance(text, dict) and TIE in text:
+            self.changes["text_config"] = {**self.changes.get("text_config", text), TIE: False}
 
-    def _embedding(self) -> str | None:
-        stored = [n for n in self.checkpoint.tensors if n.endswith(base_names.EMBEDDINGS) and n.count(".") <= 3]
-        return stored[0] if len(stored) == 1 else None
+    def _vocabulary(self) -> list[str]:
+        """The stored tensors that are embeddings or output heads, if only by their names and shapes."""
+        if self.known is not None:
+            facts = self.known.architecture
+            ends = {other for name in facts.inputs | facts.outputs for other in (name, *facts.shared_with(name))}
+            return [name for name in self.checkpoint.tensors if self.known.find(name) in ends]
+        text = self.config.get("text_config")
+        rows = {each.get("vocab_size") for each in (self.config, text) if isinstance(each, dict)} - {None}
+        usual = base_names.EMBEDDINGS + base_names.HEADS
+        return [
+            name
+            for name, info in self.checkpoint.tensors.items()
+            if len(info.shape) == 2
+            and ties.may_be_tied(name, {})
+            and ((name.endswith(usual) and name.count(".") <= 3) or info.shape[0] in rows)
+        ]
 
     def _changes(self, name: str | None) -> bool:
         if name is None:

@@ -16,10 +16,11 @@ from lrconvert.core.errors import BaseError, FingerprintError, LrcError, OptionE
 from lrconvert.core.limits import MAX_INDEX_BYTES
 from lrconvert.io.checkpoint import INDEX_NAME, JOURNAL, SINGLE_NAME, Checkpoint, contained
 from lrconvert.io.container import ContainerFile, TensorInfo, encode_header, read_small
-from lrconvert.lora import base_names
+from lrconvert.lora import base_names, quantized_layers
 from lrconvert.lora.adapter import ExtraTensor, LoraAdapter, Target
-from lrconvert.merge.plan import extra_tensors
+from lrconvert.merge.plan import extra_tensors, load_check, resized
 from lrconvert.merge.plan.extra_tensors import Placement, cast, no_place
+from lrconvert.merge.plan.resized import Settled
 from lrconvert.merge.plan.updates import (
     Adapter,
     NonlinearPiece,
@@ -34,6 +35,7 @@ from lrconvert.methods import base as methods
 
 CONFIG_NAME = "config.json"
 RECORDS = ".lrconvert"
+UNDONE = f"{RECORDS}/undone.json"  # says which merge was undone last, where others are left
 # Weights in other formats would be those of the base, so they are left out; so are indexes of them.
 _OTHER_WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ggml"),
@@ -111,6 +113,7 @@ class Plan:
     copies: Mapping[str, Path]
     left_out: tuple[str, ...]
     contents: frozenset[str] = field(default_factory=frozenset)
+    warnings: tuple[str, ...] = ()
 
     @property
     def outputs(self) -> Iterable[Output]:
@@ -134,12 +137,14 @@ def plan(inputs: Sequence[Scaled], checkpoint: Checkpoint, shard_bytes: int | No
 
     Raises E-BASE, E-ORIENT, E-PLACE, E-BASE-QUANT, E-OPTION, and E-FPR if the adapters were made for different bases.
     """
-    adapters = [item.adapter for item in inputs]
+    settled = [resized.settle(item, checkpoint) for item in inputs]
+    adapters = [each.adapter for each in settled]
     resolved = [_resolve(adapter, checkpoint) for adapter in adapters]
     placement = extra_tensors.place(adapters, resolved, checkpoint)
     placed = checkpoint.tensors.keys() | placement.copies.keys()
+    _check_plain(resolved, placement, checkpoint)
     try:
-        pieces = _pieces(inputs, resolved, checkpoint)
+        pieces = _pieces(inputs, settled, resolved, checkpoint)
         pieces = {name: group for name, group in pieces.items() if name in placed}  # the rest is zero
         rows = _rows(adapters, placement, pieces, checkpoint)
     except LrcError as error:
@@ -153,6 +158,7 @@ def plan(inputs: Sequence[Scaled], checkpoint: Checkpoint, shard_bytes: int | No
                 path=checkpoint.root,
             )
     shards = _shards(checkpoint, placement, pieces, rows, shard_bytes)
+    warning = _check_load(checkpoint, placement, shards)
     copies, left_out = other_files(checkpoint)
     texts = {}
     if placement.config or checkpoint.is_derived:
@@ -163,8 +169,32 @@ def plan(inputs: Sequence[Scaled], checkpoint: Checkpoint, shard_bytes: int | No
     elif len(shards) > 1 or (checkpoint.index_path is not None and shard_bytes is None):
         texts[INDEX_NAME] = _json(_index(checkpoint, shards), sort=True)
     copies = {name: path for name, path in copies.items() if name not in texts}
-    sources = tuple(Source(adapter) for adapter in adapters)
-    return Plan(checkpoint, sources, placement, shards, texts, copies, left_out, _contents(adapters))
+    sources = tuple(Source(item.adapter) for item in inputs)
+    warnings = (warning,) if warning else ()
+    return Plan(checkpoint, sources, placement, shards, texts, copies, left_out, _contents(adapters), warnings)
+
+
+def _check_load(checkpoint: Checkpoint, placement: Placement, shards: Sequence[Shard]) -> str:
+    """Raise E-PLACE if what is planned would not load as the base does; a warning if that cannot be told."""
+    config = load_check.merged_config(checkpoint.config, placement.config)
+    return load_check.check([named(o) for shard in shards for o in shard.outputs], checkpoint, config)
+
+
+def named(output: Output) -> load_check.Named:
+    """Return a planned tensor as the check of loading sees it."""
+    origin = output.base or output.source
+    return load_check.Named(output.name, output.shape, origin.name if origin else "")
+
+
+def _check_plain(resolved: Sequence[Adapter], placement: Placement, checkpoint: Checkpoint) -> None:
+    """Raise E-BASE-QUANT for an update, or rows, of a tensor that is stored quantized."""
+    quantized = quantized_layers.of(checkpoint)
+    if quantized is None:
+        return
+    for name in (*(t.name for a in resolved for t in targets_of(a)), *(n for p in placement.rows.values() for n in p)):
+        stored = name if name in checkpoint.tensors else base_names.tied_source(name, checkpoint)
+        if quantized.holds(stored or name):
+            raise quantized.refused(name)
 
 
 def _resolve(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
@@ -185,13 +215,13 @@ def _contents(adapters: Sequence[Adapter]) -> frozenset[str]:
 
 
 def _pieces(
-    inputs: Sequence[Scaled], resolved: Sequence[Adapter], checkpoint: Checkpoint
+    inputs: Sequence[Scaled], settled: Sequence[Settled], resolved: Sequence[Adapter], checkpoint: Checkpoint
 ) -> dict[str, tuple[Piece, ...]]:
     """Return the updates of every parameter, by its name in the base."""
     pieces: dict[str, list[Piece]] = {}
     index = base_names.NameIndex.of(checkpoint)
-    for number, (item, adapter) in enumerate(zip(inputs, resolved, strict=True)):
-        for name, piece in _pieces_of(number, item, adapter, index, checkpoint):
+    for number, (item, each, adapter) in enumerate(zip(inputs, settled, resolved, strict=True)):
+        for name, piece in _pieces_of(number, item, (adapter, each.kept), index, checkpoint):
             pieces.setdefault(name, []).append(piece)
     for name, group in pieces.items():
         if len({piece.cols for piece in group}) > 1:
@@ -206,17 +236,30 @@ def _pieces(
 
 
 def _pieces_of(
-    number: int, item: Scaled, resolved: Adapter, index: base_names.NameIndex, checkpoint: Checkpoint
+    number: int,
+    item: Scaled,
+    resolved: tuple[Adapter, Sequence[int]],
+    index: base_names.NameIndex,
+    checkpoint: Checkpoint,
 ) -> Iterator[tuple[str, Piece]]:
-    """Return the updates of adapter number `number`, with the names of their parameters in the base."""
+    """Return the updates of adapter number `number`, with the names of their parameters in the base; `resolved` with
+    the numbers that its targets have in the adapter."""
     is_base_dependent = methods.needs_base(item.adapter)
     magnitudes = {e.name: e for e in item.adapter.extras if e.use == "magnitude"}
     if magnitudes and item.scale != 1:
         raise OptionError("a DoRA adapter cannot be scaled: its magnitudes hold for the whole of its update")
-    for which, (own, target) in enumerate(zip(targets_of(item.adapter), targets_of(resolved), strict=True)):
+    for which, target in zip(resolved[1], targets_of(resolved[0]), strict=True):
+        own = targets_of(item.adapter)[which]
         magnitude = magnitudes.pop(own.name, None)
-        # Itself, or the parts of an expert as the base stores them.
+        # Itself, the parts of an expert as the base stores them, or an expert's part of a stack.
         parts = () if target.name in checkpoint.tensors else base_names.parts(target, index, checkpoint)
+        inside = None if target.name in checkpoint.tensors else base_names.stack_rows(target, index, checkpoint)
+        if inside is not None:
+            if is_base_dependent or magnitude is not None:
+                raise BaseError(f"the base stores {target.name!r} in a stack, an update cannot depend on that")
+            name, first, end = inside
+            yield name, Piece((first, end), target.in_features, number, which, item.scale)
+            continue
         places: list[tuple[Target, tuple[int, int] | None]] = [(p.target, (p.start, p.stop)) for p in parts]
         for stored, part in places or [(target, None)]:
             start, stop, cols = extent(stored)
@@ -244,25 +287,23 @@ def _rows(
     adapters: Sequence[Adapter], placement: Placement, pieces: Mapping[str, Any], checkpoint: Checkpoint
 ) -> dict[str, Rows]:
     """Return trained token rows by the stored embedding they go into; both ends of a tie that is stored twice."""
-    index = base_names.NameIndex.of(checkpoint)
     rows: dict[str, Rows] = {}
     for adapter in adapters:
         places = {e.name: e for e in adapter.extras if e.use == "row_indices"}
         for extra in (e for e in adapter.extras if e.use == "rows"):
             if extra.name not in places:
                 raise no_place(extra, "nothing says which rows these are")
-            name = index.find(extra.name) or base_names.tied_source(extra.name, checkpoint)
-            if name is None:
+            if not placement.rows.get(extra.name):
                 raise no_place(extra, "the base has no such embedding")
-            if name in pieces or name in placement.replaced or name in placement.values:
-                raise no_place(extra, "the embedding itself is changed too", "merge one after the other")
-            if name in placement.copies.values():
-                raise no_place(extra, "the output layer that is tied to it becomes one of its own", "merge them apart")
-            patch = _row_patch(extra, places[extra.name], checkpoint.tensors[name])
-            for end in (name, *_tied_twin(name, checkpoint)):
-                if end in rows:
+            for name in placement.rows[extra.name]:
+                origin = placement.copies.get(name, name)
+                if name in pieces or name in placement.replaced or name in placement.values:
+                    raise no_place(extra, "the embedding itself is changed too", "merge one after the other")
+                if name in placement.copies.values() or origin not in checkpoint.tensors:
+                    raise no_place(extra, "what is tied to it becomes a tensor of its own", "merge them apart")
+                if name in rows:
                     raise no_place(extra, "two adapters bring rows of it", "merge one after the other")
-                rows[end] = patch
+                rows[name] = _row_patch(extra, places[extra.name], checkpoint.tensors[origin])
     return rows
 
 
@@ -274,14 +315,6 @@ def _row_patch(extra: ExtraTensor, places: ExtraTensor, info: TensorInfo) -> Row
         raise no_place(extra, f"it is {extra.dtype}, the base {info.dtype}")
     data = cast(extra, info.dtype).data
     return Rows(index, np.frombuffer(data, STORAGE[info.dtype]).reshape(extra.shape))
-
-
-def _tied_twin(name: str, checkpoint: Checkpoint) -> list[str]:
-    """Return the output head that is tied to the embedding `name` and stored all the same."""
-    if not name.endswith(base_names.EMBEDDINGS) or not base_names.ties_embeddings(checkpoint.config):
-        return []
-    shape = checkpoint.tensors[name].shape
-    return [n for n, t in checkpoint.tensors.items() if n.endswith(base_names.HEADS) and t.shape == shape]
 
 
 # --- planning files -------------------------------------------------------------------------------------------------
@@ -302,7 +335,7 @@ def _shards(
         ]
         for file in checkpoint.files
     ]
-    groups[-1] += _new_outputs(checkpoint, placement, pieces)
+    groups[-1] += _new_outputs(checkpoint, placement, pieces, rows)
     _check_names(groups, checkpoint)
     if shard_bytes is None:
         return tuple(_shard(file, outputs) for file, outputs in zip(checkpoint.files, groups, strict=True))
@@ -315,13 +348,15 @@ def _shards(
     )
 
 
-def _new_outputs(checkpoint: Checkpoint, placement: Placement, pieces: Mapping[str, tuple[Piece, ...]]) -> list[Output]:
+def _new_outputs(
+    checkpoint: Checkpoint, placement: Placement, pieces: Mapping[str, tuple[Piece, ...]], rows: Mapping[str, Rows]
+) -> list[Output]:
     """Return the tensors that the base does not have."""
     added = [Output(extra.name, extra.dtype, extra.shape, data=extra.data) for extra in placement.added]
     for name, origin in placement.copies.items():
         info = checkpoint.tensors[origin]
         data = placement.values[name].data if name in placement.values else None
-        added.append(Output(name, info.dtype, info.shape, None, info, data, pieces.get(name, ())))
+        added.append(Output(name, info.dtype, info.shape, None, info, data, pieces.get(name, ()), rows.get(name)))
     return added
 
 
@@ -385,8 +420,7 @@ def _index(checkpoint: Checkpoint, shards: Sequence[Shard]) -> dict[str, Any]:
 
 def _config_text(config: Mapping[str, Any], changes: Mapping[str, Any]) -> bytes:
     """Return config.json with fields set, or removed where the change is None; keys stay sorted if they were."""
-    merged = {key: value for key, value in {**config, **changes}.items() if changes.get(key, ...) is not None}
-    return _json(merged, sort=list(config) == sorted(config))
+    return _json(load_check.merged_config(config, changes), sort=list(config) == sorted(config))
 
 
 def base_texts(checkpoint: Checkpoint) -> dict[str, bytes]:
@@ -416,7 +450,7 @@ def other_files(checkpoint: Checkpoint) -> tuple[dict[str, Path], tuple[str, ...
         folders[:] = sorted(n for n in folders if n not in hidden and (place / n).as_posix() != JOURNAL)
         for name in names:
             path, shown = Path(folder) / name, (place / name).as_posix()
-            if shown in weights:
+            if shown in weights or shown == UNDONE:
                 continue
             kept = place.parts[:1] == (RECORDS,) or not name.lower().endswith(_OTHER_WEIGHTS)
             if path.is_file() and contained(root, path) and kept:

@@ -1,0 +1,149 @@
+"""What transformers' classes say of a base: what is tied, under which names, and how it is taken apart."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from lrconvert.lora import architecture, ties
+from lrconvert.lora.architecture import TIE
+from lrconvert.lora.ties import Tie
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TOKENS: dict[str, Any] = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+BOTH = {
+    **{"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2},
+    **{"decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "decoder_start_token_id": 1},
+}
+T5 = {"d_model": 16, "d_ff": 24, "d_kv": 8, "num_layers": 1, "num_heads": 2}
+
+# class -> model type, sizes, the embedding of the input, the head, all names of that tensor, and whether they can part
+CASES: dict[str, tuple[str, dict[str, Any], str, str, int, bool]] = {
+    "LlamaForCausalLM": ("llama", SIZES | {TIE: True}, "model.embed_tokens.weight", "lm_head.weight", 2, True),
+    "MambaForCausalLM": ("mamba", SIZES | {"state_size": 8}, "backbone.embeddings.weight", "lm_head.weight", 2, True),
+    "BioGptForCausalLM": ("biogpt", SIZES, "biogpt.embed_tokens.weight", "output_projection.weight", 2, True),
+    "ModernBertForMaskedLM": (
+        "modernbert",
+        SIZES | {"cls_token_id": 1, "sep_token_id": 2},
+        "model.embeddings.tok_embeddings.weight",
+        "decoder.weight",
+        2,
+        True,
+    ),
+    "BertForMaskedLM": (
+        "bert",
+        SIZES,
+        "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.weight",
+        2,
+        True,
+    ),
+    "WhisperForConditionalGeneration": (
+        "whisper",
+        BOTH,
+        "model.decoder.embed_tokens.weight",
+        "proj_out.weight",
+        2,
+        True,
+    ),
+    "BartForConditionalGeneration": ("bart", BOTH, "model.shared.weight", "lm_head.weight", 4, True),
+    "T5ForConditionalGeneration": ("t5", T5, "shared.weight", "lm_head.weight", 4, False),
+    "UMT5ForConditionalGeneration": ("umt5", T5, "shared.weight", "lm_head.weight", 3, False),
+}
+
+
+def config_of(title: str) -> dict[str, Any]:
+    family, sizes = CASES[title][:2]
+    return {"model_type": family, "architectures": [title], **TOKENS, **sizes}
+
+
+@pytest.mark.parametrize("title", CASES)
+def test_the_class_names_what_is_tied(title: str) -> None:
+    """Embeddings, heads and ties are those of the class, by whatever names; untying works or is known not to."""
+    _, _, embedding, head, count, can_part = CASES[title]
+    config = config_of(title)
+    found = architecture.of(config)
+    assert found is not None and found.name == title and found.is_tied
+    assert found.inputs == {embedding} and found.outputs == {head}
+    others = found.shared_with(embedding)
+    assert head in others and len(others) == count - 1
+    assert set(found.sources) >= others and found.shapes[head] == found.shapes[embedding] == (40, 16)
+    changes = ties.untied(config, [Tie((embedding, *sorted(others)), {embedding: embedding})])
+    assert (changes is not None) == can_part
+    if changes is not None:
+        after = architecture.of(config | changes)
+        assert after is not None and not after.shared_with(embedding)
+
+
+def test_ties_of_parts_are_taken_apart_in_their_parts() -> None:
+    """A model of several parts says it in its own configuration, and in those of the parts that say it."""
+    text = {"model_type": "gemma3_text", **TOKENS, **SIZES, "head_dim": 8, "num_key_value_heads": 1, TIE: True}
+    vision = {"model_type": "siglip_vision_model", **SIZES, "image_size": 28, "patch_size": 14}
+    config = {"model_type": "gemma3", "text_config": text, "vision_config": vision}
+    config["architectures"] = ["Gemma3ForConditionalGeneration"]
+    found = architecture.of(config)
+    assert found is not None
+    (group,) = (group for group in found.ties if found.inputs & group)
+    changes = ties.untied(config, [Tie(tuple(sorted(group)), {})])
+    assert changes == {TIE: False, "text_config": {**text, TIE: False}}
+
+
+def test_orientation_is_the_class_s_own() -> None:
+    gpt2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 16, "n_layer": 1, "n_head": 2}
+    found = architecture.of(gpt2 | {"vocab_size": 40})
+    assert found is not None
+    assert "transformer.h.0.attn.c_attn.weight" in found.transposed and "lm_head.weight" not in found.transposed
+
+
+def test_a_class_that_is_not_known_is_none() -> None:
+    for config in (
+        {},
+        {"model_type": "nothing"},
+        {"model_type": "llama", "num_attention_heads": 0},
+        {"model_type": "llama", "vocab_size": "many"},
+        {"architectures": ["LlamaForCausalLM"]},
+    ):
+        assert architecture.of(config) is None and ties.of(config) is None
+    assert ties.of({"model_type": "llama", "num_hidden_layers": 1, "architectures": ["OurOwnForCausalLM"]}) is None
+
+
+# --- all classes ----------------------------------------------------------------------------------------------------
+
+
+def classes() -> Iterator[tuple[str, Any]]:
+    """Yield (model type, class) of every class of transformers that can tie weights."""
+    for folder in pkgutil.iter_modules(transformers.models.__path__):
+        for file in pkgutil.iter_modules([f"{transformers.models.__path__[0]}/{folder.name}"]):
+            if not file.name.startswith("modeling_"):
+                continue
+            try:
+                module = importlib.import_module(f"transformers.models.{folder.name}.{file.name}")
+            except (ImportError, OSError):  # of a package that is not there
+                continue
+            for kind in vars(module).values():
+                is_model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+                if is_model and kind.__module__ == module.__name__ and isinstance(kind._tied_weights_keys, dict):
+                    yield kind.config_class.model_type, kind
+
+
+# Keys of `_tied_weights_keys` that may reach into numbered layers: patterns, numbers, modules that hold others.
+_OF_LAYERS = re.compile(r".*[\\()\[\]?*+|^].*|.*\.\d+\..*|(?!.*(?:weight|bias)\$?$).*")
+_PARAMETERS = ("positional_embedding", "codec_head", "eoi_embedding")  # these hold none
+
+
+@pytest.mark.medium
+def test_ties_in_numbered_layers_are_those_that_are_known() -> None:
+    """Merges of numbered layers do not ask the class, but for families that tie some of them: these are all."""
+    keys = ((family, key) for family, kind in classes() for pair in kind._tied_weights_keys.items() for key in pair)
+    found = {family for family, key in keys if _OF_LAYERS.fullmatch(key) and not key.endswith(_PARAMETERS)}
+    assert found and found <= ties.TIED_LAYERS, sorted(found - ties.TIED_LAYERS)
