@@ -220,9 +220,8 @@ def allocate(
             return ablation.on_trial(session.teacher_model.model, whole, batches)
 
         chooser = Chooser(allocate_options, trial, part(progress, 0.0, _CHOOSING))
-        source_lora = refine.with_longest_provenance(lora)
         conversion = rank_allocation.converted(
-            source_lora, options, chooser, base_content=base_content, progress=lambda share, text: None
+            lora, options, chooser, base_content=base_content, progress=lambda share, text: None
         )
         first = chooser.allocation(conversion, "ablation")
         source = chooser.source

@@ -12,6 +12,7 @@ from torch import nn
 from lrconvert.core.errors import FingerprintError, OptionError, OutputExistsError
 from lrconvert.formats import fidelity
 from lrconvert.formats.fidelity import Answers
+from lrconvert.formats.lrc import budgets, file
 from lrconvert.io.checkpoint import open_checkpoint
 from lrconvert.live.zero_point import differences
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
@@ -21,18 +22,26 @@ from lrconvert.refine.run import RefineResult, RefineRun
 from lrconvert.refine.session import Progress, RefineSession, open_session, part
 from lrconvert.refine.settings import RunOptions, Settings
 
-_LONGEST_METRICS = "hidden states -0.00000e-000 of -0.00000e-000, agreement 0.0000, 0000000000 items"
+_PREFIX = "refined_"  # of the provenance's fields
 _OPENING = 0.05  # of the progress: what comes before the student
 
 
 @dataclass(frozen=True, eq=False)
 class Refinement(RefineResult):
     """A `RefineResult` to be written. `data`: digest of all data. `leads`: whether this is the first of several
-    processes, the one that writes. `warnings` are one-line texts."""
+    processes, the one that writes. `sizes` are exact; `source_bytes`: the teacher's factors at 16 bit. `warnings` are
+    one-line texts."""
 
     data: str
     seconds: float
     leads: bool
+    sizes: file.Sizes
+    source_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        """Source factors at 16 bit over the file's bytes, extras counted on neither side."""
+        return self.source_bytes / self.sizes.adapter
 
 
 def refine(
@@ -58,7 +67,7 @@ def refine(
     if run.load_in_4bit and not isinstance(base, Path):
         raise OptionError("a live model cannot be loaded in 4 bit", fix="load it so, or give its folder")
     if isinstance(base, Path) and compact.base.content:
-        with open_checkpoint(base) as checkpoint:
+        with open_checkpoint(base, quantized=True) as checkpoint:
             if checkpoint.content_digest() != compact.base.content:
                 raise FingerprintError("the base has other contents than the file's own", path=base)
     started = time.monotonic()
@@ -85,9 +94,16 @@ def refinement(
     session: RefineSession, result: RefineResult, seed: int, seconds: float, warnings: tuple[str, ...] = ()
 ) -> Refinement:
     """Return the outcome of a student with its provenance."""
-    done = replace(result, compact=with_provenance(session, result, seed), warnings=(*warnings, *result.warnings))
-    is_first = session.teacher_model.processes.is_first
-    return Refinement(**vars(done), data=session.split.digest, seconds=seconds, leads=is_first)
+    compact = with_provenance(session, result, seed)
+    done = replace(result, compact=compact, warnings=(*warnings, *result.warnings, *note_warnings(compact)))
+    return Refinement(
+        **vars(done),
+        data=session.split.digest,
+        seconds=seconds,
+        leads=session.teacher_model.processes.is_first,
+        sizes=file.sizes(compact),
+        source_bytes=layerwise.aligned(session.teacher, compact).half_bytes,
+    )
 
 
 def _source_warnings(compact: CompactAdapter, teacher: LoraAdapter) -> tuple[str, ...]:
@@ -101,36 +117,48 @@ def _source_warnings(compact: CompactAdapter, teacher: LoraAdapter) -> tuple[str
 # --- provenance -----------------------------------------------------------------------------------------------------
 
 
+_NOTE = ("steps", "after", "before", "layerwise", "seed", "data", "teacher")  # the most telling first
+
+
 def with_provenance(session: RefineSession, result: RefineResult, seed: int) -> CompactAdapter:
-    """Return the outcome of a student with what was done in its provenance, also where nothing was gained."""
-    compact, teacher = result.compact, session.teacher
-    fields = {
-        **compact.provenance.fields,
-        "refined_steps": str(result.best_step),
-        "refined_layerwise": "yes" if result.layerwise else "no",
-        "refined_seed": str(seed),
-        "refined_data": session.split.digest,
-        "refined_before": _metrics(result.before),
-        "refined_after": _metrics(result.after),
+    """Return the outcome of a student with what was done in its provenance, also where nothing was gained: as much of
+    it as a budget that the file was made under has room for, in the order of `_NOTE`."""
+    compact, source = result.compact, session.teacher.provenance.source
+    note = {
+        "steps": str(result.best_step),
+        "layerwise": "yes" if result.layerwise else "no",
+        "seed": str(seed),
+        "data": session.split.digest,
+        "before": _metrics(result.before),
+        "after": _metrics(result.after),
+        "teacher": source if source != compact.provenance.source else "",
     }
-    if teacher.provenance.source:
-        fields["refined_teacher"] = teacher.provenance.source
+    fields = {key: text for key, text in compact.provenance.fields.items() if not key.startswith(_PREFIX)}
     if result.improved and methods.needs_base(compact) and session.base is None:
         fields.pop("captured", None)  # unknown without the base's weights
     elif result.improved and "captured" in fields:
-        captured = fidelity.fidelity_on(layerwise.aligned(teacher, compact), compact, None, session.base).captured
+        teacher = layerwise.aligned(session.teacher, compact)
+        captured = fidelity.fidelity_on(teacher, compact, None, session.base).captured
         fields["captured"] = f"{min(max(captured, 0.0), 1.0):.4f}"
+    noted = _with_fields(compact, fields)
+    for name in _NOTE:
+        longer = _with_fields(compact, {**noted.provenance.fields, f"{_PREFIX}{name}": note[name]})
+        if note[name] and budgets.is_kept(longer):
+            noted = longer
+    return noted
+
+
+def note_warnings(compact: CompactAdapter) -> tuple[str, ...]:
+    """Return a warning if the note of a refinement had to be shortened."""
+    missing = [name for name in _NOTE if name != "teacher" and f"{_PREFIX}{name}" not in compact.provenance.fields]
+    if not missing:
+        return ()
+    limit = f"{budgets.stated(compact):,} bytes that were asked for"
+    return (f"the file's note of the refinement leaves out {', '.join(missing)}: the {limit} have no room for it",)
+
+
+def _with_fields(compact: CompactAdapter, fields: dict[str, str]) -> CompactAdapter:
     return replace(compact, provenance=replace(compact.provenance, fields=fields))
-
-
-def with_longest_provenance(lora: LoraAdapter) -> LoraAdapter:
-    """Return the LoRA with the longest text for each field that `with_provenance` adds: what is converted from it under
-    a budget is within that budget when it is refined, too."""
-    provenance = lora.provenance
-    fields = {"refined_layerwise": "yes", **dict.fromkeys(("refined_steps", "refined_seed"), "0" * 20)}
-    fields |= dict.fromkeys(("refined_data", *(("refined_teacher",) if provenance.source else ())), "0" * 64)
-    fields |= dict.fromkeys(("refined_before", "refined_after"), _LONGEST_METRICS)
-    return replace(lora, provenance=replace(provenance, fields={**provenance.fields, **fields}))
 
 
 def _metrics(answers: Answers) -> str:

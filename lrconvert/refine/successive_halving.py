@@ -18,7 +18,7 @@ from lrconvert.formats.lrc import file
 from lrconvert.lora.adapter import LoraAdapter
 from lrconvert.lora.input_statistics import InputStatistics
 from lrconvert.refine import layerwise
-from lrconvert.refine.refine import with_longest_provenance, with_provenance
+from lrconvert.refine.refine import note_warnings, with_provenance
 from lrconvert.refine.run import RefineResult, RefineRun
 from lrconvert.refine.session import Progress, RefineSession, open_session, part
 from lrconvert.refine.settings import RunOptions, Settings
@@ -61,18 +61,17 @@ def compress(
     answers with them; see `lrconvert.api.compress`. The winner is refined, and says so."""
     rules.check()
     settings.check()
-    source = with_longest_provenance(lora)
     opening, fitting = part(progress, 0.0, _OPENING), part(progress, _OPENING, _FITS)
     with open_session(base, lora, data, settings, RunOptions(device=rules.device), progress=opening) as session:
         fitting(0.0, "inputs of the layers")
         inputs: InputStatistics | None = statistics or layerwise.teacher_statistics(session, lora, settings)
         try:
-            compression = fit(source, inputs, fitting)
+            compression = fit(lora, inputs, fitting)
         except StatisticsError:
             if statistics is not None:
                 raise
             inputs = None  # a layer that the data never reached
-            compression = fit(source, None, fitting)
+            compression = fit(lora, None, fitting)
         return _SuccessiveHalving(session, compression, inputs, settings, part(progress, _FITS, 1.0)).run(rules)
 
 
@@ -142,6 +141,6 @@ class _SuccessiveHalving:
             compact=compact,
             sizes=file.sizes(compact),
             fidelity=fidelity.fidelity_on(teacher, compact, self.statistics, session.base),
-            warnings=(*conversion.warnings, *result.warnings),
+            warnings=(*conversion.warnings, *result.warnings, *note_warnings(compact)),
         )
         return replace(candidate, conversion=refined, before=result.before, after=result.after, steps=result.steps)

@@ -138,11 +138,9 @@ def test_answers_rank_by_halving(ranked):
     assert winner.after.distance < winner.before.distance
     for some in ranked.candidates:  # whichever is written says what was done to it
         told = some.conversion.compact.provenance.fields
-        assert f"{some.after.distance:.6g} of" in told["refined_after"] and int(told["refined_steps"]) <= some.steps
-    fields = ranked.chosen.compact.provenance.fields
-    assert f"{winner.after.distance:.6g} of" in fields["refined_after"]
-    assert f"{winner.before.distance:.6g} of" in fields["refined_before"]
-    assert int(fields["refined_steps"]) <= winner.steps
+        assert int(told["refined_steps"]) <= some.steps and some.conversion.sizes.adapter <= 5000
+        for name, measured in (("refined_after", some.after), ("refined_before", some.before)):
+            assert name not in told or f"{measured.distance:.6g} of" in told[name]  # as far as there is room
     assert file.sizes(ranked.chosen.compact) == ranked.chosen.sizes and ranked.chosen.sizes.adapter <= 5000
 
 

@@ -245,8 +245,7 @@ def test_budgets_are_met_in_every_round(
     assert answers.distance == pytest.approx(done.training.after.distance, rel=1e-5)
     assert done.training.after.distance < done.training.before.distance < done.training.after.base_distance
     fields = written.provenance.fields
-    assert fields["refined_steps"] == str(done.training.best_step) and fields["refined_data"] == done.training.data
-    assert fields["refined_teacher"] == lora.provenance.source and "0000000" not in fields["refined_after"]
+    assert fields["refined_steps"] == str(done.training.best_step) and "refined_teacher" not in fields
     # The same again has the same bytes.
     again = retrained(lora, model, batches, **options)
     assert b"".join(file.encode(again.compact)) == b"".join(file.encode(done.compact)) and again.moves == done.moves

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from lrconvert import api
 from lrconvert.cli import cli
 from lrconvert.core.errors import (
     BaseError,
+    BudgetError,
     DataError,
     FingerprintError,
     LrcError,
@@ -184,10 +186,41 @@ def test_never_worse_and_written_as_measured(
         assert answers.distance == pytest.approx(reported.distance, rel=1e-5)
         assert answers.agreement == reported.agreement
     fields = written.provenance.fields
-    assert fields["refined_steps"] == str(done.best_step) and fields["refined_data"] == done.data
-    assert fields["refined_teacher"] == lora.provenance.source
+    assert fields["refined_steps"] == str(done.best_step)
     assert float(fields["captured"]) == pytest.approx(api.compare(lora, [written])[0].captured, abs=1e-4)
     assert not list(tmp_path.glob("*.partial"))
+    # The size that was asked for holds, with the note of the refinement; what of that had no room is named.
+    assert done.ratio >= 12 and file.sizes(written) == done.sizes
+    missing = [n for n in ("after", "before", "layerwise", "seed", "data") if f"refined_{n}" not in fields]
+    assert [line for line in done.warnings if "leaves out" in line] == [
+        f"the file's note of the refinement leaves out {', '.join(missing)}: the {lora.half_bytes // 12:,} bytes that "
+        "were asked for have no room for it"
+    ]
+    again = api.refine(written, lora, model, batches, **FEW)
+    assert again.ratio >= 12
+
+
+def test_the_smallest_size_holds_too(lora: LoraAdapter, model: Any, batches: Any) -> None:
+    """Where a budget has no room for any note, none is written."""
+    with pytest.raises(BudgetError) as refused:
+        api.convert(lora, "lowrank", target_size=100)
+    smallest = int(re.findall(r"has (\d+) bytes", str(refused.value))[0])
+    compact = api.convert(lora, "lowrank", target_size=smallest).compact
+    assert file.sizes(compact).adapter <= smallest
+    done = api.refine(compact, lora, model, batches, end_to_end=False)
+    assert done.sizes.adapter <= smallest and any("leaves out steps, after" in line for line in done.warnings)
+
+
+def test_the_note_is_whole_without_a_budget(lora: LoraAdapter, model: Any, small: CompactAdapter, batches: Any) -> None:
+    """And it names a teacher that is not the source."""
+    done = api.refine(small, lora, model, batches, **FEW)
+    fields = done.compact.provenance.fields
+    assert fields["refined_data"] == done.data and fields["refined_seed"] == "0" and fields["refined_layerwise"]
+    assert f"{done.after.distance:.6g} of" in fields["refined_after"] and "refined_before" in fields
+    assert "refined_teacher" not in fields and not done.warnings
+    other = replace(lora, provenance=replace(lora.provenance, source="0" * 64))
+    named = api.refine(small, other, model, batches, end_to_end=False).compact.provenance.fields
+    assert named["refined_teacher"] == "0" * 64
 
 
 def test_updates_that_depend_on_the_base(lora: LoraAdapter, model: Any, batches: Any) -> None:
