@@ -17,7 +17,7 @@ from lrconvert.core.devices import torch_device
 from lrconvert.core.errors import BudgetError, EmptyAdapterError, FingerprintError, OptionError
 from lrconvert.core.limits import OWN
 from lrconvert.core.options import make
-from lrconvert.formats import base_class
+from lrconvert.formats import base_class, config_shapes
 from lrconvert.formats.fidelity import Fidelity
 from lrconvert.formats.fidelity import fidelity as measure_fidelity
 from lrconvert.formats.lrc import budgets, file
@@ -205,6 +205,7 @@ def _on_base(
         return
     if bake_dora is None and is_without_weights(base):
         config = base / "config.json"
+        config_shapes.check(lora, base)
         yield (base_class.noted(lora, read_json(config)) if config.is_file() else lora), None, (_NAMES_ONLY,)
         return
     with open_checkpoint(base, quantized=True) as checkpoint:

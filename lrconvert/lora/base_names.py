@@ -131,12 +131,17 @@ def _square_stack(target: Target, siblings: set[str], config: Mapping[str, Any])
 
 
 def _square_view(name: str, siblings: set[View], config: Mapping[str, Any]) -> View:
-    """The view of a square parameter, from the architecture, else from what all non-square targets agree on."""
+    """The view of a square parameter: from the family, where its other targets bear that out; else from the class of
+    the base, or from what all non-square targets agree on. Raises E-ORIENT."""
     family = _family(config)
     if family in CONV1D_FAMILIES:
         return MATRIX if name.split(".")[-2] in _LINEAR_IN_CONV1D else TRANSPOSED
     if siblings == {MATRIX} or (family and "auto_map" not in config and not siblings - {MATRIX}):
         return MATRIX
+    known = ties.of(config)
+    place = None if known is None else known.find(name)
+    if known is not None and place is not None:
+        return TRANSPOSED if place in known.architecture.transposed else MATRIX
     if siblings == {TRANSPOSED} and not family:
         return TRANSPOSED
     raise OrientationError(
@@ -176,34 +181,52 @@ def parts(target: Target, index: NameIndex, checkpoint: Checkpoint) -> tuple[Par
     return ()
 
 
-def stack_rows(target: Target, index: NameIndex, checkpoint: Checkpoint) -> tuple[str, int, int] | None:
-    """Return (stack, first row, end) of the layer of one expert in the stack that the base stores all experts in, whose
-    matrices lie one below the other: ``experts.3.up_proj`` in ``experts.gate_up_proj``. None if it stores none, or not
-    (experts, out, in). Raises E-BASE, E-ORIENT."""
-    owner, _, leaf = target.name.removesuffix(".weight").rpartition(".")
-    owner, _, number = owner.rpartition(".")
-    if not number.isdecimal() or target.view != MATRIX:
+@dataclass(frozen=True)
+class StackRows:
+    """The layer of one expert in the stack that a base stores all experts in: rows `start` to `stop` of the parameter
+    `name`, whose matrices lie one below the other, `cols` wide; transposed where it stores them (in, out)."""
+
+    name: str
+    start: int
+    stop: int
+    cols: int
+    is_transposed: bool
+
+
+def stack_rows(target: Target, index: NameIndex, checkpoint: Checkpoint) -> StackRows | None:
+    """Return where the layer of one expert is in a stack: ``experts.3.up_proj`` in ``experts.gate_up_proj``, and
+    ``experts.down_projs.3`` in ``experts.down_proj``. None if the base has no such stack. Raises E-BASE, E-ORIENT."""
+    owner = target.name.removesuffix(".weight").split(".")
+    first, second = owner[-2:] if len(owner) > 2 else ("", "")
+    if target.view != MATRIX or first.isdecimal() == second.isdecimal():
         return None
+    number, leaf = (int(first), second) if first.isdecimal() else (int(second), first.removesuffix("s"))
     for stack, forms in _EXPERT_PARTS.items():
-        leaves = next((leaves for leaves in forms if leaf in leaves), ())
-        name = index.find(f"{owner}.{stack}") if leaves else None
+        leaves = ((stack,), *forms) if second.isdecimal() else forms
+        siblings = next((names for names in leaves if leaf in names), ())
+        name = index.find(".".join((*owner[:-2], stack))) if siblings else None
         shape = () if name is None else checkpoint.tensors[name].shape
         if name is None or len(shape) != 3:
             continue
         out, inner = target.matrix_shape
-        if sorted(shape[1:]) != sorted((len(leaves) * out, inner)) or int(number) >= shape[0]:
+        if sorted(shape[1:]) != sorted((len(siblings) * out, inner)) or number >= shape[0]:
             raise BaseError(
-                f"{target.name!r} is {[out, inner]} (out, in) in the adapter, the base's {name!r} {[*shape]}"
+                f"{target.name!r} is {[out, inner]} (out, in) in the adapter, {name!r} {[*shape]} in the base"
             )
-        side = set[str]() if shape[1] == shape[2] else {"expert" if shape[2] == inner else "expert_transposed"}
-        whole = Target(name, shape, View(f"expert:{number}"))
-        if _square_stack(whole, side, checkpoint.config).kind == "expert":
-            first = int(number) * shape[1] + leaves.index(leaf) * out
-            return name, first, first + out
+        is_transposed = shape[1] == inner
+        if shape[1] == shape[2]:
+            whole = Target(name, shape, View(f"expert:{number}"))
+            is_transposed = _square_stack(whole, set(), checkpoint.config).kind == "expert_transposed"
+        if is_transposed and len(siblings) > 1:
+            return None  # columns, in an order that only the model's code tells
+        start = number * shape[1] + (0 if is_transposed else siblings.index(leaf) * out)
+        return StackRows(name, start, start + (inner if is_transposed else out), shape[2], is_transposed)
     return None
 
 
-def _resolve_targets(targets: Iterable[Target], checkpoint: Checkpoint) -> list[Target]:
+def _resolve_targets(
+    targets: Iterable[Target], checkpoint: Checkpoint, resized: Mapping[str, tuple[int, ...]]
+) -> list[Target]:
     index = NameIndex.of(checkpoint)
     placed: list[tuple[Target, tuple[int, ...], View | None]] = []
     siblings: set[View] = set()
@@ -222,6 +245,8 @@ def _resolve_targets(targets: Iterable[Target], checkpoint: Checkpoint) -> list[
             placed.append((target, target.shape, target.view))
             continue
         named = replace(target, name=place)
+        if len(shape) == 2 and shape[1:] == resized.get(target.name, ())[1:]:
+            shape = resized[target.name]
         try:
             view = _fitting_view(target, shape)
         except LrcError as error:
@@ -246,11 +271,14 @@ def _resolve_targets(targets: Iterable[Target], checkpoint: Checkpoint) -> list[
 
 def resolve(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
     """Return `adapter` with every target named, shaped and viewed as the base stores it, in the order it had; entries
-    of a stack that the base stores in `parts`, and layers of experts that it stores as a stack, stay as they are.
+    of a stack that the base stores in `parts`, and layers of experts that it stores as a stack, stay as they are; so do
+    shapes of embeddings that were resized, whose own weights the adapter has beside them.
 
     Raises E-BASE (missing, ambiguous, other shape, two targets on one matrix), E-ORIENT (an undecided square weight).
     """
-    targets = _resolve_targets(adapter.shapes() if isinstance(adapter, LoraAdapter) else adapter.targets, checkpoint)
+    own = adapter.shapes() if isinstance(adapter, LoraAdapter) else adapter.targets
+    beside = {e.name.replace("base_layer.", ""): e.shape for e in adapter.extras if ".base_layer." in f".{e.name}"}
+    targets = _resolve_targets(own, checkpoint, beside)
     names: set[tuple[str, str]] = set()
     for target in targets:
         key = (target.name, target.view.text)

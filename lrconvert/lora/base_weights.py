@@ -69,6 +69,8 @@ class BaseWeights:
             raise self._quantized.refused(name)
         if info is None:
             raise BaseError(f"the base stores {name!r} in another form, an update cannot depend on that")
+        if info.shape != place.shape:
+            raise BaseError(f"{name!r} is {list(place.shape)} in the adapter, {list(info.shape)} in the base")
         if info.dtype not in FLOATS:
             raise QuantizedBaseError(f"{name!r} is stored as {info.dtype}", fix="give the base that is not quantized")
         return info

@@ -23,7 +23,7 @@ _NUMBERED = re.compile(r"\.(?:0|[1-9][0-9]*)\.")
 # Families that share parameters of numbered layers; a test asks all of transformers' classes.
 TIED_LAYERS = frozenset(
     (
-        *("d_fine", "deformable_detr", "deimv2", "grounding_dino", "mm-grounding-dino", "rt_detr", "rt_detr_v2"),
+        *("d_fine", "deformable_detr", "deimv2", "grounding-dino", "mm-grounding-dino", "rt_detr", "rt_detr_v2"),
         *("dab-detr", "conditional_detr", "pp_doclayout_v2", "pp_doclayout_v3", "udop", "diffusion_gemma"),
         *("pe_audio_video",),
     )

@@ -58,7 +58,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str, str, int, bool]] = {
     ),
     "BartForConditionalGeneration": ("bart", BOTH, "model.shared.weight", "lm_head.weight", 4, True),
     "T5ForConditionalGeneration": ("t5", T5, "shared.weight", "lm_head.weight", 4, False),
-    "UMT5ForConditionalGeneration": ("umt5", T5, "shared.weight", "lm_head.weight", 3, False),
+    "UMT5ForConditionalGeneration": ("umt5", T5, "shared.weight", "lm_head.weight", 4, False),
 }
 
 

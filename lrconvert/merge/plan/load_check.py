@@ -18,6 +18,8 @@ from lrconvert.lora.ties import BaseClass
 
 _FIX = "merge with PEFT, or report the architecture: lrconvert cannot place this adapter in it"
 
+_RESIZE = "resize the base first: model.resize_token_embeddings({}), save it, and merge into that"
+
 
 @dataclass(frozen=True)
 class Named:
@@ -48,7 +50,9 @@ def check(tensors: list[Named], checkpoint: Checkpoint, config: Mapping[str, Any
         named = (config.get("architectures") or ["of its configuration"])[0]
         return f"transformers has no class {named!s:.80}: names and shapes of the merged model are not checked"
     if found:
-        raise PlacementError(f"the merged model would not load: {found[0]}", fix=_FIX, path=checkpoint.root)
+        size = config.get("vocab_size")
+        fix = _FIX if size == checkpoint.config.get("vocab_size") else _RESIZE.format(size)
+        raise PlacementError(f"the merged model would not load: {found[0]}", fix=fix, path=checkpoint.root)
     return ""
 
 

@@ -257,8 +257,8 @@ def _pieces_of(
         if inside is not None:
             if is_base_dependent or magnitude is not None:
                 raise BaseError(f"the base stores {target.name!r} in a stack, an update cannot depend on that")
-            name, first, end = inside
-            yield name, Piece((first, end), target.in_features, number, which, item.scale)
+            rows = (inside.start, inside.stop)
+            yield inside.name, Piece(rows, inside.cols, number, which, item.scale, inside.is_transposed)
             continue
         places: list[tuple[Target, tuple[int, int] | None]] = [(p.target, (p.start, p.stop)) for p in parts]
         for stored, part in places or [(target, None)]:
