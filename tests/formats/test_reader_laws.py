@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from lrconvert.formats.readers.shared.weights import open_weights
 from lrconvert.lora.adapter import LoraAdapter
 from lrconvert.methods import base as methods
 from lrconvert.testing import layouts
-from lrconvert.testing.layouts import Sample, safetensors_file
+from lrconvert.testing.gguf import gguf_file
+from lrconvert.testing.layouts import Known, Sample, safetensors_file
 
 
 def sample_of(reader_id: str) -> Sample:
@@ -175,3 +177,71 @@ def test_every_tensor_counts(case: Case) -> None:
                 assert error.code in ("E-VALUE", "E-DIGEST")
             else:
                 assert name in [extra.name for extra in whole.extras]
+
+
+# --- what a file states ---------------------------------------------------------------------------------------------
+
+
+def said(case: Case, before: Any, words: str) -> bool:
+    """Whether a setting that was added is refused by name, changes a scale, or is named in a warning."""
+    try:
+        adapter = case.load()
+    except errors.LrcError as error:
+        return words in str(error)
+    if any(words in line for line in adapter.warnings):
+        return True
+    return isinstance(adapter, LoraAdapter) and [p.scale for p in adapter.targets] != [p.scale for p in before.targets]
+
+
+def test_a_stated_setting_is_used_or_named(case: Case) -> None:
+    """Among the metadata of the file, in the configuration, and among the fields of a GGUF file."""
+    before = case.load()
+    for name in ("unheard_of", "lora_alpha", "scaling"):
+        for path in case.folder.iterdir():
+            stored = path.read_bytes()
+            if path.suffix == ".safetensors":
+                tensors = safetensors.numpy.load(stored)
+                with safetensors.safe_open(path, "np") as file:
+                    metadata = file.metadata() or {}
+                path.write_bytes(safetensors_file(tensors, {**metadata, name: "7"}))
+            elif path.name == CONFIG_NAME:
+                config = json.loads(stored)
+                if name in config:
+                    continue
+                path.write_text(json.dumps({**config, name: 7}))
+            elif path.suffix == ".gguf":
+                fields, described = layouts.gguf_parts(
+                    [Known("blk.3.attn_v", np.ones((2, 8), "<f4"), np.ones((6, 2), "<f4"), 3.0)]
+                )
+                path.write_bytes(gguf_file({**fields, f"adapter.lora.{name}": 7.0}, described)[0])
+            assert said(case, before, name), (path.name, name)
+            path.write_bytes(stored)
+
+
+def test_an_alpha_beside_the_factors_is_used_or_named(case: Case) -> None:
+    """Of each module, under the name that most layouts give it, and under a name that says a factor."""
+    files = list(case.folder.glob("*.safetensors"))
+    if not files:
+        pytest.skip("no safetensors file")
+    before, tensors = case.load(), safetensors.numpy.load_file(files[0])
+    stems = {re.split(r"\.lora|\.miss_|\.vblora_|:|_[ab]_|_(?:alpha|beta|A)_", name)[0] for name in tensors}
+    for name in ("alpha", "scaling"):
+        added = {f"{stem}.{name}": np.full(1, 7, np.float32) for stem in stems if "<" not in stem}
+        case.rewritten({**tensors, **added})
+        assert said(case, before, name), name
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "_fsdp_wrapped_module", "_forward_module", "module"])
+def test_wrappers_are_taken_out_of_names_with_a_warning(wrapper: str, case: Case) -> None:
+    """In front of every name: the same adapter, and a warning that names the wrapper."""
+    files = list(case.folder.glob("*.safetensors"))
+    if not files or case.reader.id == "cloneofsimo":
+        pytest.skip("no names with dots")
+    whole, tensors = case.load(), safetensors.numpy.load_file(files[0])
+    wrapped = case.load(case.rewritten({f"{wrapper}.{name}": value for name, value in tensors.items()}))
+    same = ("targets", "extras") if isinstance(whole, LoraAdapter) else ("targets", "extras", "config")
+    assert all(getattr(wrapped, field) == getattr(whole, field) for field in same)
+    assert any(line.startswith(f"{wrapper} is taken out") for line in wrapped.warnings)
+    name = next(iter(tensors))
+    with pytest.raises(errors.TensorUnknownError, match="mean the same"):
+        case.load(case.rewritten({**tensors, f"_orig_mod.{name}": tensors[name]}))

@@ -238,8 +238,8 @@ TENSORS = {
     "A alone": (only("A"), errors.PairError, "lora_A.weight has no lora_B.weight"),
     "B alone": (only("B"), errors.PairError, "lora_B.weight has no lora_A.weight"),
     "scalars alone": (scalars, errors.EmptyAdapterError, "no lora_A / lora_B pair"),
-    "swapped halves": (lambda v: {**v, A: v[B], B: v[A]}, errors.PairError, "transposed or swapped"),
-    "swapped halves of a square weight": (put({A: ones(64, 8), B: ones(8, 64)}), errors.PairError, "transposed or swapped"),
+    "swapped halves": (lambda v: {**v, A: v[B], B: v[A]}, errors.PairError, "transposed or"),
+    "swapped halves of a square weight": (put({A: ones(64, 8), B: ones(8, 64)}), errors.PairError, "transposed or"),
     "half an embedding": (
         put({ROOT + "model.embed_tokens.lora_embedding_A": ones(8, 4)}),
         errors.PairError, "lora_embedding_A has no lora_embedding_B"),

@@ -87,7 +87,8 @@ class _Scales:
     def check(self, modules: Collection[str]) -> None:
         """Raise E-OPTION if both the file and the user state alpha, E-CONFIG if neither does."""
         if self.given is not None and (self.settings.alpha is not None or len(self.own) == len(modules)):
-            raise OptionError("the file states its alpha, another was given", fix="leave --alpha out")
+            where = self.settings.used[0] if self.settings.used else f"{next(iter(self.own))}.alpha"
+            raise OptionError(f"the file states its alpha ({where:.160}), another was given", fix="leave --alpha out")
         unstated = [module for module in modules if module not in self.own]
         if unstated and self.given is None and self.settings.alpha is None:
             where = f"of {unstated[0]!r:.160}" if self.own else "in the file"

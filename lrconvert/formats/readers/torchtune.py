@@ -62,7 +62,7 @@ def read(path: Path, options: ReadOptions) -> LoraAdapter:
         modules = pairs.sort_parts(weights, _split)
         pairs.check_both_halves(modules, LABELS)
         settings = stated.settings({**{key: str(value) for key, value in beside.items()}, **weights.metadata})
-        alpha = _alpha(settings.alpha, options)
+        alpha = _alpha(settings, options)
         targets, extras = [], []
         for module, parts in modules.items():
             pair = pairs.read_pair(
@@ -87,11 +87,12 @@ def read(path: Path, options: ReadOptions) -> LoraAdapter:
         )
 
 
-def _alpha(own: float | None, options: ReadOptions) -> float:
+def _alpha(settings: stated.Settings, options: ReadOptions) -> float:
     """Return the one alpha. Raises E-OPTION for two, E-CONFIG for none."""
-    if own is not None and options.alpha is not None:
-        raise OptionError("the adapter's files state alpha, another was given", fix="leave --alpha out")
-    alpha = options.alpha if own is None else own
+    if settings.alpha is not None and options.alpha is not None:
+        what = f"the adapter's files state alpha ({settings.used[0]:.80}), another was given"
+        raise OptionError(what, fix="leave --alpha out")
+    alpha = options.alpha if settings.alpha is None else settings.alpha
     if alpha is None:
         fix = "put torchtune's adapter_config.json beside it, or give --alpha, as the recipe has it (lora_alpha)"
         raise ConfigError("nothing in or beside the file states alpha, which the scale alpha / r needs", fix=fix)

@@ -26,8 +26,14 @@ _FUSED = "gate_up_proj"
 
 
 def find(modules: Mapping[str, Parts]) -> frozenset[str]:
-    """Return the modules whose factors are those of all experts. Raises E-LIMIT, E-LORA-FEATURE."""
+    """Return the modules whose factors are those of all experts. Raises E-LIMIT, E-PAIR, E-LORA-FEATURE."""
     found = frozenset(module for module, parts in modules.items() if _is_stack(module, parts))
+    counts: dict[str, int] = {}
+    for module in sorted(found):
+        experts = _experts(modules[module])
+        if counts.setdefault(module.rpartition(".")[0], experts) != experts:
+            what = f"{module}: lora_A and lora_B are those of {experts} experts, other layers have others"
+            raise PairError(what, fix="the file is incomplete")
     total = sum(_experts(modules[module]) for module in found)
     if total > FOREIGN.tensors:
         raise LimitError(f"the file adapts {total} experts; at most {FOREIGN.tensors} are read")

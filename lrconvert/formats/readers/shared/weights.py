@@ -246,6 +246,8 @@ class PickledFile(ForeignFile):
         """Return the bytes of a tensor, as a safetensors file would hold them."""
         import torch
 
+        if not info.nbytes:
+            return b""
         return self._values[info.name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 

@@ -17,6 +17,7 @@ _SEGMENTS = ("_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wr
 _WRAPPER = re.compile(rf"(?<![^.])({'|'.join(_SEGMENTS)})\.")
 _FLAT = re.compile(r"(?<=_)(_orig_mod)_")  # in sd-scripts' names, where dots are underscores
 _PARALLEL = "module."
+_PART = re.compile(r"lora_(?:[AB]|embedding_[AB]|magnitude_vector|down|up)\b")
 _TWICE = re.compile(rf"(?<![^.])(?:{re.escape(PEFT_PREFIX)})+")
 
 
@@ -54,18 +55,19 @@ def _without_front(names: list[str], front: str, instead: str, found: dict[str, 
     """Return the names with `instead` for a `front` that all of them have."""
     if not names or not all(name.startswith(front) and name != front for name in names):
         return names
-    if any(name[len(front) :].startswith("lora_") for name in names):  # the adapted module itself is called so
+    if any(_PART.match(name, len(front)) for name in names):  # the adapted module itself is called so
         return names
     found[_PARALLEL.rstrip(".")] = len(names)
     return [instead + name.removeprefix(front) for name in names]
 
 
 def _once(names: list[str]) -> list[str]:
-    """Return the names with PEFT's prefix in front alone where it is in them, without what all have before it."""
+    """Return the names with PEFT's prefix in front alone where it is in them. What stands before it goes, unless that
+    differs from name to name."""
     fronts = {name[: match.start()] for name in names if (match := _TWICE.search(name))}
-    front = fronts.pop() if len(fronts) == 1 else ""
+    gone = max(fronts, key=len, default="") if len(fronts - {""}) == 1 else ""
     plainer = []
     for name in names:
         without = _TWICE.sub("", name)
-        plainer.append(name if without in ("", name) else PEFT_PREFIX + without.removeprefix(front))
+        plainer.append(name if without in ("", name) else PEFT_PREFIX + without.removeprefix(gone))
     return plainer
