@@ -50,7 +50,7 @@ def untie(
             if name not in there and after.architecture.shared_with(name).isdisjoint(there):
                 copies[name] = tie.origin
                 there.add(name)
-    return Untied(copies, changes)
+    return Untied(dict(sorted(copies.items())), changes)
 
 
 def factors(name: str, adapters: Sequence[Adapter]) -> Any:
