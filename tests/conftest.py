@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -44,6 +45,12 @@ def asset(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"real material is absent: {name}")
     return path
+
+
+def since_transformers(version: str) -> pytest.MarkDecorator:
+    """Skip what compares with a part of transformers that is younger than the lower bound in pyproject.toml."""
+    have, need = (tuple(map(int, text.split(".")[:2])) for text in (metadata.version("transformers"), version))
+    return pytest.mark.skipif(have < need, reason=f"compares with transformers {version}")
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> Path:

@@ -33,7 +33,9 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def config_of(folder: Path) -> dict[str, Any]:
+    """The configuration, but for the release of transformers that wrote it."""
     value: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    value.pop("transformers_version", None)
     return value
 
 

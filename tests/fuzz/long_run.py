@@ -1,4 +1,4 @@
-"""Fuzzing at length: every surface of surfaces.py, guided by coverage, in processes that end, so that it can be resumed.
+"""Fuzzing at length: every surface of surfaces.py, guided by coverage, in processes that end, so it can be resumed.
 
     python tests/fuzz/long_run.py STATE --minutes 60            all surfaces in turn; again: it goes on
     python tests/fuzz/long_run.py STATE --surfaces gguf record  some of them
@@ -6,7 +6,8 @@
     python tests/fuzz/long_run.py STATE --again FIND            one find once more, with its traceback
 
 STATE is a folder: `figures.json`, what each surface has kept (`corpus/`), and `finds/`. No package is needed beside the
-project's own and pytest; from Python 3.12 on, tracing costs nearly nothing (`sys.monitoring`), before that one execution in eight is traced.
+project's own and pytest; from Python 3.12 on, tracing costs nearly nothing (`sys.monitoring`), before that one
+execution in eight is traced.
 """
 
 from __future__ import annotations

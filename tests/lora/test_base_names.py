@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import since_transformers
 
 from lrconvert.core.dtypes import Stored
 from lrconvert.core.errors import BaseError, OrientationError
@@ -230,6 +231,7 @@ def check_family(family: str) -> int:
     return renamed
 
 
+@since_transformers("5.22")
 @pytest.mark.parametrize("family", FAST)
 def test_the_table_is_transformers_own(family: str) -> None:
     with warnings.catch_warnings():
@@ -237,6 +239,7 @@ def test_the_table_is_transformers_own(family: str) -> None:
         assert check_family(family) > 0
 
 
+@since_transformers("5.22")
 @pytest.mark.slow
 def test_the_whole_table_is_transformers_own() -> None:
     with warnings.catch_warnings():
