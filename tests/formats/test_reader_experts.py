@@ -146,3 +146,94 @@ def test_torchtunes_own_file(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 5}))
     with pytest.raises(errors.PairError, match="states 4"):
         load(path, ReadOptions(base=base))
+
+
+# --- Unsloth's stacks -----------------------------------------------------------------------------------------------
+
+
+def stack_folder(path: Path, **config: Any) -> tuple[Path, Array, Array]:
+    """One stack of three experts as PEFT's target_parameters saves it: A (experts * r, in), B (out, r * experts)."""
+    a, b = floats(6, 8), floats(5, 6)
+    tensors = {f"{EXPERTS}.lora_A.weight": a, f"{EXPERTS}.lora_B.weight": b}
+    mapping = {"base_model_class": "Qwen3MoeForCausalLM", "parent_library": "transformers.models.qwen3_moe"}
+    settings = {"target_parameters": ["mlp.experts.down_proj"], "peft_version": "0.19.0", "auto_mapping": mapping}
+    return folder(path, tensors, **{**settings, **config}), a, b
+
+
+def test_the_columns_of_a_stack_are_ordered_as_the_configuration_says(tmp_path: Path) -> None:
+    """As PEFT reads them, (out, r, experts), unless lora_B_layout says (out, experts, r), as Unsloth trained them."""
+    for name, layout in (("plain", None), ("rank", "rank_major"), ("expert", "grouped_by_expert")):
+        path, a, b = stack_folder(tmp_path / name, lora_B_layout=layout)
+        for n, pair in enumerate(load(path).targets):
+            by_expert = b.reshape(5, 3, 2)[:, n] if name == "expert" else b.reshape(5, 2, 3)[:, :, n]
+            wanted = 1.5 * by_expert.astype(float) @ a[2 * n : 2 * n + 2].astype(float)
+            np.testing.assert_allclose(dense(pair), wanted, rtol=1e-12)
+    with pytest.raises(errors.UnsupportedLoraError, match="order of the columns"):
+        load(stack_folder(tmp_path / "other", lora_B_layout="by_moonlight")[0])
+
+
+@pytest.mark.parametrize("sign", ["mapping", "base"])
+def test_stacks_of_unsloth_that_do_not_say_their_order_are_refused(sign: str, tmp_path: Path) -> None:
+    """The advice names the field; with it the adapter is read, each value as it says."""
+    mapping = {"base_model_class": "", "parent_library": "transformers.models.qwen3_moe", "unsloth_fixed": True}
+    config: dict[str, Any] = (
+        {"auto_mapping": mapping} if sign == "mapping" else {"base_model_name_or_path": "unsloth/M"}
+    )
+    with pytest.raises(errors.UnsupportedLoraError, match=r"Unsloth.*lora_B_layout.*grouped_by_expert"):
+        load(stack_folder(tmp_path / "x", **config)[0])
+    for layout in ("rank_major", "grouped_by_expert"):
+        assert len(load(stack_folder(tmp_path / layout, lora_B_layout=layout, **config)[0]).targets) == 3
+    plain = {f"base_model.model.q.lora_{h}.weight": floats(2, 2) for h in "AB"}
+    assert load(folder(tmp_path / "plain", plain, **config)).targets  # no stack, no doubt
+
+
+def test_parameters_that_are_named_with_their_module_are_its_own(tmp_path: Path) -> None:
+    """PEFT's "all-linear" on a mixture: bare names for the experts, the router's with its module."""
+    moe = "base_model.model.model.layers.0.mlp"
+    shapes = {"experts.base_layer": (8, 12), "experts": (6, 8), "gate": (8, 3)}
+    tensors = {}
+    for module, (inner, out) in shapes.items():
+        experts = 1 if module == "gate" else 3
+        tensors |= {f"{moe}.{module}.lora_A.weight": floats(2 * experts, inner)}
+        tensors |= {f"{moe}.{module}.lora_B.weight": floats(out, 2 * experts)}
+    lora = load(folder(tmp_path / "x", tensors, target_parameters=["down_proj", "gate_up_proj", "gate.weight"]))
+    names = {pair.target.name.removeprefix("model.layers.0.mlp.") for pair in lora.targets}
+    assert names == {"experts.gate_up_proj", "experts.down_proj", "gate.weight"} and len(lora.targets) == 7
+
+
+# --- slices of distributed trainings --------------------------------------------------------------------------------
+
+
+def test_slices_of_one_device_are_named(tmp_path: Path) -> None:
+    q = "base_model.model.q.lora_{}.weight"
+    with pytest.raises(errors.PairError, match=r"1 of 2 devices.*FULL_STATE_DICT"):
+        load(folder(tmp_path / "fsdp", {q.format("A"): floats(1, 8), q.format("B"): floats(3, 2)}))
+    with pytest.raises(errors.PairError, match=r"flat tensors.*gathered"):
+        load(folder(tmp_path / "zero", {q.format("A"): floats(16), q.format("B"): floats(12)}))
+    whole = folder(tmp_path / "whole", {q.format("A"): floats(2, 8), q.format("B"): floats(6, 2)})
+    assert load(whole).warnings == ()
+    (whole / "new_embeddings.safetensors").write_bytes(safetensors_file({"input_embeddings": floats(2, 8)}))
+    assert any("new_embeddings.safetensors" in line for line in load(whole).warnings)
+
+
+# --- tied heads with trained rows -----------------------------------------------------------------------------------
+
+
+def test_rows_of_a_tied_head_are_those_of_the_embedding(tmp_path: Path) -> None:
+    """PEFT saves them twice on a resized model, the whole matrices beside them; the configuration names one."""
+    rows, whole = floats(2, 4), floats(6, 4)
+    tensors = {f"base_model.model.q.lora_{h}.weight": floats(2, 2) for h in "AB"}
+    for module in ("model.embed_tokens", "lm_head"):
+        stem = f"base_model.model.{module}.token_adapter"
+        tensors |= {f"{stem}.trainable_tokens_delta": rows, f"{stem}.base_layer.weight": whole}
+    tensors["base_model.model.lm_head.token_adapter.base_layer.bias"] = bias = floats(6)
+    lora = load(folder(tmp_path / "x", tensors, trainable_token_indices={"embed_tokens": [1, 4]}))
+    extras = {extra.name: np.frombuffer(extra.data, "<f4").reshape(extra.shape) for extra in lora.extras}
+    wanted = whole.copy()
+    wanted[[1, 4]] = rows
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert np.array_equal(extras[name], wanted)
+    assert np.array_equal(extras["lm_head.bias"], bias)
+    other = {**tensors, "base_model.model.lm_head.token_adapter.trainable_tokens_delta": floats(2, 4)}
+    with pytest.raises(errors.ConfigError, match="does not say which"):
+        load(folder(tmp_path / "y", other, trainable_token_indices={"embed_tokens": [1, 4]}))

@@ -40,6 +40,7 @@ SPELLED: dict[str, tuple[Rename, str]] = {
     "of Lightning": (lambda n: f"_forward_module.model.{n}", "_forward_module"),
     "no prefix": (lambda n: n.removeprefix(PREFIX), "do not begin with"),
     "the prefix twice": (lambda n: PREFIX + n, "not once in front"),
+    "of a distributed checkpoint": (lambda n: f"model_state.model.{n}", "'model_state.model.base_model"),
     "an adapter's name": (lambda n: n.replace(".weight", ".vision.weight"), "'vision'"),
 }
 

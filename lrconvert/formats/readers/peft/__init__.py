@@ -36,6 +36,7 @@ from lrconvert.lora.adapter import ExtraTensor, LoraAdapter, LoraTarget, Provena
 _OTHER_READERS = ("VBLORA", "MISS", "BONE", "SBORA")
 _OTHER_TENSORS = (".miss_block", ".bone_block", "base_model.vblora_vector_bank")
 _GENERATING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # whose models have their layers inside of another module
+_NEW_EMBEDDINGS = "new_embeddings.safetensors"
 _MULTIHEAD = names.BASE_LAYER + ".out_proj"
 
 
@@ -91,10 +92,11 @@ def read(path: Path, options: ReadOptions) -> LoraAdapter:
             source = source_digest(weights)
         except LrcError as error:
             raise error.at(weights_path) from None
+    beside = _new_embeddings(weights_path.parent)
     odd = [] if options.base is not None else _odd_names(places.modules, settings)
     fields = {**provenance_fields(config, settings), **_embeddings(places)}
     provenance = Provenance(source, settings.base_model, settings.revision, settings.task_type, fields)
-    return replace(lora, provenance=provenance, warnings=(*lora.warnings, *odd))
+    return replace(lora, provenance=provenance, warnings=(*lora.warnings, *odd, *beside))
 
 
 def _convert(places: names.Sorted, settings: Settings, weights: Weights) -> LoraAdapter:
@@ -154,6 +156,13 @@ def _check_saved(empty: Sequence[str], settings: Settings) -> None:
     for name in empty:
         if any(f".{module}." in f".{name}" for module in settings.saved):
             raise empty_part(name)
+
+
+def _new_embeddings(folder: Path) -> list[str]:
+    """Return the warning, if any, of rows of new tokens in a file beside, as old servers took them."""
+    if not (folder / _NEW_EMBEDDINGS).exists():
+        return []
+    return [f"{_NEW_EMBEDDINGS} lies beside the adapter and is not read: it holds embeddings of tokens that were added"]
 
 
 def _odd_names(modules: Iterable[str], settings: Settings) -> list[str]:

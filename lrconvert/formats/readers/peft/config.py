@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, NamedTuple
 
 from lrconvert.core.errors import ConfigError, NotLoraError, PairError, PatternError, UnsupportedLoraError
@@ -72,10 +72,12 @@ OTHER_KINDS = {
 
 
 class AutoMapping(NamedTuple):
-    """The class of the base and the library it is from, "" where the configuration does not say them."""
+    """The class of the base and the library it is from, "" where the configuration does not say them, and whether
+    Unsloth wrote it."""
 
     base_class: str = ""
     library: str = ""
+    unsloth: bool = False
 
 
 _NO_MAPPING = AutoMapping()
@@ -83,7 +85,8 @@ _NO_MAPPING = AutoMapping()
 
 def _auto_mapping(value: Any, path: str) -> AutoMapping:
     table = value if isinstance(value, dict) else {}
-    return AutoMapping(*(_text(table.get(key), path) for key in ("base_model_class", "parent_library")))
+    texts = (_text(table.get(key), path) for key in ("base_model_class", "parent_library"))
+    return AutoMapping(*texts, unsloth=table.get("unsloth_fixed") is True)
 
 
 def _text(value: Any, path: str) -> str:
@@ -124,6 +127,16 @@ def _enabled(value: Any, path: str) -> tuple[bool, ...]:
     return tuple(value)
 
 
+RANK_MAJOR, GROUPED = "rank_major", "grouped_by_expert"
+
+
+def _layout(value: Any, path: str) -> str:
+    if value not in (None, "", RANK_MAJOR, GROUPED):
+        what = f"{path} is {value!r:.60}: an order of the columns of lora_B that is not known"
+        raise UnsupportedLoraError(what, fix=f"{RANK_MAJOR} and {GROUPED} are read")
+    return value or ""
+
+
 def _tokens(value: Any, path: str) -> dict[str, tuple[int, ...]]:
     table = value if isinstance(value, dict) else {"": value or []}
     for rows in table.values():
@@ -140,7 +153,8 @@ class Settings:
     """The fields of a configuration that say what the update is, and what an export needs.
 
     `tokens`: embedding module -> rows that were trained; "" stands for the input embedding. `parameters`: names of
-    parameters that are adapted themselves. `enable_lora`: which slices of a fused layer are adapted (PEFT 0.2).
+    parameters that are adapted themselves. `b_layout`: how the columns of lora_B of a stack are ordered. `enable_lora`:
+    which slices of a fused layer are adapted (PEFT 0.2).
     """
 
     r: float
@@ -153,6 +167,7 @@ class Settings:
     lora_bias: bool = False
     enable_lora: Annotated[tuple[bool, ...], By(_enabled)] = ()
     parameters: Annotated[tuple[str, ...], Key("target_parameters"), By(_parameters)] = ()
+    b_layout: Annotated[str, Key("lora_B_layout"), By(_layout)] = ""
     tokens: Annotated[Mapping[str, tuple[int, ...]], Key("trainable_token_indices"), By(_tokens)] = field(
         default_factory=dict
     )
@@ -206,6 +221,8 @@ def parse(config: Mapping[str, Any]) -> Settings:
     check_config(config)
     settings = fields.read_config(Settings, config)
     later = [key for key in ("use_dora", "lora_bias", "target_parameters") if is_set(config.get(key))]
+    if "unsloth" in settings.base_model.lower():
+        settings = replace(settings, auto_mapping=settings.auto_mapping._replace(unsloth=True))
     if settings.enable_lora and later:
         raise ConfigError(f"enable_lora is of PEFT 0.2, which had no {later[0]}; both are set")
     return settings

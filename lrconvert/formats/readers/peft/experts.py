@@ -14,7 +14,7 @@ import numpy as np
 from lrconvert.core.dtypes import Stored
 from lrconvert.core.errors import ConfigError, LimitError, PairError, UnsupportedLoraError
 from lrconvert.core.limits import FOREIGN
-from lrconvert.formats.readers.peft.config import Settings
+from lrconvert.formats.readers.peft.config import GROUPED, RANK_MAJOR, Settings
 from lrconvert.formats.readers.peft.layers import Parts, halves, misfit
 from lrconvert.formats.readers.peft.names import BASE_LAYER
 from lrconvert.formats.readers.shared.folders import CONFIG_NAME
@@ -48,7 +48,7 @@ def wrapped(modules: Iterable[str], settings: Settings) -> dict[str, str]:
         depths.setdefault(_root(module), []).append(module)
     parameters = {}
     for root, levels in depths.items():
-        names, is_named = _candidates(root, settings.parameters)
+        names, is_named = _candidates(root, settings.parameters, len(levels))
         if not names or (not is_named and levels == [root] and settings.names_module(root)):
             continue
         levels.sort(key=len, reverse=True)  # the innermost wrapper first
@@ -81,20 +81,33 @@ def read_parameter(module: str, name: str, parts: Parts, settings: Settings, wei
         target = Target(name, (b.shape[0], a.shape[1]), MATRIX)
         yield LoraTarget(target, *stored, scale)
     else:
-        yield from _stack(name, experts, stored, scale, reads_in_out(settings))
+        yield from _stack(name, experts, stored, scale, settings)
 
 
-def _stack(name: str, experts: int, stored: tuple[Stored, Stored], scale: float, in_out: bool) -> Iterator[LoraTarget]:
-    """Yield the experts. Expert i has rows i * r to (i + 1) * r of A, and columns i, i + experts, ... of B."""
+def _stack(
+    name: str, experts: int, stored: tuple[Stored, Stored], scale: float, settings: Settings
+) -> Iterator[LoraTarget]:
+    """Yield the experts. Expert i has rows i * r to (i + 1) * r of A, and columns i, i + experts, ... of B; by
+    Unsloth's trainer columns i * r to (i + 1) * r. Raises E-LORA-FEATURE if it is not clear whose they are."""
+    if settings.b_layout == "" and settings.auto_mapping.unsloth:
+        raise UnsupportedLoraError(
+            f"{name}: the adapter was saved by Unsloth, which ordered the columns of lora_B by expert in some releases "
+            "and as PEFT reads them in others, and does not say which",
+            fix=f'add "lora_B_layout" to {CONFIG_NAME}: "{GROUPED}" if it was trained by Unsloth before it wrote that '
+            f'field, "{RANK_MAJOR}" if PEFT gives the right answers with it',
+        )
     a, b = stored
+    in_out = reads_in_out(settings)
     rank, out, inner = a.shape[0] // experts, b.shape[0], a.shape[1]
     shape = (experts, inner, out) if in_out else (experts, out, inner)
+    grouped = settings.b_layout == GROUPED
     for i in range(experts):
         view = View(f"{'expert_transposed' if in_out else 'expert'}:{i}")
+        by_rank, by_expert = slice(i, None, experts), slice(i * rank, (i + 1) * rank)
         yield LoraTarget(
             Target(name, shape, view),
             Stored(a.dtype, a.array[i * rank : (i + 1) * rank]),
-            Stored(b.dtype, np.ascontiguousarray(b.array[:, i::experts])),
+            Stored(b.dtype, np.ascontiguousarray(b.array[:, by_expert if grouped else by_rank])),
             scale,
         )
 
@@ -119,15 +132,19 @@ def _root(module: str) -> str:
     return module
 
 
-def _candidates(root: str, parameters: Sequence[str]) -> tuple[list[str], bool]:
-    """Return the parameters that the configuration may adapt in a module, and whether it names the module itself."""
-    names, is_named = set(), False
+def _candidates(root: str, parameters: Sequence[str], wrappers: int) -> tuple[list[str], bool]:
+    """Return the parameters that the configuration may adapt in a module, and whether it names the module itself.
+
+    Those that it names with the module go first; bare names may be those of any module.
+    """
+    named, bare = set(), set()
     for parameter in parameters:
         holder, _, name = parameter.rpartition(".")
-        if not holder or root == holder or root.endswith(f".{holder}"):
-            names.add(name)
-            is_named = is_named or bool(holder)
-    return sorted(names), is_named
+        if not holder:
+            bare.add(name)
+        elif root == holder or root.endswith(f".{holder}"):
+            named.add(name)
+    return sorted(named if len(named) == wrappers else named | bare), bool(named)
 
 
 def _in_order(root: str, names: Sequence[str], wrappers: int) -> list[str]:

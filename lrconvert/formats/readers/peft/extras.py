@@ -37,7 +37,7 @@ def read_tokens(
         raise ConfigError("trainable_token_indices is set, but the file holds no trained rows")
     for module, info in tokens.items():
         name = f"{module}.weight"
-        indices = np.asarray(_rows(module, settings), np.int64)
+        indices = np.asarray(_rows(module, tokens, settings, weights), np.int64)
         order = np.argsort(indices, kind="stable")
         if len(set(indices.tolist())) < indices.size:
             raise IndexRangeError(f"{module}: trainable_token_indices names a row twice")
@@ -54,11 +54,16 @@ def read_tokens(
         yield ExtraTensor(name, "I64", (indices.size,), indices[order].astype("<i8").tobytes(), "row_indices")
 
 
-def _rows(module: str, settings: Settings) -> tuple[int, ...]:
+def _rows(module: str, tokens: Mapping[str, TensorInfo], settings: Settings, weights: Weights) -> tuple[int, ...]:
     """Return the rows of an embedding that were trained, by PEFT's rule: a module's path ends with the name in the
-    configuration; a plain list is for the input embedding."""
-    for name, rows in settings.tokens.items():
-        if module.endswith(name):
+    configuration; a plain list is for the input embedding. A tied output head, which the configuration does not name,
+    has the same rows, to the bit."""
+    named = {other: rows for other in tokens for name, rows in settings.tokens.items() if other.endswith(name)}
+    if module in named:
+        return named[module]
+    stored = weights.read(tokens[module])
+    for other, rows in named.items():
+        if weights.read(tokens[other]) == stored:
             return rows
     raise ConfigError(f"{module}: rows were trained, but trainable_token_indices does not say which")
 

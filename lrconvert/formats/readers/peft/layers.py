@@ -14,6 +14,7 @@ from lrconvert.core.dtypes import STORAGE, Stored
 from lrconvert.core.errors import ConfigError, PairError, UnsupportedLoraError
 from lrconvert.formats.readers.peft.config import Settings
 from lrconvert.formats.readers.peft.names import TITLES, Part
+from lrconvert.formats.readers.shared import pairs
 from lrconvert.formats.readers.shared.folders import CONFIG_NAME
 from lrconvert.formats.readers.shared.pairs import (
     Labels,
@@ -22,7 +23,6 @@ from lrconvert.formats.readers.shared.pairs import (
     conv_view,
     reshape,
     scaled_bias,
-    turned_pair,
 )
 from lrconvert.formats.readers.shared.weights import Weights, load_finite, load_finite_extra
 from lrconvert.io.container import TensorInfo
@@ -79,9 +79,8 @@ def halves(module: str, parts: Parts, first: Part, second: Part) -> tuple[Tensor
 def misfit(module: str, a: TensorInfo, b: TensorInfo, settings: Settings) -> PairError:
     """Return the error for two halves that do not fit each other."""
     if _swapped(module, a, b, settings):
-        return turned_pair(module, a, b, _LABELS)
-    shown = f"lora_A {list(a.shape)} and lora_B {list(b.shape)}"
-    return PairError(f"{module}: {shown} do not fit; expected (r, in) and (out, r)")
+        return pairs.turned_pair(module, a, b, _LABELS)
+    return pairs.misfit(module, a, b, _LABELS)
 
 
 def _swapped(module: str, a: TensorInfo, b: TensorInfo, settings: Settings) -> bool:

@@ -162,8 +162,8 @@ def _sort_token(places: Sorted, name: str, info: TensorInfo, adapter: str) -> No
         put_once(places.tokens, module, info)
     elif first == "trainable_tokens_original" and named:
         places.unused.append(name)
-    elif inside == "base_layer.weight":
-        places.others.setdefault(f"{module}.weight", []).append(info)
+    elif inside in ("base_layer.weight", "base_layer.bias"):
+        places.others.setdefault(f"{module}.{rest}", []).append(info)
     else:
         raise TensorUnknownError(f"tensor {name!r} is no known part of an embedding with trained tokens")
 

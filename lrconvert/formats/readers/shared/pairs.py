@@ -130,10 +130,25 @@ def rank_of(module: str, a: TensorInfo, b: TensorInfo, labels: Labels) -> int:
     if turned and (not fits or b.shape[0] < rank):
         raise turned_pair(module, a, b, labels)
     if not fits:
-        shown = f"{labels.a} {list(a.shape)} and {labels.b} {list(b.shape)}"
-        raise PairError(f"{module}: {shown} do not fit; expected (r, in) and (out, r)")
+        raise misfit(module, a, b, labels)
     check_rank(module, rank)
     return rank
+
+
+def misfit(module: str, a: TensorInfo, b: TensorInfo, labels: Labels) -> PairError:
+    """Return the error for halves that do not fit each other, with what it may come from."""
+    shown = f"{module}: {labels.a} {list(a.shape)} and {labels.b} {list(b.shape)} do not fit"
+    gathered = (
+        "save it again with the full state gathered (accelerate, FSDP: FULL_STATE_DICT; DeepSpeed: zero_to_fp32.py)"
+    )
+    if 1 in (len(a.shape), len(b.shape)):
+        what = f"{shown}: flat tensors are slices that one device of a distributed training held"
+        return PairError(what, fix=gathered)
+    if len(a.shape) == len(b.shape) == 2 and a.shape[0] < b.shape[1] and b.shape[1] % a.shape[0] == 0:
+        share = b.shape[1] // a.shape[0]
+        what = f"{shown}: rows for 1 of {share} devices, as a sharded training leaves them that is saved on one of them"
+        return PairError(what, fix=gathered)
+    return PairError(f"{shown}; expected (r, in) and (out, r)")
 
 
 def turned_pair(module: str, a: TensorInfo, b: TensorInfo, labels: Labels) -> PairError:
