@@ -8,7 +8,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
-from lrconvert.core.errors import BaseError, FingerprintError, LrcError, OptionError
+from lrconvert.core.errors import BaseError, FingerprintError, LrcError, OptionError, OutputPathError
 from lrconvert.io.checkpoint import Checkpoint, open_checkpoint, unfinished
 from lrconvert.io.container import TensorInfo, combined_digest
 from lrconvert.io.durable import StagedDirectory, atomic_directory, check_output, require_space
@@ -20,7 +20,7 @@ from lrconvert.merge.job import check_replaceable
 from lrconvert.merge.options import UnmergeOptions
 from lrconvert.merge.plan.plan import CONFIG_NAME, UNDONE, other_files
 from lrconvert.merge.report import UnmergeReport
-from lrconvert.merge.undo.checks import changed_files, check_undoable, undone
+from lrconvert.merge.undo.checks import changed_files, check_own_record, check_undoable, undone
 from lrconvert.merge.undo.open_record import OpenRecord, latest, numbered
 from lrconvert.merge.undo.repeats import undone_note
 from lrconvert.merge.undo.restoring import Restorer
@@ -59,6 +59,9 @@ def unmerge(merged: Path, out: Path | None, options: UnmergeOptions, progress: P
         opened = stack.enter_context(OpenRecord(latest(merged, number)))
         checkpoint = stack.enter_context(open_checkpoint(merged, quantized=True))
         check_undoable(opened, checkpoint)
+        if out is None:
+            check_own_record(opened)
+            _check_complete(checkpoint)
         require_space(place, int(sum(size for _, size in opened.record.files) * _SPACE_MARGIN))
         folder = stack.enter_context(atomic_directory(place, overwrite=out is None or overwrite))
         try:
@@ -71,6 +74,17 @@ def unmerge(merged: Path, out: Path | None, options: UnmergeOptions, progress: P
         for file in checkpoint.files:
             file.check_unchanged()
     return report
+
+
+def _check_complete(checkpoint: Checkpoint) -> None:
+    """Raise E-OUT-PATH if a model has files that are not copied, so that they would be gone with the old folder."""
+    _, left_out = other_files(checkpoint)
+    if left_out:
+        raise OutputPathError(
+            f"holds {left_out[0]!r}, which would be gone with the folder that is replaced",
+            fix="pass --in-place, which leaves it alone, or --output",
+            path=checkpoint.root,
+        )
 
 
 def _write(opened: OpenRecord, checkpoint: Checkpoint, folder: StagedDirectory, progress: Progress) -> UnmergeReport:
@@ -118,6 +132,8 @@ def _copy_base(
             content = stack.enter_context(OpenRecord(folder_of_record)).record.content
         else:
             _check_alike(model, source)
+        if place == merged:
+            _check_complete(model)
         copies, _ = other_files(source)
         for path in (source.root / CONFIG_NAME, *([source.index_path] if source.index_path else [])):
             if path.exists():

@@ -36,7 +36,7 @@ from lrconvert.merge.plan.plan import UNDONE, other_files
 from lrconvert.merge.report import UnmergeReport
 from lrconvert.merge.sinks import Nowhere
 from lrconvert.merge.undo import repeats
-from lrconvert.merge.undo.checks import changed_files, check_undoable, undone
+from lrconvert.merge.undo.checks import changed_files, check_own_record, check_undoable, undone
 from lrconvert.merge.undo.open_record import OpenRecord, latest, number_of, numbered
 from lrconvert.merge.undo.record import TensorRecord
 from lrconvert.merge.undo.restoring import Restorer
@@ -63,6 +63,7 @@ def unmerge_in_place(merged: Path, number: int | None, progress: Progress, *, re
         with OpenRecord(latest(merged, number)) as opened:
             with open_checkpoint(merged, quantized=True) as checkpoint:
                 check_undoable(opened, checkpoint)
+                check_own_record(opened)
                 _check_files(opened, checkpoint)
                 folder.check([name for name, _ in opened.record.files])
                 largest = max(size for _, size in opened.record.files)

@@ -10,7 +10,7 @@ from lrconvert.io.checkpoint import Checkpoint
 from lrconvert.merge.hashing import file_digest
 from lrconvert.merge.plan.plan import RECORDS
 from lrconvert.merge.report import UnmergeReport
-from lrconvert.merge.undo.open_record import OpenRecord
+from lrconvert.merge.undo.open_record import RECORD_NAME, OpenRecord
 
 
 def check_undoable(opened: OpenRecord, checkpoint: Checkpoint) -> None:
@@ -29,6 +29,14 @@ def check_undoable(opened: OpenRecord, checkpoint: Checkpoint) -> None:
         raise UndoError(
             f"the model {what}", fix="it was changed since the merge; give the base: --from-base", path=checkpoint.root
         )
+
+
+def check_own_record(opened: OpenRecord) -> None:
+    """Raise E-UNDO if the folder of a record, which goes away with an unmerge in its place, holds a file of others."""
+    ours = {RECORD_NAME, *opened.record.stored}
+    for path in sorted(opened.folder.rglob("*")):
+        if (path.is_symlink() or not path.is_dir()) and path.relative_to(opened.folder).as_posix() not in ours:
+            raise UndoError("is in the folder of the record, and no merge wrote it", fix="move it away", path=path)
 
 
 def changed_files(opened: OpenRecord, copies: Mapping[str, Path]) -> tuple[str, ...]:
