@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 TIE = "tie_word_embeddings"
+_MOST = 4096  # layers of a model, and experts of a layer
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,26 @@ class Architecture:
 def of(config: Mapping[str, Any]) -> Architecture | None:
     """Return the architecture of a base with this config.json, or None if transformers has no class for it.
 
-    Code that a configuration names (`auto_map`) is never run.
+    Code that a configuration names (`auto_map`) is never run. One that asks for more layers than any model has is of no
+    class: building it would not end.
     """
-    if not config.get("model_type"):
+    if not config.get("model_type") or _is_endless(config):
         return None
     try:
         return _built(json.dumps(config, sort_keys=True))
     except _Unknown:
         return None
+
+
+def _is_endless(config: Mapping[str, Any], depth: int = 3) -> bool:
+    """Whether a configuration, or one in it, asks for more modules than any model has."""
+    return any(
+        _is_endless(value, depth - 1)
+        if isinstance(value, dict) and depth
+        else isinstance(value, int) and value > _MOST and any(word in key for word in ("layer", "block", "expert"))
+        for key, value in config.items()
+        if "size" not in key and "dim" not in key
+    )
 
 
 class _Unknown(Exception):

@@ -13,9 +13,9 @@ from lrconvert.io.checkpoint import Checkpoint
 from lrconvert.lora.adapter import LoraAdapter
 from lrconvert.merge.arithmetic.stats import MergeStats
 from lrconvert.merge.arithmetic.workspace import Workspace
-from lrconvert.merge.plan import extra_tensors
 from lrconvert.merge.plan.plan import CONFIG_NAME, Output, Plan
 from lrconvert.merge.plan.updates import Scaled
+from lrconvert.merge.plan.whole_tensors import is_zero
 from lrconvert.merge.quantized_base import DequantizedCheckpoint
 from lrconvert.merge.report import MergedTensor, MergeReport
 from lrconvert.merge.sinks import Sink
@@ -155,7 +155,7 @@ def _is_zero(item: Scaled) -> bool:
     adapter = item.adapter
     if any(e.use != "replace" for e in adapter.extras):
         return False
-    return item.scale == 0 or (isinstance(adapter, LoraAdapter) and all(map(extra_tensors.is_zero, adapter.targets)))
+    return item.scale == 0 or (isinstance(adapter, LoraAdapter) and all(map(is_zero, adapter.targets)))
 
 
 def _check_moved(report: MergeReport) -> None:

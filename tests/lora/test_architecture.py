@@ -111,6 +111,8 @@ def test_a_class_that_is_not_known_is_none() -> None:
         {"model_type": "nothing"},
         {"model_type": "llama", "num_attention_heads": 0},
         {"model_type": "llama", "vocab_size": "many"},
+        {"model_type": "llama", "num_hidden_layers": 10**9},
+        {"model_type": "gemma3", "text_config": {"num_hidden_layers": 10**9}},
         {"architectures": ["LlamaForCausalLM"]},
     ):
         assert architecture.of(config) is None and ties.of(config) is None

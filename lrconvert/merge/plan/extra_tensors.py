@@ -13,18 +13,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
-from lrconvert.core.dtypes import FLOATS, STORAGE, decode, round_to
+from lrconvert.core.dtypes import FLOATS
 from lrconvert.core.errors import PlacementError
 from lrconvert.io.checkpoint import Checkpoint
-from lrconvert.io.container import TensorInfo
 from lrconvert.lora import architecture, base_names, ties
-from lrconvert.lora.adapter import ExtraTensor, LoraAdapter, LoraTarget
+from lrconvert.lora.adapter import ExtraTensor
 from lrconvert.lora.architecture import TIE
 from lrconvert.lora.ties import BaseClass
 from lrconvert.merge.plan import tied_tensors
-from lrconvert.merge.plan.updates import Adapter, decoded, targets_of
+from lrconvert.merge.plan.updates import Adapter, targets_of
+from lrconvert.merge.plan.whole_tensors import (
+    cast,
+    gather,
+    no_place,
+    same_bytes,
+    same_tensor,
+    same_values,
+    updated,
+    whole,
+)
 
 # The class of a task, as transformers names it after the architecture.
 _CLASSES = {
@@ -61,7 +68,6 @@ _LAST_LAYERS = ("out_proj.weight", "classifier.weight", "score.weight", "qa_outp
 # Families of encoders and decoders whose classes for tokens have the encoder alone.
 _T5_LIKE = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers"})
 _BASE_LAYER = ".base_layer."
-_COMPARE_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -102,10 +108,10 @@ class _Planner:
         self.adapters, self.checkpoint, self.config = adapters, checkpoint, checkpoint.config
         self.resolved = resolved
         self.has_magnitudes = any(extra.use == "magnitude" for adapter in adapters for extra in adapter.extras)
-        self.extras = _gather(adapters)
+        self.extras = gather(adapters)
         self.index = base_names.NameIndex.of(checkpoint)
         self.targets = {t.name for adapter in resolved for t in targets_of(adapter)}
-        self.updated = {name for adapter in resolved for name in _updated(adapter)}
+        self.updated = {name for adapter in resolved for name in updated(adapter)}
         self.prefixes = {
             self._prefix(own.name, stored.name)
             for adapter, other in zip(adapters, resolved, strict=True)
@@ -115,6 +121,7 @@ class _Planner:
         self.asks_class = self._asks_class()
         self.known = ties.of(self.config) if self.asks_class else None
         self.ties = () if self.known is None else self.known.ties(checkpoint)
+        self.vocabulary = tied_tensors.vocabulary(self.known, checkpoint) if self.asks_class else []
         self.tied_names = {name for tie in self.ties for name in tie.names}
         self.rows = {e.name: self._row_places(e.name) for a in adapters for e in a.extras if e.use == "rows"}
         self.replaced: dict[str, ExtraTensor] = {}
@@ -168,10 +175,8 @@ class _Planner:
         place = self.index.find(name)
         if self.known is None:
             place = place or base_names.tied_source(name, self.checkpoint)
-            twins = (
-                self._vocabulary() if place in self._vocabulary() and base_names.ties_embeddings(self.config) else ()
-            )
-            return () if place is None else (place, *(name for name in twins if name != place))
+            ends = self.vocabulary if base_names.ties_embeddings(self.config) else []
+            return () if place is None else tuple(dict.fromkeys((place, *(ends if place in ends else ()))))
         tie = next((t for t in self.ties if self.known.find(name) in t.names), None)
         if tie is None:
             return () if place is None else (place,)
@@ -193,7 +198,7 @@ class _Planner:
             )
         if info.dtype not in FLOATS or extra.dtype not in FLOATS:
             raise no_place(extra, f"it is {extra.dtype}, the base's {stored!r} {info.dtype}")
-        if not _same_values(extra, info, self.checkpoint):
+        if not same_values(extra, info, self.checkpoint):
             target = self.index.find(name) or self._name(name)
             self.values[target] = cast(extra, info.dtype)
 
@@ -251,7 +256,7 @@ class _Planner:
         heads = self._heads()
         if not heads:
             return ""
-        classes = {self._class_of(adapter) for adapter in self.adapters if _whole(adapter)} - {""}
+        classes = {self._class_of(adapter) for adapter in self.adapters if whole(adapter)} - {""}
         if len(classes) > 1:
             both = " and ".join(sorted(classes))
             raise PlacementError(f"the adapters bring heads of {both}", fix="merge one of them")
@@ -315,7 +320,7 @@ class _Planner:
             )
 
     def _class_of_heads(self) -> str:
-        return next((c for a in self.adapters if _whole(a) and (c := self._class_of(a))), "")
+        return next((c for a in self.adapters if whole(a) and (c := self._class_of(a))), "")
 
     def _old_head(self, architecture: str) -> Iterable[str]:
         """Return the stored tensors that the new architecture lacks: another head, a pooler or decoder without use."""
@@ -346,7 +351,7 @@ class _Planner:
             if extra.shape == info.shape:
                 continue
             rows_only = len(extra.shape) == len(info.shape) and extra.shape[1:] == info.shape[1:]
-            if rows_only and stored in self._vocabulary():
+            if rows_only and stored in self.vocabulary:
                 vocabulary.add(extra.shape[0])
             elif not rows_only or extra.name not in heads:
                 raise no_place(extra, f"it is {list(extra.shape)}, the base's {stored!r} {list(info.shape)}")
@@ -355,7 +360,7 @@ class _Planner:
 
     def _resize_vocabulary(self, sizes: set[int]) -> None:
         """Raise E-PLACE unless all stored embeddings and heads were replaced by ones of one size."""
-        stale = [name for name in self._vocabulary() if name not in self.replaced]
+        stale = [name for name in self.vocabulary if name not in self.replaced]
         if len(sizes) > 1 or stale:
             what = f"{stale[0]!r} keeps its own" if stale else f"tensors disagree on it: {sorted(sizes)}"
             raise PlacementError(f"the adapter changes the size of the vocabulary, but {what}")
@@ -397,7 +402,7 @@ class _Planner:
         if extra is None:
             return rows or None
         stored = self.checkpoint.tensors[shared.origin if shared else name]
-        same = _same_bytes(extra, stored, self.checkpoint)
+        same = same_bytes(extra, stored, self.checkpoint)
         return None if same else (extra.dtype, extra.shape, extra.data, rows)
 
     def _guess_ties(self) -> None:
@@ -410,7 +415,7 @@ class _Planner:
             source = base_names.tied_source(name, self.checkpoint)
             if source is not None:  # an output head that is not stored, not a stack that is stored in parts
                 self.copies[name] = source
-        vocabulary = self._vocabulary()
+        vocabulary = self.vocabulary
         embedding = next((n for n in vocabulary if not n.endswith(base_names.HEADS)), None)
         if self._head_equals(embedding):
             return
@@ -418,7 +423,7 @@ class _Planner:
         if not (new_head or any(self._changes(name) for name in vocabulary)) or (self._is_headless and not new_head):
             return
         replaced = [self.replaced.get(name) for name in vocabulary]
-        alike = [e for e in replaced if e is not None and replaced[0] is not None and _same_tensor(e, replaced[0])]
+        alike = [e for e in replaced if e is not None and replaced[0] is not None and same_tensor(e, replaced[0])]
         if len(vocabulary) > 1 and len(alike) == len(vocabulary):
             return
         if (len(vocabulary) < 2 and not new_head) or (family is not None and family.computes_by_tie):
@@ -433,37 +438,20 @@ class _Planner:
         if isinstance(text, dict) and TIE in text:
             self.changes["text_config"] = {**self.changes.get("text_config", text), TIE: False}
 
-    def _vocabulary(self) -> list[str]:
-        """The stored tensors that are embeddings or output heads, if only by their names and shapes."""
-        if self.known is not None:
-            facts = self.known.architecture
-            ends = {other for name in facts.inputs | facts.outputs for other in (name, *facts.shared_with(name))}
-            return [name for name in self.checkpoint.tensors if self.known.find(name) in ends]
-        text = self.config.get("text_config")
-        rows = {each.get("vocab_size") for each in (self.config, text) if isinstance(each, dict)} - {None}
-        usual = base_names.EMBEDDINGS + base_names.HEADS
-        return [
-            name
-            for name, info in self.checkpoint.tensors.items()
-            if len(info.shape) == 2
-            and ties.may_be_tied(name, {})
-            and ((name.endswith(usual) and name.count(".") <= 3) or info.shape[0] in rows)
-        ]
-
     def _changes(self, name: str | None) -> bool:
         if name is None:
             return False
         if name in self.updated or name in self.values:
             return True
         extra = self.replaced.get(name)
-        return extra is not None and not _same_bytes(extra, self.checkpoint.tensors[name], self.checkpoint)
+        return extra is not None and not same_bytes(extra, self.checkpoint.tensors[name], self.checkpoint)
 
     def _head_equals(self, embedding: str | None) -> bool:
         """Return whether the adapter brings an output head that is the embedding it is tied to; it is then left out."""
         head = next((e for e in self.added if e.name.endswith(base_names.HEADS)), None)
         if head is None or embedding is None or embedding in self.updated or embedding in self.values:
             return False
-        if not _same_bytes(head, self.replaced.get(embedding) or self.checkpoint.tensors[embedding], self.checkpoint):
+        if not same_bytes(head, self.replaced.get(embedding) or self.checkpoint.tensors[embedding], self.checkpoint):
             return False
         self.added.remove(head)
         return True
@@ -500,75 +488,6 @@ class _Planner:
         }
 
 
-# --- small things ---------------------------------------------------------------------------------------------------
-
-
-def is_zero(pair: LoraTarget) -> bool:
-    """Return whether a look at the factors shows that the update is zero."""
-    return pair.scale == 0 or not pair.A.any() or not pair.B.any()
-
-
-def _updated(adapter: Adapter) -> Iterable[str]:
-    """Return the names of the targets whose update is not seen to be zero."""
-    if isinstance(adapter, LoraAdapter):
-        return (pair.target.name for pair in adapter.targets if not is_zero(pair))
-    return (target.name for target in adapter.targets)
-
-
-def _whole(adapter: Adapter) -> list[ExtraTensor]:
-    """Return the extras that are whole tensors; the others are parts of an update."""
-    return [extra for extra in adapter.extras if extra.use == "replace"]
-
-
-def _gather(adapters: Sequence[Adapter]) -> list[ExtraTensor]:
-    """Return all whole tensors. Raises E-PLACE if two adapters bring different tensors of one name."""
-    extras: dict[str, ExtraTensor] = {}
-    for extra in (e for adapter in adapters for e in _whole(adapter)):
-        other = extras.setdefault(extra.name, extra)
-        if not _same_tensor(other, extra):
-            raise no_place(extra, "two adapters bring different ones", "merge one of them")
-    return list(extras.values())
-
-
 def _inside(name: str, prefix: str) -> bool:
     """Return whether a name lies inside the base model, stored with or without its prefix."""
     return name.startswith(prefix) if prefix else name.partition(".")[0] not in _HEAD_MODULES
-
-
-def no_place(extra: ExtraTensor, why: str, fix: str = "") -> PlacementError:
-    """Return the error of a tensor that the merged model has no place for."""
-    what = {"replace": "tensor", "add": "bias", "magnitude": "magnitude of"}.get(extra.use, "rows of")
-    return PlacementError(f"the adapter's {what} {extra.name!r} has no place: {why}", fix=fix)
-
-
-def cast(extra: ExtraTensor, dtype: str) -> ExtraTensor:
-    """Return the tensor in another float dtype, as a model of that dtype loads it."""
-    if extra.dtype == dtype:
-        return extra
-    return replace(extra, dtype=dtype, data=round_to(decoded(extra), dtype).tobytes())
-
-
-def _same_values(extra: ExtraTensor, info: TensorInfo, checkpoint: Checkpoint) -> bool:
-    """Return whether an extra holds the numbers of a stored float tensor of its shape, in whatever dtype."""
-    values, kind = decoded(extra), STORAGE[info.dtype]
-    step = _COMPARE_BYTES // kind.itemsize
-    for start in range(0, values.size, step):
-        part = values[start : start + step]
-        data = checkpoint.read(info, start * kind.itemsize, part.size * kind.itemsize)
-        if not np.array_equal(part, decode(np.frombuffer(data, kind), info.dtype)):
-            return False
-    return True
-
-
-def _same_tensor(one: ExtraTensor, other: ExtraTensor) -> bool:
-    return (one.dtype, one.shape, one.data) == (other.dtype, other.shape, other.data)
-
-
-def _same_bytes(extra: ExtraTensor, other: TensorInfo | ExtraTensor, checkpoint: Checkpoint) -> bool:
-    if isinstance(other, ExtraTensor):
-        return _same_tensor(extra, other)
-    return (extra.dtype, extra.shape) == (other.dtype, other.shape) and all(
-        extra.data[start : start + _COMPARE_BYTES]
-        == checkpoint.read(other, start, min(_COMPARE_BYTES, other.nbytes - start))
-        for start in range(0, other.nbytes, _COMPARE_BYTES)
-    )

@@ -19,7 +19,7 @@ from lrconvert.io.container import ContainerFile, TensorInfo, encode_header, rea
 from lrconvert.lora import base_names, quantized_layers
 from lrconvert.lora.adapter import ExtraTensor, LoraAdapter, Target
 from lrconvert.merge.plan import extra_tensors, load_check, resized
-from lrconvert.merge.plan.extra_tensors import Placement, cast, no_place
+from lrconvert.merge.plan.extra_tensors import Placement
 from lrconvert.merge.plan.resized import Settled
 from lrconvert.merge.plan.updates import (
     Adapter,
@@ -31,6 +31,7 @@ from lrconvert.merge.plan.updates import (
     is_transposed,
     targets_of,
 )
+from lrconvert.merge.plan.whole_tensors import cast, no_place
 from lrconvert.methods import base as methods
 
 CONFIG_NAME = "config.json"

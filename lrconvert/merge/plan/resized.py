@@ -16,8 +16,8 @@ from lrconvert.io.container import TensorInfo
 from lrconvert.lora import base_names
 from lrconvert.lora.adapter import ExtraTensor, LoraAdapter
 from lrconvert.merge.arithmetic.exact import Update
-from lrconvert.merge.plan.extra_tensors import cast, no_place
 from lrconvert.merge.plan.updates import Adapter, Piece, Scaled, Source, targets_of
+from lrconvert.merge.plan.whole_tensors import cast, no_place
 from lrconvert.methods import base as methods
 
 _BASE_LAYER = "base_layer."

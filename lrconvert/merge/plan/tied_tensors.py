@@ -12,7 +12,7 @@ from typing import Any
 
 from lrconvert.core.errors import PlacementError
 from lrconvert.io.checkpoint import Checkpoint
-from lrconvert.lora import ties
+from lrconvert.lora import base_names, ties
 from lrconvert.lora.adapter import LoraAdapter
 from lrconvert.lora.ties import BaseClass, Tie
 from lrconvert.merge.plan.updates import Adapter, is_transposed
@@ -67,3 +67,21 @@ def factors(name: str, adapters: Sequence[Adapter]) -> Any:
                 left, right = (pair.A.T, pair.B.T) if is_transposed(pair.target) else (pair.B, pair.A)
                 parts.append((number, pair.scale, left.shape, right.shape, left.tobytes(), right.tobytes()))
     return tuple(parts)
+
+
+def vocabulary(known: BaseClass | None, checkpoint: Checkpoint) -> list[str]:
+    """Return the stored tensors that are embeddings or output heads, if only by their names and shapes."""
+    if known is not None:
+        facts = known.architecture
+        ends = {other for name in facts.inputs | facts.outputs for other in (name, *facts.shared_with(name))}
+        return [name for name in checkpoint.tensors if known.find(name) in ends]
+    text = checkpoint.config.get("text_config")
+    rows = {each.get("vocab_size") for each in (checkpoint.config, text) if isinstance(each, dict)} - {None}
+    usual = base_names.EMBEDDINGS + base_names.HEADS
+    return [
+        name
+        for name, info in checkpoint.tensors.items()
+        if len(info.shape) == 2
+        and ties.may_be_tied(name, {})
+        and ((name.endswith(usual) and name.count(".") <= 3) or info.shape[0] in rows)
+    ]
