@@ -144,3 +144,30 @@ def test_the_format_before_gguf_is_named(tmp_path):
     (tmp_path / "ggml-adapter-model.bin").write_bytes(b"algg" + bytes(80))
     for options in ({}, {"allow_pickle": True}):
         refused("E-LAYOUT", tmp_path / "ggml-adapter-model.bin", "before GGUF", **options)
+
+
+def test_advice_for_slices_of_a_fused_layer_reads_them(tmp_path):
+    """loralib's MergedLinear: the rows of each adapted slice are those of B times the rows of A that are its own."""
+    rng = np.random.default_rng(2)
+    a, b = rng.standard_normal((4, 5)).astype("<f4"), rng.standard_normal((8, 2)).astype("<f4")
+    file = safetensors_file({"h.0.attn.c_attn.lora_A": a, "h.0.attn.c_attn.lora_B": b})
+    folder = put(tmp_path / "x", {"adapter_model.safetensors": file})
+    refused("E-LORA-FEATURE", folder, "adapter_config.json that holds peft_type (LORA), r, lora_alpha", alpha=2.0)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "enable_lora": [True, False, True]}
+    lora = load(put(folder, {"adapter_config.json": json.dumps(config).encode()}))
+    assert [pair.target.view.text for pair in lora.targets] == ["rows:0:4", "rows:8:12"]
+    for n, pair in enumerate(lora.targets):
+        assert pair.target.name == "h.0.attn.c_attn.weight" and pair.target.shape == (12, 5)
+        wanted = 1.5 * b[4 * n : 4 * n + 4].astype(float) @ a[2 * n : 2 * n + 2].astype(float)
+        np.testing.assert_allclose(dense(pair), wanted, rtol=1e-12)
+
+
+def test_advice_for_square_factors_of_lora_vit_reads_them(tmp_path):
+    """Renamed, with the rank as alpha, the update is B @ A."""
+    rng = np.random.default_rng(3)
+    halves = {half: rng.standard_normal((4, 4)).astype("<f4") for half in "ab"}
+    named = {f"w_{half}_{n:03d}": value for half, value in halves.items() for n in range(2)}
+    refused("E-ORIENT", stored(tmp_path / "x", named), "with the rank as --alpha")
+    renamed = {f"blocks.0.q.lora_{half.upper()}": value for half, value in halves.items()}
+    (pair,) = load(stored(tmp_path / "y", renamed), ReadOptions(alpha=4.0)).targets
+    np.testing.assert_allclose(dense(pair), halves["b"].astype(float) @ halves["a"].astype(float), rtol=1e-12)

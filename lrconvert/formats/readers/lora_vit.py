@@ -88,7 +88,8 @@ def _is_transposed(modules: Mapping[str, Parts]) -> bool:
     if len(possible) > 1:
         raise OrientationError(
             "all factors are square, so that w_a may be (r, in) or (in, r)",
-            fix="rename the tensors to <module>.lora_A (r, in) and .lora_B (out, r), and convert that with --alpha",
+            fix="rename the tensors to <module>.lora_A (r, in) and .lora_B (out, r), and convert that with the rank as "
+            "--alpha, for a scale of 1",
         )
     return possible == {True}
 

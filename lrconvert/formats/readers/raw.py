@@ -117,7 +117,8 @@ def _target(module: str, parts: Parts, scales: _Scales, weights: Weights) -> Lor
         raise UnsupportedLoraError(
             f"{module}: lora_A has {a.shape[0] // b.shape[1]} times the rank of lora_B: slices of a fused layer "
             "(MergedLinear), and no file says which",
-            fix='write a PEFT folder with "enable_lora": [true, false, true] or what it has, and convert that',
+            fix="name it adapter_model.safetensors beside an adapter_config.json that holds peft_type (LORA), r, "
+            "lora_alpha and enable_lora ([true, false, true], or what it was trained with), and convert that folder",
         )
     pair = pairs.read_pair(module, parts, lambda rank: scales.of(module, rank), weights, LABELS)
     if pair.target.name.endswith(EMBEDDINGS):

@@ -60,7 +60,7 @@ def recognises(path: Path) -> bool:
 
 def _is_beside(path: Path, stored: Sequence[str]) -> bool:
     """Return whether a file has factors in PEFT's spelling and lies beside the configuration of a LoRA."""
-    return peft_type(path.parent) == "LORA" and any(".lora_A." in name for name in stored)
+    return peft_type(path.parent) == "LORA" and any(".lora_A" in name for name in stored)
 
 
 def knows(stored: Sequence[str]) -> bool:

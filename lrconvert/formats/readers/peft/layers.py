@@ -145,11 +145,11 @@ def _fused(module: str, a: TensorInfo, b: TensorInfo, settings: Settings, weight
     """Yield one target per adapted slice and group of PEFT 0.2's MergedLinear.
 
     The output is cut into equal slices (q, k, v), some of which are adapted. The rows of these, one after the other,
-    are B, a convolution in groups: (rows, c, 1), where group g reads rows g * c to (g + 1) * c of A. A slice of a
-    transposed weight has no view: one target of the whole, with zeros in the rest of B.
+    are B, a convolution in groups: (rows, c, 1), where group g reads rows g * c to (g + 1) * c of A; loralib stores it
+    as (rows, c). A slice of a transposed weight has no view: one target of the whole, with zeros in the rest of B.
     """
     enabled = settings.enable_lora
-    if len(a.shape) != 2 or len(b.shape) != 3 or b.shape[2] != 1 or a.shape[0] % b.shape[1]:
+    if len(a.shape) != 2 or len(b.shape) not in (2, 3) or b.shape[2:] not in ((), (1,)) or a.shape[0] % b.shape[1]:
         raise PairError(
             f"{module}: lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit; "
             "with enable_lora, (r * slices, in) and (rows, r, 1) are expected"
