@@ -32,11 +32,11 @@ _TASKS = {
 
 @dataclass(frozen=True)
 class ClassNames:
-    """The parameters of one class, `title`, by all their names, and those of them that it stores transposed. `is_bare`:
-    it is the model without a head."""
+    """The parameters of one class, `title`, by all their names with their shapes, and those of them that it stores
+    transposed. `is_bare`: it is the model without a head."""
 
     title: str
-    names: Collection[str]
+    shapes: Mapping[str, tuple[int, ...]]
     transposed: Collection[str]
     families: tuple[str, ...]
     is_bare: bool = False
@@ -44,11 +44,11 @@ class ClassNames:
     @cached_property
     def modules(self) -> frozenset[str]:
         """The modules that have parameters of their own."""
-        return frozenset(name.rpartition(".")[0] for name in self.names)
+        return frozenset(name.rpartition(".")[0] for name in self.shapes)
 
     @cached_property
     def _index(self) -> NameIndex:
-        return NameIndex(self.names, self.families)
+        return NameIndex(self.shapes, self.families)
 
     def find(self, name: str) -> str | None:
         """Return the name in the class that `name` means; None if there is none, or if it may be one of several. A
@@ -76,7 +76,7 @@ def classes(config: Mapping[str, Any], task: str = "") -> Iterable[ClassNames]:
         if asked is not None and asked.name not in seen:
             seen.add(asked.name)
             is_bare = bare is not None and bare.name == asked.name
-            yield ClassNames(asked.name, asked.shapes.keys(), asked.transposed, families, is_bare)
+            yield ClassNames(asked.name, asked.shapes, asked.transposed, families, is_bare)
 
 
 def _of_task(config: Mapping[str, Any], task: str) -> list[str] | None:
@@ -118,7 +118,7 @@ def renaming(names: Collection[str], config: Mapping[str, Any], task: str, store
         return Renaming()
     known = list(classes(config, task))
     for one in known:
-        if all(name in one.names for name in names):
+        if all(name in one.shapes for name in names):
             return Renaming(one.title)
     best = Renaming()
     for one in known:

@@ -135,9 +135,13 @@ def test_pruned_modules_are_left_out(tmp_path):
     compact = api.convert(lora, "lowrank", target_ratio=20).compact
     kept = [t.name for t, r in zip(compact.targets, compact.config.ranks, strict=True) if r]
     assert 0 < len(kept) < len(compact.targets)
+    fused = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+    groups = [[above, group] for n in kept for above, _, leaf in [n.removesuffix(".weight").rpartition(".")]
+              for group in fused if leaf in group]  # fmt: skip
+    beside = {f"{above}.{leaf}" for above, group in groups for leaf in group}
     api.export(compact, tmp_path / "out", to="peft-lora")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert config["target_modules"] == sorted(n.removesuffix(".weight") for n in kept)
+    assert set(config["target_modules"]) == {n.removesuffix(".weight") for n in kept} | beside
     load_in_peft("tiny-llama", tmp_path / "out")
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import ntpath
 import posixpath
+import re
 from collections.abc import Iterator
 
 from lrconvert.formats.compat.base import Consumer, Finding, NoOptions, verdicts
 from lrconvert.formats.compat.shared import rules, whole_names
 from lrconvert.formats.compat.shared.rules import BAKE, CHECK_BASE, EXPAND, RIGHT_BASE, words
 from lrconvert.formats.compat.shared.subject import PEFT_PREFIX, Subject, example, leaf
+from lrconvert.lora.base_names import ties_embeddings
 
 VERSION = "as in llama-cpp-python 0.3.36"
 refuses, wrong, warns = verdicts("llamacpp", VERSION)
@@ -34,12 +36,15 @@ _SKIPPED = words(
     view_seperator patch_embed patch_embedding patch_merger. patch_merge_mlp. model.connector.
     """
 )
+_POSITIONS = re.compile("pos|wpe")
 _CONV1D = ("c_attn", "c_proj", "c_fc", "c_fc2")
 
 
 def examine(subject: Subject, options: NoOptions) -> Iterator[Finding]:
-    if subject.foreign == "gguf":
-        return  # what the converter makes: the runtime loads it as it is
+    if subject.foreign == "gguf":  # what the converter makes: the runtime loads it as it is
+        stored = [info.name for info in subject.tensors]
+        yield from _tied(subject, [n for n in stored if n.startswith(("token_embd.", "output.")) and ".lora_a" in n])
+        return
     if (problem := rules.not_a_peft_folder(subject)) is not None:
         yield refuses("layout", *problem, CONVERTER)
         return
@@ -134,28 +139,35 @@ def _conv1d(subject: Subject) -> Iterator[Finding]:
 
 
 def _base(subject: Subject) -> Iterator[Finding]:
-    heads = [module for module in subject.pairs if leaf(module) == "lm_head"]
+    tokens = [m for m, pair in subject.pairs.items() if pair.embedding and not _POSITIONS.search(leaf(m))]
+    heads = [*tokens, *(module for module in subject.pairs if leaf(module) == "lm_head")]
     if subject.base is None:
         base = subject.config.get("base_model_name_or_path")
         if not isinstance(base, str) or not base or posixpath.isabs(base) or ntpath.isabs(base):
             shown = "no base" if not base else f"the base by a path, {base!r:.80}"
             what = f"the configuration names {shown}, which the converter would load"
             yield warns("base", what, "give the converter --base FOLDER (its config.json is enough)", CONVERTER)
-        if heads:
-            what = f"a base whose lm_head is tied to its embeddings has no {example(heads)} to adapt"
-            yield warns("embedding", what, CHECK_BASE, RUNTIME)
+        yield from _tied(subject, heads)
         yield from whole_names.doubled(subject, warns, TENSORS, _spelled)
         return
     if subject.architecture and subject.architecture not in ARCHITECTURES:
         what = f"the base's architecture {subject.architecture!r:.80} is not known"
         yield refuses("model", what, "use a newer llama.cpp if it has it", "conversion/__init__.py TEXT_MODEL_MAP")
-    if heads and subject.base.get("tie_word_embeddings"):
-        # Gemma's converter drops the factors instead, without a word.
-        what = f"the base's lm_head is tied to its embeddings: there is no {example(heads)} to adapt when loading"
-        yield refuses("embedding", what, MERGE, RUNTIME)
+    yield from _tied(subject, heads)
     place = whole_names.placement(subject, _spelled)
     lacking = [module for module in place.lacking if not _skipped(f"{module}.weight")]
     yield from refuses.of("modules", lacking, f"{len(lacking)} modules are not in the base", RIGHT_BASE, RUNTIME)
+
+
+def _tied(subject: Subject, ends: list[str]) -> Iterator[Finding]:
+    """Yield a finding on LoRAs on tied embeddings: there is no tensor of the head to adapt (Gemma's converter drops the
+    factors, without a word), and those of the tokens abort the program where the head multiplies by them."""
+    if subject.base is None:
+        what = "a base whose lm_head is tied to its embeddings stops or aborts the program"
+        yield from warns.of("embedding", ends, what, CHECK_BASE, RUNTIME)
+    elif ties_embeddings(subject.base):
+        what = "the base's lm_head is tied to its embeddings: a LoRA on either stops or aborts the program"
+        yield from refuses.of("embedding", ends, what, MERGE, RUNTIME)
 
 
 def _spelled(module: str) -> str:

@@ -170,6 +170,8 @@ def _targeted(subject: Subject, module: str) -> bool:
     targets = subject.config.get("target_modules")
     if subject.flag("target_parameters"):
         return True
+    if subject.flag("ensure_weight_tying") and not any(part.isdecimal() for part in module.split(".")):
+        return True  # the other end of tied embeddings is adapted along
     if isinstance(targets, list):
         return any(module == name or module.endswith(f".{name}") for name in subject.names("target_modules"))
     if not isinstance(targets, str) or targets == "all-linear":

@@ -63,8 +63,8 @@ def _name(target: Target, family: Family, config: Mapping[str, Any]) -> str:
     name = family.named(module_of(target, "GGUF"))
     if name is None:
         raise ExportError(f"llama.cpp takes no LoRA on {target.name!r:.120} of a {family.id}", fix=EXCLUDE)
-    if name == "output" and ties_embeddings(config):
-        what = f"{target.name!r} is the base's embedding as well, and llama.cpp adapts that only"
+    if name in ("output", "token_embd") and ties_embeddings(config):
+        what = f"{target.name!r:.120} is tied to the other embedding of the base; llama.cpp aborts at a LoRA on either"
         raise ExportError(what, fix=EXCLUDE)
     return name
 

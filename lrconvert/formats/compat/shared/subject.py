@@ -15,6 +15,7 @@ from lrconvert.core.limits import MAX_PATTERNS
 from lrconvert.formats import loading
 from lrconvert.formats.lrc import file
 from lrconvert.formats.readers import base as readers
+from lrconvert.formats.readers.gguf.file import GgufFile
 from lrconvert.formats.readers.peft.patterns import check_work, compile_pattern
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.io.checkpoint import INDEX_NAME, SINGLE_NAME, open_checkpoint
@@ -190,7 +191,8 @@ def look(path: Path, options: ReadOptions | None = None) -> Subject:
     if layout is None and readers.named(_GGUF).recognises(path):
         layout = _GGUF
     if layout == _GGUF and path.is_file():
-        subject = Subject("bare", weights=path.name, **base)
+        with GgufFile(path) as opened:
+            subject = Subject("bare", tensors=opened.tensors, weights=path.name, **base)
     else:
         subject = _subject_at(path, base)
     if subject.layout == "lrconvert":
@@ -260,6 +262,6 @@ def _base_facts(base: Path) -> dict[str, Any]:
     modules: frozenset[str] = frozenset()
     # A quantized base stores other tensors under other names.
     if not config.get("quantization_config") and any((base / n).exists() for n in (INDEX_NAME, SINGLE_NAME)):
-        with open_checkpoint(base) as checkpoint:
+        with open_checkpoint(base, quantized=True) as checkpoint:
             modules = frozenset(name.removesuffix(".weight") for name in checkpoint.tensors if name.endswith(".weight"))
     return {"base": config, "base_modules": modules}

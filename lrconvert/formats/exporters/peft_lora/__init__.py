@@ -15,6 +15,7 @@ import numpy as np
 
 from lrconvert.core.errors import ExportError
 from lrconvert.formats.exporters.base import Exporter, ExportOptions, Files
+from lrconvert.formats.exporters.peft_lora import groups
 from lrconvert.formats.exporters.peft_lora.layers import Layer, adapted_layers
 from lrconvert.formats.exporters.peft_lora.stacks import as_peft_stacks
 from lrconvert.formats.exporters.shared import peft
@@ -60,11 +61,15 @@ def files(compact: CompactAdapter, options: ExportOptions) -> Files:
 
 def _layers(compact: CompactAdapter, options: ExportOptions) -> list[Layer]:
     """Return everything that is adapted. Modules that were pruned to rank 0 are left out, unless DoRA or a bias changes
-    them all the same, or PEFT would adapt them because their name ends with one that is listed."""
+    them all the same, servers fuse them with one that is adapted, or PEFT would adapt them because their name ends with
+    one that is listed."""
     every = as_peft_stacks(compact, expanded(compact), options.base_config)
-    pairs = [(pair, pair.target.name.removesuffix(".weight")) for pair in every]
-    kept = {module for pair, module in pairs if pair.rank}
+    kept = {pair.target.name.removesuffix(".weight") for pair in every if pair.rank}
+    if not any(e.use == "magnitude" for e in compact.extras):
+        every += groups.missing(kept, [pair.target for pair in every], options.base_config)
+    kept |= groups.partners(kept)
     kept |= {owner(e.name) for e in compact.extras if e.use in ("magnitude", "add")}
+    pairs = [(pair, pair.target.name.removesuffix(".weight")) for pair in every]
     adapted = [pair for pair, module in pairs if module in kept or not kept.isdisjoint(peft.endings(module))]
     if not adapted:
         raise ExportError("every target has rank 0, there is nothing to export")
