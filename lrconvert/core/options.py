@@ -12,8 +12,11 @@ line, its help and its checks follow from the declaration.
 from __future__ import annotations
 
 import math
+import typing
 from collections.abc import Mapping, MutableMapping
 from dataclasses import field, fields
+from functools import cache
+from numbers import Real
 from typing import Any, TypeVar
 
 from lrconvert.core.errors import OptionError
@@ -41,12 +44,15 @@ def names(options: type[Any]) -> tuple[str, ...]:
 
 
 def make(options: type[T], values: Mapping[str, Any], owner: str) -> T:
-    """Return `options` with these values. Raises E-OPTION, naming the `owner`, for a name that is no field, a value
-    that is no choice, and a number below the least, infinite or NaN where there is a least."""
+    """Return `options` with these values, in the types of their fields, so that equal options are equal however they
+    were spelled (20 and 20.0). Raises E-OPTION, naming the `owner`, for a name that is no field, a value that is no
+    choice, a number below the least, infinite or NaN where there is a least, and one that is not whole where it must.
+    """
     known = {entry.name: entry for entry in fields(options)}  # type: ignore[arg-type]
     refuse_unknown(set(values) - set(known), owner, list(known))
-    chosen = dict(values)
+    hints, chosen = _hints(options), dict[str, Any]()
     for name, value in values.items():
+        chosen[name] = value
         choices, least = known[name].metadata.get("choices"), known[name].metadata.get("least")
         if choices and value is not None:
             chosen[name] = str(value)
@@ -54,7 +60,33 @@ def make(options: type[T], values: Mapping[str, Any], owner: str) -> T:
                 raise OptionError(f"{name} is {value!r:.40}; {owner} takes {', '.join(choices)}")
         if least is not None and value is not None and not least <= value < math.inf:
             raise OptionError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+        if not choices:
+            chosen[name] = _typed(name, value, hints[name], owner)
     return options(**chosen)
+
+
+@cache
+def _hints(options: type[Any]) -> dict[str, Any]:
+    return typing.get_type_hints(options)
+
+
+def _typed(name: str, value: Any, hint: Any, owner: str) -> Any:
+    """A number in the type of its field, a list for a tuple as one; everything else as it is."""
+    kinds = typing.get_args(hint) or (hint,)
+    if isinstance(value, list) and (typing.get_origin(hint) is tuple or tuple in map(typing.get_origin, kinds)):
+        return tuple(value)
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return value
+    try:
+        if float in kinds:
+            return float(value)
+        if int in kinds and int(value) == value:
+            return int(value)
+    except (OverflowError, ValueError):
+        raise OptionError(f"{name} is {value!r:.40}; {owner} takes a finite number") from None
+    if int in kinds:
+        raise OptionError(f"{name} is {value!r:.40}; {owner} takes a whole number")
+    return value
 
 
 def take(options: type[T], given: T | None, keywords: MutableMapping[str, Any], owner: str) -> T:

@@ -25,6 +25,7 @@ from lrconvert.core import errors
 from lrconvert.io import checkpoint
 from lrconvert.io.checkpoint import open_checkpoint
 from lrconvert.lora import statistics_file
+from lrconvert.methods import base as methods
 
 pytestmark = pytest.mark.medium  # all of them work on models, disks or processes
 
@@ -123,6 +124,45 @@ def test_one_request_in_two_spellings(one: dict[str, Any], other: dict[str, Any]
     assert lrconvert.convert_many([source], tmp_path, "lowrank", jobs=1, **one).ok
     (same,) = lrconvert.convert_many([source], tmp_path, "lowrank", jobs=1, **other).outcomes
     assert same.state == "skipped"
+
+
+COMMANDS = {method.commands[0].name: ("convert", method.id) for method in methods.all_methods()}
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "compress", "lora-to-alora", "lora-to-alora --train-steps"])
+def test_the_command_line_and_python_name_the_same_work(name: str, tmp_path: Path) -> None:
+    """What one has finished the other passes by, whole numbers and fractions spelled in either way."""
+    source, shown = ADAPTERS / "llama-plain", ["--target-ratio", "4.0", "--json", "-j", "1"]
+    more: dict[str, Any] = {"target_ratio": 4, "jobs": 1}
+    if name == "compress":
+        first = lrconvert.compress_many([source], tmp_path, forms=["lowrank"], **more)
+        shown += ["--methods", "lowrank"]
+    elif name in COMMANDS:
+        first = lrconvert.convert_many([source], tmp_path, COMMANDS[name][1], **more)
+    else:
+        if "--train-steps" in name:
+            (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"text": f"a word {n}"}) for n in range(40)))
+            more |= {
+                "base": BASES / "tiny-llama",
+                "data": [tmp_path / "t.jsonl"],
+                "rounds": 1.0,
+                "exact": 1,
+                "moves": 0,
+            }
+            more["retrain"] = {"steps": 1.0}
+            given = {
+                "base": more["base"],
+                "data": tmp_path / "t.jsonl",
+                "rounds": 1,
+                "exact": 1,
+                "moves": 0,
+                "train-steps": 1,
+            }
+            shown += [word for key, value in given.items() for word in (f"--{key}", str(value))]
+        first = lrconvert.allocate_many([source], tmp_path, **more)
+    assert first.ok and first.count("done") == 1, first
+    done = command(name.split()[0], source, "-o", tmp_path, *shown)
+    assert [row["state"] for row in json.loads(done.stdout)["adapters"]] == ["skipped"]
 
 
 def test_statistics_and_base_count_by_content(tmp_path: Path) -> None:

@@ -6,10 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 
+from lrconvert.convert.options import ConvertOptions
 from lrconvert.core.errors import OptionError
 from lrconvert.core.options import make, option, take
+from lrconvert.refine.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -47,3 +50,17 @@ def test_keywords_go_before_what_is_given_and_others_stay() -> None:
 
 def test_choices_are_texts() -> None:
     assert make(Options, {"kind": 16, "rank": None}, "the form") == Options(None, "16")  # type: ignore[arg-type]
+
+
+def test_equal_options_are_equal_however_they_are_spelled() -> None:
+    """Numbers come in the type of their field; what is not whole where it must be is refused."""
+
+    def spelled(**values: object) -> str:
+        return repr(make(Settings, values, "refine"))
+
+    assert spelled(steps=7, lr=1, hidden=2) == spelled(steps=7.0, lr=1.0, hidden=np.float32(2))
+    assert spelled(steps=np.int64(7)) == spelled(steps=7)
+    assert repr(make(ConvertOptions, {"include": ["a"]}, "x")) == repr(make(ConvertOptions, {"include": ("a",)}, "x"))
+    for value in (2.5, float("nan"), float("inf")):
+        with pytest.raises(OptionError, match="steps"):
+            spelled(steps=value)

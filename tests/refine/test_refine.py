@@ -261,7 +261,8 @@ def test_the_same_again_and_resumed(method: str, lora: LoraAdapter, model: Any, 
         api.refine(compact, lora, model, batches, out[2], **many)
     with pytest.raises(StatisticsError, match="other options"):
         api.refine(compact, lora, model, batches, out[2], resume=True, **{**many, "lr": 0.5})
-    done = api.refine(compact, lora, model, batches, out[2], resume=True, **many)
+    spelled = {**many, "steps": 7.0, "hidden": 1, "temperature": 1}  # the same options
+    done = api.refine(compact, lora, model, batches, out[2], resume=True, **spelled)
     assert done.steps == 7 and out[2].read_bytes() == out[0].read_bytes()
     assert not partial.exists()
 

@@ -11,44 +11,42 @@ from __future__ import annotations
 
 import hashlib
 import json
-import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from lrconvert.api.batch.sources import is_adapter
 from lrconvert.convert.options import AllocateOptions, CompressOptions, ConvertOptions
 from lrconvert.core.errors import FileChangedError, FileReadError, LrcError
+from lrconvert.core.options import make, names, take
 from lrconvert.formats.lrc import file
 from lrconvert.formats.model_card import CARD
 from lrconvert.io.checkpoint import KnownContent, open_checkpoint
 from lrconvert.lora.adapter import CompactAdapter
 from lrconvert.methods import base as methods
+from lrconvert.refine.settings import Settings
 
 FIELD = "request"
 _CONTENTS = ("base", "statistics", "data")  # options that stand for contents: their digests are among the inputs
+_PLACES = ("device",)
 
 
 def settled(verb: str, method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return `options` in their one spelling: defaults filled in, numbers and choices in the type of their field, and
-    without those that stand for contents."""
+    without those that stand for contents, or say where the work is done. Raises E-OPTION."""
     own: type[Any] = {"compress": CompressOptions, "allocate": AllocateOptions}.get(verb) or methods.get(method).Options
-    chosen: dict[str, Any] = {}
-    for kind in (ConvertOptions, own):
-        hints = typing.get_type_hints(kind)
-        for field in fields(kind):
-            value = options.get(field.name, field.default)
-            is_number = float in typing.get_args(hints[field.name]) or hints[field.name] is float
-            chosen[field.name] = float(value) if is_number and value is not None else value
-            if field.metadata.get("choices") and value is not None:
-                chosen[field.name] = str(value)
+    rest = dict(options)
+    chosen = {
+        name: value for kind in (ConvertOptions, own) for name, value in vars(take(kind, None, rest, verb)).items()
+    }
     plan = chosen["target_size"], chosen["target_ratio"]
-    if verb == "convert" and plan == (None, None) and not any(field.name in options for field in fields(own)):
+    if verb == "convert" and plan == (None, None) and not any(name in options for name in names(own)):
         ratio = methods.get(method).default_ratio
         chosen["target_ratio"] = None if ratio is None else float(ratio)
-    unknown = {name: value for name, value in options.items() if name not in chosen}
-    return {name: value for name, value in {**chosen, **unknown}.items() if name not in _CONTENTS}
+    if rest.get("retrain") is not None:
+        base = {name: chosen[name] for name in ("length", "batch_tokens")}
+        rest["retrain"] = vars(make(Settings, {**base, **rest["retrain"]}, "retrain"))
+    return {name: value for name, value in {**chosen, **rest}.items() if name not in (*_CONTENTS, *_PLACES)}
 
 
 def digest(verb: str, method: str, options: Mapping[str, Any], source: str, inputs: Mapping[str, str]) -> str:

@@ -13,7 +13,7 @@ from lrconvert.api.batch import pool, request
 from lrconvert.api.batch.sources import AnyPath, Job, plan
 from lrconvert.api.shared import take_reading
 from lrconvert.core.errors import OptionError, OutputPathError
-from lrconvert.core.options import option, take
+from lrconvert.core.options import make, option, take
 from lrconvert.formats.lrc import file
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.io import hub
@@ -192,7 +192,9 @@ def _plain(key: str, value: Any) -> Any:
 
 
 def _plain_reading(reading: ReadOptions) -> dict[str, Any]:
-    return {key: _plain(key, value) for key, value in vars(reading).items() if value is not None}
+    """The reading options as JSON, in their one spelling."""
+    settled = make(ReadOptions, vars(reading), "reading")
+    return {key: _plain(key, value) for key, value in vars(settled).items() if value is not None}
 
 
 def _readings(jobs: Sequence[Job], reading: ReadOptions) -> list[ReadOptions]:
