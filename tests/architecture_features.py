@@ -257,6 +257,12 @@ FEATURES: Mapping[str, Feature] = {
             _renamed(lambda name, model: name.removeprefix("base_model.model.")),
         ),
         Feature(
+            "doubled",
+            "base_model.model. twice in the names",
+            _linear(),
+            _renamed(lambda name, model: f"base_model.model.{name}"),
+        ),
+        Feature(
             "named",
             "an adapter's name in the names",
             _linear(),

@@ -23,8 +23,9 @@ class Architecture:
     """A class of transformers and the configuration of a tiny model.
 
     `linear` are the layers that most LoRAs of it adapt, as PEFT's `target_modules`, `experts` its stacks of experts,
-    as `target_parameters`. `inputs` says what it is asked with: "decoder" and "encoder" take tokens, "pair" tokens on
-    both sides, "speech" a spectrogram and tokens, "image" tokens of which the first are `image` (token, count), and
+    as `target_parameters`. `seed` is the first with which no choice of an expert is close. `inputs` says what it is
+    asked with: "decoder" and "encoder" take tokens, "pair" tokens on both sides, "speech" a spectrogram and tokens,
+    "image" tokens of which the first are `image` (token, count), and
     pixels.
     """
 
@@ -36,6 +37,7 @@ class Architecture:
     inputs: str = "decoder"
     image: tuple[int, int] = (0, 0)
     tied: bool | None = None
+    seed: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -45,9 +47,9 @@ class Architecture:
 
         return getattr(transformers, self.model)
 
-    def build(self, seed: int = 0) -> Any:
-        """Return a new random model, the same for the same seed, in float32. Biases and norms are random, too."""
-        torch.manual_seed(seed)
+    def build(self) -> Any:
+        """Return a new random model, the same at every call, in float32. Biases and norms are random, too."""
+        torch.manual_seed(self.seed)
         fields = dict(self.config)
         if self.tied is not None:
             fields["tie_word_embeddings"] = self.tied
@@ -61,9 +63,9 @@ class Architecture:
                     parameter.add_(torch.randn_like(parameter) * 0.05)
         return model
 
-    def save(self, folder: Path, seed: int = 0) -> Path:
+    def save(self, folder: Path) -> Path:
         """Write a new random model to `folder`, as transformers does, and return the folder."""
-        self.build(seed).save_pretrained(folder)
+        self.build().save_pretrained(folder)
         return folder
 
     def load(self, folder: Path) -> Any:
@@ -517,6 +519,7 @@ def _all() -> list[Architecture]:
             {
                 **_TEXT,
                 **_QWEN_EXPERTS,
+                "num_experts_per_tok": 4,
                 "num_hidden_layers": 2,
                 "layer_types": ["linear_attention", "full_attention"],
                 "linear_num_value_heads": 2,
@@ -575,7 +578,7 @@ def _all() -> list[Architecture]:
             _ATTENTION,
             _EXPERTS,
         ),
-        A("phimoe", "PhimoeForCausalLM", {**_TEXT, "num_local_experts": 4}, _ATTENTION, _EXPERTS),
+        A("phimoe", "PhimoeForCausalLM", {**_TEXT, "num_local_experts": 4}, _ATTENTION, _EXPERTS, seed=1),
         A(
             "jamba",
             "JambaForCausalLM",
