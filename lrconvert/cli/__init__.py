@@ -6,10 +6,12 @@ Exit 0 done, 1 refused or failed (one line: code, file, what, what to do), 2 usa
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 
 import click
 
+from lrconvert.cli.printing import say
 from lrconvert.core import registry
 from lrconvert.core.errors import EXIT_REFUSED, LrcError
 from lrconvert.core.version import __version__
@@ -86,13 +88,15 @@ def main() -> None:
         code = cli(standalone_mode=False)  # what a command raised as Exit comes back as its code
         sys.exit(code if isinstance(code, int) else 0)
     except LrcError as error:
-        click.echo(str(error), err=True)
+        say(str(error), err=True)
         sys.exit(EXIT_REFUSED)
     except click.exceptions.Abort:
-        click.echo("aborted", err=True)
+        say("aborted", err=True)
         sys.exit(130)
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)
+        say(shown.getvalue(), err=True, nl=False)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.stderr.close()

@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from lrconvert.cli import flags
-from lrconvert.cli.printing import command_line, emit, warn
-from lrconvert.core.errors import EXIT_REFUSED
+from lrconvert.cli.printing import command_line, emit, say, warn
+from lrconvert.core.errors import EXIT_REFUSED, printable
 from lrconvert.formats.compat import base as consumers
 from lrconvert.formats.exporters import base as exporters
 from lrconvert.formats.readers.shared.options import ReadOptions
@@ -32,7 +32,7 @@ def inspect(source: Path, base: Path | None, as_json: bool, **given: Any) -> Non
     if as_json:
         emit({"path": str(source), **facts})
         return
-    click.echo(text_and_json.inspection(str(source), facts))
+    say(text_and_json.inspection(str(source), facts))
     warn(facts["warnings"])
 
 
@@ -61,7 +61,7 @@ def export(file: Path, output: Path, to: str, quiet: bool, overwrite: bool, **gi
     done = api.export(file, output, to=to, overwrite=overwrite, command=command_line(), **options, **given)
     warn(done.notes)
     if not quiet:
-        click.echo(f"wrote {output}: {', '.join(done.files)}")
+        say(f"wrote {printable(str(output))}: {', '.join(done.files)}")
 
 
 @flags.command(
@@ -95,6 +95,6 @@ def check(path: Path, base: Path | None, as_json: bool, **given: Any) -> None:
     else:
         for consumer in programs:
             lines = [str(finding) for finding in findings if finding.consumer == consumer.id]
-            click.echo("\n".join(lines or [f"{consumer.id} {consumer.version}: nothing found"]))
+            say("\n".join(lines or [f"{consumer.id} {consumer.version}: nothing found"]))
     if not ok:
         raise click.exceptions.Exit(EXIT_REFUSED)

@@ -12,7 +12,7 @@ import click
 from lrconvert.api.batch.run import Batch, BatchOptions, OnDone, Outcome, Work
 from lrconvert.api.batch.run import run as run_batch
 from lrconvert.api.batch.sources import are_many
-from lrconvert.cli.printing import emit, progress_bar, warn
+from lrconvert.cli.printing import emit, progress_bar, say, warn
 from lrconvert.cli.request import Request
 from lrconvert.core.errors import EXIT_REFUSED, printable
 
@@ -58,11 +58,11 @@ def run(request: Request, work: Work, title: str) -> None:
         for outcome in batch.outcomes:
             warn(f"{outcome.source}: {line}" for line in outcome.warnings)
         if not request.quiet:
-            click.echo("".join(f"{outcome.text}\n\n" for outcome in batch.outcomes if outcome.text), nl=False)
-            click.echo(table(batch))
+            say("".join(f"{outcome.text}\n\n" for outcome in batch.outcomes if outcome.text), nl=False)
+            say(table(batch))
         for outcome in batch.outcomes:
             if outcome.message:
-                click.echo(outcome.message, err=True)
+                say(outcome.message, err=True)
     if not batch.ok:
         raise click.exceptions.Exit(EXIT_REFUSED)
 

@@ -14,7 +14,7 @@ import click
 
 from lrconvert.api.batch.run import Work
 from lrconvert.cli import batch, flags
-from lrconvert.cli.printing import emit, progress_bar, warn
+from lrconvert.cli.printing import emit, progress_bar, say, warn
 from lrconvert.cli.request import Request
 from lrconvert.convert.options import AllocateOptions, CompressOptions, ConvertOptions
 from lrconvert.methods import base as methods
@@ -99,7 +99,7 @@ def _one(
         return
     warn(result.conversion.warnings)
     if not request.quiet:
-        click.echo(result.text)
+        say(result.text)
 
 
 def _shown(request: Request, conversion: Conversion) -> Result:

@@ -13,6 +13,8 @@ from typing import Any
 import click
 
 from lrconvert.cli import flags
+from lrconvert.cli.printing import say
+from lrconvert.core.errors import printable
 from lrconvert.io.durable import check_output, make_folder
 from lrconvert.report.text_and_json import table
 
@@ -25,7 +27,7 @@ _HELD_OUT = 100  # texts
 @click.pass_context
 def demo(context: click.Context, output: Path | None) -> None:
     """Run the whole pipeline on the bundled model and LoRA, and print what it measures."""
-    run(context.find_root().command, output, click.echo)
+    run(context.find_root().command, output, say)
 
 
 def run(cli: click.Command, output: Path | None, echo: Callable[[str], None]) -> None:
@@ -43,7 +45,7 @@ def run(cli: click.Command, output: Path | None, echo: Callable[[str], None]) ->
 
         def step(*words: str | Path) -> None:
             shown = [_short(w, folder) for w in words]
-            echo(f"\n$ lrconvert {shlex.join(shown)}")
+            echo(f"\n$ lrconvert {printable(shlex.join(shown), 2000)}")
             cli.main(args=[str(w) for w in words], standalone_mode=False)
 
         base, adapter = HERE / "base", HERE / "adapter"
@@ -71,7 +73,7 @@ def run(cli: click.Command, output: Path | None, echo: Callable[[str], None]) ->
             f"equal bytes. refined is vblora after {STEPS} steps of learning to answer as the LoRA does."
         )
         if output is not None:
-            echo(f"\nThe files are in {output}")
+            echo(f"\nThe files are in {printable(str(output))}")
 
 
 def _short(word: str | Path, folder: Path) -> str:

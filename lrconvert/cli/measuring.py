@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from lrconvert.cli import flags
-from lrconvert.cli.printing import emit, progress_bar, warn
+from lrconvert.cli.printing import emit, progress_bar, say, warn
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.live.options import CompareOptions, StatisticsOptions
 
@@ -41,7 +41,7 @@ def statistics(base: Path, data: tuple[Path, ...], output: Path, adapter: Path |
     if as_json:
         emit({"base": str(base), "output": str(output), **text_and_json.statistics_json(measured, nbytes)})
     elif not quiet:
-        click.echo(text_and_json.statistics(str(output), measured, nbytes))
+        say(text_and_json.statistics(str(output), measured, nbytes))
 
 
 @flags.command(
@@ -92,4 +92,4 @@ def compare(source: Path, files: tuple[Path, ...], html: Path | None, **given: A
         return
     for path, fidelity in zip(files, rows, strict=True):
         warn(f"{path}: {line}" for line in fidelity.warnings)
-    click.echo(text_and_json.comparison(named, verbose))
+    say(text_and_json.comparison(named, verbose))

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from lrconvert.cli import flags
-from lrconvert.cli.printing import emit, progress_bar, warn
+from lrconvert.cli.printing import emit, progress_bar, say, warn
 from lrconvert.core.errors import EXIT_REFUSED
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.merge.options import MergeOptions, UnmergeOptions
@@ -69,7 +69,7 @@ def merge_into_base(base: Path, adapters: tuple[str, ...], output: Path | None, 
         emit({**named, **text_and_json.merge_json(report)})
         return
     if not quiet:
-        click.echo(text_and_json.merging(str(output or base), report, verbose))
+        say(text_and_json.merging(str(output or base), report, verbose))
     warn(report.warnings)
 
 
@@ -94,7 +94,7 @@ def unmerge(merged: Path, output: Path | None, quiet: bool, as_json: bool, **giv
         emit({"merged": str(merged), "output": place, **dataclasses.asdict(report)})
         return
     if not quiet:
-        click.echo(text_and_json.unmerging(place, report))
+        say(text_and_json.unmerging(place, report))
     warn(report.warnings)
 
 
@@ -126,7 +126,7 @@ def verify(merged: Path, base: Path, adapters: tuple[str, ...], dequantize: bool
     if as_json:
         emit({"merged": str(merged), "base": str(base), "ok": report.ok, **dataclasses.asdict(report)})
     elif not (quiet and report.ok):
-        click.echo(text_and_json.verification(str(merged), report))
+        say(text_and_json.verification(str(merged), report))
     if not report.ok:
         raise click.exceptions.Exit(EXIT_REFUSED)
 
@@ -144,4 +144,4 @@ def recover(path: Path, quiet: bool, as_json: bool) -> None:
     if as_json:
         emit(dataclasses.asdict(recovery))
     elif not quiet:
-        click.echo(text_and_json.recovery(recovery))
+        say(text_and_json.recovery(recovery))

@@ -1,4 +1,4 @@
-"""Output of commands: JSON, warnings, progress."""
+"""Output of commands: text, JSON, warnings, progress."""
 
 from __future__ import annotations
 
@@ -14,15 +14,26 @@ import click
 from lrconvert.core.errors import printable
 
 SCHEMA_VERSION = 1
+_LONGEST = 10  # characters of an escaped one: \\U0010ffff
+
+
+def say(text: str, err: bool = False, nl: bool = True) -> None:
+    """Print lines of text: all output of commands goes through here.
+
+    Names, paths and settings come from strangers. What moves a cursor, colours, or reorders is escaped here whoever
+    made the text; line breaks are the text's own, so whoever puts a name in it takes `printable`.
+    """
+    lines = text.split("\n")
+    click.echo("\n".join(printable(line, len(line) * _LONGEST) for line in lines), err=err, nl=nl)
 
 
 def emit(value: dict[str, Any]) -> None:
-    click.echo(json.dumps({"schema": SCHEMA_VERSION, **value}, indent=1))
+    say(json.dumps({"schema": SCHEMA_VERSION, **value}, indent=1))
 
 
 def warn(warnings: Iterable[str]) -> None:
     for line in warnings:
-        click.echo(f"warning: {printable(line, 1000)}", err=True)
+        say(f"warning: {printable(line, 1000)}", err=True)
 
 
 @contextmanager
@@ -36,7 +47,7 @@ def progress_bar(title: str, quiet: bool) -> Iterator[Callable[[float, str], Non
     with tqdm(total=100, desc=title, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
 
         def update(fraction: float, text: str) -> None:
-            bar.set_postfix_str(text[-40:], refresh=False)
+            bar.set_postfix_str(printable(text)[-40:], refresh=False)
             bar.update(min(int(100 * fraction), 100) - bar.n)
 
         yield update

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lrconvert.cli import flags
-from lrconvert.cli.printing import emit, progress_bar, warn
+from lrconvert.cli.printing import emit, progress_bar, say, warn
 from lrconvert.core.errors import printable
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.refine.settings import RunOptions, Settings
@@ -52,10 +52,10 @@ def refine(file: Path, base: Path, teacher: Path, data: tuple[Path, ...], output
         else:
             warn(done.warnings)
             if not quiet:
-                click.echo(refinement_text(str(file), str(output), done))
+                say(refinement_text(str(file), str(output), done))
             if not done.improved:
-                what = f"nothing was gained: {output} holds what {file} holds"
-                click.echo(f"{what}; try --lr 0.3, or more --steps", err=True)
+                what = f"nothing was gained: {printable(str(output))} holds what {printable(str(file))} holds"
+                say(f"{what}; try --lr 0.3, or more --steps", err=True)
     if strict and not done.improved:
         raise click.exceptions.Exit(1)
 

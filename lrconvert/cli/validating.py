@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from lrconvert.cli import flags
-from lrconvert.cli.printing import emit
+from lrconvert.cli.printing import emit, say
 from lrconvert.core.errors import EXIT_REFUSED, printable
 
 
@@ -32,11 +32,12 @@ def validate(files: tuple[Path, ...], base: Path | None, as_json: bool) -> None:
     else:
         for result in results:
             for finding in result.findings:
-                click.echo(f"{finding.message} [{finding.level}]")
+                say(f"{printable(finding.message, 2000)} [{finding.level}]")
             if result.ok:
                 facts = result.summary
                 what = "inputs" if facts["method"] == "statistics" else "targets"
-                click.echo(f"ok: {result.path}: {facts['method']}, {facts['targets']} {what}, {facts['bytes']:,} bytes")
+                size = f"{facts['targets']} {what}, {facts['bytes']:,} bytes"
+                say(f"ok: {printable(str(result.path))}: {facts['method']}, {size}")
     if not all(r.ok for r in results):
         raise click.exceptions.Exit(EXIT_REFUSED)
 
@@ -52,4 +53,4 @@ def upgrade(path: Path, output: Path, overwrite: bool) -> None:
     from lrconvert import api
 
     sizes = api.upgrade(path, output, overwrite=overwrite)
-    click.echo(f"wrote {printable(str(output))}: {sizes.total:,} bytes, the update unchanged")
+    say(f"wrote {printable(str(output))}: {sizes.total:,} bytes, the update unchanged")
