@@ -5,8 +5,10 @@ The licence is the source's: read from its card, kept in the compact file's prov
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+from lrconvert.core.errors import printable
 from lrconvert.core.limits import MIB
 from lrconvert.core.version import __version__
 from lrconvert.formats.fidelity import Fidelity
@@ -17,6 +19,7 @@ from lrconvert.methods import base as methods
 CARD = "README.md"
 _CARD_BYTES = MIB
 _TEXT_BYTES = 200
+_WEB = re.compile(r"https?://[\w.-]+(?::\d+)?(?:[/?#][^\s<>\"'()\[\]\\^`{|}]*)?\Z")
 _LICENCE = ("license", "license_name", "license_link")
 _TASKS = {
     "CAUSAL_LM": "text-generation",
@@ -78,12 +81,13 @@ def model_card(
 
     provenance = compact.provenance
     licences = provenance.fields.get("license", "").split(", ")
+    link = provenance.fields.get("license_link", "")
     front = ModelCardData(
         base_model=provenance.base_model or None,
         library_name=library or None,
         license=licences if len(licences) > 1 else licences[0] or None,  # type: ignore[arg-type]
         license_name=provenance.fields.get("license_name"),
-        license_link=provenance.fields.get("license_link"),
+        license_link=link if _WEB.match(link) else None,
         pipeline_tag=_TASKS.get(provenance.task_type),
         tags=["lora", "lrconvert"],
     )
@@ -96,12 +100,27 @@ def model_card(
         f"({size.adapter:,} bytes without extra tensors; method `{method.id}` version {method.version}).",
         "",
     ]
+    if link and not _WEB.match(link):
+        body += [f"The source's card says of its licence: {code(link)}", ""]
     if command:
-        body += ["```", command, "```", ""]
+        shown = printable(command, 4000)
+        body += [_fence(shown, 3), shown, _fence(shown, 3), ""]
     body += _error_table(compact, fidelity)
     if provenance.source:
-        body += ["", f"Source adapter, sha256 of its tensors: `{provenance.source}`"]
+        body += ["", f"Source adapter, sha256 of its tensors: {code(provenance.source)}"]
     return "\n".join(["---", front.to_yaml(), "---", "", *body, ""]).encode("utf-8")
+
+
+def code(text: str) -> str:
+    """Return `text` as Markdown's code, in a table too: no markup in it counts, and control characters are escaped."""
+    shown = printable(text).replace("|", "\\|")
+    ticks = _fence(shown, 1)
+    return f"{ticks}{shown}{ticks}" if ticks == "`" else f"{ticks} {shown} {ticks}"
+
+
+def _fence(text: str, least: int) -> str:
+    """Backticks that a text cannot close."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
 def _error_table(compact: CompactAdapter, fidelity: Fidelity | None) -> list[str]:
@@ -109,8 +128,9 @@ def _error_table(compact: CompactAdapter, fidelity: Fidelity | None) -> list[str
     if fidelity is None:
         if not total:
             return ["How much of a source adapter this keeps was not measured."]
+        stated = f"**{total}**" if re.fullmatch(r"[\d.]+", total) else code(total)
         return [
-            f"Captured energy of the source's update, over all targets, as the compact file states it: **{total}** "
+            f"Captured energy of the source's update, over all targets, as the compact file states it: {stated} "
             "(1 is lossless). It was not measured again for this export."
         ]
     rows = [
@@ -121,5 +141,5 @@ def _error_table(compact: CompactAdapter, fidelity: Fidelity | None) -> list[str
     ]
     for t in fidelity.targets:
         relative = (t.error / t.energy) ** 0.5 if t.energy else 0.0
-        rows.append(f"| `{t.name}` | {t.rank_before} | {t.rank_after} | {t.captured:.4f} | {relative:.4f} |")
+        rows.append(f"| {code(t.name)} | {t.rank_before} | {t.rank_after} | {t.captured:.4f} | {relative:.4f} |")
     return rows

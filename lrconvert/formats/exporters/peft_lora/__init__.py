@@ -25,6 +25,7 @@ from lrconvert.formats.exporters.shared.plain import Pair, expanded
 from lrconvert.formats.readers.peft.names import PREFIX
 from lrconvert.lora.adapter import CompactAdapter
 
+_USUAL = re.compile(r"[\w.-]+")
 _READS_OUT_IN = "0.19.0"  # the PEFT whose meaning of a stack of experts is written
 
 
@@ -112,10 +113,12 @@ def _check_together(layers: Sequence[Layer], uses: Collection[str], transposed: 
 
 def _patterns(layers: Sequence[Layer], top: int) -> dict[str, int]:
     """Return ranks below `top` by name. PEFT takes a key for a regular expression on the end of a name, so one that
-    another name ends with is anchored."""
+    another name ends with, or that has other characters than names of modules have, is anchored and escaped."""
     inner = {ending for layer in layers for ending in peft.endings(layer.name)}
     return {
-        f"^{re.escape(layer.name)}" if layer.name in inner else layer.name: layer.rank
+        layer.name
+        if layer.name not in inner and _USUAL.fullmatch(layer.name)
+        else f"^{re.escape(layer.name)}": layer.rank
         for layer in layers
         if layer.rank != top
     }

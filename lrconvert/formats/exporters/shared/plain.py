@@ -71,8 +71,10 @@ def refuse_extras(compact: CompactAdapter, layout: str, allowed: Collection[str]
 
 def module_of(target: Target, layout: str) -> str:
     """Return the module whose weight a target is. Raises E-EXPORT for a parameter of its own, or a slice or entry of
-    one."""
+    one, and for a name that no module can have."""
     module = target.name.removesuffix(".weight")
+    if not all(module.split(".")):
+        raise ExportError(f"{target.name!r:.120} has an empty part, and no module can be called so", fix=EXCLUDE)
     if module == target.name:
         raise ExportError(f"{target.name!r:.120} is no module's weight, {layout} cannot name it", fix=EXCLUDE)
     if target.view.kind not in ("matrix", "transposed", "conv"):
