@@ -19,7 +19,7 @@ from lrconvert.io.checkpoint import Checkpoint
 from lrconvert.lora import architecture, base_names, ties
 from lrconvert.lora.adapter import ExtraTensor
 from lrconvert.lora.architecture import TIE
-from lrconvert.lora.ties import BaseClass
+from lrconvert.lora.ties import BaseClass, Tie
 from lrconvert.merge.plan import tied_tensors
 from lrconvert.merge.plan.updates import Adapter, targets_of
 from lrconvert.merge.plan.whole_tensors import (
@@ -92,21 +92,26 @@ class Placement:
     rows: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def place(adapters: Sequence[Adapter], resolved: Sequence[Adapter], checkpoint: Checkpoint) -> Placement:
-    """Return the placement of all extra tensors. `resolved` are the adapters after `base_names.resolve`.
+def place(
+    adapters: Sequence[Adapter], resolved: Sequence[Adapter], checkpoint: Checkpoint, merged: frozenset[str]
+) -> Placement:
+    """Return the placement of all extra tensors. `resolved` are the adapters after `base_names.resolve`, `merged` the
+    whole tensors in them that have an update in them already.
 
     Raises E-PLACE for a tensor without a place, E-BASE for an ambiguous name.
     """
     try:
-        return _Planner(adapters, resolved, checkpoint).plan()
+        return _Planner(adapters, resolved, checkpoint, merged).plan()
     except PlacementError as error:
         raise error.at(checkpoint.root) from None
 
 
 class _Planner:
-    def __init__(self, adapters: Sequence[Adapter], resolved: Sequence[Adapter], checkpoint: Checkpoint) -> None:
+    def __init__(
+        self, adapters: Sequence[Adapter], resolved: Sequence[Adapter], checkpoint: Checkpoint, merged: frozenset[str]
+    ) -> None:
         self.adapters, self.checkpoint, self.config = adapters, checkpoint, checkpoint.config
-        self.resolved = resolved
+        self.resolved, self.merged = resolved, merged
         self.has_magnitudes = any(extra.use == "magnitude" for adapter in adapters for extra in adapter.extras)
         self.extras = gather(adapters)
         self.index = base_names.NameIndex.of(checkpoint)
@@ -123,6 +128,7 @@ class _Planner:
         self.ties = () if self.known is None else self.known.ties(checkpoint)
         self.vocabulary = tied_tensors.vocabulary(self.known, checkpoint) if self.asks_class else []
         self.tied_names = {name for tie in self.ties for name in tie.names}
+        self.merged |= {self._name(name) for name in merged}
         self.rows = {e.name: self._row_places(e.name) for a in adapters for e in a.extras if e.use == "rows"}
         self.replaced: dict[str, ExtraTensor] = {}
         self.values: dict[str, ExtraTensor] = {}
@@ -377,6 +383,7 @@ class _Planner:
         """Make tensors of their own of shared ones that do not change alike."""
         broken = []
         for tie in self.ties:
+            self._follow_resized(tie)
             if len({self._content(tie.stored.get(name, name)) for name in tie.names}) > 1:
                 broken.append(tie)
             else:  # what is not stored is what it is tied to, an output head the embedding
@@ -384,9 +391,28 @@ class _Planner:
         added = {extra.name for extra in self.added}
         untied = tied_tensors.untie(known, self.ties, broken, self.checkpoint, added)
         self.copies.update(untied.copies)
+        for tie in self.ties:
+            for name in (n for n in tie.names if n in untied.copies and tie not in broken):  # as all of its tie
+                if tie.origin in self.replaced:
+                    self.added.append(replace(self.replaced[tie.origin], name=name))
+                    del self.copies[name]
+                for extra, places in self.rows.items():
+                    if set(places) >= set(tie.stored.values()):
+                        self.rows[extra] = (*places, name)
         for key, value in untied.config.items():
             both = isinstance(value, dict) and key in self.changes
             self.changes[key] = {**value, **self.changes[key], TIE: False} if both else value
+
+    def _follow_resized(self, tie: Tie) -> None:
+        """Give a resized tensor to the stored names of its tie that the adapter does not change: they have its rows."""
+        shape = self.checkpoint.tensors[tie.origin].shape
+        extras = [self.replaced[name] for name in tie.stored.values() if name in self.replaced]
+        extras += [extra for extra in self.added if extra.name in tie.names]
+        resized = [extra for extra in extras if extra.shape != shape]
+        if resized and all(same_tensor(extra, resized[0]) for extra in resized) and resized[0].name not in self.merged:
+            for name in tie.stored.values():
+                if self._content(name) is None:
+                    self.replaced[name] = replace(resized[0], name=name)
 
     def _content(self, name: str) -> Any:
         """What the tensor of this name gets: None for the base's values, and equal for equal ones."""

@@ -141,7 +141,8 @@ def plan(inputs: Sequence[Scaled], checkpoint: Checkpoint, shard_bytes: int | No
     settled = [resized.settle(item, checkpoint) for item in inputs]
     adapters = [each.adapter for each in settled]
     resolved = [_resolve(adapter, checkpoint) for adapter in adapters]
-    placement = extra_tensors.place(adapters, resolved, checkpoint)
+    merged = frozenset(name for each in settled for name in each.merged)
+    placement = extra_tensors.place(adapters, resolved, checkpoint, merged)
     placed = checkpoint.tensors.keys() | placement.copies.keys()
     _check_plain(resolved, placement, checkpoint)
     try:

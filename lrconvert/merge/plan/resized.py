@@ -25,11 +25,12 @@ _BASE_LAYER = "base_layer."
 
 @dataclass(frozen=True)
 class Settled:
-    """`adapter` without the targets of resized embeddings, which are whole tensors in it; `kept` are the numbers of its
-    targets in the adapter that was given."""
+    """`adapter` without the targets of resized embeddings, which are whole tensors in it, `merged` by their names;
+    `kept` are the numbers of its targets in the adapter that was given."""
 
     adapter: Adapter
     kept: tuple[int, ...]
+    merged: frozenset[str] = frozenset()
 
 
 def settle(item: Scaled, checkpoint: Checkpoint) -> Settled:
@@ -38,7 +39,7 @@ def settle(item: Scaled, checkpoint: Checkpoint) -> Settled:
     index = base_names.NameIndex.of(checkpoint)
     resized: dict[str, tuple[ExtraTensor, TensorInfo]] = {}
     for extra in adapter.extras:
-        if extra.use != "replace" or f".{_BASE_LAYER}" not in f".{extra.name}" or len(extra.shape) != 2:
+        if extra.use != "replace" or f".{_BASE_LAYER}" not in f".{extra.name}" or not extra.shape:
             continue
         name = extra.name.replace(_BASE_LAYER, "")
         info = checkpoint.tensors.get(index.find(name) or base_names.tied_source(name, checkpoint) or "")
@@ -60,9 +61,10 @@ def settle(item: Scaled, checkpoint: Checkpoint) -> Settled:
     whole = {extra.name: _merged(name, extra, info, item.scale, source) for name, (extra, info) in resized.items()}
     extras = tuple(whole.get(extra.name, extra) for extra in adapter.extras)
     kept = tuple(number for number, target in enumerate(targets) if target.name not in resized)
+    merged = frozenset(target.name for target in targets if target.name in resized)
     if isinstance(adapter, LoraAdapter):
-        return Settled(replace(adapter, targets=tuple(adapter.targets[n] for n in kept), extras=extras), kept)
-    return Settled(replace(adapter, targets=tuple(targets[n] for n in kept), extras=extras), kept)
+        return Settled(replace(adapter, targets=tuple(adapter.targets[n] for n in kept), extras=extras), kept, merged)
+    return Settled(replace(adapter, targets=tuple(targets[n] for n in kept), extras=extras), kept, merged)
 
 
 def _merged(name: str, extra: ExtraTensor, info: TensorInfo, scale: float, source: Source) -> ExtraTensor:
