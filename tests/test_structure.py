@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -207,3 +208,28 @@ def test_folders_do_not_hide_the_verbs_of_their_names() -> None:
 
     assert callable(lrconvert.convert) and callable(lrconvert.merge) and callable(lrconvert.refine)
     assert lrconvert.convert is not convert and lrconvert.refine is not refine
+
+
+def bounds() -> dict[str, str]:
+    """{package: lower bound} of what pyproject.toml asks for, the tests' own packages too."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    return dict(entry.split(">=") for entry in asked)
+
+
+def pins(name: str) -> dict[str, str]:
+    """{package: release} of a file of constraints."""
+    lines = (ROOT / name).read_text().splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+def test_ci_runs_on_the_lower_bounds() -> None:
+    """constraints-lowest.txt has the bounds of pyproject.toml, exactly, but for torch, and says so; constraints.txt has
+    a release of each that is no older."""
+    declared, lowest, newest = bounds(), pins("constraints-lowest.txt"), pins("constraints.txt")
+    assert lowest == declared | {"torch": newest["torch"]}
+    assert "torch is the exception" in (ROOT / "constraints-lowest.txt").read_text()
+    for package, bound in declared.items():
+        old, new = (tuple(map(int, text.split("."))) for text in (bound, newest[package]))
+        assert old <= new, package
+    assert "constraints-lowest.txt" in (ROOT / ".ci" / "run").read_text()
