@@ -18,7 +18,7 @@ from lrconvert.lora import architecture, renamings
 from lrconvert.lora.base_names import NameIndex
 
 # Names below these are the class's own where a checkpoint has them: no bare model's modules are called so.
-_PLAIN = ("model.", "transformer.")
+_PLAIN = ("model.", "transformer.", "lm_head.")
 # PEFT's task types, as transformers calls the tables of its Auto classes.
 _TASKS = {
     "CAUSAL_LM": "FOR_CAUSAL_LM_",
@@ -113,7 +113,8 @@ class Renaming:
 
 def renaming(names: Collection[str], config: Mapping[str, Any], task: str, stored: Collection[str] = ()) -> Renaming:
     """Return how `names` become those of the base's class. A class that has all of them as they are is preferred, so
-    that an adapter of another class of the base keeps what is right for that."""
+    that an adapter of another class of the base keeps what is right for that. `stored` are the names that the base
+    stores, if they are known: what means one of these means what the class calls that."""
     if settled(names, stored, config):
         return Renaming()
     known = list(classes(config, task))
@@ -121,8 +122,9 @@ def renaming(names: Collection[str], config: Mapping[str, Any], task: str, store
         if all(name in one.shapes for name in names):
             return Renaming(one.title)
     best = Renaming()
+    checkpoint = ClassNames("", dict.fromkeys(stored, ()), (), tuple(renamings.families(config)))
     for one in known:
-        found = {name: one.find(name) for name in names}
+        found = {name: one.find(name) or one.find(checkpoint.find(name) or name) for name in names}
         lost = tuple(sorted(name for name, new in found.items() if new is None))
         if not best.title or len(lost) < len(best.lost):
             new = {name: to for name, to in found.items() if to is not None and to != name}

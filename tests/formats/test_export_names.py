@@ -51,9 +51,9 @@ def test_an_export_has_the_names_of_the_bases_class(spelling: str, given: str, t
     late = {} if early else {"base": base}
     folders = []
     for name in ("right", spelling):
-        source = renamed(plain(modules=QV), *SPELLINGS[name]).write(tmp_path / name.replace(" ", "-") / name)
+        source = renamed(plain(modules=QV), *SPELLINGS[name]).write(tmp_path / f"source-{name}-{len(folders)}")
         compact = compact_of(source, **early)
-        folder = tmp_path / "out" / name
+        folder = tmp_path / f"out-{name}-{len(folders)}"
         done = api.export(compact, folder, to="peft-lora", **late)
         assert ("names are those of" in " ".join(done.notes)) == (name != "right")
         assert not api.check(folder, ["peft", "vllm"], base=LLAMA)

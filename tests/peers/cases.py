@@ -197,7 +197,7 @@ def case(
 _HALVES = {"a": (64, 4), "b": (4, 64)}
 _BAKED = {"r": 8, "lora_alpha": 8, "rank_pattern": {"k_proj": 4}, "alpha_pattern": {"k_proj": 4}}
 _PISSA = {"vllm": "refuses:init", "sglang": "wrong:init", "llamacpp": "wrong:init"}
-_BARE_NAMES = {"peft": "warns:modules", "vllm": "wrong:modules"}
+_BARE_NAMES = {"peft": "wrong:modules", "vllm": "wrong:modules"}
 _WRAPPED = {"peft": "wrong:wrapper", "vllm": "wrong:wrapper", "llamacpp": "refuses:wrapper"}
 _ELSEWHERE = dict.fromkeys(("peft", "vllm"), "wrong:modules")
 _ELSEWHERE |= {"sglang": "refuses:layers", "llamacpp": "refuses:modules"}
@@ -286,7 +286,9 @@ PEFT_CASES = (
     case("half-a-pair", lambda: without(plain(), f"{PREFIX}model.layers.1.self_attn.o_proj.lora_B.weight"),
          {"peft": "wrong:pair", "vllm": "refuses:pair", "sglang": "refuses:pair", "llamacpp": "refuses:pair"}),
     case("integers", lambda: _cast(plain(), np.int8), dict.fromkeys(_EVERYWHERE, "wrong:dtype"), unseen=_ALL),
-    case("bare-names", lambda: renamed(plain(), "model.layers", "layers"), {}, _BARE_NAMES, unseen="peft"),
+    case("bare-names", lambda: renamed(plain(), "model.layers", "layers"), {}, _BARE_NAMES),
+    case("bare-names-no-task", lambda: renamed(plain(task_type=None), "model.layers", "layers"), {},
+         {**_BARE_NAMES, "peft": "warns:modules"}, unseen="peft"),
     case("compiled", lambda: renamed(plain(), PREFIX, f"_orig_mod.{PREFIX}"),
          {**_WRAPPED, "peft": "wrong:prefix wrong:wrapper"}),
     case("data-parallel", lambda: renamed(plain(), PREFIX, f"module.{PREFIX}"),

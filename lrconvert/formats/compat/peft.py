@@ -12,6 +12,7 @@ from lrconvert.formats.compat.shared import rules, whole_names
 from lrconvert.formats.compat.shared.rules import RIGHT_BASE, words
 from lrconvert.formats.compat.shared.subject import PEFT_PREFIX, Subject, example, leaf
 from lrconvert.formats.readers.peft.patterns import check_work, compile_pattern
+from lrconvert.lora import renamings
 
 VERSION = "0.21.2"
 refuses, wrong, warns = verdicts("peft", VERSION)
@@ -19,6 +20,7 @@ refuses, wrong, warns = verdicts("peft", VERSION)
 CONFIG = "peft/config.py PeftConfigMixin"
 LOAD = "peft/utils/save_and_load.py load_peft_weights"
 SET = "peft/utils/save_and_load.py set_peft_model_state_dict"
+CONVERSION = "peft/utils/transformers_weight_conversion.py build_peft_weight_mapping"
 TUNERS = "peft/tuners/tuners_utils.py"
 
 # peft/utils/peft_types.py PeftType, at VERSION.
@@ -137,9 +139,15 @@ def _config(subject: Subject) -> Iterator[Finding]:
 def _factors(subject: Subject) -> Iterator[Finding]:
     yield from whole_names.wrappers(subject, wrong, "their tensors are ignored", SET)
     if bare := [info.name for info in subject.tensors if not info.name.startswith("base_model.")]:
-        what = f"names do not begin with {PEFT_PREFIX}, their tensors are ignored"
-        yield from wrong.of("prefix", bare, what, f"put {PEFT_PREFIX} before every name", SET)
-        return
+        fix = f"put {PEFT_PREFIX} before every name"
+        if not _converts(subject):
+            what = f"names do not begin with {PEFT_PREFIX}, their tensors are ignored"
+            yield from wrong.of("prefix", bare, what, fix, SET)
+            return
+        what = (
+            f"names do not begin with {PEFT_PREFIX}, which is read where transformers converts names, as of this base"
+        )
+        yield from warns.of("prefix", bare, what, fix, CONVERSION)
     if odd := rules.ranks_at_odds(subject):
         module = odd[0]
         what = (
@@ -152,17 +160,32 @@ def _factors(subject: Subject) -> Iterator[Finding]:
     what = "modules that target_modules does not name, their tensors are ignored"
     yield from wrong.of("targets", unnamed, what, "name them there", f"{TUNERS} check_target_module_exists")
     yield from rules.integer_factors(subject, wrong, SET)
-    place = whole_names.placement(subject, task=str(subject.config.get("task_type")))
+    task = str(subject.config.get("task_type"))
+    place = whole_names.placement(subject, task=task)
     what = f"{len(place.lacking)} modules are not in the base, their tensors are ignored"
     yield from wrong.of("modules", place.lacking, what, RIGHT_BASE, SET)
     what = f"names fit the bare model, not {subject.architecture or 'this one'}"
     fix = "load the base with AutoModel, or add the missing part to every name"
-    yield from warns.of("modules", place.shorter, what, fix, SET)
+    with_head = task in TASKS - {"FEATURE_EXTRACTION"}
+    yield from (wrong if with_head else warns).of("modules", place.shorter, what, fix, SET)
     unnamed = [module for module, name in place.renamed.items() if not _targeted(subject, name)]
     what = "target_modules has the names of an older release, in which no module is found"
     yield from wrong.of("targets", unnamed, what, "write the new names there", f"{TUNERS} check_target_module_exists")
     if subject.base is None:
         yield from whole_names.doubled(subject, warns, SET)
+
+
+def _converts(subject: Subject) -> bool:
+    """Return whether transformers converts names of the base's checkpoints: PEFT converts an adapter's along then, and
+    puts its prefix before them."""
+    if subject.base is None:
+        return False
+    try:
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping as conversions
+    except ImportError:  # an older release, which has none
+        return False
+    kinds = [kind for kind in (subject.architecture, *renamings.families(subject.base)) if kind]
+    return any(conversions(kind) for kind in kinds)
 
 
 def _targeted(subject: Subject, module: str) -> bool:

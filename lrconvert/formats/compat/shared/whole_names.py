@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 from lrconvert.formats.compat.base import Finding, Verdict
 from lrconvert.formats.compat.shared.rules import CHECK_BASE
 from lrconvert.formats.compat.shared.subject import Subject
+from lrconvert.formats.readers.shared.wrappers import SEGMENTS
 from lrconvert.lora import class_names, renamings
 
 STRIP = "take them out of every name; `lrconvert` reads the adapter without them and exports it right"
-# What training puts around modules: torch.compile, FSDP, activation checkpointing, DeepSpeed and DDP.
-_WRAPPER = re.compile(
-    r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)(?![^.])|^module(?=\.)"
-)
+# What a training puts around modules; DistributedDataParallel's plain word counts in front only.
+_WRAPPER = re.compile(rf"(?<![^.])(?:{'|'.join(SEGMENTS)})(?![^.])|^module(?=\.)")
 _TWICE = re.compile(r"base_model\.model\.|([^.]+)\.\1\.")
 _NUMBERED = re.compile(r"(?:^|\.)\d+(?:\.|$)")
 

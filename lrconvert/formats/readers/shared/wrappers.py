@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 PEFT_PREFIX = "base_model.model."
 # Compiled; sharded, today and at first; checkpointed activations; wrapped by Lightning or DeepSpeed.
-_SEGMENTS = ("_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_forward_module")
-_WRAPPER = re.compile(rf"(?<![^.])({'|'.join(_SEGMENTS)})\.")
+SEGMENTS = ("_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_forward_module")
+_WRAPPER = re.compile(rf"(?<![^.])({'|'.join(SEGMENTS)})\.")
 _FLAT = re.compile(r"(?<=_)(_orig_mod)_")  # in sd-scripts' names, where dots are underscores
 _PARALLEL = "module."
 _PART = re.compile(r"lora_(?:[AB]|embedding_[AB]|magnitude_vector|down|up)\b")
@@ -68,6 +68,8 @@ def _once(names: list[str]) -> list[str]:
     gone = max(fronts, key=len, default="") if len(fronts - {""}) == 1 else ""
     plainer = []
     for name in names:
-        without = _TWICE.sub("", name)
-        plainer.append(name if without in ("", name) else PEFT_PREFIX + without.removeprefix(gone))
+        match = _TWICE.search(name)
+        front, rest = (name[: match.start()], name[match.start() :]) if match else ("", name)
+        without = ("" if front == gone else front) + _TWICE.sub("", rest)
+        plainer.append(name if match is None or not without else PEFT_PREFIX + without)
     return plainer
