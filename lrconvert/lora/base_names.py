@@ -16,14 +16,16 @@ from typing import Any, TypeVar
 
 from lrconvert.core.errors import BaseError, LrcError, OptionError, OrientationError, ShapeError
 from lrconvert.io.checkpoint import Checkpoint
-from lrconvert.lora import quantized_layers, ties
+from lrconvert.lora import architecture, quantized_layers, renamings, ties
 from lrconvert.lora.adapter import MATRIX, TRANSPOSED, CompactAdapter, LoraAdapter, Target, View
+from lrconvert.lora.architecture import TIE
 from lrconvert.lora.name_index import NameIndex as NameIndex
 
 Adapter = TypeVar("Adapter", LoraAdapter, CompactAdapter)
 
-# Families of transformers whose linear layers are Conv1D, stored (in, out).
+# Families of transformers whose linear layers are Conv1D, stored (in, out), and one with layers of both kinds.
 CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+_MIXED_FAMILIES = frozenset({"clvp", "clvp_decoder"})
 # Modules of those families that are ordinary linear layers all the same.
 _LINEAR_IN_CONV1D = ("lm_head", "score", "classifier", "wte", "wpe")
 
@@ -60,24 +62,20 @@ def _tied(name: str, checkpoint: Checkpoint) -> tuple[str, str | None]:
 
 
 def ties_embeddings(config: Mapping[str, Any]) -> bool:
-    """Return whether a model of this config shares input and output embeddings (transformers' default: yes, but for
-    the families that write the field)."""
+    """Return whether a model of this config shares input and output embeddings: as it says, else as its class does."""
     text = config.get("text_config")
-    nested = text.get("tie_word_embeddings") if isinstance(text, dict) else None
-    value = config.get("tie_word_embeddings", nested)
-    return value if isinstance(value, bool) else _family(config) in TIED_BY_DEFAULT
+    nested = text.get(TIE) if isinstance(text, dict) else None
+    value = config.get(TIE, nested)
+    if isinstance(value, bool):
+        return value
+    found = architecture.of(config)
+    return found is not None and found.is_tied
 
 
 def _family(config: Mapping[str, Any]) -> str:
     """The model type of a config, or "" if it states none."""
     family = config.get("model_type")
     return family if isinstance(family, str) else ""
-
-
-# Families whose configuration class ties embeddings unless told otherwise, as their config.json may not say so.
-TIED_BY_DEFAULT = frozenset(
-    {"gpt2", "openai-gpt", "bloom", "gpt_bigcode", "gemma", "gemma2", "gemma3_text", "opt", "t5"}
-)
 
 
 def _orientation(target: Target, stored: tuple[int, ...]) -> View | None:
@@ -136,7 +134,8 @@ def _square_view(name: str, siblings: set[View], config: Mapping[str, Any]) -> V
     family = _family(config)
     if family in CONV1D_FAMILIES:
         return MATRIX if name.split(".")[-2] in _LINEAR_IN_CONV1D else TRANSPOSED
-    if siblings == {MATRIX} or (family and "auto_map" not in config and not siblings - {MATRIX}):
+    is_alike = (CONV1D_FAMILIES | _MIXED_FAMILIES).isdisjoint(renamings.families(config))  # in all its parts
+    if is_alike and (siblings == {MATRIX} or (family and "auto_map" not in config and not siblings - {MATRIX})):
         return MATRIX
     known = ties.of(config)
     place = None if known is None else known.find(name)

@@ -6,14 +6,21 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from lrconvert.lora import architecture, ties
+from models import one_target, save_base
+
+from lrconvert.core.dtypes import Stored
+from lrconvert.io.checkpoint import open_checkpoint
+from lrconvert.lora import architecture, base_names, ties
+from lrconvert.lora.adapter import MATRIX, TRANSPOSED, LoraAdapter, Target
 from lrconvert.lora.architecture import TIE
 from lrconvert.lora.ties import Tie
 
@@ -122,20 +129,24 @@ def test_a_class_that_is_not_known_is_none() -> None:
 # --- all classes ----------------------------------------------------------------------------------------------------
 
 
-def classes() -> Iterator[tuple[str, Any]]:
-    """Yield (model type, class) of every class of transformers that can tie weights."""
+def modules() -> Iterator[Any]:
+    """Yield transformers' modules of models."""
     for folder in pkgutil.iter_modules(transformers.models.__path__):
         for file in pkgutil.iter_modules([f"{transformers.models.__path__[0]}/{folder.name}"]):
             if not file.name.startswith("modeling_"):
                 continue
             try:
-                module = importlib.import_module(f"transformers.models.{folder.name}.{file.name}")
+                yield importlib.import_module(f"transformers.models.{folder.name}.{file.name}")
             except (ImportError, OSError):  # of a package that is not there
                 continue
-            for kind in vars(module).values():
-                is_model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
-                if is_model and kind.__module__ == module.__name__ and isinstance(kind._tied_weights_keys, dict):
-                    yield kind.config_class.model_type, kind
+
+
+def classes(module: Any) -> Iterator[tuple[str, Any]]:
+    """Yield (model type, class) of the classes of models in a module."""
+    for kind in vars(module).values():
+        is_model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+        if is_model and kind.__module__ == module.__name__ and isinstance(kind.config_class, type):
+            yield kind.config_class.model_type, kind
 
 
 # Keys of `_tied_weights_keys` that may reach into numbered layers: patterns, numbers, modules that hold others.
@@ -146,6 +157,36 @@ _PARAMETERS = ("positional_embedding", "codec_head", "eoi_embedding")  # these h
 @pytest.mark.medium
 def test_ties_in_numbered_layers_are_those_that_are_known() -> None:
     """Merges of numbered layers do not ask the class, but for families that tie some of them: these are all."""
-    keys = ((family, key) for family, kind in classes() for pair in kind._tied_weights_keys.items() for key in pair)
+    tied = [(f, k._tied_weights_keys) for module in modules() for f, k in classes(module)]
+    pairs = [(family, keys.items()) for family, keys in tied if isinstance(keys, dict)]
+    keys = ((family, key) for family, items in pairs for pair in items for key in pair)
     found = {family for family, key in keys if _OF_LAYERS.fullmatch(key) and not key.endswith(_PARAMETERS)}
     assert found and found <= ties.TIED_LAYERS, sorted(found - ties.TIED_LAYERS)
+
+
+@pytest.mark.medium
+def test_families_with_layers_that_are_stored_in_out_are_those_that_are_known() -> None:
+    """Square layers are (out, in) without asking the class, but in families that use Conv1D: these are all."""
+    from transformers.pytorch_utils import Conv1D
+
+    found = {family for module in modules() if vars(module).get("Conv1D") is Conv1D for family, _ in classes(module)}
+    assert found and found <= base_names.CONV1D_FAMILIES | base_names._MIXED_FAMILIES | {"clvp_encoder"}, found
+
+
+def test_square_layers_of_a_decoder_in_a_larger_model_ask_the_class(tmp_path: Path) -> None:
+    """GPT-2 as the decoder of a model for images: its layers are (in, out), those of the encoder (out, in)."""
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vit = {"model_type": "vit", "image_size": 8, "patch_size": 4, **sizes}
+    gpt2 = {"model_type": "gpt2", "vocab_size": 40, "n_embd": 8, "n_layer": 1, "n_head": 2, "add_cross_attention": True}
+    config = {"model_type": "vision-encoder-decoder", "encoder": vit, "decoder": gpt2}
+    config["architectures"] = ["VisionEncoderDecoderModel"]
+    known = ties.of(config)
+    assert known is not None
+    inner, outer = "decoder.transformer.h.0.attn.c_proj.weight", "encoder.layers.0.attention.q_proj.weight"
+    base = save_base(
+        tmp_path / "base", [{name: Stored("F32", np.zeros((8, 8), "<f4")) for name in (inner, outer)}], config
+    )
+    lora = LoraAdapter((one_target(Target(inner, (8, 8))), one_target(Target(outer, (8, 8)))))
+    with open_checkpoint(base) as checkpoint:
+        views = {t.name: t.view for t in base_names.resolve(lora, checkpoint).shapes()}
+    assert views == {inner: TRANSPOSED, outer: MATRIX}
