@@ -24,7 +24,7 @@ from lrconvert.io.durable import system
 from lrconvert.io.durable.system import System
 
 SHORT = -1  # in place of an errno: writes take half of what they are given
-_OPERATIONS = (
+OPERATIONS = (
     *("open", "open_folder", "chown", "chmod", "write", "pwrite", "copy_range", "truncate", "fsync", "close"),
     *("mkdir", "rename", "exchange", "link", "unlink", "rmdir", "lock"),
 )
@@ -101,7 +101,7 @@ def _failing(name: str) -> Any:
     return call
 
 
-for _name in _OPERATIONS:
+for _name in OPERATIONS:
     setattr(Faulty, _name, _failing(_name))
 
 
@@ -131,7 +131,7 @@ def _killing(name: str) -> Any:
     return call
 
 
-for _name in _OPERATIONS:
+for _name in OPERATIONS:
     setattr(Killer, _name, _killing(_name))
 
 
