@@ -105,6 +105,31 @@ def test_names_that_are_right_stay(adapter: str, base: str, tmp_path: Path) -> N
     assert listed(tmp_path / "with") == listed(tmp_path / "without")
 
 
+def test_mlx_has_the_old_names_of_models_that_see(tmp_path: Path) -> None:
+    for name, folder in (("model.language_model", "new"), ("language_model.model", "old")):
+        source = renamed(plain(modules=QV), f"{PREFIX}model.", f"{PREFIX}{name}.").write(tmp_path / f"source-{folder}")
+        api.export(compact_of(source), tmp_path / folder, to="mlx")
+        keys = json.loads((tmp_path / folder / "adapter_config.json").read_text())["lora_parameters"]["keys"]
+        assert all(key.startswith("language_model.model.layers.") for key in keys)
+
+
+def test_a_name_that_no_module_can_have_is_refused(tmp_path: Path) -> None:
+    source = renamed(plain(modules=QV), "layers.1", "layers..1").write(tmp_path / "a")
+    for layout in ("peft-lora", "mlx", "raw"):
+        with pytest.raises(errors.ExportError, match="no module can be called"):
+            api.export(compact_of(source), tmp_path / "out", to=layout)
+
+
+def test_ranks_of_strange_names_are_kept(tmp_path: Path) -> None:
+    """PEFT takes keys of rank_pattern for regular expressions."""
+    adapter = renamed(plain(modules=QV, ranks={"v_proj": 4}, rank_pattern={"v_proj": 4}), "layers.1", "layers.1(+)[a]")
+    api.export(compact_of(adapter.write(tmp_path / "a")), tmp_path / "out", to="peft-lora", keep_ranks=True)
+    ranks = {
+        p.target.name.split(".")[-2]: p.rank for p in api.load_lora(tmp_path / "out").targets if "(+)" in p.target.name
+    }
+    assert ranks == {"q_proj": 8, "v_proj": 4}
+
+
 # --- what PEFT makes of it ------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,8 @@
 """mlx-lm: ``adapters.safetensors`` with ``<module>.lora_a`` (in, r) and ``lora_b`` (r, out), and an adapter_config.json
 that lists every adapted module by its whole name, for ``--adapter-path FOLDER``. One rank, scale 1.
 
-Modules of mlx-lm's models are called as in transformers, but for GPT-2, whose ``transformer.h`` is ``model.h`` there.
+Modules of mlx-lm's models are called as in transformers, but for GPT-2, whose ``transformer.h`` is ``model.h`` there,
+and models that see, whose ``model.language_model`` is ``language_model.model``, as it was in transformers 4.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from lrconvert.lora.adapter import CompactAdapter, Target
 
 _LAYOUT = "mlx-lm's layout"
 _SAME = re.compile(r"(?:language_model\.)?model\.(?:layers\.\d+\..+|embed_tokens)|(?:language_model\.)?lm_head")
+_SEEING = re.compile(r"model\.language_model\.(.+)")
 _GPT2 = re.compile(r"(?:transformer\.)?(h\.\d+\.(?:attn|mlp)\.c_\w+|wte|wpe)")
 
 
@@ -45,6 +47,9 @@ def _module(target: Target) -> str:
     module = module_of(target, _LAYOUT)
     if target.view.kind == "conv":
         raise ExportError(f"{target.name!r:.120} is a convolution, which mlx-lm does not adapt", fix=EXCLUDE)
+    seeing = _SEEING.fullmatch(module)
+    if seeing is not None:
+        module = f"language_model.model.{seeing[1]}"
     if _SAME.fullmatch(module):
         return module
     renamed = _GPT2.fullmatch(module)
