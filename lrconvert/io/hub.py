@@ -20,7 +20,6 @@ from pathlib import Path, PurePosixPath
 
 from lrconvert.core.errors import FileKindError, FileReadError, LrcError, OutputPathError, ShardPathError
 from lrconvert.core.limits import MAX_INDEX_BYTES
-from lrconvert.io.checkpoint import INDEX_NAME
 from lrconvert.io.container import read_json, read_small
 
 AnyPath = str | os.PathLike[str]
@@ -32,6 +31,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PREFIX = re.compile(r"[0-9a-f]{4,40}")
 _SHARED = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}")
 _REF_BYTES = 100
+_INDEXES = (".safetensors.index.json", ".bin.index.json")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".npz", ".lrc")
 _ADAPTER_CONFIG = "adapter_config.json"
 
@@ -210,8 +210,8 @@ def _check_complete(hub_id: HubId, snapshot: Path) -> None:
     A base without weights is complete where nothing else was asked for: its config.json is enough for some commands.
     """
     names = {path.name for path in snapshot.iterdir()}
-    if INDEX_NAME in names:
-        shards = read_json(snapshot / INDEX_NAME, MAX_INDEX_BYTES).get("weight_map")
+    for index in sorted(name for name in names if name.endswith(_INDEXES)):  # of a model, or of an adapter in shards
+        shards = read_json(snapshot / index, MAX_INDEX_BYTES).get("weight_map")
         listed = shards.values() if isinstance(shards, dict) else ()  # the checkpoint's reader judges it
         if absent := {name for name in listed if isinstance(name, str)} - names:
             raise _incomplete(hub_id, repr(min(absent)))

@@ -481,7 +481,7 @@ def test_folders_of_several_files(tmp_path):
 
 def test_a_conversion_with_the_configuration_of_the_base_alone(tmp_path):
     """Names from config.json, and a file that says that no digest was recorded."""
-    folder = put(tmp_path / "x", layouts.kohya([known(f"{ATTENTION}.to_q", 64, 48)]))
+    folder = put(tmp_path / "x", layouts.kohya([known(f"{ATTENTION}.to_q", 320, 320)]))
     base = put(tmp_path / "base", {"config.json": json.dumps(UNET).encode()})
     lora = api.load_lora(folder, base=base)
     done = api.convert(lora, "lowrank", base=base)

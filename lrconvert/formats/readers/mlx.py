@@ -156,9 +156,11 @@ def _targets(
     if len(b.shape) == 3:
         yield from _experts(module, parts, scale, weights)
         return
-    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[0]:
+    flat = len(a.shape) == len(b.shape) == 2
+    fits = flat and a.shape[1] == b.shape[0]
+    if not fits or a.shape[0] == b.shape[1] < a.shape[1]:  # or with a rank above both sides
         shown = f"lora_a {list(a.shape)} and lora_b {list(b.shape)}"
-        if len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1]:
+        if flat and a.shape[0] == b.shape[1]:
             raise PairError(
                 f"{module}: {shown} are transposed or swapped; MLX stores (in, r) and (r, out)",
                 fix="if they are PEFT's (r, in) and (out, r), transpose both; only if the model computes x @ lora_b @ "

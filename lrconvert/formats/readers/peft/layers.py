@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -149,7 +150,9 @@ def _fused(module: str, a: TensorInfo, b: TensorInfo, settings: Settings, weight
     as (rows, c). A slice of a transposed weight has no view: one target of the whole, with zeros in the rest of B.
     """
     enabled = settings.enable_lora
-    if len(a.shape) != 2 or len(b.shape) not in (2, 3) or b.shape[2:] not in ((), (1,)) or a.shape[0] % b.shape[1]:
+    if len(b.shape) == 2 and a.shape[0] == sum(enabled) * b.shape[1] > b.shape[1]:
+        b = replace(b, shape=(*b.shape, 1))
+    if len(a.shape) != 2 or len(b.shape) != 3 or b.shape[2] != 1 or a.shape[0] % b.shape[1]:
         raise PairError(
             f"{module}: lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit; "
             "with enable_lora, (r * slices, in) and (rows, r, 1) are expected"

@@ -85,7 +85,7 @@ class Weights:
                 raise TensorUnknownError(what, fix="remove one of them")
         self.tensors = tuple(replace(info, name=name) for name, info in self._stored_as.items())
         self.empty = tuple(info.name for info in self.stored if 0 in info.shape)
-        _check_empty(self.empty)
+        _check_empty(self.empty, names)
         if self.empty:
             notes.append(
                 f"{len(self.empty)} tensors are empty, as DeepSpeed's ZeRO-3 leaves what is on other devices, and are "
@@ -127,11 +127,13 @@ class Weights:
         self.close()
 
 
-def _check_empty(names: Sequence[str]) -> None:
-    """Raise E-SHAPE if one of the empty tensors is a part of the adapter."""
-    parts = [name for name in names if _PART.search(name)]
+def _check_empty(empty: Sequence[str], names: Sequence[str]) -> None:
+    """Raise E-SHAPE if one of the empty tensors is a part of the adapter, or none of the others is."""
+    parts = [name for name in empty if _PART.search(name)]
     if parts:
         raise empty_part(parts[0])
+    if empty and not any(_PART.search(name) for name in names):
+        raise ShapeError(f"tensor {empty[0]!r:.200} is empty, and no other is a part of an adapter")
 
 
 def empty_part(name: str) -> ShapeError:
