@@ -13,6 +13,7 @@ tests/merge/test_kills.py does a few; the figures of a long run are in formats/t
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shutil
 import signal
@@ -21,7 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -62,7 +63,8 @@ def words(*parts: str) -> Run:
             **{"LORA": ADAPTERS / "llama-plain", "OTHER": ADAPTERS / "llama-bf16", "BASE": BASES / "tiny-llama"},
             "MERGED": work.parent / "merged",
         }
-        cli.main([str(places.get(part, part)) for part in (*parts, "-q")], standalone_mode=False)
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            cli.main([str(places.get(part, part)) for part in parts], standalone_mode=False)
 
     return run
 

@@ -11,17 +11,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from lrconvert.core.errors import LrcError
-from lrconvert.io.durable import check_output, require_space, work_directory
+from lrconvert.io.checkpoint import open_checkpoint
+from lrconvert.io.durable import check_output, clean_up, require_space, work_directory
 from lrconvert.merge.in_place.merge import merge_in_place
 from lrconvert.merge.job import BROKEN_OFF, Job, check_replaceable
 from lrconvert.merge.options import MergeOptions
-from lrconvert.merge.plan.plan import plan
+from lrconvert.merge.plan.plan import Plan, plan
 from lrconvert.merge.plan.updates import Adapter, Scaled
 from lrconvert.merge.quantized_base import open_base
 from lrconvert.merge.report import MergeReport
 from lrconvert.merge.sinks import FolderSink
 from lrconvert.merge.undo.open_record import numbered
-from lrconvert.merge.undo.repeats import same_merge
+from lrconvert.merge.undo.repeats import already_merged, changed_tensor, read_record, same_merge
 from lrconvert.merge.writing import Progress
 
 
@@ -41,11 +42,14 @@ def merge(
     job = Job(inputs, options.undo, options.allow_no_op, progress)
     if options.in_place or out is None:
         return merge_in_place(base, job, resume=options.resume, dry_run=options.dry_run, again=options.again)
-    check_output(out, options.overwrite, [base], directory=True)
+    may_be_done = options.resume and not options.overwrite and bool(numbered(out))
+    check_output(out, options.overwrite or may_be_done, [base], directory=True)
     check_replaceable(out)
     with open_base(base, dequantize=options.dequantize) as checkpoint:
         planned = plan(inputs, checkpoint, options.shard_bytes)
         earlier = numbered(base)
+        if may_be_done:
+            return _finished(out, planned, job, max(earlier, default=0) + 1)
         report = job.begin(planned, earlier, options.dry_run)
         if not options.again and (number := same_merge(earlier, inputs)):
             what = f"the base holds this merge already, as merge {number}; it is merged once more (--again says so)"
@@ -60,3 +64,21 @@ def merge(
                 work.keep = work.keep and isinstance(error, BROKEN_OFF)
                 raise
     return report
+
+
+def _finished(out: Path, planned: Plan, job: Job, number: int) -> MergeReport:
+    """Return the report of a merge that an earlier run put in place, before it could say so, and remove what it left.
+    Raises E-OUT-EXISTS if `out` is anything else."""
+    records = numbered(out)
+    is_done = max(records) == number and same_merge(records, job.inputs) == number
+    if is_done:
+        last = read_record(records[number])
+        is_done = last.can_undo == job.undo and last.content == planned.checkpoint.content_digest()
+    if is_done:
+        with open_checkpoint(out) as model:
+            is_done = [f.header_bytes for f in model.files] == [shard.header for shard in planned.shards]
+            is_done = is_done and changed_tensor(model, records) is None
+    if not is_done:
+        check_output(out, overwrite=False, directory=True)
+    clean_up(out)
+    return already_merged(records[number], dry_run=False)

@@ -109,3 +109,29 @@ def test_on_a_stack_nothing_is_done_twice(act: str, stacks: Any, place: Path) ->
 def test_killed_at_every_call_in_every_way(act: str, scenes: dict[str, Scene], stacks: Any, place: Path) -> None:
     for kind in KINDS if act in ("merge", "unmerge") else ("",):
         kill_and_repeat(*(scenes[kind].acts() if kind else stacks)[act], place, lambda at, count: WAYS)
+
+
+def test_a_finished_new_folder_is_gone_on_with(scenes: dict[str, Scene], place: Path) -> None:
+    """Killed when the output was in place already, and repeated with `resume`: it says so, and tidies. Another output
+    of that name stays refused."""
+    scene = scenes["swap"]
+    made = len(calls_of(lambda: merge(scene.base, [scene.adapter], place / "counted", resume=True)))
+    done = 0
+    for at in range(made - 12, made + 2):
+        out = place / f"out-{at}"
+        try:
+            with faults.installed(faults.Killer(at)):
+                merge(scene.base, [scene.adapter], out, resume=True)
+        except faults.Killed:
+            pass
+        done += merge(scene.base, [scene.adapter], out, resume=True).already_done
+        assert whole(out) == whole(scene.merged)
+        assert not list(place.glob(".*"))
+    assert done > 3
+    for options in ({"shard_bytes": 100}, {"undo": False}):
+        with pytest.raises(errors.OutputExistsError):
+            merge(scene.base, [scene.adapter], out, resume=True, **options)
+    with pytest.raises(errors.OutputExistsError):
+        merge(scene.base, [Scaled(random_lora(((12, 16), (16, 20))), 0.5)], out, resume=True)
+    with pytest.raises(errors.OutputExistsError):
+        merge(scene.base, [scene.adapter], out)

@@ -53,7 +53,7 @@ def merge_in_place(base: Path, job: Job, *, resume: bool, dry_run: bool, again: 
         merged = repeats.same_merge(earlier, job.inputs)
         if merged and (not again or state == State(DONE, MERGE, f"{RECORDS}/{earlier[merged].name}")):
             repeats.check_is_merged(checkpoint, earlier)
-            return _already_merged(earlier[merged], dry_run)
+            return repeats.already_merged(earlier[merged], dry_run=dry_run)
         planned = plan(job.inputs, checkpoint)
         report = job.begin(planned, earlier, dry_run)
         if dry_run:
@@ -77,22 +77,6 @@ def merge_in_place(base: Path, job: Job, *, resume: bool, dry_run: bool, again: 
             raise
         _second_pass(folder, planned, job, resume)
     return _in_place(report, planned)
-
-
-def _already_merged(place: Path, dry_run: bool) -> MergeReport:
-    """Return the report of a merge that the model holds as the record `place`."""
-    nbytes = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
-    return MergeReport(
-        *((),) * 4,
-        config={},
-        files=(),
-        left_out=(),
-        dry_run=dry_run,
-        record=f"{RECORDS}/{place.name}",
-        record_bytes=nbytes,
-        can_undo=True,
-        already_done=True,
-    )
 
 
 def take_back(folder: ModelFolder, keep: bool) -> None:

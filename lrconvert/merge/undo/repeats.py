@@ -17,6 +17,7 @@ from lrconvert.merge.hashing import stored_digest
 from lrconvert.merge.journal import plan_text, read_signed
 from lrconvert.merge.plan.plan import RECORDS, UNDONE
 from lrconvert.merge.plan.updates import Scaled
+from lrconvert.merge.report import MergeReport
 from lrconvert.merge.undo import adapters, record
 from lrconvert.merge.undo.open_record import RECORD_NAME, folder_name
 from lrconvert.merge.undo.record import AdapterEntry, Record
@@ -34,7 +35,7 @@ def same_merge(records: Mapping[int, Path], inputs: Sequence[Scaled]) -> int:
     entries = [adapters.entry_of(item, True) for item in inputs]
     for number, place in sorted(records.items(), reverse=True):
         if f"{RECORDS}/{place.name}" == folder_name(number, [(entry.sha256, entry.scale) for entry in entries]):
-            earlier = _record(place)
+            earlier = read_record(place)
             has_files = earlier.can_undo
             if [_merged(e, has_files) for e in earlier.adapters] == [_merged(e, has_files) for e in entries]:
                 return number
@@ -47,24 +48,42 @@ def _merged(entry: AdapterEntry, has_file: bool) -> tuple[object, ...]:
     return (entry.kind, entry.scale, entry.sha256, *places)
 
 
-def check_is_merged(checkpoint: Checkpoint, records: Mapping[int, Path]) -> None:
-    """Raise E-DIGEST unless every tensor of a model is what its last merge made of it."""
-    number = max(records)
-    last = _record(records[number])
+def changed_tensor(checkpoint: Checkpoint, records: Mapping[int, Path]) -> str | None:
+    """Return the first tensor of a model that is not what its last merge made of it, or that is missing; None if all
+    are."""
+    last = read_record(records[max(records)])
     digests = dict(last.added) | {t.output: t.after for t in last.tensors if t.output}
     for name, info in checkpoint.tensors.items():
         if digests.pop(name, None) != stored_digest(checkpoint, info):
-            raise _changed(number, name, checkpoint.root)
-    for name in digests:
-        raise _changed(number, name, checkpoint.root)
+            return name
+    return min(digests, default=None)
 
 
-def _changed(number: int, name: str, root: Path) -> DigestError:
-    what = f"holds this merge already, and {name!r} was changed since merge {number}"
-    return DigestError(what, fix="pass --again to merge once more all the same", path=root)
+def check_is_merged(checkpoint: Checkpoint, records: Mapping[int, Path]) -> None:
+    """Raise E-DIGEST unless every tensor of a model is what its last merge made of it."""
+    name = changed_tensor(checkpoint, records)
+    if name is not None:
+        what = f"holds this merge already, and {name!r} was changed since merge {max(records)}"
+        raise DigestError(what, fix="pass --again to merge once more all the same", path=checkpoint.root)
 
 
-def _record(place: Path) -> Record:
+def already_merged(place: Path, *, dry_run: bool) -> MergeReport:
+    """Return the report of a merge whose record is the folder `place` of the model already."""
+    return MergeReport(
+        *((),) * 4,
+        config={},
+        files=(),
+        left_out=(),
+        dry_run=dry_run,
+        record=f"{RECORDS}/{place.name}",
+        record_bytes=sum(path.stat().st_size for path in place.rglob("*") if path.is_file()),
+        can_undo=read_record(place).can_undo,
+        already_done=True,
+    )
+
+
+def read_record(place: Path) -> Record:
+    """Return record.json of a record; its other files are not looked at. Raises what `record.parse` raises."""
     path = place / RECORD_NAME
     try:
         return record.parse(read_small(path, MAX_INDEX_BYTES))
