@@ -176,15 +176,25 @@ def test_the_columns_of_a_stack_are_ordered_as_the_configuration_says(tmp_path: 
 def test_stacks_of_unsloth_that_do_not_say_their_order_are_refused(sign: str, tmp_path: Path) -> None:
     """The advice names the field; with it the adapter is read, each value as it says."""
     mapping = {"base_model_class": "", "parent_library": "transformers.models.qwen3_moe", "unsloth_fixed": True}
-    config: dict[str, Any] = (
-        {"auto_mapping": mapping} if sign == "mapping" else {"base_model_name_or_path": "unsloth/M"}
-    )
+    signs: dict[str, dict[str, Any]] = {
+        "mapping": {"auto_mapping": mapping},
+        "base": {"base_model_name_or_path": "unsloth/M"},
+    }
+    config = signs[sign]
     with pytest.raises(errors.UnsupportedLoraError, match=r"Unsloth.*lora_B_layout.*grouped_by_expert"):
         load(stack_folder(tmp_path / "x", **config)[0])
     for layout in ("rank_major", "grouped_by_expert"):
         assert len(load(stack_folder(tmp_path / layout, lora_B_layout=layout, **config)[0]).targets) == 3
     plain = {f"base_model.model.q.lora_{h}.weight": floats(2, 2) for h in "AB"}
     assert load(folder(tmp_path / "plain", plain, **config)).targets  # no stack, no doubt
+
+
+def test_a_card_that_names_unsloth_is_a_sign_too(tmp_path: Path) -> None:
+    path = stack_folder(tmp_path / "x")[0]
+    assert len(load(path).targets) == 3
+    (path / "README.md").write_text("---\ntags:\n- unsloth\n---\n")
+    with pytest.raises(errors.UnsupportedLoraError, match=r"Unsloth.*lora_B_layout"):
+        load(path)
 
 
 def test_parameters_that_are_named_with_their_module_are_its_own(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lrconvert.core.errors import ConfigError, EmptyAdapterError, LrcError, UnsupportedLoraError
+from lrconvert.core.limits import MIB
 from lrconvert.formats.readers.base import Reader
 from lrconvert.formats.readers.peft import experts, extras, layers, names
 from lrconvert.formats.readers.peft import stacks as stacked
@@ -30,12 +31,13 @@ from lrconvert.formats.readers.shared.folders import (
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.formats.readers.shared.pairs import all_zero, sort_extras
 from lrconvert.formats.readers.shared.weights import Weights, empty_part, open_weights, source_digest
-from lrconvert.io.container import read_json
+from lrconvert.io.container import read_json, read_small
 from lrconvert.lora.adapter import ExtraTensor, LoraAdapter, LoraTarget, Provenance
 
 _OTHER_READERS = ("VBLORA", "MISS", "BONE", "SBORA")
 _OTHER_TENSORS = (".miss_block", ".bone_block", "base_model.vblora_vector_bank")
 _GENERATING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # whose models have their layers inside of another module
+_CARD_BYTES = MIB
 _NEW_EMBEDDINGS = "new_embeddings.safetensors"
 _MULTIHEAD = names.BASE_LAYER + ".out_proj"
 
@@ -83,6 +85,8 @@ def read(path: Path, options: ReadOptions) -> LoraAdapter:
         settings = parse(config)
     except LrcError as error:
         raise error.at(config_path(path)) from None
+    if settings.parameters and _card_names_unsloth(config_path(path).with_name("README.md")):
+        settings = replace(settings, auto_mapping=settings.auto_mapping._replace(unsloth=True))
     weights_path = weights_in(path, PEFT_WEIGHTS)
     with open_weights(weights_path, options) as weights:
         try:
@@ -156,6 +160,13 @@ def _check_saved(empty: Sequence[str], settings: Settings) -> None:
     for name in empty:
         if any(f".{module}." in f".{name}" for module in settings.saved):
             raise empty_part(name)
+
+
+def _card_names_unsloth(card: Path) -> bool:
+    try:
+        return card.is_file() and b"unsloth" in read_small(card, _CARD_BYTES).lower()
+    except LrcError:
+        return False
 
 
 def _new_embeddings(folder: Path) -> list[str]:
