@@ -75,7 +75,7 @@ def _finished(out: Path, planned: Plan, job: Job, number: int) -> MergeReport:
         last = read_record(records[number])
         is_done = last.can_undo == job.undo and last.content == planned.checkpoint.content_digest()
     if is_done:
-        with open_checkpoint(out) as model:
+        with open_checkpoint(out, quantized=True) as model:
             is_done = [f.header_bytes for f in model.files] == [shard.header for shard in planned.shards]
             is_done = is_done and changed_tensor(model, records) is None
     if not is_done:

@@ -146,7 +146,7 @@ def classes(module: Any) -> Iterator[tuple[str, Any]]:
     for kind in vars(module).values():
         is_model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
         if is_model and kind.__module__ == module.__name__ and isinstance(kind.config_class, type):
-            yield kind.config_class.model_type, kind
+            yield getattr(kind.config_class, "model_type", ""), kind
 
 
 # Keys of `_tied_weights_keys` that may reach into numbered layers: patterns, numbers, modules that hold others.

@@ -369,7 +369,10 @@ class _Planner:
         stale = [name for name in self.vocabulary if name not in self.replaced]
         if len(sizes) > 1 or stale:
             what = f"{stale[0]!r} keeps its own" if stale else f"tensors disagree on it: {sorted(sizes)}"
-            raise PlacementError(f"the adapter changes the size of the vocabulary, but {what}")
+            raise PlacementError(
+                f"the adapter changes the size of the vocabulary, but {what}",
+                fix="resize the base first: model.resize_token_embeddings(), save it, and merge into that",
+            )
         size = sizes.pop()
         text = self.config.get("text_config")
         if isinstance(text, dict) and "vocab_size" in text:

@@ -14,6 +14,7 @@ from typing import Any
 from lrconvert.core.errors import PlacementError
 from lrconvert.io.checkpoint import Checkpoint
 from lrconvert.lora import architecture, renamings, ties
+from lrconvert.lora.name_index import NameIndex
 from lrconvert.lora.ties import BaseClass
 
 _FIX = "merge with PEFT, or report the architecture: lrconvert cannot place this adapter in it"
@@ -70,20 +71,20 @@ def problems(tensors: list[Named], checkpoint: Checkpoint, config: Mapping[str, 
     return tuple(
         f"{text} {title}"
         for key, text in found.items()
-        if key not in excused and not (key[0] == "lacks" and known and ("lacks", known.find(key[1])) in excused)
+        if key not in excused and not (key[0] == "lacks" and known and ("lacks", known.find(key[1]) or "") in excused)
     )
 
 
 def _bare(config: Mapping[str, Any]) -> BaseClass | None:
     """The class without a head of a configuration that names none."""
     found = architecture.of(config)
-    index = None if found is None else ties.NameIndex(found.shapes.keys(), renamings.families(config))
+    index = None if found is None else NameIndex(found.shapes.keys(), renamings.families(config))
     return None if found is None or index is None else BaseClass(found, index)
 
 
-def _misfits(tensors: Iterable[Named], known: BaseClass) -> dict[tuple[str, str | None], str]:
+def _misfits(tensors: Iterable[Named], known: BaseClass) -> dict[tuple[str, str], str]:
     """What does not fit a class, in words, by its kind and the tensor's name in the base or in the class."""
-    found: dict[tuple[str, str | None], str] = {}
+    found: dict[tuple[str, str], str] = {}
     shapes, there = known.architecture.shapes, set()
     for each in tensors:
         place = known.find(each.name)
