@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,18 +77,20 @@ class AdaptedLayer(nn.Module):
         return [rows for rows in self.rows if rows.name in self.active.names]
 
     def forward(self, x: Tensor, *arguments: Any, **named: Any) -> Any:
+        own = y = self._with_rows(x, arguments, named)  # as in PEFT, updates are added to the trained rows
+        for update in self.updates:
+            if update.name in self.active.names:
+                y = y + self._change(update, x, own)
+        return y.to(own.dtype)  # rounded once, after all was added
+
+    def _with_rows(self, x: Tensor, arguments: Sequence[Any], named: Mapping[str, Any]) -> Any:
+        """Return the output of the layer itself, with the trained rows of the active adapters."""
         rows = self._active_rows()
         if rows and self.scale is None and not isinstance(self.base_layer, nn.Linear):
             # A layer that does more than to look up or multiply: let it do so with the other rows.
             weight = {"weight": self._weight(self.base_layer)}
-            own, rows = functional_call(self.base_layer, weight, (x, *arguments), named), []
-        else:
-            own = self.base_layer(x, *arguments, **named)
-        y = own
-        for update in self.updates:
-            if update.name in self.active.names:
-                y = y + self._change(update, x, own)
-        y = y.to(own.dtype)  # rounded once, after all was added
+            return functional_call(self.base_layer, weight, (x, *arguments), dict(named))
+        y = self.base_layer(x, *arguments, **named)
         for trained in rows:
             if self.scale is None:
                 y = trained.multiplied(x, y, self.base_layer.bias)
@@ -98,7 +101,7 @@ class AdaptedLayer(nn.Module):
     def _change(self, update: Update, x: Tensor, own: Tensor) -> Tensor:
         """Return the change that an update makes to the output `own` of the layer itself."""
         if update.source.needs_base:
-            dense = dense_update(update, dense_weight(self.base_layer))
+            dense = dense_update(update, self._dense_weight())
             change = self._scaled(_product(self.base_layer, update.target, x, dense))
         else:
             change = self._through_factors(update, x, own)
@@ -113,8 +116,15 @@ class AdaptedLayer(nn.Module):
             return change
         bias: Any = getattr(self.base_layer, "bias", None)
         plain = own if bias is None else own - _per_output(self.base_layer, bias)
-        factor = _per_output(self.base_layer, _dora_factor(self.base_layer, update, a, b)).to(change.dtype)
+        factor = _per_output(self.base_layer, _dora_factor(self._dense_weight(), update, a, b)).to(change.dtype)
         return (factor - 1) * plain.to(change.dtype) + factor * change
+
+    def _dense_weight(self) -> Tensor:
+        """The layer's weight, dequantized and with the trained rows."""
+        weight = dense_weight(self.base_layer)
+        for rows in self._active_rows():
+            weight = rows.placed(weight)
+        return weight
 
     def _scaled(self, change: Tensor) -> Tensor:
         return change if self.scale in (None, 1.0) else change * self.scale
@@ -178,9 +188,9 @@ def _per_output(layer: nn.Module, values: Tensor) -> Tensor:
     return values
 
 
-def _dora_factor(layer: nn.Module, update: Update, a: Tensor, b: Tensor) -> Tensor:
+def _dora_factor(weight: Tensor, update: Update, a: Tensor, b: Tensor) -> Tensor:
     """magnitude / ||W + s B A|| along in, (out,), by Gram matrices: no dense sum is formed."""
-    matrix = _matrix(dense_weight(layer), update.target).to(a.dtype)
+    matrix = _matrix(weight, update.target).to(a.dtype)
     scale = update.source.factor_of(update.which)
     cross = ((matrix @ a.T) * b).sum(1)
     square = matrix.square().sum(1) + 2 * scale * cross + scale * scale * ((b @ (a @ a.T)) * b).sum(1)

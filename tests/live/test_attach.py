@@ -23,8 +23,9 @@ from torch import nn
 from lrconvert import api
 from lrconvert.core.errors import AttachError, BaseError, BudgetError, LrcError, OptionError
 from lrconvert.formats import fidelity
-from lrconvert.live.attach import attach, detach, disabled, set_active
-from lrconvert.lora.adapter import ExtraTensor
+from lrconvert.live.adapted_layer import lookup_scale
+from lrconvert.live.attach import attach, detach, disabled, replaced, set_active
+from lrconvert.lora.adapter import ExtraTensor, Target, View
 from lrconvert.methods import base as methods
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's
@@ -139,6 +140,150 @@ def test_heads_of_several_adapters() -> None:
     assert bool((model[1].weight == 2).all())
     detach(model)
     assert snapshot(model) == before
+
+
+def adapter_of(pairs: dict[str, Any], *, lora: Any = None) -> Any:
+    """An adapter that has these values in place of parameters, beside the updates of `lora`."""
+    extras = tuple(
+        ExtraTensor(name, "F32", tuple(value.shape), value.detach().numpy().tobytes()) for name, value in pairs.items()
+    )
+    return replace(lora or random_lora([]), extras=extras)
+
+
+def test_saved_ends_of_a_tied_model() -> None:
+    """Each end has its own value while the adapter is active, whichever comes and goes, in copies too; the head can be
+    trained alone; afterwards both ends share one parameter again."""
+    model = oracle.transformer("LlamaForCausalLM", tie_word_embeddings=True)()
+    x, before, names = inputs(LLAMA), snapshot(model), list(model.state_dict())
+    ends = "model.embed_tokens.weight", "lm_head.weight"
+    own = model.lm_head.weight
+    one = {name: own + n for n, name in enumerate(ends, 1)}
+    attach(model, adapter_of(one), name="both")
+    attach(model, adapter_of({ends[1]: own + 3}), name="head")
+    for active, added in ((("both",), (1, 2)), (("head",), (0, 3)), (("both", "head"), (1, 3)), ((), (0, 0))):
+        for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            set_active(other, active)
+            for name, n in zip(ends, added, strict=True):
+                assert torch.equal(other.get_parameter(name), own + n), (active, name)
+            assert list(other.state_dict()) == names
+    set_active(model, "head")
+    ((extra, head),) = replaced(model, "head", adapter_of({ends[1]: own}).extras)
+    assert extra.name == ends[1] and head is model.lm_head.weight and not head.requires_grad
+    model.requires_grad_(False)
+    head.requires_grad_(True)
+    model(x).logits.square().sum().backward()
+    assert head.grad is not None and model.model.embed_tokens.weight.grad is None
+    model.requires_grad_(True)
+    detach(model)
+    assert snapshot(model) == before and model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_weights_that_are_used_without_their_layer(tmp_path: Path) -> None:
+    """Trained rows and saved values are those of the layer's `weight`, as in PEFT; updates are not."""
+    make = oracle.transformer("LlamaForCausalLM", tie_word_embeddings=True)
+    oracle.train(make, tmp_path, target_modules=["q_proj"], trainable_token_indices=[2, 7])
+    model, theirs = make(), oracle.peft_model(make, tmp_path).base_model.model
+    own = model.lm_head.weight.detach().clone()
+    attach(model, api.load_lora(tmp_path))
+    for end in ("lm_head", "model.embed_tokens"):
+        assert torch.equal(model.get_submodule(end).weight, theirs.get_submodule(end).weight)
+    assert not torch.equal(model.lm_head.weight, own)
+    set_active(model, ())
+    assert torch.equal(model.lm_head.weight, own)
+
+
+class Scaled(nn.Embedding):
+    def forward(self, x: Any) -> Any:
+        return super().forward(x) * 3.5
+
+
+class Normed(nn.Embedding):
+    def forward(self, x: Any) -> Any:
+        return nn.functional.normalize(super().forward(x), dim=-1)
+
+
+class Offset(nn.Embedding):
+    def forward(self, x: Any) -> Any:
+        return super().forward(x + 2)
+
+
+@pytest.mark.parametrize(("kind", "scale"), [(nn.Embedding, 1.0), (Scaled, 3.5), (Normed, None), (Offset, None)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_embedding_says_what_it_does(kind: Any, scale: float | None, dtype: Any) -> None:
+    """Its scale is found by asking it, whatever its name; what else it does it does with trained rows, too."""
+    layer = kind(9, 6).to(dtype)
+    assert lookup_scale(layer) == scale
+    model = nn.Sequential(layer)
+    tokens, rows = torch.tensor([[0, 3, 5, 1, 6]]), torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+    index = ExtraTensor("0.weight", "I64", (2,), np.array([3, 5]).tobytes(), "row_indices")
+    values = ExtraTensor("0.weight", "F32", (2, 6), rows.numpy().tobytes(), "rows")
+    attach(model, replace(random_lora([]), extras=(values, index)))
+    changed = copy.deepcopy(layer)
+    with torch.no_grad():
+        changed.weight[[3, 5]] = rows.to(dtype)
+    assert torch.equal(model(tokens), changed(tokens))
+
+
+def test_the_live_model_says_how_it_stores_a_weight(tmp_path: Path) -> None:
+    """Conv1D and square layers, whatever the adapter's flags say: a head beside `c_attn`, converted without a base."""
+    make = oracle.transformer("GPT2LMHeadModel", n_embd=16, n_layer=1, n_head=2)
+    oracle.train(make, tmp_path, target_modules=["c_attn", "c_proj", "lm_head"], init_lora_weights=False)
+    x, lora = inputs(make), api.load_lora(tmp_path)
+    theirs = oracle.outputs(oracle.peft_model(make, tmp_path), x)
+    turned = {"matrix": View("transposed"), "transposed": View("matrix")}
+    flags = tuple(
+        replace(pair, target=Target(t.name, t.matrix_shape[:: 1 if turned[t.view.kind].text == "matrix" else -1], v))
+        for pair in lora.targets
+        for t, v in ((pair.target, turned[pair.target.view.kind]),)
+    )
+    for adapter in (lora, replace(lora, targets=flags)):
+        model = make()
+        attach(model, adapter)
+        assert oracle.difference(oracle.outputs(model, x), theirs) <= 1e-6
+
+
+@pytest.mark.parametrize("is_transposed", [True, False, None])
+def test_square_experts_are_stored_as_their_module_says(is_transposed: bool | None) -> None:
+    experts = nn.Module()
+    experts.stack = nn.Parameter(torch.zeros(2, 5, 5))
+    model = nn.ModuleDict({"experts": experts})
+    (pair,) = random_lora([(5, 5)]).targets
+    lora = replace(
+        random_lora([]), targets=(replace(pair, target=Target("experts.stack", (2, 5, 5), View("expert:1"))),)
+    )
+    if is_transposed is None:
+        with pytest.raises(LrcError, match=r"E-ORIENT.*Set `is_transposed`"):
+            attach(model, lora)
+        return
+    experts.is_transposed = is_transposed
+    attach(model, lora)
+    delta = torch.from_numpy(pair.scale * pair.B @ pair.A)
+    assert torch.allclose(experts.stack[1], delta.T if is_transposed else delta, rtol=1e-5)
+    assert not experts.stack[0].any()
+
+
+def test_a_stack_is_computed_once_in_a_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often the module asks for it; frozen factors are stacked once, and again when they change."""
+    config = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "vocab_size": 32}
+    make = oracle.transformer("Qwen3MoeForCausalLM", **config)
+    stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    oracle.train(make, tmp_path, target_modules=["q_proj"], target_parameters=stacks)
+    x, lora, model = inputs(make), api.load_lora(tmp_path), make()
+    model.config._experts_implementation = "eager"  # asks for every expert by itself
+    products, stacked = [], []
+    for name, calls in (("baddbmm", products), ("stack", stacked)):
+        function = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, f=function, calls=calls, **k: calls.append(0) or f(*a, **k))
+    source = attach(model, lora)
+    first = oracle.outputs(model, x)
+    assert (len(products), len(stacked)) == (2, 4)
+    assert torch.equal(oracle.outputs(model, x), first) and (len(products), len(stacked)) == (4, 4)
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.mul_(2)
+    other = make()
+    attach(other, lora, scale=4.0)
+    assert oracle.difference(oracle.outputs(model, x), oracle.outputs(other, x)) <= 1e-6
 
 
 @pytest.mark.parametrize(
