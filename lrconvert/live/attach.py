@@ -311,7 +311,8 @@ class Attachments:
             if isinstance(tensor, nn.Parameter):
                 value = nn.Parameter(value, requires_grad=False)
             # The base's own weight, which PEFT stores beside an update, is that of all modules that are tied to it.
-            paths = parameters.sharing(path) if "base_layer." in extra.name else [path]
+            tied = parameters.sharing(path)[1:] if "base_layer." in extra.name else []
+            paths = [path, *(other for other in tied if other not in own)]
             self.replaced[name] += [_Replacement(extra.name, parameters[p], value) for p in paths]
 
     def _takers_of_rows(self, path: str, own: Set[str], parameters: LiveParameters) -> list[str]:

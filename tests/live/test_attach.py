@@ -192,6 +192,18 @@ def test_weights_that_are_used_without_their_layer(tmp_path: Path) -> None:
     assert torch.equal(model.lm_head.weight, own)
 
 
+def test_trained_rows_of_an_output_layer_keep_its_bias() -> None:
+    """PEFT's layer for them leaves it out; what it merges has it."""
+    model, x = nn.Sequential(nn.Linear(6, 9)), torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    rows, changed = torch.ones(2, 6), copy.deepcopy(model)
+    with torch.no_grad():
+        changed[0].weight[[3, 5]] = rows
+    index = ExtraTensor("0.weight", "I64", (2,), np.array([3, 5]).tobytes(), "row_indices")
+    values = ExtraTensor("0.weight", "F32", (2, 6), rows.numpy().tobytes(), "rows")
+    attach(model, replace(random_lora([]), extras=(values, index)))
+    assert torch.allclose(model(x), changed(x), atol=1e-6)
+
+
 class Scaled(nn.Embedding):
     def forward(self, x: Any) -> Any:
         return super().forward(x) * 3.5
