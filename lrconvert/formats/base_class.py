@@ -22,7 +22,7 @@ def noted(lora: LoraAdapter, config: Mapping[str, Any], stored: Collection[str] 
     """Return `lora` with notes of what the class of a base with this config.json calls its targets, and of the class
     itself where experts are adapted, whose order PEFT asks it for. `stored` are the names that the base stores."""
     names = [target.name for target in lora.shapes()]
-    found = class_names.renaming(names, config, lora.provenance.task_type, stored)
+    found = class_names.renaming(lora.shapes(), config, lora.provenance.task_type, stored)
     fields = dict(lora.provenance.fields)
     if text := class_names.as_text(found.new, names):
         fields[NAMES] = text
@@ -41,7 +41,7 @@ def renamed(compact: CompactAdapter, config: Mapping[str, Any] | None) -> tuple[
     text = compact.provenance.fields.get(NAMES, "")
     notes: tuple[str, ...] = ()
     if config is not None:
-        found = class_names.renaming(names, config, compact.provenance.task_type)
+        found = class_names.renaming(compact.targets, config, compact.provenance.task_type)
         if found.title:  # extra tensors, heads above all, may be of no class
             also = [name for name in every if name not in names]
             found = replace(found, new={**found.new, **_beside(also, found, config, compact.provenance.task_type)})

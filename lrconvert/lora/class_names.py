@@ -15,10 +15,12 @@ from typing import Any
 
 from lrconvert.core.errors import LrcError
 from lrconvert.lora import architecture, renamings
-from lrconvert.lora.base_names import NameIndex
+from lrconvert.lora.adapter import Target
+from lrconvert.lora.name_index import NameIndex
 
 # Names below these are the class's own where a checkpoint has them: no bare model's modules are called so.
 _PLAIN = ("model.", "transformer.", "lm_head.")
+_NUMBERED = re.compile(r"[^.]+\.\d+\..*")  # what a layer is called inside its model
 # PEFT's task types, as transformers calls the tables of its Auto classes.
 _TASKS = {
     "CAUSAL_LM": "FOR_CAUSAL_LM_",
@@ -111,10 +113,15 @@ class Renaming:
         return self.new.get(name, name)
 
 
-def renaming(names: Collection[str], config: Mapping[str, Any], task: str, stored: Collection[str] = ()) -> Renaming:
-    """Return how `names` become those of the base's class. A class that has all of them as they are is preferred, so
-    that an adapter of another class of the base keeps what is right for that. `stored` are the names that the base
-    stores, if they are known: what means one of these means what the class calls that."""
+def renaming(targets: Iterable[Target], config: Mapping[str, Any], task: str, stored: Collection[str] = ()) -> Renaming:
+    """Return how the names of `targets` become those of the base's class.
+
+    A class that has all of them as they are is preferred, so that an adapter of another class of the base keeps what is
+    right for that. `stored` are the names that the base stores, if they are known: what means one of these means what
+    the class calls that.
+    """
+    shapes = {target.name: target.shape for target in targets}
+    names = shapes.keys()
     if settled(names, stored, config):
         return Renaming()
     known = list(classes(config, task))
@@ -125,11 +132,24 @@ def renaming(names: Collection[str], config: Mapping[str, Any], task: str, store
     checkpoint = ClassNames("", dict.fromkeys(stored, ()), (), tuple(renamings.families(config)))
     for one in known:
         found = {name: one.find(name) or one.find(checkpoint.find(name) or name) for name in names}
+        found |= _below(one, {name: shapes[name] for name, new in found.items() if new is None})
         lost = tuple(sorted(name for name, new in found.items() if new is None))
         if not best.title or len(lost) < len(best.lost):
             new = {name: to for name, to in found.items() if to is not None and to != name}
             best = Renaming(one.title, new, lost)
     return best
+
+
+def _below(one: ClassNames, lost: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """The names of parameters `lost` in a part of the class, as a decoder's adapter has them that meets a model that
+    sees: the one part that has all of them, of their shapes, below its name. Empty if there are several, or none."""
+    rests = {name: match.group() for name in lost if (match := _NUMBERED.search(name))}
+    if not rests or len(rests) < len(lost):
+        return {}
+    first = next(iter(rests.values()))
+    parts = [name.removesuffix(first) for name in one.shapes if name.endswith(f".{first}")]
+    fits = [part for part in parts if all(one.shapes.get(part + rests[name]) == lost[name] for name in lost)]
+    return {name: fits[0] + rest for name, rest in rests.items()} if len(fits) == 1 else {}
 
 
 def library(title: str) -> str:

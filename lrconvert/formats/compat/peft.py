@@ -193,8 +193,8 @@ def _targeted(subject: Subject, module: str) -> bool:
     targets = subject.config.get("target_modules")
     if subject.flag("target_parameters"):
         return True
-    if subject.flag("ensure_weight_tying") and not any(part.isdecimal() for part in module.split(".")):
-        return True  # the other end of tied embeddings is adapted along
+    if _is_tied_end(subject, module):
+        return True
     if isinstance(targets, list):
         return any(module == name or module.endswith(f".{name}") for name in subject.names("target_modules"))
     if not isinstance(targets, str) or targets == "all-linear":
@@ -205,6 +205,11 @@ def _targeted(subject: Subject, module: str) -> bool:
         return pattern.match(module) is not None
     except PatternError:
         return True
+
+
+def _is_tied_end(subject: Subject, module: str) -> bool:
+    """Return whether a module may be the other end of tied embeddings, which `ensure_weight_tying` adapts along."""
+    return subject.flag("ensure_weight_tying") and not any(part.isdecimal() for part in module.split("."))
 
 
 def _extras(subject: Subject) -> Iterator[Finding]:
@@ -236,6 +241,8 @@ def _placed(subject: Subject, name: str, heads: list[str]) -> bool:
     if _owned(name, heads) or ".base_layer." in name or "token_adapter." in name:
         return True
     owner, parameter = name.removeprefix(PEFT_PREFIX).rpartition(".")[::2]
+    if _is_tied_end(subject, owner):
+        return True
     if owner in subject.pairs:  # the module is wrapped: its own tensors are base_layer.<name> now
         return False
     # Any other tensor replaces the base's own of that name, if there is one.
