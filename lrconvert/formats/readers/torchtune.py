@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from lrconvert.core.errors import BaseError, ConfigError, OptionError, UnsupportedLoraError
@@ -34,7 +35,7 @@ _MODULES = {
     **{"attn.output_proj": "self_attn.o_proj"},
     **{"mlp.w1": "mlp.gate_proj", "mlp.w2": "mlp.down_proj", "mlp.w3": "mlp.up_proj"},
 }
-_WHOLE = {"output": "lm_head", "tok_embeddings": "model.embed_tokens"}
+_WHOLE = {"output": "lm_head"}
 # Families of bases: with rows in pairs, and with rows as transformers has them.
 _IN_PAIRS = ("llama", "mistral", "gemma", "gemma2")
 _AS_THEY_ARE = ("qwen2", "qwen3")
@@ -65,9 +66,8 @@ def read(path: Path, options: ReadOptions) -> LoraAdapter:
         alpha = _alpha(settings, options)
         targets, extras = [], []
         for module, parts in modules.items():
-            pair = pairs.read_pair(
-                _renamed(module), parts, lambda rank, m=module: settings.scale(m, alpha, rank), weights, LABELS
-            )
+            scale = partial(settings.scale, module, alpha)
+            pair = pairs.read_pair(_renamed(module), parts, scale, weights, LABELS)
             if pair.target.name.removesuffix(".weight").rpartition(".")[2] in _ORDERS:
                 if "MAGNITUDE" in parts:
                     what = f"{module}: a DoRA on queries or keys, whose rows torchtune keeps in another order"

@@ -85,8 +85,8 @@ _NO_MAPPING = AutoMapping()
 
 def _auto_mapping(value: Any, path: str) -> AutoMapping:
     table = value if isinstance(value, dict) else {}
-    texts = (_text(table.get(key), path) for key in ("base_model_class", "parent_library"))
-    return AutoMapping(*texts, unsloth=table.get("unsloth_fixed") is True)
+    base_class, library = (_text(table.get(key), path) for key in ("base_model_class", "parent_library"))
+    return AutoMapping(base_class, library, table.get("unsloth_fixed") is True)
 
 
 def _text(value: Any, path: str) -> str:

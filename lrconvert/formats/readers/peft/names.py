@@ -110,9 +110,10 @@ def _words(name: str) -> list[str]:
 def _split(words: Sequence[str]) -> tuple[Part, str] | None:
     """Return (part, name of the adapter or "") of the words after ".lora_"; None if they are no part."""
     part: Part
+    rest: list[str] = []
     match words:
         case ["A" | "B" as part]:  # SkyRL's experts
-            rest = []
+            pass
         case ["A" | "B" as part, *rest, "weight"]:
             pass
         case ["B", *rest, "bias"]:
