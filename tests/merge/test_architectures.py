@@ -137,6 +137,23 @@ def test_resized_embeddings_with_a_lora(name: str, tmp_path: Path) -> None:
     assert {shapes[f"{module}.weight"] for module in names.values()} == {(44, 16)}
 
 
+def test_classes_that_are_not_known_are_not_guessed(tmp_path: Path) -> None:
+    """Where transformers has no class, what a base says and stores counts; an embedding that may be a head, too, under
+    a name that nobody knows, is refused."""
+    embedding, head = "model.tok.weight", "model.out.weight"
+    config = {"model_type": "our_own", "architectures": ["OurOwnForCausalLM"], "vocab_size": 6}
+    stored = {embedding: Stored("F32", np.ones((6, 4), "<f4")), "model.norm.weight": Stored("F32", np.ones(4, "<f4"))}
+    lora = lora_of(Target(embedding, (6, 4)))
+    base = save_base(tmp_path / "alone", [stored], config)
+    with pytest.raises(PlacementError, match=r"'model.tok.weight' may be tied .* no class 'OurOwnForCausalLM'"):
+        merge(base, [lora], tmp_path / "never")
+    apart = save_base(tmp_path / "apart", [{**stored, head: Stored("F32", np.zeros((6, 4), "<f4"))}], config)
+    said = save_base(tmp_path / "said", [stored], {**config, "tie_word_embeddings": False})
+    for base in (apart, said):
+        report = merge(base, [lora], tmp_path / f"{base.name}-out")
+        assert not report.config and load_all(tmp_path / f"{base.name}-out").keys() == load_all(base).keys()
+
+
 # --- experts --------------------------------------------------------------------------------------------------------
 
 
