@@ -11,7 +11,7 @@ from pathlib import Path
 from lrconvert.core.errors import BaseError, FingerprintError, LrcError, OptionError, OutputPathError
 from lrconvert.io.checkpoint import Checkpoint, open_checkpoint, unfinished
 from lrconvert.io.container import TensorInfo, combined_digest
-from lrconvert.io.durable import StagedDirectory, atomic_directory, check_output, require_space
+from lrconvert.io.durable import StagedDirectory, atomic_directory, check_output, locked, require_space
 from lrconvert.merge.arithmetic.workspace import Workspace
 from lrconvert.merge.hashing import stored_digest
 from lrconvert.merge.in_place.model_folder import BETWEEN, ModelFolder
@@ -42,19 +42,30 @@ def unmerge(merged: Path, out: Path | None, options: UnmergeOptions, progress: P
     number, from_base, overwrite = options.number, options.from_base, options.overwrite
     if options.in_place:
         return unmerge_in_place(merged, number, progress, resume=options.resume)
-    state = ModelFolder(merged).state()
-    if state.stage == BETWEEN:
-        raise unfinished(merged)
     if options.resume:
         raise OptionError("--resume is for an unmerge in place", fix="add --in-place")
+    with ExitStack() as stack:
+        if out is None and merged.is_dir():  # no other run may change what is replaced
+            stack.enter_context(locked(merged, needed=False))
+        folder = ModelFolder(merged)
+        state = folder.state()
+        if state.stage == BETWEEN:
+            raise unfinished(merged)
+        if out is not None:
+            check_output(out, overwrite, [merged, *([] if from_base is None else [from_base])], directory=True)
+            check_replaceable(out)
+        elif from_base is None and (done := undone_before(merged, state, number, resume=False)):
+            folder.clear()
+            return done
+        if from_base is not None:
+            place = merged if out is None else out
+            return _copy_base(merged, from_base, place, out is None or overwrite, number, progress)
+        return _restore(merged, out, overwrite, number, progress)
+
+
+def _restore(merged: Path, out: Path | None, overwrite: bool, number: int | None, progress: Progress) -> UnmergeReport:
+    """Write the base that the record and the merged weights give."""
     place = merged if out is None else out
-    if out is not None:
-        check_output(out, overwrite, [merged, *([] if from_base is None else [from_base])], directory=True)
-        check_replaceable(out)
-    if out is None and from_base is None and (done := undone_before(merged, state, number, resume=False)):
-        return done
-    if from_base is not None:
-        return _copy_base(merged, from_base, place, out is None or overwrite, number, progress)
     with ExitStack() as stack:
         opened = stack.enter_context(OpenRecord(latest(merged, number)))
         checkpoint = stack.enter_context(open_checkpoint(merged, quantized=True))

@@ -397,3 +397,18 @@ def test_the_same_merge_with_another_scale_is_another(scenes: dict[str, Scene], 
     with pytest.raises(errors.DigestError, match=r"changed since merge 3.*--again"):
         merge(model, [adapter], in_place=True)
     assert whole(model) == before
+
+
+def test_a_model_that_another_run_changes_is_not_replaced(scenes: dict[str, Scene], tmp_path: Path) -> None:
+    """An unmerge in one step waits for nobody, and takes no folder away from under a run that works in it."""
+    scene = scenes["swap"]
+    model = shutil.copytree(scene.merged, tmp_path / "model")
+    told: list[str] = []
+
+    def meanwhile(fraction: float, text: str) -> None:
+        with pytest.raises(errors.LockedError):
+            unmerge(model)
+        told.append(text)
+
+    scene.unmerge(model, progress=meanwhile)
+    assert told and whole(model) == whole(scene.base)
