@@ -153,6 +153,13 @@ def _bias(kind: str) -> Callable[[Architecture, Any], Mapping[str, Any] | None]:
     return options
 
 
+def _with_task(architecture: Architecture, model: Any) -> Mapping[str, Any]:
+    """With the task of the class, which says that it has a head."""
+    tasks = {"CausalLM": "CAUSAL_LM", "ConditionalGeneration": "SEQ_2_SEQ_LM", "SequenceClassification": "SEQ_CLS"}
+    task = next((name for end, name in tasks.items() if architecture.model.endswith(f"For{end}")), None)
+    return {"target_modules": list(architecture.linear), **({"task_type": task} if task else {})}
+
+
 # --- how other programs write it ------------------------------------------------------------------------------------
 
 
@@ -268,7 +275,7 @@ FEATURES: Mapping[str, Feature] = {
             _linear(),
             _renamed(lambda name, model: re.sub(r"(lora_[AB])\.", r"\1.vision.", name)),
         ),
-        Feature("headless", "names of the model without its head", _linear(), _renamed(_headless)),
+        Feature("headless", "names of the model without its head", _with_task, _renamed(_headless)),
         Feature("sharded", "several files and an index", _linear(), _sharded),
     ]
 }

@@ -23,7 +23,7 @@ COLUMNS = {
     "attach": ("attach",),
     "of the 16-bit file": ("file", "file-base"),
     "export": ("export", "export-base"),
-    "merge": ("merge",),
+    "merge": ("merge", "merge-resized"),
 }
 """Whose largest errors the page shows, and of which steps."""
 
@@ -69,7 +69,7 @@ def _data(cells: Cells) -> dict[str, Any]:
         for feature, cell in zip(FEATURES, row, strict=True):
             groups.setdefault(verdict(cell), []).append(feature)
             for step, (code, words) in cell.get("steps", {}).items():
-                if code not in ("ok", "WRONG", "MERGED") and step != "check":
+                if code not in ("ok", "WRONG", "MERGED", "UNCHECKED") and step != "check":
                     said.setdefault(f"{feature}: {verdict(cell)}", f"{code}: {words}")
         verdicts[name] = {text: " ".join(features) for text, features in groups.items()}
     packages = ("torch", "transformers", "peft", "safetensors")
@@ -102,6 +102,8 @@ _MARKS = {
     "transformers without a missing or unexpected tensor, it answers as PEFT's attached model does; `verify` agrees, "
     "`unmerge` restores every byte, and `check --for peft` says what PEFT does",
     "MERGED": "m: it answers as the model that PEFT merges, and PEFT's attached one answers otherwise",
+    "UNCHECKED": "u: without a base the export keeps names that PEFT does not find, and says that they were not "
+    "checked; with one it is right, as all else is",
     "E-": "r: refused, in part or whole, with the reason and what to do",
     "PEFT": "·: the model has nothing of the kind, or PEFT refuses it, or gives it no effect, or saves it in part",
     "WRONG": "✗: wrong",
@@ -112,7 +114,8 @@ def mark(said: str) -> str:
     """Return the sign of a verdict."""
     if said == "ok" or said.startswith("PEFT"):
         return "✓" if said == "ok" else "·"
-    return "✗" if "WRONG" in said or "FAILS" in said else "r" if "E-" in said else "m"
+    marks = {"WRONG": "✗", "FAILS": "✗", "E-": "r", "MERGED": "m", "UNCHECKED": "u"}
+    return next(sign for word, sign in marks.items() if word in said)
 
 
 def page(data: Mapping[str, Any]) -> str:
@@ -122,7 +125,7 @@ def page(data: Mapping[str, Any]) -> str:
         for name, groups in data["verdicts"].items()
     }
     marks = [mark(said) for row in table.values() for said in row.values()]
-    counts = {sign: marks.count(sign) for sign in "✓mr·✗"}
+    counts = {sign: marks.count(sign) for sign in "✓mur·✗"}
     versions = ", ".join(f"{name} {number}" for name, number in data["versions"].items())
     numbers = {feature: str(n + 1) for n, feature in enumerate(FEATURES)}
     parts = [
@@ -134,7 +137,7 @@ def page(data: Mapping[str, Any]) -> str:
             cells=len(marks),
             **{
                 name: counts[sign]
-                for name, sign in zip(("right", "merged", "refused", "none", "wrong"), counts, strict=True)
+                for name, sign in zip(("right", "merged", "unchecked", "refused", "none", "wrong"), counts, strict=True)
             },
             marks="\n".join(f"- {text}" for text in _MARKS.values()),
         ),
@@ -145,7 +148,7 @@ def page(data: Mapping[str, Any]) -> str:
                 [
                     number,
                     f"{FEATURES[name].about}",
-                    sum(mark(row[name]) in "✓m" for row in table.values()),
+                    sum(mark(row[name]) in "✓mu" for row in table.values()),
                     sum(mark(row[name]) == "r" for row in table.values()),
                     *data["errors"]["of features"][name],
                 ]
@@ -174,7 +177,7 @@ model, over the adapter's own effect: 0 is PEFT, 1 is as wrong as no adapter. Wh
 numbers (attach, merge) is right at 1e-4 or less; what was rounded to 16 bits on its way (file, export) at 3e-3 or less.
 
 Measured on {date} with {versions}. Of {cells} cells {right} are right, {merged} right as PEFT merges,
-{refused} refused, {wrong} wrong; in {none} PEFT has nothing to compare with.
+{unchecked} right with a base, {refused} refused, {wrong} wrong; in {none} PEFT has nothing to compare with.
 
     python benchmarks/architectures.py cells.jsonl             # measures what is missing in the file
     python benchmarks/architectures.py cells.jsonl --render    # writes this page and tests/architecture_table.json

@@ -177,6 +177,7 @@ def _all() -> list[Architecture]:
             {**_TEXT, **_MLA, "num_hidden_layers": 2},
             ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
             _EXPERTS,
+            seed=1,
         ),
         A(
             "gpt-oss",
