@@ -46,11 +46,15 @@ class AdaptedParameter(nn.Module):
         for hook in self._hooks:
             hook.remove()
 
+    def forget(self) -> None:
+        """Compute again what is asked for next, and each time until the next pass."""
+        self._computed, self._is_passed = [], False
+
     def _enter(self, owner: nn.Module, arguments: Any) -> None:
         self._computed, self._is_passed = [], True
 
     def _leave(self, owner: nn.Module, arguments: Any, output: Any) -> None:
-        self._computed, self._is_passed = [], False
+        self.forget()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_frozen": {}, "_computed": [], "_is_passed": False}

@@ -202,6 +202,8 @@ class Attachments:
         for name in dict.fromkeys(names):
             for replacement in self.replaced.get(name, []):
                 replacement.put_in()
+        for added, _ in self.parameters.values():
+            added.forget()
         self.active.names = names
 
     # --- updates ---
@@ -294,10 +296,10 @@ class Attachments:
     def install_extras(self, name: str, extras: Sequence[ExtraTensor], parameters: LiveParameters) -> None:
         """Install heads and trained token rows. Raises E-PLACE for what the model has no place for."""
         indices = {e.name: e for e in extras if e.use == "row_indices"}
-        places = {e: _place_of(e, parameters) for e in extras if e.use in ("replace", "rows")}
-        own = set(places.values())
+        places = [(extra, _place_of(extra, parameters)) for extra in extras if extra.use in ("replace", "rows")]
+        own = {path for _, path in places}
         self.replaced[name] = []
-        for extra, path in places.items():
+        for extra, path in places:
             tensor = parameters[path].tensor
             value = _tensor(extra, tensor.device)
             if extra.use == "rows":
@@ -318,8 +320,10 @@ class Attachments:
     def _takers_of_rows(self, path: str, own: Set[str], parameters: LiveParameters) -> list[str]:
         """The weights that get trained rows of the one at `path`: as PEFT does, those of the input embeddings are also
         the rows of every layer that is tied to them and has no tensor of its `own` in the adapter."""
-        ask = getattr(self.model, "get_input_embeddings", lambda: None)
-        inputs = ask()
+        try:
+            inputs = getattr(self.model, "get_input_embeddings", lambda: None)()
+        except NotImplementedError:
+            inputs = None
         inputs = inputs.base_layer if isinstance(inputs, AdaptedLayer) else inputs
         if parameters[path].layer is not inputs:
             return [path]
