@@ -291,3 +291,27 @@ def test_the_fuzz_target_finds() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(FUZZ)], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "AssertionError" in done.stderr and "input: " in done.stderr
+
+
+@pytest.mark.medium
+def test_the_long_run_reaches_every_surface_and_finds(tmp_path: Path) -> None:
+    """tests/fuzz/long_run.py, some executions of every surface from a stated seed; a planted fault is a find."""
+    code = """if True:
+        import sys, pathlib; sys.path.insert(0, sys.argv[1])
+        import long_run, surfaces
+        for name in surfaces.SURFACES:
+            if name not in surfaces.NEED_TORCH:
+                stint = long_run.Stint(name, "test", None)
+                del stint.corpus[6:]
+                done = stint.run(60.0, 20)
+                assert not done["finds"] and done["covered"] > 20, (name, done)
+        surfaces.strictjson.parse = lambda data, **_: {}[0]
+        state = pathlib.Path(sys.argv[2])
+        (find,) = long_run.Stint("json", "test", state).run(60.0, 9)["finds"]
+        assert find.startswith("json: KeyError") and len(list((state / "finds").iterdir())) == 2
+        long_run.add(figures := {}, "json", {"executions": 9, "kept": 1, "covered": 5, "finds": {find: ""}})
+        assert figures["json"]["executions"] == 9 and figures["json"]["stints"] == 1
+    """
+    command = [sys.executable, "-c", code, str(FUZZ), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -40,7 +40,7 @@ PACKAGE = str(Path(lrconvert.__file__).parent)
 STINT = 90.0  # seconds of one process
 HANG = 5.0  # seconds of processor time of one execution
 MEMORY = 4 << 30  # of address space, beyond what is loaded
-GROWTH = 512 << 10  # KiB that one execution may add to the most that was ever held
+GROWTH = 512 << 10  # KiB that sixteen executions may add to the most that was ever held
 CORPUS = 400  # inputs that a surface keeps
 
 
@@ -170,6 +170,8 @@ class Stint:
         self.finds: dict[str, str] = {}
         self.root = memory_folder()
         self.count = 0
+        self.held = 0
+        self.recent: list[dict[str, bytes]] = []
 
     def run(self, seconds: float, executions: int = 1 << 60) -> dict[str, Any]:
         """Run, and return the figures."""
@@ -213,7 +215,6 @@ class Stint:
     def execute(self, files: dict[str, bytes]) -> None:
         place = self.root / "x"
         place.mkdir()
-        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         signal.setitimer(signal.ITIMER_VIRTUAL, HANG)
         try:
             with self.coverage.one(self.count):
@@ -227,13 +228,20 @@ class Stint:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
             shutil.rmtree(place, ignore_errors=True)
         self.count += 1
-        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held
-        if grown > GROWTH and self.count > 1:
-            self.found(files, MemoryError(f"{grown >> 10} MiB"), f"{grown >> 10} MiB were held")
+        self.recent = [*self.recent[-15:], files]
+        if self.count % 16 == 0:
+            self.watch_memory()
 
-    def found(self, files: dict[str, bytes], error: BaseException, text: str) -> None:
+    def watch_memory(self) -> None:
+        """Note as finds the last inputs, if memory grew much meanwhile. The system takes its time to tell."""
+        held, self.held = self.held, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if held and self.held - held > GROWTH:
+            for number, files in enumerate(self.recent):
+                error = MemoryError(f"{(self.held - held) >> 10} MiB more in 16 executions, input {number}")
+                self.found(files, error, str(error), f"memory, input {number}")
+
+    def found(self, files: dict[str, bytes], error: BaseException, text: str, place: str = "outside") -> None:
         """Note a find, once for each kind and place."""
-        place = "outside"
         for frame, line in traceback.walk_tb(error.__traceback__):
             if frame.f_code.co_filename.startswith((PACKAGE, str(FOLDER))):
                 place = f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}:{line}"
