@@ -242,7 +242,7 @@ class QuantizedBaseError(LrcError, code="E-BASE-QUANT"):
 
 
 class PlacementError(LrcError, code="E-PLACE"):
-    """A tensor that the adapter carries has no place in the output."""
+    """A tensor that the adapter carries has no place in the output, or the output would not load."""
 
 
 class NoEffectError(LrcError, code="E-NO-EFFECT"):

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from lrconvert.core import errors
+from lrconvert.core.dtypes import FLOATS
 from lrconvert.core.limits import MAX_INDEX_BYTES, MAX_SHARDS
 from lrconvert.io.container import ContainerFile, TensorInfo, combined_digest, read_json, tensor_digest
 
@@ -196,7 +197,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, quantized: bool = False) ->
     """Open a Hugging Face model folder (``model.safetensors``, or an index and its shards), headers only.
 
     With `quantized` also one that is stored quantized, its tensors as they are. Raises E-IO-KIND, E-PATH,
-    E-INDEX-MAP, E-BASE-QUANT (a quantized checkpoint), E-UNFINISHED, and the container's errors.
+    E-INDEX-MAP, E-BASE-QUANT (a quantized checkpoint; with `quantized` one whose tensors do not bear that out),
+    E-UNFINISHED, and the container's errors.
     """
     root = Path(path)
     if not root.is_dir():
@@ -205,6 +207,15 @@ def open_checkpoint(path: str | os.PathLike[str], *, quantized: bool = False) ->
         raise unfinished(root)
     config = read_json(root / "config.json") if _present(root / "config.json") else {}
     _check_quantization(config, quantized, root)
+    checkpoint = _opened(root, config)
+    if quantization_name(config) and all(info.dtype in FLOATS for info in checkpoint.tensors.values()):
+        checkpoint.__exit__(None, None, None)
+        raise quantized_base(config, root, "none of its tensors shows it, but ")
+    return checkpoint
+
+
+def _opened(root: Path, config: dict[str, Any]) -> Checkpoint:
+    """The checkpoint in a folder with this configuration."""
     index_path = root / INDEX_NAME
     if not _present(index_path):
         return Checkpoint(root, config, (_single_file(root),), None)
