@@ -179,7 +179,7 @@ class Merger:
         again. Returns their names in the folder of the work."""
         digest, end, count, names = hashlib.sha256(), 0, 0, []
         for done, shard in zip(journal.finished, self.plan.shards, strict=False):
-            kept = self._sink.kept(done, shard) if done.shard == shard.name and self._is_of_base(done) else None
+            kept = self._sink.kept(done, shard) if _is_of_shard(done, shard) and self._is_of_base(done) else None
             if kept is None or (self.undo and not _has_codes(digest, codes, end, done)):
                 break
             end, count = done.codes, count + 1
@@ -381,6 +381,17 @@ class Merger:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def _is_of_shard(done: Done, shard: Shard) -> bool:
+    """Return whether a line of the journal speaks of the file's tensors, all of them and no others."""
+    made = [(o.base.name, o.name) for o in shard.outputs if o.base is not None]
+    return (
+        done.shard == shard.name
+        and [(t.name, t.output) for t in done.tensors] == made
+        and set(done.added) == {o.name for o in shard.outputs if o.base is None}
+        and {o.name for o in shard.outputs if o.is_touched} <= set(done.stats) <= {o.name for o in shard.outputs}
+    )
 
 
 def _has_codes(digest: Any, codes: Path, start: int, done: Done) -> bool:

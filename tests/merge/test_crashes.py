@@ -6,6 +6,7 @@ After each there is the old state or the new one, byte for byte, once `recover` 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -28,6 +29,7 @@ from lrconvert.api import merge, verify
 from lrconvert.core.errors import DurabilityError, LrcError, UnfinishedError
 from lrconvert.io.checkpoint import JOURNAL
 from lrconvert.merge import recover
+from lrconvert.merge.signed_json import sign
 from lrconvert.testing import faults
 
 pytestmark = [pytest.mark.usefixtures("quick_disk"), pytest.mark.medium]
@@ -386,6 +388,24 @@ def test_a_lying_journal_of_finished_files(scenes: dict[str, Scene], tmp_path: P
         if what != "base":
             assert whole(out) == whole(scene.merged)
         assert verify(out, base, [scene.adapter]).ok and not work.exists()
+
+
+@pytest.mark.parametrize("field", ("tallies", "tensors", "added"))
+def test_a_signed_line_of_the_journal_that_is_not_of_its_file(
+    field: str, scenes: dict[str, Scene], tmp_path: Path
+) -> None:
+    """A line whose digest is right, but which lacks a tensor of its file, or has one more, is done again."""
+    scene = scenes["swap"]
+    at = len(calls_of(lambda: merge(scene.base, [scene.adapter], tmp_path / "whole"))) - 6
+    with faults.installed(faults.Faulty(at, errno.ENOSPC)), pytest.raises(LrcError, match="No space left"):
+        merge(scene.base, [scene.adapter], tmp_path / "out", resume=True)
+    path = tmp_path / ".out.partial" / "done.jsonl"
+    lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+    for line in lines:
+        line[field] = line["added"] | {"more": "0" * 64} if field == "added" else type(line[field])()
+    path.write_bytes(b"".join(sign(line) + b"\n" for line in lines))
+    report = merge(scene.base, [scene.adapter], tmp_path / "out", resume=True)
+    assert len(report.tensors) == 2 and whole(tmp_path / "out") == whole(scene.merged)
 
 
 def test_resume_keeps_what_is_finished(scenes: dict[str, Scene], tmp_path: Path) -> None:
