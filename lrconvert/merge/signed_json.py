@@ -20,6 +20,11 @@ VERSION = 1
 _FLOAT = re.compile(r"-?0x[01]\.[0-9a-f]{1,13}p[+-][0-9]{1,4}")
 
 
+def portable(name: str) -> str:
+    """Return a file's name as text that JSON can hold: bytes that are no UTF-8 become escapes (``b\\xe4r``)."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def sign(value: Mapping[str, Any]) -> bytes:
     """Return an object as compact JSON, keys sorted; `digest` is the sha256 of the same text with an empty one."""
     return _dump({**value, "digest": hashlib.sha256(_dump({**value, "digest": ""})).hexdigest()})

@@ -28,6 +28,7 @@ from lrconvert.merge.hashing import chunks, emit, file_digest, hash_file, stored
 from lrconvert.merge.journal import Done, Journal, Patch
 from lrconvert.merge.plan.plan import RECORDS, Output, Plan, Shard, base_texts
 from lrconvert.merge.plan.updates import Scaled
+from lrconvert.merge.signed_json import portable
 from lrconvert.merge.sinks import Sink
 from lrconvert.merge.undo import adapters, record, residual
 from lrconvert.merge.undo.open_record import RECORD_NAME, folder_name
@@ -150,7 +151,7 @@ class Merger:
                 if sink.is_copy:
                     self._advance(work.content.copy_file(path, name), name)
                 if not name.startswith(f"{RECORDS}/"):
-                    self.others[name] = file_digest(path)
+                    self.others[portable(name)] = file_digest(path)
         self._record()
         for name in TEXTS:
             if name in self.plan.copies and sink.is_copy:

@@ -412,3 +412,16 @@ def test_a_model_that_another_run_changes_is_not_replaced(scenes: dict[str, Scen
 
     scene.unmerge(model, progress=meanwhile)
     assert told and whole(model) == whole(scene.base)
+
+
+def test_names_that_are_no_utf8_do_not_spoil_a_record(scenes: dict[str, Scene], tmp_path: Path) -> None:
+    """Of adapters and of files beside the weights: the record is read again, and the merge undone."""
+    scene, name = scenes["swap"], os.fsdecode(b"b\xe4r")
+    base = shutil.copytree(scene.base, tmp_path / "base")
+    (base / name).write_bytes(b"notes")
+    model = shutil.copytree(base, tmp_path / os.fsdecode(b"m\xe4"))
+    merge(model, [Scaled(scene.adapter, name=name)], in_place=True)
+    assert unmerge(model, tmp_path / "back").warnings == ()
+    assert whole(tmp_path / "back") == whole(base)
+    (model / name).write_bytes(b"changed")
+    assert [w for w in unmerge(model, in_place=True).warnings if "changed since the merge" in w]

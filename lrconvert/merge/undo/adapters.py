@@ -12,6 +12,7 @@ from lrconvert.formats.lrc import file
 from lrconvert.io.container import ContainerFile, encode_header
 from lrconvert.lora.adapter import ExtraTensor, LoraAdapter, LoraTarget, Target, View
 from lrconvert.merge.plan.updates import Adapter, Scaled
+from lrconvert.merge.signed_json import portable
 from lrconvert.merge.undo.record import AdapterEntry, ExtraEntry, TargetEntry
 
 
@@ -28,8 +29,8 @@ def entry_of(item: Scaled, has_file: bool) -> AdapterEntry:
         )
         extras = tuple(ExtraEntry(e.name, e.use) for e in adapter.extras)
     kind = "lora" if isinstance(adapter, LoraAdapter) else "compact"
-    source = adapter.provenance.source
-    return AdapterEntry(kind, item.name, item.scale, source, digest.hexdigest(), targets, extras)
+    name, source = portable(item.name), portable(adapter.provenance.source)
+    return AdapterEntry(kind, name, item.scale, source, digest.hexdigest(), targets, extras)
 
 
 def encode(adapter: Adapter) -> Iterator[bytes]:

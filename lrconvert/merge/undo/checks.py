@@ -10,6 +10,7 @@ from lrconvert.io.checkpoint import Checkpoint
 from lrconvert.merge.hashing import file_digest
 from lrconvert.merge.plan.plan import RECORDS
 from lrconvert.merge.report import UnmergeReport
+from lrconvert.merge.signed_json import portable
 from lrconvert.merge.undo.open_record import RECORD_NAME, OpenRecord
 
 
@@ -45,10 +46,10 @@ def changed_files(opened: OpenRecord, copies: Mapping[str, Path]) -> tuple[str, 
     for name, path in sorted(copies.items()):
         if name in record.texts or name.startswith(f"{RECORDS}/"):
             continue
-        if record.others.get(name) != file_digest(path):
-            how = "was changed" if name in record.others else "was added"
+        if record.others.get(portable(name)) != file_digest(path):
+            how = "was changed" if portable(name) in record.others else "was added"
             warnings.append(f"{name} {how} since the merge and is kept as it is")
-    missing = sorted(set(record.others) - set(copies) - set(record.texts))
+    missing = sorted(set(record.others) - set(map(portable, copies)) - set(record.texts))
     return (*warnings, *(f"{name} was removed since the merge and is not restored" for name in missing))
 
 
