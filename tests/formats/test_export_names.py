@@ -176,6 +176,23 @@ def test_peft_applies_an_adapter_of_an_older_release(old: tuple[str, str], tmp_p
     assert (exported - wanted).norm() <= 1e-2 * (wanted - answers(model())).norm()
 
 
+@pytest.mark.parametrize("model_type", ["gemma3", "qwen2_5_vl", "mistral3"])
+def test_an_adapter_of_a_decoder_finds_its_place_in_a_model_that_sees(model_type: str, tmp_path: Path) -> None:
+    """On the model with eyes ``model.layers`` is a dead name; with its config.json an export has the right one."""
+    title = {"gemma3": "Gemma3", "qwen2_5_vl": "Qwen2_5_VL", "mistral3": "Mistral3"}[model_type]
+    text = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 144, "num_hidden_layers": 2, "head_dim": 16,
+            "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+    config = {"model_type": model_type, "architectures": [f"{title}ForConditionalGeneration"], "text_config": text}
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    source = plain(modules=QV).write(tmp_path / "a")
+    said = {finding.rule for finding in api.check(source, ["vllm"], base=tmp_path / "base")}
+    assert said == (set() if model_type == "qwen2_5_vl" else {"modules"})  # old names of that one are known to vLLM
+    api.export(compact_of(source), tmp_path / "out", to="peft-lora", base=tmp_path / "base")
+    assert all(name.startswith("model.language_model.layers.") for name in listed(tmp_path / "out"))
+    assert not api.check(tmp_path / "out", ["peft", "vllm"], base=tmp_path / "base")
+
+
 # --- experts --------------------------------------------------------------------------------------------------------
 
 
@@ -289,4 +306,5 @@ def test_a_renaming_is_a_short_text(new: dict[str, str], text: str) -> None:
 
 @pytest.mark.parametrize("config", [{}, {"model_type": "nobodys"}, {"model_type": "llama"}, {"architectures": [1]}])
 def test_a_base_that_says_no_class_changes_no_name(config: dict[str, Any]) -> None:
-    assert class_names.renaming(["model.layers.0.q.weight"], config, "") == class_names.Renaming()
+    target = Target("model.layers.0.q.weight", (4, 4))
+    assert class_names.renaming([target], config, "") == class_names.Renaming()
