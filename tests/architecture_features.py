@@ -156,6 +156,8 @@ def _bias(kind: str) -> Callable[[Architecture, Any], Mapping[str, Any] | None]:
 def _with_task(architecture: Architecture, model: Any) -> Mapping[str, Any]:
     """With the task of the class, which says that it has a head."""
     tasks = {"CausalLM": "CAUSAL_LM", "ConditionalGeneration": "SEQ_2_SEQ_LM", "SequenceClassification": "SEQ_CLS"}
+    if architecture.inputs == "speech":
+        tasks = {}  # PEFT would call it with tokens
     task = next((name for end, name in tasks.items() if architecture.model.endswith(f"For{end}")), None)
     return {"target_modules": list(architecture.linear), **({"task_type": task} if task else {})}
 
