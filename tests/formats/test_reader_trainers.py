@@ -171,3 +171,12 @@ def test_advice_for_square_factors_of_lora_vit_reads_them(tmp_path):
     renamed = {f"blocks.0.q.lora_{half.upper()}": value for half, value in halves.items()}
     (pair,) = load(stored(tmp_path / "y", renamed), ReadOptions(alpha=4.0)).targets
     np.testing.assert_allclose(dense(pair), halves["b"].astype(float) @ halves["a"].astype(float), rtol=1e-12)
+
+
+def test_factors_in_a_module_called_lora_are_of_the_one_around_it(tmp_path):
+    k = known("h.0.c_proj")
+    tensors = {f"{k.module}.lora.lora_{half}": value for half, value in (("A", k.a), ("B", k.b))}
+    check(load(stored(tmp_path / "x", tensors), ReadOptions(alpha=3.0)), {"h.0.c_proj.weight": k})
+    check(
+        load(stored(tmp_path / "y", {**tensors, f"{k.module}.lora.alpha": np.float32([3])})), {"h.0.c_proj.weight": k}
+    )

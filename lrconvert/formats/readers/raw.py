@@ -25,8 +25,9 @@ from lrconvert.lora.adapter import TRANSPOSED, LoraAdapter, LoraTarget
 from lrconvert.lora.base_names import EMBEDDINGS
 
 LABELS = Labels("lora_A", "lora_B")
-_ALPHA = re.compile(r"(?P<module>.+)\.(?:lora_)?alpha")
-_FACTOR = re.compile(r"(?!base_model\.)(?P<module>.+)\.lora_(?P<half>[AB])(?:(?:\.[^.]+)?\.weight)?")
+_ALPHA = re.compile(r"(?P<module>.+?)(?:\.lora)?\.(?:lora_)?alpha")
+# A module called lora holds the factors of the one that it is in.
+_FACTOR = re.compile(r"(?!base_model\.)(?P<module>.+?)(?:\.lora)?\.lora_(?P<half>[AB])(?:(?:\.[^.]+)?\.weight)?")
 
 
 def knows(names: Sequence[str]) -> bool:
