@@ -185,7 +185,7 @@ def _converts(subject: Subject) -> bool:
     except ImportError:  # an older release, which has none
         return False
     kinds = [kind for kind in (subject.architecture, *renamings.families(subject.base)) if kind]
-    return any(conversions(kind) for kind in kinds)
+    return any(conversions(kind) for kind in kinds)  # type: ignore[no-untyped-call]
 
 
 def _targeted(subject: Subject, module: str) -> bool:
