@@ -186,7 +186,7 @@ def read_pair(module: str, parts: Parts, scale: Callable[[int], float], weights:
     rank = rank_of(module, a, b, labels)
     middle = parts.get("mid")
     (inner, *kernel), out = a.shape[1:], b.shape[0]
-    if set(b.shape[2:]) > {1} or (kernel and len(b.shape) not in (2, len(a.shape))):
+    if set(b.shape[2:]) - {1} or (kernel and len(b.shape) not in (2, len(a.shape))):
         raise PairError(f"{module}: {labels.a} {list(a.shape)} and {labels.b} {list(b.shape)} do not fit")
     stored_a, stored_b = load_finite(weights, a), load_finite(weights, b)
     if middle is not None:
