@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import ADAPTERS, ASSETS, BASES, asset
 from peers import oracle
-from peers.cases import MLX_CASES, PEFT_CASES, Case, numbers, plain
+from peers.cases import MLX_CASES, PEFT_CASES, PREFIX, Case, numbers, plain, renamed
 
 import lrconvert
 from lrconvert.cli import cli
@@ -413,3 +413,11 @@ def test_the_facts_about_peft():
     assert {kind.value for kind in PeftType} == peft.KINDS
     assert {task.value for task in TaskType} == peft.TASKS
     assert {f.name for f in dataclasses.fields(peft_package.LoraConfig)} == peft._known_fields(None)
+
+
+@pytest.mark.parametrize(("model_type", "reads"), [("qwen3_moe", True), ("gpt_neox", False), ("llama", False)])
+def test_peft_reads_names_without_its_prefix_where_transformers_converts_names(tmp_path, model_type, reads):
+    folder = renamed(plain(), PREFIX, "").write(tmp_path / "a")
+    config = with_base(tmp_path, model_type=model_type)
+    findings = {f.severity for f in lrconvert.check(folder, ("peft",), base=config) if f.rule == "prefix"}
+    assert findings == {"warns" if reads else "wrong"}

@@ -12,7 +12,6 @@ from lrconvert.formats.compat.shared import rules, whole_names
 from lrconvert.formats.compat.shared.rules import RIGHT_BASE, words
 from lrconvert.formats.compat.shared.subject import PEFT_PREFIX, Subject, example, leaf
 from lrconvert.formats.readers.peft.patterns import check_work, compile_pattern
-from lrconvert.lora import renamings
 
 VERSION = "0.21.2"
 refuses, wrong, warns = verdicts("peft", VERSION)
@@ -184,8 +183,8 @@ def _converts(subject: Subject) -> bool:
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping as conversions
     except ImportError:  # an older release, which has none
         return False
-    kinds = [kind for kind in (subject.architecture, *renamings.families(subject.base)) if kind]
-    return any(conversions(kind) for kind in kinds)  # type: ignore[no-untyped-call]
+    kind = subject.base.get("model_type")  # of the whole model: those of its parts are not asked
+    return isinstance(kind, str) and bool(conversions(kind))  # type: ignore[no-untyped-call]
 
 
 def _targeted(subject: Subject, module: str) -> bool:
