@@ -17,8 +17,7 @@ from lrconvert.core.errors import LrcError
 from lrconvert.core.limits import MAX_INDEX_BYTES
 from lrconvert.io import fields
 from lrconvert.io.container import read_small
-from lrconvert.io.durable import LINES_NAME as DONE_NAME
-from lrconvert.io.durable import PLAN_NAME, StagedDirectory
+from lrconvert.io.durable import LINES_NAME, PLAN_NAME, StagedDirectory
 from lrconvert.io.fields import By, Hex, Key, Whole
 from lrconvert.merge.arithmetic.stats import MergeStats
 from lrconvert.merge.signed_json import VERSION, HexFloat, sign, verify
@@ -107,7 +106,7 @@ class Journal:
 
     def read(self) -> bool:
         """Read the lines up to the first that is not whole. Returns whether there is a journal with this plan."""
-        path, lines = self.folder.root / PLAN_NAME, self.folder.root / DONE_NAME
+        path, lines = self.folder.root / PLAN_NAME, self.folder.root / LINES_NAME
         if not _is_file(path) or path.stat().st_size != len(self.plan) or path.read_bytes() != self.plan:
             return False
         end = 0
@@ -124,22 +123,22 @@ class Journal:
     def begin(self) -> None:
         """Write the plan, as the first of all."""
         self.folder.write_bytes(PLAN_NAME, self.plan)
-        self.folder.write_bytes(DONE_NAME, b"")
+        self.folder.write_bytes(LINES_NAME, b"")
         self.folder.sync()
 
     def keep(self, count: int) -> None:
         """Keep the first `count` lines only."""
         del self.finished[count:], self._ends[count:]
-        if not (self.folder.root / DONE_NAME).exists():
-            self.folder.write_bytes(DONE_NAME, b"")
-        with self.folder.reopen(DONE_NAME, self._ends[-1] if self._ends else 0):
+        if not (self.folder.root / LINES_NAME).exists():
+            self.folder.write_bytes(LINES_NAME, b"")
+        with self.folder.reopen(LINES_NAME, self._ends[-1] if self._ends else 0):
             pass
 
     def add(self, done: Done) -> None:
         """Add a line; it is on the disk when this returns."""
         line = sign(fields.as_json(done)) + b"\n"
         start = self._ends[-1] if self._ends else 0
-        with self.folder.reopen(DONE_NAME, start) as file:
+        with self.folder.reopen(LINES_NAME, start) as file:
             file.write(line)
         self.finished.append(done)
         self._ends.append(start + len(line))

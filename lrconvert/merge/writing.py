@@ -17,7 +17,7 @@ from lrconvert.core.dtypes import Array
 from lrconvert.core.errors import LimitError, LrcError, MergeOverflowError
 from lrconvert.io import fields
 from lrconvert.io.container import TensorInfo, combined_digest, tensor_hasher
-from lrconvert.io.durable import CONTENT, Writer
+from lrconvert.io.durable import CONTENT, LINES_NAME, PLAN_NAME, Writer
 from lrconvert.merge import journal as journals
 from lrconvert.merge.arithmetic.rounding import bits
 from lrconvert.merge.arithmetic.stats import MergeStats
@@ -138,7 +138,7 @@ class Merger:
         codes = f"{self.place}/{CODES_NAME}"
         if journal.read():
             names = self._take_over(journal, work.content.root / codes)
-            work.clear({journals.PLAN_NAME, journals.DONE_NAME, f"{CONTENT}/{codes}", *names})
+            work.clear({PLAN_NAME, LINES_NAME, f"{CONTENT}/{codes}", *names})
         else:
             work.clear()
             journal.begin()

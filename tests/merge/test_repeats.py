@@ -59,7 +59,9 @@ def once_more(run: Run, model: Path, resume: bool) -> None:
         assert not resume and ("nothing is left to do" in str(error) or "was undone last" in str(error))
 
 
-def kill_and_repeat(before: Path, after: Path, run: Run, place: Path, ways: Callable[[int, int], Iterable[Any]]) -> None:
+def kill_and_repeat(
+    before: Path, after: Path, run: Run, place: Path, ways: Callable[[int, int], Iterable[Any]]
+) -> None:
     """Kill the command before every call and after the last, and repeat it."""
     wanted = whole(after)
     for first in (False, True):

@@ -15,7 +15,7 @@ from pathlib import Path
 from lrconvert.core.errors import FileChangedError, LrcError, OptionError, UnfinishedError
 from lrconvert.io.checkpoint import open_checkpoint, unfinished
 from lrconvert.io.container import tensor_hasher
-from lrconvert.io.durable import Work, Writer, install, locked, require_space
+from lrconvert.io.durable import PLAN_NAME, Work, Writer, install, locked, require_space
 from lrconvert.merge.arithmetic.workspace import Workspace
 from lrconvert.merge.background_writer import BackgroundWriter
 from lrconvert.merge.compute import Computer
@@ -26,7 +26,7 @@ from lrconvert.merge.in_place.model_folder import BETWEEN, CLEAN, DONE, MERGE, C
 from lrconvert.merge.in_place.patches import MERGED
 from lrconvert.merge.in_place.reconstructed_base import reconstructed_base
 from lrconvert.merge.job import BROKEN_OFF, Job
-from lrconvert.merge.journal import PLAN_NAME, Journal
+from lrconvert.merge.journal import Journal
 from lrconvert.merge.plan.plan import RECORDS, Plan, Shard, plan
 from lrconvert.merge.report import MergeReport
 from lrconvert.merge.undo import open_record, repeats

@@ -20,6 +20,8 @@ from lrconvert.io import fields
 from lrconvert.io.checkpoint import JOURNAL, READY_NAME, is_between_states
 from lrconvert.io.durable import (
     CONTENT,
+    LINES_NAME,
+    PLAN_NAME,
     File,
     StagedDirectory,
     Work,
@@ -34,7 +36,7 @@ from lrconvert.io.durable import (
     sync_folder,
 )
 from lrconvert.io.fields import Hex, Whole
-from lrconvert.merge.journal import DONE_NAME, PLAN_NAME, Patch, plan_text, read_signed
+from lrconvert.merge.journal import Patch, plan_text, read_signed
 from lrconvert.merge.plan.plan import RECORDS, UNDONE
 from lrconvert.merge.undo.open_record import RECORD_NAME, numbered
 from lrconvert.merge.undo.record import CODES_NAME, TEXTS, WEIGHT_NAME
@@ -61,7 +63,7 @@ def _names_of_ours() -> re.Pattern[str]:
         *(r"base/\d+\.header", f"base/{texts}"),
     )
     content = any_of(texts, WEIGHT_NAME, re.escape(UNDONE), f"{re.escape(RECORDS)}/", f"{_PLACE}/(?:{record})?")
-    top = any_of(*map(re.escape, (PLAN_NAME, DONE_NAME, READY_NAME, _FRESH)), r"patch-\d+\.tmp")
+    top = any_of(*map(re.escape, (PLAN_NAME, LINES_NAME, READY_NAME, _FRESH)), r"patch-\d+\.tmp")
     ready = rf"\.{re.escape(READY_NAME)}\.\d+\.[0-9a-f]{{8}}\.tmp"
     folders = (f"{OLD}/(?:{texts})?", f"{UNDONE_RECORD}/(?:{record})?", f"{CONTENT}/(?:{content})?")
     return re.compile(any_of(top, ready, *folders))

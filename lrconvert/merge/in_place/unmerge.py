@@ -13,7 +13,7 @@ from lrconvert.core.dtypes import Array
 from lrconvert.core.errors import LrcError, UndoError, UndoOrderError
 from lrconvert.io.checkpoint import INDEX_NAME, Checkpoint, open_checkpoint, unfinished
 from lrconvert.io.container import TensorInfo
-from lrconvert.io.durable import Work, locked, require_space
+from lrconvert.io.durable import PLAN_NAME, Work, locked, require_space
 from lrconvert.merge.arithmetic.workspace import Workspace
 from lrconvert.merge.in_place.commit import Commit, open_commit, recover
 from lrconvert.merge.in_place.merge import FIRST_PASS, broken_off, take_back
@@ -31,7 +31,7 @@ from lrconvert.merge.in_place.model_folder import (
     State,
 )
 from lrconvert.merge.in_place.patches import Patches
-from lrconvert.merge.journal import PLAN_NAME, plan_text
+from lrconvert.merge.journal import plan_text
 from lrconvert.merge.plan.plan import UNDONE, other_files
 from lrconvert.merge.report import UnmergeReport
 from lrconvert.merge.sinks import Nowhere
