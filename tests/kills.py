@@ -39,6 +39,7 @@ from lrconvert.core import errors
 from lrconvert.testing import faults
 
 Run = Callable[[Path], Any]
+_HANGS = 90  # seconds
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,8 @@ class Kills:
             status = self._run_and_kill(command, work, 0 if by_time else at, after, with_workers)
             self.counts[name] += 1
             self.counts["killed"] += status == -signal.SIGKILL
-            if status not in (0, -signal.SIGKILL):
+            self.counts["hung"] += status == -signal.SIGALRM  # killed as well, some time later
+            if status not in (0, -signal.SIGKILL, -signal.SIGALRM):
                 return f"{name}: ended with {status}"
             if recovers:
                 self._recover(command, work)
@@ -226,6 +228,9 @@ class Kills:
         child = os.fork()
         if child == 0:
             os.setsid()
+            signal.alarm(
+                _HANGS
+            )  # a fork takes over locks that a thread of a library held, and may wait for one forever
             code = 1
             with suppress(BaseException), faults.installed(Mortal(at)):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
