@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -79,7 +80,7 @@ def _built(text: str) -> Architecture:
     import torch
     import transformers
 
-    config = json.loads(text)
+    config = json.loads(text, object_hook=_number)
     family, named = config.pop("model_type"), (config.get("architectures") or [""])[0]
     config.pop("quantization_config", None)  # the class of the model is the same, its layers are the plain ones
     kind: Any = getattr(transformers, named, None) if isinstance(named, str) else None
@@ -96,6 +97,12 @@ def _built(text: str) -> Architecture:
         except Exception as error:  # a stranger's configuration may fail anywhere in transformers
             raise _Unknown(str(error)) from None
     return replace(_asked(model), is_tied=getattr(settings, TIE, False) is True, computes_by_tie=depends)
+
+
+def _number(value: dict[str, Any]) -> Any:
+    """A number that JSON has no word for, as transformers writes it: ``{"__float__": "Infinity"}``."""
+    words = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+    return words.get(value["__float__"], value) if value.keys() == {"__float__"} else value
 
 
 def _reads_tie(model: Any) -> bool:

@@ -112,6 +112,14 @@ def test_orientation_is_the_class_s_own() -> None:
     assert "transformer.h.0.attn.c_attn.weight" in found.transposed and "lm_head.weight" not in found.transposed
 
 
+def test_numbers_that_json_has_no_word_for() -> None:
+    """transformers writes infinity as a table: Mamba 2's limits are."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "head_dim": 8, "num_heads": 4, "n_groups": 1, "state_size": 4}
+    limits = {"time_step_limit": [0.0, {"__float__": "Infinity"}]}
+    config = {"model_type": "mamba2", "architectures": ["Mamba2ForCausalLM"], "vocab_size": 40, **sizes, **limits}
+    assert architecture.of(config) is not None
+
+
 def test_a_class_that_is_not_known_is_none() -> None:
     for config in (
         {},
