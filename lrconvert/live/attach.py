@@ -8,6 +8,7 @@ it is used, as PEFT does.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -184,6 +185,7 @@ class Attachments:
     layers: dict[str, AdaptedLayer] = field(default_factory=dict)
     parameters: dict[str, tuple[AdaptedParameter, tuple[str, ...]]] = field(default_factory=dict)
     replaced: dict[str, list[_Replacement]] = field(default_factory=dict)
+    copies: dict[str, tuple[nn.Module, nn.Module]] = field(default_factory=dict)  # modules of two paths, and their copy
     owners: dict[str, nn.Module] = field(default_factory=dict)  # which wrapper registers an adapter's parameters
 
     def check(self, names: Sequence[str]) -> None:
@@ -289,6 +291,11 @@ class Attachments:
         if name in self.owners:
             del self.owners.pop(name)._modules[f"{CHILD}{name}"]
         self.replaced.pop(name, None)
+        kept = {id(replacement.slot.layer) for others in self.replaced.values() for replacement in others}
+        for module, (own, other) in list(self.copies.items()):
+            if id(other) not in kept:
+                self._exchange(module, own)
+                del self.copies[module]
         self.adapters.pop(name)
 
     # --- extra tensors ---
@@ -315,7 +322,28 @@ class Attachments:
             # The base's own weight, which PEFT stores beside an update, is that of all modules that are tied to it.
             tied = parameters.sharing(path)[1:] if "base_layer." in extra.name else []
             paths = [path, *(other for other in tied if other not in own)]
-            self.replaced[name] += [_Replacement(extra.name, parameters[p], value) for p in paths]
+            self.replaced[name] += [_Replacement(extra.name, self._slot(p, parameters), value) for p in paths]
+
+    def _slot(self, path: str, parameters: LiveParameters) -> Slot:
+        """Where the tensor at `path` is kept for this path alone: a module that lies at others too is copied, without
+        its tensors."""
+        slot, (module, _, leaf) = parameters[path], path.rpartition(".")
+        if module not in self.copies:
+            if parameters.paths_of(slot.layer) == 1:
+                return slot
+            other = copy.copy(slot.layer)
+            other._parameters, other._buffers = dict(slot.layer._parameters), dict(slot.layer._buffers)
+            self.copies[module] = slot.layer, other
+            self._exchange(module, other)
+        return Slot(self.copies[module][1], leaf)
+
+    def _exchange(self, module: str, layer: nn.Module) -> None:
+        """Put a layer at a path, in the wrapper that may be there."""
+        if module in self.layers:
+            self.layers[module].base_layer = layer
+        else:
+            owner, _, leaf = module.rpartition(".")
+            setattr(self.model.get_submodule(owner), leaf, layer)
 
     def _takers_of_rows(self, path: str, own: Set[str], parameters: LiveParameters) -> list[str]:
         """The weights that get trained rows of the one at `path`: as PEFT does, those of the input embeddings are also

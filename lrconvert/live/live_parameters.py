@@ -64,6 +64,10 @@ class LiveParameters:
         tensor = self[name].tensor
         return [name, *(other for other, slot in self._slots.items() if other != name and slot.tensor is tensor)]
 
+    def paths_of(self, layer: nn.Module) -> int:
+        """Return at how many paths a layer lies."""
+        return sum(module is layer for _, module in self.model.named_modules(remove_duplicate=False))
+
     def place(self, target: Target) -> tuple[str, Target]:
         """Return the name of a target's parameter, and the target as its module stores it. Raises E-BASE if it is
         missing or of another shape, E-ORIENT for experts that may be stored either way round."""

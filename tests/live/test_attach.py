@@ -178,6 +178,26 @@ def test_saved_ends_of_a_tied_model() -> None:
     assert snapshot(model) == before and model.lm_head.weight is model.model.embed_tokens.weight
 
 
+def test_a_saved_module_of_two_paths() -> None:
+    """The path that the adapter names gets its value, as in PEFT; the other one keeps the module."""
+    model = nn.ModuleDict({"one": nn.Linear(3, 3), "three": nn.Linear(3, 3)})
+    model["two"] = model["one"]
+    own, before, lora = model["one"].weight, snapshot(model), renamed(random_lora([(3, 3)]), "one.weight")
+    attach(model, adapter_of({"one.weight": own + 1}), name="a")
+    attach(model, adapter_of({"one.weight": own + 2}), name="b")
+    attach(model, lora, name="c")
+    for names, n in ((("a",), 1), (("b", "c"), 2), (("c",), 0)):
+        set_active(model, names)
+        assert torch.equal(model["one"].weight, own + n) and model["two"].weight is own
+    x = torch.ones(2, 3)
+    set_active(model, ("a", "c"))
+    change = torch.from_numpy(lora.targets[0].scale * lora.targets[0].B @ lora.targets[0].A)
+    assert torch.allclose(model["one"](x) - model["two"](x), x @ (change + 1).T, atol=1e-5)
+    for name in ("b", "a", "c"):
+        detach(model, name)
+    assert snapshot(model) == before and model["one"] is model["two"]
+
+
 def test_weights_that_are_used_without_their_layer(tmp_path: Path) -> None:
     """Trained rows and saved values are those of the layer's `weight`, as in PEFT; updates are not."""
     make = oracle.transformer("LlamaForCausalLM", tie_word_embeddings=True)
