@@ -50,7 +50,8 @@ def make(options: type[T], values: Mapping[str, Any], owner: str) -> T:
     """
     known = {entry.name: entry for entry in fields(options)}  # type: ignore[arg-type]
     refuse_unknown(set(values) - set(known), owner, list(known))
-    hints, chosen = _hints(options), dict[str, Any]()
+    hints: dict[str, Any] = _hints(options)  # type: ignore[arg-type]
+    chosen: dict[str, Any] = {}
     for name, value in values.items():
         chosen[name] = value
         choices, least = known[name].metadata.get("choices"), known[name].metadata.get("least")
@@ -72,16 +73,18 @@ def _hints(options: type[Any]) -> dict[str, Any]:
 
 def _typed(name: str, value: Any, hint: Any, owner: str) -> Any:
     """A number in the type of its field, a list for a tuple as one; everything else as it is."""
-    kinds = typing.get_args(hint) or (hint,)
-    if isinstance(value, list) and (typing.get_origin(hint) is tuple or tuple in map(typing.get_origin, kinds)):
+    kinds: tuple[Any, ...] = typing.get_args(hint) or (hint,)
+    origins = {typing.get_origin(kind) for kind in (hint, *kinds)}
+    if isinstance(value, list) and tuple in origins:
         return tuple(value)
-    if not isinstance(value, Real) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, Real):
         return value
+    number: Any = value
     try:
         if float in kinds:
-            return float(value)
-        if int in kinds and int(value) == value:
-            return int(value)
+            return float(number)
+        if int in kinds and int(number) == number:
+            return int(number)
     except (OverflowError, ValueError):
         raise OptionError(f"{name} is {value!r:.40}; {owner} takes a finite number") from None
     if int in kinds:

@@ -64,7 +64,7 @@ class AdaptedLayer(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            layer: nn.Module = super().__getattr__("base_layer")
+            layer: Any = super().__getattr__("base_layer")
             return self._weight(layer) if name == "weight" else getattr(layer, name)
 
     def _weight(self, layer: nn.Module) -> Any:
@@ -91,11 +91,9 @@ class AdaptedLayer(nn.Module):
             weight = {"weight": self._weight(self.base_layer)}
             return functional_call(self.base_layer, weight, (x, *arguments), dict(named))
         y = self.base_layer(x, *arguments, **named)
+        bias: Any = getattr(self.base_layer, "bias", None)
         for trained in rows:
-            if self.scale is None:
-                y = trained.multiplied(x, y, self.base_layer.bias)
-            else:
-                y = trained.looked_up(x, y, self.scale)
+            y = trained.multiplied(x, y, bias) if self.scale is None else trained.looked_up(x, y, self.scale)
         return y
 
     def _change(self, update: Update, x: Tensor, own: Tensor) -> Tensor:

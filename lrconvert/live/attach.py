@@ -291,10 +291,10 @@ class Attachments:
         if name in self.owners:
             del self.owners.pop(name)._modules[f"{CHILD}{name}"]
         self.replaced.pop(name, None)
-        kept = {id(replacement.slot.layer) for others in self.replaced.values() for replacement in others}
-        for module, (own, other) in list(self.copies.items()):
-            if id(other) not in kept:
-                self._exchange(module, own)
+        in_use = {id(replacement.slot.layer) for others in self.replaced.values() for replacement in others}
+        for module, (original, other) in list(self.copies.items()):
+            if id(other) not in in_use:
+                self._exchange(module, original)
                 del self.copies[module]
         self.adapters.pop(name)
 
