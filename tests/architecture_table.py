@@ -101,12 +101,14 @@ _MARKS = {
     "ok": "✓: attached, written at 16 bits and attached, exported and loaded by PEFT, merged and loaded by "
     "transformers without a missing or unexpected tensor, it answers as PEFT's attached model does; `verify` agrees, "
     "`unmerge` restores every byte, and `check --for peft` says what PEFT does",
-    "MERGED": "m: it answers as the model that PEFT merges, and PEFT's attached one answers otherwise",
+    "MERGED": "m: it answers as the model that PEFT merges, and PEFT's attached one answers otherwise: its wrapper of "
+    "trained tokens leaves out the bias of a tied head, and Jamba uses the weight of a layer without calling it",
     "UNCHECKED": "u: without a base the export keeps names that PEFT does not find, and says that they were not "
     "checked; with one it is right, as all else is",
     "E-": "r: refused, in part or whole, with the reason and what to do",
     "PEFT": "·: the model has nothing of the kind, or PEFT refuses it, or gives it no effect, or saves it in part",
-    "WRONG": "✗: wrong",
+    "WRONG": "✗: wrong: PEFT puts new tokens of encoder-decoders on `shared` and the head, and not on the embeddings "
+    "of encoder and decoder, which are the same tensor; here they all get them",
 }
 
 
@@ -196,14 +198,18 @@ def _rows(head: list[str], rows: Iterable[list[Any]]) -> str:
 
 
 def _notes(table: Mapping[str, Mapping[str, str]], said: Mapping[str, str]) -> Iterable[str]:
-    """Every feature and verdict that is not right, with the models and what was said of the first."""
+    """What is not right: every verdict, the models and features that have it, and what was said of the first."""
+    groups: dict[tuple[str, str], dict[tuple[str, ...], list[str]]] = {}
     for feature in FEATURES:
-        groups: dict[str, list[str]] = {}
+        names: dict[str, list[str]] = {}
         for name, row in table.items():
-            if row[feature] != "ok" and row[feature] != "PEFT none of it":
-                groups.setdefault(row[feature], []).append(name)
-        for words, names in sorted(groups.items()):
-            reason = said.get(f"{feature}: {words}")
-            yield f"- **{FEATURES[feature].about}**, {words} ({len(names)}: {', '.join(names)})"
-            if reason:
-                yield f"  `{reason.replace('`', chr(39))}`"
+            names.setdefault(row[feature], []).append(name)
+        for words in sorted(set(names) - {"ok", "PEFT none of it"}):
+            reason = said.get(f"{feature}: {words}", "")
+            groups.setdefault((words, reason), {}).setdefault(tuple(names[words]), []).append(feature)
+    numbers = {feature: str(n + 1) for n, feature in enumerate(FEATURES)}
+    for (words, reason), members in groups.items():
+        yield f"- {words}" + (f": `{reason.replace('`', chr(39))}`" if reason else "")
+        for models, features in members.items():
+            shown = ", ".join(models) if 2 * len(models) < len(table) else f"{len(models)} models"
+            yield f"  - {', '.join(f'{FEATURES[f].about} ({numbers[f]})' for f in features)}: {shown}"
