@@ -44,10 +44,10 @@ def export(
     `more` are single fields of `ExportOptions`, and `allow_pickle`, `layout` and `alpha` as in `load`, for the source.
     All modules get one rank, the largest or `pad_rank`, unless `keep_ranks`. `base` (its config.json is enough)
     decides the names, which programs compare as a whole, and is needed for "gguf"; `keep_names` keeps those of the
-    source. `source` (the LoRA it came from) adds the error table to the
-    model card. Returns the names of the files written, and notes: also what `check` finds for the
-    programs that load the layout. Raises E-EXPORT for what the target format cannot
-    express, E-OPTION for a rank that does not do.
+    source. `source` (the LoRA it came from) adds the error table to the model card. With `overwrite` a folder that an
+    export wrote is replaced, no other. Returns the names of the files written, and notes: also what `check` finds for
+    the programs that load the layout. Raises E-EXPORT for what the target format cannot express, E-OPTION for a rank
+    that does not do, E-OUT-EXISTS, E-OUT-PATH.
 
     >>> from lrconvert import convert, load_lora
     >>> compact = convert(load_lora("my-adapter"), "lowrank", target_size=6000).compact
@@ -66,6 +66,7 @@ def export(
     else:
         fidelity = fidelity_report.fidelity_on(loading.lora(source, reading), compact, None, reading.base)
     check_output(hub.output(out), overwrite, directory=True)
+    exporters.check_replaceable(Path(out))
     config = None if reading.base is None else exporters.base_config(reading.base)
     made = exporter.folder(compact, replace(options, base_config=config), fidelity)
     with atomic_directory(Path(out), overwrite=overwrite) as folder:

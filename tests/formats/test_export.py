@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -177,6 +179,33 @@ def test_unknown_layout_and_nothing_left_behind(tmp_path):
     with pytest.raises(errors.ExportError, match="rows:0:24"):
         api.export(sliced, tmp_path / "out", to="peft-lora")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("to", ["peft-lora", "peft-miss", "raw"])
+def test_only_what_an_export_wrote_is_replaced(to, tmp_path):
+    """``overwrite`` replaces the folder of an export, of whichever layout, and no folder with anything else in it."""
+    lora = random_lora()
+    form = {"peft-miss": "bone"}.get(to, "lowrank")
+    compact = api.convert(lora, form, **({"rank": 2} if form == "bone" else {"bits": "16"})).compact
+    out, mine = tmp_path / "out", tmp_path / "mine"
+    api.export(compact, out, to=to)
+    api.export(compact, out, to=to, overwrite=True)
+    before = sorted(path.name for path in out.iterdir())
+    for name, make in (
+        ("notes.txt", Path.touch),
+        ("checkpoints", Path.mkdir),
+        ("data.json", lambda p: p.symlink_to(out)),
+    ):
+        make(out / name)
+        with pytest.raises(errors.OutputPathError, match=re.escape(name)):
+            api.export(compact, out, to=to, overwrite=True)
+        assert sorted(path.name for path in out.iterdir()) == sorted([*before, name])
+        (out / name).rmdir() if name == "checkpoints" else (out / name).unlink()
+    mine.mkdir()
+    (mine / "model.safetensors").write_bytes(b"mine")
+    with pytest.raises(errors.OutputPathError, match="no export wrote it"):
+        api.export(compact, mine, to=to, overwrite=True)
+    assert (mine / "model.safetensors").read_bytes() == b"mine"
 
 
 def test_extras_without_a_listed_module_are_saved_by_their_own():

@@ -6,13 +6,14 @@ folder; writing them is not its business.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lrconvert.core import registry
-from lrconvert.core.errors import ExportError, FileKindError, OptionError
+from lrconvert.core.errors import ExportError, FileKindError, OptionError, OutputPathError
 from lrconvert.core.options import option
 from lrconvert.formats import base_class
 from lrconvert.formats.exporters.shared.files import json_file
@@ -70,6 +71,22 @@ def base_config(root: Path) -> Mapping[str, Any]:
     return read_json(path)
 
 
+_SIDECAR = "lrconvert.json"
+_WRITTEN = re.compile(r"README\.md|[a-z_]+\.json|[a-z_]+\.(?:safetensors|gguf)")  # names that exports give
+
+
+def check_replaceable(out: Path) -> None:
+    """Raise E-OUT-PATH unless `out` is a folder as an export writes it, empty, or not there: nothing else is replaced,
+    and no file of anybody else deleted."""
+    entries = sorted(out.iterdir()) if out.is_dir() else []
+    others = [e for e in entries if e.is_symlink() or not e.is_file() or not _WRITTEN.fullmatch(e.name)]
+    if others or (entries and not (out / _SIDECAR).is_file()):
+        what = f"holds {others[0].name!r}" if others else f"has no {_SIDECAR}"
+        raise OutputPathError(
+            f"{what}: no export wrote it, so it is not replaced", fix="choose another output", path=out
+        )
+
+
 @dataclass(frozen=True)
 class Folder:
     """The files of an export, and notes for the user, a line each."""
@@ -104,7 +121,7 @@ class Exporter:
         named, notes = (compact, ()) if keep else base_class.renamed(compact, options.base_config)
         files = self.files(named, options)
         card = model_card(compact, self.kind, options.command, fidelity, self.library)
-        return Folder({"README.md": [card], "lrconvert.json": json_file(sidecar(compact)), **files}, notes)
+        return Folder({"README.md": [card], _SIDECAR: json_file(sidecar(compact)), **files}, notes)
 
 
 def ids() -> list[str]:
