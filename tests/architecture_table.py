@@ -107,8 +107,7 @@ _MARKS = {
     "checked; with one it is right, as all else is",
     "E-": "r: refused, in part or whole, with the reason and what to do",
     "PEFT": "·: the model has nothing of the kind, or PEFT refuses it, or gives it no effect, or saves it in part",
-    "WRONG": "✗: wrong: PEFT puts new tokens of encoder-decoders on `shared` and the head, and not on the embeddings "
-    "of encoder and decoder, which are the same tensor; here they all get them",
+    "WRONG": "✗: wrong numbers, or a file that its program does not load",
 }
 
 

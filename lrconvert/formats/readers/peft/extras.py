@@ -7,11 +7,19 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from lrconvert.core.dtypes import FLOATS, STORAGE, Stored, decode, round_to
-from lrconvert.core.errors import ConfigError, IndexRangeError, PairError, TensorUnknownError
+from lrconvert.core.errors import (
+    ConfigError,
+    IndexRangeError,
+    PairError,
+    TensorUnknownError,
+    UnsupportedLoraError,
+)
 from lrconvert.formats.readers.peft.config import Settings
 from lrconvert.formats.readers.shared.weights import Weights, load_extra, load_finite
 from lrconvert.io.container import TensorInfo
 from lrconvert.lora.adapter import ExtraTensor
+
+_SHARED = "shared"  # the embedding of encoder-decoders, which both sides hold in modules of their own, too
 
 
 def read_extras(others: Mapping[str, Sequence[TensorInfo]], weights: Weights) -> Iterator[ExtraTensor]:
@@ -31,7 +39,7 @@ def read_tokens(
     """Yield trained rows of embeddings, in rising order, and which rows they are.
 
     Where the file also holds the whole embedding (`whole`, by name), as after a resize, the rows are put into it.
-    Raises E-CONFIG, E-PAIR, E-INDEX.
+    Raises E-CONFIG, E-PAIR, E-INDEX, E-LORA-FEATURE.
     """
     if settings.tokens and not tokens:
         raise ConfigError("trainable_token_indices is set, but the file holds no trained rows")
@@ -47,6 +55,12 @@ def read_tokens(
             )
         rows = load_finite(weights, info)
         rows = Stored(rows.dtype, rows.array[order])
+        if name in whole and module.rpartition(".")[2] == _SHARED:
+            raise UnsupportedLoraError(
+                f"{module}: new tokens were trained on a resized model with an encoder and a decoder, and PEFT gives "
+                "them to this module and the head, but not to the embeddings of encoder and decoder",
+                fix="merge it with PEFT (merge_and_unload), or train the whole embedding (modules_to_save)",
+            )
         if name in whole:
             yield _with_rows(whole[name], rows, indices[order])
             continue
