@@ -85,6 +85,7 @@ def _json(outcome: Outcome, dry_run: bool) -> dict[str, Any]:
         "bytes": {"total": outcome.total_bytes, "adapter": outcome.nbytes},
         "captured": outcome.captured,
         "ratio": outcome.ratio,
+        "dropped": outcome.dropped,
     }
     if outcome.code:
         value["error"] = {"code": outcome.code, "message": outcome.message}
@@ -102,9 +103,11 @@ def table(batch: Batch) -> str:
             "" if outcome.nbytes is None else f"{outcome.nbytes:,}",
             "" if outcome.ratio is None else f"{outcome.ratio:.1f}",
             "" if outcome.captured is None else f"{outcome.captured:.4f}",
+            "" if outcome.dropped is None else str(outcome.dropped),
             outcome.code,
         ]
         for outcome in batch.outcomes
     ]
     counts = ", ".join(f"{count} {state}" for state, count in _counts(batch).items())
-    return f"{text_and_json.table(['adapter', 'state', 'bytes', 'ratio', 'captured', 'error'], rows)}\n\n{counts}"
+    head = ["adapter", "state", "bytes", "ratio", "captured", "dropped", "error"]
+    return f"{text_and_json.table(head, rows)}\n\n{counts}"

@@ -18,7 +18,7 @@ from lrconvert.core.errors import BudgetError, EmptyAdapterError, FingerprintErr
 from lrconvert.core.limits import OWN
 from lrconvert.core.options import make
 from lrconvert.formats import base_class, config_shapes
-from lrconvert.formats.fidelity import Fidelity
+from lrconvert.formats.fidelity import Fidelity, dropped_note
 from lrconvert.formats.fidelity import fidelity as measure_fidelity
 from lrconvert.formats.lrc import budgets, file
 from lrconvert.io import hub, strictjson
@@ -58,6 +58,21 @@ class Conversion:
     def ratio(self) -> float:
         """Source factors at 16 bit over the file's bytes, extras counted on neither side."""
         return self.source_bytes / self.sizes.adapter
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """The targets of which nothing is kept; after a dry run those of rank 0."""
+        if self.fidelity is not None:
+            return self.fidelity.dropped
+        ranks = methods.get(self.compact.method).ranks(self.compact.config, self.compact.targets)
+        return tuple(t.name for t, rank in zip(self.compact.targets, ranks, strict=True) if not rank)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the loss, as `Fidelity.notes`."""
+        if self.fidelity is not None:
+            return self.fidelity.notes
+        return (dropped_note(self.dropped, len(self.compact.targets)),) if self.dropped else ()
 
 
 # What is fitted in place of a LoRA, and the Config, where it is not the LoRA itself and the method's own plan.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,12 +21,16 @@ from lrconvert.lora.base_weights import BaseWeights
 from lrconvert.lora.input_statistics import InputStatistics, Moment
 from lrconvert.methods import base as methods
 
+_LITTLE = 0.5  # of the energy: less is no working copy of a LoRA, unless it is trained
+
 
 @dataclass(frozen=True)
 class TargetFidelity:
     """One target: ranks before and after, ||delta||^2, ||delta - delta_hat||^2, and the share of energy captured. The
     same of the outputs under input statistics (`output`) and on data (`data`): E||delta x||^2 and so on; and in the
-    metric of the fits (`fit`)."""
+    metric of the fits (`fit`). `is_dropped`: the LoRA changes this target, and nothing of that is kept.
+
+    Of an update that is zero there is no share to keep: it is None."""
 
     name: str
     rank_before: int
@@ -38,10 +43,11 @@ class TargetFidelity:
     fit_error: float | None = None
     data_energy: float | None = None
     data_error: float | None = None
+    is_dropped: bool = False
 
     @property
-    def captured(self) -> float:
-        return _captured(self.error, self.energy)
+    def captured(self) -> float | None:
+        return 0.0 if self.is_dropped else _total([(self.error, self.energy)])
 
     @property
     def output_captured(self) -> float | None:
@@ -52,14 +58,13 @@ class TargetFidelity:
         return _total([(self.data_error, self.data_energy)])
 
 
-def _captured(error: float, energy: float) -> float:
-    return 1.0 - error / energy if energy else 1.0
-
-
 def _total(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
-    """The share captured of all (error, energy) that were measured; None if none was."""
+    """The share captured of all (error, energy) that were measured; None if none was, or all are zero."""
     measured = [(error, energy) for error, energy in pairs if error is not None and energy is not None]
-    return _captured(sum(e for e, _ in measured), sum(e for _, e in measured)) if measured else None
+    error, energy = (sum(values) for values in zip(*measured, strict=True)) if measured else (0.0, 0.0)
+    if not energy:
+        return None if not error else -math.inf
+    return 1.0 - error / energy
 
 
 @dataclass(frozen=True)
@@ -77,8 +82,8 @@ class Answers:
 
     @property
     def closed(self) -> float:
-        """The share of the distance between base and LoRA that is gone."""
-        return _captured(self.distance, self.base_distance)
+        """The share of the distance between base and LoRA that is gone; 0 where there is none."""
+        return _total([(self.distance, self.base_distance)]) or 0.0
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class Fidelity:
     """The share of a LoRA that a compact adapter keeps, in the Frobenius norm of the weight update.
 
     `source_bytes`: the LoRA's factors at 16 bit. `adapter_bytes`: the file without extra tensors; `total_bytes` with.
-    `warnings` are one-line texts.
+    `is_refined`: the file was trained after its fit. `warnings` are one-line texts.
     """
 
     targets: tuple[TargetFidelity, ...]
@@ -97,11 +102,34 @@ class Fidelity:
     extras_bytes: int
     answers: Answers | None = None
     warnings: tuple[str, ...] = ()
+    is_refined: bool = False
 
     @property
     def captured(self) -> float:
-        """1 - sum of squared errors / sum of squared norms, over all targets."""
-        return _captured(sum(t.error for t in self.targets), sum(t.energy for t in self.targets))
+        """1 - sum of squared errors / sum of squared norms, over all targets; 0 of a LoRA that changes nothing."""
+        return _total([(t.error, t.energy) for t in self.targets]) or 0.0
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """The targets of the LoRA of which nothing is kept."""
+        return tuple(t.name for t in self.targets if t.is_dropped)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the loss, one line each: targets that were dropped, and what it means that little
+        is kept of a file that was not refined."""
+        lines = [dropped_note(self.dropped, len(self.targets))] if self.dropped else []
+        if not any(t.energy or t.is_dropped for t in self.targets):
+            return (*lines, "the LoRA's update is zero: there is nothing to keep, and the file changes no answer")
+        kept = self.captured if self.output_captured is None else self.output_captured
+        if kept < _LITTLE and self.answers is None and not self.is_refined:
+            what = "update's" if self.output_captured is None else "outputs'"
+            lines.append(
+                f"only {max(kept, 0):.1%} of the {what} energy is kept: as it is the model may answer more like the "
+                "base than with the LoRA; train the file with `lrconvert refine`, ask for more bytes, or try "
+                "`lrconvert compress`"
+            )
+        return tuple(lines)
 
     @property
     def output_captured(self) -> float | None:
@@ -130,6 +158,11 @@ class Fidelity:
     def ratio(self) -> float:
         """Source factors at 16 bit over our bytes, extras counted on neither side."""
         return self.source_bytes / self.adapter_bytes
+
+
+def dropped_note(names: Sequence[str], count: int) -> str:
+    """Return the line that says which of `count` modules are not in a file."""
+    return f"{len(names)} of {count} modules are dropped, nothing of them is kept: {names[0]}, for one"
 
 
 def target_key(target: Target) -> tuple[str, str]:
@@ -166,7 +199,11 @@ def fidelity(
             rows[target_key(target)] = _target_fidelity(pairs[target_key(target)], (a, b), statistics)
     every = tuple(rows.get(key) or _target_fidelity(pair, None, statistics) for key, pair in pairs.items())
     size = file.sizes(compact)
-    return Fidelity(every, compact.method, lora.half_bytes, size.payload, size.overhead, size.extras)
+    fields = compact.provenance.fields
+    refined = fields.get("refined_steps", "0") != "0" or fields.get("refined_layerwise") == "yes"
+    return Fidelity(
+        every, compact.method, lora.half_bytes, size.payload, size.overhead, size.extras, is_refined=refined
+    )
 
 
 def fidelity_on(
@@ -187,13 +224,19 @@ def _target_fidelity(
     if a.shape[1] != inner or b.shape[0] != out:
         raise BaseError(f"the target {pair.target.name!r} has other shapes in the two adapters")
     error, energy = svd.distance(pair, a, b)
-    row = TargetFidelity(pair.target.name, pair.rank, a.shape[0], energy, error)
+    dropped = _is_zero(a, b) and not (pair.scale == 0 or _is_zero(pair.A, pair.B))
+    row = TargetFidelity(pair.target.name, pair.rank, a.shape[0], energy, error, is_dropped=dropped)
     if statistics is None:
         return row
     moment = statistics.of(pair.target)
     error, energy = svd.distance(pair, a, b, moment)
     fit_error, fit_energy = svd.distance(pair, a, b, svd.fit_metric(pair, moment))
     return replace(row, output_energy=energy, output_error=error, fit_energy=fit_energy, fit_error=fit_error)
+
+
+def _is_zero(a: Array, b: Array) -> bool:
+    """Whether no number of B @ A can be other than zero: every component has a zero factor."""
+    return not (np.any(a, axis=1) & np.any(b, axis=0)).any()
 
 
 def _dense_fidelity(
@@ -208,14 +251,14 @@ def _dense_fidelity(
     if statistics is not None:
         moment = statistics.of(pair.target)
         metrics += [moment, svd.fit_metric(pair, moment)]
-    errors = [0.0] * len(metrics)
+    errors, is_dropped = [0.0] * len(metrics), nothing.is_dropped
     for top, update in updates:
+        is_dropped = is_dropped and not update.any()
         error = update - left[top : top + len(update)] @ right
         for n, metric in enumerate(metrics):
             errors[n] += float(np.vdot(error if metric is None else metric.times(error), error))
-    if statistics is None:
-        return replace(nothing, rank_after=rank, error=errors[0])
-    return replace(nothing, rank_after=rank, error=errors[0], output_error=errors[1], fit_error=errors[2])
+    row = replace(nothing, rank_after=rank, error=errors[0], is_dropped=is_dropped)
+    return row if statistics is None else replace(row, output_error=errors[1], fit_error=errors[2])
 
 
 # --- inspection -----------------------------------------------------------------------------------------------------

@@ -141,5 +141,6 @@ def _error_table(compact: CompactAdapter, fidelity: Fidelity | None) -> list[str
     ]
     for t in fidelity.targets:
         relative = (t.error / t.energy) ** 0.5 if t.energy else 0.0
-        rows.append(f"| {code(t.name)} | {t.rank_before} | {t.rank_after} | {t.captured:.4f} | {relative:.4f} |")
+        share = "-" if t.captured is None else f"{t.captured:.4f}"
+        rows.append(f"| {code(t.name)} | {t.rank_before} | {t.rank_after} | {share} | {relative:.4f} |")
     return rows

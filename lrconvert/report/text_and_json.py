@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from lrconvert.core.errors import printable
-from lrconvert.formats.fidelity import Answers, Fidelity, inspect_statistics
+from lrconvert.formats.fidelity import Answers, Fidelity, TargetFidelity, inspect_statistics
 from lrconvert.methods import base as methods
 
 if TYPE_CHECKING:
@@ -126,6 +127,8 @@ def conversion_json(done: Conversion) -> dict[str, Any]:
         "bytes": sizes_json(done.sizes),
         "source_bytes_at_16_bit": done.source_bytes,
         "ratio": done.ratio,
+        "dropped": list(done.dropped),
+        "notes": list(done.notes),
         "warnings": list(done.warnings),
     }
     if done.fidelity is not None:
@@ -147,12 +150,15 @@ def conversion(source: str, output: str | None, done: Conversion, verbose: bool)
             f"extras    {size.extras:,} bytes carried along unchanged, not counted above; file {size.total:,} bytes"
         )
     lines += [f"note      {note}" for note in method.notes(done.compact.config, done.compact.targets)]
+    lines += [f"note      {printable(note, 1000)}" for note in done.notes]
     if done.fidelity is not None:
         lines.append(f"captured  {done.fidelity.captured:.4f} of the update's energy (weight norm; 1 is lossless)")
         if done.fidelity.output_captured is not None:
             lines.append(f"          {done.fidelity.output_captured:.4f} of the outputs' energy (under the statistics)")
-        worst = min(done.fidelity.targets, key=lambda t: t.captured)
-        lines.append(f"worst     {worst.captured:.4f} {printable(worst.name)}")
+        kept = [t for t in done.fidelity.targets if not t.is_dropped and t.captured is not None]
+        if kept:
+            worst = min(kept, key=_worst_first)
+            lines.append(f"worst     {_share(worst.captured)} {printable(worst.name)}")
         if verbose:
             lines += ["", _fidelity_table(done.fidelity, len(done.fidelity.targets))]
     return "\n".join(lines)
@@ -170,6 +176,7 @@ def compression_json(done: Compression) -> dict[str, Any]:
             assert fidelity is not None
             row |= {"bytes": candidate.nbytes, "ratio": candidate.conversion.ratio, "captured": fidelity.captured}
             row |= {"output_captured": fidelity.output_captured, "score": candidate.score}
+            row["dropped"] = len(fidelity.dropped)
         if candidate.before is not None and candidate.after is not None:
             row |= {"before": answers_json(candidate.before), "after": answers_json(candidate.after)}
             row["steps"] = candidate.steps
@@ -183,7 +190,8 @@ def compression(source: str, output: str, done: Compression) -> str:
     shown = _by_fit(done) if after is None else [*_by_answers(done), "", _closed_note(after)]
     lines = [f"{printable(source)} -> {printable(output)}", "", *shown]
     lines[3:3] = [f"  {c.method}: {printable(c.refused.what)}" for c in done.candidates if c.refused is not None]
-    return "\n".join([*lines, *([done.note] if done.note else [])])
+    notes = [f"note: {printable(note, 1000)}" for note in done.chosen.notes]
+    return "\n".join([*lines, *([done.note] if done.note else []), *notes])
 
 
 def _by_answers(done: Compression) -> list[str]:
@@ -195,9 +203,9 @@ def _by_answers(done: Compression) -> list[str]:
         if made is None or before is None or after is None:
             continue
         shares = [f"{before.closed:.1%}", f"{after.closed:.1%}", _percent(after.agreement)]
-        start = [_form(done, candidate), f"{candidate.nbytes:,}", f"{made.ratio:.1f}"]
+        start = [_form(done, candidate), f"{candidate.nbytes:,}", f"{made.ratio:.1f}", len(made.dropped)]
         rows.append([*start, *shares, f"{candidate.steps:,}"])
-    return [table(["  form", "bytes", "ratio", "closed", "refined", "agreement", "steps"], rows)]
+    return [table(["  form", "bytes", "ratio", "dropped", "closed", "refined", "agreement", "steps"], rows)]
 
 
 def _closed_note(answers: Answers) -> str:
@@ -216,8 +224,9 @@ def _by_fit(done: Compression) -> list[str]:
         assert fidelity is not None
         captured = [_share(fidelity.captured)]
         captured += [_share(fidelity.output_captured), _share(fidelity.fit_captured)] if weighted else []
-        rows.append([_form(done, candidate), f"{candidate.nbytes:,}", f"{conversion.ratio:.1f}", *captured])
-    head = ["  form", "bytes", "ratio", "captured", *(["of outputs", "score"] if weighted else [])]
+        start = [_form(done, candidate), f"{candidate.nbytes:,}", f"{conversion.ratio:.1f}", len(conversion.dropped)]
+        rows.append([*start, *captured])
+    head = ["  form", "bytes", "ratio", "dropped", "captured", *(["of outputs", "score"] if weighted else [])]
     note = (
         "The score is what the fits work on: errors of outputs, each target by the root of its energy."
         if weighted
@@ -251,12 +260,14 @@ def fidelity_json(fidelity: Fidelity) -> dict[str, Any]:
             {**picked(t, "name", "rank_before", "rank_after", *_CAPTURED), "norm": t.energy**0.5}
             for t in fidelity.targets
         ],
+        "dropped": list(fidelity.dropped),
+        "notes": list(fidelity.notes),
         "warnings": list(fidelity.warnings),
     }
 
 
 def _fidelity_table(fidelity: Fidelity, rows: int) -> str:
-    worst_first = sorted(fidelity.targets, key=lambda t: t.captured)[:rows]
+    worst_first = sorted(fidelity.targets, key=_worst_first)[:rows]
     shown = [name for name in _CAPTURED if getattr(fidelity, name) is not None]
     return table(
         ["target (worst first)", "rank before", "after", *(_CAPTURED[name] for name in shown)],
@@ -265,6 +276,10 @@ def _fidelity_table(fidelity: Fidelity, rows: int) -> str:
             for t in worst_first
         ],
     )
+
+
+def _worst_first(target: TargetFidelity) -> float:
+    return math.inf if target.captured is None else target.captured
 
 
 def _share(value: float | None) -> str:
@@ -280,15 +295,25 @@ def comparison(files: Sequence[tuple[str, Fidelity]], verbose: bool) -> str:
     shown = [name for name in _CAPTURED if any(getattr(f, name) is not None for _, f in files)]
     rows = [
         [printable(name), f.method, f"{f.adapter_bytes:,}", f"{f.overhead_bytes:,}", f"{f.extras_bytes:,}",
-         f"{f.ratio:.1f}", *(_share(getattr(f, which)) for which in shown)]
+         f"{f.ratio:.1f}", len(f.dropped), *(_share(getattr(f, which)) for which in shown)]
         for name, f in files
     ]  # fmt: skip
-    head = ["file", "method", "bytes", "of it overhead", "extras", "ratio", *(_CAPTURED[name] for name in shown)]
+    head = [
+        "file",
+        "method",
+        "bytes",
+        "of it overhead",
+        "extras",
+        "ratio",
+        "dropped",
+        *(_CAPTURED[name] for name in shown),
+    ]
     parts = [table(head, rows)]
     if answers := [(name, f.answers) for name, f in files if f.answers is not None]:
         parts.append(_answers(answers))
     for name, f in files:
-        parts.append(f"{printable(name)}\n{_fidelity_table(f, len(f.targets) if verbose else _ROWS)}")
+        notes = "".join(f"note: {printable(note, 1000)}\n" for note in f.notes)
+        parts.append(f"{printable(name)}\n{notes}{_fidelity_table(f, len(f.targets) if verbose else _ROWS)}")
         if not verbose and len(f.targets) > _ROWS:
             parts[-1] += f"\n... and {len(f.targets) - _ROWS} more (-v shows all)"
     return "\n\n".join(parts)

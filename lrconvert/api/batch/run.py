@@ -26,8 +26,9 @@ OnDone = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of one adapter. `nbytes` (without extra tensors), `total_bytes`, `captured` and `ratio` are None
-    where they are not known; `code` and `message` say why it failed; `report` is the JSON object of one conversion."""
+    """The outcome of one adapter. `nbytes` (without extra tensors), `total_bytes`, `captured`, `ratio` and how many
+    modules were `dropped` are None where they are not known; `code` and `message` say why it failed; `report` is the
+    JSON object of one conversion."""
 
     source: str
     output: str
@@ -36,6 +37,7 @@ class Outcome:
     total_bytes: int | None = None
     captured: float | None = None
     ratio: float | None = None
+    dropped: int | None = None
     warnings: tuple[str, ...] = ()
     code: str = ""
     message: str = ""
@@ -215,6 +217,7 @@ def _outcome(job: Job, answer: pool.Answer) -> Outcome:
         total_bytes=sizes.get("total"),
         captured=answer.get("captured"),
         ratio=answer.get("ratio"),
+        dropped=answer.get("dropped"),
         warnings=tuple(answer.get("warnings", ())),
         code=answer.get("code", ""),
         message=answer.get("message", ""),

@@ -186,6 +186,8 @@ class Planner:
             high, low = low, low / 4
         while high > low * 1.001:
             middle = (high * low) ** 0.5
+            if not low < middle < high:  # the product of tiny energies is 0
+                middle = high**0.5 * low**0.5
             if self._fits(self._at(widths, middle)[1]):
                 high = middle
             else:

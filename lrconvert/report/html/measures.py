@@ -40,7 +40,7 @@ class Measure:
         if not measured or not all(math.isfinite(error + energy) for error, energy in measured):
             return None
         total = float(sum(energy for _, energy in measured))
-        return 1.0 - float(sum(error for error, _ in measured)) / total if total else 1.0
+        return 1.0 - float(sum(error for error, _ in measured)) / total if total else None
 
 
 # From what says least of a model's answers to what says most.
