@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -34,14 +34,14 @@ def without_updates(compact: CompactAdapter) -> CompactAdapter:
 
 def with_rows() -> tuple[LoraAdapter, Any, list[dict[str, Any]]]:
     """A decoder's LoRA with trained tokens."""
-    lora, model = api.load_lora(ADAPTERS / "llama-plain"), load_model.load_model(BASES / "tiny-llama").float()
+    lora, model = api.load_lora(ADAPTERS / "llama-plain"), cast(Any, load_model.load_model(BASES / "tiny-llama"))
     values = np.random.default_rng(0).standard_normal((3, model.config.hidden_size)).astype("<f4")
     name = "model.embed_tokens.weight"
     extras = (
         ExtraTensor(name, "I64", (3,), np.array([2, 5, 9], "<i8").tobytes(), "row_indices"),
         ExtraTensor(name, "F32", values.shape, values.tobytes(), "rows"),
     )
-    return replace(lora, extras=extras), model, token_batches(8, 6, 9)
+    return replace(lora, extras=extras), model.float(), token_batches(8, 6, 9)
 
 
 def install(model: Any, lora: LoraAdapter) -> None:
@@ -99,7 +99,7 @@ def test_an_update_of_nothing_closes_nothing(case: Any) -> None:
 
 def test_training_of_ranks_and_ablation(case: Any) -> None:
     lora, model, batches = case
-    options = {"rounds": 1, "exact": 1, "moves": 1, "retrain": {"steps": 2, "eval_every": 1}}
+    options: dict[str, Any] = {"rounds": 1, "exact": 1, "moves": 1, "retrain": {"steps": 2, "eval_every": 1}}
     done = api.allocate(
         lora, base=model, data=batches, total_rank=4, include=["layer[.s]*0?.*(query|q_proj)"], **options
     )
