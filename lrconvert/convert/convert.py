@@ -264,7 +264,7 @@ def _provenance(source: Provenance, budget: int | None) -> Provenance:
     Its texts are notes from a configuration: they are brought into the form that a file holds rather than refused.
     """
     fields = {key: _note(text) for key, text in source.fields.items() if key != budgets.FIELD}
-    fields |= {} if budget is None else {budgets.FIELD: str(budget)}
+    fields |= {} if budget is None else {budgets.FIELD: budgets.text(budget)}
     fields["captured"] = _share(0.0)
     return Provenance(
         source=source.source,

@@ -109,7 +109,7 @@ FAMILIES: Mapping[str, Family] = {
     "GPTBigCodeForCausalLM": Family("starcoder", "gpt_bigcode", _OLD, _GPT2, ("transformer.h.", "h.")),
     "GPTNeoXForCausalLM": Family(
         "gptneox", "gpt_neox", {**_below("attention", _BY_HEADS), **_FOUR},
-        {"gpt_neox.embed_in": "token_embd", "embed_out": "output"},
+        {"gpt_neox.embed_in": "token_embd", "embed_out": "output", "lm_head": "output"},
         ("gpt_neox.layers.", "layers."), {"attn_qkv": GATHERED},
     ),
     "Gemma2ForCausalLM": Family("gemma2", "gemma2", whole={}),

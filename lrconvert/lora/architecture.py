@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -86,7 +87,7 @@ def _built(text: str) -> Architecture:
     kind: Any = getattr(transformers, named, None) if isinstance(named, str) else None
     with _quiet():
         try:
-            settings = transformers.AutoConfig.for_model(family, **config)
+            settings = _settings(family, config)
             with torch.device("meta"):
                 if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
                     model: Any = kind(settings)
@@ -97,6 +98,13 @@ def _built(text: str) -> Architecture:
         except Exception as error:  # a stranger's configuration may fail anywhere in transformers
             raise _Unknown(str(error)) from None
     return replace(_asked(model), is_tied=getattr(settings, TIE, False) is True, computes_by_tie=depends)
+
+
+def _settings(family: str, config: Mapping[str, Any]) -> Any:
+    """The configuration as transformers' class, made of a copy: some classes take parts out of what they are given."""
+    import transformers
+
+    return transformers.AutoConfig.for_model(family, **deepcopy(dict(config)))
 
 
 def _number(value: dict[str, Any]) -> Any:
@@ -114,9 +122,7 @@ def _reads_tie(model: Any) -> bool:
 
 def _derives_from_tie(family: str, config: Mapping[str, Any]) -> bool:
     """Whether a configuration sets other fields by the one that ties embeddings."""
-    import transformers
-
-    fields = [transformers.AutoConfig.for_model(family, **{**config, TIE: tie}).to_dict() for tie in (True, False)]
+    fields = [_settings(family, {**config, TIE: tie}).to_dict() for tie in (True, False)]
     own = [{key: value for key, value in each.items() if key != TIE} for each in fields]
     return own[0] != own[1]
 

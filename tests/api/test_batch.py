@@ -55,7 +55,7 @@ def states(batch: Batch, root: Path) -> dict[str, str]:
 
 
 GOOD = ("gpt2-conv1d", "llama-plain", "team/a/llama-patterns")
-FOUND = dict.fromkeys(GOOD, "done") | {"refused": "E-NOT-LORA", "team/broken.safetensors": "E-LAYOUT"}
+FOUND = dict.fromkeys(GOOD, "done") | {"refused": "E-NOT-LORA", "team/broken.safetensors": "E-HDR-LEN"}
 
 
 @pytest.mark.medium
@@ -334,13 +334,13 @@ def test_the_commands(zoo: Path, tmp_path: Path) -> None:
     words = ["lora-to-lowrank", zoo, "-o", "out", "--bits", "4"]
     done = command(*words, "--jobs", "2", cwd=tmp_path)
     assert done.returncode == 1 and "3 done, 0 skipped, 2 failed" in done.stdout
-    assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["E-NOT-LORA", "E-LAYOUT"]
+    assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["E-NOT-LORA", "E-HDR-LEN"]
     found = json.loads(command(*words, "--json", "-j", "1", cwd=tmp_path).stdout)
     assert (found["ok"], found["done"], found["skipped"], found["failed"]) == (False, 0, 3, 2)
     assert {a.get("error", {}).get("code", a["state"]) for a in found["adapters"]} == {
         "skipped",
         "E-NOT-LORA",
-        "E-LAYOUT",
+        "E-HDR-LEN",
     }
     two = [zoo / "llama-plain", zoo / "gpt2-conv1d"]
     well = command(

@@ -369,6 +369,8 @@ CARDS = {
 
 @pytest.mark.parametrize("text", CARDS, ids=lambda text: repr(text)[:30])
 def test_the_licence_of_a_card(text: str, tmp_path: Path) -> None:
+    if text.startswith("\ufeff") and int(metadata.version("huggingface_hub").split(".")[0]) < 2:
+        pytest.skip("huggingface_hub 1 does not read a card behind a byte-order mark")
     (tmp_path / "README.md").write_bytes(text.encode())
     assert model_card.licence(tmp_path) == CARDS[text]
     assert model_card.licence(tmp_path / "absent") == {}

@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
-from conftest import ADAPTERS, BASES, since_transformers
+from conftest import ADAPTERS, BASES
 
 from lrconvert.core import errors
 from lrconvert.formats.readers.base import load
@@ -32,7 +32,6 @@ READ = {
     "bert-classifier": "tiny-bert",
     "vit-plain": "tiny-vit",
 }  # fmt: skip
-RENAMED = since_transformers("5.9")  # it names the layers of a ViT anew
 MODELS = {
     "bert-classifier": ("AutoModelForSequenceClassification", {"num_labels": 3}),
     "vit-plain": ("AutoModelForImageClassification", {}),
@@ -48,7 +47,7 @@ def peft_model(adapter: str):
     return peft.PeftModel.from_pretrained(base, ADAPTERS / adapter).eval()
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=RENAMED if n == "vit-plain" else ()) for n in READ])
+@pytest.mark.parametrize("name", READ)
 def test_delta_is_pefts(name):
     """get_delta_weight of every adapted layer, within 1e-6 of its norm."""
     theirs, ours = oracle.their_deltas(peft_model(name)), oracle.deltas(load(ADAPTERS / name))

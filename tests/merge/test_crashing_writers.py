@@ -154,13 +154,19 @@ def old_and_new(write: Write, place: Path, overwrite: bool) -> tuple[Any, Any, C
     """(what is there before, what is to be there, what puts the old one there)."""
     write(place / "wanted", False)
     new = bytes_of(place / "wanted")
-    old = bytes_of(BASES / "tiny-vit") if isinstance(new, dict) else b"old"
+    before = BASES / "tiny-vit"
+    if isinstance(new, dict) and "lrconvert.json" in new:  # only what an export wrote is replaced by one
+        before = place / "exported"
+        before.mkdir()
+        (before / "lrconvert.json").write_text("{}")
+        (before / "lora.safetensors").write_bytes(b"old")
+    old = bytes_of(before) if isinstance(new, dict) else b"old"
 
     def prepare(out: Path, *_: Any) -> None:
         if overwrite and isinstance(old, bytes):
             out.write_bytes(old)
         elif overwrite:
-            shutil.copytree(BASES / "tiny-vit", out)
+            shutil.copytree(before, out)
 
     return old if overwrite else {}, new, prepare
 

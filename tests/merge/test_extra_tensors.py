@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ADAPTERS, BASES, since_transformers
+from conftest import ADAPTERS, BASES
 from models import (
     auto,
     cast_base,
@@ -100,7 +100,6 @@ def renamed_vit(folder: Path, prefix: str = "") -> Path:
     return save_base(folder, [kept], config | ({"architectures": ["ViTModel"]} if prefix else {}))
 
 
-@since_transformers("5.9")  # it names the layers of a ViT anew
 @pytest.mark.parametrize("adapter", ("vit-plain", "vit-query-value"))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_renamed_modules_merge_as_in_peft(tmp_path: Path, adapter: str, dtype: str) -> None:
@@ -120,7 +119,6 @@ def test_renamed_modules_merge_as_in_peft(tmp_path: Path, adapter: str, dtype: s
         assert torch.allclose(merged[name].double(), goal.double(), rtol=unit, atol=1e-7)
 
 
-@since_transformers("5.9")
 def test_renamed_names_get_their_prefix(tmp_path: Path) -> None:
     """A ViT saved without head and prefix, with the names after transformers 5: the adapter brings both, and the pooler
     has no use any more."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 import tempfile
@@ -399,6 +400,15 @@ def link_codes(out: Path) -> None:
     path.symlink_to(out.parent / "elsewhere")
 
 
+def header_lies(out: Path) -> None:
+    """The kept header of a weight file states another length than it has, and all digests are made right."""
+    header, place = next(out.rglob("0.header")), next(out.rglob(RECORD_NAME))
+    header.write_bytes((len(header.read_bytes()) - 9).to_bytes(8, "little") + header.read_bytes()[8:])
+    value = json.loads(place.read_bytes())
+    value["stored"]["base/0.header"] = hashlib.sha256(header.read_bytes()).hexdigest()
+    place.write_bytes(sign(value))
+
+
 def twice(out: Path) -> None:
     (place,) = (out / ".lrconvert").iterdir()
     shutil.copytree(place, place.parent / "merge-1-000000000000")
@@ -409,6 +419,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "codes gone": (drop_codes, "E-UNDO"),
     "a tensor more": (add_tensor, "E-UNDO"),
     "a newer record": (newer, "E-VER"),
+    "a header of another length": (header_lies, "E-UNDO"),
     "codes are a link": (link_codes, "E-UNDO"),
     "two records of one number": (twice, "E-UNDO"),
 }

@@ -14,6 +14,12 @@ FIELD = "budget"
 ROOM = {"refined_steps": "0" * 8}  # the fields of the shortest note
 
 
+def text(limit: int) -> str:
+    """Return a budget as a file states it: always of one length, so that the smallest possible file has one size,
+    whatever was asked for."""
+    return f"{limit:010d}"
+
+
 def stated(compact: CompactAdapter) -> int | None:
     """Return the bytes that a file was to have at most; None if it was made without a budget."""
     text = compact.provenance.fields.get(FIELD, "")

@@ -108,6 +108,8 @@ class OpenRecord:
 
     def _header(self, number: int, name: str, nbytes: int) -> tuple[bytes, list[TensorInfo]]:
         data = self.text(f"base/{number}.header")
+        if int.from_bytes(data[:8], "little") != len(data) - 8:
+            raise UndoError(f"the header of {name!r} in the record has another length than it says")
         _, infos = parse_header(data[8:], nbytes, FOREIGN, self.path)
         for info in infos:
             tensor = self.tensors.get(info.name)
