@@ -183,7 +183,7 @@ Measured on {date} with {versions}. Of {cells} cells {right} are right, {merged}
     python benchmarks/architectures.py cells.jsonl             # measures what is missing in the file
     python benchmarks/architectures.py cells.jsonl --render    # writes this page and tests/architecture_table.json
 
-`tests/live/test_architecture_table.py` runs a sample of the cells by default and all of them with `-m slow`: a verdict
+`tests/live/test_architecture_table.py` runs a sample of the cells by default and all of them with `-m long`: a verdict
 that changes fails. The models are those of `tests/architectures.py`, the features those of
 `tests/architecture_features.py`.
 

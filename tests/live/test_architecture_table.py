@@ -90,6 +90,7 @@ def test_the_sample_has_every_feature() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_table(name: str, place: Path) -> None:
     assert verdicts(name, list(FEATURES), place) == EXPECTED[name]

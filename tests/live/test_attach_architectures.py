@@ -138,6 +138,7 @@ def test_attach_is_peft(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_attach_is_peft_kind_by_kind(name: str, tmp_path: Path) -> None:
     """Every kind of target by itself, and every pair of kinds on both ends of a model."""
