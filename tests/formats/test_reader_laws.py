@@ -141,6 +141,34 @@ def test_another_reader_refuses_it_with_an_error_of_ours(case: Case) -> None:
             assert str(error).isprintable()
 
 
+@pytest.mark.medium
+def test_a_tensor_of_another_shape_is_read_or_refused(case: Case) -> None:
+    """Each tensor in turn with dimensions more, fewer or exchanged, also both of a pair: nothing but errors of ours."""
+    files = list(case.folder.glob("*.safetensors"))
+    if not files:
+        pytest.skip("its tensors are in a file of another kind")
+    tensors = safetensors.numpy.load_file(files[0])
+    shapes = {
+        name: [(*s, 1), (1, *s), s[::-1], (array.size,), (*s[:-1], 1, s[-1]), (*s[:-2], 1, *s[-2:])]
+        for name, array in tensors.items()
+        if len(s := array.shape) > 1
+    }
+    changes = [{name: shape} for name, each in shapes.items() for shape in each]
+    changes += [
+        {one: shape, other: more}
+        for one, each in shapes.items()
+        for other, others in shapes.items()
+        if one < other
+        for shape in each
+        for more in others
+    ]
+    for change in changes:
+        try:
+            case.load(case.rewritten({n: a.reshape(change.get(n, a.shape)) for n, a in tensors.items()}))
+        except errors.LrcError as error:
+            assert str(error).isprintable()
+
+
 def test_a_file_that_was_cut_off_is_refused(case: Case) -> None:
     file = max(case.folder.iterdir(), key=lambda path: path.name != CONFIG_NAME)
     data = file.read_bytes()
