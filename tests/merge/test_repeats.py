@@ -107,6 +107,7 @@ def test_on_a_stack_nothing_is_done_twice(act: str, stacks: Any, place: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("act", ("merge", "unmerge", "stacked merge", "stacked unmerge", "numbered unmerge"))
 def test_killed_at_every_call_in_every_way(act: str, scenes: dict[str, Scene], stacks: Any, place: Path) -> None:
     for kind in KINDS if act in ("merge", "unmerge") else ("",):
