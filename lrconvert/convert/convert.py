@@ -69,7 +69,7 @@ class Conversion:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know of the loss, as `Fidelity.notes`."""
+        """Return what a user should know of the loss, as `Fidelity.notes`."""
         if self.fidelity is not None:
             return self.fidelity.notes
         return (dropped_note(self.dropped, len(self.compact.targets)),) if self.dropped else ()

@@ -116,8 +116,8 @@ class Fidelity:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know of the loss, one line each: targets that were dropped, and what it means that little
-        is kept of a file that was not refined."""
+        """Return what a user should know of the loss, one line each: targets that were dropped, and what it means that
+        little is kept of a file that was not refined."""
         lines = [dropped_note(self.dropped, len(self.targets))] if self.dropped else []
         if not any(t.energy or t.is_dropped for t in self.targets):
             return (*lines, "the LoRA's update is zero: there is nothing to keep, and the file changes no answer")
@@ -235,7 +235,7 @@ def _target_fidelity(
 
 
 def _is_zero(a: Array, b: Array) -> bool:
-    """Whether no number of B @ A can be other than zero: every component has a zero factor."""
+    """Return whether no number of B @ A can be other than zero: every component has a zero factor."""
     return not (np.any(a, axis=1) & np.any(b, axis=0)).any()
 
 

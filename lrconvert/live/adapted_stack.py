@@ -101,7 +101,7 @@ class AdaptedParameter(nn.Module):
 
 
 def _version(number: Tensor) -> int:
-    """How often a tensor was written to."""
+    """Return how often a tensor was written to."""
     return 0 if number.is_inference() else number._version
 
 

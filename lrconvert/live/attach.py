@@ -325,7 +325,7 @@ class Attachments:
             self.replaced[name] += [_Replacement(extra.name, self._slot(p, parameters), value) for p in paths]
 
     def _slot(self, path: str, parameters: LiveParameters) -> Slot:
-        """Where the tensor at `path` is kept for this path alone: a module that lies at others too is copied, without
+        """Return the place of the tensor at `path` for this path alone: a module at others, too, is copied, without
         its tensors."""
         slot, (module, _, leaf) = parameters[path], path.rpartition(".")
         if module not in self.copies:

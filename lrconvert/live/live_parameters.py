@@ -19,7 +19,7 @@ CHILD = "_adapter_"  # begins the name under which a wrapper registers an adapte
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """Where a model keeps a tensor: as the parameter or buffer `leaf` of the module `layer`, parametrized or not."""
+    """The place of a tensor in a model: the parameter or buffer `leaf` of the module `layer`, parametrized or not."""
 
     layer: nn.Module
     leaf: str

@@ -62,7 +62,7 @@ def _names(keys: Iterable[tuple[str, str]]) -> str:
 
 
 def _are_same(teacher: ExtraTensor, student: ExtraTensor) -> bool:
-    """Whether a student's tensor is the teacher's own, or it in a narrower dtype."""
+    """Return whether a student's tensor is the teacher's own, or it in a narrower dtype."""
     if (teacher.dtype, teacher.shape, teacher.data) == (student.dtype, student.shape, student.data):
         return True
     if teacher.shape != student.shape or not {teacher.dtype, student.dtype} <= set(FLOATS):

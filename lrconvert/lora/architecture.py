@@ -1,4 +1,4 @@
-"""What transformers' class of a base says of it: names, shapes, ties, orientation. No weight is loaded.
+"""The class of a base, asked about it: names, shapes, ties, orientation. No weight is loaded.
 
 The class is built from the base's configuration on torch's meta device, where tensors have shapes and no numbers, and
 asked: nothing here lists architectures. It costs the import of torch and transformers (seconds), so commands ask only
@@ -62,7 +62,7 @@ def of(config: Mapping[str, Any]) -> Architecture | None:
 
 
 def _is_endless(config: Mapping[str, Any], depth: int = 3) -> bool:
-    """Whether a configuration, or one in it, asks for more modules than any model has."""
+    """Return whether a configuration, or one in it, asks for more modules than any model has."""
     return any(
         _is_endless(value, depth - 1)
         if isinstance(value, dict) and depth
@@ -114,14 +114,14 @@ def _number(value: dict[str, Any]) -> Any:
 
 
 def _reads_tie(model: Any) -> bool:
-    """Whether a forward pass of the model looks at the field that ties embeddings, as those that scale then do."""
+    """Return whether a forward pass of the model looks at the field that ties embeddings: those that scale then do."""
     kinds = {type(module) for module in model.modules()}
     codes = [getattr(inspect.unwrap(kind.forward), "__code__", None) for kind in kinds]
     return any(code is not None and TIE in code.co_names for code in codes)
 
 
 def _derives_from_tie(family: str, config: Mapping[str, Any]) -> bool:
-    """Whether a configuration sets other fields by the one that ties embeddings."""
+    """Return whether a configuration sets other fields by the one that ties embeddings."""
     fields = [_settings(family, {**config, TIE: tie}).to_dict() for tie in (True, False)]
     own = [{key: value for key, value in each.items() if key != TIE} for each in fields]
     return own[0] != own[1]
@@ -152,7 +152,7 @@ def _parameters(model: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _is_transposed(module: Any, parameter: Any) -> bool:
-    """Whether a module stores its weight (in, out), or its stack of experts (experts, in, out)."""
+    """Return whether a module stores its weight (in, out), or its stack of experts (experts, in, out)."""
     from transformers.pytorch_utils import Conv1D
 
     if parameter.ndim == 3:

@@ -102,7 +102,7 @@ def settled(names: Iterable[str], stored: Collection[str], config: Mapping[str, 
 
 @dataclass(frozen=True)
 class Renaming:
-    """What becomes of the names of an adapter: `new` by the old ones that change, `lost` those that the class lacks.
+    """The names of an adapter in a class: `new` by the old ones that change, `lost` those that the class lacks.
     `title` is the class, "" if transformers has none for the base, or if it was not asked."""
 
     title: str = ""

@@ -79,7 +79,7 @@ def _module_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class _Scales:
-    """What says the scales: the file's alphas of single modules, its settings for all, or the user."""
+    """The sources of the scales: the file's alphas of single modules, its settings for all, or the user."""
 
     own: Mapping[str, float]
     settings: Settings

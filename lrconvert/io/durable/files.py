@@ -367,7 +367,7 @@ def install(source: Path, target: Path, like: Path | None = None) -> None:
 
 
 def give_to_owner(path: Path, owner: os.stat_result) -> None:
-    """Where root writes: give what is new, and all in it, to the owner and group of the folder that it comes to."""
+    """Give what root has written, and all in it, to the owner and group of the folder that it comes to."""
     if os.geteuid() != 0 or (owner.st_uid, owner.st_gid) == (0, 0):
         return
     for place in (path, *path.rglob("*")) if path.is_dir() else (path,):

@@ -123,7 +123,7 @@ class CommitPlan:
 
 @dataclass(frozen=True)
 class State:
-    """Where a model folder stands. CLEAN: nothing is at work in it, or too little is left to tell what was; BEGUN: work
+    """The state of a model folder. CLEAN: nothing is at work in it, or too little is left to tell what was; BEGUN: work
     has changed nothing yet; BETWEEN two states; DONE: only tidying is left. `kind` of work (MERGE, UNMERGE) and `place`
     of its record are known where it has begun or is done."""
 

@@ -166,7 +166,7 @@ class _Planner:
     # --- one tensor ---
 
     def _asks_class(self) -> bool:
-        """Whether the adapter touches what only transformers' class of the base tells."""
+        """Return whether the adapter touches what only transformers' class of the base tells."""
         names = {t.name for adapter in self.adapters for t in targets_of(adapter)} | self.targets
         names |= {extra.name for adapter in self.adapters for extra in adapter.extras}
         return any(ties.may_be_tied(name, self.config) for name in names)
@@ -418,7 +418,7 @@ class _Planner:
                     self.replaced[name] = replace(resized[0], name=name)
 
     def _content(self, name: str) -> Any:
-        """What the tensor of this name gets: None for the base's values, and equal for equal ones."""
+        """Return what the tensor of this name gets: None for the base's values, and equal for equal ones."""
         rows = frozenset(extra for extra, places in self.rows.items() if name in places)
         shared = next((tie for tie in self.ties if name in tie.names and name not in tie.stored), None)
         if shared is not None:  # it follows the stored ones if those rows are of all

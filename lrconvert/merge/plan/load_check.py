@@ -1,4 +1,4 @@
-"""Whether a merged model loads: its names and shapes against transformers' class of it, on the meta device.
+"""A check that a merged model loads: its names and shapes against transformers' class of it, on the meta device.
 
 A base may itself have tensors that its class lacks, or lack some (tables that are computed, experts that transformers
 stacks as it loads): what the base does not load as it is, is no fault of the merge. So the merged model is compared
@@ -83,7 +83,7 @@ def _bare(config: Mapping[str, Any]) -> BaseClass | None:
 
 
 def _misfits(tensors: Iterable[Named], known: BaseClass) -> dict[tuple[str, str], str]:
-    """What does not fit a class, in words, by its kind and the tensor's name in the base or in the class."""
+    """Return what does not fit a class, in words, by its kind and the tensor's name in the base or in the class."""
     found: dict[tuple[str, str], str] = {}
     shapes, there = known.architecture.shapes, set()
     for each in tensors:

@@ -1,4 +1,4 @@
-"""What a command that is repeated finds: the same merge, or the same unmerge, is in the model already.
+"""Commands that are repeated: the same merge, or the same unmerge, is in the model already.
 
 A run may be killed after its last file is written, and before it could say so; whoever repeats the command then, with
 `resume` or without, wants what he asked for once. So the records decide what was done, not whether a run ended.

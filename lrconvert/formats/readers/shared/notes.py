@@ -1,4 +1,4 @@
-"""What a file states beside its tensors and no reader uses: it is named, never ignored."""
+"""Settings that a file states beside its tensors and that no reader uses: they are named, never ignored."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ _STABILIZED = ("use_rslora", "rslora", "rs_lora")
 
 @dataclass(frozen=True)
 class Settings:
-    """What a file states for all its modules; None for what it does not. `used` are the keys that said it."""
+    """Settings of a file for all its modules, None for those it does not state. `used` are the keys that said it."""
 
     alpha: float | None = None
     rank: float | None = None
