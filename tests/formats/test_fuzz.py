@@ -33,7 +33,7 @@ from lrconvert.testing.peft import CONFIG_NAME, WEIGHTS_NAME
 
 FUZZ = ROOT / "tests" / "fuzz"
 CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
-SLOW = pytest.param(1000, marks=pytest.mark.slow)
+SLOW = pytest.param(1000, marks=(pytest.mark.slow, pytest.mark.long))
 
 
 def fuzz(examples: int, check: Callable[[st.DataObject], None]) -> None:

@@ -333,6 +333,7 @@ def test_killed_at_random(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_at_random_often(tmp_path: Path) -> None:
     kill_at_random(tmp_path, 200)
 
