@@ -74,8 +74,8 @@ def _work(job: Mapping[str, Any]) -> dict[str, Any]:
     if job["verbose"]:
         answer["text"] = text_and_json.conversion(str(path), job["output"], done, True)
     captured = None if done.fidelity is None else done.fidelity.captured
-    told = {"warnings": [*done.warnings, *done.notes], "dropped": len(done.dropped)}
-    return {**answer, **_numbers(done.sizes, captured, done.ratio), **told}
+    losses = {"warnings": [*done.warnings, *done.notes], "dropped": len(done.dropped)}
+    return {**answer, **_numbers(done.sizes, captured, done.ratio), **losses}
 
 
 def _convert(job: Mapping[str, Any], lora: LoraAdapter, options: dict[str, Any], dry_run: bool) -> Conversion:
