@@ -247,3 +247,19 @@ def test_rows_of_a_tied_head_are_those_of_the_embedding(tmp_path: Path) -> None:
     other = {**tensors, "base_model.model.lm_head.token_adapter.trainable_tokens_delta": floats(2, 4)}
     with pytest.raises(errors.ConfigError, match="does not say which"):
         load(folder(tmp_path / "y", other, trainable_token_indices={"embed_tokens": [1, 4]}))
+
+
+def test_new_tokens_of_a_resized_encoder_decoder_are_refused(tmp_path: Path) -> None:
+    """PEFT gives them to `shared` and the head alone, and both sides hold that tensor; on a model that was not resized
+    they are rows, whose place the base tells."""
+    stem = "base_model.model.model.shared.token_adapter"
+    tensors = {f"base_model.model.q.lora_{h}.weight": floats(2, 2) for h in "AB"}
+    tensors[f"{stem}.trainable_tokens_delta"] = floats(2, 4)
+    trained = {"trainable_token_indices": {"shared": [1, 4]}}
+    assert {extra.use for extra in load(folder(tmp_path / "rows", tensors, **trained)).extras} == {
+        "rows",
+        "row_indices",
+    }
+    tensors[f"{stem}.base_layer.weight"] = floats(6, 4)
+    with pytest.raises(errors.UnsupportedLoraError, match="embeddings of encoder and decoder"):
+        load(folder(tmp_path / "resized", tensors, **trained))
