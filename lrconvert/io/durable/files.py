@@ -273,7 +273,9 @@ def discard(path: StrPath) -> None:
 
 def remove(path: Path) -> None:
     """Delete a file, or a folder with all that is in it, which may be gone already; links are not followed, and nothing
-    is reached through one. Raises OSError, after it has deleted all that can be."""
+    is reached through one. Folders go before the files beside them, and where a folder stays, so do those files:
+    a plan, by which work is known to be ours, outlives its content. Raises OSError, after it has deleted what else it
+    can."""
     with system.guarded(path.parent):
         try:
             _remove(path)
@@ -285,11 +287,15 @@ def _remove(path: Path) -> None:
     failed: OSError | None = None
     try:
         if stat.S_ISDIR(path.lstat().st_mode):
-            for inner in sorted(path.iterdir()):  # `plan.json`, by which work is known to be ours, after its content
-                try:
-                    _remove(inner)
-                except OSError as error:
-                    failed = failed or error
+            groups: tuple[list[Path], list[Path]] = [], []
+            for inner in sorted(path.iterdir()):
+                groups[not inner.is_dir() or inner.is_symlink()].append(inner)
+            for group in groups:
+                for inner in group if failed is None else ():
+                    try:
+                        _remove(inner)
+                    except OSError as error:
+                        failed = failed or error
             if failed is None:
                 system.current.rmdir(path)
         else:
