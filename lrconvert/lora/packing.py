@@ -1,15 +1,17 @@
 """Declared tensors as bytes and as numbers: bit-packing, 16-bit payload, scale search.
 
-Four kinds of payload (normative text: ``formats/lrconvert-v1.md``, "Payload"):
+Five kinds of payload (normative text: ``formats/lrconvert-v1.md``, "Payload"; ``formats/coded-v1.md``):
 
 ``code``   q-bit codes c of a real tensor that is scaled elsewhere; the number is the odd integer ``2c + 1 - 2^q``
            (1 bit: a sign). q is 1, 2, 3, 4 or 8.
 ``index``  unsigned integers below `limit`, in ``ceil(log2 limit)`` bits (at least 1).
 ``half``   fp16 times one power of two per tensor: finer than bf16, and no range to fall out of.
 ``single`` float32, for what comes from elsewhere and must not change.
+``coded``  integers q of rows with a model each, entropy-coded; the number is ``16 q - sign(q)``, sixteenths of a step.
 
 Codes and indices are packed without gaps, least significant bit first, and the bits that fill the last byte are zero.
-In memory they are plain numpy arrays: ``uint8`` codes, ``uint32`` indices, ``float32`` halves and singles.
+In memory they are plain numpy arrays: ``uint8`` codes, ``uint32`` indices, ``float32`` halves and singles, ``int32``
+coded integers.
 """
 
 from __future__ import annotations
@@ -22,24 +24,28 @@ import numpy as np
 
 from lrconvert.core.dtypes import F32, F64, Array
 from lrconvert.core.errors import CanonicalError, IndexRangeError, ShapeError, ValueRangeError
+from lrconvert.lora.coded import stream
 
 CODE_BITS = (1, 2, 3, 4, 8)
 EXPONENT_RANGE = (-96, 96)  # keeps every half an exact float32, subnormals included
 _CHUNK = 1 << 20  # values packed at once; a multiple of 8, so that chunks meet at byte borders
 
-Kind = Literal["code", "index", "half", "single"]
-_DTYPES: dict[Kind, str] = {"code": "U8", "index": "U8", "half": "F16", "single": "F32"}
+Kind = Literal["code", "index", "half", "single", "coded"]
+_DTYPES: dict[Kind, str] = {"code": "U8", "index": "U8", "half": "F16", "single": "F32", "coded": "U8"}
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor that a method stores. `bits` counts for codes, `limit` (exclusive) for indices."""
+    """One tensor that a method stores. `bits` counts for codes, `limit` (exclusive) for indices; `rows` and `length`,
+    the bytes of the stream, for coded integers."""
 
     name: str
     kind: Kind
     shape: tuple[int, ...]
     bits: int = 16
     limit: int = 0
+    rows: stream.Rows = ()
+    length: int = 0
 
     @property
     def numel(self) -> int:
@@ -52,6 +58,8 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
+        if self.kind == "coded":
+            return self.length
         return (self.numel * self.width + 7) // 8
 
     @property
@@ -78,6 +86,10 @@ def half(name: str, shape: tuple[int, ...]) -> TensorSpec:
 
 def single(name: str, shape: tuple[int, ...]) -> TensorSpec:
     return TensorSpec(name, "single", shape, bits=32)
+
+
+def coded(name: str, rows: stream.Rows, length: int) -> TensorSpec:
+    return TensorSpec(name, "coded", (sum(n for _, n in rows),), rows=rows, length=length)
 
 
 def index_bits(limit: int) -> int:
@@ -185,6 +197,12 @@ def encode(spec: TensorSpec, array: Array) -> tuple[Array, int]:
         if array.dtype != np.float32 or not np.isfinite(array).all():
             raise ValueRangeError(f"tensor {spec.name} is {array.dtype} or holds NaN or infinity; float32 is stored")
         return (array + np.float32(0)).reshape(-1), 0  # -0 becomes +0: one spelling of zero
+    if spec.kind == "coded":
+        data = np.frombuffer(stream.encode(array, spec.rows), np.uint8)
+        if array.dtype != np.int32 or data.size != spec.length:
+            what = f"tensor {spec.name} is {array.dtype} in {data.size} bytes; int32 in {spec.length} is stored"
+            raise ShapeError(what)
+        return data, 0
     limit = spec.limit if spec.kind == "index" else 1 << spec.bits
     if array.dtype.kind != "u":
         raise IndexRangeError(f"tensor {spec.name} is {array.dtype}; unsigned integers are stored")
@@ -206,6 +224,8 @@ def decode(spec: TensorSpec, stored: Array, exponent: int) -> Array:
         if half_exponent(values) != exponent:
             raise CanonicalError(f"tensor {spec.name} does not use the exponent that its values call for")
         return values
+    if spec.kind == "coded":
+        return stream.decode(stored.tobytes(), spec.rows)
     values = unpack_bits(stored, spec.width, spec.numel).reshape(spec.shape)
     if spec.kind == "index":
         values = values.astype(np.uint32)
@@ -226,6 +246,12 @@ def odd_integers(codes: Array, bits: int) -> Array:
     kind: Any = np.int8 if bits < 8 else np.int16
     twice = np.left_shift(codes.astype(kind), 1)
     return np.asarray(twice + kind(1 - (1 << bits)))  # where the first wraps, the second wraps back
+
+
+def coded_values(integers: Array) -> Array:
+    """Return the numbers of coded integers in sixteenths of a step, ``16 q - sign(q)``, int32: what was rounded to q
+    lies nearer to zero in the mean."""
+    return integers * np.int32(16) - np.sign(integers)
 
 
 # --- choosing scales ------------------------------------------------------------------------------------------------

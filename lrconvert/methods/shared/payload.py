@@ -10,7 +10,7 @@ from lrconvert.core.dtypes import Array
 from lrconvert.lora import packing
 from lrconvert.lora.packing import TensorSpec
 
-_DTYPES = {"code": np.uint8, "index": np.uint32, "half": np.float32, "single": np.float32}
+_DTYPES = {"code": np.uint8, "index": np.uint32, "half": np.float32, "single": np.float32, "coded": np.int32}
 
 
 def zeros(specs: Iterable[TensorSpec]) -> dict[str, Array]:

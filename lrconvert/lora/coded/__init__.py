@@ -1,0 +1,1 @@
+"""Integers at about their ideal number of bits: 64 fixed models, an interleaved range coder, rows as bytes."""
