@@ -248,10 +248,10 @@ def odd_integers(codes: Array, bits: int) -> Array:
     return np.asarray(twice + kind(1 - (1 << bits)))  # where the first wraps, the second wraps back
 
 
-def coded_values(integers: Array) -> Array:
-    """Return the numbers of coded integers in sixteenths of a step, ``16 q - sign(q)``, int32: what was rounded to q
-    lies nearer to zero in the mean."""
-    return integers * np.int32(16) - np.sign(integers)
+def coded_values(integers: Array) -> F32:
+    """Return the numbers of coded integers in sixteenths of a step, ``16 q - sign(q)``, float32; exact below 2^20. What
+    was rounded to q lies nearer to zero in the mean."""
+    return np.asarray(integers.astype(np.float32) * np.float32(16) - np.sign(integers), np.float32)
 
 
 # --- choosing scales ------------------------------------------------------------------------------------------------

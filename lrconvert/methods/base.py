@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -81,6 +81,7 @@ class Method(ABC):
 
     id: ClassVar[str]
     version: ClassVar[int] = 1
+    earlier: ClassVar[tuple[int, ...]] = ()  # versions that are read forever and no longer made: `v<version>.py`
     title: ClassVar[str]
     commands: ClassVar[tuple[Command, ...]]
     Options: ClassVar[type[Any]]
@@ -144,6 +145,13 @@ class Method(ABC):
     def fit(self, lora: LoraAdapter, config: Any, context: FitContext) -> dict[str, Array]:
         """The payload tensors that represent `lora` best under `config`; in-memory form of `packing`."""
 
+    def refit(
+        self, lora: LoraAdapter, compact: CompactAdapter, size: Callable[[Any], int], context: FitContext
+    ) -> CompactAdapter:
+        """Return `compact` fitted anew to `lora`, in a file that is no larger; `size` as in `Budget`. The default keeps
+        its Config."""
+        return replace(compact, tensors=self.fit(lora, compact.config, context))
+
     def notes(self, config: Any, targets: Sequence[Target]) -> tuple[str, ...]:
         """Return facts that a user should know of this configuration, a line each: a bound that it cannot exceed,
         say."""
@@ -190,23 +198,44 @@ def module_names() -> list[str]:
 
 
 @cache
-def get(method_id: str) -> Method:
-    """The method of that id. Raises E-VER for an unknown one."""
+def get(name: str) -> Method:
+    """The method of that name: an id, or for an earlier version ``<id>.v<version>``. Raises E-VER for an unknown
+    one."""
+    method_id, _, version = name.partition(".v")
     if method_id not in module_names():
-        raise VersionError(
-            f"the method {method_id!r} is not known", fix=f"known: {', '.join(module_names())}; is lrconvert too old?"
-        )
+        known = ", ".join(module_names())
+        raise VersionError(f"the method {name!r} is not known", fix=f"known: {known}; is lrconvert too old?")
     method: Method = registry.load("lrconvert.methods", method_id, "METHOD")
-    return method
+    if not version:
+        return method
+    if version not in map(str, method.earlier):
+        raise VersionError(f"the method {method_id} has no version {version!r:.20}", fix="update lrconvert")
+    earlier: Method = registry.load("lrconvert.methods", name, "METHOD")
+    return earlier
+
+
+def name_of(method_id: str, version: Any) -> str:
+    """Return the name of the method of this id and version, as files state them. Raises E-VER for one that is not
+    known."""
+    if method_id not in module_names():
+        get(f"{method_id!r:.80}")  # refuses it
+    method = get(method_id)
+    if type(version) is int and version in (method.version, *method.earlier):
+        return method_id if version == method.version else f"{method_id}.v{version}"
+    versions = ", ".join(str(n) for n in sorted((method.version, *method.earlier)))
+    what = f"method {method_id} has version {version!r:.20} in the file, this program knows {versions}"
+    raise VersionError(what, fix="update lrconvert")
 
 
 def all_methods() -> list[Method]:
+    """Return the methods, each in its last version."""
     return [get(name) for name in module_names()]
 
 
 def values(method: Method, compact: CompactAdapter, xp: Any = np) -> dict[str, Any]:
     """The payload tensors of `compact` as numbers: codes as odd integers (int8, or int16 at 8 bits), halves as float32,
-    indices as int64, coded integers in sixteenths of a step (int32); numpy arrays, or torch tensors if `xp` is torch."""
+    indices as int64, coded integers in sixteenths of a step, float32; numpy arrays, or torch tensors if `xp` is
+    torch."""
     numbers: dict[str, Any] = {}
     for spec in method.specs(compact.config, compact.targets):
         array = compact.tensors[spec.name]

@@ -266,7 +266,8 @@ def _examine(file: ContainerFile, report: Report) -> CompactAdapter | None:
     if not sound:
         return None
     attempt("values", method.check, config, targets, tensors)
-    compact = CompactAdapter(method.id, config, targets, tensors, full, parsed["provenance"], parsed["base"])
+    name = methods.name_of(method.id, method.version)
+    compact = CompactAdapter(name, config, targets, tensors, full, parsed["provenance"], parsed["base"])
     if stated["version"] == manifests.VERSION:
         written = Digests(digests.content, declared), manifest["method"]["exponents"]
         attempt("structure", _check_canonical, file, compact, *written)

@@ -328,12 +328,7 @@ def upgraded(manifest: dict[str, Any]) -> dict[str, Any]:
 def _method(value: Any) -> tuple[Method, dict[str, Any], list[int]]:
     """(method, header, exponents of the half tensors)."""
     entry = fields.read(_Method, value, "method")
-    method = methods.get(entry.id)
-    if type(entry.version) is not int or entry.version != method.version:
-        raise errors.VersionError(
-            f"method {method.id} has version {entry.version!r:.20} in the file, this program knows {method.version}",
-            fix="update lrconvert",
-        )
+    method = methods.get(methods.name_of(entry.id, entry.version))
     return method, entry.config, entry.exponents
 
 

@@ -1,9 +1,9 @@
 """Rows of integers as bytes: symbols through the coder, low bits and rare large numbers as they are.
 
-A row is a run of numbers that share a model. A number n of a model with shift s is the symbol ``n >> s`` and s low bits;
-one whose symbol the model does not hold is the escape symbol and 32 bits (two's complement). The stream is the coder's
-bytes, then all those bits in the order of the numbers, lowest bit first, the last byte filled with zeros. Normative
-text: ``formats/coded-v1.md``.
+A row is a run of numbers that share a model. A number n of a model with shift s is the symbol ``n >> s`` and s low
+bits; one whose symbol the model does not hold is the escape symbol and 32 bits (two's complement). The stream is the
+coder's bytes, then all those bits in the order of the numbers, lowest bit first, the last byte filled with zeros.
+Normative text: ``formats/coded-v1.md``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lrconvert.lora.coded.models import COUNT, ESCAPE, LARGEST, models, shift_of
 
 Rows = Sequence[tuple[int, int]]  # (model, how many numbers) of each row
 
-_WIDE = 32  # bits of a number that its model does not hold
+WIDE = 32  # bits of a number that its model does not hold
 _SHIFTS = np.array([shift_of(k) for k in range(COUNT)], np.int64)
 
 
@@ -35,7 +35,7 @@ def bits_of(numbers: Array) -> F64:
     lengths = np.empty((len(numbers), COUNT), np.float64)
     for k, model in enumerate(models()):
         symbols = _symbols(numbers, np.int64(k))
-        lengths[:, k] = model.bits[symbols].sum(1) + numbers.shape[1] * model.shift + (symbols == ESCAPE).sum(1) * _WIDE
+        lengths[:, k] = model.bits[symbols].sum(1) + numbers.shape[1] * model.shift + (symbols == ESCAPE).sum(1) * WIDE
     return lengths
 
 
@@ -44,7 +44,7 @@ def encode(numbers: Array, rows: Rows) -> bytes:
     which = which_of(rows)
     wide = np.asarray(numbers, np.int64)
     symbols = _symbols(wide, which)
-    lengths = np.where(symbols == ESCAPE, _WIDE, _SHIFTS[which])
+    lengths = np.where(symbols == ESCAPE, WIDE, _SHIFTS[which])
     return rans.encode(symbols, which) + _pack(wide, lengths)
 
 
@@ -53,9 +53,9 @@ def decode(data: bytes, rows: Rows) -> Array:
     which = which_of(rows)
     symbols, end = rans.decode(data, which)
     escaped = symbols == ESCAPE
-    low = _unpack(data[end:], np.where(escaped, _WIDE, _SHIFTS[which]))
+    low = _unpack(data[end:], np.where(escaped, WIDE, _SHIFTS[which]))
     high = (symbols.astype(np.int64) - LARGEST) << _SHIFTS[which]
-    numbers = np.where(escaped, (low ^ (1 << (_WIDE - 1))) - (1 << (_WIDE - 1)), high + low)
+    numbers = np.where(escaped, (low ^ (1 << (WIDE - 1))) - (1 << (WIDE - 1)), high + low)
     if escaped.any() and (_symbols(numbers[escaped], which[escaped]) != ESCAPE).any():
         raise CanonicalError("a coded stream escapes a number that its model holds")
     return numbers.astype(np.int32)

@@ -1,0 +1,75 @@
+"""The configuration of a file of low rank, version 2: how many components each target has, and their models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import numpy as np
+
+from lrconvert.core.limits import MAX_RANK, OWN
+from lrconvert.io.fields import between
+from lrconvert.lora.adapter import Target
+from lrconvert.lora.coded.stream import Rows
+
+
+@dataclass(frozen=True)
+class Header:
+    """The JSON part of a config. `length`: the bytes of the tensor ``codes``."""
+
+    components: Annotated[int, between(1, OWN.tensors * MAX_RANK)]
+    length: Annotated[int, between(0, OWN.file_bytes)]
+    max_count: Annotated[int, between(1, MAX_RANK)]
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """How a fit rounds: the `step` D, and of each target the components that are `kept`, numbered from the largest."""
+
+    step: float
+    kept: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Config:
+    """`counts`: components of each target. `models`: those of the A row and the B column of every component, by target.
+    `length`: bytes of their numbers. `quantizer`, what a plan has chosen for the fit, is no part of a file."""
+
+    counts: tuple[int, ...]
+    models: tuple[tuple[int, int], ...]
+    length: int
+    quantizer: Quantizer | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Starts:
+    """The first number and the first component of every target, and the rows of the tensor ``codes``."""
+
+    numbers: tuple[int, ...]
+    components: tuple[int, ...]
+    rows: Rows
+
+
+def starts(config: Config, targets: tuple[Target, ...]) -> Starts:
+    """Return where the targets begin in the tensors; kept beside the config, which thousands of targets ask for it."""
+    kept = vars(config).get("_starts")
+    if kept is None or kept[0] is not targets:
+        kept = vars(config)["_starts"] = (targets, _starts(config, targets))
+    result: Starts = kept[1]
+    return result
+
+
+def _starts(config: Config, targets: tuple[Target, ...]) -> Starts:
+    shapes = np.array([target.matrix_shape for target in targets], np.int64)
+    counts = np.array(config.counts, np.int64)
+    owners = np.repeat(np.arange(len(targets)), counts)
+    lengths = shapes[owners][:, ::-1]  # of the A row, of the B column
+    pairs = np.stack([np.array(config.models, np.int64).reshape(-1), lengths.reshape(-1)], axis=1)
+    numbers, components = counts * shapes.sum(axis=1), counts
+    return Starts(_running(numbers), _running(components), tuple(map(tuple, pairs.tolist())))
+
+
+def _running(sizes: Sequence[int] | np.ndarray[tuple[int], np.dtype[np.int64]]) -> tuple[int, ...]:
+    """Return the sum of all sizes before each."""
+    return tuple((np.cumsum(sizes) - sizes).tolist())

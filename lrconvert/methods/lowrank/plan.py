@@ -1,0 +1,214 @@
+"""Which step a byte budget pays for, and what it keeps: by exact rounding, after a search on a sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lrconvert.core.dtypes import F64, Array
+from lrconvert.core.errors import OptionError
+from lrconvert.core.limits import MAX_RANK
+from lrconvert.core.options import option
+from lrconvert.lora import svd
+from lrconvert.lora.adapter import LoraAdapter, Target
+from lrconvert.lora.coded import stream
+from lrconvert.methods.base import Budget, FitContext
+from lrconvert.methods.lowrank.form import Config, Quantizer, starts
+from lrconvert.methods.lowrank.rounding import SIDE_BITS, Components, Rounded, components, integers, round_all
+from lrconvert.methods.shared.options import check_range, within
+
+PRICES = (0.05, 0.1, 0.2, 0.3)
+DEFAULT_BITS, MOST_BITS = 12.0, 14.0
+_SAMPLE = 100_000  # numbers that the search looks at
+_MANY = 4_000_000  # numbers from which on an exact pass takes a second
+_PASSES, _PASSES_OF_MANY = 12, 5
+_ROOM = 1 / 400  # of a budget that may stay unused
+_SLOPE = 0.7  # of the step over the size, both as logarithms: where the search goes next
+_CODER = 1.001  # bytes over the ideal number of bits
+_STEP_ERROR = 1 / 256
+
+
+@dataclass(frozen=True)
+class LowRankOptions:
+    """The options of `lora-to-lowrank`."""
+
+    bits: float | None = option(
+        None,
+        f"Average bits per number of the factors, above 0, at most {MOST_BITS:g}; without it and without a size "
+        f"{DEFAULT_BITS:g}.",
+    )
+    rank: int | None = option(None, "Keep this rank in every target (at most).")
+    dynamic_method: str | None = option(
+        None,
+        "Limit ranks per target by singular values: sv_ratio (down to 1/param of the largest), sv_fro (keep this "
+        "share of the Frobenius norm), sv_cumulative (of the sum).",
+        choices=("sv_ratio", "sv_fro", "sv_cumulative"),
+    )
+    dynamic_param: float | None = option(None, "The parameter of --dynamic-method.")
+
+
+def make_plan(lora: LoraAdapter, options: LowRankOptions, budget: Budget | None, context: FitContext) -> Config:
+    """Return the Config that options and a budget lead to. Raises E-BUDGET, E-OPTION."""
+    if options.bits is not None and budget is not None:
+        raise OptionError("--bits and a size both say how fine numbers are", fix="give one of them")
+    if options.bits is not None and not 0 < options.bits <= MOST_BITS:
+        raise OptionError(f"--bits is {options.bits:g}; above 0, at most {MOST_BITS:g} is allowed")
+    spectra = [svd.singular_values(pair, context.metric(pair)) for pair in lora.targets]
+    ranks = _rank_limits(spectra, options)
+    if not any(ranks):
+        ranks = [min(1, len(s)) for s in spectra]  # an all-zero adapter still makes a valid file
+    search = _Search(lora.shapes(), components(lora, ranks, context))
+    if budget is None:
+        return search.at_bits(DEFAULT_BITS if options.bits is None else options.bits)
+    return search.within(budget)
+
+
+def kept(parts: Components, rounded: Rounded, step: float, price: float) -> Array:
+    """Mark the components (n,) that capture more than ``price * step^2`` for each of their bits."""
+    worth = parts.energy * rounded.share
+    return np.asarray((worth > 0) & (worth > price * step**2 * (rounded.bits + SIDE_BITS)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """The search for the step of an adapter's components."""
+
+    targets: tuple[Target, ...]
+    parts: Components
+
+    def at_bits(self, bits: float) -> Config:
+        """Return the Config at an average of `bits` for the numbers of all components."""
+        sample = self.parts.sampled(_SAMPLE)
+        step = _bisect(lambda step: float(round_all(sample, step).bits.sum()), bits * self.parts.numel, *sample.steps())
+        rounded = round_all(self.parts, step)
+        places = np.flatnonzero(kept(self.parts, rounded, step, PRICES[0]))
+        if not places.size:
+            return self._smallest()
+        return self._exact(self._config(rounded.only(places), places, step))
+
+    def within(self, budget: Budget) -> Config:
+        """Return the Config of the largest file within a budget. Raise E-BUDGET."""
+        best = within(budget, self._smallest())
+        step, price = self._on_sample(8.0 * (budget.limit - budget.size(best) + best.length))
+        low, high = self.parts.steps()
+        for _ in range(_PASSES if self.parts.numel < _MANY else _PASSES_OF_MANY):
+            rounded = round_all(self.parts, step)
+            places = np.flatnonzero(kept(self.parts, rounded, step, price))
+            size = 0
+            if places.size:
+                config = self._config(rounded.only(places), places, step)
+                size = budget.size(config)
+                if size <= budget.limit:
+                    config = self._exact(config)
+                    size = budget.size(config)
+                if size <= budget.limit and config.length >= best.length:
+                    best = config
+                if budget.limit * (1 - _ROOM) - 4 <= size <= budget.limit:
+                    break
+            low, high = (step, high) if size > budget.limit else (low, step)
+            wanted = step * (size / (budget.limit * (1 - _ROOM / 2))) ** _SLOPE
+            step = wanted if low < wanted < high else math.sqrt(low * high)
+        return best
+
+    def _on_sample(self, bits: float) -> tuple[float, float]:
+        """The step and the price that capture most in `bits`, on a sample."""
+        sample = self.parts.sampled(_SAMPLE)
+        low, high = sample.steps()
+        best, most = (high, PRICES[0]), -1.0
+        for price in PRICES:
+
+            def spent(step: float, price: float = price) -> float:
+                rounded = round_all(sample, step)
+                mask = kept(sample, rounded, step, price)
+                return float(rounded.bits[mask].sum()) + SIDE_BITS * int(mask.sum())
+
+            step = _bisect(spent, bits, low, high)
+            rounded = round_all(sample, step)
+            captured = float((sample.energy * rounded.share)[kept(sample, rounded, step, price)].sum())
+            if captured > most:
+                best, most = (step, price), captured
+            low, high = step / 2, step * 1.1  # a higher price leaves bits for a finer step
+        return best
+
+    def _smallest(self) -> Config:
+        """The Config of one component, the one with most energy per number, at the coarsest step at which it pays."""
+        lengths = np.zeros(len(self.parts.energy))
+        for side in (*self.parts.sides[0], *self.parts.sides[1]):
+            lengths[side.places] += side.rows.shape[1]
+        place = int(np.argmax(self.parts.energy / lengths))
+        one = self.parts.only(place)
+        low, high = one.steps()
+
+        def unpaid(step: float) -> float:
+            return 1.0 - float(kept(one, round_all(one, step), step, PRICES[0]).all())
+
+        step = 1 / _bisect(lambda inverse: unpaid(1 / inverse), 0.5, 1 / high, 1 / low)
+        return self._exact(self._config(round_all(one, step), np.array([place]), step))
+
+    def _config(self, rounded: Rounded, places: Array, step: float) -> Config:
+        """The Config of the components `places`, all those of `rounded`, with about the length that their bits lead
+        to."""
+        owners = self.parts.owners[places]
+        counts = np.bincount(owners, minlength=len(self.targets))
+        numbers = np.split(places - np.searchsorted(self.parts.owners, owners), np.cumsum(counts)[:-1])
+        quantizer = Quantizer(step, tuple(tuple(row.tolist()) for row in numbers))
+        length = math.ceil(float(rounded.bits.sum()) / 8 * _CODER) + 4
+        return Config(tuple(counts.tolist()), tuple(map(tuple, rounded.models.tolist())), length, quantizer)
+
+    def _exact(self, config: Config) -> Config:
+        """The Config with the length of the coded integers."""
+        assert config.quantizer is not None
+        firsts = np.searchsorted(self.parts.owners, np.arange(len(self.targets)))
+        places = [int(first) + n for first, row in zip(firsts, config.quantizer.kept, strict=True) for n in row]
+        codes = _in_order(self.parts, np.array(places), config.quantizer.step)
+        return replace(config, length=len(stream.encode(codes, starts(config, self.targets).rows)))
+
+
+def _in_order(parts: Components, places: Array, step: float) -> Array:
+    """The coded integers of the components `places`, in the order of a file: the A row, then the B row of each."""
+    rows: list[list[Array]] = [[], []]
+    for number, sides in enumerate(parts.sides):
+        row_of: dict[int, Array] = {}
+        for side in sides:
+            chosen = np.flatnonzero(np.isin(side.places, places))
+            row_of |= dict(zip(side.places[chosen].tolist(), integers(side.rows[chosen], step), strict=True))
+        rows[number] = [row_of[place] for place in places.tolist()]
+    return np.concatenate([row for pair in zip(*rows, strict=True) for row in pair])
+
+
+def _bisect(falling: Callable[[float], float], wanted: float, low: float, high: float) -> float:
+    """Return about the smallest step between `low` and `high` at which a falling function is at most `wanted`."""
+    while high / low > 1 + _STEP_ERROR:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if falling(middle) <= wanted else (middle, high)
+    return high
+
+
+# --- limits of ranks ------------------------------------------------------------------------------------------------
+
+
+def _rank_limits(spectra: Sequence[F64], options: LowRankOptions) -> list[int]:
+    """Return the largest rank that the options allow in each target. Raise E-OPTION."""
+    if (options.dynamic_method is None) != (options.dynamic_param is None):
+        raise OptionError("--dynamic-method and --dynamic-param go together")
+    check_range(options, "rank", 1)
+    return [min(options.rank or MAX_RANK, _dynamic_rank(s, options), len(s)) for s in spectra]
+
+
+def _dynamic_rank(s: F64, options: LowRankOptions) -> int:
+    """The rank that sd-scripts' resize picks for a spectrum; at least 1."""
+    param = options.dynamic_param
+    if options.dynamic_method is None or param is None or not s.any():
+        return len(s)
+    if options.dynamic_method == "sv_ratio":
+        if param < 1:
+            raise OptionError(f"--dynamic-param is {param}; sv_ratio takes a number of at least 1")
+        return max(1, int(np.sum(s > s[0] / param)))
+    if not 0 < param <= 1:
+        raise OptionError(f"--dynamic-param is {param}; {options.dynamic_method} takes a share above 0, at most 1")
+    mass = np.cumsum(s * s if options.dynamic_method == "sv_fro" else s)
+    wanted = mass[-1] * (param**2 if options.dynamic_method == "sv_fro" else param)
+    return int(min(np.searchsorted(mass, wanted * (1 - 1e-12)) + 1, len(s)))

@@ -1,0 +1,205 @@
+"""What a step makes of the scaled singular vectors: coded integers, their models and bits, and what they capture.
+
+All components of an adapter are rounded with one step; the functions here work on all rows of one length at once. For
+planning on large adapters a sample of every row's numbers is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from lrconvert.core.dtypes import F32, F64, Array
+from lrconvert.lora import svd
+from lrconvert.lora.adapter import LoraAdapter, LoraTarget
+from lrconvert.lora.coded.models import COUNT, ESCAPE, LARGEST, models
+from lrconvert.lora.coded.stream import WIDE
+from lrconvert.lora.packing import coded_values
+from lrconvert.lora.svd import Factors
+from lrconvert.methods.base import FitContext
+
+DEAD_ZONE = 0.6  # of a step; numbers up to it become 0
+SIDE_BITS = 28  # of a component beside its numbers: a gain and two models
+LARGEST_INTEGER = (1 << 20) - 1  # the largest magnitude that files hold
+_NEAR = 2  # wide models to either side of the one of the same deviation that are tried
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One side of some components: `rows` (n, length), whose numbers stand for `every` numbers each, and `places` (n,),
+    the numbers of their components in the adapter."""
+
+    rows: F32
+    places: Array
+    every: float
+
+
+@dataclass(frozen=True, eq=False)
+class Components:
+    """All components of an adapter, by target, then largest first: their target (n,), their energy (n,), and their A
+    and B rows by length."""
+
+    owners: Array
+    energy: F64
+    sides: tuple[tuple[Side, ...], tuple[Side, ...]]
+
+    @property
+    def numel(self) -> int:
+        """All numbers of all rows."""
+        return round(sum(side.rows.size * side.every for sides in self.sides for side in sides))
+
+    def steps(self) -> tuple[float, float]:
+        """Return the finest step that the models are made for, and the coarsest that leaves a number that is not 0."""
+        largest = max((float(np.abs(side.rows).max()) for sides in self.sides for side in sides), default=0.0)
+        coarsest = (largest or 1.0) / DEAD_ZONE
+        return coarsest * 2.0**-16, coarsest
+
+    def only(self, place: int) -> Components:
+        """Return one component alone, as number 0."""
+
+        def one(sides: tuple[Side, ...]) -> tuple[Side, ...]:
+            return tuple(
+                Side(side.rows[side.places == place], np.zeros(1, np.int64), side.every)
+                for side in sides
+                if place in side.places
+            )
+
+        a, b = (one(sides) for sides in self.sides)
+        return Components(self.owners[[place]], self.energy[[place]], (a, b))
+
+    def sampled(self, numbers: int) -> Components:
+        """Return the components with some `numbers` of all their numbers."""
+        stride = max(1, self.numel // numbers)
+        if stride == 1:
+            return self
+
+        def thin(side: Side) -> Side:
+            rows = np.ascontiguousarray(side.rows[:, :: min(stride, max(1, side.rows.shape[1] // 32))])
+            return Side(rows, side.places, side.rows.shape[1] / rows.shape[1])
+
+        a, b = (tuple(thin(side) for side in sides) for sides in self.sides)
+        return Components(self.owners, self.energy, (a, b))
+
+
+@dataclass(frozen=True, eq=False)
+class Rounded:
+    """What a step makes of `Components`: for every component the share of its energy that is left (n,), bits (n,)
+    without those beside its numbers, and models (n, 2) of A and B."""
+
+    share: F64
+    bits: F64
+    models: Array
+
+    def only(self, places: Array) -> Rounded:
+        """Return those of some components."""
+        return Rounded(self.share[places], self.bits[places], self.models[places])
+
+
+def scaled_rows(pair: LoraTarget, context: FitContext) -> tuple[Factors, float]:
+    """Return the SVD of a target, in its metric, and the factor of its A rows ``factor * s_j v_j``: the root of the
+    mean square of an input, so that one step means the same error on both sides."""
+    metric = context.metric(pair)
+    factor = 1.0 if metric is None else float(metric.squares.mean(dtype=np.float64)) ** 0.5
+    return svd.svd(pair, metric), factor
+
+
+def rows_of(factors: Factors, factor: float, rank: int) -> tuple[F32, F32]:
+    """Return the rows (k, in) and (k, out) that are rounded, of the largest `rank` components."""
+    s = factors.s[:rank, None]
+    return (factor * s * factors.Vt[:rank]).astype(np.float32), (s * factors.U[:, :rank].T).astype(np.float32)
+
+
+def components(lora: LoraAdapter, ranks: Sequence[int], context: FitContext) -> Components:
+    """Return the components of an adapter, at most `ranks` of each target."""
+    owners, energy = [], []
+    sides: tuple[dict[int, list[tuple[F32, Array]]], ...] = ({}, {})
+    start = 0
+    for which, (pair, rank) in enumerate(zip(lora.targets, ranks, strict=True)):
+        factors, factor = scaled_rows(pair, context)
+        both = rows_of(factors, factor, rank)
+        places = np.arange(start, start + len(both[0]))
+        start += len(places)
+        owners.append(np.full(len(places), which))
+        energy.append(factors.s[:rank] ** 2)
+        for side, rows in zip(sides, both, strict=True):
+            side.setdefault(rows.shape[1], []).append((rows, places))
+        context.progress(0.5 * (which + 1) / len(lora.targets), pair.target.name)
+    a, b = (tuple(_joined(parts) for parts in side.values()) for side in sides)
+    return Components(np.concatenate(owners), np.concatenate(energy), (a, b))
+
+
+def _joined(parts: Sequence[tuple[F32, Array]]) -> Side:
+    return Side(np.concatenate([rows for rows, _ in parts]), np.concatenate([places for _, places in parts]), 1.0)
+
+
+def integers(rows: Array, step: float) -> Array:
+    """Return the coded integers of rows, int32: ``sign(x) floor(|x| / step + 1 - dead zone)``."""
+    sizes = np.abs(rows) * np.float32(1 / step) + np.float32(1 - DEAD_ZONE)
+    whole: Array = np.minimum(sizes, np.float32(LARGEST_INTEGER)).astype(np.int32)
+    return np.where(rows < 0, -whole, whole)
+
+
+def round_all(parts: Components, step: float) -> Rounded:
+    """Return what `step` makes of components."""
+    count = len(parts.energy)
+    share, bits, models = np.ones(count), np.zeros(count), np.zeros((count, 2), np.int64)
+    for number, sides in enumerate(parts.sides):
+        for side in sides:
+            codes = integers(side.rows, step)
+            values = coded_values(codes)
+            dots = np.einsum("nd,nd->n", values, side.rows, dtype=np.float64)
+            sizes = [np.einsum("nd,nd->n", x, x, dtype=np.float64) for x in (values, side.rows)]
+            product = sizes[0] * sizes[1]
+            share[side.places] *= np.divide(dots**2, product, out=np.zeros_like(dots), where=product > 0)
+            best, length = best_models(codes)
+            bits[side.places] += length * side.every
+            models[side.places, number] = best
+    return Rounded(share, bits, models)
+
+
+def best_models(codes: Array) -> tuple[Array, F64]:
+    """Return the model (n,) under which each row of integers (n, d) is shortest, and how many bits (n,) that is."""
+    magnitudes = np.abs(codes)
+    narrow = np.flatnonzero(shifts() == 0)
+    lengths = _histograms(magnitudes) @ _bits_of_classes()[:, narrow]
+    best, shortest = narrow[np.argmin(lengths, axis=1)], lengths.min(axis=1)
+    sizes = np.sqrt(np.einsum("nd,nd->n", codes, codes, dtype=np.float64) / codes.shape[1])
+    middle = np.rint(4 * np.log2(np.maximum(sizes, 1)) + 10).astype(np.int64)
+    wide = np.flatnonzero(middle > narrow[-1] - _NEAR)
+    for offset in range(-_NEAR, _NEAR + 1):
+        tried = np.clip(middle + offset, narrow[-1] + 1, COUNT - 1)
+        for model in np.unique(tried[wide]):
+            rows = wide[tried[wide] == model]
+            shift = int(shifts()[model])
+            high = codes[rows] >> shift
+            length = _histograms(np.where(high < 0, -1 - high, high)) @ _bits_of_classes()[:, model]
+            length += codes.shape[1] * shift
+            better = length < shortest[rows]
+            best[rows[better]], shortest[rows[better]] = model, length[better]
+    return best, shortest
+
+
+def _histograms(classes: Array) -> F64:
+    """How often each class 0, 1, ... LARGEST, and any larger one, occurs in every row (n, d)."""
+    count, width = len(classes), LARGEST + 2
+    places = np.minimum(classes, LARGEST + 1) + np.arange(count, dtype=np.int64)[:, None] * width
+    return np.bincount(places.reshape(-1), minlength=count * width).reshape(count, width).astype(np.float64)
+
+
+@lru_cache(maxsize=1)
+def shifts() -> Array:
+    """Return the low bits that every model leaves out."""
+    return np.array([model.shift for model in models()])
+
+
+@lru_cache(maxsize=1)
+def _bits_of_classes() -> F64:
+    """Bits of a symbol of each class under every model (classes, models), low bits not counted; a symbol that a model
+    does not hold is escaped."""
+    bits = np.stack([model.bits for model in models()], axis=1)
+    escaped = bits[ESCAPE] + WIDE
+    classes = np.concatenate([bits[LARGEST : 2 * LARGEST + 1], np.full((1, COUNT), np.inf)])
+    return np.where(np.isfinite(classes), classes, escaped)
