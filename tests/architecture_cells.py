@@ -169,7 +169,7 @@ def _steps(base: Base, feature: Feature, truth: Truth, work: Path) -> dict[str, 
         file, out = work / f"small{name}.lrc", work / f"export{name}"
         try:
             lora = lrconvert.load_lora(truth.folder, **options)
-            lrconvert.write(lrconvert.convert(lora, "lowrank", bits=16, **options).compact, file)
+            lrconvert.write(lrconvert.convert(lora, "lowrank", bits=14, **options).compact, file)
         except Exception as error:
             steps[f"convert{name}"] = _failed(error, base.place)
             continue

@@ -78,7 +78,7 @@ def refining() -> Run:
     from lrconvert.live.load_model import load_model
 
     model, lora = load_model(BASES / "tiny-llama").float(), api.load_lora(ADAPTERS / "llama-plain")
-    compact, data = api.convert(lora, "lowrank", bits="2", rank=3).compact, batches(8)
+    compact, data = api.convert(lora, "lowrank", bits=2, rank=3).compact, batches(8)
     options = {"steps": 4, "eval_every": 1, "checkpoint_every": 1, "batch_tokens": 96, "lr": 0.1, "layerwise": False}
     return lambda work: api.refine(compact, lora, model, data, work / "out", resume=True, **options)
 
@@ -101,7 +101,7 @@ MANY = ("llama-plain", "llama-bf16", "llama-rslora")
 
 
 def batch(work: Path) -> None:
-    done = api.convert_many([ADAPTERS / name for name in MANY], work / "out", "lowrank", bits="4", rank=2, jobs=2)
+    done = api.convert_many([ADAPTERS / name for name in MANY], work / "out", "lowrank", bits=4, rank=2, jobs=2)
     if not done.ok:
         raise RuntimeError([outcome.message for outcome in done.outcomes])
 
@@ -174,7 +174,7 @@ class Kills:
 
     def __post_init__(self) -> None:
         lora = ADAPTERS / "llama-plain"
-        api.write(api.convert(api.load_lora(lora), "lowrank", bits="4", rank=2).compact, self.place / "x.lrc")
+        api.write(api.convert(api.load_lora(lora), "lowrank", bits=4, rank=2).compact, self.place / "x.lrc")
         api.merge(BASES / "tiny-llama", lora, self.place / "merged")
         api.merge(self.place / "merged", ADAPTERS / "llama-bf16", self.place / "both")
         for name, command in self.commands.items():

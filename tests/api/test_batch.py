@@ -239,7 +239,7 @@ def test_a_request_is_not_inherited(tmp_path: Path) -> None:
     lrconvert.convert_many([ADAPTERS / "llama-plain"], tmp_path, "lowrank", jobs=1, **OPTIONS)
     made = tmp_path / "llama-plain.lrc"
     assert len(api.read(made).provenance.fields[request.FIELD]) == 32
-    second = api.convert(api.load_lora(made), "lowrank", bits="2").compact
+    second = api.convert(api.load_lora(made), "lowrank", bits=2).compact
     assert request.FIELD not in second.provenance.fields
 
 

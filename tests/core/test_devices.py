@@ -54,7 +54,7 @@ def test_verbs_refuse_a_gpu_that_is_not_there(verb: Callable[[Path], Any], tmp_p
 )
 def test_the_command_line_refuses_a_gpu_that_is_not_there(words: tuple[str, ...], tmp_path: Path) -> None:
     lora = api.load_lora(ADAPTERS / "llama-plain")
-    api.write(api.convert(lora, "lowrank", bits="4").compact, tmp_path / "x.lrc")
+    api.write(api.convert(lora, "lowrank", bits=4).compact, tmp_path / "x.lrc")
     (tmp_path / "texts.txt").write_text("a few words\n" * 20)
     places = {
         "BASE": BASES / "tiny-llama",

@@ -74,7 +74,7 @@ CASES = [
 @pytest.mark.parametrize(("adapter", "base", "model_class", "extra"), CASES)
 def test_peft_lora_has_our_logits(adapter, base, model_class, extra, keep_ranks, tmp_path):
     lora = api.load_lora(ADAPTERS / adapter)
-    compact = api.convert(lora, "lowrank", bits="3").compact
+    compact = api.convert(lora, "lowrank", bits=3).compact
     api.export(compact, tmp_path / "out", to="peft-lora", keep_ranks=keep_ranks, source=lora)
     theirs = logits(load_in_peft(base, tmp_path / "out", model_class, **extra))
     ours = logits(dense_reference(base, compact, model_class, **extra))
@@ -108,12 +108,12 @@ def test_what_peft_cannot_express_is_refused_by_name(options, reason, tmp_path):
     with pytest.raises(errors.ExportError, match=reason):
         api.export(compact, tmp_path / "out", to="peft-vblora")
     with pytest.raises(errors.ExportError, match="not vblora"):
-        api.export(api.convert(random_lora(), "lowrank", bits="4").compact, tmp_path / "out", to="peft-vblora")
+        api.export(api.convert(random_lora(), "lowrank", bits=4).compact, tmp_path / "out", to="peft-vblora")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_lossless_export_gives_the_sources_logits(tmp_path):
-    compact = api.convert(api.load_lora(ADAPTERS / "llama-plain"), "lowrank", bits="16").compact
+    compact = api.convert(api.load_lora(ADAPTERS / "llama-plain"), "lowrank", bits=14).compact
     api.export(compact, tmp_path / "out", to="peft-lora")
     ours = logits(load_in_peft("tiny-llama", tmp_path / "out"))
     theirs = logits(load_in_peft("tiny-llama", ADAPTERS / "llama-plain"))
@@ -122,7 +122,7 @@ def test_lossless_export_gives_the_sources_logits(tmp_path):
 
 def test_one_rank_for_every_server(tmp_path):
     """No pattern, alpha = r: a server that ignores patterns and rsLoRA computes the same."""
-    compact = api.convert(api.load_lora(ADAPTERS / "llama-patterns"), "lowrank", bits="8").compact
+    compact = api.convert(api.load_lora(ADAPTERS / "llama-patterns"), "lowrank", bits=8).compact
     api.export(compact, tmp_path / "out", to="peft-lora")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] and not config["use_rslora"]
@@ -149,7 +149,7 @@ def test_pruned_modules_are_left_out(tmp_path):
 
 def test_task_base_and_card(tmp_path):
     lora = api.load_lora(ADAPTERS / "bert-classifier")
-    compact = api.convert(lora, "lowrank", bits="4").compact
+    compact = api.convert(lora, "lowrank", bits=4).compact
     api.export(compact, tmp_path / "out", to="peft-lora", source=lora, command="lrconvert export x")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["task_type"] == "SEQ_CLS" and config["base_model_name_or_path"] == lora.provenance.base_model
@@ -162,7 +162,7 @@ def test_task_base_and_card(tmp_path):
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 def test_narrow_factors(dtype, tmp_path):
     lora = api.load_lora(ADAPTERS / "llama-plain")
-    compact = api.convert(lora, "lowrank", bits="16").compact
+    compact = api.convert(lora, "lowrank", bits=14).compact
     api.export(compact, tmp_path / "out", to="peft-lora", dtype=dtype)
     again = api.load_lora(tmp_path / "out")
     assert {p.a.dtype for p in again.targets} == {dtype}
@@ -170,12 +170,12 @@ def test_narrow_factors(dtype, tmp_path):
 
 
 def test_unknown_layout_and_nothing_left_behind(tmp_path):
-    compact = api.convert(random_lora(), "lowrank", bits="4").compact
+    compact = api.convert(random_lora(), "lowrank", bits=4).compact
     with pytest.raises(errors.ExportError, match="peft-lora"):
         api.export(compact, tmp_path / "out", to="onnx")
     odd = random_lora()
     first = replace(odd.targets[0], target=Target("layers.0.proj.weight", (48, 16), View("rows:0:24")))
-    sliced = api.convert(replace(odd, targets=(first,)), "lowrank", bits="4").compact
+    sliced = api.convert(replace(odd, targets=(first,)), "lowrank", bits=4).compact
     with pytest.raises(errors.ExportError, match="rows:0:24"):
         api.export(sliced, tmp_path / "out", to="peft-lora")
     assert list(tmp_path.iterdir()) == []
@@ -214,7 +214,7 @@ def test_extras_without_a_listed_module_are_saved_by_their_own():
         ExtraTensor("head.dense.weight", "F32", (1,), b"\0" * 4),
         ExtraTensor("head.out.bias", "F32", (1,), b"\0" * 4),
     )
-    compact = api.convert(replace(lora, extras=extras), "lowrank", bits="4").compact
+    compact = api.convert(replace(lora, extras=extras), "lowrank", bits=4).compact
     assert saved_modules(compact, compact.extras) == ["head.dense", "head.out"]
     listed = replace(compact, provenance=replace(compact.provenance, fields={"modules_to_save": "head,score"}))
     assert saved_modules(listed, listed.extras) == ["head", "score"]

@@ -49,7 +49,7 @@ ONE_RANK = ("mlx",)
 
 def made(targets: tuple[Target, ...], **options: Any) -> CompactAdapter:
     pairs = tuple(one_target(t, rank=2 + n % 3, seed=n) for n, t in enumerate(targets))
-    return api.convert(LoraAdapter(pairs), "lowrank", **{"bits": "8", **options}).compact
+    return api.convert(LoraAdapter(pairs), "lowrank", **{"bits": 8, **options}).compact
 
 
 def exported(compact: CompactAdapter, folder: Path, to: str, **options: Any) -> Path:
@@ -282,7 +282,7 @@ def test_gguf_needs_a_known_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["peft-lora", *DECODERS])
 def test_values_beyond_half(layout: str, tmp_path: Path) -> None:
     lora = LoraAdapter(tuple(one_target(t, scale=1e13) for t in TARGETS.get(layout, LLAMA)[:2]))
-    compact = api.convert(lora, "lowrank", bits="16").compact
+    compact = api.convert(lora, "lowrank", bits=14).compact
     with pytest.raises(errors.ExportError, match="beyond the range of F16"):
         exported(compact, tmp_path / "out", layout, dtype="F16")
     assert list(tmp_path.iterdir()) == []
@@ -303,7 +303,7 @@ def test_one_rank_of_ones_choice(layout: str, tmp_path: Path) -> None:
 
 def test_padded_peft_folder(tmp_path: Path) -> None:
     lora = random_lora()
-    compact = api.convert(lora, "lowrank", bits="8").compact
+    compact = api.convert(lora, "lowrank", bits=8).compact
     api.export(compact, tmp_path / "out", to="peft-lora", pad_rank=16)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 16
@@ -323,7 +323,7 @@ def test_private_paths_are_cut_and_said(path: str, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "llama" and "private path" in done.notes[0]
     assert not [p.name for p in (tmp_path / "out").iterdir() if path.encode() in p.read_bytes()]
-    assert "private path" in " ".join(api.convert(named_lora(path), "lowrank", bits="8").warnings)
+    assert "private path" in " ".join(api.convert(named_lora(path), "lowrank", bits=8).warnings)
 
 
 def named_lora(base: str) -> LoraAdapter:
@@ -347,7 +347,7 @@ def test_the_base_is_named_as_asked(layout: str, tmp_path: Path) -> None:
 
 def test_a_hub_id_is_no_private_path(tmp_path: Path) -> None:
     done = api.export(named(made(LLAMA), "org/llama"), tmp_path / "out", to="peft-lora")
-    assert "path" not in " ".join(done.notes) and not api.convert(named_lora("gpt2"), "lowrank", bits="8").warnings
+    assert "path" not in " ".join(done.notes) and not api.convert(named_lora("gpt2"), "lowrank", bits=8).warnings
 
 
 CARDS = {
@@ -440,7 +440,7 @@ def test_the_licence_goes_all_the_way(license: str, tmp_path: Path) -> None:
     for path in (ADAPTERS / "llama-plain").iterdir():
         (source / path.name).write_bytes(path.read_bytes())
     (source / "README.md").write_text(f"---\nlicense: [{license}]\n---\n")
-    compact = api.convert(api.load_lora(source), "lowrank", bits="8").compact
+    compact = api.convert(api.load_lora(source), "lowrank", bits=8).compact
     api.write(compact, tmp_path / "x.lrc")
     api.export(tmp_path / "x.lrc", tmp_path / "out", to="peft-lora")
     assert model_card.licence(tmp_path / "out") == {"license": license}

@@ -30,7 +30,7 @@ QV = ("self_attn.q_proj", "self_attn.v_proj")
 
 
 def compact_of(folder: Path, **options: Any) -> CompactAdapter:
-    return api.convert(api.load_lora(folder), "lowrank", bits="16", **options).compact
+    return api.convert(api.load_lora(folder), "lowrank", bits=14, **options).compact
 
 
 def listed(folder: Path) -> list[str]:
@@ -217,7 +217,7 @@ def test_experts_are_in_the_order_that_the_class_says(model_type: str, kind: str
         out, inner = target.matrix_shape
         a, b = (rng.standard_normal(size).astype(np.float32) for size in ((4, inner), (out, 4)))
         pairs.append(replace(one, target=target, a=replace(one.a, array=a), b=replace(one.b, array=b), scale=1.0))
-    compact = api.convert(replace(lora, targets=tuple(pairs)), "lowrank", bits="16").compact
+    compact = api.convert(replace(lora, targets=tuple(pairs)), "lowrank", bits=14).compact
     api.export(compact, tmp_path / "out", to="peft-lora", base=tmp_path / "base")
     again = api.load_lora(tmp_path / "out", base=tmp_path / "base")
     is_transposed = model_type == "gpt_oss"
@@ -237,7 +237,7 @@ def test_every_server_takes_an_export_with_pruned_modules(pruned: str, tmp_path:
     lora = api.load_lora(tmp_path / "a")
     cut = [replace(p, a=replace(p.a, array=p.a.array * bool(r)), b=replace(p.b, array=p.b.array * bool(r)))
            for p, r in zip(lora.targets, ranks, strict=True)]  # fmt: skip
-    compact = api.convert(replace(lora, targets=tuple(cut)), "lowrank", bits="8", target_ratio=4).compact
+    compact = api.convert(replace(lora, targets=tuple(cut)), "lowrank", bits=8, target_ratio=4).compact
     assert 0 in compact.config.ranks
     for keep_ranks in (False, True):
         api.export(compact, tmp_path / f"{keep_ranks}", to="peft-lora", keep_ranks=keep_ranks)
@@ -272,7 +272,7 @@ def test_llamacpp_gets_no_lora_on_tied_embeddings(tied: bool, tmp_path: Path) ->
     embedding = Target("model.embed_tokens.weight", (100, 64), View("transposed"))
     first = replace(lora.targets[0], target=embedding, a=replace(lora.targets[0].a, array=np.ones((8, 100), "<f4")))
     first = replace(first, b=replace(first.b, array=np.ones((64, 8), "<f4")))
-    compact = api.convert(replace(lora, targets=(first, *lora.targets)), "lowrank", bits="8").compact
+    compact = api.convert(replace(lora, targets=(first, *lora.targets)), "lowrank", bits=8).compact
     if tied:
         with pytest.raises(errors.ExportError, match="tied"):
             api.export(compact, tmp_path / "out", to="gguf", base=base)

@@ -27,11 +27,11 @@ pytestmark = pytest.mark.slow
 def made(*targets: Target) -> CompactAdapter:
     """Targets of different ranks, of 8 bits."""
     pairs = sorted((one_target(t, rank=2 + n % 3, seed=n) for n, t in enumerate(targets)), key=lambda p: p.target)
-    return api.convert(LoraAdapter(tuple(pairs)), "lowrank", bits="8").compact
+    return api.convert(LoraAdapter(tuple(pairs)), "lowrank", bits=8).compact
 
 
 def converted(name: str) -> CompactAdapter:
-    return api.convert(api.load_lora(ADAPTERS / name), "lowrank", bits="8").compact
+    return api.convert(api.load_lora(ADAPTERS / name), "lowrank", bits=8).compact
 
 
 def updates(compact: CompactAdapter) -> dict[str, np.ndarray]:

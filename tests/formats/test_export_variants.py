@@ -38,7 +38,7 @@ def exported(folder: Path, lora: LoraAdapter, **options: Any) -> Path:
 
 
 def converted(lora: LoraAdapter) -> CompactAdapter:
-    return api.convert(lora, "lowrank", bits=16).compact
+    return api.convert(lora, "lowrank", bits=14).compact
 
 
 def expanded(compact: CompactAdapter) -> LoraAdapter:

@@ -50,7 +50,7 @@ def sample(extras=EXTRAS) -> file.CompactAdapter:
         extras=tuple(sorted(extras, key=lambda e: e.name)),
         provenance=Provenance("ab" * 32, "org/base", "main", "SEQ_CLS", {"peft_version": "0.21"}),
     )
-    return api.convert(lora, "lowrank", bits="3").compact
+    return api.convert(lora, "lowrank", bits=3).compact
 
 
 def same(one: file.CompactAdapter, two: file.CompactAdapter) -> bool:
@@ -286,7 +286,7 @@ def _two_kinds() -> LoraAdapter:
 
 
 def test_groups_without_scales_are_refused(tmp_path):
-    good = b"".join(file.encode(api.convert(random_lora(), "lowrank", bits="16", group_size=8).compact))
+    good = b"".join(file.encode(api.convert(random_lora(), "lowrank", bits=14, group_size=8).compact))
     (tmp_path / "x.lrc").write_bytes(resign(good, config(group_size=8)))
     with pytest.raises(errors.CanonicalError, match="group_size"):
         file.read(tmp_path / "x.lrc")
@@ -296,7 +296,7 @@ def test_groups_without_scales_are_refused(tmp_path):
 def test_one_group_per_row_has_one_spelling(size):
     """The longest row has 40 numbers: groups of 40 are whole rows, groups of 39 are not."""
     group_sizes = [
-        api.convert(random_lora(), "lowrank", bits="2", group_size=n, target_size=size).compact.config.group_size
+        api.convert(random_lora(), "lowrank", bits=2, group_size=n, target_size=size).compact.config.group_size
         for n in (0, 39, 40, 10**12)
     ]
     assert group_sizes == [0, 39, 0, 0]
@@ -314,7 +314,7 @@ def test_half_a_character_is_refused(half, tmp_path):
 def test_manifests_that_are_refused(case, tmp_path):
     change, code = MANIFESTS[case]
     lora = _two_kinds() if case == "unsorted targets" else random_lora([(24, 16), (24, 16)])
-    compact = api.convert(replace(lora, extras=sample().extras), "lowrank", bits="3").compact
+    compact = api.convert(replace(lora, extras=sample().extras), "lowrank", bits=3).compact
     path = tmp_path / "x.lrc"
     path.write_bytes(resign(b"".join(file.encode(compact)), change))
     result = validate(path)
@@ -426,7 +426,7 @@ def test_a_conversion_that_cannot_be_written_is_refused_before_the_fit(monkeypat
 def test_notes_of_the_source_are_brought_into_form(tmp_path):
     notes = {"peft_version": "0.21\x1b", "modules_to_save": "m" * 5000}
     lora = replace(random_lora(), provenance=Provenance("", "org/cafe\u0301\n", "ma\tin", "a" * 5000, notes))
-    file.write(api.convert(lora, "lowrank", bits="3").compact, tmp_path / "x.lrc")
+    file.write(api.convert(lora, "lowrank", bits=3).compact, tmp_path / "x.lrc")
     provenance = file.read(tmp_path / "x.lrc").provenance
     assert (provenance.base_model, provenance.revision, provenance.task_type) == ("org/café ", "ma in", "")
     assert provenance.fields["peft_version"] == "0.21 " and provenance.fields["modules_to_save"] == ""

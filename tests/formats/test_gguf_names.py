@@ -70,7 +70,7 @@ def targets_of(name: str) -> tuple[Target, ...]:
 @functools.cache
 def adapter(name: str) -> CompactAdapter:
     pairs = tuple(one_target(target, rank=3, seed=n) for n, target in enumerate(targets_of(name)))
-    return api.convert(LoraAdapter(pairs), "lowrank", bits="16").compact
+    return api.convert(LoraAdapter(pairs), "lowrank", bits=14).compact
 
 
 def base_of(name: str, folder: Path) -> Path:

@@ -117,7 +117,7 @@ def _warm(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Import what the verbs import when they are first used, so that it is not counted for the first case."""
     folder = tmp_path_factory.mktemp("warm")
     lora = api.load_lora(ADAPTERS / "vit-query-value")
-    api.write(api.convert(lora, "lowrank", bits="16").compact, folder / "x.lrc")
+    api.write(api.convert(lora, "lowrank", bits=14).compact, folder / "x.lrc")
     api.merge(BASES / "tiny-vit", folder / "x.lrc", folder / "out", dry_run=True)
     for words in (["validate", folder / "x.lrc"], ["inspect", folder / "x.lrc"]):
         run_cli(*words)
@@ -673,7 +673,7 @@ def test_reads_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_two_writers(overwrite: bool, tmp_path: Path) -> None:
     """Both begin, then both finish: one of the two files is there, whole; without --overwrite the other one is told."""
     path = tmp_path / "x.lrc"
-    made = [api.convert(random_lora(seed=n), "lowrank", bits="4").compact for n in (1, 2)]
+    made = [api.convert(random_lora(seed=n), "lowrank", bits=4).compact for n in (1, 2)]
     whole = [b"".join(file.encode(compact)) for compact in made]
     gate, results = threading.Barrier(2), []
     waited = set()
@@ -709,7 +709,7 @@ def test_leftovers_are_in_nobodys_way(tmp_path: Path) -> None:
     (tmp_path / ".x.lrc.1.0badcafe.tmp").write_bytes(b"half")
     (tmp_path / ".out.1.0badcafe.partial").mkdir()
     (made["base"] / ".m.safetensors.1.0badcafe.tmp").write_bytes(b"half")
-    api.write(api.convert(random_lora(), "lowrank", bits="4").compact, made["file"], overwrite=True)
+    api.write(api.convert(random_lora(), "lowrank", bits=4).compact, made["file"], overwrite=True)
     api.merge(made["base"], made["lora"], tmp_path / "out")
     read_all({**made, "base": tmp_path / "out"})
     assert (tmp_path / ".x.lrc.1.0badcafe.tmp").read_bytes() == b"half"

@@ -37,7 +37,7 @@ def raw(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def ours(tmp_path: Path) -> Path:
-    compact = api.convert(api.load_lora(ADAPTERS / "llama-plain"), "lowrank", bits="16").compact
+    compact = api.convert(api.load_lora(ADAPTERS / "llama-plain"), "lowrank", bits=14).compact
     api.write(compact, tmp_path / "ours.lrc")
     return tmp_path / "ours.lrc"
 
@@ -142,7 +142,7 @@ def test_a_live_model_and_a_teacher(raw: Path, tmp_path: Path) -> None:
     with pytest.raises(errors.ConfigError, match="--alpha"):
         api.attach(model, raw)
     out = tmp_path / "x.lrc"
-    api.write(api.convert(weights, "lowrank", bits="2").compact, out)
+    api.write(api.convert(weights, "lowrank", bits=2).compact, out)
     texts = tmp_path / "texts.txt"
     texts.write_text("some words that a tiny model reads again and again\n" * 8)
     settings = {"steps": 1, "layerwise": False, "length": 8, "batch_tokens": 16}
@@ -153,7 +153,7 @@ def test_a_live_model_and_a_teacher(raw: Path, tmp_path: Path) -> None:
 def test_many_hold_it_for_foreign_ones(raw: Path, ours: Path, tmp_path: Path) -> None:
     from lrconvert.api.batch import run as many
 
-    both = many.convert_many([raw, ours], tmp_path / "out", "lowrank", jobs=1, alpha=6.0, layout="raw", bits="4")
+    both = many.convert_many([raw, ours], tmp_path / "out", "lowrank", jobs=1, alpha=6.0, layout="raw", bits=4)
     assert [o.state for o in both.outcomes] == ["done", "done"]
-    alone = many.convert_many(ours, tmp_path / "two", "lowrank", jobs=1, alpha=6.0, bits="4")
+    alone = many.convert_many(ours, tmp_path / "two", "lowrank", jobs=1, alpha=6.0, bits=4)
     assert [o.code for o in alone.outcomes] == ["E-OPTION"]

@@ -100,7 +100,7 @@ def test_what_peft_cannot_express_is_refused_by_name(options, reason, tmp_path):
 
 def test_other_forms_and_layers_are_refused_by_name(tmp_path):
     with pytest.raises(errors.ExportError, match="not bone"):
-        api.export(api.convert(random_lora(), "lowrank", bits="4").compact, tmp_path / "out", to="peft-miss")
+        api.export(api.convert(random_lora(), "lowrank", bits=4).compact, tmp_path / "out", to="peft-miss")
     turned = api.convert(random_lora(view=TRANSPOSED), "bone", rank=2).compact
     with pytest.raises(errors.ExportError, match="no linear layer"):
         api.export(turned, tmp_path / "out", to="peft-miss")

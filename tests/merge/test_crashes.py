@@ -302,7 +302,7 @@ def kill_at_random(tmp_path: Path, runs: int) -> None:
     lora, number = random_lora(((600, 300),) * 6, scale=0.02), Random(runs)
     base = random_base(tmp_path / "base", lora, "BF16", shards=3)
     adapter = tmp_path / "adapter.lrc"
-    api.write(api.convert(lora, "lowrank", bits="8").compact, adapter)
+    api.write(api.convert(lora, "lowrank", bits=8).compact, adapter)
     merged = shutil.copytree(base, tmp_path / "merged")
     start = time.monotonic()
     api.merge(merged, adapter, in_place=True)
@@ -443,7 +443,7 @@ def test_full_disks(scenes: dict[str, Scene], tmp_path: Path) -> None:
     )
     lora = random_lora(((120, 30), (30, 40)))
     base = random_base(tmp_path / "base", lora, "F32", shards=2)
-    api.write(api.convert(lora, "lowrank", bits="4").compact, tmp_path / "x.lrc")
+    api.write(api.convert(lora, "lowrank", bits=4).compact, tmp_path / "x.lrc")
     for limit in (300, 3000, 14000):
         words = [sys.executable, "-c", script, base, tmp_path / "x.lrc", limit]
         before = whole(base)

@@ -48,12 +48,12 @@ def names(folder: Path) -> list[str]:
 
 
 def converting(folder: Path) -> Write:
-    compact = api.convert(random_lora(), "lowrank", bits="4").compact
+    compact = api.convert(random_lora(), "lowrank", bits=4).compact
     return lambda out, overwrite: api.write(compact, out, overwrite=overwrite)
 
 
 def upgrading(folder: Path) -> Write:
-    api.write(api.convert(random_lora(), "lowrank", bits="4").compact, folder / "source.lrc")
+    api.write(api.convert(random_lora(), "lowrank", bits=4).compact, folder / "source.lrc")
     return lambda out, overwrite: api.upgrade(folder / "source.lrc", out, overwrite=overwrite)
 
 
@@ -78,8 +78,8 @@ DIFFUSION = (
     Target("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight", (32, 32)),
 )
 TARGETS = {
-    **{name: ("lowrank", {"bits": "8"}, LLAMA) for name in ("peft-lora", "gguf", "mlx", "raw")},
-    **{name: ("lowrank", {"bits": "8"}, DIFFUSION) for name in ("kohya", "diffusers")},
+    **{name: ("lowrank", {"bits": 8}, LLAMA) for name in ("peft-lora", "gguf", "mlx", "raw")},
+    **{name: ("lowrank", {"bits": 8}, DIFFUSION) for name in ("kohya", "diffusers")},
     "peft-vblora": ("vblora", {"vector_length": 12, "num_vectors": 8, "peft_compatible": True}, LLAMA),
     "peft-miss": ("bone", {"rank": 4}, LLAMA),
 }
@@ -101,7 +101,7 @@ def by_command(*words: str) -> Callable[[Path], Write]:
 
     def made(folder: Path) -> Write:
         lora = api.load_lora(ADAPTERS / "llama-plain")
-        api.write(api.convert(lora, "lowrank", bits="4", rank=2).compact, folder / "x.lrc")
+        api.write(api.convert(lora, "lowrank", bits=4, rank=2).compact, folder / "x.lrc")
         places = {"LORA": ADAPTERS / "llama-plain", "FILE": folder / "x.lrc"}
 
         def run(out: Path, overwrite: bool) -> None:
@@ -258,7 +258,7 @@ BATCHES = 3
 def refining() -> Write:
     """A refinement of three steps with a checkpoint after each but the last; it goes on with one that is there."""
     model, lora = load_model(BASES / "tiny-llama").float(), api.load_lora(ADAPTERS / "llama-plain")
-    compact, data = api.convert(lora, "lowrank", bits="2", rank=3).compact, batches(8)
+    compact, data = api.convert(lora, "lowrank", bits=2, rank=3).compact, batches(8)
     options = {"steps": 3, "eval_every": 1, "checkpoint_every": 1, "batch_tokens": 96, "lr": 0.1, "layerwise": False}
 
     def run(out: Path, overwrite: bool) -> None:

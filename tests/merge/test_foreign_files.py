@@ -277,7 +277,7 @@ def test_folders_that_only_look_like_work(tmp_path: Path) -> None:
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             (partial / name).write_text("mine")
         (tmp_path / "x.lrc").unlink(missing_ok=True)
-        api.write(api.convert(lora, "lowrank", bits="4").compact, tmp_path / "x.lrc")
+        api.write(api.convert(lora, "lowrank", bits=4).compact, tmp_path / "x.lrc")
         before = state(partial)
         with pytest.raises(errors.FileKindError):
             recover(out)
@@ -328,7 +328,7 @@ def test_root_keeps_owners(scenes: dict[str, Scene], tmp_path: Path) -> None:
     unmerge(model)
     assert owners() == {(4321, 8765)}
     single = tmp_path / "x.lrc"
-    compact = api.convert(random_lora(), "lowrank", bits="4").compact
+    compact = api.convert(random_lora(), "lowrank", bits=4).compact
     api.write(compact, single)
     os.chown(single, 4321, 8765)
     single.chmod(0o604)
@@ -344,7 +344,7 @@ LONG = [*("x" * n for n in (200, 219, 240, 247, 255)), "ü" * 127, os.fsdecode(b
 def test_names_as_long_as_the_disk_takes(name: str, tmp_path: Path) -> None:
     """Files and folders of up to 255 bytes, not UTF-8 too, are written, and their leftovers found."""
     lora = random_lora()
-    compact = api.convert(lora, "lowrank", bits="4").compact
+    compact = api.convert(lora, "lowrank", bits=4).compact
     for overwrite in (False, True):
         api.write(compact, tmp_path / name, overwrite=overwrite)
     made = len(calls_of(lambda: api.write(compact, tmp_path / name, overwrite=True)))

@@ -214,7 +214,7 @@ def test_refusals_come_before_any_change(tmp_path: Path) -> None:
     for resume in (False, True):
         refused(base, huge, errors.MergeOverflowError, "element", resume=resume)
         refused(base, tiny, errors.NoEffectError, "no element moved", resume=resume)
-    made = api.convert(lora, "lowrank", bits="4", base=random_base(tmp_path / "other", lora, "F16", seed=5)).compact
+    made = api.convert(lora, "lowrank", bits=4, base=random_base(tmp_path / "other", lora, "F16", seed=5)).compact
     refused(base, made, errors.LrcError, "E-FPR")
 
 
@@ -274,7 +274,7 @@ def test_hostile_bases_on_every_path(
         "unmerge in place": lambda: unmerge(undoable, in_place=True),
         "unmerge from": lambda: unmerge(merged, out, from_base=bad),
         "unmerge from, in its place": lambda: unmerge(merged, from_base=bad),
-        "convert": lambda: api.convert(lora, "lowrank", bits="4", base=bad),
+        "convert": lambda: api.convert(lora, "lowrank", bits=4, base=bad),
     }
     before = whole(tmp_path)
     for name, verb in verbs.items():

@@ -182,7 +182,7 @@ def test_compact_adapters_merge_as_they_expand(tmp_path: Path) -> None:
 
     lora = random_lora(((24, 16), (16, 40)), rank=4)
     base = random_base(tmp_path / "base", lora, "BF16")
-    compact = api.convert(lora, "lowrank", bits="4").compact
+    compact = api.convert(lora, "lowrank", bits=4).compact
     api.write(compact, tmp_path / "small.lrc.safetensors")
     api.merge(base, tmp_path / "small.lrc.safetensors", tmp_path / "out")
     before, after = load_all(base), load_all(tmp_path / "out")
@@ -195,7 +195,7 @@ def test_contents_of_the_base_are_checked(tmp_path: Path) -> None:
     """A file that was made with a base at hand names its contents; how they are sharded does not matter."""
     lora = random_lora(((24, 16), (16, 40)))
     base = random_base(tmp_path / "base", lora)
-    compact = api.convert(lora, "lowrank", bits="4", base=base).compact
+    compact = api.convert(lora, "lowrank", bits=4, base=base).compact
     stored = load_all(base)
     merge(save_base(tmp_path / "sharded", [{n: v} for n, v in stored.items()]), [compact], tmp_path / "one")
     merge(base, [compact], tmp_path / "two")

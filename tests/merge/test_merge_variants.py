@@ -160,7 +160,7 @@ def test_experts_that_the_base_stores_one_by_one(name: str, tmp_path: Path) -> N
     assert oracle.difference(merged, expected) <= 1e-5
     api.unmerge(tmp_path / "out", tmp_path / "back")
     assert tree(tmp_path / "back") == tree(tmp_path / "base")
-    made = api.convert(api.load_lora(tmp_path / "adapter"), "lowrank", bits=16, base=tmp_path / "base")
+    made = api.convert(api.load_lora(tmp_path / "adapter"), "lowrank", bits=14, base=tmp_path / "base")
     api.merge(tmp_path / "base", made.compact, tmp_path / "compact")
     merged = oracle.outputs(type(make()).from_pretrained(tmp_path / "compact").eval(), x)
     assert oracle.difference(merged, expected) <= 2e-3
@@ -179,7 +179,7 @@ def test_baked_dora_of_full_rank_is_the_dora(name: str, tmp_path: Path) -> None:
     lora = api.load_lora(tmp_path / "adapter")
     merge(base, [lora], tmp_path / "goal")
     goal, before = load_all(tmp_path / "goal"), load_all(base)
-    made = api.convert(lora, "lowrank", bits=16, base=base, bake_dora=64)
+    made = api.convert(lora, "lowrank", bits=14, base=base, bake_dora=64)
     assert not [e for e in made.compact.extras if e.use == "magnitude"]
     assert made.source_bytes == lora.half_bytes and "DoRA baked" in made.warnings[-1]
     merge(base, [made.compact], tmp_path / "out")

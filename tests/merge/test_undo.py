@@ -236,7 +236,7 @@ def test_merges_on_merges_undo_in_turn(tmp_path: Path) -> None:
 def test_a_compact_file_for_the_first_base_goes_on_top(tmp_path: Path) -> None:
     """Its base is the one below; another base is refused, also after all was computed."""
     base = BASES / "tiny-llama"
-    made = api.convert(api.load_lora(ADAPTERS / "llama-plain"), "lowrank", bits=16, base=base)
+    made = api.convert(api.load_lora(ADAPTERS / "llama-plain"), "lowrank", bits=14, base=base)
     api.merge(base, ADAPTERS / "llama-rslora", tmp_path / "first")
     api.merge(tmp_path / "first", made.compact, tmp_path / "second")
     api.unmerge(tmp_path / "second")
