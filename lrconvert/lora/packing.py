@@ -198,10 +198,11 @@ def encode(spec: TensorSpec, array: Array) -> tuple[Array, int]:
             raise ValueRangeError(f"tensor {spec.name} is {array.dtype} or holds NaN or infinity; float32 is stored")
         return (array + np.float32(0)).reshape(-1), 0  # -0 becomes +0: one spelling of zero
     if spec.kind == "coded":
+        if array.dtype != np.int32:
+            raise ValueRangeError(f"tensor {spec.name} is {array.dtype}; int32 is stored")
         data = np.frombuffer(stream.encode(array, spec.rows), np.uint8)
-        if array.dtype != np.int32 or data.size != spec.length:
-            what = f"tensor {spec.name} is {array.dtype} in {data.size} bytes; int32 in {spec.length} is stored"
-            raise ShapeError(what)
+        if data.size != spec.length:
+            raise ShapeError(f"tensor {spec.name} takes {data.size} bytes, its method declares {spec.length}")
         return data, 0
     limit = spec.limit if spec.kind == "index" else 1 << spec.bits
     if array.dtype.kind != "u":

@@ -1,86 +1,183 @@
-"""Interleaved range asymmetric numeral systems (Duda, 2013): integers in about their ideal number of bits.
+"""Interleaved range asymmetric numeral systems (Duda, 2013): symbols in about their ideal number of bits.
 
-States have 32 bits, words 16, frequencies sum to 2^16. Number i of a stream belongs to lane ``i mod lanes``; how many
-lanes there are follows from how many numbers there are. A step codes one number of every lane, so numpy does it at
-once. The decoder must end with every state where the encoder began and with no word left, so that a sequence of numbers
+States have 32 bits, words 16, frequencies sum to 2^16. Symbol i of a stream belongs to lane ``i mod lanes``; how many
+lanes there are follows from how many symbols each model has. A step codes one symbol of every lane, so numpy does it at
+once. The decoder must end with every state where the encoder began and with no word left, so that a sequence of symbols
 has one spelling. Normative text: ``formats/coded-v1.md``.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from lrconvert.core.dtypes import Array
 from lrconvert.core.errors import CanonicalError
-from lrconvert.lora.coded.models import TOTAL_BITS, models, slots
+from lrconvert.lora.coded.models import COUNT, LARGEST, SYMBOLS, TOTAL, TOTAL_BITS, models
 
 _START = 1 << 16  # of every state; the smallest normalized one
-_NUMBERS_PER_LANE = 1 << 12
+_SYMBOLS_PER_LANE = 1 << 16  # what a lane costs, three bytes, is then little beside what it codes,
+_OTHERS_PER_LANE = 1 << 11  # whether its symbols are nearly all zero or not
 _MOST_LANES = 1 << 12
+_FEW_LANES = 16  # up to so many, plain integers are faster than arrays
+_CHUNK = 1 << 18  # symbols that are looked up at once
+_ENDS_EARLY = "a coded tensor ends before its numbers do"
 
 
-def lanes_of(count: int) -> int:
-    """Return how many lanes code `count` numbers: a power of two, from 1 to 4096."""
-    return min(1 << max(0, (count // _NUMBERS_PER_LANE).bit_length() - 1), _MOST_LANES) if count else 0
+def lanes_of(which: Array) -> int:
+    """Return how many lanes code symbols of the models `which` (n,), uint8: a power of two, from 1 to 4096; 0 for none.
+    It is the largest with 2^16 symbols, or 2^11 that the models expect not to be zero, for each lane."""
+    counts = _counts(which)
+    others = sum(n * (TOTAL - int(model.frequencies[LARGEST])) for n, model in zip(counts, models(), strict=True))
+    wanted = max(len(which) // _SYMBOLS_PER_LANE, others // (_OTHERS_PER_LANE * TOTAL), 1)
+    return min(1 << wanted.bit_length() - 1, _MOST_LANES) if len(which) else 0
+
+
+def _counts(which: Array) -> list[int]:
+    """How many symbols each model has."""
+    parts = (which[first : first + _CHUNK] for first in range(0, len(which), _CHUNK))
+    return sum((np.bincount(part, minlength=COUNT) for part in parts), np.zeros(COUNT, np.int64)).tolist()
+
+
+# --- to bytes -------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def _coding() -> tuple[Array, Array]:
+    """Frequencies and starts, uint32 (64 * 64,), of symbol s of model k at ``64 k + s``."""
+    return (
+        np.concatenate([model.frequencies for model in models()]),
+        np.concatenate([model.starts for model in models()]),
+    )
+
+
+def keys(symbols: Array, which: Array | np.uint8) -> Array:
+    """Return ``64 k + s``, uint16, of symbols under their models: where they stand in tables of all models."""
+    return np.asarray(np.uint16(SYMBOLS) * which + symbols)
 
 
 def encode(symbols: Array, which: Array) -> bytes:
-    """Return the bytes of `symbols` (n,) under the models `which` (n,): the final states, 4 bytes each, then words of
-    2 bytes, little-endian. Every symbol must have a frequency in its model."""
-    count, lanes = len(symbols), lanes_of(len(symbols))
-    if not count:
+    """Return the bytes of `symbols` (n,) under the models `which` (n,), both uint8: the final states, 4 bytes each, and
+    words of 2 bytes, little-endian. Every symbol must have a frequency in its model."""
+    lanes = lanes_of(which)
+    if not lanes:
         return b""
-    every = models()
-    frequency_of = np.stack([model.frequencies for model in every])
-    start_of = np.stack([model.starts for model in every])
-    frequencies = frequency_of[which, symbols].astype(np.uint64)
-    starts = start_of[which, symbols].astype(np.uint64)
-    states = np.full(lanes, _START, np.uint64)
-    words: list[Array] = []
-    for first in range((count - 1) // lanes * lanes, -1, -lanes):
-        f, c = frequencies[first : first + lanes], starts[first : first + lanes]
-        x = states[: len(f)]
-        full = x >= f << np.uint64(16)
-        words.append((x[full] & np.uint64(0xFFFF)).astype("<u2")[::-1])
-        x = np.where(full, x >> np.uint64(16), x)
-        states[: len(f)] = (x // f << np.uint64(TOTAL_BITS)) + x % f + c
-    body = np.concatenate(words)[::-1] if words else np.zeros(0, "<u2")
-    return states.astype("<u4").tobytes() + body.astype("<u2").tobytes()
+    states, words = (_encode_singly if lanes <= _FEW_LANES else _encode_at_once)(symbols, which, lanes)
+    return states.astype("<u4").tobytes() + words[::-1].astype("<u2").tobytes()
+
+
+def _encode_at_once(symbols: Array, which: Array, lanes: int) -> tuple[Array, Array]:
+    """The final states, and the words from the last on."""
+    all_frequencies, all_starts = _coding()
+    states = np.full(lanes, _START, np.uint32)
+    words = [np.zeros(0, np.uint32)]
+    for first in range((len(symbols) - 1) // _CHUNK * _CHUNK, -1, -_CHUNK):
+        key = keys(symbols[first : first + _CHUNK], which[first : first + _CHUNK])
+        frequencies, starts = all_frequencies[key], all_starts[key]
+        for at in range((len(key) - 1) // lanes * lanes, -1, -lanes):
+            f = frequencies[at : at + lanes]
+            x = states[: len(f)]
+            full = np.flatnonzero(x >> TOTAL_BITS >= f)
+            if full.size:
+                words.append(x[full[::-1]] & 0xFFFF)
+                x[full] >>= 16
+            x += x // f * (TOTAL - f) + starts[at : at + lanes]
+    return states, np.concatenate(words)
+
+
+def _encode_singly(symbols: Array, which: Array, lanes: int) -> tuple[Array, Array]:
+    """The same, symbol by symbol."""
+    all_frequencies, all_starts = (table.tolist() for table in _coding())
+    states = [_START] * lanes
+    words: list[int] = []
+    for first in range((len(symbols) - 1) // _CHUNK * _CHUNK, -1, -_CHUNK):
+        key = keys(symbols[first : first + _CHUNK], which[first : first + _CHUNK]).tolist()
+        for at in range(len(key) - 1, -1, -1):
+            f, x = all_frequencies[key[at]], states[at % lanes]
+            if x >> TOTAL_BITS >= f:
+                words.append(x & 0xFFFF)
+                x >>= 16
+            states[at % lanes] = x + x // f * (TOTAL - f) + all_starts[key[at]]
+    return np.array(states, np.uint32), np.array(words, np.uint32)
+
+
+# --- from bytes -----------------------------------------------------------------------------------------------------
 
 
 def decode(data: bytes, which: Array) -> tuple[Array, int]:
     """Return the symbols, uint8 (n,), of bytes that begin with what `encode` made for the models `which` (n,), and how
     many bytes that is. Raise E-CANON for bytes that it never makes."""
-    count, lanes = len(which), lanes_of(len(which))
+    lanes = lanes_of(which)
     if len(data) < 4 * lanes:
-        raise CanonicalError("a coded stream is too short")
-    states = np.frombuffer(data, "<u4", lanes).astype(np.uint64)
-    words = np.frombuffer(data[4 * lanes : len(data) // 2 * 2], "<u2").astype(np.uint64)
-    if count and (states < _START).any():
-        raise CanonicalError("a coded stream begins with a state that is too small")
-    every = models()
-    frequency_of = np.stack([model.frequencies for model in every]).astype(np.uint64)
-    start_of = np.stack([model.starts for model in every]).astype(np.uint64)
-    used = np.unique(which)
-    rows = np.zeros(len(every), np.intp)
-    rows[used] = np.arange(len(used))
-    table = np.stack([slots(int(k)) for k in used]) if count else np.zeros((0, 0), np.uint8)
-    symbols, at = np.empty(count, np.uint8), 0
-    low = np.uint64(0xFFFF)
-    for first in range(0, count, max(lanes, 1)):
-        k = which[first : first + lanes]
-        x = states[: len(k)]
-        slot = x & low
-        s = table[rows[k], slot]
-        symbols[first : first + lanes] = s
-        x = frequency_of[k, s] * (x >> np.uint64(TOTAL_BITS)) + slot - start_of[k, s]
-        need = x < _START
-        n = int(need.sum())
-        if at + n > len(words):
-            raise CanonicalError("a coded stream ends before its numbers do")
-        x[need] = x[need] << np.uint64(16) | words[at : at + n]
-        at += n
-        states[: len(k)] = x
+        raise CanonicalError(_ENDS_EARLY)
+    states = np.frombuffer(data, "<u4", lanes).astype(np.uint32)
+    words = np.frombuffer(data, "<u2", (len(data) - 4 * lanes) // 2, 4 * lanes)
+    if (states < _START).any():
+        raise CanonicalError("a coded tensor begins with a state that is too small")
+    symbols = np.empty(len(which), np.uint8)
+    decode_lanes = _decode_singly if lanes <= _FEW_LANES else _decode_at_once
+    states, taken = decode_lanes(states, words, which, symbols) if lanes else (states, 0)
     if (states != _START).any():
-        raise CanonicalError("a coded stream does not end where its numbers do")
-    return symbols, 4 * lanes + 2 * at
+        raise CanonicalError("a coded tensor does not end where its numbers do")
+    return symbols, 4 * lanes + 2 * taken
+
+
+@lru_cache(maxsize=COUNT)
+def _slots(k: int) -> tuple[Array, Array]:
+    """Of the 2^16 slots of model k their symbols, uint8, and ``frequency 2^16 + slot - start``, uint32."""
+    model = models()[k]
+    symbols = np.repeat(np.arange(SYMBOLS, dtype=np.uint8), model.frequencies)
+    return symbols, (model.frequencies[symbols] << 16) + np.arange(TOTAL, dtype=np.uint32) - model.starts[symbols]
+
+
+def _decode_at_once(states: Array, words: Array, which: Array, symbols: Array) -> tuple[Array, int]:
+    """The first states and how many words are taken; fills `symbols`."""
+    lanes, taken = len(states), 0
+    used = np.flatnonzero(_counts(which))
+    tops = np.zeros(COUNT, np.int64)
+    tops[used] = np.arange(len(used)) << TOTAL_BITS
+    slot_symbols, steps = (np.concatenate(parts) for parts in zip(*(_slots(int(k)) for k in used), strict=True))
+    for first in range(0, len(which), _CHUNK):
+        slots = tops[which[first : first + _CHUNK]]
+        for at in range(0, len(slots), lanes):
+            slot = slots[at : at + lanes]
+            x = states[: len(slot)]
+            slot += x & 0xFFFF
+            step = steps[slot]
+            x >>= TOTAL_BITS
+            x *= step >> 16
+            x += step & 0xFFFF
+            low = np.flatnonzero(x < _START)
+            if low.size:
+                more = words[taken : taken + low.size]
+                if more.size < low.size:
+                    raise CanonicalError(_ENDS_EARLY)
+                x[low] = x[low] << 16 | more
+                taken += low.size
+        symbols[first : first + _CHUNK] = slot_symbols[slots]
+    return states, taken
+
+
+def _decode_singly(states: Array, words: Array, which: Array, symbols: Array) -> tuple[Array, int]:
+    """The same, symbol by symbol."""
+    current, lanes, taken = states.tolist(), len(states), 0
+    views = [tuple(table.data for table in _slots(k)) if n else () for k, n in enumerate(_counts(which))]
+    more = words.astype(np.uint16).data
+    for first in range(0, len(which), _CHUNK):
+        chunk: list[int] = []
+        for at, k in enumerate(which[first : first + _CHUNK].tolist()):
+            x = current[at % lanes]
+            slot_symbols, steps = views[k]
+            slot = x & 0xFFFF
+            step = steps[slot]
+            chunk.append(slot_symbols[slot])
+            x = (step >> 16) * (x >> TOTAL_BITS) + (step & 0xFFFF)
+            if x < _START:
+                if taken == len(more):
+                    raise CanonicalError(_ENDS_EARLY)
+                x = x << 16 | more[taken]
+                taken += 1
+            current[at % lanes] = x
+        symbols[first : first + _CHUNK] = chunk
+    return np.array(current, np.uint32), taken

@@ -1,7 +1,7 @@
 """Rows of integers as bytes: symbols through the coder, low bits and rare large numbers as they are.
 
 A row is a run of numbers that share a model. A number n of a model with shift s is the symbol ``n >> s`` and s low
-bits; one whose symbol the model does not hold is the escape symbol and 32 bits (two's complement). The stream is the
+bits; one whose symbol the model does not hold is the escape symbol and 21 bits (two's complement). The stream is the
 coder's bytes, then all those bits in the order of the numbers, lowest bit first, the last byte filled with zeros.
 Normative text: ``formats/coded-v1.md``.
 """
@@ -9,24 +9,38 @@ Normative text: ``formats/coded-v1.md``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
 from lrconvert.core.dtypes import F64, Array
-from lrconvert.core.errors import CanonicalError
+from lrconvert.core.errors import CanonicalError, LimitError, ValueRangeError
+from lrconvert.core.limits import MAX_CODED
 from lrconvert.lora.coded import rans
-from lrconvert.lora.coded.models import COUNT, ESCAPE, LARGEST, models, shift_of
+from lrconvert.lora.coded.models import COUNT, ESCAPE, LARGEST, SYMBOLS, models
 
 Rows = Sequence[tuple[int, int]]  # (model, how many numbers) of each row
 
-WIDE = 32  # bits of a number that its model does not hold
-_SHIFTS = np.array([shift_of(k) for k in range(COUNT)], np.int64)
+WIDE = 21  # bits of a number that its model does not hold
+LARGEST_INTEGER = (1 << WIDE - 1) - 1  # in magnitude: sixteen times as much is exact in float32
+_MOST_PER_BYTE = 4096  # numbers; the likeliest symbol takes a 300th of a bit and no stream has so many
+_CHUNK = 1 << 16  # numbers that are worked on at once
+_BEYOND = "a coded tensor does not end where its numbers do"
 
 
 def which_of(rows: Rows) -> Array:
-    """Return the model of every number, int64 (n,)."""
+    """Return the model of every number, uint8 (n,)."""
     pairs = np.array(rows, np.int64).reshape(-1, 2)
-    return np.repeat(pairs[:, 0], pairs[:, 1])
+    return np.repeat(pairs[:, 0].astype(np.uint8), pairs[:, 1])
+
+
+def check_count(rows: Rows, nbytes: int | None = None) -> None:
+    """Raise E-LIMIT for more numbers than a tensor may have, or than `nbytes` can hold. Nothing is allocated."""
+    count = sum(n for _, n in rows)
+    if count > MAX_CODED:
+        raise LimitError(f"a coded tensor of {count} numbers; {MAX_CODED} are allowed")
+    if nbytes is not None and count > nbytes * _MOST_PER_BYTE:
+        raise LimitError(f"a coded tensor of {count} numbers in {nbytes} bytes; {_MOST_PER_BYTE} a byte are allowed")
 
 
 def bits_of(numbers: Array) -> F64:
@@ -34,70 +48,122 @@ def bits_of(numbers: Array) -> F64:
     exact for the rest."""
     lengths = np.empty((len(numbers), COUNT), np.float64)
     for k, model in enumerate(models()):
-        symbols = _symbols(numbers, np.int64(k))
-        lengths[:, k] = model.bits[symbols].sum(1) + numbers.shape[1] * model.shift + (symbols == ESCAPE).sum(1) * WIDE
+        symbols = _symbols(numbers, np.uint8(k))
+        wide = np.where(symbols == ESCAPE, WIDE, model.shift)
+        lengths[:, k] = (model.bits[symbols] + wide).sum(1)
     return lengths
 
 
 def encode(numbers: Array, rows: Rows) -> bytes:
-    """Return the bytes of integers (n,), of magnitude below 2^31, in rows."""
+    """Return the bytes of integers (n,) of magnitude below 2^20 in rows. Raise E-LIMIT for more of them than a file may
+    hold, E-VALUE for a larger magnitude."""
+    check_count(rows)
+    largest = max(int(numbers.max(initial=0)), -int(numbers.min(initial=0)))
+    if largest > LARGEST_INTEGER:
+        raise ValueRangeError(f"a coded integer has the magnitude {largest}; at most {LARGEST_INTEGER} is stored")
     which = which_of(rows)
-    wide = np.asarray(numbers, np.int64)
-    symbols = _symbols(wide, which)
-    lengths = np.where(symbols == ESCAPE, WIDE, _SHIFTS[which])
-    return rans.encode(symbols, which) + _pack(wide, lengths)
+    symbols = np.empty(len(which), np.uint8)
+    packed, bits = [], np.zeros(0, np.uint8)
+    for first in range(0, len(which), _CHUNK):
+        part = slice(first, first + _CHUNK)
+        symbols[part] = _symbols(numbers[part], which[part])
+        bits = np.concatenate([bits, _low_bits(numbers[part], _low_lengths(symbols[part], which[part]))])
+        whole = bits.size // 8 * 8
+        packed.append(np.packbits(bits[:whole], bitorder="little"))
+        bits = bits[whole:]
+    packed.append(np.packbits(bits, bitorder="little"))
+    return rans.encode(symbols, which) + np.concatenate(packed).tobytes()
 
 
 def decode(data: bytes, rows: Rows) -> Array:
-    """Return the integers, int32 (n,), of bytes that `encode` made. Raise E-CANON for bytes that it never makes."""
+    """Return the integers, int32 (n,), of bytes that `encode` made. Raise E-LIMIT, before anything is allocated, for
+    more numbers than a file or these bytes may hold, E-CANON and E-VALUE for bytes that `encode` never makes."""
+    check_count(rows, len(data))
     which = which_of(rows)
     symbols, end = rans.decode(data, which)
-    escaped = symbols == ESCAPE
-    low = _unpack(data[end:], np.where(escaped, WIDE, _SHIFTS[which]))
-    high = (symbols.astype(np.int64) - LARGEST) << _SHIFTS[which]
-    numbers = np.where(escaped, (low ^ (1 << (WIDE - 1))) - (1 << (WIDE - 1)), high + low)
-    if escaped.any() and (_symbols(numbers[escaped], which[escaped]) != ESCAPE).any():
-        raise CanonicalError("a coded stream escapes a number that its model holds")
-    return numbers.astype(np.int32)
+    rest, at = np.frombuffer(data, np.uint8, len(data) - end, end), 0
+    numbers = np.empty(len(which), np.int32)
+    for first in range(0, len(which), _CHUNK):
+        part = slice(first, first + _CHUNK)
+        lengths = _low_lengths(symbols[part], which[part])
+        until = at + int(lengths.sum(dtype=np.int64))
+        if until > 8 * rest.size:
+            raise CanonicalError(_BEYOND)
+        bits = np.unpackbits(rest[at // 8 : (until + 7) // 8], bitorder="little")[at % 8 :]
+        numbers[part] = _numbers(symbols[part], which[part], _low_values(bits[: until - at], lengths))
+        at = until
+    if (at + 7) // 8 != rest.size:
+        raise CanonicalError(_BEYOND)
+    if at % 8 and rest[-1] >> at % 8:
+        raise CanonicalError("the bits that fill the last byte of a coded tensor are not zero")
+    return numbers
 
 
-def _symbols(numbers: Array, which: Array | np.int64) -> Array:
+# --- symbols --------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def _shifts() -> Array:
+    """The low bits that each model leaves out, int32 (64,)."""
+    return np.array([model.shift for model in models()], np.int32)
+
+
+@lru_cache(maxsize=1)
+def _symbol_tables() -> tuple[Array, Array]:
+    """At `rans.keys`: whether a model holds a symbol, and how many bits beside it the number has, uint8."""
+    held = np.concatenate([model.frequencies > 0 for model in models()])
+    lengths = np.repeat(_shifts().astype(np.uint8), SYMBOLS)
+    lengths[ESCAPE::SYMBOLS] = WIDE
+    return held, lengths
+
+
+def _symbols(numbers: Array, which: Array | np.uint8) -> Array:
     """The symbol of every number under its model, uint8."""
-    high = numbers >> _SHIFTS[which]
-    inside = np.abs(high) <= LARGEST
-    symbols = np.where(inside, high + LARGEST, ESCAPE).astype(np.uint8)
-    held = _held()[which, symbols] if symbols.size else inside
-    return np.where(held, symbols, np.uint8(ESCAPE))
+    high = numbers >> _shifts()[which]
+    symbols = np.where(np.abs(high) <= LARGEST, high + LARGEST, ESCAPE).astype(np.uint8)
+    held, _ = _symbol_tables()
+    return np.where(held[rans.keys(symbols, which)], symbols, np.uint8(ESCAPE))
 
 
-def _held() -> Array:
-    """Whether each model holds each symbol, booleans (64, symbols)."""
-    return np.stack([model.frequencies > 0 for model in models()])
+def _numbers(symbols: Array, which: Array, low: Array) -> Array:
+    """The numbers, int32, of symbols and of the bits beside them. Raise E-CANON for a number that is escaped without
+    need, E-VALUE for one out of range."""
+    numbers = np.asarray((symbols.astype(np.int32) - LARGEST << _shifts()[which]) + low)
+    escaped = np.flatnonzero(symbols == ESCAPE)
+    if escaped.size:
+        sign = 1 << WIDE - 1
+        wide = (low[escaped] ^ sign) - sign
+        if int(wide.min()) < -LARGEST_INTEGER:
+            raise ValueRangeError(f"a coded integer has the magnitude {sign}; at most {LARGEST_INTEGER} is stored")
+        if (_symbols(wide, which[escaped]) != ESCAPE).any():
+            raise CanonicalError("a coded tensor escapes a number that its model holds")
+        numbers[escaped] = wide
+    return numbers
 
 
-def _pack(values: Array, lengths: Array) -> bytes:
-    """The lowest bits of values, as many of each as `lengths` says, one after the other."""
-    ends = np.cumsum(lengths)
-    bits = np.zeros(int(ends[-1]) if len(ends) else 0, np.uint8)
-    starts = ends - lengths
-    for bit in range(int(lengths.max(initial=0))):
-        there = lengths > bit
-        bits[starts[there] + bit] = (values[there] >> bit) & 1
-    return np.packbits(bits, bitorder="little").tobytes()
+# --- what is stored as it is ----------------------------------------------------------------------------------------
 
 
-def _unpack(data: bytes, lengths: Array) -> Array:
-    """Invert `_pack`: non-negative int64. Raise E-CANON for another number of bytes, or fill bits that are not zero."""
-    ends = np.cumsum(lengths)
-    count = int(ends[-1]) if len(ends) else 0
-    if len(data) != (count + 7) // 8:
-        raise CanonicalError("a coded stream does not end where its numbers do")
-    bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
-    if bits[count:].any():
-        raise CanonicalError("the bits that fill the last byte of a coded stream are not zero")
-    starts = ends - lengths
-    values = np.zeros(len(lengths), np.int64)
-    for bit in range(int(lengths.max(initial=0))):
-        there = lengths > bit
-        values[there] |= bits[starts[there] + bit].astype(np.int64) << bit
+def _low_lengths(symbols: Array, which: Array) -> Array:
+    """How many bits beside its symbol each number has, uint8."""
+    return np.asarray(_symbol_tables()[1][rans.keys(symbols, which)])
+
+
+def _low_bits(numbers: Array, lengths: Array) -> Array:
+    """The lowest bits of numbers, as many of each as `lengths` says, one after the other, uint8."""
+    some = np.flatnonzero(lengths)
+    counts = lengths[some].astype(np.int64)
+    places = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return (np.repeat(numbers[some], counts) >> places & 1).astype(np.uint8)
+
+
+def _low_values(bits: Array, lengths: Array) -> Array:
+    """Invert `_low_bits`: non-negative int32, 0 where there are no bits."""
+    values = np.zeros(len(lengths), np.int32)
+    some = np.flatnonzero(lengths)
+    if some.size:
+        counts = lengths[some].astype(np.int64)
+        starts = np.cumsum(counts) - counts
+        places = np.arange(bits.size, dtype=np.int32) - np.repeat(starts, counts).astype(np.int32)
+        values[some] = np.add.reduceat(bits.astype(np.int32) << places, starts)
     return values

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from lrconvert.core.dtypes import Array
-from lrconvert.core.errors import CanonicalError, ValueRangeError
+from lrconvert.core.errors import CanonicalError
 from lrconvert.io import fields
 from lrconvert.lora import packing
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter, Target
@@ -37,7 +37,6 @@ from lrconvert.methods.base import Budget, Command, FitContext, Method, Tensors
 from lrconvert.methods.lowrank.fit import fit
 from lrconvert.methods.lowrank.form import Config, Header, starts
 from lrconvert.methods.lowrank.plan import LowRankOptions, make_plan
-from lrconvert.methods.lowrank.rounding import LARGEST_INTEGER
 from lrconvert.methods.shared.ranks import check_ranks
 
 
@@ -90,10 +89,6 @@ class LowRank(Method):
 
     def ranks(self, config: Config, targets: Sequence[Target]) -> Sequence[int]:
         return config.counts
-
-    def check(self, config: Config, targets: Sequence[Target], tensors: Tensors) -> None:
-        if np.abs(tensors["codes"]).max(initial=0) > LARGEST_INTEGER:
-            raise ValueRangeError(f"the tensor 'codes' holds an integer whose magnitude is above {LARGEST_INTEGER}")
 
     # --- using it ---
 

@@ -16,14 +16,13 @@ from lrconvert.core.dtypes import F32, F64, Array
 from lrconvert.lora import svd
 from lrconvert.lora.adapter import LoraAdapter, LoraTarget
 from lrconvert.lora.coded.models import COUNT, ESCAPE, LARGEST, models
-from lrconvert.lora.coded.stream import WIDE
+from lrconvert.lora.coded.stream import LARGEST_INTEGER, WIDE
 from lrconvert.lora.packing import coded_values
 from lrconvert.lora.svd import Factors
 from lrconvert.methods.base import FitContext
 
 DEAD_ZONE = 0.6  # of a step; numbers up to it become 0
 SIDE_BITS = 28  # of a component beside its numbers: a gain and two models
-LARGEST_INTEGER = (1 << 20) - 1  # the largest magnitude that files hold
 _NEAR = 2  # wide models to either side of the one of the same deviation that are tried
 
 
