@@ -39,10 +39,12 @@ from lrconvert.io.checkpoint import open_checkpoint
 from lrconvert.lora import packing
 from lrconvert.lora.adapter import TRANSPOSED, CompactAdapter, ExtraTensor, LoraAdapter, Provenance, Target, View
 from lrconvert.lora.base_weights import BaseWeights
+from lrconvert.lora.coded import stream
 from lrconvert.lora.fingerprint import fingerprint
 from lrconvert.methods import base as methods
-from lrconvert.methods import lowrank
 from lrconvert.methods.bone import form as bone
+from lrconvert.methods.lowrank import form as lowrank
+from lrconvert.methods.lowrank import v1 as lowrank_v1
 from lrconvert.methods.nola import form as nola
 from lrconvert.methods.sbora import form as sbora
 from lrconvert.methods.vblora import form as vblora
@@ -91,12 +93,17 @@ SECOND = {
 }
 
 
+def second_reader(compact: CompactAdapter) -> Any:
+    """The module that reads all versions of a method."""
+    return SECOND[compact.method.partition(".")[0]]
+
+
 def check_second_reader(data: bytes, compact: CompactAdapter) -> None:
     """The second reader finds in `data` what `compact` has: targets, factors, extras, base names."""
     manifest, tensors = open_file(data)
     targets = list_targets(manifest)
     assert targets == [(t.name, list(t.shape), t.view.text) for t in compact.targets]
-    factors = SECOND[compact.method].expand(manifest, tensors)
+    factors = second_reader(compact).expand(manifest, tensors)
     form = methods.get(compact.method)
     numbers = methods.values(form, compact)
     for which, (target, (name, shape, view)) in enumerate(zip(compact.targets, targets, strict=True)):
@@ -105,7 +112,7 @@ def check_second_reader(data: bytes, compact: CompactAdapter) -> None:
         if form.needs_base(compact.config):
             weight = np.random.default_rng(which).standard_normal(target.matrix_shape)
             ours = form.rows_on(compact.config, compact.targets, which, (a, b), weight, 0)
-            assert np.array_equal(ours, SECOND[compact.method].update_on(manifest, factors[which], weight))
+            assert np.array_equal(ours, second_reader(compact).update_on(manifest, factors[which], weight))
         assert target.name == name and out_in(shape, view) == target.matrix_shape
         for ours, theirs in ((a, a2), (b, b2)):
             assert theirs.dtype == np.float32 and theirs.shape == ours.shape
@@ -205,6 +212,21 @@ UNEVEN = ((12, 7), (4, 129), (1, 1), (257, 3), (60, 40), (127, 2), (28, 9))  # (
 
 
 def draw_lowrank(rng: np.random.Generator, targets: Sequence[Target]) -> Any:
+    """Without the length, which follows from the numbers."""
+    counts = [int(rng.integers(min(t.matrix_shape) + 1)) * int(rng.integers(2)) for t in targets]
+    counts[2] = 1
+    models = rng.integers(64, size=(sum(counts), 2))
+    return lowrank.Config(tuple(counts), tuple(map(tuple, models.tolist())), 0)
+
+
+def draw_coded(rng: np.random.Generator, rows: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Integers of about the deviations of their models, some far larger."""
+    sigma = np.concatenate([np.full(count, 2 ** ((model - 10) / 4)) for model, count in rows])
+    wild = np.where(rng.random(len(sigma)) < 0.01, 50, 1)
+    return np.clip(np.rint(rng.standard_normal(len(sigma)) * sigma * wild), 1 - 2**20, 2**20 - 1).astype(np.int32)
+
+
+def draw_lowrank_v1(rng: np.random.Generator, targets: Sequence[Target]) -> Any:
     levels, counts = draw_counts(rng, [min(t.matrix_shape) for t in targets])
     header = {"levels": levels, "max_count": int(counts.max()), "group_size": int(rng.choice([0, 1, 5]))}
     if levels == [16]:
@@ -212,7 +234,7 @@ def draw_lowrank(rng: np.random.Generator, targets: Sequence[Target]) -> Any:
     scaled = counts[:, [q < 16 for q in levels]].any(1)
     if max((max(t.matrix_shape) for t, some in zip(targets, scaled, strict=True) if some), default=0) <= 5:
         header["group_size"] = 0
-    return methods.get("lowrank").config(header, {"counts": counts}, targets)
+    return lowrank_v1.METHOD.config(header, {"counts": counts}, targets)
 
 
 def draw_counts(rng: np.random.Generator, most: Sequence[int]) -> tuple[list[int], np.ndarray]:
@@ -297,6 +319,7 @@ def draw_places(rng: np.random.Generator, config: Any, targets: Sequence[Target]
 
 DRAWN: dict[str, Callable[[np.random.Generator, Sequence[Target]], Any]] = {
     "lowrank": draw_lowrank,
+    "lowrank.v1": draw_lowrank_v1,
     "vblora": draw_vblora,
     "sbora": draw_sbora,
     "bone": draw_bone,
@@ -310,7 +333,10 @@ def drawn(method: str, seed: int) -> CompactAdapter:
     config = DRAWN[method](rng, targets)
     tensors = {}
     for spec in methods.get(method).specs(config, targets):
-        if spec.kind in ("code", "index"):
+        if spec.kind == "coded":
+            tensors[spec.name] = draw_coded(rng, spec.rows)
+            config = replace(config, length=len(stream.encode(tensors[spec.name], spec.rows)))
+        elif spec.kind in ("code", "index"):
             limit, dtype = (1 << spec.bits, np.uint8) if spec.kind == "code" else (spec.limit, np.uint32)
             tensors[spec.name] = rng.integers(limit, size=spec.shape).astype(dtype)
         else:
@@ -372,14 +398,14 @@ def test_two_readers_agree_on_targets(items, random):
     for name, view in sorted(items):  # at most one target on a parameter here
         whole.setdefault(name, view)
     targets = tuple(sorted(Target(name, SHAPES[view], View(view)) for name, view in whole.items()))
-    config = lowrank.Config((1,), ((1,),) * len(targets))
+    config = lowrank_v1.Config((1,), ((1,),) * len(targets))
     tensors = {
         spec.name: np.array(
             [random.randrange(2) for _ in range(spec.numel)], np.uint8 if spec.kind == "code" else np.float32
         )
-        for spec in methods.get("lowrank").specs(config, targets)
+        for spec in lowrank_v1.METHOD.specs(config, targets)
     }
-    compact = CompactAdapter("lowrank", config, targets, tensors, base=fingerprint(targets))
+    compact = CompactAdapter("lowrank.v1", config, targets, tensors, base=fingerprint(targets))
     check_second_reader(encoded(compact), compact)
 
 
@@ -395,7 +421,7 @@ def example() -> CompactAdapter:
         Target("h.1.attn.weight", (4, 3), TRANSPOSED),
         Target("head.weight", (2, 5)),
     )
-    config = lowrank.Config((16, 2), ((1, 2), (0, 1), (1, 0)), group_size=3)
+    config = lowrank_v1.Config((16, 2), ((1, 2), (0, 1), (1, 0)), group_size=3)
     tensors = {
         "half": np.array([1, -2, 0.5, 0, 0.25, -1, 3, 0.125, 1.5, -0.75, 2, 0, 1, -0.5], np.float32),
         "codes.2": np.array([0, 1, 2, 3, 3, 2, 1, 3, 0, 3, 0, 1, 1, 2, 2, 2, 1, 0, 0, 3, 3], np.uint8),
@@ -403,7 +429,7 @@ def example() -> CompactAdapter:
     }
     extra = ExtraTensor("score.bias", "F32", (2,), np.array([0.5, -1], "<f4").tobytes())
     came = Provenance(base_model="org/base", task_type="SEQ_CLS", fields={"source_format": "peft"})
-    return CompactAdapter("lowrank", config, targets, tensors, (extra,), came, fingerprint(targets))
+    return CompactAdapter("lowrank.v1", config, targets, tensors, (extra,), came, fingerprint(targets))
 
 
 def example_text() -> str:

@@ -235,8 +235,14 @@ def test_unknown_options_are_refused(method):
 
 
 def test_options_outside_their_choices_are_refused():
-    with pytest.raises(errors.OptionError, match="lowrank takes auto, 16"):
-        api.convert(source(), "lowrank", bits=5)
+    with pytest.raises(errors.OptionError, match="sbora takes auto, 16"):
+        api.convert(source(), "sbora", bits=5)
+
+
+@pytest.mark.parametrize(("bits", "size"), [(0, None), (14.5, None), (float("nan"), None), (4, 2000)])
+def test_bits_of_lowrank_out_of_range_or_beside_a_size_are_refused(bits, size):
+    with pytest.raises(errors.OptionError, match="--bits"):
+        api.convert(source(), "lowrank", bits=bits, target_size=size)
 
 
 def test_the_smallest_lowrank_file_holds_the_largest_of_equal_components():
