@@ -89,7 +89,7 @@ def open_file(data: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
 SECOND = {
     module.name: importlib.import_module(f"second_readers.{module.name}")
     for module in pkgutil.iter_modules(second_readers.__path__)
-    if module.name != "parts"
+    if module.name not in ("parts", "coded")
 }
 
 
