@@ -5,8 +5,8 @@
 With the SVD ``U diag(s) V^T`` of a source update, ``s_j u_j`` and ``s_j v_j`` are rounded with one step D for the whole
 adapter: the error of an update is then white at D on both sides whatever s_j is, and the slope of distortion over rate
 is the same everywhere, which is reverse water-filling (Cover and Thomas, Elements of Information Theory, 10.3). Ranks,
-bits and the share of every module need no search. A component is kept if it captures more than its bits cost at that
-slope. Gains are solved by least squares for the rounded vectors.
+bits and the share of every module need no search of their own: under a budget the components with most energy per bit
+are kept, at the step at which they capture most. Gains are solved by least squares for the rounded vectors.
 
 Stored tensors, in the order of their declaration (components: by target, then largest first):
 

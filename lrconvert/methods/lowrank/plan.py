@@ -20,11 +20,12 @@ from lrconvert.methods.lowrank.form import Config, Quantizer, starts
 from lrconvert.methods.lowrank.rounding import SIDE_BITS, Components, Rounded, components, integers, round_all
 from lrconvert.methods.shared.options import check_range, within
 
-PRICES = (0.05, 0.1, 0.2, 0.3)
 DEFAULT_BITS, MOST_BITS = 12.0, 14.0
 _SAMPLE = 100_000  # numbers that the search looks at
-_MANY = 4_000_000  # numbers from which on an exact pass takes a second
-_PASSES, _PASSES_OF_MANY = 12, 5
+_PASSES = 8
+_PRICE = 0.05  # of a bit, in squared steps: what a component captures must be worth its bits
+_COARSE = 1.4  # between the steps that are tried first
+_PASSED = 0.7  # of the most that is captured: steps that capture less are past the best
 _ROOM = 1 / 400  # of a budget that may stay unused
 _SLOPE = 0.7  # of the step over the size, both as logarithms: where the search goes next
 _CODER = 1.001  # bytes over the ideal number of bits
@@ -66,10 +67,18 @@ def make_plan(lora: LoraAdapter, options: LowRankOptions, budget: Budget | None,
     return search.within(budget)
 
 
-def kept(parts: Components, rounded: Rounded, step: float, price: float) -> Array:
-    """Mark the components (n,) that capture more than ``price * step^2`` for each of their bits."""
-    worth = parts.energy * rounded.share
-    return np.asarray((worth > 0) & (worth > price * step**2 * (rounded.bits + SIDE_BITS)))
+def chosen(parts: Components, rounded: Rounded, bits: float) -> Array:
+    """Return the components (n,) that capture most in some `bits`: those with most energy per bit, while they fit."""
+    worth, cost = parts.energy * rounded.share, rounded.bits + SIDE_BITS
+    order = np.argsort(-worth / cost, kind="stable")
+    order = order[worth[order] > 0]
+    fitting = int(np.searchsorted(np.cumsum(cost[order]), bits, side="right"))
+    places, left = list(order[:fitting]), bits - float(cost[order[:fitting]].sum())
+    for place in order[fitting:]:  # smaller ones may still fit
+        if cost[place] <= left:
+            places.append(place)
+            left -= float(cost[place])
+    return np.sort(np.array(places, np.int64))
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,54 +93,56 @@ class _Search:
         sample = self.parts.sampled(_SAMPLE)
         step = _bisect(lambda step: float(round_all(sample, step).bits.sum()), bits * self.parts.numel, *sample.steps())
         rounded = round_all(self.parts, step)
-        places = np.flatnonzero(kept(self.parts, rounded, step, PRICES[0]))
+        places = np.flatnonzero(self.parts.energy * rounded.share > _PRICE * step**2 * (rounded.bits + SIDE_BITS))
         if not places.size:
             return self._smallest()
         return self._exact(self._config(rounded.only(places), places, step))
 
     def within(self, budget: Budget) -> Config:
-        """Return the Config of the largest file within a budget. Raise E-BUDGET."""
+        """Return the Config of the best file within a budget. Raise E-BUDGET.
+
+        The step is the one at which the components that fit capture most; then, with these components, the finest one.
+        """
         best = within(budget, self._smallest())
-        step, price = self._on_sample(8.0 * (budget.limit - budget.size(best) + best.length))
-        low, high = self.parts.steps()
-        for _ in range(_PASSES if self.parts.numel < _MANY else _PASSES_OF_MANY):
-            rounded = round_all(self.parts, step)
-            places = np.flatnonzero(kept(self.parts, rounded, step, price))
-            size = 0
-            if places.size:
-                config = self._config(rounded.only(places), places, step)
+        room = 8.0 * (budget.limit - budget.size(best) + best.length) + SIDE_BITS
+        step = self._best_step(room)
+        places = chosen(self.parts, round_all(self.parts, step), room)
+        parts = self.parts.only(places)
+        low, high = step / 4, step * 4
+        for _ in range(_PASSES if places.size else 0):
+            config = self._config(round_all(parts, step), places, step)
+            size = budget.size(config)
+            if size <= budget.limit:
+                config = self._exact(config)
                 size = budget.size(config)
-                if size <= budget.limit:
-                    config = self._exact(config)
-                    size = budget.size(config)
-                if size <= budget.limit and config.length >= best.length:
-                    best = config
-                if budget.limit * (1 - _ROOM) - 4 <= size <= budget.limit:
-                    break
+            if size <= budget.limit and config.length >= best.length:
+                best = config
+            if budget.limit * (1 - _ROOM) - 4 <= size <= budget.limit:
+                break
             low, high = (step, high) if size > budget.limit else (low, step)
             wanted = step * (size / (budget.limit * (1 - _ROOM / 2))) ** _SLOPE
             step = wanted if low < wanted < high else math.sqrt(low * high)
         return best
 
-    def _on_sample(self, bits: float) -> tuple[float, float]:
-        """The step and the price that capture most in `bits`, on a sample."""
+    def _best_step(self, bits: float) -> float:
+        """The step at which the components that fit in `bits` capture most, on a sample."""
         sample = self.parts.sampled(_SAMPLE)
-        low, high = sample.steps()
-        best, most = (high, PRICES[0]), -1.0
-        for price in PRICES:
+        finest, step = sample.steps()
+        captured: dict[float, float] = {}
 
-            def spent(step: float, price: float = price) -> float:
-                rounded = round_all(sample, step)
-                mask = kept(sample, rounded, step, price)
-                return float(rounded.bits[mask].sum()) + SIDE_BITS * int(mask.sum())
-
-            step = _bisect(spent, bits, low, high)
+        def worth(step: float) -> float:
             rounded = round_all(sample, step)
-            captured = float((sample.energy * rounded.share)[kept(sample, rounded, step, price)].sum())
-            if captured > most:
-                best, most = (step, price), captured
-            low, high = step / 2, step * 1.1  # a higher price leaves bits for a finer step
-        return best
+            return float((sample.energy * rounded.share)[chosen(sample, rounded, bits)].sum())
+
+        while step > finest:
+            captured[step] = worth(step)
+            if captured[step] < _PASSED * max(captured.values()):
+                break
+            step /= _COARSE
+        best = max(captured, key=lambda step: captured[step])
+        for power in (-0.75, -0.5, -0.25, 0.25, 0.5, 0.75):
+            captured[best * _COARSE**power] = worth(best * _COARSE**power)
+        return max(captured, key=lambda step: captured[step])
 
     def _smallest(self) -> Config:
         """The Config of one component, the one with most energy per number, at the coarsest step at which it pays."""
@@ -139,13 +150,14 @@ class _Search:
         for side in (*self.parts.sides[0], *self.parts.sides[1]):
             lengths[side.places] += side.rows.shape[1]
         place = int(np.argmax(self.parts.energy / lengths))
-        one = self.parts.only(place)
+        one = self.parts.only(np.array([place]))
         low, high = one.steps()
 
-        def unpaid(step: float) -> float:
-            return 1.0 - float(kept(one, round_all(one, step), step, PRICES[0]).all())
+        def unpaid(step: float) -> bool:
+            rounded = round_all(one, step)
+            return bool((one.energy * rounded.share < _PRICE * step**2 * (rounded.bits + SIDE_BITS)).any())
 
-        step = 1 / _bisect(lambda inverse: unpaid(1 / inverse), 0.5, 1 / high, 1 / low)
+        step = 1 / _bisect(lambda inverse: unpaid(1 / inverse), 0, 1 / high, 1 / low)
         return self._exact(self._config(round_all(one, step), np.array([place]), step))
 
     def _config(self, rounded: Rounded, places: Array, step: float) -> Config:

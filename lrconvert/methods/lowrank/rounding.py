@@ -6,7 +6,7 @@ planning on large adapters a sample of every row's numbers is enough.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -23,6 +23,7 @@ from lrconvert.methods.base import FitContext
 
 DEAD_ZONE = 0.6  # of a step; numbers up to it become 0
 SIDE_BITS = 28  # of a component beside its numbers: a gain and two models
+_AT_ONCE = 1 << 20  # numbers that are rounded at once
 _NEAR = 2  # wide models to either side of the one of the same deviation that are tried
 
 
@@ -34,6 +35,13 @@ class Side:
     rows: F32
     places: Array
     every: float
+
+    def slices(self) -> Iterator[Side]:
+        """Yield the rows some at a time, so that what is made of them stays small."""
+        count = max(1, _AT_ONCE // self.rows.shape[1])
+        for first in range(0, len(self.rows), count):
+            some = slice(first, first + count)
+            yield Side(self.rows[some], self.places[some], self.every)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,18 +64,21 @@ class Components:
         coarsest = (largest or 1.0) / DEAD_ZONE
         return coarsest * 2.0**-16, coarsest
 
-    def only(self, place: int) -> Components:
-        """Return one component alone, as number 0."""
+    def only(self, places: Array) -> Components:
+        """Return the components `places`, in rising order, numbered anew."""
+        number = np.full(len(self.energy), -1)
+        number[places] = np.arange(len(places))
 
-        def one(sides: tuple[Side, ...]) -> tuple[Side, ...]:
+        def some(sides: tuple[Side, ...]) -> tuple[Side, ...]:
+            masks = [number[side.places] >= 0 for side in sides]
             return tuple(
-                Side(side.rows[side.places == place], np.zeros(1, np.int64), side.every)
-                for side in sides
-                if place in side.places
+                Side(side.rows[mask], number[side.places[mask]], side.every)
+                for side, mask in zip(sides, masks, strict=True)
+                if mask.any()
             )
 
-        a, b = (one(sides) for sides in self.sides)
-        return Components(self.owners[[place]], self.energy[[place]], (a, b))
+        a, b = (some(sides) for sides in self.sides)
+        return Components(self.owners[places], self.energy[places], (a, b))
 
     def sampled(self, numbers: int) -> Components:
         """Return the components with some `numbers` of all their numbers."""
@@ -146,7 +157,7 @@ def round_all(parts: Components, step: float) -> Rounded:
     count = len(parts.energy)
     share, bits, models = np.ones(count), np.zeros(count), np.zeros((count, 2), np.int64)
     for number, sides in enumerate(parts.sides):
-        for side in sides:
+        for side in (part for whole in sides for part in whole.slices()):
             codes = integers(side.rows, step)
             values = coded_values(codes)
             dots = np.einsum("nd,nd->n", values, side.rows, dtype=np.float64)
