@@ -29,7 +29,7 @@ from lrconvert.methods import base as methods
 
 pytestmark = pytest.mark.medium  # all of them work on models, disks or processes
 
-OPTIONS: dict[str, Any] = {"bits": "4"}
+OPTIONS: dict[str, Any] = {"bits": 4}
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_what_is_finished_is_passed_by(zoo: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("change", [{"bits": "3"}, {"include": ["q_proj"]}, {"seed": 7}], ids=str)
+@pytest.mark.parametrize("change", [{"bits": 3}, {"include": ["q_proj"]}, {"seed": 7}], ids=str)
 def test_other_options_are_another_request(change: dict[str, Any], tmp_path: Path) -> None:
     source = ADAPTERS / "llama-plain"
     assert lrconvert.convert_many([source], tmp_path, "lowrank", jobs=1, **OPTIONS).ok
@@ -115,8 +115,8 @@ def test_other_options_are_another_request(change: dict[str, Any], tmp_path: Pat
     ("one", "other"),
     [
         ({"target_ratio": 20}, {"target_ratio": 20.0}),
-        ({"bits": 4}, {"bits": "4", "seed": 0, "include": ()}),
-        ({"rank": 2}, {"rank": 2, "bits": "auto", "target_size": None}),
+        ({"bits": 4}, {"bits": 4.0, "seed": 0, "include": ()}),
+        ({"rank": 2}, {"rank": 2, "bits": None, "target_size": None}),
     ],
 )
 def test_one_request_in_two_spellings(one: dict[str, Any], other: dict[str, Any], tmp_path: Path) -> None:
@@ -356,7 +356,7 @@ def test_a_script_needs_no_guard(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "import lrconvert\nprint('begun')\n"
-        f"print(lrconvert.convert_many([{str(ADAPTERS / 'llama-plain')!r}], 'out', 'lowrank', bits='4', jobs=2).ok)\n"
+        f"print(lrconvert.convert_many([{str(ADAPTERS / 'llama-plain')!r}], 'out', 'lowrank', bits=4, jobs=2).ok)\n"
     )
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["begun", "True"]

@@ -120,7 +120,7 @@ def of_many(folder: Path) -> Write:
 
     def run(out: Path, overwrite: bool) -> None:
         job = {**fixed, "path": str(ADAPTERS / "llama-plain"), "output": str(out), "overwrite": overwrite}
-        answer = worker.work({**job, "options": {"bits": "4", "rank": 2}})
+        answer = worker.work({**job, "options": {"bits": 4, "rank": 2}})
         if answer["state"] == "failed":
             kinds = {"E-IO-SYNC": DurabilityError}
             raise kinds.get(answer["code"], Refused)(answer["message"])
