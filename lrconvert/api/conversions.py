@@ -148,9 +148,9 @@ def allocate(
 
     With `retrain`, fields of `lrconvert.refine.settings.Settings` (``{"steps": 300}``), and a `base` the result is
     trained as `refine` does it, on `data` or, without any, on texts of the LoRA's own; nothing of what is held out is
-    scored or trained on. In the first half of the steps components change places up to `moves` times, of `exact` that
-    are there and `exact` that may come. The result is what is best on held-out data, and never worse than the first
-    allocation (`training` and `moves` of it say what happened): `lrconvert.refine.rank_training` says what to expect.
+    scored or trained on. The size of the file is part of what is trained, so that components move between modules. The
+    result is what is best on held-out data, and never worse than the first allocation (`training` and `rounds` of it
+    say what happened).
 
     Raises E-BUDGET (with the smallest possible size), E-OPTION, E-DATA, E-ATTACH, E-BASE, and what `convert` raises.
     """

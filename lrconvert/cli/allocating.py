@@ -12,9 +12,10 @@ from lrconvert.report import text_and_json
 
 if TYPE_CHECKING:
     from lrconvert.convert.rank_allocation import Allocation, Module
-    from lrconvert.refine.rank_training import TrainedAllocation
+    from lrconvert.refine.rank_training import Round, TrainedAllocation
 
 _BAR = 20
+_ROUNDS = 8  # columns of a training, less the first
 _LAYERS = 48  # ranks of one kind of module that are shown one by one
 
 
@@ -26,8 +27,8 @@ def is_trained(done: Allocation) -> TypeGuard[TrainedAllocation]:
 def allocation_json(done: Allocation) -> dict[str, Any]:
     trained = {}
     if is_trained(done):
-        moves = [vars(move) for move in done.moves]
-        trained = {"training": {**refinement_json(done.training), "moves": moves}}
+        rounds = [{"step": r.step, "bytes": r.nbytes, "components": dict(r.components)} for r in done.rounds]
+        trained = {"training": {**refinement_json(done.training), "rounds": rounds}}
     return {
         **text_and_json.conversion_json(done),
         **trained,
@@ -43,9 +44,20 @@ def _training(done: Allocation) -> str:
     """Show the effect of training on the answers of the first allocation; nothing without one."""
     if not is_trained(done):
         return ""
-    moved = "; ".join(f"{m.came} for {m.went} after step {m.step}" for m in done.moves)
     trained = refinement_text("first allocation", "trained", done.training)
-    return f"\n\n{trained}\n\ncomponents exchanged: {moved or 'none'}"
+    return f"\n\n{trained}\n\ncomponents after so many steps\n{_rounds(done.rounds)}"
+
+
+def _rounds(rounds: Sequence[Round]) -> str:
+    """A row for each kind of module with its components at some of the rounds, the first and the last among them."""
+    last = len(rounds) - 1
+    shown = [rounds[n] for n in sorted({round(k * last / _ROUNDS) for k in range(_ROUNDS + 1)})]
+    kinds = list(rounds[0].components)
+    rows = [
+        [printable(name), *(r.components[kind] for r in shown)] for name, kind in zip(_short(kinds), kinds, strict=True)
+    ]
+    rows.append(["bytes", *(r.nbytes for r in shown)])
+    return text_and_json.table(["module", *(f"{r.step:,}" for r in shown)], rows)
 
 
 def allocation_text(done: Allocation, verbose: bool) -> str:

@@ -177,7 +177,7 @@ def allocate_command() -> click.Command:
             type=click.IntRange(0),
             default=0,
             show_default=True,
-            help="With --base: train the result for so many steps, as refine does, while ranks move on.",
+            help="With --base: train the result for so many steps, as refine does; components move between modules.",
         ),
         click.Option(
             ["--seed"],

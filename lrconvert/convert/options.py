@@ -13,12 +13,11 @@ from lrconvert.core.options import option
 from lrconvert.io import hub
 from lrconvert.lora import statistics_file
 from lrconvert.lora.input_statistics import InputStatistics
-from lrconvert.methods.shared.widths import WIDTHS
 
 ExtraDtype = Literal["F32", "F16", "BF16"]
 Data = str | PathLike[str] | Sequence[str | PathLike[str]] | Iterable[Mapping[str, Any]]
 RANKINGS = ("auto", "answers", "fit")
-ROUNDS, EXACT, MOVES = 8, 16, 3
+ROUNDS, EXACT = 8, 16
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ class AllocateOptions:
     pruning; in each the `exact` components next to the cut are ablated, two forward passes each."""
 
     total_rank: int | None = option(None, "Keep this many components over all modules.", least=1)
-    bits: str = option("16", "Bits per number.", choices=tuple(map(str, WIDTHS)))
+    bits: float | None = option(None, "With --total-rank: average bits per number, as in `lora-to-lowrank`.")
     data: Data | None = option(
         None, "With --base: score by ablation on held-out texts instead of by energy.", kind="paths"
     )
@@ -119,4 +118,3 @@ class AllocateOptions:
         EXACT, "Components next to the cut that are ablated in each round, two forward passes each.", least=0
     )
     batch_tokens: int = 1024
-    moves: int = option(MOVES, "How often components change places in the first half of --train-steps.", least=0)

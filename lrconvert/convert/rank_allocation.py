@@ -2,15 +2,15 @@
 
 The canonical rank-one components of all targets compete for one budget, of ranks or of bytes. Under input statistics
 they are orthogonal in the outputs, so that squared errors add up. Without data the score of a component is its energy
-in the metric of the fit, and one sort over all targets is the optimum; on data it is the ablation score of AB-LoRA
-(see `ablation`): slopes say who is near the cut, and there the ablation itself decides, in rounds of pruning. Either is
-divided by what a component costs, so that a budget only says where one order is cut. A module that deserves more than
-its share gets it from the tail of its spectrum.
+in the metric of the fit, and under a budget of bytes what the coding of `lowrank` keeps is the allocation; on data it
+is the ablation score of AB-LoRA (see `ablation`): slopes say who is near the cut, and there the ablation itself
+decides, in rounds of pruning. Scores count as far as rounding leaves a component, and are divided by what it costs, so
+that a budget only says where one order is cut. What is kept is then coded, within the budget, by `lowrank`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -24,8 +24,12 @@ from lrconvert.core.errors import BudgetError, OptionError
 from lrconvert.io.checkpoint import KnownContent
 from lrconvert.lora import svd
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter, LoraTarget, Target
+from lrconvert.methods import base as methods
 from lrconvert.methods import lowrank
 from lrconvert.methods.base import Budget, FitContext
+from lrconvert.methods.lowrank import rounding
+from lrconvert.methods.lowrank.form import Config
+from lrconvert.methods.lowrank.plan import LowRankOptions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -65,51 +69,66 @@ class Allocation(Conversion):
 @dataclass(frozen=True, eq=False)
 class Components:
     """All components (n,), by target, then largest first: the number of their target, their number in it, energy
-    (0 for what is only rounding), and cost in bits."""
+    (0 for what is only rounding), cost in bits, and the `share` of each that is left when it is rounded."""
 
     owner: Array
     place: Array
     energy: F64
     cost: F64
+    share: F64
 
     def order(self, score: F64) -> Array:
         """Best score per cost first; of equal ones the one with more energy per cost, then the first."""
-        order: Array = np.lexsort((np.arange(len(score)), -self.energy / self.cost, -score / self.cost))
+        rate = self.share / self.cost
+        order: Array = np.lexsort((np.arange(len(score)), -self.energy * rate, -score * rate))
         return order
 
 
-def cost_of(target: Target, bits: int) -> int:
-    """Bits of a component of that width: below 16 it has two scales; see `lowrank`."""
-    return sum(target.matrix_shape) * bits + 32 * (bits < 16)
-
-
-def components(lora: LoraAdapter, spectra: Sequence[F64], bits: int) -> Components:
-    """The components whose singular values are `spectra`, at that width."""
+def components(lora: LoraAdapter, context: FitContext, coded: Config | None = None) -> Components:
+    """Return the components of a LoRA. They cost what they take as `coded` rounds, or as many bits as they have
+    numbers."""
+    spectra = [svd.singular_values(pair, context.metric(pair)) for pair in lora.targets]
     sizes = [len(s) for s in spectra]
     nonzero = [np.where(s > _NOTHING * s.max(initial=0.0), s, 0.0) for s in spectra]
-    costs = [cost_of(pair.target, bits) for pair in lora.targets]
-    return Components(
-        np.repeat(np.arange(len(sizes)), sizes),
-        np.concatenate([np.arange(size) for size in sizes]),
-        np.concatenate(nonzero) ** 2,
-        np.repeat(np.array(costs, np.float64), sizes),
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    cost, share = (
+        np.array([sum(pair.target.matrix_shape) for pair in lora.targets], np.float64)[owner],
+        np.ones(len(owner)),
     )
+    if coded is not None:
+        assert coded.quantizer is not None
+        rounded = rounding.round_all(rounding.components(lora, sizes, context), coded.quantizer.step)
+        cost, share = rounded.bits + rounding.SIDE_BITS, rounded.share
+    place = np.concatenate([np.arange(size) for size in sizes])
+    return Components(owner, place, np.concatenate(nonzero) ** 2 * (share > 0), cost, share)
+
+
+def _kept(parts: Components, coded: Config) -> Array:
+    """Mark the components (n,) that `coded` keeps."""
+    assert coded.quantizer is not None
+    kept, firsts = np.zeros(len(parts.owner), bool), np.searchsorted(parts.owner, np.arange(len(coded.counts)))
+    for first, places in zip(firsts, coded.quantizer.kept, strict=True):
+        kept[first + np.array(places, np.int64)] = True
+    return kept
 
 
 @dataclass(frozen=True)
 class Cut:
-    """The cut through an order of components: at `total_rank` components, or where the file is as large as `budget`."""
+    """The cut through an order of components: at `total_rank` components, or else at `bits` of cost."""
 
     parts: Components
-    targets: Sequence[Target]
-    bits: int
     total_rank: int | None
-    budget: Budget | None
+    bits: float = 0.0
 
     @property
     def amounts(self) -> F64:
         """The share of the budget that each component takes."""
-        return np.ones(len(self.parts.cost)) if self.budget is None else self.parts.cost
+        return self.parts.cost if self.total_rank is None else np.ones(len(self.parts.cost))
+
+    @property
+    def limit(self) -> float:
+        """The budget, in the unit of `amounts`."""
+        return self.bits if self.total_rank is None else float(self.total_rank)
 
     def first(self, order: Array, limit: float) -> Array:
         """Mark the components (n,) that are kept if the first ones of `order` are taken while their amounts are within
@@ -120,46 +139,6 @@ class Cut:
                 limit -= amounts[c]
                 kept[c] = True
         return kept
-
-    def config(self, kept: Array) -> lowrank.Config:
-        counts: Array = np.bincount(self.parts.owner[kept], minlength=len(self.targets))
-        return lowrank.Config((self.bits,), tuple((int(n),) for n in counts))
-
-    def meets(self, kept: Array) -> bool:
-        """Return true if the components `kept` (n,) are within the budget."""
-        if self.budget is None:
-            return int(kept.sum()) <= (self.total_rank or 0)
-        return self.budget.fits(self.config(kept))
-
-    def final(self, order: Array) -> Array:
-        """The components (n,) of the best of `order` that meet the budget. Raises E-BUDGET.
-
-        The overhead of a file depends a little on the ranks, so bytes of payload are found by bisection, as `lowrank`
-        does it.
-        """
-        if self.budget is None:
-            return self.first(order, float(self.total_rank or 0))
-        low, high = 0.0, 8.0 * self.budget.limit  # `high` is out of reach: a file of only payload
-        best: Array | None = None
-        while high - low >= 64:
-            middle = (low + high) / 2
-            kept = self.first(order, middle)
-            if not kept.any():
-                low = middle
-            elif self.budget.fits(self.config(kept)):
-                best, low = kept, middle
-            else:
-                high = middle
-        if best is not None:
-            return best
-        cheapest = order[self.parts.cost[order] == self.parts.cost[order].min()][0]
-        best = np.arange(len(self.parts.cost)) == cheapest
-        smallest = self.budget.size(self.config(best))
-        if smallest > self.budget.limit:
-            raise BudgetError(
-                f"{self.budget.limit} bytes cannot be reached; the smallest possible file has {smallest} bytes"
-            )
-        return best
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +154,7 @@ def by_energy(cut: Cut) -> Choice:
     """The components with most energy per cost."""
     order = cut.parts.order(cut.parts.energy)
     candidates = order[cut.parts.energy[order] > 0]
-    return Choice(cut.final(candidates if len(candidates) else order[:1]))  # an all-zero adapter still makes a file
+    return Choice(cut.first(candidates if len(candidates) else order[:1], cut.limit))  # all zero: it still makes a file
 
 
 def by_ablation(
@@ -186,9 +165,8 @@ def by_ablation(
     In a round the slopes order all that are left, and of the `exact` ones around the cut the ablation itself decides.
     What a component does alone does not depend on the others, and is measured once.
     """
-    parts, n = cut.parts, len(cut.parts.cost)
+    parts, n, goal = cut.parts, len(cut.parts.cost), cut.limit
     alive = parts.energy > 0
-    goal = float(cut.amounts[by_energy(cut).kept].sum())
     whole = float(cut.amounts[alive].sum())
     if goal >= whole:
         return Choice(alive) if alive.any() else by_energy(cut)
@@ -211,9 +189,9 @@ def by_ablation(
                 ablated.add(c)
             better = np.argsort(parts.order(scores))  # the place of each component among all
             order[near] = sorted(order[near], key=better.__getitem__)
-        alive = cut.final(order) if number == rounds else cut.first(order, limit)
+        alive = cut.first(order, limit)
         progress(number / rounds, text)
-    return Choice(alive, len(ablated), trial.items)
+    return Choice(alive, len(ablated), trial.items) if alive.any() else by_energy(cut)
 
 
 # --- the LoRA in components -----------------------------------------------------------------------------------------
@@ -247,7 +225,8 @@ def reduced(whole: LoraAdapter, parts: Components, kept: Array) -> LoraAdapter:
 def modules(source: LoraAdapter, compact: CompactAdapter) -> tuple[Module, ...]:
     """Ranks in the LoRA `source` and in the `lowrank` adapter that was made of it."""
     rows = []
-    for pair, two in zip(source.targets, compact.config.ranks, strict=True):
+    ranks = methods.get(compact.method).ranks(compact.config, compact.targets)
+    for pair, two in zip(source.targets, ranks, strict=True):
         target, one = pair.target, pair.rank
         name, view = target.name, target.view.text
         if target.view.kind not in ("matrix", "transposed"):
@@ -267,40 +246,45 @@ OnTrial = Callable[[LoraAdapter], AbstractContextManager["Trial"]]
 @dataclass(eq=False)
 class Chooser:
     """Choose the components to keep (`lrconvert.convert.convert.Choose`). `trial` puts a LoRA of components on trial
-    where there is data. What was asked, and the answer, stay in the last four fields."""
+    where there is data. The answer stays in the last two fields."""
 
     options: AllocateOptions
     trial: OnTrial | None
     progress: Progress
     source: LoraAdapter | None = None
-    cut: Cut | None = None
     choice: Choice | None = None
-    context: FitContext | None = None
 
-    def __call__(
-        self, lora: LoraAdapter, budget: Budget | None, context: FitContext
-    ) -> tuple[LoraAdapter, lowrank.Config]:
-        options, bits = self.options, int(self.options.bits)
-        spectra = [svd.singular_values(pair, context.metric(pair)) for pair in lora.targets]
-        cut = Cut(components(lora, spectra, bits), lora.shapes(), bits, options.total_rank, budget)
-        choice = by_energy(cut)  # cheap, and says whether the budget can be met
-        fitted = lora  # what is kept begins each spectrum: the fit cuts it there
-        if self.trial is not None:
-            whole = canonical_pairs(lora, context)
+    def __call__(self, lora: LoraAdapter, budget: Budget | None, context: FitContext) -> tuple[LoraAdapter, Config]:
+        self.source, form = lora, lowrank.METHOD
+        given = LowRankOptions(bits=self.options.bits)
+        coded = None if budget is None else form.plan(lora, given, budget, context)  # says whether it can be met
+        if coded is not None and self.trial is None:
+            self.choice = Choice(np.zeros(0, bool))
+            return lora, coded
+        parts = components(lora, context, coded)
+        bits = 0.0 if coded is None else float(parts.cost[_kept(parts, coded)].sum())
+        cut = Cut(parts, self.options.total_rank, bits)
+        whole = canonical_pairs(lora, context)
+        if self.trial is None:
+            self.choice = by_energy(cut)
+        else:
             with self.trial(whole) as trial:
-                choice = by_ablation(cut, trial, options.rounds, options.exact, self.progress)
-            fitted = reduced(whole, cut.parts, choice.kept)
-        self.source, self.cut, self.choice, self.context = lora, cut, choice, context
-        return fitted, cut.config(choice.kept)
+                self.choice = by_ablation(cut, trial, self.options.rounds, self.options.exact, self.progress)
+        fitted = reduced(whole, parts, self.choice.kept)
+        try:
+            return fitted, form.plan(fitted, given, budget, context)
+        except BudgetError:  # in a file that small there is only one choice
+            if coded is None:
+                raise
+            return lora, coded
 
     def allocation(self, done: Conversion, scores: str) -> Allocation:
         """Return the choice, with the conversion that it led to."""
         assert self.source is not None and self.choice is not None
-        kept, warnings = int(self.choice.kept.sum()), done.warnings
-        total_rank = self.options.total_rank
-        if total_rank is not None and kept < total_rank:
-            what = f"the LoRA has {kept} components, fewer than the {total_rank} asked for: all are kept"
-            warnings += (what,)
+        warnings, asked, ranks = done.warnings, self.options.total_rank, methods.get(done.compact.method).ranks
+        kept = sum(ranks(done.compact.config, done.compact.targets))
+        if asked is not None and kept < asked:
+            warnings += (f"{kept} of the {asked} components asked for are kept: there are no more that coding leaves",)
         return Allocation(
             **{**vars(done), "warnings": warnings},
             modules=modules(self.source, done.compact),

@@ -48,7 +48,7 @@ def _gram_root(x: F64) -> F64 | None:
         lower = np.linalg.cholesky(gram / np.outer(norms, norms))
     except np.linalg.LinAlgError:
         return None
-    return None if lower.diagonal().min() < _ILL_CONDITIONED else lower.T * norms
+    return None if lower.diagonal().min(initial=1.0) < _ILL_CONDITIONED else lower.T * norms
 
 
 def _householder(x: F64) -> tuple[F64, F64]:

@@ -147,7 +147,6 @@ def test_the_command_line_and_python_name_the_same_work(name: str, tmp_path: Pat
                 "data": [tmp_path / "t.jsonl"],
                 "rounds": 1.0,
                 "exact": 1,
-                "moves": 0,
             }
             more["retrain"] = {"steps": 1.0}
             given = {
@@ -155,7 +154,6 @@ def test_the_command_line_and_python_name_the_same_work(name: str, tmp_path: Pat
                 "data": tmp_path / "t.jsonl",
                 "rounds": 1,
                 "exact": 1,
-                "moves": 0,
                 "train-steps": 1,
             }
             shown += [word for key, value in given.items() for word in (f"--{key}", str(value))]

@@ -20,7 +20,7 @@ import lrconvert
 from lrconvert import api
 from lrconvert.cli import cli
 from lrconvert.convert import ablation, rank_allocation
-from lrconvert.convert.rank_allocation import Allocation, Components, Cut
+from lrconvert.convert.rank_allocation import Allocation, Components
 from lrconvert.core.dtypes import Stored
 from lrconvert.core.errors import BudgetError, DataError, OptionError
 from lrconvert.formats import fidelity
@@ -67,8 +67,7 @@ def statistics(model: Any) -> Any:
 
 def whole(lora: LoraAdapter, statistics: Any = None) -> tuple[LoraAdapter, Components]:
     context = FitContext(statistics=statistics)
-    spectra = [svd.singular_values(pair, context.metric(pair)) for pair in lora.targets]
-    return rank_allocation.canonical_pairs(lora, context), rank_allocation.components(lora, spectra, 16)
+    return rank_allocation.canonical_pairs(lora, context), rank_allocation.components(lora, context)
 
 
 def likelihood(model: Any, deltas: dict[str, np.ndarray], batches: list[dict[str, Any]]) -> float:
@@ -255,21 +254,31 @@ def test_numbers_that_are_none(lora: LoraAdapter, model: Any, batches: list[dict
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("bits", ["16", "4"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_without_data_it_is_what_lowrank_chooses(lora: LoraAdapter, statistics: Any, weighted: bool, bits: str) -> None:
+def test_without_data_it_is_what_lowrank_chooses(lora: LoraAdapter, statistics: Any, weighted: bool) -> None:
     known = statistics if weighted else None
-    for ratio in (3.0, 9.5) if bits == "16" else (5.0,):
-        ours = allocate(lora, target_ratio=ratio, statistics=known, bits=bits)
-        theirs = api.convert(lora, "lowrank", target_ratio=ratio, statistics=known, bits=bits)
+    for ratio in (9.5, 60.0):
+        ours = allocate(lora, target_ratio=ratio, statistics=known)
+        theirs = api.convert(lora, "lowrank", target_ratio=ratio, statistics=known)
         assert ours.compact.config == theirs.compact.config and ours.sizes == theirs.sizes
         for name, tensor in theirs.compact.tensors.items():
             assert np.array_equal(ours.compact.tensors[name], tensor)
-    # A budget only says where one order is cut: as many components are the same ones.
-    rank = sum(ours.compact.config.ranks)
-    again = allocate(lora, total_rank=rank, statistics=known, bits=bits, dry_run=True)
-    nearly = np.abs(np.subtract(again.compact.config.ranks, ours.compact.config.ranks))
-    assert sum(again.compact.config.ranks) == rank and nearly.sum() <= 2  # a small one that filled a gap
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_budget_of_ranks_goes_to_the_most_energy_per_number(
+    lora: LoraAdapter, statistics: Any, weighted: bool
+) -> None:
+    """By one sort over the spectra of all modules."""
+    context = FitContext(statistics=statistics if weighted else None)
+    worth = [
+        (s * s / sum(pair.target.matrix_shape), t)
+        for t, pair in enumerate(lora.targets)
+        for s in svd.singular_values(pair, context.metric(pair))
+    ]
+    done = allocate(lora, total_rank=100, statistics=context.statistics, dry_run=True)
+    best = [t for _, t in sorted(worth, reverse=True)[:100]]
+    assert done.compact.config.counts == tuple(np.bincount(best, minlength=len(lora.targets)).tolist())
 
 
 def test_uneven_modules_get_uneven_ranks() -> None:
@@ -277,7 +286,7 @@ def test_uneven_modules_get_uneven_ranks() -> None:
     lora = random_lora([(24, 16), (24, 16)], rank=4, decay=0.5)
     loud = replace(lora.targets[1], scale=20.0)
     done = allocate(replace(lora, targets=(lora.targets[0], loud)), total_rank=4)
-    assert done.compact.config.ranks == (0, 4)
+    assert done.compact.config.counts == (0, 4)
     error = sum(t.error for t in done.fidelity.targets)  # type: ignore[union-attr]
     assert error == pytest.approx(float((dense(lora.targets[0]) ** 2).sum()), rel=1e-3)
 
@@ -287,11 +296,14 @@ def test_budgets_are_met(lora: LoraAdapter, model: Any, batches: list[dict[str, 
     for given in ({}, {"base": model, "data": batches[:1]}):
         for rank in (1, 41, 671):
             done = allocate(lora, total_rank=rank, rounds=2, exact=2, dry_run=True, **given)
-            assert sum(done.compact.config.ranks) == rank and done.fidelity is None
-        for size, bits in ((20_000, "16"), (9_000, "3")):
-            done = allocate(lora, target_size=size, bits=bits, rounds=2, exact=2, **given)
+            assert sum(done.compact.config.counts) == rank and done.fidelity is None
+        coarse = allocate(lora, total_rank=41, bits=4, rounds=2, exact=2, dry_run=True, **given)
+        assert 30 < sum(coarse.compact.config.counts) <= 41
+        assert coarse.sizes.adapter < allocate(lora, total_rank=41, dry_run=True).sizes.adapter / 2
+        for size in (20_000, 5_000):
+            done = allocate(lora, target_size=size, rounds=2, exact=2, **given)
             assert api.write(done.compact, tmp_path / "x.lrc", overwrite=True) == done.sizes
-            assert size - 448 * int(bits) // 8 - 400 < (tmp_path / "x.lrc").stat().st_size <= size
+            assert size - 448 - 400 < (tmp_path / "x.lrc").stat().st_size <= size
             assert api.validate(tmp_path / "x.lrc").ok
     with pytest.raises(BudgetError, match="the smallest possible file has") as caught:
         allocate(lora, target_size=200)
@@ -304,13 +316,13 @@ def test_budgets_are_met(lora: LoraAdapter, model: Any, batches: list[dict[str, 
 
 def test_more_than_there_is(lora: LoraAdapter, model: Any, batches: list[dict[str, Any]]) -> None:
     done = allocate(lora, total_rank=1000, base=model, data=batches)
-    assert sum(done.compact.config.ranks) == 672 and done.ablated == 0
-    assert any("has 672 components" in line for line in done.warnings)
-    assert done.fidelity is not None and done.fidelity.captured > 0.99999
+    assert sum(done.compact.config.counts) == 672 and done.ablated == 0
+    assert any("672 of the 1000 components" in line for line in done.warnings)
+    assert done.fidelity is not None and done.fidelity.captured > 0.9999
     small = random_lora([(24, 16), (16, 40)])
     flat = [replace(pair, b=Stored("F32", np.zeros_like(pair.B))) for pair in small.targets]
-    assert allocate(replace(small, targets=(flat[0], small.targets[1])), total_rank=8).compact.config.ranks == (0, 4)
-    assert allocate(replace(small, targets=tuple(flat)), total_rank=8).compact.config.ranks == (1, 0)
+    assert allocate(replace(small, targets=(flat[0], small.targets[1])), total_rank=8).compact.config.counts == (0, 4)
+    assert allocate(replace(small, targets=tuple(flat)), total_rank=8).compact.config.counts == (1, 0)
 
 
 def test_noise_that_the_data_never_meets_goes_first(
@@ -340,12 +352,12 @@ def test_noise_that_the_data_never_meets_goes_first(
     good = int((scores > 1e-5).sum())  # what is neither useless nor harmful
     assert good > 500
     kept = [
-        allocate(noisy, total_rank=good, dry_run=True, rounds=1, exact=0, **given).compact.config.ranks
+        allocate(noisy, total_rank=good, dry_run=True, rounds=1, exact=0, **given).compact.config.counts
         for given in ({}, {"base": model, "data": batches})
     ]
     assert kept[0][which] == 16 and kept[1][which] == 0
     again = allocate(noisy, total_rank=300, dry_run=True, base=model, data=batches, rounds=2)
-    assert again.compact.config.ranks[which] == 0
+    assert again.compact.config.counts[which] == 0
 
 
 def test_any_set_of_components_is_kept_exactly(lora: LoraAdapter, statistics: Any) -> None:
@@ -355,12 +367,12 @@ def test_any_set_of_components_is_kept_exactly(lora: LoraAdapter, statistics: An
         pairs, parts = whole(lora, known)
         kept = np.random.default_rng(0).random(len(parts.cost)) < 0.3
         kept[parts.owner == 7] = False
-        cut = Cut(parts, lora.shapes(), 16, int(kept.sum()), None)
-        config = cut.config(kept)
-        tensors = methods.get("lowrank").fit(rank_allocation.reduced(pairs, parts, kept), config, context)
+        form, fitted = methods.get("lowrank"), rank_allocation.reduced(pairs, parts, kept)
+        config = form.plan(fitted, form.Options(bits=13), None, context)
+        tensors = form.fit(fitted, config, context)
         compact = replace(api.convert(lora, "lowrank", dry_run=True).compact, config=config, tensors=tensors)
         found = fidelity.fidelity(lora, compact, known)
-        assert [t.rank_after for t in found.targets] == list(config.ranks) and config.ranks[7] == 0
+        assert [t.rank_after for t in found.targets] == list(config.counts) and config.counts[7] == 0
         for t, pair in enumerate(lora.targets):
             f = svd.svd(pair, context.metric(pair))
             goal = (f.U * (f.s * kept[parts.owner == t])) @ f.Vt
@@ -377,7 +389,8 @@ def test_options_that_say_nothing(lora: LoraAdapter) -> None:
     for given, message in (
         ({}, "give one of --total-rank, --target-size and --target-ratio"),
         ({"total_rank": 3, "target_size": 9000}, "give one of --total-rank"),
-        ({"total_rank": 3, "bits": "5"}, "allocate takes 16, 8, 4, 3, 2, 1"),
+        ({"total_rank": 3, "bits": 15}, "--bits is 15; above 0, at most 14"),
+        ({"target_size": 9000, "bits": 5}, "--bits and a size both say"),
         ({"total_rank": 0}, "--total-rank is 0"),
         ({"total_rank": 3, "rounds": 0}, "--rounds is 0"),
         ({"total_rank": 3, "data": ["x.txt"]}, "scores on data need the base"),
@@ -439,10 +452,10 @@ def test_the_command(lora: LoraAdapter, tmp_path: Path) -> None:
 
 
 def test_the_command_without_data(tmp_path: Path) -> None:
-    words = [DEMO / "adapter", "--target-ratio", "20", "--bits", "4", "-o", tmp_path / "x.lrc"]
+    words = [DEMO / "adapter", "--target-ratio", "20", "-o", tmp_path / "x.lrc"]
     shown = invoke(*words)
     assert "by energy" in shown and "ablated" not in shown
-    theirs = api.convert(api.load_lora(DEMO / "adapter"), "lowrank", target_ratio=20, bits="4")
+    theirs = api.convert(api.load_lora(DEMO / "adapter"), "lowrank", target_ratio=20)
     api.write(theirs.compact, tmp_path / "y.lrc")
     assert (tmp_path / "x.lrc").read_bytes() == (tmp_path / "y.lrc").read_bytes()
     assert invoke(*words, "--overwrite", "-q") == ""

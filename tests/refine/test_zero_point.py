@@ -99,7 +99,7 @@ def test_an_update_of_nothing_closes_nothing(case: Any) -> None:
 
 def test_training_of_ranks_and_ablation(case: Any) -> None:
     lora, model, batches = case
-    options: dict[str, Any] = {"rounds": 1, "exact": 1, "moves": 1, "retrain": {"steps": 2, "eval_every": 1}}
+    options: dict[str, Any] = {"rounds": 1, "exact": 1, "retrain": {"steps": 2, "eval_every": 1}}
     done: Any = api.allocate(
         lora, base=model, data=batches, total_rank=4, include=["layer[.s]*0?.*(query|q_proj)"], **options
     )

@@ -135,7 +135,8 @@ def components(lora: LoraAdapter, ranks: Sequence[int], context: FitContext) -> 
         owners.append(np.full(len(places), which))
         energy.append(factors.s[:rank] ** 2)
         for side, rows in zip(sides, both, strict=True):
-            side.setdefault(rows.shape[1], []).append((rows, places))
+            if len(rows):
+                side.setdefault(rows.shape[1], []).append((rows, places))
         context.progress(0.5 * (which + 1) / len(lora.targets), pair.target.name)
     a, b = (tuple(_joined(parts) for parts in side.values()) for side in sides)
     return Components(np.concatenate(owners), np.concatenate(energy), (a, b))
