@@ -27,7 +27,6 @@ _PRICE = 0.05  # of a bit, in squared steps: what a component captures must be w
 _COARSE = 1.4  # between the steps that are tried first
 _PASSED = 0.7  # of the most that is captured: steps that capture less are past the best
 _ROOM = 1 / 400  # of a budget that may stay unused
-_SLOPE = 0.7  # of the step over the size, both as logarithms: where the search goes next
 _CODER = 1.001  # bytes over the ideal number of bits
 _STEP_ERROR = 1 / 256
 
@@ -109,6 +108,8 @@ class _Search:
         places = chosen(self.parts, round_all(self.parts, step), room)
         parts = self.parts.only(places)
         low, high = step / 4, step * 4
+        slope = -parts.numel / 16  # of the bytes over the step's logarithm, before two steps tell
+        last: tuple[float, int] | None = None
         for _ in range(_PASSES if places.size else 0):
             config = self._config(round_all(parts, step), places, step)
             size = budget.size(config)
@@ -120,7 +121,11 @@ class _Search:
             if budget.limit * (1 - _ROOM) - 4 <= size <= budget.limit:
                 break
             low, high = (step, high) if size > budget.limit else (low, step)
-            wanted = step * (size / (budget.limit * (1 - _ROOM / 2))) ** _SLOPE
+            if last is not None and last[1] != config.length:
+                slope = (config.length - last[1]) / math.log(step / last[0])
+            last = step, config.length
+            missing = budget.limit * (1 - _ROOM / 2) - size
+            wanted = step * math.exp(max(-1.0, min(1.0, missing / slope)))
             step = wanted if low < wanted < high else math.sqrt(low * high)
         return best
 
@@ -130,18 +135,17 @@ class _Search:
         finest, step = sample.steps()
         captured: dict[float, float] = {}
 
-        def worth(step: float) -> float:
+        def try_step(step: float) -> bool:
+            """Note what a step captures; true if all components fit at it, or if it is not far past the best."""
             rounded = round_all(sample, step)
-            return float((sample.energy * rounded.share)[chosen(sample, rounded, bits)].sum())
+            captured[step] = float((sample.energy * rounded.share)[chosen(sample, rounded, bits)].sum())
+            return bool(rounded.bits.sum() < bits) or captured[step] > _PASSED * max(captured.values())
 
-        while step > finest:
-            captured[step] = worth(step)
-            if captured[step] < _PASSED * max(captured.values()):
-                break
+        while step > finest and try_step(step):
             step /= _COARSE
         best = max(captured, key=lambda step: captured[step])
         for power in (-0.75, -0.5, -0.25, 0.25, 0.5, 0.75):
-            captured[best * _COARSE**power] = worth(best * _COARSE**power)
+            try_step(best * _COARSE**power)
         return max(captured, key=lambda step: captured[step])
 
     def _smallest(self) -> Config:
