@@ -137,7 +137,7 @@ def _cell(name: str, form: str, share: float) -> dict[str, Any]:
         made, payload = _ternary(lora, goal) if form.startswith("ternary") else _random_columns(lora, goal, seen)
         if made is None:
             return {"refused": f"one column of every target takes {payload} bytes"}
-        compact, overhead = api.convert(made, "lowrank", bits="16").compact, 0
+        compact, overhead = api.convert(made, "lowrank", bits=14).compact, 0
     seconds = time.perf_counter() - start
     (fidelity,) = api.compare(lora, [compact], statistics=held, base=teacher.base, data=teacher.held, max_tokens=0)
     assert fidelity.answers is not None

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from lrconvert.core.errors import BaseError, StatisticsError
 from lrconvert.formats.fidelity import target_key
+from lrconvert.formats.lrc import file
 from lrconvert.io.checkpoint import open_checkpoint
 from lrconvert.live import collect_statistics, statistics
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
@@ -55,6 +56,8 @@ def refitted(
     depend on it; and where data never reached a layer."""
     method = methods.get(compact.method)
     needs_base = methods.needs_base(compact)
+    if compact.method not in methods.module_names():  # an earlier version, which is no longer made
+        return None
     if any(spec.kind == "single" for spec in method.specs(compact.config, compact.targets)):
         return None
     if needs_base and session.base is None:
@@ -66,6 +69,7 @@ def refitted(
             if needs_base and session.base is not None:
                 checkpoint = stack.enter_context(open_checkpoint(session.base))
                 context = replace(context, base=BaseWeights(compact, checkpoint, compact.base.content))
-            return replace(compact, tensors=method.fit(aligned(session.teacher, compact), compact.config, context))
+            lora = aligned(session.teacher, compact)
+            return method.refit(lora, compact, lambda c: file.sizes(replace(compact, config=c)).adapter, context)
     except StatisticsError:
         return None
