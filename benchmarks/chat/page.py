@@ -1,0 +1,98 @@
+"""docs/evidence.md: what was measured, cell by cell, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import cells
+
+from chat.tasks import TASKS
+
+AIMS = {4.0: (99, 97), 1.6: (98, 95), 0.8: (95, 88), 0.4: (91, 80), 0.2: (85, 70)}  # KL closed, gain, per cent
+Rows = Mapping[str, dict[str, Any]]
+
+_HEAD = """# Evidence on a chat model
+
+SmolLM2-135M-Instruct (Llama architecture, tied embeddings, bf16) with LoRAs of rank 16 on all linear layers, trained
+for 300 steps of 512 tokens, the loss on the answers alone. Tasks are questions in its chat template, the instruction as
+the system message. **Defaults of lrconvert are tuned on E2E and TREC only; SST-2, GSM8K and CoLA are for testing.**
+
+- *share*: bytes of the whole file (of a peer: of its numbers alone, without header and names) as a share of the LoRA's
+  factors at 16 bit. A share does not carry across ranks, so *bits a component* stands beside it: the file's bits over
+  the components of all targets of the LoRA.
+- *refit*: with the statistics of texts that trained the LoRA; *refined*: and {steps} steps of distillation, half of
+  the LoRA's own. Trained peers get the same steps, the same distillation, and the best of three rates.
+- *KL closed*: the share of the KL distance between base and LoRA that is closed, at the tokens of the answers of what
+  is held out; in brackets its 95 % interval (1,000 paired bootstrap samples of the texts). *agreement*: how often the
+  first choice is the LoRA's. *gain*: the share of the LoRA's gain in score, with its interval.
+- Scores: BLEU of E2E on lower case words; accuracy among the classes by the first token of the answer; GSM8K:
+  whether an answer has that data set's form (this model is too small to be often right).
+
+Run: `python benchmarks/evidence.py --base BASE{held}`; this page: `--render`. {machine}. Commits of the package:
+{commits}.
+
+Aims on the test tasks, lower bounds of the refined: {aims}.
+"""
+
+
+def page(done: Rows) -> str:
+    """Return the page of these cells."""
+    shown = {name: row for name, row in done.items() if "closed" in row or "refused" in row}
+    settings = [row["setting"] for row in shown.values()]
+    held = sorted({s["held"] for s in settings})
+    head = _HEAD.format(
+        steps=" or ".join(map(str, sorted({s["steps"] for s in settings}))) or "150",
+        held=f" --held {held[0]}" if len(held) == 1 and held[0] < 100_000 else "",
+        machine="; ".join(sorted({row["machine"] for row in shown.values()})) or "Nothing was run",
+        commits=", ".join(sorted({f"`{row['commit']}`" for row in shown.values()})) or "none",
+        aims="; ".join(
+            f"{kl} % of the KL and {gain} % of the gain at {share:g} %" for share, (kl, gain) in AIMS.items()
+        ),
+    )
+    return "\n".join([head, *(part for name in TASKS for part in _section(name, shown))]).rstrip() + "\n"
+
+
+def _section(name: str, done: Rows) -> list[str]:
+    task = TASKS[name]
+    own = sorted((row for row in done.values() if row["setting"]["task"] == name), key=_place)
+    title = f"## {task.title} ({'for testing' if task.purpose == 'test' else 'for tuning'})\n"
+    if not own:
+        return [title, "Not run.\n"]
+    measured = next((row for row in own if "closed" in row), None)
+    about = ""
+    if measured is not None:
+        base, goal, _ = measured["scores"]
+        about = (
+            f"{measured['texts']} texts held out, {measured['items']:,} tokens of answers; {task.score_name} of the "
+            f"base {_score(task.score_name, base)}, with the LoRA {_score(task.score_name, goal)}; the base's first "
+            f"choice is the LoRA's at {measured['base_agreement']:.1%}, their KL is {measured['base_kl']:.3f} nats.\n"
+        )
+    head = ["size, form", "bytes", "bits a component", "KL closed", "agreement", task.score_name, "gain", "CPU time"]
+    return [title, about, cells.markdown(head, [_row(task.score_name, row) for row in own]) + "\n"]
+
+
+def _place(row: dict[str, Any]) -> tuple[Any, ...]:
+    setting = row["setting"]
+    return (-setting["share"], setting["mode"] != "refit", -row.get("closed", [-9.0])[0], setting["seed"])
+
+
+def _row(score_name: str, row: dict[str, Any]) -> list[str]:
+    setting = row["setting"]
+    seed = f", seed {setting['seed']}" if setting["seed"] else ""
+    title = f"{setting['share']:g} %, {setting['form']}, {setting['mode']}{seed}"
+    if "closed" not in row:
+        return [title, "too small", "", "", "", "", "", ""]
+    closed, gain = (_interval(row[name]) for name in ("closed", "gain"))
+    score, seconds = _score(score_name, row["scores"][2]), f"{row['cpu_seconds']:.0f} s"
+    shown = [f"{row['bytes']:,}", f"{row['bits_per_component']:.1f}", closed, f"{row['agreement'][0]:.1%}"]
+    return [title, *shown, score, gain, seconds]
+
+
+def _interval(values: list[float]) -> str:
+    share, low, high = values
+    return f"{share:.1%} ({low:.1%} to {high:.1%})"
+
+
+def _score(name: str, value: float) -> str:
+    return f"{100 * value:.1f}" if name == "BLEU" else f"{value:.1%}"

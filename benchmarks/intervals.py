@@ -1,0 +1,34 @@
+"""Paired bootstrap intervals of shares: both sums of a share are over the same texts, drawn again together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+SAMPLES = 1000
+
+
+def draws(texts: int) -> np.ndarray:
+    """Return how often each text is in each sample, (samples, texts). The same for equal counts, so that what is
+    measured of several adapters is paired."""
+    return np.random.default_rng(0).multinomial(texts, np.full(texts, 1 / texts), SAMPLES).astype(np.float64)
+
+
+def interval(value: Callable[[np.ndarray], np.ndarray], texts: int) -> list[float]:
+    """Return a value and its 95 % interval. `value` takes weights of texts (samples, texts) and gives (samples,)."""
+    values = np.concatenate([value(np.ones((1, texts))), value(draws(texts))])
+    with np.errstate(invalid="ignore"):
+        low, high = np.nanquantile(values[1:], [0.025, 0.975])
+    return [round(float(x), 4) for x in (values[0], low, high)]
+
+
+def share(over: np.ndarray, under: np.ndarray, *, one_minus: bool = False) -> list[float]:
+    """Return the sum of `over` (texts,) as a share of that of `under`, or what is missing to 1, with its interval."""
+
+    def value(weights: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            shares = (weights @ over) / (weights @ under)
+        return 1 - shares if one_minus else shares
+
+    return interval(value, len(over))
