@@ -15,7 +15,7 @@ from lrconvert.core.errors import StatisticsError
 from lrconvert.lora import statistics_file
 
 KEY = "lrconvert-refinement-partial"
-_DTYPES = {"float32": "F32", "float64": "F64", "int64": "I64", "uint32": "U32", "uint8": "U8"}
+_DTYPES = {"float32": "F32", "float64": "F64", "int64": "I64", "int32": "I32", "uint32": "U32", "uint8": "U8"}
 
 
 @dataclass
