@@ -10,6 +10,31 @@ from .parts import Factors, Manifest, Payload, Tensors, shapes_of
 
 
 def expand(manifest: Manifest, tensors: Tensors) -> Factors:
+    return {1: version_1, 2: version_2}[manifest["method"]["version"]](manifest, tensors)
+
+
+def version_2(manifest: Manifest, tensors: Tensors) -> Factors:
+    config, payload, shapes = manifest["method"]["config"], Payload(manifest, tensors), shapes_of(manifest)
+    counts = payload.index("counts", config["max_count"] + 1, len(shapes)).tolist()
+    assert max(counts) == config["max_count"] and sum(counts) == config["components"]
+    models = payload.index("models", 64, config["components"], 2).tolist()
+    gains = iter(payload.half("gains", config["components"]).astype(np.float32))
+    sides = [(inner, out) for (out, inner), count in zip(shapes, counts, strict=True) for _ in range(count)]
+    rows = [row for pair, lengths in zip(models, sides, strict=True) for row in zip(pair, lengths, strict=True)]
+    numbers = payload.coded("codes", config["length"], rows).astype(np.float32)
+    payload.end()
+    factors, at = [], 0
+    for (out, inner), count in zip(shapes, counts, strict=True):
+        a, b = np.zeros((count, inner), np.float32), np.zeros((out, count), np.float32)
+        for j in range(count):
+            a[j] = next(gains) * numbers[at : at + inner]
+            b[:, j] = numbers[at + inner : at + inner + out]
+            at += inner + out
+        factors.append((a, b))
+    return factors
+
+
+def version_1(manifest: Manifest, tensors: Tensors) -> Factors:
     config, payload, shapes = manifest["method"]["config"], Payload(manifest, tensors), shapes_of(manifest)
     levels, group = config["levels"], config["group_size"]
     counts = payload.index("counts", config["max_count"] + 1, len(shapes), len(levels)).tolist()

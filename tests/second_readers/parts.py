@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from . import coded
+
 Manifest = Mapping[str, Any]
 Tensors = Mapping[str, bytes]
 Factors = list[tuple[np.ndarray, np.ndarray]]
@@ -98,6 +100,12 @@ class Payload:
         spelled = math.frexp(largest)[1] - 1 - 14 + exponent  # floor(log2 m) - 14
         assert exponent == (max(-96, min(96, spelled)) if largest else 0)
         return (stored * 2.0**exponent).reshape(shape)
+
+    def coded(self, name: str, length: int, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        """The values of rows (model, how many): integers (coded-v1.md)."""
+        data = self.take(name, (sum(count for _, count in rows),))
+        assert len(data) == length
+        return np.array([coded.value(q) for q in coded.decode(data, rows)], np.int64)
 
     def single(self, name: str, *shape: int) -> np.ndarray:
         """In float64."""
