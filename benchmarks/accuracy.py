@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import cells
+import intervals
 import numpy as np
 import teachers
 from forms import converted, statistics_of
@@ -45,7 +46,6 @@ MODES = ("refit", "refined", "from scratch")
 VIT_SHARE = 8.0  # a LoRA of 1,024 numbers
 VIT_FORMS = ("lowrank", "vblora", "nola")
 _FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
-_SAMPLES = 1000
 
 
 # --- answers --------------------------------------------------------------------------------------------------------
@@ -132,19 +132,14 @@ def _scores(base: Answers, goal: Answers, ours: Answers) -> dict[str, Any]:
     items = by_text(np.ones(len(base.texts)))
     far, near = by_text(kl(base)), by_text(kl(ours))
     same = by_text((ours.logs.argmax(1) == goal.logs.argmax(1)).astype(np.float64))
-    rng = np.random.default_rng(0)
-    weights = rng.multinomial(texts, np.full(texts, 1 / texts), _SAMPLES).astype(np.float64)
-
-    def interval(over: np.ndarray, under: np.ndarray, one_minus: bool = False) -> list[float]:
-        shares = np.concatenate([[over.sum() / under.sum()], (weights @ over) / (weights @ under)])
-        shares = 1 - shares if one_minus else shares
-        low, high = np.quantile(shares[1:], [0.025, 0.975])
-        return [round(float(x), 4) for x in (shares[0], low, high)]
-
-    scores = {"closed": interval(near, far, True), "agreement": interval(same, items), "items": len(base.texts)}
+    scores = {"closed": intervals.share(near, far, one_minus=True), "agreement": intervals.share(same, items)}
+    scores |= {"items": len(base.texts)}
     if (base.labels >= 0).all():
         before, after, now = (by_text(hits(answers)) for answers in (base, goal, ours))
-        scores |= {"gain": interval(now - before, after - before), "accuracy": round(float(now.sum() / texts), 4)}
+        scores |= {
+            "gain": intervals.share(now - before, after - before),
+            "accuracy": round(float(now.sum() / texts), 4),
+        }
         scores |= {"accuracies": [round(float(x.sum() / texts), 4) for x in (before, after)]}
     return scores
 

@@ -33,6 +33,7 @@ from chat.page import page
 NAME = "evidence"
 SHARES = (4.0, 1.6, 0.8, 0.4, 0.2)
 FORMS = ("lowrank", "vblora", "nola", "sbora or bone")
+_PLAIN = " without statistics"
 PEERS = ("SVD at int8", "SVD at int4", "SVD at 2 bit", "LoRAQuant", "LoRA-XS", "Uni-LoRA")
 TRAINED_PEERS = ("LoRA-XS", "Uni-LoRA")
 ORDER = ("e2e", "sst2", "trec", "gsm8k", "cola")  # of worth, as sizes below
@@ -163,10 +164,9 @@ def _refit(run: Run, teacher: Teacher, lora: Any, setting: Setting) -> tuple[Any
     kept = teacher.folder / f"{setting.form.replace(' ', '-')}-{setting.share}-{setting.code}.lrc"
     if not kept.exists():
         size = int(lora.half_bytes * setting.share / 100)
-        methods = {"sbora or bone": (("sbora", {}), ("bone", {"shard": "auto"}))}.get(
-            setting.form, ((setting.form, {}),)
-        )
-        statistics = statistics_of(run, teacher)
+        form = setting.form.removesuffix(_PLAIN)
+        methods = {"sbora or bone": (("sbora", {}), ("bone", {"shard": "auto"}))}.get(form, ((form, {}),))
+        statistics = statistics_of(run, teacher) if form == setting.form else None
         made, refused = [], []
         for method, options in methods:
             try:
@@ -266,6 +266,7 @@ def settings(run: Run) -> Iterator[Setting]:
     for names in (ORDER[:2], ORDER[2:]):
         yield from rows(names, first, ("refit",), (0,))
         yield from rows(names, fixed, ("refit",), (0,))
+        yield from rows(names, [form + _PLAIN for form in first], ("refit",), (0,))
         yield from rows(names, first, ("refined",), (0,))
         yield from rows(names, FORMS[2:], ("refit",), (0,))
         yield from rows(names, TRAINED_PEERS, ("refined",), (0,))

@@ -16,10 +16,13 @@ def draws(texts: int) -> np.ndarray:
 
 
 def interval(value: Callable[[np.ndarray], np.ndarray], texts: int) -> list[float]:
-    """Return a value and its 95 % interval. `value` takes weights of texts (samples, texts) and gives (samples,)."""
+    """Return a value and its 95 % interval, of the samples where it is finite; zeros if it is nowhere. `value` takes
+    weights of texts (samples, texts) and gives (samples,)."""
     values = np.concatenate([value(np.ones((1, texts))), value(draws(texts))])
-    with np.errstate(invalid="ignore"):
-        low, high = np.nanquantile(values[1:], [0.025, 0.975])
+    samples = values[1:][np.isfinite(values[1:])]
+    if not len(samples) or not np.isfinite(values[0]):
+        return [0.0, 0.0, 0.0]
+    low, high = np.quantile(samples, [0.025, 0.975])
     return [round(float(x), 4) for x in (values[0], low, high)]
 
 

@@ -60,7 +60,7 @@ def measure(model: Any, tokenizer: Any, held: Held, goal: np.ndarray, *, scored:
     far, first, score, at = [], [], np.zeros((len(held.examples), 2)), 0
     starts = np.concatenate([[0], np.cumsum([len(held.tokens[n].ids) - held.tokens[n].prompt for n in held.order])])
     rank_of_item = {int(start): n for start, n in zip(starts, held.order, strict=False)}
-    choices = [tokenizer(name)["input_ids"][0] for name in held.task.classes]
+    choices = [tokenizer(name, add_special_tokens=False)["input_ids"][0] for name in held.task.classes]
     if len(set(choices)) < len(choices):
         raise ValueError(f"two classes of {held.task.name} begin with the same token")
     for batch in logs(model, tokenizer, held):

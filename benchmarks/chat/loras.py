@@ -41,8 +41,8 @@ def write_examples(path: Path, tokenizer: Any, task: Task, examples: Sequence[Ex
 
 def tokens_of(tokenizer: Any, task: Task, example: Example) -> Tokens:
     """Return an example in tokens, the end of the turn being the last of them."""
-    prompt = tokenizer(prompt_of(tokenizer, task, example.text))["input_ids"]
-    answer = tokenizer(example.answer)["input_ids"]
+    prompt = tokenizer(prompt_of(tokenizer, task, example.text), add_special_tokens=False)["input_ids"]
+    answer = tokenizer(example.answer, add_special_tokens=False)["input_ids"]
     return Tokens((*prompt, *answer, tokenizer.eos_token_id), len(prompt))
 
 
