@@ -21,8 +21,9 @@ the system message. **Defaults of lrconvert are tuned on E2E and TREC only; SST-
 - *share*: bytes of the whole file (of a peer: of its numbers alone, without header and names) as a share of the LoRA's
   factors at 16 bit. A share does not carry across ranks, so *bits a component* stands beside it: the file's bits over
   the components of all targets of the LoRA.
-- *refit*: with the statistics of texts that trained the LoRA, where the form does not say without; *refined*: and {steps} steps of distillation, half of
-  the LoRA's own. Trained peers get the same steps, the same distillation, and the best of three rates.
+- *refit*: with the statistics of texts that trained the LoRA, where the form does not say without; *refined*: and
+  {steps} steps of distillation, half of the LoRA's own. Trained peers get the same steps, the same distillation, and
+  the best of three rates, whose trial is a part of the steps. Peers by refit use no data.
 - *KL closed*: the share of the KL distance between base and LoRA that is closed, at the tokens of the answers of what
   is held out; in brackets its 95 % interval (1,000 paired bootstrap samples of the texts). *agreement*: how often the
   first choice is the LoRA's. *gain*: the share of the LoRA's gain in score, with its interval.
