@@ -30,8 +30,8 @@ the system message. **Defaults of lrconvert are tuned on E2E and TREC only; SST-
 - Scores: BLEU of E2E on lower case words; accuracy among the classes by the first token of the answer; GSM8K:
   whether an answer has that data set's form (this model is too small to be often right).
 
-Run: `python benchmarks/evidence.py --base BASE{held}`; this page: `--render`. {machine}. Commits of the package:
-{commits}.
+Run: `python benchmarks/evidence.py --base BASE`{held}, one thread; this page: `--render`. {machine}, shared with other
+work, so that times are of the processor. Commits of the package: {commits}.
 
 Aims on the test tasks, lower bounds of the refined: {aims}.
 """
@@ -41,10 +41,12 @@ def page(done: Rows) -> str:
     """Return the page of these cells."""
     shown = {name: row for name, row in done.items() if "closed" in row or "refused" in row}
     settings = [row["setting"] for row in shown.values()]
-    held = sorted({s["held"] for s in settings})
+    held: dict[int, set[str]] = {}
+    for setting in settings:
+        held.setdefault(setting["held"], set()).add(setting["task"])
     head = _HEAD.format(
         steps=" or ".join(map(str, sorted({s["steps"] for s in settings}))) or "150",
-        held=f" --held {held[0]}" if len(held) == 1 and held[0] < 100_000 else "",
+        held="".join(f" (`--held {n}` for {', '.join(sorted(names))})" for n, names in sorted(held.items())),
         machine="; ".join(sorted({row["machine"] for row in shown.values()})) or "Nothing was run",
         commits=", ".join(sorted({f"`{row['commit']}`" for row in shown.values()})) or "none",
         aims="; ".join(
