@@ -82,7 +82,8 @@ class Setting:
 
 def code_commit() -> str:
     """Return the commit that last changed what is measured."""
-    words = ["git", "log", "-1", "--format=%h", "--", "lrconvert", "benchmarks/chat"]
+    places = ("lrconvert", "benchmarks/chat", ":!benchmarks/chat/page.py")
+    words = ["git", "log", "-1", "--format=%h", "--", *places]
     done = subprocess.run(words, cwd=cells.ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 
