@@ -39,6 +39,8 @@ from lrconvert.io.checkpoint import INDEX_NAME, JOURNAL, open_checkpoint
 from lrconvert.io.container import encode_header
 from lrconvert.lora import statistics_file
 from lrconvert.lora.adapter import LoraAdapter
+from lrconvert.lora.coded import stream
+from lrconvert.lora.coded.models import COUNT
 from lrconvert.lora.input_statistics import Input, InputStatistics, Moment
 from lrconvert.merge.in_place.recover import recover
 from lrconvert.merge.signed_json import sign
@@ -93,6 +95,27 @@ def _own() -> Surface:
 
     golden = [path.read_bytes() for path in sorted((FIXTURES / "golden").rglob("*.lrc"))]
     return Surface([{"x.lrc": data} for data in golden if len(data) < 1 << 15], check, _signed("x.lrc", "lrconvert"))
+
+
+def _coded() -> Surface:
+    """Streams of coded integers, with their rows: refused, or encoded to the same bytes."""
+
+    def check(place: Path, files: Folder) -> None:
+        data = files["rows"]
+        rows = [
+            (data[at] % COUNT, 1 + int.from_bytes(data[at + 1 : at + 4], "little")) for at in range(0, len(data), 4)
+        ]
+        with contextlib.suppress(LrcError):
+            assert stream.encode(stream.decode(files["codes"], rows), rows) == files["codes"]
+
+    seeds, rng = [], np.random.default_rng(0)
+    for models, count in (((0, 5), 300), ((10, 19, 63), 40), ((14,), 5000), ((12,), 120_000)):
+        rows = [(k, count) for k in models]
+        sigma = np.repeat([2 ** ((k - 10) / 4) for k in models], count)
+        numbers = np.rint(rng.standard_normal(len(sigma)) * sigma * rng.choice([1, 50], len(sigma), p=[0.99, 0.01]))
+        spelled_rows = b"".join(bytes([k]) + (n - 1).to_bytes(3, "little") for k, n in rows)
+        seeds.append({"rows": spelled_rows, "codes": stream.encode(numbers.astype(np.int32), rows)})
+    return Surface(seeds, check)
 
 
 def _statistics() -> Surface:
@@ -456,6 +479,7 @@ NEED_TORCH = ("pickle", "record", "journal", "resume", "reader nola")
 SURFACES: dict[str, Callable[[], Surface]] = {
     "container": _container,
     "own files": _own,
+    "coded": _coded,
     "statistics": _statistics,
     "json": _json,
     "index": _index,

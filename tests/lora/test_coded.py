@@ -17,6 +17,7 @@ from second_readers import coded as second
 from lrconvert.core import errors, limits
 from lrconvert.lora import packing
 from lrconvert.lora.coded import rans, stream
+from lrconvert.lora.coded.choice import best_models
 from lrconvert.lora.coded.models import COUNT, ESCAPE, LARGEST, TOTAL, models
 
 KAT = second.KAT
@@ -227,23 +228,29 @@ def test_length_is_nearly_ideal(k):
         symbols = rng.choice(ESCAPE + 1, count, p=model.frequencies / TOTAL)
         symbols[symbols == ESCAPE] = LARGEST
         numbers = (symbols - LARGEST << model.shift) + rng.integers(1 << model.shift, size=count)
-        ideal = float(stream.bits_of(numbers[None].astype(np.int32))[0, k]) / 8
+        ideal = (float(model.bits[symbols].sum()) + count * model.shift) / 8
         assert ideal - 1 <= len(stream.encode(numbers.astype(np.int32), [(k, count)])) <= 1.015 * ideal + 6
 
 
-def test_bits_of_rows():
-    """Those of the symbols by their frequencies, and all bits beside them."""
-    numbers = np.array([[0, 1, -2, 40], [5, 1000, -100_000, LAST]], np.int32)
-    lengths = stream.bits_of(numbers)
-    for row, expected in zip(numbers.tolist(), lengths, strict=True):
-        for k in range(COUNT):
-            bits = 0.0
-            for q in row:
-                h = q // 2 ** second.shift_of(k)
-                held = abs(h) <= 31 and second.frequencies(k)[h + 31]
-                bits += 16 - math.log2(held or second.frequencies(k)[ESCAPE])
-                bits += second.shift_of(k) if held else stream.WIDE
-            assert abs(bits - expected[k]) < 1e-9
+def ideal_bits(row: list[int], k: int) -> float:
+    """Of the symbols by their frequencies, and all bits beside them."""
+    bits = 0.0
+    for q in row:
+        h = q // 2 ** second.shift_of(k)
+        held = second.frequencies(k)[h + 31] if abs(h) <= 31 else 0
+        bits += 16 - math.log2(held or second.frequencies(k)[ESCAPE])
+        bits += second.shift_of(k) if held else stream.WIDE
+    return bits
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.05, 0.4, 2, 3.5, 4.5, 30, 2000, 50_000])
+def test_the_best_model_is_the_shortest_of_all(sigma):
+    rng = np.random.default_rng(2)
+    rows = np.clip(np.rint(rng.standard_normal((3, 300)) * sigma), -LAST, LAST).astype(np.int32)
+    best, lengths = best_models(rows)
+    for row, model, length in zip(rows.tolist(), best.tolist(), lengths.tolist(), strict=True):
+        ideal = [ideal_bits(row, k) for k in range(COUNT)]
+        assert abs(length - ideal[model]) < 1e-6 * length and ideal[model] <= min(ideal) * 1.001
 
 
 # --- bounds ---------------------------------------------------------------------------------------------------------

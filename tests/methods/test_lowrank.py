@@ -15,7 +15,6 @@ from lrconvert.core.dtypes import Stored
 from lrconvert.core.errors import BudgetError, CanonicalError, OptionError
 from lrconvert.formats.lrc import file
 from lrconvert.lora.adapter import LoraAdapter, LoraTarget, Target
-from lrconvert.lora.coded.models import models
 from lrconvert.methods import base as methods
 from lrconvert.methods.base import FitContext
 from lrconvert.methods.lowrank import METHOD
@@ -23,7 +22,6 @@ from lrconvert.methods.lowrank.plan import LowRankOptions, chosen
 from lrconvert.methods.lowrank.rounding import (
     LARGEST_INTEGER,
     Components,
-    best_models,
     components,
     integers,
     round_all,
@@ -175,17 +173,6 @@ def test_a_sample_stands_for_all() -> None:
     step = 0.2 * parts.steps()[1]
     whole, some = (round_all(p, step).bits.sum() for p in (parts, parts.sampled(30_000)))
     assert abs(some / whole - 1) < 0.1
-
-
-@pytest.mark.parametrize("sigma", [0.05, 0.3, 1, 5, 40, 3000])
-def test_the_best_model_is_the_shortest_of_all(sigma: float) -> None:
-    codes = np.rint(np.random.default_rng(2).standard_normal((3, 400)) * sigma).astype(np.int32)
-    best, length = best_models(codes)
-    from lrconvert.lora.coded import stream
-
-    for row, model, bits in zip(codes, best.tolist(), length, strict=True):
-        real = [8 * len(stream.encode(row, [(k, len(row))])) for k in range(len(models()))]
-        assert real[model] <= min(real) + 16 and abs(real[model] - bits) < 80
 
 
 def test_integers_round_with_a_dead_zone() -> None:

@@ -66,7 +66,7 @@ def _model(k: int, half: list[int]) -> Model:
     return Model(shift, frequencies, starts[:-1])
 
 
-@lru_cache(maxsize=COUNT)
-def slots(k: int) -> Array:
-    """Return the symbol of each of the 2^16 slots of the model k, uint8."""
-    return np.repeat(np.arange(SYMBOLS, dtype=np.uint8), models()[k].frequencies)
+@lru_cache(maxsize=1)
+def shifts() -> Array:
+    """Return the low bits that every model leaves out, int32 (64,)."""
+    return np.array([model.shift for model in models()], np.int32)

@@ -52,7 +52,7 @@ def _coding() -> tuple[Array, Array]:
     )
 
 
-def keys(symbols: Array, which: Array | np.uint8) -> Array:
+def keys(symbols: Array, which: Array) -> Array:
     """Return ``64 k + s``, uint16, of symbols under their models: where they stand in tables of all models."""
     return np.asarray(np.uint16(SYMBOLS) * which + symbols)
 

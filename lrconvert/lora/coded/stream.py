@@ -13,11 +13,11 @@ from functools import lru_cache
 
 import numpy as np
 
-from lrconvert.core.dtypes import F64, Array
+from lrconvert.core.dtypes import Array
 from lrconvert.core.errors import CanonicalError, LimitError, ValueRangeError
 from lrconvert.core.limits import MAX_CODED
 from lrconvert.lora.coded import rans
-from lrconvert.lora.coded.models import COUNT, ESCAPE, LARGEST, SYMBOLS, models
+from lrconvert.lora.coded.models import ESCAPE, LARGEST, SYMBOLS, models, shifts
 
 Rows = Sequence[tuple[int, int]]  # (model, how many numbers) of each row
 
@@ -41,17 +41,6 @@ def check_count(rows: Rows, nbytes: int | None = None) -> None:
         raise LimitError(f"a coded tensor of {count} numbers; {MAX_CODED} are allowed")
     if nbytes is not None and count > nbytes * _MOST_PER_BYTE:
         raise LimitError(f"a coded tensor of {count} numbers in {nbytes} bytes; {_MOST_PER_BYTE} a byte are allowed")
-
-
-def bits_of(numbers: Array) -> F64:
-    """Return the length in bits of each row of integers (rows, n) under each model, (rows, 64): ideal for symbols,
-    exact for the rest."""
-    lengths = np.empty((len(numbers), COUNT), np.float64)
-    for k, model in enumerate(models()):
-        symbols = _symbols(numbers, np.uint8(k))
-        wide = np.where(symbols == ESCAPE, WIDE, model.shift)
-        lengths[:, k] = (model.bits[symbols] + wide).sum(1)
-    return lengths
 
 
 def encode(numbers: Array, rows: Rows) -> bytes:
@@ -103,23 +92,17 @@ def decode(data: bytes, rows: Rows) -> Array:
 
 
 @lru_cache(maxsize=1)
-def _shifts() -> Array:
-    """The low bits that each model leaves out, int32 (64,)."""
-    return np.array([model.shift for model in models()], np.int32)
-
-
-@lru_cache(maxsize=1)
 def _symbol_tables() -> tuple[Array, Array]:
     """At `rans.keys`: whether a model holds a symbol, and how many bits beside it the number has, uint8."""
     held = np.concatenate([model.frequencies > 0 for model in models()])
-    lengths = np.repeat(_shifts().astype(np.uint8), SYMBOLS)
+    lengths = np.repeat(shifts().astype(np.uint8), SYMBOLS)
     lengths[ESCAPE::SYMBOLS] = WIDE
     return held, lengths
 
 
-def _symbols(numbers: Array, which: Array | np.uint8) -> Array:
+def _symbols(numbers: Array, which: Array) -> Array:
     """The symbol of every number under its model, uint8."""
-    high = numbers >> _shifts()[which]
+    high = numbers >> shifts()[which]
     symbols = np.where(np.abs(high) <= LARGEST, high + LARGEST, ESCAPE).astype(np.uint8)
     held, _ = _symbol_tables()
     return np.where(held[rans.keys(symbols, which)], symbols, np.uint8(ESCAPE))
@@ -128,7 +111,7 @@ def _symbols(numbers: Array, which: Array | np.uint8) -> Array:
 def _numbers(symbols: Array, which: Array, low: Array) -> Array:
     """The numbers, int32, of symbols and of the bits beside them. Raise E-CANON for a number that is escaped without
     need, E-VALUE for one out of range."""
-    numbers = np.asarray((symbols.astype(np.int32) - LARGEST << _shifts()[which]) + low)
+    numbers = np.asarray((symbols.astype(np.int32) - LARGEST << shifts()[which]) + low)
     escaped = np.flatnonzero(symbols == ESCAPE)
     if escaped.size:
         sign = 1 << WIDE - 1

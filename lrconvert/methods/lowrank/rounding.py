@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
 from lrconvert.core.dtypes import F32, F64, Array
 from lrconvert.lora import svd
 from lrconvert.lora.adapter import LoraAdapter, LoraTarget
-from lrconvert.lora.coded.models import COUNT, ESCAPE, LARGEST, models
-from lrconvert.lora.coded.stream import LARGEST_INTEGER, WIDE
+from lrconvert.lora.coded.choice import best_models
+from lrconvert.lora.coded.stream import LARGEST_INTEGER
 from lrconvert.lora.packing import coded_values
 from lrconvert.lora.svd import Factors
 from lrconvert.methods.base import FitContext
@@ -24,7 +23,6 @@ from lrconvert.methods.base import FitContext
 DEAD_ZONE = 0.6  # of a step; numbers up to it become 0
 SIDE_BITS = 28  # of a component beside its numbers: a gain and two models
 _AT_ONCE = 1 << 20  # numbers that are rounded at once
-_NEAR = 2  # wide models to either side of the one of the same deviation that are tried
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,48 +167,3 @@ def round_all(parts: Components, step: float) -> Rounded:
             bits[side.places] += length * side.every
             models[side.places, number] = best
     return Rounded(share, bits, models)
-
-
-def best_models(codes: Array) -> tuple[Array, F64]:
-    """Return the model (n,) under which each row of integers (n, d) is shortest, and how many bits (n,) that is."""
-    magnitudes = np.abs(codes)
-    narrow = np.flatnonzero(shifts() == 0)
-    lengths = _histograms(magnitudes) @ _bits_of_classes()[:, narrow]
-    best, shortest = narrow[np.argmin(lengths, axis=1)], lengths.min(axis=1)
-    sizes = np.sqrt(np.einsum("nd,nd->n", codes, codes, dtype=np.float64) / codes.shape[1])
-    middle = np.rint(4 * np.log2(np.maximum(sizes, 1)) + 10).astype(np.int64)
-    wide = np.flatnonzero(middle > narrow[-1] - _NEAR)
-    for offset in range(-_NEAR, _NEAR + 1):
-        tried = np.clip(middle + offset, narrow[-1] + 1, COUNT - 1)
-        for model in np.unique(tried[wide]):
-            rows = wide[tried[wide] == model]
-            shift = int(shifts()[model])
-            high = codes[rows] >> shift
-            length = _histograms(np.where(high < 0, -1 - high, high)) @ _bits_of_classes()[:, model]
-            length += codes.shape[1] * shift
-            better = length < shortest[rows]
-            best[rows[better]], shortest[rows[better]] = model, length[better]
-    return best, shortest
-
-
-def _histograms(classes: Array) -> F64:
-    """How often each class 0, 1, ... LARGEST, and any larger one, occurs in every row (n, d)."""
-    count, width = len(classes), LARGEST + 2
-    places = np.minimum(classes, LARGEST + 1) + np.arange(count, dtype=np.int64)[:, None] * width
-    return np.bincount(places.reshape(-1), minlength=count * width).reshape(count, width).astype(np.float64)
-
-
-@lru_cache(maxsize=1)
-def shifts() -> Array:
-    """Return the low bits that every model leaves out."""
-    return np.array([model.shift for model in models()])
-
-
-@lru_cache(maxsize=1)
-def _bits_of_classes() -> F64:
-    """Bits of a symbol of each class under every model (classes, models), low bits not counted; a symbol that a model
-    does not hold is escaped."""
-    bits = np.stack([model.bits for model in models()], axis=1)
-    escaped = bits[ESCAPE] + WIDE
-    classes = np.concatenate([bits[LARGEST : 2 * LARGEST + 1], np.full((1, COUNT), np.inf)])
-    return np.where(np.isfinite(classes), classes, escaped)

@@ -1,0 +1,48 @@
+"""The model under which a row of integers is shortest, by ideal lengths of its symbols."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from lrconvert.core.dtypes import F64, Array
+from lrconvert.lora.coded.models import COUNT, ESCAPE, LARGEST, models, shifts
+from lrconvert.lora.coded.stream import WIDE
+
+_NEAR = 2  # wide models to either side of the one of the same deviation that are tried
+
+
+def best_models(codes: Array) -> tuple[Array, F64]:
+    """Return the model (n,) under which each row of integers (n, d) is shortest, and how many bits (n,) that is."""
+    magnitudes = np.abs(codes)
+    narrow = np.flatnonzero(shifts() == 0)
+    lengths = _histograms(magnitudes) @ _bits_of_classes()[:, narrow]
+    best, shortest = narrow[np.argmin(lengths, axis=1)], lengths.min(axis=1)
+    sizes = np.sqrt(np.einsum("nd,nd->n", codes, codes, dtype=np.float64) / codes.shape[1])
+    middle = np.rint(4 * np.log2(np.maximum(sizes, 1)) + 10).astype(np.int64)
+    wide = np.flatnonzero(middle > narrow[-1] - _NEAR)
+    for offset in range(-_NEAR, _NEAR + 1):
+        tried = np.clip(middle + offset, narrow[-1] + 1, COUNT - 1)
+        for model in np.unique(tried[wide]):
+            rows = wide[tried[wide] == model]
+            high = codes[rows] >> shifts()[model]
+            length = _histograms(np.where(high < 0, -1 - high, high)) @ _bits_of_classes()[:, model]
+            better = length < shortest[rows]
+            best[rows[better]], shortest[rows[better]] = model, length[better]
+    return best, shortest
+
+
+def _histograms(classes: Array) -> F64:
+    """How often each class 0, 1, ... LARGEST, and any larger one, occurs in every row (n, d)."""
+    count, width = len(classes), LARGEST + 2
+    places = np.minimum(classes, LARGEST + 1) + np.arange(count, dtype=np.int64)[:, None] * width
+    return np.bincount(places.reshape(-1), minlength=count * width).reshape(count, width).astype(np.float64)
+
+
+@lru_cache(maxsize=1)
+def _bits_of_classes() -> F64:
+    """Bits of a number of each class under every model (classes, models); what a model does not hold is escaped."""
+    bits = np.stack([model.bits for model in models()], axis=1)
+    classes = np.concatenate([bits[LARGEST : 2 * LARGEST + 1] + shifts(), np.full((1, COUNT), np.inf)])
+    return np.where(np.isfinite(classes), classes, bits[ESCAPE] + WIDE)
