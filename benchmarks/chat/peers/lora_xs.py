@@ -29,6 +29,7 @@ def trained(
     if rank == 0:
         raise ValueError(f"LoRA-XS takes at least {2 * len(lora.targets)} bytes")
     weights = dict(load_model(base).named_parameters())
+    torch.manual_seed(0)  # the search for singular vectors begins at random ones
     frames, cores = [], []
     for pair in lora.targets:
         weight = weights[pair.target.name].detach().double()
