@@ -17,6 +17,7 @@ from lrconvert.lora.base_weights import BLOCK, BaseWeights
 from lrconvert.lora.fingerprint import fingerprint
 from lrconvert.methods import base as methods
 from lrconvert.testing import lazy
+from lrconvert.testing.container_versions import encoded
 from lrconvert.testing.raw_files import RawFile
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ class _Zeros(BaseWeights):
 
 
 def lrconvert_files(method: str | None = None) -> SearchStrategy[bytes]:
-    """Return the bytes of small valid files, of `method` or of any: names, views, extras and notes around few fits."""
+    """Return the bytes of small valid files of any container version, of `method` or of any: names, views, extras and
+    notes around few fits."""
     st = lazy.st
     words = st.text('ab.01 é"\\/<', min_size=1, max_size=8)
 
@@ -99,7 +101,7 @@ def lrconvert_files(method: str | None = None) -> SearchStrategy[bytes]:
             extras=tuple(extras),
             provenance=notes,
         )
-        return b"".join(file.encode(dressed))
+        return encoded(dressed, draw(st.sampled_from((2, 2, 1))))
 
     return files()
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lrconvert.core.dtypes import STORAGE
 from lrconvert.testing import json_trees, lazy
 from lrconvert.testing.json_trees import Literal, Members, Node, Path
-from lrconvert.testing.raw_files import RawFile, header_and_data, spelled, with_header
+from lrconvert.testing.raw_files import V1, V2, RawFile, header_and_data, spelled, with_header
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy
@@ -182,15 +182,25 @@ def _manifest_mutations(file: bytes) -> SearchStrategy[Mutation]:
         raw = RawFile.of(file)
         text = mutation.data
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raw.manifest = json.loads(text)
-            if spelled(raw.manifest) == text:  # not for what is misspelled
-                text = spelled(raw.sign_content().manifest, sort=True)
+            value = json.loads(text)
+            if spelled(value) == text:  # not for what is misspelled
+                raw.manifest = value
+                text = raw.sign_content().spelled()
+        if text is mutation.data and isinstance(raw, V2):  # has no packed form
+            return Mutation("cut", "the end", file[:-1])
         try:
             return Mutation(mutation.kind, f"manifest: {mutation.where}", raw.file(text))
         except UnicodeError:  # no file can hold it as text
             return Mutation("cut", "the end", file[:-1])
 
-    return _json_mutations(spelled(RawFile.of(file).manifest, sort=True)).map(signed)
+    raw = RawFile.of(file)
+    changes = _json_mutations(spelled(raw.manifest, sort=True)).map(signed)
+    if isinstance(raw, V1):
+        return changes
+    raw.sign()
+    misspelled = _text_mutations(raw.spelled())
+    misspelled = misspelled.map(lambda m: Mutation(m.kind, f"packed manifest: {m.where}", raw.file(m.data)))
+    return lazy.st.one_of(changes, misspelled)
 
 
 def mutations(value: Any) -> SearchStrategy[Mutation]:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lrconvert.formats.lrc import packed
+
 
 def header_and_data(file: bytes) -> tuple[bytes, bytes]:
     """Return the header text and the data of a safetensors file."""
@@ -33,31 +35,58 @@ def tensor_digest(name: str, dtype: str, shape: Sequence[int], data: bytes) -> s
     return hashlib.sha256(framed + data).hexdigest()
 
 
-@dataclass
 class RawFile:
-    """An lrconvert file in pieces that may be changed at will. `tensors` are (dtype, shape, data) in file order."""
+    """An lrconvert file in pieces that may be changed at will. `tensors` are (dtype, shape, data) in file order; of
+    container version 2 its extras, and the payload."""
+
+    manifest: Any
+    tensors: dict[str, tuple[str, list[int], bytes]]
+
+    @staticmethod
+    def of(file: bytes) -> RawFile:
+        """Take a file apart."""
+        text, data = header_and_data(file)
+        header = json.loads(text)
+        kind = V2 if "lrconvert" in header else V1
+        metadata = header.pop("__metadata__", {})
+        entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+        cut = {n: (e["dtype"], e["shape"], data[slice(*e["data_offsets"])]) for n, e in entries}
+        return kind.from_tensors(metadata, cut)
+
+    def sign(self) -> RawFile:
+        """Make every digest right again that has a place."""
+        raise NotImplementedError
+
+    def sign_content(self) -> RawFile:
+        """Make the digest of the content right; those of single tensors stay as they are."""
+        raise NotImplementedError
+
+    def spelled(self) -> bytes:
+        """Return the manifest as it is stored."""
+        raise NotImplementedError
+
+    def file(self, manifest: bytes | None = None) -> bytes:
+        """Return the file, its manifest spelled canonically, or as `manifest`."""
+        raise NotImplementedError
+
+
+@dataclass
+class V1(RawFile):
+    """A file of container version 1."""
 
     manifest: Any
     tensors: dict[str, tuple[str, list[int], bytes]]
 
     @classmethod
-    def of(cls, file: bytes) -> RawFile:
-        """Take a file apart."""
-        text, data = header_and_data(file)
-        header = json.loads(text)
-        manifest = json.loads(header.pop("__metadata__")["lrconvert"])
-        entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-        cut = {n: (e["dtype"], e["shape"], data[slice(*e["data_offsets"])]) for n, e in entries}
-        return cls(manifest, cut)
+    def from_tensors(cls, metadata: dict[str, str], tensors: dict[str, tuple[str, list[int], bytes]]) -> V1:
+        return cls(json.loads(metadata["lrconvert"]), tensors)
 
     def sign(self) -> RawFile:
-        """Make every digest right again that has a place."""
         digests = {name: tensor_digest(name, *tensor) for name, tensor in self.tensors.items()}
         self.manifest["digests"] = {"content": "", "tensors": digests}
         return self.sign_content()
 
     def sign_content(self) -> RawFile:
-        """Make ``digests.content`` right; the digests of the tensors stay as they are."""
         digest = hashlib.sha256()
         for name, value in sorted(self.manifest["digests"]["tensors"].items()):
             digest.update(name.encode() + b"\0" + bytes.fromhex(value))
@@ -65,14 +94,63 @@ class RawFile:
         self.manifest["digests"]["content"] = digest.hexdigest()
         return self
 
+    def spelled(self) -> bytes:
+        return spelled(self.manifest, sort=True)
+
     def file(self, manifest: bytes | None = None) -> bytes:
-        """Return the file, its manifest spelled canonically, or as `manifest`."""
-        text = spelled(self.manifest, sort=True) if manifest is None else manifest
-        header: dict[str, Any] = {"__metadata__": {"lrconvert": text.decode()}}
-        at = 0
-        for name, (dtype, shape, data) in self.tensors.items():
-            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(data)]}
-            at += len(data)
-        whole = spelled(header)
-        whole += b" " * (-len(whole) % 8)
-        return with_header(whole, b"".join(data for _, _, data in self.tensors.values()))
+        text = self.spelled() if manifest is None else manifest
+        return laid_out(self.tensors, {"lrconvert": text.decode()})
+
+
+@dataclass
+class V2(RawFile):
+    """A file of container version 2. `digest` is the one stated, or empty for the right one."""
+
+    manifest: Any
+    tensors: dict[str, tuple[str, list[int], bytes]]
+    digest: bytes
+    version: int = 2
+
+    @classmethod
+    def from_tensors(cls, metadata: dict[str, str], tensors: dict[str, tuple[str, list[int], bytes]]) -> V2:
+        *_, data = tensors["lrconvert"]
+        manifest, end = packed.unpack(data, 33, 1 << 20)
+        payload = data[end:]
+        return cls(manifest, {**tensors, "lrconvert": ("U8", [len(payload)], payload)}, data[1:33], data[0])
+
+    def sign(self) -> RawFile:
+        self.digest = b""
+        return self
+
+    sign_content = sign
+
+    def spelled(self) -> bytes:
+        return packed.spell(self.manifest)
+
+    def file(self, manifest: bytes | None = None) -> bytes:
+        body = (self.spelled() if manifest is None else manifest) + self.tensors["lrconvert"][2]
+        lead = bytes([self.version])
+        digest = self.digest or hashlib.sha256(self._around(lead + bytes(32) + body, lead + body)).digest()
+        return self._around(lead + digest + body, lead + digest + body)
+
+    def _around(self, sized: bytes, data: bytes) -> bytes:
+        """The file of `data`, with the header that `sized` calls for."""
+        header = header_of({**self.tensors, "lrconvert": ("U8", [len(sized)], sized)}, {})
+        parts = {name: content for name, (_, _, content) in self.tensors.items()}
+        return header + b"".join({**parts, "lrconvert": data}.values())
+
+
+def header_of(tensors: dict[str, tuple[str, list[int], bytes]], metadata: dict[str, str]) -> bytes:
+    """Return length and text of a header, padded."""
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    at = 0
+    for name, (dtype, shape, data) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(data)]}
+        at += len(data)
+    whole = spelled(header)
+    return with_header(whole + b" " * (-len(whole) % 8))
+
+
+def laid_out(tensors: dict[str, tuple[str, list[int], bytes]], metadata: dict[str, str]) -> bytes:
+    """Return a file of these tensors, one after the other."""
+    return header_of(tensors, metadata) + b"".join(data for _, _, data in tensors.values())

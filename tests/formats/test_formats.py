@@ -29,11 +29,13 @@ from conftest import ADAPTERS, FIXTURES, ROOT, random_lora
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import wanted_base
+from second_readers.container import open_file, packed, value_at, words
 from second_readers.parts import list_targets, out_in
 
 from lrconvert.core import errors, limits
 from lrconvert.formats.lrc import file, validation
 from lrconvert.formats.lrc import manifest as manifest_module
+from lrconvert.formats.lrc import packed as manifest_packed
 from lrconvert.formats.readers.base import load
 from lrconvert.io.checkpoint import open_checkpoint
 from lrconvert.lora import packing
@@ -48,48 +50,23 @@ from lrconvert.methods.lowrank import v1 as lowrank_v1
 from lrconvert.methods.nola import form as nola
 from lrconvert.methods.sbora import form as sbora
 from lrconvert.methods.vblora import form as vblora
+from lrconvert.testing.container_versions import encoded
+from lrconvert.testing.raw_files import RawFile
 
 FORMATS = ROOT / "formats"
 PAGES = sorted(FORMATS.rglob("*.md"))
-SPEC = FORMATS / "lrconvert-v1.md"
-SCHEMA = json.loads((FORMATS / "manifest-v1.schema.json").read_text())
+SPECS = {version: FORMATS / f"lrconvert-v{version}.md" for version in (1, 2)}
+SCHEMAS = {version: json.loads((FORMATS / f"manifest-v{version}.schema.json").read_text()) for version in (1, 2)}
 CASES = [(m.id, n) for m in methods.all_methods() for n in range(len(m.examples))]
 
 
 # --- the second reader: written from formats/, as are its methods in second_readers/; shares no code with lrconvert --
 
 
-def open_file(data: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Manifest and tensors of a file, its framing, digests and spelling checked (sections 2, 3, 4, 10)."""
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    text = header.pop("__metadata__")["lrconvert"]
-    manifest = json.loads(text)
-    assert text == json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    wide = {"F32": 4, "F16": 2, "U8": 1}
-    names = sorted(header, key=lambda name: (-wide[header[name]["dtype"]], name.encode()))
-    tensors, entries, at = {}, {}, 0
-    for name in names:
-        dtype, (numel,) = header[name]["dtype"], header[name]["shape"]
-        entries[name] = {"dtype": dtype, "shape": [numel], "data_offsets": [at, at + wide[dtype] * numel]}
-        tensors[name] = data[8 + length + at :][: wide[dtype] * numel]
-        at += wide[dtype] * numel
-        parts = (name.encode(), dtype.encode(), struct.pack("<Q", numel))
-        digest = b"".join(struct.pack("<Q", len(part)) + part for part in parts) + tensors[name]
-        assert hashlib.sha256(digest).hexdigest() == manifest["digests"]["tensors"][name]
-    spelled = json.dumps({"__metadata__": {"lrconvert": text}, **entries}, separators=(",", ":"), ensure_ascii=False)
-    assert data[8 : 8 + length] == spelled.encode() + b" " * (-len(spelled.encode()) % 8)
-    assert len(data) == 8 + length + at and set(manifest["digests"]["tensors"]) == set(names)
-    listed = b"".join(n.encode() + b"\0" + bytes.fromhex(d) for n, d in sorted(manifest["digests"]["tensors"].items()))
-    emptied = json.dumps({**manifest, "digests": {}}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    assert hashlib.sha256(listed + emptied.encode()).hexdigest() == manifest["digests"]["content"]
-    return manifest, tensors
-
-
 SECOND = {
     module.name: importlib.import_module(f"second_readers.{module.name}")
     for module in pkgutil.iter_modules(second_readers.__path__)
-    if module.name not in ("parts", "coded")
+    if module.name not in ("container", "parts", "coded")
 }
 
 
@@ -124,7 +101,7 @@ def check_second_reader(data: bytes, compact: CompactAdapter) -> None:
     for name, shape in sorted({(name, tuple(shape)) for name, shape, _ in targets}):
         digest.update(struct.pack("<Q", len(name.encode())) + name.encode())
         digest.update(struct.pack(f"<{1 + len(shape)}Q", len(shape), *shape))
-    assert digest.hexdigest() == manifest["base"]["names"]
+    assert digest.hexdigest() == compact.base.names == manifest["base"].get("names", compact.base.names)
 
 
 # --- files to check -------------------------------------------------------------------------------------------------
@@ -177,14 +154,15 @@ def made(method: str, example: int) -> CompactAdapter:
     return _FILES[key]
 
 
-def encoded(compact: CompactAdapter) -> bytes:
-    return b"".join(file.encode(compact))
-
-
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize(("method", "example"), CASES)
-def test_two_readers_agree(method, example):
+def test_two_readers_agree(method, example, version):
     compact = made(method, example)
-    check_second_reader(encoded(compact), compact)
+    check_second_reader(encoded(compact, version), compact)
+
+
+def test_the_tables_on_the_page_are_the_codes():
+    assert words() == (list(manifest_packed.WORDS), list(manifest_packed.PARTS))
 
 
 def test_every_method_has_a_second_reader():
@@ -202,7 +180,7 @@ def test_two_readers_agree_on_golden_files(path):
 def test_two_readers_agree_on_adapters(name):
     lora = load(ADAPTERS / name)
     compact = fitted(methods.get("lowrank"), lora, {"target_ratio": 10})
-    check_second_reader(encoded(compact), compact)
+    check_second_reader(encoded(compact, 2), compact)
 
 
 # Configs and numbers drawn at random: what no fit would make, but a file may hold.
@@ -369,7 +347,7 @@ def tidied(rng: np.random.Generator, form: Any, tensors: dict[str, np.ndarray]) 
 @pytest.mark.parametrize("seed", range(40))
 @pytest.mark.parametrize("method", DRAWN)
 def test_two_readers_agree_on_drawn_files(method, seed, tmp_path):
-    data = encoded(drawn(method, seed))
+    data = encoded(drawn(method, seed), 1 + seed % 2)
     (tmp_path / "x.lrc").write_bytes(data)
     check_second_reader(data, file.read(tmp_path / "x.lrc"))
 
@@ -406,7 +384,7 @@ def test_two_readers_agree_on_targets(items, random):
         for spec in lowrank_v1.METHOD.specs(config, targets)
     }
     compact = CompactAdapter("lowrank.v1", config, targets, tensors, base=fingerprint(targets))
-    check_second_reader(encoded(compact), compact)
+    check_second_reader(encoded(compact, 2), compact)
 
 
 # --- the worked example ---------------------------------------------------------------------------------------------
@@ -432,30 +410,38 @@ def example() -> CompactAdapter:
     return CompactAdapter("lowrank.v1", config, targets, tensors, (extra,), came, fingerprint(targets))
 
 
-def example_text() -> str:
-    """The generated part of the worked example."""
-    compact = example()
-    data = encoded(compact)
+def example_text(version: int) -> str:
+    """The generated part of the page of a container version: the worked example."""
+    data = encoded(example(), version)
+    manifest, tensors = open_file(data)
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
-    manifest = json.loads(header["__metadata__"].pop("lrconvert"))
+    header.pop("__metadata__", None)
     rows = []
     for name, entry in header.items():
-        if name != "__metadata__":
-            begin, end = entry["data_offsets"]
-            raw = data[8 + length + begin : 8 + length + end].hex(" ")
-            rows.append(f"| `{name}` | {entry['dtype']} | {begin}-{end} | `{raw}` |")
-    factors = {t.name: {"A": a.tolist(), "B": b.tolist()} for t, a, b in methods.expand_all(compact)}
+        begin, end = entry["data_offsets"]
+        raw = data[8 + length + begin : 8 + length + end].hex(" ")
+        if name == "lrconvert":
+            raw = tensors[name].hex(" ")
+            begin = end - len(tensors[name])
+        rows.append(f"| `{name}` | {entry['dtype']} | {begin}-{end} | `{raw}` |")
+    factors = {t.name: {"A": a.tolist(), "B": b.tolist()} for t, a, b in methods.expand_all(example())}
     lines = "\n".join(
         f"{json.dumps(name)}: {json.dumps(f)}" + "," * (name != "head.weight") for name, f in factors.items()
     )
-    return (
+    whole = (
         f"The whole file, {len(data)} bytes, in base64:\n\n```base64\n{_wrap(base64.b64encode(data).decode())}\n```\n\n"
-        f"It begins with the header length {length} (`{data[:8].hex(' ')}`). The manifest, here with white space:\n\n"
-        f"```json\n{_pretty(manifest)}\n```\n\n"
-        "The tensors, at their offsets after the header:\n\n| name | dtype | bytes | data |\n|---|---|---|---|\n"
-        + "\n".join(rows)
-        + f"\n\nThe factors that a reader MUST obtain:\n\n```json\n{{\n{lines}\n}}\n```\n"
+    )
+    begins = f"It begins with the header length {length} (`{data[:8].hex(' ')}`). "
+    shown = f"The manifest, here with white space:\n\n```json\n{_pretty(manifest)}\n```\n\n"
+    table = "| name | dtype | bytes | data |\n|---|---|---|---|\n" + "\n".join(rows)
+    meant = f"\n\nThe factors that a reader MUST obtain:\n\n```json\n{{\n{lines}\n}}\n```\n"
+    if version == 1:
+        return f"{whole}{begins}{shown}The tensors, at their offsets after the header:\n\n{table}{meant}"
+    stored = packed(manifest).hex(" ")
+    return (
+        f"{whole}{begins}{shown}Packed, {len(packed(manifest))} bytes:\n\n"
+        f"```hex\n{_wrap(stored, 96)}\n```\n\nThe other data, at their offsets after the header:\n\n{table}{meant}"
     )
 
 
@@ -485,16 +471,20 @@ def generated(page: Path) -> str:
     return page.read_text().split(BEGIN)[1].split(END)[0]
 
 
-def test_the_worked_example_is_what_the_code_writes():
-    assert generated(SPEC) == example_text(), "run: python tests/formats/test_formats.py"
+@pytest.mark.parametrize("version", SPECS)
+def test_the_worked_example_is_what_the_code_writes(version):
+    assert generated(SPECS[version]) == example_text(version), "run: python tests/formats/test_formats.py"
 
 
-def test_the_worked_example_decodes_from_the_page_alone(tmp_path):
-    page = SPEC.read_text()
+@pytest.mark.parametrize("version", SPECS)
+def test_the_worked_example_decodes_from_the_page_alone(version, tmp_path):
+    page = generated(SPECS[version])
     data = base64.b64decode(re.search(r"```base64\n(.*?)```", page, re.DOTALL)[1])
-    shown, factors = (json.loads(block) for block in re.findall(r"```json\n(.*?)```", generated(SPEC), re.DOTALL))
+    shown, factors = (json.loads(block) for block in re.findall(r"```json\n(.*?)```", page, re.DOTALL))
     manifest, tensors = open_file(data)
     assert manifest == shown
+    for dump in re.findall(r"```hex\n(.*?)```", page, re.DOTALL):
+        assert value_at(bytes.fromhex(dump), 0) == (manifest, len(bytes.fromhex(dump)))
     expanded = SECOND["lowrank"].expand(manifest, tensors)
     for (name, shape, view), (a, b) in zip(list_targets(manifest), expanded, strict=True):
         assert factors[name] == {"A": a.tolist(), "B": b.tolist()}
@@ -506,35 +496,22 @@ def test_the_worked_example_decodes_from_the_page_alone(tmp_path):
 # --- rules of the payload -------------------------------------------------------------------------------------------
 
 
-def damaged(name: str, change: Callable[[bytearray], None], exponents: str = "") -> bytes:
+def damaged(name: str, change: Callable[[bytearray], None], exponents: str = "", version: int = 2) -> bytes:
     """The worked example with other bytes in a tensor, or other exponents, all digests made right."""
-    manifest, tensors = open_file(encoded(example()))
-    data = bytearray(tensors[name])
+    raw = RawFile.of(encoded(example(), version))
+    where, begin, end = name, 0, None
+    if version == 2:  # where all tensors stand in one
+        specs = lowrank_v1.METHOD.layout_specs(raw.manifest["method"]["config"], example().targets)
+        for spec in (*specs, *lowrank_v1.METHOD.specs(example().config, example().targets)):
+            where, begin, end = "lrconvert", end or 0, (end or 0) + spec.nbytes
+            if spec.name == name:
+                break
+    dtype, shape, whole = raw.tensors[where]
+    data = bytearray(whole[begin:end])
     change(data)
-    tensors[name] = bytes(data)
-    manifest["method"]["exponents"] = exponents or manifest["method"]["exponents"]
-    order = sorted(tensors, key=lambda n: (n not in ("half", "scales"), n))
-    entries, at = {}, 0
-    for n in order:
-        dtype, size = ("F16", 2) if n in ("half", "scales") else ("U8", 1)
-        numel = len(tensors[n]) // size
-        entries[n] = {"dtype": dtype, "shape": [numel], "data_offsets": [at, at + len(tensors[n])]}
-        at += len(tensors[n])
-        digest = b"".join(
-            struct.pack("<Q", len(part)) + part for part in (n.encode(), dtype.encode(), struct.pack("<Q", numel))
-        )
-        manifest["digests"]["tensors"][n] = hashlib.sha256(digest + tensors[n]).hexdigest()
-    listed = b"".join(n.encode() + b"\0" + bytes.fromhex(d) for n, d in sorted(manifest["digests"]["tensors"].items()))
-
-    def spell(value: Any) -> str:
-        return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-
-    content = hashlib.sha256(listed + spell({**manifest, "digests": {}}).encode())
-    manifest["digests"]["content"] = content.hexdigest()
-    header = {"__metadata__": {"lrconvert": spell(manifest)}, **entries}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + b"".join(tensors[n] for n in order)
+    raw.tensors[where] = dtype, shape, whole[:begin] + data + whole[len(whole) if end is None else end :]
+    raw.manifest["method"]["exponents"] = exponents or raw.manifest["method"]["exponents"]
+    return raw.sign().file()
 
 
 def put(at: int, value: int) -> Callable[[bytearray], None]:
@@ -558,15 +535,17 @@ PAYLOADS = {
 }
 
 
-def test_the_undamaged_example_is_sound():
-    assert damaged("half", lambda data: None) == encoded(example())
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_undamaged_example_is_sound(version):
+    assert damaged("half", lambda data: None, version=version) == encoded(example(), version)
 
 
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("case", PAYLOADS)
-def test_payload_rules(case, tmp_path):
+def test_payload_rules(case, version, tmp_path):
     name, change, exponents, code = PAYLOADS[case]
     path = tmp_path / "x.lrc"
-    path.write_bytes(damaged(name, change, exponents))
+    path.write_bytes(damaged(name, change, exponents, version))
     assert {finding.code for finding in validation.validate(path).findings} == {code}
 
 
@@ -578,20 +557,22 @@ def test_messages_do_not_move_the_cursor():
 
 # --- the schema -----------------------------------------------------------------------------------------------------
 
-VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+VALIDATORS = {version: jsonschema.Draft202012Validator(schema) for version, schema in SCHEMAS.items()}
 
 
-def manifest_of(compact: CompactAdapter) -> dict[str, Any]:
-    return open_file(encoded(compact))[0]
+def manifest_of(compact: CompactAdapter, version: int = 2) -> dict[str, Any]:
+    return open_file(encoded(compact, version))[0]
 
 
-def test_the_schema_is_a_schema():
-    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+@pytest.mark.parametrize("version", SCHEMAS)
+def test_the_schema_is_a_schema(version):
+    jsonschema.Draft202012Validator.check_schema(SCHEMAS[version])
 
 
+@pytest.mark.parametrize("version", SCHEMAS)
 @pytest.mark.parametrize(("method", "example"), CASES)
-def test_the_schema_accepts_every_file(method, example):
-    VALIDATOR.validate(manifest_of(made(method, example)))
+def test_the_schema_accepts_every_file(method, example, version):
+    VALIDATORS[version].validate(manifest_of(made(method, example), version))
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -655,6 +636,8 @@ def mutants(manifest: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         ("provenance", "revision"): "a\nb",
     }.items():
         result = copy.deepcopy(manifest)
+        if path[0] not in result:  # version 2 has fewer fields
+            continue
         inner: Any = result
         for key in path[:-1]:
             inner = inner[key]
@@ -666,15 +649,16 @@ def mutants(manifest: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 @pytest.mark.medium
+@pytest.mark.parametrize("version", SCHEMAS)
 @pytest.mark.parametrize("method", methods.module_names())
-def test_the_schema_rejects_mutants(method, tmp_path):
+def test_the_schema_rejects_mutants(method, version, tmp_path):
     """... and is never stricter than the reader: what it rejects, the reader refuses too."""
     from test_file import resign
 
-    data = encoded(made(method, 0))
+    data = encoded(made(method, 0), version)
     path = tmp_path / "x.lrc"
-    for what, mutant in mutants(manifest_of(made(method, 0))):
-        assert not VALIDATOR.is_valid(mutant), what
+    for what, mutant in mutants(manifest_of(made(method, 0), version)):
+        assert not VALIDATORS[version].is_valid(mutant), what
         try:
             path.write_bytes(resign(data, lambda _, mutant=mutant: mutant))
         except errors.LrcError:
@@ -717,7 +701,7 @@ def test_every_method_has_a_page_that_names_what_it_writes(method):
 
 
 def test_the_limits_on_the_page_are_the_codes():
-    own, page = limits.OWN, SPEC.read_text()
+    own, page = limits.OWN, SPECS[1].read_text()
     stated = {
         own.header_bytes, own.json_depth, own.string_bytes, own.tensors, own.name_bytes, own.ndim, own.file_bytes,
         limits.MAX_DIM, limits.MAX_EXPAND_BYTES, limits.MAX_INT, manifest_module.MANIFEST_BYTES,
@@ -748,7 +732,8 @@ def test_links_between_pages_lead_somewhere():
 
 
 def write_generated() -> None:
-    for page, text in ((SPEC, example_text()), (FORMATS / "errors.md", error_table())):
+    pages = ((page, example_text(version)) for version, page in SPECS.items())
+    for page, text in (*pages, (FORMATS / "errors.md", error_table())):
         before, rest = page.read_text().split(BEGIN)
         page.write_text(before + BEGIN + text + END + rest.split(END)[1])
 

@@ -14,7 +14,7 @@ from typing import Any
 from lrconvert.core.dtypes import STORAGE
 from lrconvert.testing import json_trees
 from lrconvert.testing.json_trees import Literal, Members, Node
-from lrconvert.testing.raw_files import header_and_data, spelled, tensor_digest, with_header
+from lrconvert.testing.raw_files import RawFile, header_and_data, spelled, tensor_digest, with_header
 
 Folder = dict[str, bytes]
 Tensor = tuple[str, list[int], bytes]  # dtype, shape, data
@@ -254,6 +254,10 @@ def signed_container(file: bytes, key: str, mutate: Callable[[Any, dict[str, Ten
     """A file of ours with manifest `key`, after ``mutate(manifest, tensors)`` gave the new one, its digests right."""
     text, data = header_and_data(file)
     header = json.loads(text)
+    if key in header:  # container version 2
+        raw = RawFile.of(file)
+        raw.manifest = mutate(raw.manifest, raw.tensors)
+        return raw.sign().file()
     manifest = json.loads(header.pop("__metadata__")[key])
     tensors = {n: (e["dtype"], e["shape"], data[slice(*e["data_offsets"])]) for n, e in header.items()}
     manifest = mutate(manifest, tensors)

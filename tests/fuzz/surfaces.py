@@ -46,6 +46,7 @@ from lrconvert.merge.in_place.recover import recover
 from lrconvert.merge.signed_json import sign
 from lrconvert.testing import faults, layouts
 from lrconvert.testing.json_trees import spell, tree
+from lrconvert.testing.raw_files import V2, RawFile
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -94,7 +95,17 @@ def _own() -> Surface:
         check_file(write(place, files) / "x.lrc", files["x.lrc"])
 
     golden = [path.read_bytes() for path in sorted((FIXTURES / "golden").rglob("*.lrc"))]
-    return Surface([{"x.lrc": data} for data in golden if len(data) < 1 << 15], check, _signed("x.lrc", "lrconvert"))
+    return Surface([{"x.lrc": data} for data in golden if len(data) < 1 << 15], check, _misspelled)
+
+
+def _misspelled(mutator: Mutator, files: Folder, other: Folder) -> Folder:
+    """Signed files with other values, and in some of version 2 the bytes of the packed manifest changed."""
+    if mutator.random.random() < 0.3:
+        with contextlib.suppress(Exception):  # nothing that can be signed
+            raw = RawFile.of(files["x.lrc"])
+            if isinstance(raw, V2):
+                return {"x.lrc": raw.sign().file(mutator.bytes(raw.spelled()))}
+    return _signed("x.lrc", "lrconvert")(mutator, files, other)
 
 
 def _coded() -> Surface:

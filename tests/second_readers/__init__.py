@@ -1,2 +1,2 @@
-"""Second readers: each module but `parts` and `coded`, a kind of payload, decodes the method of its name,
-written from the pages in formats/ alone."""
+"""Second readers: each module but `container`, the frame, `parts` and `coded`, the payload, decodes the method of its
+name, written from the pages in formats/ alone."""

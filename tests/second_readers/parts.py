@@ -1,4 +1,5 @@
-"""What formats/lrconvert-v1.md says about targets and payload, for all second readers. Nothing here is of lrconvert."""
+"""What formats/lrconvert-v1.md says about targets and payload, for all second readers; it holds in version 2 as well.
+Nothing here is of lrconvert."""
 
 from __future__ import annotations
 
@@ -69,31 +70,43 @@ def unpack(data: bytes, width: int, count: int) -> np.ndarray:
 
 
 class Payload:
-    """The tensors of the method, each taken once and in the order of the page: exponents stand in that order too."""
+    """The tensors of the method, each taken once and in the order of the page: exponents stand in that order too, and
+    in version 2 of the container the tensors themselves."""
 
     def __init__(self, manifest: Manifest, tensors: Tensors) -> None:
         self.left = {name: data for name, data in tensors.items() if not name.startswith("extra.")}
         self.exponents = [n - 256 if n > 127 else n for n in bytes.fromhex(manifest["method"]["exponents"])]
 
-    def take(self, name: str, shape: Sequence[int]) -> bytes:
+    def take(self, name: str, nbytes: int) -> bytes:
         """What has no elements is left out, so it has to be absent."""
-        return self.left.pop(name) if math.prod(shape) else b""
+        if not nbytes:
+            return b""
+        if "lrconvert" in self.left:
+            data, self.left["lrconvert"] = self.left["lrconvert"][:nbytes], self.left["lrconvert"][nbytes:]
+        else:
+            data = self.left.pop(name)
+        assert len(data) == nbytes
+        return data
+
+    def packed(self, name: str, width: int, count: int) -> np.ndarray:
+        """`count` integers of `width` bits (section 9.1)."""
+        return unpack(self.take(name, -(-count * width // 8)), width, count)
 
     def index(self, name: str, limit: int, *shape: int) -> np.ndarray:
-        values = unpack(self.take(name, shape), width_of(limit), math.prod(shape))
+        values = self.packed(name, width_of(limit), math.prod(shape))
         assert (values < limit).all()
         return values.reshape(shape)
 
     def code(self, name: str, bits: int, *shape: int) -> np.ndarray:
         """Odd integers."""
-        codes: np.ndarray = 2 * unpack(self.take(name, shape), bits, math.prod(shape)) + 1 - 2**bits
+        codes: np.ndarray = 2 * self.packed(name, bits, math.prod(shape)) + 1 - 2**bits
         return codes.reshape(shape)
 
     def half(self, name: str, *shape: int) -> np.ndarray:
         """In float64."""
         if not math.prod(shape):
             return np.zeros(shape)
-        stored = np.frombuffer(self.take(name, shape), "<f2").astype(np.float64)
+        stored = np.frombuffer(self.take(name, 2 * math.prod(shape)), "<f2").astype(np.float64)
         exponent = self.exponents.pop(0)
         assert np.isfinite(stored).all() and not (np.signbit(stored) & (stored == 0)).any()
         largest = float(np.abs(stored).max())
@@ -103,16 +116,14 @@ class Payload:
 
     def coded(self, name: str, length: int, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """The values of rows (model, how many): integers (coded-v1.md)."""
-        data = self.take(name, (sum(count for _, count in rows),))
-        assert len(data) == length
-        return np.array([coded.value(q) for q in coded.decode(data, rows)], np.int64)
+        return np.array([coded.value(q) for q in coded.decode(self.take(name, length), rows)], np.int64)
 
     def single(self, name: str, *shape: int) -> np.ndarray:
         """In float64."""
-        stored = np.frombuffer(self.take(name, shape), "<f4").astype(np.float64)
+        stored = np.frombuffer(self.take(name, 4 * math.prod(shape)), "<f4").astype(np.float64)
         assert np.isfinite(stored).all() and not (np.signbit(stored) & (stored == 0)).any()
         return stored.reshape(shape)
 
     def end(self) -> None:
         """Nothing is left."""
-        assert not self.left and not self.exponents
+        assert not any(self.left.values()) and not self.exponents

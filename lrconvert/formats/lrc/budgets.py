@@ -11,7 +11,7 @@ from lrconvert.formats.lrc import file
 from lrconvert.lora.adapter import CompactAdapter
 
 FIELD = "budget"
-ROOM = {"refined_steps": "0" * 8}  # the fields of the shortest note
+ROOM = {"refined_steps": "0" * 7}  # the fields of the shortest note; an odd number of digits takes more than one more
 
 
 def text(limit: int) -> str:

@@ -1,7 +1,7 @@
-"""The manifest of an lrconvert file: what stands in it, its one spelling, and its parsing.
+"""The manifest of an lrconvert file: what stands in it, and its parsing.
 
-Normative text: ``formats/lrconvert-v1.md``, sections 4 to 8. Each section parses on its own, so that a validator can
-report every finding; what holds between sections is checked in `file`.
+Normative text: ``formats/lrconvert-v2.md``, section 4, and ``formats/lrconvert-v1.md``, sections 5 to 8. Each section
+parses on its own, so that a validator can report every finding; what holds between sections is checked in `file`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,11 @@ from lrconvert.core.limits import MAX_DIM, OWN
 from lrconvert.io import fields
 from lrconvert.io.fields import By, Check, Hex
 from lrconvert.lora import packing
-from lrconvert.lora.adapter import USES, BaseFingerprint, CompactAdapter, ExtraTensor, Provenance, Target, View
+from lrconvert.lora.adapter import USES, CompactAdapter, ExtraTensor, Provenance, Target, View
 from lrconvert.methods import base as methods
 from lrconvert.methods.base import Method
 
-FORMAT = "lrconvert"
-VERSION = 1
 MANIFEST_BYTES = 1 << 20
-
-# In-memory upgrades of older manifests: UPGRADES[n] turns a version n manifest into version n + 1.
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
 _INTEGER_SEGMENT = re.compile(r"(?:(?<=\.)|^)(0|[1-9][0-9]{0,8})(?=\.|$)")
 _FIELD = re.compile(r"[a-z][a-z0-9_]{0,62}")
@@ -129,7 +124,6 @@ class _Extra:
 
 @dataclass(frozen=True)
 class _Base:
-    names: Hex
     content: Hex = ""
 
 
@@ -152,25 +146,14 @@ class _Method:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The fields of the object itself, each with a parser of its own (`SECTIONS`, `upgraded`)."""
+    """The fields of the object itself, each with a parser of its own (`SECTIONS`, `check_requires`)."""
 
-    format: Any
-    version: Any
     requires: Any
     method: Any
     targets: Any
     extras: Any
     base: Any
     provenance: Any
-    digests: Any
-
-
-@dataclass(frozen=True)
-class Digests:
-    """Digests of the content and of every stored tensor, in hex."""
-
-    content: Hex
-    tensors: Mapping[str, Hex]
 
 
 # --- out ------------------------------------------------------------------------------------------------------------
@@ -211,12 +194,10 @@ def _ranges(numbers: Sequence[int]) -> tuple[int, ...]:
     return tuple(ranges)
 
 
-def build(compact: CompactAdapter, digests: Digests | None, exponents: str) -> dict[str, Any]:
-    """Return the manifest of a compact adapter; without `digests` the one that the content digest is taken of."""
+def build(compact: CompactAdapter, exponents: str) -> dict[str, Any]:
+    """Return the manifest of a compact adapter, as a JSON value."""
     method = methods.get(compact.method)
     manifest = Manifest(
-        format=FORMAT,
-        version=VERSION,
         requires=[],
         method={
             "id": method.id,
@@ -226,9 +207,8 @@ def build(compact: CompactAdapter, digests: Digests | None, exponents: str) -> d
         },
         targets=group_targets(compact.targets),
         extras=[fields.as_json(_Extra(e.name, e.dtype, e.shape, e.use)) for e in compact.extras],
-        base=fields.as_json(compact.base),
+        base=fields.as_json(_Base(compact.base.content)),
         provenance=fields.as_json(compact.provenance),
-        digests={} if digests is None else fields.as_json(digests),
     )
     return fields.as_json(manifest)  # type: ignore[no-any-return]
 
@@ -307,22 +287,13 @@ def check_extra_bytes(declared: ExtraTensor, nbytes: int) -> None:
         raise errors.ShapeError(f"the extra {declared.name!r:.80} has {nbytes} bytes, declared {expected}")
 
 
-def upgraded(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Return the manifest at the current version, upgraded in memory. Raises E-VER."""
-    if manifest.get("format") != FORMAT:
-        raise errors.VersionError("the manifest does not say format lrconvert")
-    version = manifest.get("version")
-    if type(version) is not int or version < min([VERSION, *UPGRADES]):
-        raise errors.VersionError(f"the container version {version!r:.40} does not exist")
-    if version > VERSION:
-        raise errors.VersionError(f"the container version {version} is newer than {VERSION}", fix="update lrconvert")
-    for step in range(version, VERSION):
-        manifest = UPGRADES[step](manifest)
-    requires = manifest.get("requires")
-    if requires != []:
-        what = f"the file requires features that are not known: {requires!r:.80}"
-        raise errors.VersionError(what, fix="update lrconvert")
-    return manifest
+def check_requires(value: Any) -> bool:
+    """Raise E-VER if a file requires any feature: there are none; else return true."""
+    if value != []:
+        raise errors.VersionError(
+            f"the file requires features that are not known: {value!r:.80}", fix="update lrconvert"
+        )
+    return True
 
 
 def _method(value: Any) -> tuple[Method, dict[str, Any], list[int]]:
@@ -336,7 +307,7 @@ def _method(value: Any) -> tuple[Method, dict[str, Any], list[int]]:
 SECTIONS: dict[str, Callable[[Any], Any]] = {
     "targets": _targets,
     "extras": _extras,
-    "base": lambda value: BaseFingerprint(**vars(fields.read(_Base, value, "base"))),
+    "base": lambda value: fields.read(_Base, value, "base").content,
     "provenance": lambda value: Provenance(**vars(fields.read(_Provenance, value, "provenance"))),
     "method": _method,
 }
