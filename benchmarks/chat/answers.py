@@ -12,7 +12,7 @@ import numpy as np
 from chat import loras, metrics, tasks
 from chat.metrics import Answers
 
-_BATCH_TOKENS, _WRITTEN_AT_ONCE = 1024, 16
+_BATCH_TOKENS, _WRITTEN_AT_ONCE = 1024, 50
 
 
 @dataclass(frozen=True, eq=False)
