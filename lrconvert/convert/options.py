@@ -107,7 +107,7 @@ class AllocateOptions:
     pruning; in each the `exact` components next to the cut are ablated, two forward passes each."""
 
     total_rank: int | None = option(None, "Keep this many components over all modules.", least=1)
-    bits: float | None = option(None, "With --total-rank: average bits per number, as in `lora-to-lowrank`.")
+    bits: float | None = option(None, "With --total-rank: average bits per number, as in `lora-to-lowrank`.", least=0)
     data: Data | None = option(
         None, "With --base: score by ablation on held-out texts instead of by energy.", kind="paths"
     )

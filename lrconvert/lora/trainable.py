@@ -85,8 +85,9 @@ class TrainableAdapter(nn.Module):
             return fake_quant.odd(latent, self.specs[name].width)
         return fake_quant.half(latent) if kind == "half" else latent
 
-    def values(self) -> dict[str, Tensor]:
-        """Return the numbers that ``expand`` takes; to be computed once a step."""
+    def values(self, training: bool = False) -> dict[str, Tensor]:
+        """Return the numbers that ``expand`` takes; to be computed once a step. In `training` they may be others that
+        give the same update, with gradients for what a file does not hold yet."""
         values = {}
         for name, spec in self.specs.items():
             if self.kind(name) == "index":
@@ -136,7 +137,7 @@ class TrainableAdapter(nn.Module):
             with torch.no_grad():
                 ends = (self.factors({**fixed, name: x}, which) for x in (probe, zero))
                 moves = [end - start for end, start in zip(*ends, strict=True)]
-            errors = [(best - f.detach()).float() for best, f in zip(_best(pair, *now), now, strict=True)]
+            errors = [(best - f.detach()).float() for best, f in zip(nearest_factors(pair, *now), now, strict=True)]
             for total, directions in ((wanted, errors), (probed, moves)):
                 product = sum((f * d).sum() for f, d in zip(now, directions, strict=True))
                 (gradient,) = torch.autograd.grad(product, numbers, retain_graph=True, allow_unused=True)
@@ -144,6 +145,30 @@ class TrainableAdapter(nn.Module):
                     total += gradient
         squares = probed * probe
         return torch.where(squares > 0, wanted / squares, torch.zeros_like(wanted))
+
+    def keep_within(self, budget: Any) -> None:
+        """Hold what is written to a byte budget (`methods.base.Budget`) that it meets now; nothing for forms whose size
+        does not change."""
+
+    # --- what a form does beside its answers: all of this is nothing by default ---
+    # What they remember (a multiplier, an average) is to be buffers: checkpoints and returns to an earlier point of a
+    # training carry all of `state_dict`.
+
+    def own_loss(self) -> Tensor | None:
+        """Return what is added to the loss of each step, computed from the latents: a share as the loss is (1: what the
+        base does without an adapter); None for nothing. Every process adds the same."""
+        return None
+
+    def stepped(self) -> None:
+        """Take note of a step of the optimizer, after `clamp_latents`."""
+
+    def notes(self) -> dict[str, float]:
+        """Return what the log of a training says of this adapter after each step."""
+        return {}
+
+    def settle(self) -> None:
+        """Move latents to where `compact` is what may be written: before each measurement on held-out data, whose best
+        is the outcome. Training goes on from there."""
 
     @torch.no_grad()
     def clamp_latents(self) -> None:
@@ -174,8 +199,8 @@ class TrainableAdapter(nn.Module):
         return replace(self.source, tensors=self.tensors())
 
 
-def _best(pair: LoraTarget, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The A (r, in) nearest to the update of `pair` beside b, and the B (out, r) beside a, by least squares."""
+def nearest_factors(pair: LoraTarget, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the A (r, in) nearest to the update of `pair` beside b, and the B (out, r) beside a, by least squares."""
     x, y = a.detach().double().cpu().numpy(), b.detach().double().cpu().numpy()
     left, right = pair.scale * pair.B.astype(np.float64), pair.A.astype(np.float64)
     best_a = np.linalg.lstsq(y.T @ y, (y.T @ left) @ right, rcond=_RANK)[0]

@@ -19,6 +19,7 @@ from lrconvert.live import attach
 from lrconvert.lora.adapter import CompactAdapter, ExtraTensor, LoraAdapter
 from lrconvert.lora.trainable import TrainableAdapter, unit_of
 from lrconvert.methods import base as methods
+from lrconvert.refine import rate
 
 NAME = "student"
 _HEAD_RATE = 0.01
@@ -32,6 +33,7 @@ class AttachedStudent:
         self.source = attach.attach(model, compact, name=NAME)
         self.source.requires_grad_(True)
         self.teacher, self.device = teacher, next(iter(model.parameters())).device
+        self._budget = rate.budget_of(compact)
         self.student = self._trainable(compact)
         self.targets = len(compact.targets)
         replaced = attach.replaced(model, NAME, compact.extras) if train_heads else []
@@ -41,6 +43,7 @@ class AttachedStudent:
     def _trainable(self, compact: CompactAdapter) -> TrainableAdapter:
         student = methods.get(compact.method).student(compact).to(self.device)
         student.warm_start_latents(self.teacher.targets)
+        student.keep_within(self._budget)
         return student
 
     def restart_from(self, compact: CompactAdapter) -> None:
@@ -62,13 +65,16 @@ class AttachedStudent:
     def update_model(self, training: bool) -> None:
         """Give the model the factors of the present latents. With `training`, `collect_gradients` may follow."""
         with torch.set_grad_enabled(training):
-            values = self.student.values()
+            values = self.student.values(training)
             self._factors = [self.student.factors(values, n) for n in range(self.targets)]
         with torch.no_grad():
             for n, factors in enumerate(self._factors):
                 for leaf, factor in zip(self.source.factors(n), factors, strict=True):
-                    leaf.copy_(factor)
                     leaf.grad = None
+                    if leaf.shape == factor.shape:
+                        leaf.copy_(factor)
+                    else:  # as many components as there are now
+                        leaf.data = factor.detach().to(leaf.dtype, copy=True)
             for head in self.heads:
                 head.update_model()
         if not training:
@@ -90,6 +96,14 @@ class AttachedStudent:
         for parameter in self.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+
+    def own_gradients(self) -> float:
+        """Add to the gradients what the adapter itself adds to the loss of a step, and return that."""
+        term = self.student.own_loss()
+        if term is None:
+            return 0.0
+        term.backward()  # type: ignore[no-untyped-call]
+        return float(term.detach())
 
     def compact(self) -> CompactAdapter:
         """Return the adapter with the numbers that the model computes with."""

@@ -11,14 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lrconvert.core.errors import OptionError
 from lrconvert.live.answers import AnswerSums
 from lrconvert.lora.adapter import CompactAdapter
-from lrconvert.refine import losses
+from lrconvert.refine import kept_adapter, losses
 from lrconvert.refine.attached_student import NAME, AttachedStudent
 from lrconvert.refine.checkpoint import State
 from lrconvert.refine.data import Pool
@@ -130,6 +129,7 @@ class Trainer:
         parameters = self.student.parameters()
         gradients = [p.grad for p in parameters if p.grad is not None]
         self.teacher_model.processes.add(gradients)
+        loss += self.student.own_gradients()
         norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
         if not (math.isfinite(loss) and bool(norm.isfinite())):
             state.bad += 1
@@ -144,7 +144,9 @@ class Trainer:
         self._optimizer.step()
         state.adam_steps += 1
         self.student.student.clamp_latents()
-        self.log("step", {"step": state.step, "loss": round(loss, 6), "rate": round(rate, 6)})
+        self.student.student.stepped()
+        notes = self.student.student.notes()
+        self.log("step", {"step": state.step, "loss": round(loss, 6), "rate": round(rate, 6), **notes})
         return loss
 
     def _batches(self) -> Iterator[Batch]:
@@ -205,6 +207,7 @@ class Trainer:
 
     def measured(self) -> AnswerSums:
         """Return how far the student, as it is, is from the teacher on held-out data."""
+        self.student.student.settle()
         self.teacher_model.activate(NAME)
         self.student.update_model(training=False)
         return self.evaluator.sums((NAME,))
@@ -244,10 +247,7 @@ class Trainer:
             if moments:
                 arrays[f"mean.{name}"] = moments["exp_avg"].cpu().numpy()
                 arrays[f"square.{name}"] = moments["exp_avg_sq"].cpu().numpy()
-        arrays |= {f"best.{name}": array for name, array in self.best.tensors.items()}
-        for n, extra in enumerate(self.best.extras):
-            arrays[f"extra.{n}"] = np.frombuffer(extra.data, np.uint8)
-        return replace(self.state, arrays=arrays)
+        return replace(self.state, arrays=arrays | kept_adapter.arrays_of(self.best))
 
     def resume(self, state: State, compact: CompactAdapter) -> None:
         """Go on from a snapshot. `compact` is what the refinement began with."""
@@ -261,9 +261,7 @@ class Trainer:
                 )
                 moments = {"step": torch.tensor(float(state.adam_steps)), "exp_avg": mean, "exp_avg_sq": square}
                 self._optimizer.state[parameter] = moments
-        tensors = {n.removeprefix("best."): a for n, a in arrays.items() if n[:5] == "best."}
-        extras = tuple(replace(e, data=arrays[f"extra.{n}"].tobytes()) for n, e in enumerate(compact.extras))
-        self.best = replace(compact, tensors=tensors, extras=extras)
+        self.best = kept_adapter.of_arrays(arrays, compact)
         self.state = replace(state, arrays={})
 
 

@@ -118,7 +118,7 @@ def test_what_an_adapter_says_of_itself_does_not_act(where: str, tmp_path: Path,
         adapter.config |= {EVIL: 1, "task_type": EVIL, "rank_pattern": {re.escape(EVIL): 8}}
     folder = adapter.write(tmp_path / "a")
     for words in (("inspect", folder), ("check", folder, "--for", "all"),
-                  ("lora-to-lowrank", folder, "-o", tmp_path / "a.lrc", "--bits", "16"),
+                  ("lora-to-lowrank", folder, "-o", tmp_path / "a.lrc", "--bits", "12"),
                   ("export", tmp_path / "a.lrc", "-o", tmp_path / "out", "--to", "peft-lora", "--source", folder),
                   ("merge", BASES / "tiny-llama", folder, "-o", tmp_path / "m")):  # fmt: skip
         printed = run(*words)
@@ -149,7 +149,7 @@ def test_a_model_card_has_no_markup_of_strangers(tmp_path: Path) -> None:
     adapter = plain(modules=("self_attn.q_proj", "self_attn.v_proj"), base_model_name_or_path=MARKUP)
     source = renamed(adapter, f"{PREFIX}model.", f"{PREFIX}{MARKUP.replace('.', '-')}.").write(tmp_path / "a")
     lora = api.load_lora(source)
-    compact = api.convert(lora, "lowrank", bits="16").compact
+    compact = api.convert(lora, "lowrank", bits=12).compact
     command = f"lrconvert export '{MARKUP}\n```\n# {EVIL}'"
     api.export(compact, tmp_path / "out", to="peft-lora", source=lora, command=command)
     front, body = (tmp_path / "out" / "README.md").read_text().split("\n---\n", 1)
@@ -169,7 +169,7 @@ def test_a_model_card_has_no_markup_of_strangers(tmp_path: Path) -> None:
 def test_only_web_addresses_become_links(link: str, kept: bool, tmp_path: Path) -> None:
     source = plain(modules=("self_attn.q_proj",)).write(tmp_path / "a")
     (source / "README.md").write_text(f"---\nlicense: other\nlicense_name: mine\nlicense_link: {link}\n---\n")
-    compact = api.convert(api.load_lora(source), "lowrank", bits="16").compact
+    compact = api.convert(api.load_lora(source), "lowrank", bits=12).compact
     api.export(compact, tmp_path / "out", to="peft-lora")
     card = (tmp_path / "out" / "README.md").read_text()
     assert ("license_link" in card) == kept

@@ -411,7 +411,7 @@ def test_the_api_takes_files(tmp_path: Path) -> None:
     import lrconvert
 
     oracle.train(LLAMA, tmp_path / "lora", target_modules=["q_proj"])
-    made = lrconvert.convert(lrconvert.load_lora(tmp_path / "lora"), "lowrank", bits=16)
+    made = lrconvert.convert(lrconvert.load_lora(tmp_path / "lora"), "lowrank", bits=12)
     lrconvert.write(made.compact, tmp_path / "x.lrc")
     x, model = inputs(LLAMA), LLAMA()
     before = snapshot(model)

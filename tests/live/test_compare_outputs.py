@@ -31,7 +31,7 @@ def logits(model: Any, batches: list[dict[str, Any]]) -> Any:
 def test_answers_and_layers() -> None:
     model = auto("CausalLM").from_pretrained(LLAMA).eval()
     lora = api.load_lora(ADAPTERS / "llama-plain")
-    students = [api.convert(lora, "lowrank", rank=r, bits="4").compact for r in (1, 3)]
+    students = [api.convert(lora, "lowrank", rank=r, bits=4).compact for r in (1, 3)]
     batches = [padded(n) for n in range(2)]
     before = snapshot(model)
     rows = api.compare(lora, students, base=model, data=batches)

@@ -36,13 +36,14 @@ from lrconvert.core.errors import (
     OutputExistsError,
     StatisticsError,
 )
-from lrconvert.formats.lrc import file
+from lrconvert.formats.lrc import budgets, file
 from lrconvert.live import load_model, texts
 from lrconvert.live.answers import Outputs
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 from lrconvert.methods import base as methods
 from lrconvert.refine import data, losses, self_generated_data
 from lrconvert.refine.evaluation import TeacherModel
+from lrconvert.refine.rate import budget_of
 from lrconvert.refine.trainer import Trainer
 
 pytestmark = pytest.mark.medium  # all of them work on models, disks or processes
@@ -68,7 +69,7 @@ def batches() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def small(lora: LoraAdapter) -> CompactAdapter:
-    return api.convert(lora, "lowrank", bits="2", rank=3).compact
+    return api.convert(lora, "lowrank", bits=2, rank=3).compact
 
 
 # --- losses ---------------------------------------------------------------------------------------------------------
@@ -180,7 +181,12 @@ def test_never_worse_and_written_as_measured(
     assert done.improved and done.after.distance < done.before.distance < done.after.base_distance
     written = api.read(tmp_path / "out.lrc")
     assert same_payload(written, done.compact) and not same_payload(written, compact)
-    assert file.sizes(written).payload == file.sizes(compact).payload
+    limit = budgets.stated(compact)
+    assert limit is not None and file.sizes(written).adapter <= limit
+    if method == "lowrank":  # its numbers are coded
+        assert budget_of(compact).size(written.config) >= 0.99 * limit
+    else:
+        assert file.sizes(written).payload == file.sizes(compact).payload
     for adapter, reported in ((compact, done.before), (written, done.after)):
         answers = answers_on(held_out(batches), model, lora, adapter)
         assert answers.distance == pytest.approx(reported.distance, rel=1e-5)
@@ -239,7 +245,7 @@ def test_updates_that_depend_on_the_base(lora: LoraAdapter, model: Any, batches:
 
 @pytest.mark.parametrize("method", ["lowrank", pytest.param("vblora", marks=pytest.mark.slow)])
 def test_the_same_again_and_resumed(method: str, lora: LoraAdapter, model: Any, batches: Any, tmp_path: Path) -> None:
-    compact = api.convert(lora, method, target_ratio=12).compact
+    compact = api.convert(lora, method, target_ratio=4).compact
     out = [tmp_path / f"{n}.lrc" for n in range(3)]
     many = {**FEW, "steps": 7, "checkpoint_every": 3, "lr": 0.3}
     for path in out[:2]:
@@ -268,7 +274,7 @@ def test_the_same_again_and_resumed(method: str, lora: LoraAdapter, model: Any, 
 
 
 def test_without_a_gain_the_input_comes_back(lora: LoraAdapter, model: Any, batches: Any, tmp_path: Path) -> None:
-    exact = api.convert(lora, "lowrank", bits="16").compact
+    exact = api.convert(lora, "lowrank", bits=12).compact
     done = api.refine(exact, lora, model, batches, tmp_path / "o.lrc", layerwise=False, lr=30.0, **FEW)
     assert not done.improved and done.before == done.after
     written = api.read(tmp_path / "o.lrc")
@@ -276,7 +282,7 @@ def test_without_a_gain_the_input_comes_back(lora: LoraAdapter, model: Any, batc
 
 
 def test_either_stage_alone(lora: LoraAdapter, model: Any, batches: Any) -> None:
-    plain = api.convert(lora, "lowrank", bits="1", rank=2).compact
+    plain = api.convert(lora, "lowrank", bits=1, rank=2).compact
     first = api.refine(plain, lora, model, batches, end_to_end=False)
     assert first.steps == 0 and first.after.distance <= first.before.distance
     second = api.refine(plain, lora, model, batches, layerwise=False, lr=0.3, **FEW)
@@ -330,18 +336,17 @@ def test_what_is_no_number_is_skipped(
     assert not done.improved and done.steps == 20 and '"again"' in log.read_text()  # four times five steps
 
 
-def test_far_off_it_begins_again_from_the_best(
-    lora: LoraAdapter, model: Any, small: Any, batches: Any, tmp_path: Path
-) -> None:
+def test_far_off_it_begins_again_from_the_best(lora: LoraAdapter, model: Any, batches: Any, tmp_path: Path) -> None:
     log = tmp_path / "log"
+    small = api.convert(lora, "nola", target_ratio=12).compact
     done = api.refine(small, lora, model, batches, log=log, lr=1e4, hidden=0.0, **{**FEW, "eval_every": 1})
-    assert "and was restarted from the best" in done.warnings[-1]
+    assert any("and was restarted from the best" in line for line in done.warnings)
     events = [json.loads(line) for line in log.read_text().splitlines()]
     assert [e["rate"] for e in events if e["event"] == "again"][:2] == [0.5, 0.25]
 
 
 def test_early_stopping_and_time(lora: LoraAdapter, model: Any, batches: Any) -> None:
-    exact = api.convert(lora, "lowrank", bits="16").compact
+    exact = api.convert(lora, "lowrank", bits=12).compact
     stopped = api.refine(exact, lora, model, batches, lr=10.0, patience=1, **{**FEW, "steps": 50})
     assert stopped.steps < 50
     timed = api.refine(exact, lora, model, batches, minutes=1e-9, **FEW)
@@ -378,13 +383,13 @@ def test_models_that_read_something_else(case: str) -> None:
         batches = [{"pixel_values": torch.randn(shape, generator=draw)} for _ in range(8)]
     else:
         lora, model, batches = bert_classifier()
-    compact = api.convert(lora, "lowrank", bits="1", rank=1).compact
+    compact = api.convert(lora, "lowrank", bits=4, rank=1).compact
     done = api.refine(compact, lora, model, batches, **FEW)
     assert done.after.distance <= done.before.distance
     assert done.compact.extras == compact.extras
     if lora.extras:
         before = snapshot(model)
-        trained = api.refine(compact, lora, model, batches, train_heads=True, layerwise=False, **FEW)
+        trained = api.refine(compact, lora, model, batches, train_heads=True, layerwise=False, lr=0.3, **FEW)
         assert trained.before == done.before and trained.improved and trained.compact.extras != compact.extras
         assert snapshot(model) == before
         answers = answers_on(held_out(batches, "encoder"), model, lora, trained.compact)
@@ -393,7 +398,7 @@ def test_models_that_read_something_else(case: str) -> None:
 
 def test_hidden_states_where_there_are_no_logits(tmp_path: Path) -> None:
     lora = replace(api.load_lora(ADAPTERS / "bert-classifier"), extras=())
-    compact = api.convert(lora, "lowrank", bits="1", rank=1).compact
+    compact = api.convert(lora, "lowrank", bits=4).compact
     rows = [json.dumps({"text": "a word " * (n % 5 + 1) + str(n)}) for n in range(60)]
     (tmp_path / "texts.jsonl").write_text("\n".join(rows))
     done = api.refine(compact, lora, BASES / "tiny-bert", tmp_path / "texts.jsonl", lr=0.3, **FEW)
@@ -426,7 +431,7 @@ def test_an_encoder_decoder() -> None:
         }
         for _ in range(6)
     ]
-    compact = api.convert(lora, "lowrank", bits="1", rank=1).compact
+    compact = api.convert(lora, "lowrank", bits=4).compact
     done = api.refine(compact, lora, model, batches, **FEW)
     assert done.improved and done.before.items == 15
 
@@ -461,7 +466,7 @@ def test_refusals(lora: LoraAdapter, model: Any, small: Any, batches: Any, tmp_p
     other = replace(small, base=replace(small.base, content="0" * 64))
     refused(FingerprintError, "other contents", other, lora, LLAMA, batches)
     bert = api.load_lora(ADAPTERS / "bert-classifier")
-    compact = api.convert(bert, "lowrank", bits="2").compact
+    compact = api.convert(bert, "lowrank", bits=2).compact
     refused(DataError, "cannot write", compact, replace(bert, extras=()), BASES / "tiny-bert")
     unlabelled = tmp_path / "texts.jsonl"
     unlabelled.write_text("\n".join(json.dumps({"text": f"text {n}"}) for n in range(9)))
@@ -484,7 +489,7 @@ def test_the_command_without_data(small: CompactAdapter, tmp_path: Path) -> None
 
 
 def test_strict_exits_with_one_without_a_gain(lora: LoraAdapter, tmp_path: Path) -> None:
-    api.write(api.convert(lora, "lowrank", bits="16").compact, tmp_path / "in.lrc")
+    api.write(api.convert(lora, "lowrank", bits=12).compact, tmp_path / "in.lrc")
     (tmp_path / "t.txt").write_text("\n".join(f"words of line {n}" for n in range(40)))
     words = ["refine", tmp_path / "in.lrc", "--base", LLAMA, "--teacher", LORA, "--data", tmp_path / "t.txt"]
     few = ["--steps", 2, "--lr", 30, "--no-layerwise", "--length", 24, "--json"]
@@ -522,7 +527,7 @@ from lrconvert.live import load_model as live
 draw = torch.Generator().manual_seed(0)
 batches = [{{"input_ids": torch.randint(3, 100, (4, 12), generator=draw)}} for _ in range(12)]
 lora = api.load_lora({lora!r})
-compact = api.convert(lora, "lowrank", bits="16", rank=2).compact
+compact = api.convert(lora, "lowrank", bits=12, rank=2).compact
 done = api.refine(compact, lora, {base!r}, batches, sys.argv[1], steps=3, eval_every=3, accumulate=int(sys.argv[2]))
 print("MEASURED", done.before.distance, done.after.distance)
 """
@@ -554,6 +559,10 @@ def test_two_processes_refine_as_one(tmp_path: Path) -> None:
         assert process.returncode == 0, errors
         distances.append([float(word) for word in out.split("MEASURED")[1].split()])
     assert distances[0] == distances[1] == pytest.approx(distances[2], rel=1e-3)
-    one, two = (api.read(tmp_path / f"{name}.lrc").tensors["half"] for name in ("one", "two"))
-    start_at = api.convert(api.load_lora(LORA), "lowrank", bits="16", rank=2).compact.tensors["half"]
+
+    def update(compact: CompactAdapter) -> np.ndarray:
+        return np.concatenate([(b @ a).reshape(-1) for _, a, b in methods.expand_all(compact)])
+
+    one, two = (update(api.read(tmp_path / f"{name}.lrc")) for name in ("one", "two"))
+    start_at = update(api.convert(api.load_lora(LORA), "lowrank", bits=12, rank=2).compact)
     assert np.linalg.norm(one - two) < 0.02 * np.linalg.norm(one - start_at)

@@ -17,7 +17,7 @@ def best_models(codes: Array) -> tuple[Array, F64]:
     """Return the model (n,) under which each row of integers (n, d) is shortest, and how many bits (n,) that is."""
     magnitudes = np.abs(codes)
     narrow = np.flatnonzero(shifts() == 0)
-    lengths = _histograms(magnitudes) @ _bits_of_classes()[:, narrow]
+    lengths = _histograms(magnitudes) @ bits_of_classes()[:, narrow]
     best, shortest = narrow[np.argmin(lengths, axis=1)], lengths.min(axis=1)
     sizes = np.sqrt(np.einsum("nd,nd->n", codes, codes, dtype=np.float64) / codes.shape[1])
     middle = np.rint(4 * np.log2(np.maximum(sizes, 1)) + 10).astype(np.int64)
@@ -27,7 +27,7 @@ def best_models(codes: Array) -> tuple[Array, F64]:
         for model in np.unique(tried[wide]):
             rows = wide[tried[wide] == model]
             high = codes[rows] >> shifts()[model]
-            length = _histograms(np.where(high < 0, -1 - high, high)) @ _bits_of_classes()[:, model]
+            length = _histograms(np.where(high < 0, -1 - high, high)) @ bits_of_classes()[:, model]
             better = length < shortest[rows]
             best[rows[better]], shortest[rows[better]] = model, length[better]
     return best, shortest
@@ -41,8 +41,9 @@ def _histograms(classes: Array) -> F64:
 
 
 @lru_cache(maxsize=1)
-def _bits_of_classes() -> F64:
-    """Bits of a number of each class under every model (classes, models); what a model does not hold is escaped."""
+def bits_of_classes() -> F64:
+    """Return the bits of a number of each class under every model (classes, models); one that a model does not hold is
+    escaped."""
     bits = np.stack([model.bits for model in models()], axis=1)
     classes = np.concatenate([bits[LARGEST : 2 * LARGEST + 1] + shifts(), np.full((1, COUNT), np.inf)])
     return np.where(np.isfinite(classes), classes, bits[ESCAPE] + WIDE)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -38,6 +38,9 @@ from lrconvert.methods.lowrank.fit import fit
 from lrconvert.methods.lowrank.form import Config, Header, starts
 from lrconvert.methods.lowrank.plan import LowRankOptions, make_plan
 from lrconvert.methods.shared.ranks import check_ranks
+
+if TYPE_CHECKING:
+    from lrconvert.lora.trainable import TrainableAdapter
 
 
 class LowRank(Method):
@@ -114,6 +117,11 @@ class LowRank(Method):
     ) -> CompactAdapter:
         config = self.plan(lora, LowRankOptions(), Budget(size(compact.config), size), context)
         return replace(compact, config=config, tensors=self.fit(lora, config, context))
+
+    def student(self, compact: CompactAdapter) -> TrainableAdapter:
+        from lrconvert.methods.lowrank.student import LowRankStudent
+
+        return LowRankStudent(self, compact)
 
 
 METHOD = LowRank()

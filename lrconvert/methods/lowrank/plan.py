@@ -39,6 +39,7 @@ class LowRankOptions:
         None,
         f"Average bits per number of the factors, above 0, at most {MOST_BITS:g}; without it and without a size "
         f"{DEFAULT_BITS:g}.",
+        least=0,
     )
     rank: int | None = option(None, "Keep this rank in every target (at most).")
     dynamic_method: str | None = option(

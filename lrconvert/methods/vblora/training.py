@@ -48,7 +48,7 @@ class TrainableBank(TrainableAdapter):
         bank = self.stored("bank")
         return bank * self.stored("scales")[:, None] if "scales" in self.specs else bank
 
-    def values(self) -> dict[str, Tensor]:
+    def values(self, training: bool = False) -> dict[str, Tensor]:
         """Return, where codes move, a bank with one vector for each code: the chosen one, with the latents'
         gradient."""
         values = super().values()
