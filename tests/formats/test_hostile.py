@@ -149,7 +149,7 @@ def check_bounded(seen: Seen, size: int) -> None:
 # --- the cases of fixtures/hostile.py -------------------------------------------------------------------------------
 
 # Of every path and its bytes. If a case was added or meant to change, put the new digest here; if not, this is a fault.
-MADE = "99ce86e1cc23bdae6fdb074220ec2977c6906145fca3ca30f4555947a6dcdcc9"
+MADE = "4b243556192729d54aae86dd726a761ab3700f6cf69588c5a0a399b5f01341d1"
 
 
 def test_the_same_files_are_made_everywhere(hostile_files: Path):
