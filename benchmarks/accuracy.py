@@ -221,10 +221,17 @@ def _cell(name: str, form: str, share: float, mode: str, seed: int) -> dict[str,
         compact = made.compact
         row |= {"steps": made.steps, "best_step": made.best_step, "layerwise": made.layerwise}
     row["cpu_seconds"] = round(time.process_time() - start, 1)
+    return row | scores_of(teacher, compact)
+
+
+def scores_of(teacher: teachers.Teacher, compact: Any) -> dict[str, Any]:
+    """Return what a compact adapter keeps of the teacher's answers on what is held out."""
+    from lrconvert import api
+
     model, tokenizer = _model(teacher)
     base, goal = _reference(teacher)
     api.attach(model, compact)
-    return row | _scores(base, goal, _answers(model, tokenizer, _held(teacher)))
+    return _scores(base, goal, _answers(model, tokenizer, _held(teacher)))
 
 
 def _vit_images(seed: int, count: int) -> list[dict[str, Any]]:

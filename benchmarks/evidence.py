@@ -286,6 +286,13 @@ def missing(
             yield setting
 
 
+def rendered() -> str:
+    """Return docs/evidence.md."""
+    import encoder_evidence
+
+    return page(cells.read(NAME), encoder_evidence.table())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, default=cells.HERE / ".cache" / "chat" / "base", help="the chat model")
@@ -297,7 +304,7 @@ def main() -> None:
     parser.add_argument("--render", action="store_true", help="write docs/evidence.md and measure nothing")
     given = parser.parse_args()
     if given.render:
-        _OUT.write_text(page(cells.read(NAME)))
+        _OUT.write_text(rendered())
         return
     run, end = Run(given.base, given.folder, given.held), time.monotonic() + 60 * given.minutes
     for wanted in list(missing(settings(run), cells.read(NAME), given.only, given.any_commit)):
