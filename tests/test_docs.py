@@ -187,7 +187,8 @@ def test_the_tables_in_readme_are_those_of_the_results() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT / "benchmarks"), str(ROOT)))}
     done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
     assert [table.strip() for table in json.loads(done.stdout)] == [table for _, table in tables]
-    assert len(tables) == len(list((ROOT / "benchmarks" / "results").glob("*.jsonl"))) == 10
+    results = {path.stem for path in (ROOT / "benchmarks" / "results").glob("*.jsonl")}
+    assert {name for name, _ in tables} == results - {"evidence", "encoder_evidence"}  # these are docs/evidence.md
 
 
 # --- the pages ------------------------------------------------------------------------------------------------------
