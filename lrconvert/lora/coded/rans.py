@@ -36,8 +36,10 @@ def lanes_of(which: Array) -> int:
 
 def _counts(which: Array) -> list[int]:
     """How many symbols each model has."""
-    parts = (which[first : first + _CHUNK] for first in range(0, len(which), _CHUNK))
-    return sum((np.bincount(part, minlength=COUNT) for part in parts), np.zeros(COUNT, np.int64)).tolist()
+    counts = np.zeros(COUNT, np.int64)
+    for first in range(0, len(which), _CHUNK):
+        counts += np.bincount(which[first : first + _CHUNK], minlength=COUNT)
+    return [int(n) for n in counts]
 
 
 # --- to bytes -------------------------------------------------------------------------------------------------------
@@ -71,7 +73,7 @@ def _encode_at_once(symbols: Array, which: Array, lanes: int) -> tuple[Array, Ar
     """The final states, and the words from the last on."""
     all_frequencies, all_starts = _coding()
     states = np.full(lanes, _START, np.uint32)
-    words = [np.zeros(0, np.uint32)]
+    words: list[Array] = [np.zeros(0, np.uint32)]
     for first in range((len(symbols) - 1) // _CHUNK * _CHUNK, -1, -_CHUNK):
         key = keys(symbols[first : first + _CHUNK], which[first : first + _CHUNK])
         frequencies, starts = all_frequencies[key], all_starts[key]

@@ -137,7 +137,7 @@ def _low_bits(numbers: Array, lengths: Array) -> Array:
     some = np.flatnonzero(lengths)
     counts = lengths[some].astype(np.int64)
     places = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    return (np.repeat(numbers[some], counts) >> places & 1).astype(np.uint8)
+    return np.asarray(np.repeat(numbers[some], counts) >> places & 1, np.uint8)
 
 
 def _low_values(bits: Array, lengths: Array) -> Array:
