@@ -446,7 +446,7 @@ def example_text(version: int) -> str:
 
 
 def _wrap(text: str, width: int = 100) -> str:
-    return "\n".join(text[n : n + width] for n in range(0, len(text), width))
+    return "\n".join(text[n : n + width].rstrip() for n in range(0, len(text), width))
 
 
 def _pretty(manifest: Mapping[str, Any]) -> str:

@@ -149,12 +149,12 @@ def check_bounded(seen: Seen, size: int) -> None:
 # --- the cases of fixtures/hostile.py -------------------------------------------------------------------------------
 
 # Of every path and its bytes. If a case was added or meant to change, put the new digest here; if not, this is a fault.
-MADE = "4b243556192729d54aae86dd726a761ab3700f6cf69588c5a0a399b5f01341d1"
+MADE = "78949d304010f561b570c80f2003c4c3906d7500762a2d695f7fe5fd7d43886e"
 
 
 def test_the_same_files_are_made_everywhere(hostile_files: Path):
     made = tree(hostile_files)
-    assert made == hostile.tree() and sum(map(len, made.values())) < 300_000
+    assert made == hostile.tree() and sum(map(len, made.values())) < 400_000
     digest = hashlib.sha256()
     for name, data in sorted(made.items()):
         digest.update(f"{name}\0{len(data)}\0".encode() + data)

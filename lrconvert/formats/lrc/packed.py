@@ -109,12 +109,13 @@ def _text(text: str) -> bytes:
 
 
 def unpack(data: bytes, start: int, limit: int) -> tuple[Any, int]:
-    """Return the value that is packed in `data` from byte `start` on, in at most `limit` bytes, and where it ends.
+    """Return the value that is packed in `data` from byte `start` on, and where it ends. It may take `limit` bytes, and
+    its texts as many.
 
     Raises E-JSON-SYNTAX (no such value, or `data` ends in it), E-JSON-NUM, E-JSON-DEPTH, E-JSON-DUP, E-HDR-TEXT (not
     UTF-8), E-LIMIT, E-CANON for any but the one spelling.
     """
-    reader = _Reader(data, start, start + limit)
+    reader = _Reader(data, start, limit)
     value = reader.value(OWN.json_depth)
     if pack(value) != data[start : reader.at]:
         raise errors.CanonicalError("the manifest is not in its one spelling (sorted keys, shortest forms)")
@@ -122,9 +123,11 @@ def unpack(data: bytes, start: int, limit: int) -> tuple[Any, int]:
 
 
 class _Reader:
-    def __init__(self, data: bytes, start: int, stop: int) -> None:
+    def __init__(self, data: bytes, start: int, limit: int) -> None:
         self._data = data
-        self._stop = stop
+        self._limit = limit
+        self._stop = start + limit
+        self._texts = 0
         self.at = start
 
     def value(self, depth: int) -> Any:
@@ -174,16 +177,21 @@ class _Reader:
 
     def _text(self, kind: int, number: int) -> str:
         if kind == WORD and number < len(WORDS):
-            return WORDS[number]
+            return self._counted(WORDS[number].encode())
         if kind not in (TEXT, HEXADECIMAL):
             raise errors.JsonSyntaxError(f"the manifest has no text before byte {self.at}, or one of no number")
         if number > OWN.string_bytes:
             raise errors.LimitError(f"a text of the manifest has {number} bytes; at most {OWN.string_bytes} are read")
         stored = self._take(number)
-        if kind == HEXADECIMAL:
-            return stored.hex()
+        return self._counted(stored.hex().encode() if kind == HEXADECIMAL else _expand(stored))
+
+    def _counted(self, text: bytes) -> str:
+        """The text, whose bytes count: what is stored in one may be twenty."""
+        self._texts += len(text)
+        if self._texts > self._limit:
+            raise errors.LimitError(f"the texts of the manifest have more than {self._limit} bytes together")
         try:
-            return _expand(stored).decode()
+            return text.decode()
         except UnicodeDecodeError:
             raise errors.HeaderTextError(f"a text of the manifest before byte {self.at} is not UTF-8") from None
 
