@@ -135,7 +135,7 @@ def test_one_rank_for_every_server(tmp_path):
 def test_pruned_modules_are_left_out(tmp_path):
     lora = api.load_lora(ADAPTERS / "llama-plain")
     compact = api.convert(lora, "lowrank", target_ratio=20).compact
-    kept = [t.name for t, r in zip(compact.targets, compact.config.ranks, strict=True) if r]
+    kept = [t.name for t, r in zip(compact.targets, compact.config.counts, strict=True) if r]
     assert 0 < len(kept) < len(compact.targets)
     fused = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
     groups = [[above, group] for n in kept for above, _, leaf in [n.removesuffix(".weight").rpartition(".")]
@@ -186,7 +186,9 @@ def test_only_what_an_export_wrote_is_replaced(to, tmp_path):
     """``overwrite`` replaces the folder of an export, of whichever layout, and no folder with anything else in it."""
     lora = random_lora()
     form = {"peft-miss": "bone"}.get(to, "lowrank")
-    compact = api.convert(lora, form, **({"rank": 2} if form == "bone" else {"bits": "16"})).compact
+    compact = api.convert(
+        lora, form, **({"rank": 2} if form == "bone" else {"bits": 12} if form == "lowrank" else {})
+    ).compact
     out, mine = tmp_path / "out", tmp_path / "mine"
     api.export(compact, out, to=to)
     api.export(compact, out, to=to, overwrite=True)

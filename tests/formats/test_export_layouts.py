@@ -447,4 +447,4 @@ def test_the_licence_goes_all_the_way(license: str, tmp_path: Path) -> None:
     with safe_open(tmp_path / "out" / "adapter_model.safetensors", "np") as opened:
         notes = opened.metadata()
     assert notes["lrconvert_license"] == license and notes["lrconvert_source"] == compact.provenance.source
-    assert notes["lrconvert_method"] == "lowrank 1" and notes["format"] == "pt"
+    assert notes["lrconvert_method"] == "lowrank 2" and notes["format"] == "pt"

@@ -179,7 +179,7 @@ def test_baked_dora_of_full_rank_is_the_dora(name: str, tmp_path: Path) -> None:
     lora = api.load_lora(tmp_path / "adapter")
     merge(base, [lora], tmp_path / "goal")
     goal, before = load_all(tmp_path / "goal"), load_all(base)
-    made = api.convert(lora, "lowrank", bits=14, base=base, bake_dora=64)
+    made = api.convert(lora, "lowrank", bits=15, base=base, bake_dora=64)
     assert not [e for e in made.compact.extras if e.use == "magnitude"]
     assert made.source_bytes == lora.half_bytes and "DoRA baked" in made.warnings[-1]
     merge(base, [made.compact], tmp_path / "out")

@@ -18,6 +18,7 @@ from lrconvert.lora.adapter import LoraAdapter, LoraTarget, Target
 from lrconvert.methods import base as methods
 from lrconvert.methods.base import FitContext
 from lrconvert.methods.lowrank import METHOD
+from lrconvert.methods.lowrank.form import factors
 from lrconvert.methods.lowrank.plan import LowRankOptions, chosen
 from lrconvert.methods.lowrank.rounding import (
     LARGEST_INTEGER,
@@ -196,6 +197,20 @@ def test_headers_that_describe_other_tensors_are_refused() -> None:
     for name in ("components", "max_count"):
         with pytest.raises(CanonicalError):
             METHOD.config({**header, name: header[name] + 1}, layout, compact.targets)
+
+
+def test_factors_are_of_one_size_and_have_gradients() -> None:
+    """In float16 too: neither factor is out of its range. Gradients are those of the product."""
+    import torch
+
+    compact = api.convert(decaying(), "lowrank", bits=14).compact
+    for _, a, b in methods.expand_all(compact):
+        assert (np.abs(a).max(axis=1) / np.abs(b).max(axis=0) > 2.0**-6).all()
+        assert (np.abs(a).max(axis=1) / np.abs(b).max(axis=0) < 2.0**6).all() and np.abs(b).max() < 60000
+    gains = torch.tensor([[0.3], [0.0], [-5.0], [2e-6]], requires_grad=True)
+    a, b = factors(gains, torch.ones(4, 3), torch.ones(4, 2), torch)
+    (b @ a).sum().backward()
+    assert torch.equal(gains.grad, torch.full((4, 1), 6.0))
 
 
 def test_version_1_is_read_not_made() -> None:

@@ -26,7 +26,7 @@ LORA = random_lora([(96, 64), (64, 96), (40, 72)], rank=6, seed=1)
 
 @cache
 def compared(statistics: bool = True) -> list[tuple[str, Fidelity]]:
-    requests: dict[str, dict[str, Any]] = {"small.lrc": {"rank": 1}, "large.lrc": {"rank": 4, "bits": "4"}}
+    requests: dict[str, dict[str, Any]] = {"small.lrc": {"rank": 1}, "large.lrc": {"rank": 4, "bits": 4}}
     files = [api.convert(LORA, "lowrank", **options).compact for options in requests.values()]
     rows = api.compare(LORA, files, statistics=statistics_for(LORA) if statistics else None)
     answers = Answers("KL", 2000, 0.25, 2.0, 0.8125, 0.125)

@@ -27,8 +27,13 @@ def version_2(manifest: Manifest, tensors: Tensors) -> Factors:
     for (out, inner), count in zip(shapes, counts, strict=True):
         a, b = np.zeros((count, inner), np.float32), np.zeros((out, count), np.float32)
         for j in range(count):
-            a[j] = next(gains) * numbers[at : at + inner]
-            b[:, j] = numbers[at + inner : at + inner + out]
+            gain, half = next(gains), np.float32(1)
+            while gain and abs(gain) >= 2 * half * half:
+                half *= 2
+            while gain and abs(gain) < half * half / 2:
+                half /= 2
+            a[j] = gain / half * numbers[at : at + inner]
+            b[:, j] = half * numbers[at + inner : at + inner + out]
             at += inner + out
         factors.append((a, b))
     return factors

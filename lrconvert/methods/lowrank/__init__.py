@@ -2,6 +2,8 @@
 
     delta_W = sum_j gain_j * b_j a_j^T,   a_j (in,), b_j (out,):  numbers 16 q - sign(q) of coded integers q
 
+As factors ``A[j] = 2^-h gain_j a_j`` and ``B[:, j] = 2^h b_j``, 2^2h being about the gain.
+
 With the SVD ``U diag(s) V^T`` of a source update, ``s_j u_j`` and ``s_j v_j`` are rounded with one step D for the whole
 adapter: the error of an update is then white at D on both sides whatever s_j is, and the slope of distortion over rate
 is the same everywhere, which is reverse water-filling (Cover and Thomas, Elements of Information Theory, 10.3). Ranks,
@@ -35,7 +37,7 @@ from lrconvert.lora.coded.models import COUNT
 from lrconvert.lora.packing import TensorSpec
 from lrconvert.methods.base import Budget, Command, FitContext, Method, Tensors
 from lrconvert.methods.lowrank.fit import fit
-from lrconvert.methods.lowrank.form import Config, Header, starts
+from lrconvert.methods.lowrank.form import Config, Header, factors, starts
 from lrconvert.methods.lowrank.plan import LowRankOptions, make_plan
 from lrconvert.methods.shared.ranks import check_ranks
 
@@ -102,7 +104,8 @@ class LowRank(Method):
         n, begins = config.counts[which], starts(config, tuple(targets))
         first, component = begins.numbers[which], begins.components[which]
         block = values["codes"][first : first + n * (inner + out)].reshape(n, inner + out)
-        return block[:, :inner] * values["gains"][component : component + n, None], block[:, inner:].T
+        gains = values["gains"][component : component + n, None]
+        return factors(gains, block[:, :inner], block[:, inner:], xp)
 
     # --- making it ---
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -73,3 +73,13 @@ def _starts(config: Config, targets: tuple[Target, ...]) -> Starts:
 def _running(sizes: Sequence[int] | np.ndarray[tuple[int], np.dtype[np.int64]]) -> tuple[int, ...]:
     """Return the sum of all sizes before each."""
     return tuple((np.cumsum(sizes) - sizes).tolist())
+
+
+def factors(gains: Any, a: Any, b: Any, xp: Any) -> tuple[Any, Any]:
+    """Return A (n, in) and B (out, n) of components with `gains` (n, 1) and numbers `a` (n, in) and `b` (n, out).
+
+    The root of a gain, as a power of two, goes to the other side, which is exact: both factors are then of one size,
+    and neither is out of the range of float16.
+    """
+    half, one = xp.frexp(gains)[1] // 2, xp.ones_like(gains)  # torch's ldexp has wrong gradients below 1
+    return a * (gains * xp.ldexp(one, -half)), (b * xp.ldexp(one, half)).T

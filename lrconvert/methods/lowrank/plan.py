@@ -20,7 +20,7 @@ from lrconvert.methods.lowrank.form import Config, Quantizer, starts
 from lrconvert.methods.lowrank.rounding import SIDE_BITS, Components, Rounded, components, integers, round_all
 from lrconvert.methods.shared.options import check_range, within
 
-DEFAULT_BITS, MOST_BITS = 12.0, 14.0
+DEFAULT_BITS, MOST_BITS = 12.0, 15.0
 _SAMPLE = 100_000  # numbers that the search looks at
 _PASSES = 8
 _PRICE = 0.05  # of a bit, in squared steps: what a component captures must be worth its bits

@@ -60,7 +60,7 @@ class Components:
         """Return the finest step that the models are made for, and the coarsest that leaves a number that is not 0."""
         largest = max((float(np.abs(side.rows).max()) for sides in self.sides for side in sides), default=0.0)
         coarsest = (largest or 1.0) / DEAD_ZONE
-        return coarsest * 2.0**-16, coarsest
+        return coarsest * 2.0**-17, coarsest
 
     def only(self, places: Array) -> Components:
         """Return the components `places`, in rising order, numbered anew."""

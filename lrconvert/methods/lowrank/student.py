@@ -30,7 +30,7 @@ from lrconvert.lora.coded import stream
 from lrconvert.lora.coded.stream import LARGEST_INTEGER
 from lrconvert.lora.trainable import Rates, TrainableAdapter, nearest_factors, unit_of
 from lrconvert.methods.base import Budget
-from lrconvert.methods.lowrank import rate
+from lrconvert.methods.lowrank import form, rate
 from lrconvert.methods.lowrank.form import Config, starts
 from lrconvert.methods.lowrank.rounding import DEAD_ZONE, SIDE_BITS
 
@@ -131,9 +131,9 @@ class LowRankStudent(TrainableAdapter):
         (a, b), gains = block.of(values["numbers"]), values["gains"][block.components]
         if "before" not in values:
             stored = values["stored"][block.components]
-            return a[stored] * gains[stored, None], b[stored].T
+            return form.factors(gains[stored, None], a[stored], b[stored], torch)
         empty = ~a.detach().any(dim=1, keepdim=True)
-        return a * gains[:, None], torch.where(empty, block.of(values["before"])[1], b).T
+        return form.factors(gains[:, None], a, torch.where(empty, block.of(values["before"])[1], b), torch)
 
     def groups(self) -> list[dict[str, Any]]:
         unit, share = float(self.unit_latents), math.sqrt(self.lacking)
