@@ -9,16 +9,21 @@ import warnings
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import FIXTURES, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from second_readers import coded as second
 
 from lrconvert.core import errors, limits
+from lrconvert.formats.lrc import file
+from lrconvert.formats.lrc.validation import validate
 from lrconvert.lora import packing
 from lrconvert.lora.coded import rans, stream
 from lrconvert.lora.coded.choice import best_models
 from lrconvert.lora.coded.models import COUNT, ESCAPE, LARGEST, TOTAL, models
+from lrconvert.lora.fingerprint import names_digest
+from lrconvert.methods import base as methods
+from lrconvert.testing.raw_files import V1, RawFile
 
 KAT = second.KAT
 LAST = stream.LARGEST_INTEGER
@@ -335,6 +340,27 @@ def test_the_kind_refuses_what_is_not_declared():
     for dtype in (np.int64, np.float32):
         with pytest.raises(errors.ValueRangeError):
             packing.encode(packing.coded("codes", rows, length), numbers.astype(dtype))
+
+
+def test_containers_of_version_1_hold_none(tmp_path):
+    """A newer kind of payload in an older container, all digests right: readers of that version do not know it."""
+    golden = FIXTURES / "golden" / "v2" / "lowrank.2" / "2.lrc"
+    compact, newer = file.read(golden), RawFile.of(golden.read_bytes())
+    form = methods.get("lowrank")
+    at, tensors = 0, {}
+    for spec in (
+        *form.layout_specs(form.header(compact.config), compact.targets),
+        *form.specs(compact.config, compact.targets),
+    ):
+        tensors[spec.name] = spec.dtype, list(spec.stored_shape), newer.tensors["lrconvert"][2][at : at + spec.nbytes]
+        at += spec.nbytes
+    tensors = {name: tensors[name] for name in sorted(tensors, key=lambda name: (name != "gains", name))}
+    manifest = newer.manifest | {"format": "lrconvert", "version": 1, "digests": {}}
+    manifest["base"]["names"] = names_digest(compact.targets)
+    tensors |= {name: tensor for name, tensor in newer.tensors.items() if name != "lrconvert"}
+    path = tmp_path / "x.lrc"
+    path.write_bytes(V1(manifest, tensors).sign().file())
+    assert {finding.code for finding in validate(path).findings} == {"E-VER"}
 
 
 @given(st.lists(st.integers(-LAST, LAST), max_size=20))

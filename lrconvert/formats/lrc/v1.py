@@ -99,6 +99,8 @@ class V1(Contents):
         info = self.left.pop(spec.name, None)
         if info is None:
             raise errors.MissingFieldError(f"the tensor {spec.name!r} is missing")
+        if spec.kind == "coded":
+            raise errors.VersionError(f"the tensor {spec.name!r} is coded; only containers of version 2 hold such ones")
         if info.dtype != spec.dtype:
             raise errors.DtypeError(f"tensor {spec.name!r} is {info.dtype}, its method stores {spec.dtype}")
         if info.shape != spec.stored_shape:
