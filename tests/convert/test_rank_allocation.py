@@ -389,7 +389,7 @@ def test_options_that_say_nothing(lora: LoraAdapter) -> None:
     for given, message in (
         ({}, "give one of --total-rank, --target-size and --target-ratio"),
         ({"total_rank": 3, "target_size": 9000}, "give one of --total-rank"),
-        ({"total_rank": 3, "bits": 15}, "--bits is 15; above 0, at most 14"),
+        ({"total_rank": 3, "bits": 16}, "--bits is 16; above 0, at most 15"),
         ({"target_size": 9000, "bits": 5}, "--bits and a size both say"),
         ({"total_rank": 0}, "--total-rank is 0"),
         ({"total_rank": 3, "rounds": 0}, "--rounds is 0"),

@@ -44,7 +44,7 @@ _NEARLY = 0.9  # of a budget: a file that is smaller keeps its own size
 _ROOM = 0.0025  # of the budget that is aimed to be left
 _SLOPE = 0.7  # of the factor over the bits, both as logarithms
 _TRIES = 24
-_LEAST = 0.1  # the least share that a factor is chosen by
+_LEAST = 0.1  # of what is spent: the least that a factor is chosen by
 _FARTHEST = 2.0**20  # from 1: factors that are tried
 _CELL = 63 / 64  # of the way to where the next integer begins
 _WIDE = 1 << 12  # integers from which on a latent starts where it is stored
@@ -105,7 +105,10 @@ class LowRankStudent(TrainableAdapter):
         """Mark the components (n,) that a file holds: those with numbers on both sides, at least one."""
         stored = rate.nonzero(self.blocks, numbers)
         if not stored.any():
-            stored[int(torch.argmax(self.gains.detach().abs() * self.unit_gains))] = True
+            sizes = torch.cat(
+                [a.norm(dim=1) * b.norm(dim=1) for a, b in (block.of(self.latents) for block in self.blocks)]
+            )
+            stored[int(torch.argmax(self.gains.detach().abs() * self.unit_gains * sizes))] = True
         return stored.to(self.gains.device)
 
     @torch.no_grad()
@@ -226,9 +229,13 @@ class LowRankStudent(TrainableAdapter):
     def stepped(self) -> None:
         if self.budget is None:
             return
-        excess = math.log(self._measure() / self.goal)
-        self.multiplier += max(-_MOST, min(_MOST, _GAIN * excess))
-        self._search(lambda: (self._measure() / self.goal, True), 1 - _TOLERANCE, 1 + _TOLERANCE)
+        self.multiplier += max(-_MOST, min(_MOST, _GAIN * math.log(self._measure() / self.goal)))
+
+        def spent() -> tuple[float, float, bool]:
+            bits = self._measure()
+            return bits, self.goal, abs(bits / self.goal - 1) <= _TOLERANCE
+
+        self._search(spent)
 
     def notes(self) -> dict[str, float]:
         if self.budget is None:
@@ -241,29 +248,31 @@ class LowRankStudent(TrainableAdapter):
             return
         budget = self.budget
 
-        def spent() -> tuple[float, bool]:
+        def spent() -> tuple[float, float, bool]:
             config, _ = self._config(*self._coded())
             size = budget.size(config)
             wanted = budget.limit * (1 - _ROOM) - size + config.length
-            return config.length / max(wanted, 1.0), self.least <= size <= budget.limit
+            return 8 * config.length, max(8 * wanted, 1.0), self.least <= size <= budget.limit
 
-        self._search(spent, 0.0, math.inf)
+        self._search(spent)
         self._measure()
 
-    def _search(self, spent: Callable[[], tuple[float, bool]], low: float, high: float) -> None:
-        """Multiply all latents with the factor at which what is `spent`, as a share of what is wanted, lies between
-        `low` and `high`, and its second part is true; where there is none, with one at which less is spent."""
+    def _search(self, spent: Callable[[], tuple[float, float, bool]]) -> None:
+        """Multiply all latents with the factor at which what is `spent` (bits, those that are wanted, whether that is
+        fine) is fine; where there is none, with one at which less is spent."""
         latents, gains = self.latents.clone(), self.gains.clone()
         factor, below, above = 1.0, 0.0, math.inf
         for _ in range(_TRIES):
-            share, is_fine = spent()
-            if low <= share <= high and is_fine:
+            bits, wanted, is_fine = spent()
+            if is_fine:
                 return
-            if share > 1:
+            if bits > wanted:
                 above = factor
             else:
                 below = factor
-            factor *= max(share, _LEAST) ** -_SLOPE
+            # Few bits a number follow a power of the factor; many grow by one as it doubles.
+            moves = (_SLOPE * math.log2(max(wanted / bits, _LEAST) if bits else 2.0), (wanted - bits) / len(latents))
+            factor *= 2.0 ** min(max(moves, key=abs), 1.0)
             if not below < factor < above:
                 factor = math.sqrt(below * above) if below and above < math.inf else (below * 2 or above / 2)
             if not 1 / _FARTHEST < factor < _FARTHEST:
@@ -315,7 +324,8 @@ class _Scale:
 
 def _lacking(pair: LoraTarget, now: tuple[Tensor, Tensor], more: int, scale: _Scale) -> tuple[Tensor, Tensor, Tensor]:
     """Return A rows and B columns (more, .) in steps, and gains (more,), of the largest components of a LoRA's update
-    minus ``B @ A`` of `now`, as small as they have to be to round to zero; zeros where there are no more."""
+    minus ``B @ A`` of `now`, as small as they have to be to round to zero; zeros where there are no more. The gains are
+    those with which the first number of a side that becomes 1 is what it should be."""
     (out, inner), (a, b) = pair.target.matrix_shape, (factor.double().numpy() for factor in now)
     rows = [torch.zeros(more, inner), torch.zeros(more, out)]
     gains = torch.ones(more)
@@ -331,8 +341,9 @@ def _lacking(pair: LoraTarget, now: tuple[Tensor, Tensor], more: int, scale: _Sc
         gains[n] = scale.square / (256 * s)
         lengths = s * math.sqrt(scale.ratio / scale.square), s / math.sqrt(scale.square * scale.ratio)
         for into, length, vector in zip(rows, lengths, (factors.Vt[n], factors.U[:, n]), strict=True):
-            shrink = min(1.0, DEAD_ZONE * _CELL / (length * float(np.abs(vector).max())))
-            into[n] = torch.from_numpy(length * shrink * vector)
+            peak = length * float(np.abs(vector).max())
+            into[n] = torch.from_numpy(length * min(1.0, DEAD_ZONE * _CELL / peak) * vector)
+            gains[n] *= max(1.0, 16 / 15 * peak)
     return rows[0], rows[1], gains
 
 
