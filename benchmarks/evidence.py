@@ -38,6 +38,7 @@ PEERS = ("SVD at int8", "SVD at int4", "SVD at 2 bit", "LoRAQuant", "LoRA-XS", "
 TRAINED_PEERS = ("LoRA-XS", "Uni-LoRA")
 ORDER = ("e2e", "sst2", "trec", "gsm8k", "cola")  # of worth, as sizes below
 SHARES_BY_WORTH = (1.6, 0.8, 0.4, 4.0, 0.2)
+HALF = loras.STEPS // 2  # steps of refinement
 _STATISTICS_TOKENS = 1 << 14
 _OUT = cells.ROOT / "docs" / "evidence.md"
 
@@ -49,7 +50,7 @@ class Run:
     base: Path
     folder: Path
     held: int
-    steps: int = loras.STEPS // 2
+    steps: int = HALF
     batch_tokens: int = loras.BATCH_TOKENS
 
 
@@ -72,8 +73,9 @@ class Setting:
 
     @property
     def cell(self) -> str:
+        steps = f", {self.steps} steps" if self.mode == "refined" and self.steps != HALF else ""
         seed = f", seed {self.seed}" if self.seed else ""
-        return f"{self.task}, {self.share:g}%, {self.form}, {self.mode}{seed}"
+        return f"{self.task}, {self.share:g}%, {self.form}, {self.mode}{steps}{seed}"
 
     @property
     def key(self) -> str:
@@ -298,6 +300,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=cells.HERE / ".cache" / "chat" / "base", help="the chat model")
     parser.add_argument("--folder", type=Path, default=cells.HERE / ".cache" / "chat", help="what is kept between runs")
     parser.add_argument("--held", type=int, default=100_000, help="examples that are held out, at most")
+    parser.add_argument("--steps", type=int, default=HALF, help="of refinement; half of the LoRA's own if not given")
     parser.add_argument("--only", default="", help="a pattern that cell names must contain")
     parser.add_argument("--any-commit", action="store_true", help="what other commits measured is done, too")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell after so long")
@@ -306,7 +309,8 @@ def main() -> None:
     if given.render:
         _OUT.write_text(rendered())
         return
-    run, end = Run(given.base, given.folder, given.held), time.monotonic() + 60 * given.minutes
+    run = Run(given.base, given.folder, given.held, given.steps)
+    end = time.monotonic() + 60 * given.minutes
     for wanted in list(missing(settings(run), cells.read(NAME), given.only, given.any_commit)):
         if time.monotonic() > end:
             break

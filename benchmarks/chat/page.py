@@ -22,16 +22,16 @@ the system message. **Defaults of lrconvert are tuned on E2E and TREC only; SST-
   factors at 16 bit. A share does not carry across ranks, so *bits a component* stands beside it: the file's bits over
   the components of all targets of the LoRA.
 - *refit*: with the statistics of texts that trained the LoRA, where the form does not say without; *refined*: and
-  {steps} steps of distillation, half of the LoRA's own. Trained peers get the same steps, the same distillation, and
-  the best of three rates, whose trial is a part of the steps. Peers by refit use no data.
+  {steps} steps of distillation (half of the LoRA's own are 150). Trained peers get the same steps, the same
+  distillation, and the best of three rates, whose trial is a part of the steps. Peers by refit use no data.
 - *KL closed*: the share of the KL distance between base and LoRA that is closed, at the tokens of the answers of what
   is held out; in brackets its 95 % interval (1,000 paired bootstrap samples of the texts). *agreement*: how often the
   first choice is the LoRA's. *gain*: the share of the LoRA's gain in score, with its interval.
 - Scores: BLEU of E2E on lower case words; accuracy among the classes by the first token of the answer; GSM8K:
   whether an answer has that data set's form (this model is too small to be often right).
 
-Run: `python benchmarks/evidence.py --base BASE`{held}, one thread; this page: `--render`. {machine}, shared with other
-work, so that times are of the processor. Commits of the package: {commits}.
+Run: `python benchmarks/evidence.py --base BASE`{held}, one thread; this page: `--render`.
+{machine}, shared with other work. Commits of the package: {commits}.
 
 Aims on the test tasks, lower bounds of the refined: {aims}.
 """
@@ -53,8 +53,9 @@ def page(done: Rows, encoder: str = "Not run.") -> str:
     for setting in settings:
         held.setdefault(setting["held"], set()).add(setting["task"])
     head = _HEAD.format(
-        steps=" or ".join(map(str, sorted({s["steps"] for s in settings}))) or "150",
-        held="".join(f" (`--held {n}` for {', '.join(sorted(names))})" for n, names in sorted(held.items())),
+        steps=" or ".join(map(str, sorted({s["steps"] for s in settings if s["mode"] == "refined"}))) or "150",
+        held=f" ({', '.join(f'`--held {n}` for ' + ', '.join(sorted(names)) for n, names in sorted(held.items()))})"
+        * bool(held),
         machine="; ".join(sorted({row["machine"] for row in shown.values()})) or "Nothing was run",
         commits=", ".join(sorted({f"`{row['commit']}`" for row in shown.values()})) or "none",
         aims="; ".join(
@@ -80,7 +81,7 @@ def _section(name: str, done: Rows) -> list[str]:
             f"base {_score(task.score_name, base)}, with the LoRA {_score(task.score_name, goal)}; the base's first "
             f"choice is the LoRA's at {measured['base_agreement']:.1%}, their KL is {measured['base_kl']:.3f} nats.\n"
         )
-    head = ["size, form", "bytes", "bits a component", "KL closed", "agreement", task.score_name, "gain", "CPU time"]
+    head = ["size, form", "bytes", "bits a component", "KL closed", "agreement", task.score_name, "gain"]
     return [title, about, cells.markdown(head, [_row(task.score_name, row) for row in own]) + "\n"]
 
 
@@ -91,14 +92,14 @@ def _place(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def _row(score_name: str, row: dict[str, Any]) -> list[str]:
     setting = row["setting"]
+    steps = f" with {setting['steps']} steps" if setting["mode"] == "refined" else ""
     seed = f", seed {setting['seed']}" if setting["seed"] else ""
-    title = f"{setting['share']:g} %, {setting['form']}, {setting['mode']}{seed}"
+    title = f"{setting['share']:g} %, {setting['form']}, {setting['mode']}{steps}{seed}"
     if "closed" not in row:
-        return [title, "too small", "", "", "", "", "", ""]
+        return [title, "too small", "", "", "", "", ""]
     closed, gain = (_interval(row[name]) for name in ("closed", "gain"))
-    score, seconds = _score(score_name, row["scores"][2]), f"{row['cpu_seconds']:.0f} s"
     shown = [f"{row['bytes']:,}", f"{row['bits_per_component']:.1f}", closed, f"{row['agreement'][0]:.1%}"]
-    return [title, *shown, score, gain, seconds]
+    return [title, *shown, _score(score_name, row["scores"][2]), gain]
 
 
 def _interval(values: list[float]) -> str:
