@@ -81,9 +81,10 @@ def compress(
     is the winner's conversion.
 
     `more` are single fields of `ConvertOptions` and `CompressOptions`. With a base the best is what answers most as the
-    LoRA does on held-out data: all forms are fitted under the moments of its inputs and refined a little, the better
-    half twice as long, and so on; the winner, refined by as much and by `steps` more, is what is chosen. By fit it is
-    what keeps most in the metric of the fits; so without a base, without its weights, and for an encoder without data.
+    LoRA does on held-out data: all forms are fitted under the moments of its inputs and in the plain norm, whichever
+    answers better is refined a little, the better half twice as long, and so on; the winner, refined by as much and by
+    `steps` more, is what is chosen. By fit it is what keeps most in the metric of the fits; so without a base, without
+    its weights, and for an encoder without data.
 
     Raises E-BUDGET, saying what would do, if nothing meets the request, E-OPTION, what `convert` raises, and ranking by
     answers what `refine` raises.

@@ -30,7 +30,9 @@ class Candidate:
     """A form that was tried: its conversion, or why there is none.
 
     Where forms are ranked by answers, `before` is how far those of the fit are from the LoRA's on held-out data, and
-    `after` those after `steps` of refinement, which its `conversion` then holds.
+    `after` those after `steps` of refinement, which its `conversion` then holds. Each form is fitted in two norms
+    there, that of the outputs under statistics and the plain one of the weights: `norm` is the one whose answers are
+    nearer, and is refined; `other` how far those of the other fit are.
     """
 
     method: str
@@ -40,6 +42,8 @@ class Candidate:
     before: Answers | None = None
     after: Answers | None = None
     steps: int = 0
+    norm: str = ""
+    other: Answers | None = None
 
     @property
     def captured(self) -> float:

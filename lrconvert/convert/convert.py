@@ -29,6 +29,7 @@ from lrconvert.lora.adapter import CompactAdapter, ExtraTensor, LoraAdapter, Pro
 from lrconvert.lora.base_names import name_filter
 from lrconvert.lora.base_weights import BaseWeights
 from lrconvert.lora.fingerprint import fingerprint
+from lrconvert.lora.input_statistics import InputStatistics
 from lrconvert.methods import base as methods
 from lrconvert.methods.base import Budget, FitContext
 
@@ -148,6 +149,7 @@ def convert_prepared(
         raise FingerprintError(
             "the statistics are of a base with other contents", fix="collect them from this base", path=options.base
         )
+    warnings = (*source.warnings, *_not_measured(lora, statistics))
     default_ratio = None if method_options else form.default_ratio
     budget_bytes = _budget_bytes(source.source_bytes, options.target_size, options.target_ratio, default_ratio)
     skeleton = CompactAdapter(
@@ -177,11 +179,22 @@ def convert_prepared(
     sizes = file.sizes(planned)
     file.check(planned)  # before the work: a file that could not be written is not worth fitting
     if dry_run:
-        return Conversion(planned, sizes, source.source_bytes, None, source.warnings)
+        return Conversion(planned, sizes, source.source_bytes, None, warnings)
     compact = replace(planned, tensors=form.fit(fitted, config, context))
     fidelity = measure_fidelity(lora, compact, statistics, weights)
     compact = _with_captured(compact, fidelity.captured)
-    return Conversion(compact, sizes, source.source_bytes, fidelity, source.warnings)
+    return Conversion(compact, sizes, source.source_bytes, fidelity, warnings)
+
+
+def _not_measured(lora: LoraAdapter, statistics: InputStatistics | None) -> Iterator[str]:
+    """Yield a warning if there are statistics, but not of all targets. Raises E-STATS if they are of none."""
+    names = () if statistics is None else statistics.unknown(lora.shapes())
+    if names:
+        yield (
+            f"the statistics have no input of {len(names)} of {len(lora.targets)} targets, {names[0]!r:.100} for one: "
+            "these are fitted in the plain norm of their weights; for all of them, collect statistics anew, without "
+            "--include and --exclude, on data that reaches these layers"
+        )
 
 
 def _select(lora: LoraAdapter, include: Sequence[str], exclude: Sequence[str]) -> tuple[LoraAdapter, tuple[str, ...]]:

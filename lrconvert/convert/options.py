@@ -27,8 +27,9 @@ class ConvertOptions:
     `target_size` (bytes) or `target_ratio` (factors at 16 bit over the file's bytes) bound the file without its extra
     tensors. `include` and `exclude` are regular expressions searched in target names. `base` (a folder) settles the
     orientation of square weights and adds the digest of its contents. `statistics` make the fit minimize the mean
-    squared error of the layers' outputs, not of their weights. `bake_dora` turns DoRA's magnitudes, which are carried
-    along otherwise, into plain updates of that rank; it needs `base`. `device` is a torch device name.
+    squared error of the layers' outputs, not of their weights; targets that they lack are fitted in the plain norm.
+    `bake_dora` turns DoRA's magnitudes, which are carried along otherwise, into plain updates of that rank; it needs
+    `base`. `device` is a torch device name.
     """
 
     target_size: int | None = option(None, "At most this many bytes without extra tensors, e.g. 200KB.", kind="size")

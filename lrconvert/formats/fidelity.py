@@ -229,9 +229,12 @@ def _target_fidelity(
     if statistics is None:
         return row
     moment = statistics.of(pair.target)
-    error, energy = svd.distance(pair, a, b, moment)
     fit_error, fit_energy = svd.distance(pair, a, b, svd.fit_metric(pair, moment))
-    return replace(row, output_energy=energy, output_error=error, fit_energy=fit_energy, fit_error=fit_error)
+    row = replace(row, fit_energy=fit_energy, fit_error=fit_error)
+    if moment is None:
+        return row
+    error, energy = svd.distance(pair, a, b, moment)
+    return replace(row, output_energy=energy, output_error=error)
 
 
 def _is_zero(a: Array, b: Array) -> bool:
@@ -247,18 +250,19 @@ def _dense_fidelity(
     if not rank:
         return nothing
     left, right = pair.scale * pair.B.astype(np.float64), pair.A.astype(np.float64)
-    metrics: list[Moment | None] = [None]
+    metrics: dict[str, Moment | None] = {"error": None}
     if statistics is not None:
         moment = statistics.of(pair.target)
-        metrics += [moment, svd.fit_metric(pair, moment)]
-    errors, is_dropped = [0.0] * len(metrics), nothing.is_dropped
+        metrics["fit_error"] = svd.fit_metric(pair, moment)
+        if moment is not None:
+            metrics["output_error"] = moment
+    errors, is_dropped = dict.fromkeys(metrics, 0.0), nothing.is_dropped
     for top, update in updates:
         is_dropped = is_dropped and not update.any()
         error = update - left[top : top + len(update)] @ right
-        for n, metric in enumerate(metrics):
-            errors[n] += float(np.vdot(error if metric is None else metric.times(error), error))
-    row = replace(nothing, rank_after=rank, error=errors[0], is_dropped=is_dropped)
-    return row if statistics is None else replace(row, output_error=errors[1], fit_error=errors[2])
+        for name, metric in metrics.items():
+            errors[name] += float(np.vdot(error if metric is None else metric.times(error), error))
+    return replace(nothing, rank_after=rank, is_dropped=is_dropped, **errors)
 
 
 # --- inspection -----------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ the diagonal alone. `live.statistics` collects them, `statistics_file` stores th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -123,15 +123,22 @@ class InputStatistics:
     def _index(self) -> NameIndex:
         return NameIndex({name for entry in self.inputs for name in entry.names}, self.families)
 
-    def of(self, target: Target) -> Moment:
-        """Return the moment of the input of a target. An expert that no token was sent to has the mean squares of
-        its siblings. Raises E-STATS if the statistics do not know it, or it has another width."""
+    def unknown(self, targets: Sequence[Target]) -> tuple[str, ...]:
+        """Return the names of those targets whose layer was not measured. Raises E-STATS if none was."""
+        names = tuple(target.name for target in targets if self._index.find(target.name) is None)
+        if targets and len(names) == len(targets):
+            raise StatisticsError(
+                f"the statistics have no input of {names[0]!r}, nor of any other target",
+                fix="collect them from the adapter's own base, with data that uses these layers",
+            )
+        return names
+
+    def of(self, target: Target) -> Moment | None:
+        """Return the moment of the input of a target; None if its layer was not measured. An expert that no token was
+        sent to has the mean squares of its siblings. Raises E-STATS if the input has another width."""
         name = self._index.find(target.name)
         if name is None:
-            raise StatisticsError(
-                f"the statistics have no input of {target.name!r}",
-                fix="collect them from the adapter's own base, with data that uses this layer; or --exclude it",
-            )
+            return None
         expert = int(target.view.text.rpartition(":")[2]) if target.view.kind.startswith("expert") else None
         place = self._places.get((name, expert))
         moment = self.load(place) if place is not None else self._of_siblings(name)

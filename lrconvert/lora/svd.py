@@ -173,14 +173,20 @@ def _summed(part: Callable[[slice], F64], width: int) -> F64:
     return np.asarray(sum(grams), np.float64)
 
 
-def fit_metric(pair: LoraTarget, moment: Moment) -> Moment:
-    """Return the metric in which fits measure the error of a target, from the `moment` M of its input.
+def fit_metric(pair: LoraTarget, moment: Moment | None) -> Moment:
+    """Return the metric in which fits measure the error of a target, from the `moment` M of its input: the identity,
+    which leaves the plain norm, if that was not measured.
 
     ``(M + m I) / sqrt(m e)`` with the mean square m of an input and the update's energy e in that numerator. What
     flows into layers differs by orders of magnitude, and so do updates, so that the plain sum of the output errors is
     that of a few layers; weighing a target by the root of its energy was measured to come nearest to the LoRA's own
-    answers, and M alone to forget what little data never shows.
+    answers, and M alone to forget what little data never shows. It is no law (docs/statistics.md): where a base and
+    data are at hand, the answers choose between this metric and the plain norm.
     """
+    if moment is None:
+        from lrconvert.lora.input_statistics import Moment
+
+        moment = Moment(0, diagonal=np.ones(pair.target.in_features, np.float32))
     whole = moment.damped()
     out, inner = pair.target.matrix_shape
     energy = distance(pair, np.zeros((0, inner)), np.zeros((out, 0)), whole)[1]

@@ -12,12 +12,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lrconvert.convert.compress import Candidate, Compression
-from lrconvert.core.errors import OptionError, StatisticsError
+from lrconvert.core.errors import OptionError
 from lrconvert.formats import fidelity
 from lrconvert.formats.lrc import file
-from lrconvert.lora.adapter import LoraAdapter
+from lrconvert.live import attach
+from lrconvert.live.answers import AnswerSums
+from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 from lrconvert.lora.input_statistics import InputStatistics
 from lrconvert.refine import layerwise
+from lrconvert.refine.attached_student import NAME
 from lrconvert.refine.refine import note_warnings, with_provenance
 from lrconvert.refine.run import RefineResult, RefineRun
 from lrconvert.refine.session import Progress, RefineSession, open_session, part
@@ -26,6 +29,7 @@ from lrconvert.refine.settings import RunOptions, Settings
 STEPS = 32  # of the first round; every further one has twice as many
 _MORE = 8  # times as many steps at most where minutes decide
 _OPENING, _FITS = 0.05, 0.3  # of the progress: what is behind then
+OUTPUTS, WEIGHTS = "outputs", "weights"  # the norms of a fit: with input statistics, and without
 
 Fit = Callable[[LoraAdapter, InputStatistics | None, Progress], Compression]
 
@@ -57,22 +61,41 @@ def compress(
     statistics: InputStatistics | None,
     progress: Progress,
 ) -> Compression:
-    """`fit` all forms, under `statistics` or those of the LoRA's own inputs on `data`, and rank them by what the model
-    answers with them; see `lrconvert.api.compress`. The winner is refined, and says so."""
+    """`fit` all forms, under `statistics` or those of the LoRA's own inputs on `data` and without any, whichever brings
+    answers nearer, and rank them by what the model answers with them; see `lrconvert.api.compress`. The winner is
+    refined, and says so."""
     rules.check()
     settings.check()
     opening, fitting = part(progress, 0.0, _OPENING), part(progress, _OPENING, _FITS)
     with open_session(base, lora, data, settings, RunOptions(device=rules.device), progress=opening) as session:
         fitting(0.0, "inputs of the layers")
-        inputs: InputStatistics | None = statistics or layerwise.teacher_statistics(session, lora, settings)
-        try:
-            compression = fit(lora, inputs, fitting)
-        except StatisticsError:
-            if statistics is not None:
-                raise
-            inputs = None  # a layer that the data never reached
-            compression = fit(lora, None, fitting)
+        inputs = statistics or layerwise.teacher_statistics(session, lora, settings)
+        by_outputs = fit(lora, inputs, part(fitting, 0.0, 0.5))
+        by_weights = fit(lora, None, part(fitting, 0.5, 1.0))
+        pairs = zip(by_outputs.candidates, by_weights.candidates, strict=True)
+        compression = replace(by_outputs, candidates=tuple(_nearer(session, *pair) for pair in pairs))
         return _SuccessiveHalving(session, compression, inputs, settings, part(progress, _FITS, 1.0)).run(rules)
+
+
+def _nearer(session: RefineSession, by_outputs: Candidate, by_weights: Candidate) -> Candidate:
+    """The fit of a form whose answers on held-out data are nearer to the LoRA's; the first where both are as near."""
+    one, two = _distance(session, by_outputs), _distance(session, by_weights)
+    if one is None or two is None:
+        norm, chosen, other = (WEIGHTS, by_weights, None) if one is None else (OUTPUTS, by_outputs, None)
+    elif one.mean <= two.mean:
+        norm, chosen, other = OUTPUTS, by_outputs, two
+    else:
+        norm, chosen, other = WEIGHTS, by_weights, one
+    return replace(chosen, norm=norm, other=None if other is None else other.answers(session.base_distance))
+
+
+def _distance(session: RefineSession, candidate: Candidate) -> AnswerSums | None:
+    """How far the answers with a fit are from the LoRA's; None if there is none."""
+    if candidate.conversion is None:
+        return None
+    adapters: dict[str, CompactAdapter | LoraAdapter] = {NAME: candidate.conversion.compact}
+    with attach.temporarily(session.teacher_model.model, adapters):
+        return session.evaluator.sums((NAME,))
 
 
 @dataclass(eq=False)

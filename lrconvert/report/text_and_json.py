@@ -180,6 +180,8 @@ def compression_json(done: Compression) -> dict[str, Any]:
         if candidate.before is not None and candidate.after is not None:
             row |= {"before": answers_json(candidate.before), "after": answers_json(candidate.after)}
             row["steps"] = candidate.steps
+        if candidate.norm:
+            row |= {"norm": candidate.norm, "other": None if candidate.other is None else answers_json(candidate.other)}
         rows.append(row)
     return {"candidates": rows, "note": done.note, **conversion_json(done.chosen)}
 
@@ -205,7 +207,14 @@ def _by_answers(done: Compression) -> list[str]:
         shares = [f"{before.closed:.1%}", f"{after.closed:.1%}", _percent(after.agreement)]
         start = [_form(done, candidate), f"{candidate.nbytes:,}", f"{made.ratio:.1f}", len(made.dropped)]
         rows.append([*start, *shares, f"{candidate.steps:,}"])
-    return [table(["  form", "bytes", "ratio", "dropped", "closed", "refined", "agreement", "steps"], rows)]
+    chosen = [
+        f"{_form(done, c).removeprefix('* ').strip()}: fitted in the norm of the {c.norm}, {before.closed:.1%} closed; "
+        f"in that of the {'weights' if c.norm == 'outputs' else 'outputs'} {c.other.closed:.1%}"
+        for c, _, before, _ in measured
+        if before is not None and c.other is not None
+    ]
+    head = ["  form", "bytes", "ratio", "dropped", "closed", "refined", "agreement", "steps"]
+    return [table(head, rows), *(["", *chosen] if chosen else [])]
 
 
 def _closed_note(answers: Answers) -> str:
@@ -352,7 +361,8 @@ def _statistics(path: str, facts: dict[str, Any]) -> str:
     lines = [
         f"{printable(path)}: {facts['bytes']:,} bytes",
         f"tokens  {facts['tokens']:,}",
-        f"inputs  {len(inputs)} of {layers} layers, {_range({i['width'] for i in inputs})} wide",
+        f"inputs  {_range({i['width'] for i in inputs})} wide; {layers} layers are measured, by {len(inputs)} inputs"
+        + (": layers that are given the same tensor share one" if len(inputs) < layers else ""),
     ]
     if few := [i for i in inputs if i["tokens"] < i["width"]]:
         example = printable(few[0]["names"][0])

@@ -135,6 +135,8 @@ def test_answers_rank_by_halving(ranked):
     assert sorted(steps.values()) == [6, 18, 22]
     assert winner is first[0] and winner.steps == max(steps.values())
     assert all(c.after.distance <= c.before.distance for c in ranked.candidates)
+    for some in ranked.candidates:  # of the fits with and without statistics the one with the nearer answers
+        assert some.norm in ("outputs", "weights") and some.before.distance <= some.other.distance * (1 + 1e-4)
     assert winner.after.distance < winner.before.distance
     for some in ranked.candidates:  # whichever is written says what was done to it
         told = some.conversion.compact.provenance.fields
@@ -218,6 +220,8 @@ def test_the_command_ranks_by_answers(tmp_path, monkeypatch):
     words_ += ["--base", LLAMA, "--data", words(tmp_path), "--batch-tokens", 96]
     done = CliRunner().invoke(cli, [str(word) for word in words_], catch_exceptions=False)
     assert done.exit_code == 0 and "refined" in done.output and "held-out items" in done.output
+    assert "lowrank: fitted in the norm of the " in done.output
     told = CliRunner().invoke(cli, [*map(str, words_), "--overwrite", "--json", "--budget-minutes", "0.02"])
     rows = json.loads(told.stdout)["candidates"]
     assert all(row["after"]["distance"] <= row["before"]["distance"] and row["steps"] for row in rows)
+    assert all(row["norm"] in ("outputs", "weights") and row["other"]["distance"] > 0 for row in rows)

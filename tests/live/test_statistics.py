@@ -564,7 +564,7 @@ def test_validate_and_inspect_know_them(tmp_path: Path) -> None:
     summary = api.inspect(path)
     assert summary["kind"] == "statistics" and len(summary["inputs"]) == 6 and summary["tokens"] > 40
     shown = CliRunner().invoke(cli, ["inspect", str(path)]).output
-    assert "inputs  6 of 6 layers" in shown and summary["base"] in shown
+    assert "wide; 6 layers are measured, by 6 inputs" in shown and summary["base"] in shown
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)

@@ -17,6 +17,7 @@ from lrconvert.lora.adapter import Target, View
 from lrconvert.lora.input_statistics import Input, InputStatistics, Moment
 from lrconvert.lora.svd import Factors
 from lrconvert.methods import base as methods
+from lrconvert.methods.base import FitContext
 
 
 def anisotropic(n: int, seed: int = 0, decay: float = 0.7) -> np.ndarray:
@@ -158,8 +159,10 @@ def test_look_up():
     assert experts.of(stack) is several[1]
     unseen = experts.of(replace(stack, view=View("expert:1")))  # no token came here: as its siblings
     assert unseen.tokens == 0 and np.allclose(unseen.squares, (moment.squares * 5 + 4 * 15) / 20)
-    with pytest.raises(StatisticsError, match=rf"no input of '{target.name}'.*--exclude"):
-        experts.of(target)
+    assert experts.of(target) is None and experts.unknown([stack, target]) == (target.name,)
+    assert experts.unknown([stack]) == ()
+    with pytest.raises(StatisticsError, match=rf"no input of '{target.name}', nor of any other.*own base"):
+        experts.unknown([target])
     wrong = InputStatistics(
         (Input((f"model.{target.name}",), None, 7, 1),), [Moment(1, diagonal=np.ones(7, "f4"))].__getitem__
     )
@@ -170,3 +173,24 @@ def test_look_up():
         (Input(("base.a.weight",), None, 6, 5),), [replace(moment, diagonal=np.ones(6, "f4"))].__getitem__
     )
     assert ours.of(turned).width == 6
+
+
+def test_targets_that_were_not_measured_are_fitted_plainly():
+    """Statistics of some targets: the others are told by name, fitted in the plain norm, and no output is claimed for
+    them. Statistics of none are refused."""
+    lora = random_lora([(24, 16), (16, 24), (20, 20)], rank=4)
+    whole = statistics_for(lora)
+    some = replace(whole, inputs=whole.inputs[:2])
+    done = api.convert(lora, "lowrank", bits=3, statistics=some)
+    (warning,) = (line for line in done.warnings if "statistics" in line)
+    last = lora.targets[2]
+    assert "1 of 3 targets" in warning and repr(last.target.name) in warning and "plain norm" in warning
+    rows = done.fidelity.targets
+    assert [row.output_energy is None for row in rows] == [False, False, True] and rows[2].fit_energy
+    x = np.eye(last.target.in_features)
+    metric = FitContext(statistics=some).metric(last).times(x)
+    assert np.allclose(metric, metric[0, 0] * x)  # the plain norm, but for one weight
+    assert not any("statistics" in line for line in api.convert(lora, "lowrank", bits=3, statistics=whole).warnings)
+    other = replace(whole, inputs=(replace(whole.inputs[0], names=("elsewhere.weight",)),))
+    with pytest.raises(StatisticsError, match="nor of any other target"):
+        api.convert(lora, "lowrank", bits=3, statistics=other)
