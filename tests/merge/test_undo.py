@@ -29,6 +29,7 @@ from lrconvert.merge.signed_json import sign
 from lrconvert.merge.undo import residual
 from lrconvert.merge.undo.open_record import RECORD_NAME, OpenRecord, numbered
 from lrconvert.testing import mutations
+from lrconvert.testing.container_versions import raw_version_1
 
 DTYPES = ("F32", "BF16", "F16", "F64")
 
@@ -250,6 +251,20 @@ def test_a_compact_file_for_the_first_base_goes_on_top(tmp_path: Path) -> None:
     with pytest.raises(FingerprintError):
         api.merge(other, made.compact, tmp_path / "third", dry_run=True)
     assert not (tmp_path / "third").exists()
+
+
+def test_a_record_with_a_file_of_container_version_1_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a program of that time left it: what stands in the record is read, in whatever version."""
+    base = BASES / "tiny-llama"
+    made = api.convert(api.load_lora(ADAPTERS / "llama-plain"), "sbora", base=base).compact
+    with monkeypatch.context() as patch:
+        patch.setattr("lrconvert.formats.lrc.file.encode", lambda compact: iter([raw_version_1(compact).file()]))
+        api.merge(base, made, tmp_path / "out")
+    (stored,) = (tmp_path / "out").rglob("adapter-*.lrc")
+    assert b"__metadata__" in stored.read_bytes()[:30]
+    assert verify(tmp_path / "out", base, [made]).ok
+    api.unmerge(tmp_path / "out")
+    assert tree(tmp_path / "out") == tree(base)
 
 
 # --- without a record -----------------------------------------------------------------------------------------------
