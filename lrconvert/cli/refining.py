@@ -55,7 +55,7 @@ def refine(file: Path, base: Path, teacher: Path, data: tuple[Path, ...], output
                 say(refinement_text(str(file), str(output), done))
             if not done.improved:
                 what = f"nothing was gained: {printable(str(output))} holds what {printable(str(file))} holds"
-                say(f"{what}; try --lr 0.3, or more --steps", err=True)
+                say(f"{what}; try more --steps, or other data", err=True)
     if strict and not done.improved:
         raise click.exceptions.Exit(1)
 

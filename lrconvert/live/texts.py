@@ -119,7 +119,7 @@ def _tokenized(text: Text, tokenizer: Any, kind: str, length: int, classes: Mapp
     if kind == "encoder-decoder":
         return Example(ids(text.prompt or text.completion), target=ids(text_target=text.completion))
     if kind == "encoder":
-        return Example(ids(*filter(None, (text.prompt, text.completion))), label=_class(text.label, classes))
+        return Example(ids(*filter(None, (text.prompt, text.completion))), label=class_of(text.label, classes))
     whole, end = ids(text.prompt + text.completion), tokenizer.eos_token_id
     if end is not None and whole[-1:] != (end,):
         whole = (*whole, end)[:length]
@@ -134,7 +134,8 @@ def _common_start(whole: tuple[int, ...], prompt: tuple[int, ...]) -> int:
     return count
 
 
-def _class(label: str | None, classes: Mapping[str, int]) -> int | None:
+def class_of(label: str | None, classes: Mapping[str, int]) -> int | None:
+    """Return the number of a label, which is the name of a class or its number; None for one that is neither."""
     if label is None:
         return None
     return classes.get(label, int(label) if label.isdecimal() and int(label) in classes.values() else None)

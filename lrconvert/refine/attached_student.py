@@ -53,14 +53,13 @@ class AttachedStudent:
         for head in self.heads:
             head.restart_from(extras[head.extra.name])
 
-    def groups(self, lr: float) -> list[dict[str, Any]]:
-        """Return parameter groups with their highest rates."""
-        groups = [*self.student.groups(), *({"params": [head.latent], "lr": _HEAD_RATE} for head in self.heads)]
-        return [{**group, "lr": group["lr"] * lr} for group in groups]
+    def groups(self) -> list[dict[str, Any]]:
+        """Return parameter groups with their highest rates, before any multiple."""
+        return [*self.student.groups(), *({"params": [head.latent], "lr": _HEAD_RATE} for head in self.heads)]
 
     def parameters(self) -> list[nn.Parameter]:
         """Return all latents that are trained."""
-        return [p for group in self.groups(1.0) for p in group["params"]]
+        return [p for group in self.groups() for p in group["params"]]
 
     def update_model(self, training: bool) -> None:
         """Give the model the factors of the present latents. With `training`, `collect_gradients` may follow."""

@@ -15,15 +15,18 @@ from lrconvert.core.errors import StatisticsError
 from lrconvert.lora import statistics_file
 
 KEY = "lrconvert-refinement-partial"
+VERSION = 2  # of what is in a checkpoint: 1 knew no probe and no points to return to
 _DTYPES = {"float32": "F32", "float64": "F64", "int64": "I64", "int32": "I32", "uint32": "U32", "uint8": "U8"}
 
 
 @dataclass
 class State:
     """The state of a refinement: steps done, the next batch (epoch and place in it), seconds spent, into how many parts
-    a batch is cut, what all rates are multiplied with, how often it was restarted from the best, steps in a row with a
-    loss or gradient that is NaN or infinite, evaluations without a gain; and the best so far: its step, distance and
-    agreement; whether it began with the outcome of stage one. The names are those of a checkpoint."""
+    a batch is cut, what all default rates are multiplied with, how often it diverged and was restarted from the best,
+    steps in a row with a loss or gradient that is NaN or infinite, evaluations without a gain; the best so far: its
+    step, distance and agreement, and steps of the optimizer now and then; the branch of the probe (0: none), at which
+    share of the work it or the schedule began; whether the start was the outcome of stage one. The names are those of
+    a checkpoint."""
 
     step: int = 0
     epoch: int = 0
@@ -38,8 +41,11 @@ class State:
     best_distance: float = 0.0
     best_agreed: int = 0
     adam_steps: int = 0
+    kept_adam_steps: int = 0
+    branch: int = 0
+    begun: float = 0.0
     layerwise: int = 0
-    arrays: dict[str, Array] = field(default_factory=dict, repr=False)  # latents, moments, and the best payload
+    arrays: dict[str, Array] = field(default_factory=dict, repr=False)  # points, the best payload
 
 
 def write(path: Path, about: Mapping[str, Any], state: State) -> None:
@@ -47,13 +53,19 @@ def write(path: Path, about: Mapping[str, Any], state: State) -> None:
     scalars = {k: v.hex() if isinstance(v, float) else v for k, v in vars(state).items() if k != "arrays"}
     shapes = {name: list(array.shape) for name, array in state.arrays.items()}
     flat = [(name, _DTYPES[array.dtype.name], array.reshape(-1)) for name, array in state.arrays.items()]
-    fields = {"about": dict(about), "state": scalars, "shapes": shapes}
+    fields = {"refinement": VERSION, "about": dict(about), "state": scalars, "shapes": shapes}
     statistics_file.write_partial(path, fields, flat, key=KEY)
 
 
 def read(path: Path, about: Mapping[str, Any]) -> State:
     """Return the state that `write` wrote. Raises E-STATS if it is of another run, and what a damaged file raises."""
     fields, flat = statistics_file.read_partial(path, key=KEY)
+    if fields.get("refinement") != VERSION:
+        raise StatisticsError(
+            "this checkpoint was written by another version of lrconvert",
+            fix="finish it with that one, or remove it to start anew",
+            path=path,
+        )
     if fields.get("about") != dict(about):
         raise StatisticsError(
             "this checkpoint is of another file, teacher, base, data or other options",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,9 @@ class Pool:
         order = list(range(count)) if epoch < 0 else rng.permutation(count).tolist()
         if not self.examples:
             return [[n] for n in order]
+        if epoch > 0:
+            first = self.plan(seed, 0, batch_tokens)
+            return [first[n] for n in rng.permutation(len(first))]
         sizes = [len(e.ids) for e in self.examples]
         mean = max(1, round(batch_tokens * count / max(1, sum(sizes))))
         window = count if epoch < 0 else max(1, _WINDOW * mean)
@@ -154,8 +158,9 @@ class Split:
     digest: str
 
 
-def split(pool: Pool, seed: int) -> Split:
-    """Hold out a tenth, drawn by the seed; equal texts stay on one side. Raises E-DATA if nothing would be left."""
+def split(pool: Pool, seed: int, path: Path | None = None) -> Split:
+    """Hold out a tenth, drawn by the seed; equal texts stay on one side. Raises E-DATA, naming `path`, where the data
+    comes from, if nothing would be left."""
     if len(pool) == 1 and pool.model_inputs:
         parts = Batch(pool.model_inputs[0]).parts(2)
         pool = Pool(pool.kind, model_inputs=tuple(part.inputs for part in parts))
@@ -163,7 +168,9 @@ def split(pool: Pool, seed: int) -> Split:
     for n in range(len(pool)):
         groups.setdefault(pool.examples[n].ids if pool.examples else n, []).append(n)
     if len(groups) < 2:
-        raise DataError("there is one text: nothing could be held out", fix="give more data")
+        many = f" {len(pool)} times" if len(pool) > 1 else ""
+        what = f"holds one text{many}, and a part has to be held out"
+        raise DataError(what, fix="give at least two different ones, or running text of more than --length", path=path)
     order = [list(groups.values())[n] for n in np.random.default_rng((seed, 0x5EED)).permutation(len(groups))]
     goal = min(_HELD_OUT_EXAMPLES, max(1, round(_HELD_OUT_SHARE * len(pool))))
     held_out: list[int] = []

@@ -78,8 +78,7 @@ class RefineRun:
             self._first_stage(trainer, before, part(progress, 0.0, _FIRST_STAGE))
         else:
             trainer.start(self.compact, before)
-            trainer.restart_from(self.compact)
-            trainer.resume(state, self.compact)
+            trainer.resume(state)
         if settings.end_to_end:
             trainer = self.train(trainer, self._write_checkpoint, part(progress, _FIRST_STAGE, 1.0))
         assert trainer.best is not None

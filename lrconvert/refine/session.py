@@ -3,7 +3,7 @@ distance of the base without updates from the teacher's answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -71,9 +71,11 @@ def open_session(
     model = load_model.load_model(base, run.device, four_bit=run.load_in_4bit) if isinstance(base, Path) else base
     adapters = {TEACHER: teacher, ZERO: zero_point.without_updates(teacher, student)}
     with _prepared(model, adapters, settings, processes or Processes()) as teacher_model:
-        parts = split(_pool(teacher_model, where, data, settings, progress), settings.seed)
+        source = next(iter(_paths(data) or ()), None)
+        parts = split(_pool(teacher_model, where, data, settings, progress), settings.seed, source)
         if settings.task_loss and _is_unlabelled(parts.train):
-            raise DataError("the task's loss needs labels, and the data has none", fix="leave out --task-loss")
+            what = "the task's loss needs labels, and the data has none"
+            raise DataError(what, fix="give labels, or leave out --task-loss", path=source)
         evaluator = Evaluator.of(teacher_model, parts.held_out, settings.batch_tokens)
         base_distance = evaluator.sums((ZERO,), hidden=settings.hidden > 0)
         if base_distance.items == 0:
@@ -141,13 +143,13 @@ def _pool(teacher_model: TeacherModel, base: Path | None, data: Any, settings: S
     """All the data. Raises E-DATA."""
     model = teacher_model.model
     kind = load_model.kind_of(model)
-    paths: Any = [data] if isinstance(data, (str, PathLike)) else data
-    if paths is not None and not are_paths(paths):
-        batches = tuple(dict(batch) for batch in paths)
+    paths = _paths(data)
+    if data is not None and paths is None:
+        batches = tuple(dict(batch) for batch in data)
         if not batches:
             raise DataError("the data is empty")
         return Pool(kind, model_inputs=batches)
-    if paths is None and kind != "decoder":
+    if data is None and kind != "decoder":
         raise DataError(
             f"an {kind} cannot write texts of its own", fix="give --data: texts of the kind that the adapter is for"
         )
@@ -156,7 +158,7 @@ def _pool(teacher_model: TeacherModel, base: Path | None, data: Any, settings: S
     if paths is not None:
         config: Any = getattr(model, "config", None)
         classes = {str(name): int(n) for name, n in (getattr(config, "label2id", None) or {}).items()}
-        read = texts.read([Path(path) for path in paths])
+        read = _labelled(paths, classes) if settings.task_loss and kind == "encoder" else texts.read(paths)
         rows = examples(read, tokenizer, kind, length, settings.max_tokens, classes)
     else:
         teacher_model.activate(TEACHER)
@@ -173,6 +175,28 @@ def _pool(teacher_model: TeacherModel, base: Path | None, data: Any, settings: S
     return Pool(kind, tuple(rows), pad=tokenizer.pad_token_id or 0)
 
 
+def _paths(data: Any) -> list[Path] | None:
+    """The files that `data` names; None if it is something else."""
+    paths: Any = [data] if isinstance(data, (str, PathLike)) else data
+    return [Path(path) for path in paths] if paths is not None and are_paths(paths) else None
+
+
+def _labelled(paths: Sequence[Path], classes: Mapping[str, int]) -> Iterator[texts.Text]:
+    """Yield the texts of files. Raises E-DATA at a label that is no class of the model."""
+    for path in paths:
+        for text in texts.read([path]):
+            if text.label is not None and texts.class_of(text.label, classes) is None:
+                known = ", ".join(list(classes)[:8]) + (", ..." if len(classes) > 8 else "")
+                raise DataError(
+                    f"the label {text.label!r:.60} is no class of the model, which knows {known or 'none'}",
+                    fix="spell labels as the base's config.json does (label2id), or leave out --task-loss",
+                    path=path,
+                )
+            yield text
+
+
 def _is_unlabelled(pool: Pool) -> bool:
+    if pool.kind == "encoder" and pool.examples:
+        return all(example.label is None for example in pool.examples)
     labels = pool.batch([0]).labels
     return labels is None or not bool((labels != texts.IGNORED).any())

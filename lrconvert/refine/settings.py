@@ -18,8 +18,9 @@ class Settings:
     `batch_tokens` tokens, from texts of at most `length`; `max_tokens` of data in all (0: everything).
 
     The loss: KL at `temperature`, plus `hidden` times the error of hidden states, plus `task_loss` times the task's own
-    loss. `lr` multiplies all rates. `layerwise` and `end_to_end` are the two stages. Every `eval_every` steps the
-    answers on held-out data are measured; after `patience` times without a gain (0: never) the work ends.
+    loss. `lr` multiplies all rates; without it the first of 100 steps or more try what is best (`learning_rate`).
+    `layerwise` and `end_to_end` are the two stages. Every `eval_every` steps the answers on held-out data are measured;
+    after `patience` times without a gain (0: never) the work ends.
     `own_tokens`: how much a decoder writes that is given no data. `checkpoint_every`: steps between checkpoints.
     """
 
@@ -35,7 +36,7 @@ class Settings:
     task_loss: float = option(0.0, "Weight of the task's own loss, where data has labels.", least=0)
     layerwise: bool = option(True, "Leave out the fit layer by layer.", flag="--no-layerwise")
     end_to_end: bool = option(True, "Leave out the training end to end.", flag="--no-end-to-end")
-    lr: float = option(1.0, "Multiplies all learning rates.")
+    lr: float | None = option(None, "Multiplies all learning rates; without it the first steps try 1, 0.4 and 0.16.")
     seed: int = option(0, "Seed of the split, the order of texts, and of texts that are written.")
     autocast: str = option("auto", "Compute in bf16; auto: on CUDA.", choices=AUTOCASTS)
     gradient_checkpointing: bool = option(False, "Less memory, a third more time.")

@@ -1,7 +1,14 @@
 """Stage two, end to end: the student's answers and hidden states follow the teacher's.
 
+It begins with a probe, unless `--lr` says what the rates are: a few short branches from one state, on the same batches,
+with different multiples of the default rates (`learning_rate`). The training goes on from the best of them. Where
+answers to held-out data are no better than the last time, it returns to its best point, with smaller rates.
+
 Determinism: a step depends on the state and the settings alone. Batches are a pure function of seed and epoch; nothing
 is drawn; so a resumed run is, on one device, the run that was never interrupted, to the last bit.
+
+A form whose training needs more than its answers (a size that must stay what it was, say) adds to the loss itself: see
+`TrainableAdapter.own_loss`, `stepped` and `settle`.
 """
 
 from __future__ import annotations
@@ -11,26 +18,30 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lrconvert.core.errors import OptionError
 from lrconvert.live.answers import AnswerSums
 from lrconvert.lora.adapter import CompactAdapter
-from lrconvert.refine import kept_adapter, losses
+from lrconvert.refine import kept_adapter, learning_rate, losses
 from lrconvert.refine.attached_student import NAME, AttachedStudent
 from lrconvert.refine.checkpoint import State
 from lrconvert.refine.data import Pool
 from lrconvert.refine.evaluation import Evaluator, TeacherModel
-from lrconvert.refine.losses import Batch
+from lrconvert.refine.learning_rate import Tried
+from lrconvert.refine.losses import Batch, Goal
 from lrconvert.refine.settings import Settings
+from lrconvert.refine.teacher_answers import Key, TeacherAnswers
 from lrconvert.refine.training_log import Log
+from lrconvert.refine.training_point import Point
 
-_WARM = 0.1  # of the steps: rates rise
-_FINAL = 0.02  # what rates fall to
 _BAD = 5  # steps in a row whose loss or gradient is NaN or infinite, before a restart from the best
 _RESTARTS = 3
 _DIVERGED = 2.0  # times as far as the base without an adapter
+_SMALLER = 0.5  # the rates after a return, of those before
+_ROUNDING = 1e-9  # of a share
 
 
 @dataclass(eq=False)
@@ -47,15 +58,21 @@ class Trainer:
     log: Log
     state: State = field(default_factory=State)
     best: CompactAdapter | None = None
+    origin: CompactAdapter | None = None
 
     def __post_init__(self) -> None:
-        self._optimizer = self._new_optimizer()
-        self._highest_rates = [group["lr"] for group in self._optimizer.param_groups]
         self._plan: tuple[int, list[list[int]]] = (-2, [])
-        self._names = [f"{n}" for n in range(len(self.student.parameters()))]
+        self._answers = TeacherAnswers()
+        self._clip = learning_rate.Clip()
+        self._tried: list[Tried] = []
+        self._start: Point | None = None
+        self._new_optimizer()
+        self._best_point = self._point()
 
-    def _new_optimizer(self) -> torch.optim.Adam:
-        return torch.optim.Adam(self.student.groups(self.settings.lr), betas=(0.9, 0.99), eps=1e-12)
+    def _new_optimizer(self) -> None:
+        self._optimizer = torch.optim.Adam(self.student.groups(), betas=(0.9, 0.99), eps=1e-12)
+        self._highest_rates = [group["lr"] for group in self._optimizer.param_groups]
+        self._clip = learning_rate.Clip()
 
     # --- the way through ---
 
@@ -67,6 +84,9 @@ class Trainer:
         state, settings, processes = self.state, self.settings, self.teacher_model.processes
         end = settings.steps if until is None else min(until, settings.steps)
         started, before = time.monotonic(), state.seconds
+        if not state.step:
+            self._begin()
+        is_measured = True
         while state.step < end and state.restarts <= _RESTARTS:
             state.seconds = processes.of_first(before + time.monotonic() - started, self.teacher_model.device)
             share = self._share()
@@ -74,15 +94,56 @@ class Trainer:
                 break
             loss = self._step(share)
             progress(share, f"loss {loss:.3f}, agreement {state.best_agreed / max(1, self._items):.1%}")
-            last = state.step >= end
-            if state.step % settings.eval_every == 0 or last:
-                self._evaluate()
-                if settings.patience and state.waited >= settings.patience:
-                    break
-            if state.step % settings.checkpoint_every == 0 and not last:
+            is_measured = self._after_step(is_last=state.step >= end)
+            if settings.patience and state.waited >= settings.patience:
+                break
+            if state.step % settings.checkpoint_every == 0 and state.step < end:
                 write(self.snapshot())
-        if self.state.step % settings.eval_every and self.state.step < end:
+        if not is_measured and (state.step < end or not state.branch):
             self._evaluate()
+
+    def _begin(self) -> None:
+        """Set the rates, or begin the probe for them."""
+        self.state.rate = self.settings.lr or 1.0
+        if self.settings.lr is None and learning_rate.branch_steps(self.settings.steps):
+            self._start = self._point()
+            self.state.branch = 1
+
+    def _after_step(self, is_last: bool) -> bool:
+        """Measure the answers where it is time, and go on from where they are best; returns whether they were."""
+        state, settings = self.state, self.settings
+        is_end = state.step >= settings.steps
+        if state.bad >= _BAD and not state.branch:
+            self._restart("the loss or a gradient was NaN or infinite in steps in a row")
+        elif state.branch:
+            width = learning_rate.branch_steps(settings.steps) / settings.steps
+            if is_end or state.bad >= _BAD or self._share() - state.begun >= width - _ROUNDING:
+                self._end_branch()
+                return True
+        elif is_last or state.step % settings.eval_every == 0:
+            self._evaluate()
+            if state.waited and not is_end:
+                self._return("the answers to held-out data are no better")
+            return True
+        return False
+
+    def _end_branch(self) -> None:
+        """Measure where a branch of the probe has led, and begin the next, or the training itself."""
+        state = self.state
+        self._tried.append(Tried(state.rate, math.inf if state.bad >= _BAD else self._evaluate()))
+        multiple = learning_rate.next_multiple(self._tried)
+        assert self._start is not None
+        state.bad = state.waited = 0
+        state.begun = self._share()
+        if multiple is not None:
+            self._go_to(self._start)
+            state.epoch = state.place = 0
+            state.rate, state.branch = multiple, state.branch + 1
+            return
+        state.rate, state.branch = learning_rate.chosen(self._tried), 0
+        self.log("rate", {"step": state.step, "tried": [vars(branch) for branch in self._tried], "rate": state.rate})
+        self._go_to(self._best_point)
+        self._tried, self._start = [], None
 
     def start(self, compact: CompactAdapter, measured: AnswerSums) -> None:
         """Take `compact`, whose answers were `measured`, for the best so far."""
@@ -90,9 +151,20 @@ class Trainer:
         self.state.best_distance, self.state.best_agreed = measured.mean, measured.agreed
 
     def restart_from(self, compact: CompactAdapter) -> None:
-        """Let the student be `compact`, with a new optimizer."""
+        """Let the student be `compact`, with a new optimizer: a point to return to."""
+        self.origin = compact
         self.student.restart_from(compact)
-        self._optimizer = self._new_optimizer()
+        self._new_optimizer()
+        self.state.adam_steps = 0
+        self._best_point = self._point()
+
+    def _point(self) -> Point:
+        return Point.of(self.student, self._optimizer, self.state.adam_steps)
+
+    def _go_to(self, point: Point) -> None:
+        self._new_optimizer()
+        point.restore(self.student, self._optimizer)
+        self.state.adam_steps = point.adam_steps
 
     def _share(self) -> float:
         """The share of the training that is done: by steps, or by time if that is shorter."""
@@ -102,9 +174,12 @@ class Trainer:
         return max(steps, self.state.seconds / (60 * self.settings.minutes))
 
     def _rate(self, share: float) -> float:
-        if share < _WARM:
-            return (share + 0.5 / self.settings.steps) / _WARM
-        return _FINAL + (1 - _FINAL) * 0.5 * (1 + math.cos(math.pi * (share - _WARM) / (1 - _WARM)))
+        """The rate as a share of the highest: in a branch, and in what is left after the probe, as in a training."""
+        state, steps = self.state, self.settings.steps
+        if state.branch:
+            each = learning_rate.branch_steps(steps)
+            return learning_rate.rate_at((share - state.begun) * steps / each, each)
+        return learning_rate.rate_at((share - state.begun) / (1 - state.begun), steps)
 
     # --- a step ---
 
@@ -112,7 +187,7 @@ class Trainer:
         """Make one step; returns its loss, a share of what the teacher's update does."""
         state = self.state
         batches = list(self._batches())
-        counts = self.teacher_model.processes.totals([sum(b.weight for b in batches)], self.teacher_model.device)[0]
+        counts = self.teacher_model.processes.totals([sum(b.weight for _, b in batches)], self.teacher_model.device)[0]
         while True:
             out_of_memory, loss = 0.0, 0.0
             try:
@@ -134,13 +209,15 @@ class Trainer:
         if not (math.isfinite(loss) and bool(norm.isfinite())):
             state.bad += 1
             self.log("skipped", {"step": state.step, "why": "the loss or a gradient is NaN or infinite"})
-            if state.bad >= _BAD:
-                self._restart("the loss or a gradient was NaN or infinite in steps in a row")
             return loss
         state.bad = 0
         rate = self._rate(share) * state.rate
         for group, highest in zip(self._optimizer.param_groups, self._highest_rates, strict=True):
             group["lr"] = highest * rate
+        shorter = self._clip.factor(float(norm))
+        if shorter < 1:
+            for gradient in gradients:
+                gradient.mul_(shorter)
         self._optimizer.step()
         state.adam_steps += 1
         self.student.student.clamp_latents()
@@ -149,10 +226,11 @@ class Trainer:
         self.log("step", {"step": state.step, "loss": round(loss, 6), "rate": round(rate, 6), **notes})
         return loss
 
-    def _batches(self) -> Iterator[Batch]:
-        """The next batches of this process; each step moves the state by those of all processes."""
+    def _batches(self) -> Iterator[tuple[tuple[int, ...], Batch]]:
+        """The next batches of this process, with the numbers of their examples; each step moves the state by those of
+        all processes."""
         state, processes = self.state, self.teacher_model.processes
-        for n in range(self.settings.accumulate * processes.size):
+        for n in range(self._batches_of_a_step()):
             if self._plan[0] != state.epoch:
                 plan = self.pool.plan(self.settings.seed, state.epoch, self.settings.batch_tokens)
                 self._plan = state.epoch, plan
@@ -161,26 +239,45 @@ class Trainer:
             if state.place == len(self._plan[1]):
                 state.epoch, state.place = state.epoch + 1, 0
             if n % processes.size == processes.rank:
-                yield self.pool.batch(numbers)
+                yield tuple(numbers), self.pool.batch(numbers)
 
-    def _gradients(self, batches: list[Batch], counts: float) -> float:
+    def _batches_of_a_step(self) -> int:
+        return self.settings.accumulate * self.teacher_model.processes.size
+
+    def _gradients(self, batches: list[tuple[tuple[int, ...], Batch]], counts: float) -> float:
         """This process's part of the gradient of the mean loss, in the latents; returns its part of the loss."""
         self.teacher_model.activate(NAME)
         self.student.update_model(training=True)
         for parameter in self.student.parameters():
             parameter.grad = None
-        total = 0.0
-        for batch in batches:
-            for piece in batch.parts(self.state.parts):
-                loss = self._loss(piece.to(self.teacher_model.device)) * (piece.weight / counts)
+        total, parts = 0.0, self.state.parts
+        for numbers, batch in batches:
+            for n, piece in enumerate(batch.parts(parts)):
+                moved = piece.to(self.teacher_model.device)
+                loss = self._loss(moved, self._goal((numbers, parts, n), moved)) * (piece.weight / counts)
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += float(loss.detach())
         self.student.collect_gradients()
         return total
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def _goal(self, key: Key, batch: Batch) -> Goal:
+        """The teacher's answers: those that are kept, where batches come again."""
+
+        def compute() -> Goal:
+            return losses.goal(self.teacher_model.teacher(batch, self.settings.hidden > 0), self.settings.temperature)
+
+        if not self._comes_again():
+            self._answers = TeacherAnswers()
+            return compute()
+        return self._answers.of(key, compute, self.teacher_model.device)
+
+    def _comes_again(self) -> bool:
+        """Whether batches do: branches of a probe share them, and so do epochs."""
+        batches = self.settings.steps * self._batches_of_a_step()
+        return bool(self.state.branch or batches > len(self._plan[1]))
+
+    def _loss(self, batch: Batch, goal: Goal) -> Tensor:
         settings, hidden = self.settings, self.settings.hidden > 0
-        goal = losses.goal(self.teacher_model.teacher(batch, hidden), settings.temperature)
         self.teacher_model.activate(NAME)
         answers = self.teacher_model.answers(batch, hidden)
         loss = losses.distance(goal, answers, settings.temperature) / self.base_distance.mean
@@ -190,10 +287,10 @@ class Trainer:
             loss = loss + settings.task_loss * losses.task_loss(batch, answers)
         return loss
 
-    def _cut_batches(self, batches: list[Batch]) -> None:
+    def _cut_batches(self, batches: list[tuple[tuple[int, ...], Batch]]) -> None:
         """Cut batches into more parts, as the last step did not fit into memory. Raises E-OPTION if they are single
         texts already."""
-        most = max(batch.rows for batch in batches)
+        most = max(batch.rows for _, batch in batches)
         if self.state.parts >= most:
             raise OptionError(
                 "a single text does not fit into memory", fix="give a smaller --length, or --gradient-checkpointing"
@@ -212,28 +309,32 @@ class Trainer:
         self.student.update_model(training=False)
         return self.evaluator.sums((NAME,))
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> float:
+        """Measure the answers to held-out data, keep what is the best so far, and return their distance."""
         state, sums = self.state, self.measured()
         closed = 1 - sums.mean / self.base_distance.mean
         fields = {"step": state.step, "distance": sums.mean, "agreement": sums.agreement, "closed": closed}
         self.log("held-out", {**fields, "seconds": round(state.seconds)})
-        if not math.isfinite(sums.mean) or sums.mean > _DIVERGED * self.base_distance.mean:
-            self._restart("the answers are farther off than the base's")
-        elif sums.mean < state.best_distance:
-            self.best = self.student.compact()
+        if sums.mean < state.best_distance:
+            self.best, self._best_point = self.student.compact(), self._point()
             state.best_distance, state.best_agreed, state.best_step = sums.mean, sums.agreed, state.step
             state.waited = 0
+        elif not state.branch and not sums.mean <= _DIVERGED * self.base_distance.mean:
+            self._restart("the answers are farther off than the base's")
         else:
             state.waited += 1
+        return sums.mean if math.isfinite(sums.mean) else math.inf
 
     def _restart(self, why: str) -> None:
-        """Go on from the best, at half the rates."""
-        assert self.best is not None
-        self.state.rate /= 2
+        """Return because the training diverged: it may do so a few times."""
         self.state.restarts += 1
         self.state.bad = 0
-        self.state.adam_steps = 0
-        self.restart_from(self.best)
+        self._return(why)
+
+    def _return(self, why: str) -> None:
+        """Go on from the best point, at smaller rates."""
+        self.state.rate *= _SMALLER
+        self._go_to(self._best_point)
         self.log("again", {"step": self.state.step, "why": why, "rate": self.state.rate})
 
     # --- checkpoints ---
@@ -241,28 +342,31 @@ class Trainer:
     def snapshot(self) -> State:
         """Return the state with all that changes in training."""
         assert self.best is not None
-        arrays = {f"now.{name}": value.detach().cpu().numpy() for name, value in self.student.state().items()}
-        for name, parameter in zip(self._names, self.student.parameters(), strict=True):
-            moments = self._optimizer.state.get(parameter)
-            if moments:
-                arrays[f"mean.{name}"] = moments["exp_avg"].cpu().numpy()
-                arrays[f"square.{name}"] = moments["exp_avg_sq"].cpu().numpy()
-        return replace(self.state, arrays=arrays | kept_adapter.arrays_of(self.best))
+        arrays = self._point().arrays() | self._best_point.arrays("kept.")
+        if self._start is not None:
+            arrays |= self._start.arrays("start.")
+        if self._clip.norms:  # no file holds empty tensors
+            arrays["norms"] = np.array(self._clip.norms, np.float64)
+        if self._tried:
+            arrays["tried"] = np.array([[t.multiple, t.distance] for t in self._tried], np.float64)
+        arrays |= kept_adapter.arrays_of(self.best)
+        assert self.origin is not None
+        arrays |= {f"origin.{name}": array for name, array in kept_adapter.arrays_of(self.origin).items()}
+        return replace(self.state, arrays=arrays, kept_adam_steps=self._best_point.adam_steps)
 
-    def resume(self, state: State, compact: CompactAdapter) -> None:
-        """Go on from a snapshot. `compact` is what the refinement began with."""
-        arrays, device = state.arrays, self.teacher_model.device
-        self.student.load({n.removeprefix("now."): torch.from_numpy(a) for n, a in arrays.items() if n[:4] == "now."})
-        if state.adam_steps:
-            for name, parameter in zip(self._names, self.student.parameters(), strict=True):
-                mean, square = (
-                    torch.from_numpy(arrays[f"{kind}.{name}"].copy()).to(device).reshape(parameter.shape)
-                    for kind in ("mean", "square")
-                )
-                moments = {"step": torch.tensor(float(state.adam_steps)), "exp_avg": mean, "exp_avg_sq": square}
-                self._optimizer.state[parameter] = moments
-        self.best = kept_adapter.of_arrays(arrays, compact)
+    def resume(self, state: State) -> None:
+        """Go on from a snapshot, after `start`."""
+        arrays, compact = state.arrays, self.best
+        assert compact is not None
+        origin = {name.removeprefix("origin."): array for name, array in arrays.items() if name.startswith("origin.")}
+        self.restart_from(kept_adapter.of_arrays(origin, compact))
         self.state = replace(state, arrays={})
+        self._go_to(Point.from_arrays(arrays, state.adam_steps))
+        self._best_point = Point.from_arrays(arrays, state.kept_adam_steps, "kept.")
+        self._start = Point.from_arrays(arrays, 0, "start.") if state.branch else None
+        self._clip = learning_rate.Clip(arrays["norms"].tolist() if "norms" in arrays else [])
+        self._tried = [Tried(*row) for row in arrays["tried"].tolist()] if "tried" in arrays else []
+        self.best = kept_adapter.of_arrays(arrays, compact)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

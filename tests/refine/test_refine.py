@@ -130,8 +130,8 @@ def test_equal_texts_stay_on_one_side() -> None:
     train, held = ({e.ids for e in pool.examples} for pool in (parts.train, parts.held_out))
     assert held and train and not train & held
     assert len(parts.train) + len(parts.held_out) == 100
-    with pytest.raises(DataError, match="one text"):
-        data.split(data.Pool("decoder", rows[:1] * 5), 0)
+    with pytest.raises(DataError, match=r"a\.jsonl: holds one text 5 times.*at least two different ones"):
+        data.split(data.Pool("decoder", rows[:1] * 5), 0, Path("a.jsonl"))
 
 
 def test_labels_are_classes() -> None:
@@ -324,8 +324,8 @@ def test_what_is_no_number_is_skipped(
 ) -> None:
     loss = Trainer._loss
 
-    def broken(self: Trainer, batch: losses.Batch) -> Any:
-        return loss(self, batch) * (float("nan") if self.state.step in bad else 1.0)
+    def broken(self: Trainer, batch: losses.Batch, goal: losses.Goal) -> Any:
+        return loss(self, batch, goal) * (float("nan") if self.state.step in bad else 1.0)
 
     monkeypatch.setattr(Trainer, "_loss", broken)
     bad: Any = {1}
@@ -333,7 +333,7 @@ def test_what_is_no_number_is_skipped(
     done = api.refine(small, lora, model, batches, log=log, **FEW)
     assert done.improved and sum('"skipped"' in line for line in log.read_text().splitlines()) == 1
     bad = range(1000)
-    done = api.refine(small, lora, model, batches, layerwise=False, log=log, **{**FEW, "steps": 100})
+    done = api.refine(small, lora, model, batches, layerwise=False, log=log, lr=1.0, **{**FEW, "steps": 100})
     assert not done.improved and done.steps == 20 and '"again"' in log.read_text()  # four times five steps
 
 
@@ -343,7 +343,7 @@ def test_far_off_it_begins_again_from_the_best(lora: LoraAdapter, model: Any, ba
     done = api.refine(small, lora, model, batches, log=log, lr=1e4, hidden=0.0, **{**FEW, "eval_every": 1})
     assert any("and was restarted from the best" in line for line in done.warnings)
     events = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [e["rate"] for e in events if e["event"] == "again"][:2] == [0.5, 0.25]
+    assert [e["rate"] for e in events if e["event"] == "again"][:2] == [5e3, 2.5e3]
 
 
 def test_early_stopping_and_time(lora: LoraAdapter, model: Any, batches: Any) -> None:
@@ -473,6 +473,13 @@ def test_refusals(lora: LoraAdapter, model: Any, small: Any, batches: Any, tmp_p
     unlabelled.write_text("\n".join(json.dumps({"text": f"text {n}"}) for n in range(9)))
     labels = {"task_loss": 1.0}
     refused(DataError, "needs labels", compact, replace(bert, extras=()), BASES / "tiny-bert", unlabelled, **labels)
+    foreign = tmp_path / "foreign.jsonl"
+    foreign.write_text("\n".join(json.dumps({"text": f"text {n}", "label": ["0", "sad"][n == 5]}) for n in range(9)))
+    words = r"foreign\.jsonl: the label 'sad' is no class of the model, which knows LABEL_0, LABEL_1.*label2id"
+    refused(DataError, words, compact, replace(bert, extras=()), BASES / "tiny-bert", foreign, **labels)
+    foreign.write_text(json.dumps({"text": "only one"}))
+    words = r"foreign\.jsonl: holds one text, and"
+    refused(DataError, words, compact, replace(bert, extras=()), BASES / "tiny-bert", foreign)
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
