@@ -34,6 +34,7 @@ Run: `python benchmarks/evidence.py --base BASE`{held}, one thread; this page: `
 {machine}, shared with other work. Commits of the package: {commits}.
 
 Aims on the test tasks, lower bounds of the refined: {aims}.
+A cell that is in no table was not run; nothing is said of it.
 """
 
 
