@@ -17,7 +17,7 @@ _FACTOR = 2.5  # between multiples that are tried
 _BRANCHES = 3
 _PARTS = 20  # of a training: how many branches are as long as it
 _LEAST_STEPS = 5  # of a branch
-_LONGEST = 2.0  # times the usual norm of a gradient: what it may have
+_LONGEST = 4.0  # times the usual norm of a gradient: what it may have
 _USUAL, _FEWEST = 16, 5  # steps whose median norm is the usual one, at most and at least
 
 

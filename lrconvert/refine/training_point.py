@@ -26,7 +26,7 @@ class Point:
     @classmethod
     def of(cls, student: AttachedStudent, optimizer: torch.optim.Optimizer, adam_steps: int) -> Point:
         """Return the point at which a student is."""
-        moments = {}
+        moments: dict[str, Tensor] = {}
         for n, parameter in enumerate(student.parameters()):
             known = optimizer.state.get(parameter, {})
             moments |= {f"{kind}.{n}": known[key].clone() for kind, key in _MOMENTS.items() if key in known}

@@ -200,8 +200,8 @@ def test_never_worse_and_written_as_measured(
     assert done.ratio >= ratio and file.sizes(written) == done.sizes
     missing = [n for n in ("after", "before", "layerwise", "seed", "data") if f"refined_{n}" not in fields]
     assert [line for line in done.warnings if "leaves out" in line] == [
-        f"the file's note of the refinement leaves out {', '.join(missing)}: the {lora.half_bytes // ratio:,} bytes that "
-        "were asked for have no room for it"
+        f"the file's note of the refinement leaves out {', '.join(missing)}: the {lora.half_bytes // ratio:,} bytes "
+        "that were asked for have no room for it"
     ]
     again = api.refine(written, lora, model, batches, **FEW)
     assert again.ratio >= 12
