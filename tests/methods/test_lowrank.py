@@ -107,6 +107,13 @@ def test_a_budget_below_the_smallest_file_names_it() -> None:
     assert api.convert(lora, "lowrank", target_size=smallest).sizes.adapter <= smallest
 
 
+def test_a_budget_is_not_filled_with_useless_bits() -> None:
+    """Where all components fit at the default bits, a larger budget makes the same file."""
+    lora = decaying()
+    plain = api.convert(lora, "lowrank", rank=1).compact
+    assert api.convert(lora, "lowrank", rank=1, target_size=20_000).compact.config == plain.config
+
+
 def test_an_adapter_of_zeros_makes_a_valid_file() -> None:
     lora = random_lora()
     zeros = [replace(pair, b=Stored("F32", np.zeros_like(pair.B))) for pair in lora.targets]

@@ -102,8 +102,11 @@ class _Search:
         """Return the Config of the best file within a budget. Raise E-BUDGET.
 
         The step is the one at which the components that fit capture most; then, with these components, the finest one.
+        A budget with room for more than the default bits of all numbers is not used up.
         """
         best = within(budget, self._smallest())
+        if self.parts.numel * DEFAULT_BITS / 8 <= budget.limit and budget.fits(finest := self.at_bits(DEFAULT_BITS)):
+            return finest
         room = 8.0 * (budget.limit - budget.size(best) + best.length) + SIDE_BITS
         step = self._best_step(room)
         places = chosen(self.parts, round_all(self.parts, step), room)
