@@ -347,7 +347,8 @@ def tidied(rng: np.random.Generator, form: Any, tensors: dict[str, np.ndarray]) 
 @pytest.mark.parametrize("seed", range(40))
 @pytest.mark.parametrize("method", DRAWN)
 def test_two_readers_agree_on_drawn_files(method, seed, tmp_path):
-    data = encoded(drawn(method, seed), 1 + seed % 2)
+    version = 2 if method == "lowrank" else 1 + seed % 2  # version 1 holds no coded tensors
+    data = encoded(drawn(method, seed), version)
     (tmp_path / "x.lrc").write_bytes(data)
     check_second_reader(data, file.read(tmp_path / "x.lrc"))
 
