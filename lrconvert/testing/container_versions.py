@@ -36,6 +36,12 @@ def raw_version_1(compact: CompactAdapter) -> V1:
     return raw
 
 
+def may_be_version_1(compact: CompactAdapter) -> bool:
+    """Return true if the first container version can hold an adapter: it has no coded tensors."""
+    specs = methods.get(compact.method).specs(compact.config, compact.targets)
+    return all(spec.kind != "coded" for spec in specs)
+
+
 def encoded(compact: CompactAdapter, version: int) -> bytes:
     """Return the bytes of the file of an adapter in a container version."""
     return raw_version_1(compact).file() if version == 1 else b"".join(file.encode(compact))
