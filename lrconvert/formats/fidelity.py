@@ -262,7 +262,8 @@ def _dense_fidelity(
         error = update - left[top : top + len(update)] @ right
         for name, metric in metrics.items():
             errors[name] += float(np.vdot(error if metric is None else metric.times(error), error))
-    return replace(nothing, rank_after=rank, is_dropped=is_dropped, **errors)
+    changes: dict[str, Any] = {"rank_after": rank, "is_dropped": is_dropped, **errors}
+    return replace(nothing, **changes)
 
 
 # --- inspection -----------------------------------------------------------------------------------------------------
