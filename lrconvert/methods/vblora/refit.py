@@ -16,6 +16,8 @@ from lrconvert.methods.vblora.coder import Coder, solve_scaled
 from lrconvert.methods.vblora.rows import spans
 from lrconvert.methods.vblora.subvectors import combine
 
+_LARGEST_GAIN = 2.0**111  # what a half holds
+
 
 @dataclass(frozen=True, eq=False)
 class Update:
@@ -120,7 +122,8 @@ class Refit:
             weighed = units if side or u.metric is None else u.times_metric(units).float()
             dots = (weighed @ units.T).double().cpu().numpy()
             right = (weighed @ goal.T).double().cpu().numpy()[np.arange(len(owner)), owner]
-            coder.gains[begin:end] = solve_scaled(gram[np.ix_(owner, owner)] * dots, right)
+            gains = solve_scaled(gram[np.ix_(owner, owner)] * dots, right)
+            coder.gains[begin:end] = np.clip(gains, -_LARGEST_GAIN, _LARGEST_GAIN)
             mix = np.zeros((u.rank, len(owner)), np.float32)
             mix[owner, np.arange(len(owner))] = coder.gains[begin:end]
             self._side(self.value, u, side)[:] = coder.tensor(mix) @ units
