@@ -1,1 +1,1 @@
-"""What `benchmarks/evidence.py` measures on a chat model: tasks, LoRAs, metrics, peers."""
+"""The parts of `benchmarks/evidence.py`, measured on a chat model: tasks, LoRAs, metrics, peers."""

@@ -10,7 +10,6 @@ from os import PathLike, fspath
 from typing import ClassVar
 
 EXIT_REFUSED = 1
-EXIT_USAGE = 2
 
 
 def printable(text: str, limit: int = 300) -> str:

@@ -27,7 +27,7 @@ METADATA_KEY = "lrconvert"
 
 @dataclass(frozen=True)
 class _Manifest:
-    """What stands in a manifest beside that of version 2."""
+    """The fields of a manifest of version 1."""
 
     format: Any
     version: Any

@@ -34,7 +34,7 @@ def best_models(codes: Array) -> tuple[Array, F64]:
 
 
 def _histograms(classes: Array) -> F64:
-    """How often each class 0, 1, ... LARGEST, and any larger one, occurs in every row (n, d)."""
+    """Return the count of each class 0, 1, ... LARGEST, and of any larger one, in every row (n, d)."""
     count, width = len(classes), LARGEST + 2
     places = np.minimum(classes, LARGEST + 1) + np.arange(count, dtype=np.int64)[:, None] * width
     return np.bincount(places.reshape(-1), minlength=count * width).reshape(count, width).astype(np.float64)

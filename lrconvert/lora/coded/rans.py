@@ -35,7 +35,7 @@ def lanes_of(which: Array) -> int:
 
 
 def _counts(which: Array) -> list[int]:
-    """How many symbols each model has."""
+    """Return the number of symbols under each model."""
     counts = np.zeros(COUNT, np.int64)
     for first in range(0, len(which), _CHUNK):
         counts += np.bincount(which[first : first + _CHUNK], minlength=COUNT)

@@ -128,7 +128,7 @@ def _numbers(symbols: Array, which: Array, low: Array) -> Array:
 
 
 def _low_lengths(symbols: Array, which: Array) -> Array:
-    """How many bits beside its symbol each number has, uint8."""
+    """Return the bits of each number beside its symbol, uint8."""
     return np.asarray(_symbol_tables()[1][rans.keys(symbols, which)])
 
 

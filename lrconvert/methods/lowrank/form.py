@@ -25,7 +25,8 @@ class Header:
 
 @dataclass(frozen=True)
 class Quantizer:
-    """How a fit rounds: the `step` D, and of each target the components that are `kept`, numbered from the largest."""
+    """The rounding of a fit: the `step` D, and of each target the components that are `kept`, numbered from the
+    largest."""
 
     step: float
     kept: tuple[tuple[int, ...], ...]

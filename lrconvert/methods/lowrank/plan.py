@@ -1,4 +1,4 @@
-"""Which step a byte budget pays for, and what it keeps: by exact rounding, after a search on a sample."""
+"""The step that a byte budget pays for, and the components it keeps: exact rounding, after a search on a sample."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def nonzero(parts: Sequence[Block], flat: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Coded:
-    """How components (n,) are coded best: models (n, 2) of A and B, and bits (n,)."""
+    """The best coding of components (n,): models (n, 2) of A and B, and bits (n,)."""
 
     models: Array
     bits: F64

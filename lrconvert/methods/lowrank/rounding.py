@@ -1,4 +1,4 @@
-"""What a step makes of the scaled singular vectors: coded integers, their models and bits, and what they capture.
+"""The rounding of scaled singular vectors with one step: coded integers, models and bits, and what they capture.
 
 All components of an adapter are rounded with one step; the functions here work on all rows of one length at once. For
 planning on large adapters a sample of every row's numbers is enough.
@@ -94,7 +94,7 @@ class Components:
 
 @dataclass(frozen=True, eq=False)
 class Rounded:
-    """What a step makes of `Components`: for every component the share of its energy that is left (n,), bits (n,)
+    """The outcome of a step for `Components`: for every component the share of its energy that is left (n,), bits (n,)
     without those beside its numbers, and models (n, 2) of A and B."""
 
     share: F64
