@@ -1,5 +1,5 @@
-"""The view of a file that every container version offers: a manifest as the newest version has it, and the tensors behind it,
-taken out one by one; what is left over at the end is unknown."""
+"""The view of a file that every container version offers: a manifest as the newest version has it, and the tensors
+behind it, taken out one by one; what is left over at the end is unknown."""
 
 from __future__ import annotations
 
