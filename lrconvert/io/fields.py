@@ -22,7 +22,6 @@ is refused. A `NamedTuple` is a list of its fields. ``Annotated`` narrows a type
 from __future__ import annotations
 
 import re
-import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -127,8 +126,8 @@ def names(kind: Any) -> frozenset[str]:
 
 @cache
 def _hints(kind: Any) -> dict[str, Any]:
-    # Names stand for those of the module, also inside a lambda.
-    return get_type_hints(kind, vars(sys.modules[kind.__module__]), {}, include_extras=True)
+    # Names stand for those of the module of each class, also inside a lambda.
+    return get_type_hints(kind, None, {}, include_extras=True)
 
 
 class _Member(NamedTuple):

@@ -15,7 +15,7 @@ hold.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -81,9 +81,29 @@ def squares(length: int) -> npt.NDArray[np.float64]:
 
 
 def transform(x: Any, xp: Any) -> Any:
-    """Return the matrix times each row of `x`: float64 (n, length), a numpy array or, with `xp` torch, a tensor."""
+    """Return the matrix times each row of `x`: float64 (n, length), a numpy array or, with `xp` torch, a tensor, with
+    gradients."""
+    if getattr(x, "requires_grad", False):
+        return _with_gradients()(x)
     parts = [_block(x[:, b.start : b.start + b.length], b, xp) for b in blocks(x.shape[1])]
     return parts[0] if len(parts) == 1 else xp.concatenate(parts, 1)
+
+
+@cache
+def _with_gradients() -> Any:
+    """`transform` for torch tensors that are trained: its gradient is the transform of the one that comes."""
+    import torch
+
+    class Transform(torch.autograd.Function):
+        @staticmethod
+        def forward(context: Any, x: Any) -> Any:
+            return transform(x.detach(), torch)
+
+        @staticmethod
+        def backward(context: Any, gradient: Any) -> Any:
+            return transform(gradient, torch)
+
+    return Transform.apply
 
 
 def _block(x: Any, block: Block, xp: Any) -> Any:
@@ -91,9 +111,6 @@ def _block(x: Any, block: Block, xp: Any) -> Any:
     buffers = xp.empty_like(x), xp.empty_like(x)
     for n in range(block.bits):
         pairs, sums = x.reshape(-1, 2, step), buffers[n % 2].reshape(-1, 2, step)
-        if getattr(x, "requires_grad", False):  # gradients do not flow through buffers
-            x, step = xp.stack((pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]), 1), 2 * step
-            continue
         xp.add(pairs[:, 0], pairs[:, 1], out=sums[:, 0])
         xp.subtract(pairs[:, 0], pairs[:, 1], out=sums[:, 1])
         x, step = sums, 2 * step

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -36,6 +36,7 @@ from lrconvert.lora.adapter import CompactAdapter, LoraAdapter, Target
 from lrconvert.lora.coded.models import COUNT
 from lrconvert.lora.packing import TensorSpec
 from lrconvert.methods.base import Budget, Command, FitContext, Method, Tensors
+from lrconvert.methods.lowrank.coordinates import PLAIN, Coordinates
 from lrconvert.methods.lowrank.fit import fit
 from lrconvert.methods.lowrank.form import Config, Header, factors, starts
 from lrconvert.methods.lowrank.plan import LowRankOptions, make_plan
@@ -65,6 +66,11 @@ class LowRank(Method):
         {"target_size": 1800, "rank": 2},
     )
     default_ratio = None
+    Head: ClassVar[type[Header]] = Header
+
+    def coordinates(self, config: Config) -> Coordinates:
+        """Return the coordinates in which `codes` are."""
+        return PLAIN
 
     # --- what the file holds ---
 
@@ -72,7 +78,7 @@ class LowRank(Method):
         return dict(fields.as_json(Header(len(config.models), config.length, max(config.counts))))
 
     def layout_specs(self, header: Mapping[str, Any], targets: Sequence[Target]) -> tuple[TensorSpec, ...]:
-        read = fields.read(Header, header, "method.config")
+        read = fields.read(self.Head, header, "method.config")
         counts = packing.index("counts", (len(targets),), read.max_count + 1)
         return (counts, packing.index("models", (read.components, 2), COUNT))
 
@@ -80,7 +86,7 @@ class LowRank(Method):
         return {"counts": np.array(config.counts, np.uint32), "models": np.array(config.models, np.uint32)}
 
     def config(self, header: Mapping[str, Any], layout: Tensors, targets: Sequence[Target]) -> Config:
-        read = fields.read(Header, header, "method.config")
+        read = fields.read(self.Head, header, "method.config")
         counts = tuple(layout["counts"].tolist())
         if max(counts) != read.max_count or sum(counts) != read.components:
             raise CanonicalError("method.config: components and max_count do not describe the tensor 'counts'")
@@ -105,7 +111,7 @@ class LowRank(Method):
         first, component = begins.numbers[which], begins.components[which]
         block = values["codes"][first : first + n * (inner + out)].reshape(n, inner + out)
         gains = values["gains"][component : component + n, None]
-        return factors(gains, block[:, :inner], block[:, inner:], xp)
+        return factors(gains, block[:, :inner], block[:, inner:], xp, self.coordinates(config))
 
     # --- making it ---
 
@@ -113,7 +119,7 @@ class LowRank(Method):
         return make_plan(lora, options, budget, context)
 
     def fit(self, lora: LoraAdapter, config: Config, context: FitContext) -> dict[str, Array]:
-        return fit(lora, config, context)
+        return fit(lora, config, context, self.coordinates(config))
 
     def refit(
         self, lora: LoraAdapter, compact: CompactAdapter, size: Callable[[Any], int], context: FitContext

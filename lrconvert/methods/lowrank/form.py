@@ -12,6 +12,7 @@ from lrconvert.core.limits import MAX_RANK, OWN
 from lrconvert.io.fields import between
 from lrconvert.lora.adapter import Target
 from lrconvert.lora.coded.stream import Rows
+from lrconvert.methods.lowrank.coordinates import PLAIN, Coordinates
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,18 @@ def _running(sizes: Sequence[int] | np.ndarray[tuple[int], np.dtype[np.int64]]) 
     return tuple((np.cumsum(sizes) - sizes).tolist())
 
 
-def factors(gains: Any, a: Any, b: Any, xp: Any) -> tuple[Any, Any]:
-    """Return A (n, in) and B (out, n) of components with `gains` (n, 1) and numbers `a` (n, in) and `b` (n, out).
+def factors(gains: Any, a: Any, b: Any, xp: Any, coordinates: Coordinates = PLAIN) -> tuple[Any, Any]:
+    """Return A (n, in) and B (out, n), float32, of components with `gains` (n, 1) and numbers `a` (n, in) and `b` (n,
+    out).
 
     The root of a gain, as a power of two, goes to the other side, which is exact: both factors are then of one size,
     and neither is out of the range of float16.
     """
     half, one = xp.frexp(gains)[1] // 2, xp.ones_like(gains)  # torch's ldexp has wrong gradients below 1
-    return a * (gains * xp.ldexp(one, -half)), (b * xp.ldexp(one, half)).T
+    rows, columns = coordinates.rows(a, "A", xp), coordinates.rows(b, "B", xp)
+    return _single(rows * (gains * xp.ldexp(one, -half)), xp), _single(columns * xp.ldexp(one, half), xp).T
+
+
+def _single(numbers: Any, xp: Any) -> Any:
+    """Numbers in float32, as they are if they are already."""
+    return numbers.astype(np.float32, copy=False) if xp is np else numbers.float()

@@ -16,6 +16,7 @@ from lrconvert.lora import svd
 from lrconvert.lora.adapter import LoraAdapter, Target
 from lrconvert.lora.coded import stream
 from lrconvert.methods.base import Budget, FitContext
+from lrconvert.methods.lowrank.coordinates import PLAIN, Coordinates
 from lrconvert.methods.lowrank.form import Config, Quantizer, starts
 from lrconvert.methods.lowrank.rounding import SIDE_BITS, Components, Rounded, components, integers, round_all
 from lrconvert.methods.shared.options import check_range, within
@@ -51,7 +52,13 @@ class LowRankOptions:
     dynamic_param: float | None = option(None, "The parameter of --dynamic-method.")
 
 
-def make_plan(lora: LoraAdapter, options: LowRankOptions, budget: Budget | None, context: FitContext) -> Config:
+def make_plan(
+    lora: LoraAdapter,
+    options: LowRankOptions,
+    budget: Budget | None,
+    context: FitContext,
+    coordinates: Coordinates = PLAIN,
+) -> Config:
     """Return the Config that options and a budget lead to. Raises E-BUDGET, E-OPTION."""
     if options.bits is not None and budget is not None:
         raise OptionError("--bits and a size both say how fine numbers are", fix="give one of them")
@@ -61,7 +68,7 @@ def make_plan(lora: LoraAdapter, options: LowRankOptions, budget: Budget | None,
     ranks = _rank_limits(spectra, options)
     if not any(ranks):
         ranks = [min(1, len(s)) for s in spectra]  # an all-zero adapter still makes a valid file
-    search = _Search(lora.shapes(), components(lora, ranks, context))
+    search = _Search(lora.shapes(), components(lora, ranks, context, coordinates))
     if budget is None:
         return search.at_bits(DEFAULT_BITS if options.bits is None else options.bits)
     return search.within(budget)

@@ -19,6 +19,7 @@ from lrconvert.lora.coded.stream import LARGEST_INTEGER
 from lrconvert.lora.packing import coded_values
 from lrconvert.lora.svd import Factors
 from lrconvert.methods.base import FitContext
+from lrconvert.methods.lowrank.coordinates import PLAIN, Coordinates
 
 DEAD_ZONE = 0.6  # of a step; numbers up to it become 0
 SIDE_BITS = 28  # of a component beside its numbers: a gain and two models
@@ -114,20 +115,27 @@ def scaled_rows(pair: LoraTarget, context: FitContext) -> tuple[Factors, float]:
     return svd.svd(pair, metric), factor
 
 
-def rows_of(factors: Factors, factor: float, rank: int) -> tuple[F32, F32]:
-    """Return the rows (k, in) and (k, out) that are rounded, of the largest `rank` components."""
+def rows_of(factors: Factors, factor: float, rank: int, coordinates: Coordinates = PLAIN) -> tuple[F32, F32]:
+    """Return the rows (k, in) and (k, out) that are rounded, of the largest `rank` components, in `coordinates` in
+    which they are as long as before."""
     s = factors.s[:rank, None]
-    return (factor * s * factors.Vt[:rank]).astype(np.float32), (s * factors.U[:, :rank].T).astype(np.float32)
+
+    def turned(rows: Array, role: str) -> F32:
+        return np.asarray(coordinates.numbers(rows, role) * coordinates.unit(rows.shape[1]), np.float32)
+
+    return turned(factor * s * factors.Vt[:rank], "A"), turned(s * factors.U[:, :rank].T, "B")
 
 
-def components(lora: LoraAdapter, ranks: Sequence[int], context: FitContext) -> Components:
+def components(
+    lora: LoraAdapter, ranks: Sequence[int], context: FitContext, coordinates: Coordinates = PLAIN
+) -> Components:
     """Return the components of an adapter, at most `ranks` of each target."""
     owners, energy = [], []
     sides: tuple[dict[int, list[tuple[F32, Array]]], ...] = ({}, {})
     start = 0
     for which, (pair, rank) in enumerate(zip(lora.targets, ranks, strict=True)):
         factors, factor = scaled_rows(pair, context)
-        both = rows_of(factors, factor, rank)
+        both = rows_of(factors, factor, rank, coordinates)
         places = np.arange(start, start + len(both[0]))
         start += len(places)
         owners.append(np.full(len(places), which))

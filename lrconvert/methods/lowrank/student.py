@@ -31,6 +31,7 @@ from lrconvert.lora.coded.stream import LARGEST_INTEGER
 from lrconvert.lora.trainable import Rates, TrainableAdapter, nearest_factors, unit_of
 from lrconvert.methods.base import Budget
 from lrconvert.methods.lowrank import form, rate
+from lrconvert.methods.lowrank.coordinates import Coordinates
 from lrconvert.methods.lowrank.form import Config, starts
 from lrconvert.methods.lowrank.rounding import DEAD_ZONE, SIDE_BITS
 
@@ -67,6 +68,7 @@ class LowRankStudent(TrainableAdapter):
         self.specs = {spec.name: spec for spec in method.specs(compact.config, compact.targets)}
         self.budget: Budget | None = None
         self.goal, self.least = 0.0, 0.0  # bits, bytes
+        self.coordinates = method.coordinates(compact.config)
         self.lacking = 1.0  # of the LoRA's energy, at the start
         stored, gains = compact.tensors["codes"], torch.from_numpy(compact.tensors["gains"].copy())
         integers = torch.from_numpy(stored.astype(np.float32))
@@ -134,9 +136,10 @@ class LowRankStudent(TrainableAdapter):
         (a, b), gains = block.of(values["numbers"]), values["gains"][block.components]
         if "before" not in values:
             stored = values["stored"][block.components]
-            return form.factors(gains[stored, None], a[stored], b[stored], torch)
+            return form.factors(gains[stored, None], a[stored], b[stored], torch, self.coordinates)
         empty = ~a.detach().any(dim=1, keepdim=True)
-        return form.factors(gains[:, None], a, torch.where(empty, block.of(values["before"])[1], b), torch)
+        seen = torch.where(empty, block.of(values["before"])[1], b)
+        return form.factors(gains[:, None], a, seen, torch, self.coordinates)
 
     def groups(self) -> list[dict[str, Any]]:
         unit, share = float(self.unit_latents), math.sqrt(self.lacking)
@@ -155,7 +158,8 @@ class LowRankStudent(TrainableAdapter):
     def _config(self, integers: Array, coded: rate.Coded, stored: Array) -> tuple[Config, Array]:
         """The Config of what is stored, and its integers."""
         counts = tuple(int(stored[block.components].sum()) for block in self.blocks)
-        config = Config(counts, tuple(map(tuple, coded.models[stored].tolist())), 0)
+        models = tuple(map(tuple, coded.models[stored].tolist()))
+        config = replace(self.source.config, counts=counts, models=models, length=0, quantizer=None)
         parts = [
             integers[b.start : b.stop].reshape(b.count, b.inner + b.out)[stored[b.components]] for b in self.blocks
         ]
@@ -181,22 +185,26 @@ class LowRankStudent(TrainableAdapter):
         integers = torch.from_numpy(self.source.tensors["codes"].astype(np.float32))
         gains = torch.from_numpy(self.source.tensors["gains"].astype(np.float32))
         blocks = rate.blocks(self.source.targets, config.counts)
-        scale = _Scale.of(blocks, 16 * integers - integers.sign(), gains)
+        numbers_of, rows_of, unit = self.coordinates.numbers, self.coordinates.rows, self.coordinates.unit
+        units = torch.tensor([unit(block.inner) * unit(block.out) for block in blocks for _ in range(block.count)])
+        scale = _Scale.of(blocks, 16 * integers - integers.sign(), gains * units)
         counts, parts, all_gains = [], [], []
         error = energy = 0.0
         for block, pair in zip(blocks, pairs, strict=True):
             own, own_gains = block.of(integers), gains[block.components]
             numbers = [16 * x - x.sign() for x in own]
-            now = numbers[0] * own_gains[:, None], numbers[1].T
+            a, b = (rows_of(x, role, torch).float() for x, role in zip(numbers, "AB", strict=True))
+            now = a * own_gains[:, None], b.T
             latents = [x / 16 for x in numbers]
             lost, whole = svd.distance(pair, now[0].numpy(), now[1].numpy())
             error, energy = error + lost, energy + whole
             if block.count:
                 best_a, best_b = nearest_factors(pair, *now)
-                wanted = best_a / (16 * torch.where(own_gains == 0, 1.0, own_gains)[:, None]), best_b.T / 16
+                best_a = best_a / (16 * torch.where(own_gains == 0, 1.0, own_gains)[:, None])
+                wanted = numbers_of(best_a, "A", torch).float(), numbers_of(best_b.T / 16, "B", torch).float()
                 latents = [_within_cells(x, q) for x, q in zip(wanted, own, strict=True)]
             more = max(0, min(pair.rank, *pair.target.matrix_shape) - block.count)
-            new_a, new_b, new_gains = _lacking(pair, now, more, scale)
+            new_a, new_b, new_gains = _lacking(pair, now, more, scale, self.coordinates)
             rows = torch.cat([torch.cat(latents, dim=1), torch.cat([new_a, new_b], dim=1)])
             counts.append(len(rows))
             parts.append(rows.reshape(-1))
@@ -322,7 +330,9 @@ class _Scale:
         return cls(float(square.median()), float(ratio.median())) if len(square) else cls(0.0, 1.0)
 
 
-def _lacking(pair: LoraTarget, now: tuple[Tensor, Tensor], more: int, scale: _Scale) -> tuple[Tensor, Tensor, Tensor]:
+def _lacking(
+    pair: LoraTarget, now: tuple[Tensor, Tensor], more: int, scale: _Scale, coordinates: Coordinates
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return A rows and B columns (more, .) in steps, and gains (more,), of the largest components of a LoRA's update
     minus ``B @ A`` of `now`, as small as they have to be to round to zero; zeros where there are no more. The gains are
     those with which the first number of a side that becomes 1 is what it should be."""
@@ -340,10 +350,12 @@ def _lacking(pair: LoraTarget, now: tuple[Tensor, Tensor], more: int, scale: _Sc
             break
         gains[n] = scale.square / (256 * s)
         lengths = s * math.sqrt(scale.ratio / scale.square), s / math.sqrt(scale.square * scale.ratio)
-        for into, length, vector in zip(rows, lengths, (factors.Vt[n], factors.U[:, n]), strict=True):
+        vectors = factors.Vt[n], factors.U[:, n]
+        for into, length, role, vector in zip(rows, lengths, "AB", vectors, strict=True):
+            vector = coordinates.numbers(vector[None], role)[0] * coordinates.unit(len(vector))
             peak = length * float(np.abs(vector).max())
             into[n] = torch.from_numpy(length * min(1.0, DEAD_ZONE * _CELL / peak) * vector)
-            gains[n] *= max(1.0, 16 / 15 * peak)
+            gains[n] *= max(1.0, 16 / 15 * peak) / coordinates.unit(len(vector))
     return rows[0], rows[1], gains
 
 

@@ -26,21 +26,17 @@ from typing import Annotated, Any
 import numpy as np
 
 from lrconvert.core.dtypes import Array
-from lrconvert.core.errors import CanonicalError, OptionError
+from lrconvert.core.errors import CanonicalError
 from lrconvert.core.limits import MAX_DIM
 from lrconvert.io import fields
-from lrconvert.lora.adapter import LoraAdapter, Target
+from lrconvert.lora.adapter import Target
 from lrconvert.lora.packing import TensorSpec
-from lrconvert.methods.base import Budget, FitContext, Method, Tensors
+from lrconvert.methods.base import Tensors
 from lrconvert.methods.shared import mixed_widths
+from lrconvert.methods.shared.earlier import EarlierMethod
 from lrconvert.methods.shared.mixed_widths import MixedWidths, numbers_name
 from lrconvert.methods.shared.ranks import check_ranks
 from lrconvert.methods.shared.widths import groups_of, spread_scales
-
-
-@dataclass(frozen=True)
-class NoOptions:
-    """Nothing can be asked for: files of this version are read, not made."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +85,12 @@ def _starts(config: Config, targets: tuple[Target, ...]) -> tuple[tuple[dict[int
     return (*starts, (numbers, scales))
 
 
-class LowRank(Method):
+class LowRank(EarlierMethod):
     """See the module's docstring."""
 
     id = "lowrank"
     version = 1
     title = "low rank, quantized factors"
-    commands = ()
-    Options = NoOptions
-    examples = ()
 
     # --- what the file holds ---
 
@@ -151,14 +144,6 @@ class LowRank(Method):
         if not rows_a:
             return xp.zeros((0, inner), dtype=xp.float32), xp.zeros((out, 0), dtype=xp.float32)
         return xp.concatenate(rows_a), xp.concatenate(rows_b).T
-
-    # --- making it ---
-
-    def plan(self, lora: LoraAdapter, options: Any, budget: Budget | None, context: FitContext) -> Config:
-        raise OptionError("version 1 of lowrank is read, not made", fix="convert to lowrank")
-
-    def fit(self, lora: LoraAdapter, config: Config, context: FitContext) -> dict[str, Array]:
-        raise OptionError("version 1 of lowrank is read, not made", fix="convert to lowrank")
 
 
 METHOD = LowRank()
