@@ -30,12 +30,13 @@ _WINDOW = 16  # batches whose examples are sorted by length together
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """Examples of one `kind` of model, or batches of `model_inputs`."""
+    """Examples of one `kind` of model, or batches of `model_inputs`. `left_out`: texts with nothing to learn from."""
 
     kind: str
     examples: tuple[Example, ...] = ()
     model_inputs: tuple[Mapping[str, Any], ...] = ()
     pad: int = 0
+    left_out: int = 0
 
     def __len__(self) -> int:
         return len(self.examples) or len(self.model_inputs)
@@ -133,17 +134,19 @@ def as_batch(kind: str, model_inputs: Mapping[str, Any]) -> Batch:
     return Batch(inputs, scored, labels)
 
 
-def examples(
+def tokenized(
     texts: Iterable[Text], tokenizer: Any, kind: str, length: int, max_tokens: int, classes: Mapping[str, int]
-) -> list[Example]:
-    """Return texts in tokens; `classes` numbers the labels. Raises E-DATA if there is none."""
+) -> Pool:
+    """Return texts in tokens; `classes` numbers the labels. Texts whose prompt leaves no room for what follows it are
+    left out, and counted. Raises E-DATA if there is none."""
     running, single = tokenize(texts, tokenizer, kind, length, max_tokens, classes)
     blocks = [tuple(running[at : at + length]) for at in range(0, len(running), length)]
     kept = [example for example in single if len(example.ids) > example.prompt]
     kept += [Example(block) for block in blocks if len(block) > 1]
     if not kept:
         raise DataError("the data has no token to learn from", fix="is every text longer than --length?")
-    return kept
+    left_out = sum(len(example.ids) <= example.prompt for example in single)
+    return Pool(kind, tuple(kept), pad=tokenizer.pad_token_id or 0, left_out=left_out)
 
 
 # --- splitting ------------------------------------------------------------------------------------------------------
@@ -151,11 +154,20 @@ def examples(
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """The data to train on, the data that is held out, and the digest of all."""
+    """The data to train on, the data that is held out, the digest of both, and the number of texts left out."""
 
     train: Pool
     held_out: Pool
     digest: str
+    left_out: int = 0
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """A warning if texts were left out."""
+        if not self.left_out:
+            return ()
+        texts = f"{self.left_out} of {self.left_out + len(self.train) + len(self.held_out)} texts"
+        return (f"{texts} have a prompt as long as --length and were left out: give a larger one",)
 
 
 def split(pool: Pool, seed: int, path: Path | None = None) -> Split:
@@ -180,4 +192,4 @@ def split(pool: Pool, seed: int, path: Path | None = None) -> Split:
         tokens += sum(len(pool.examples[n].ids) for n in order[at]) if pool.examples else 0
         at += 1
     train = sorted(n for group in order[at:] for n in group)
-    return Split(pool.subset(train), pool.subset(sorted(held_out)), pool.digest())
+    return Split(pool.subset(train), pool.subset(sorted(held_out)), pool.digest(), pool.left_out)

@@ -95,7 +95,11 @@ def refinement(
 ) -> Refinement:
     """Return the outcome of a student with its provenance."""
     compact = with_provenance(session, result, seed)
-    done = replace(result, compact=compact, warnings=(*warnings, *result.warnings, *note_warnings(compact)))
+    done = replace(
+        result,
+        compact=compact,
+        warnings=(*warnings, *session.split.warnings, *result.warnings, *note_warnings(compact)),
+    )
     return Refinement(
         **vars(done),
         data=session.split.digest,

@@ -19,7 +19,7 @@ from lrconvert.live.statistics import are_paths
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 from lrconvert.refine import self_generated_data
 from lrconvert.refine.attached_student import NAME
-from lrconvert.refine.data import Pool, Split, examples, split
+from lrconvert.refine.data import Pool, Split, split, tokenized
 from lrconvert.refine.distributed import Processes
 from lrconvert.refine.evaluation import TEACHER, ZERO, Evaluator, TeacherModel
 from lrconvert.refine.settings import RunOptions, Settings
@@ -159,19 +159,18 @@ def _pool(teacher_model: TeacherModel, base: Path | None, data: Any, settings: S
         config: Any = getattr(model, "config", None)
         classes = {str(name): int(n) for name, n in (getattr(config, "label2id", None) or {}).items()}
         read = _labelled(paths, classes) if settings.task_loss and kind == "encoder" else texts.read(paths)
-        rows = examples(read, tokenizer, kind, length, settings.max_tokens, classes)
-    else:
-        teacher_model.activate(TEACHER)
-        with teacher_model.computing():
-            rows = self_generated_data.sample(
-                model,
-                tokenizer,
-                length=length,
-                tokens=min(settings.own_tokens, settings.max_tokens or settings.own_tokens),
-                batch_tokens=settings.batch_tokens,
-                seed=settings.seed,
-                progress=progress,
-            )
+        return tokenized(read, tokenizer, kind, length, settings.max_tokens, classes)
+    teacher_model.activate(TEACHER)
+    with teacher_model.computing():
+        rows = self_generated_data.sample(
+            model,
+            tokenizer,
+            length=length,
+            tokens=min(settings.own_tokens, settings.max_tokens or settings.own_tokens),
+            batch_tokens=settings.batch_tokens,
+            seed=settings.seed,
+            progress=progress,
+        )
     return Pool(kind, tuple(rows), pad=tokenizer.pad_token_id or 0)
 
 

@@ -100,8 +100,8 @@ def test_hidden_states_count_as_shares_of_the_change() -> None:
 def test_only_the_completion_counts(tmp_path: Path) -> None:
     tokenizer = load_model.load_tokenizer(LLAMA)
     rows = [texts.Text(" and so on", prompt="the words"), texts.Text("all of it")]
-    examples = data.examples(rows, tokenizer, "decoder", 64, 0, {})
-    pool = data.Pool("decoder", tuple(examples), pad=0)
+    pool = data.tokenized(rows, tokenizer, "decoder", 64, 0, {})
+    examples = pool.examples
     prompted = pool.batch([0])
     assert "labels" not in prompted.inputs and prompted.scored is not None and prompted.labels is not None
     ids, prompt = examples[0].ids, examples[0].prompt
@@ -109,6 +109,18 @@ def test_only_the_completion_counts(tmp_path: Path) -> None:
     assert prompted.scored[0].tolist() == [prompt - 1 <= n < len(ids) - 1 for n in range(len(ids))]
     assert prompted.labels[0][prompted.scored[0]].tolist() == list(ids[prompt:])
     assert pool.batch([1]).scored is None and pool.batch([1]).weight == len(examples[1].ids)
+
+
+def test_texts_without_room_for_their_completion_are_counted() -> None:
+    """A prompt that fills the length leaves nothing to learn from; the text is left out with a word."""
+    tokenizer = load_model.load_tokenizer(LLAMA)
+    rows = [texts.Text(" and so on", prompt="the words"), texts.Text(" it", prompt="many words " * 40)]
+    pool = data.tokenized([*rows, texts.Text(" or so", prompt="some words")], tokenizer, "decoder", 64, 0, {})
+    assert len(pool) == 2 and pool.left_out == 1
+    (warning,) = data.split(pool, 0).warnings
+    assert "1 of 3 texts" in warning and "--length" in warning
+    whole = data.tokenized(rows[:1] * 2, tokenizer, "decoder", 64, 0, {})
+    assert not whole.left_out
 
 
 def test_an_epoch_is_every_text_once() -> None:
