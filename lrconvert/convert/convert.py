@@ -200,17 +200,20 @@ def _not_measured(lora: LoraAdapter, statistics: InputStatistics | None) -> Iter
 def _select(lora: LoraAdapter, include: Sequence[str], exclude: Sequence[str]) -> tuple[LoraAdapter, tuple[str, ...]]:
     """The LoRA with the targets that the patterns choose, and its warnings, the left-out targets named."""
     keeps = name_filter(include, exclude)
-    kept = tuple(pair for pair in lora.targets if keeps(pair.target.name))
+    kept, names = [], []
+    for pair in lora.targets:
+        if keeps(pair.target.name):
+            kept.append(pair)
+        else:
+            names.append(pair.target.name)
     if not kept:
         raise EmptyAdapterError("--include and --exclude leave no target")
     warnings = lora.warnings
-    if len(kept) < len(lora.targets):
-        left_out = next(pair.target.name for pair in lora.targets if pair not in kept)
-        count = len(lora.targets) - len(kept)
-        warnings += (f"{count} of {len(lora.targets)} targets are left out as asked, {left_out} for one",)
-    gone = {pair.target.name for pair in lora.targets} - {pair.target.name for pair in kept}
+    if names:
+        warnings += (f"{len(names)} of {len(lora.targets)} targets are left out as asked, {names[0]} for one",)
+    gone = set(names)
     extras = tuple(e for e in lora.extras if e.use == "replace" or _owner(e) not in gone)
-    return replace(lora, targets=kept, extras=extras), warnings
+    return replace(lora, targets=tuple(kept), extras=extras), warnings
 
 
 def _owner(extra: ExtraTensor) -> str:

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from lrconvert.core.dtypes import Array, Stored
@@ -72,7 +73,7 @@ class Target:
     shape: tuple[int, ...]
     view: View = MATRIX
 
-    @property
+    @cached_property
     def matrix_shape(self) -> tuple[int, int]:
         """(out, in)."""
         return self.view.matrix_shape(self.shape)

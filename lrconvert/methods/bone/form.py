@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Annotated, Literal
 
 from lrconvert.core.errors import LimitError
 from lrconvert.core.limits import MAX_DIM, MAX_RANK
 from lrconvert.io.fields import between, one_of
 from lrconvert.lora.adapter import Target
+from lrconvert.methods.shared.beside import beside_config
 from lrconvert.methods.shared.widths import WIDTHS, groups_of
 
 EXACT = 32  # bits of blocks that came from elsewhere as float32
@@ -80,7 +81,7 @@ def complete(
     return replace(config, group_size=group_size if bits < 16 and group_size < longest else 0)
 
 
-@lru_cache(maxsize=8)
+@beside_config
 def starts_of(config: Config, targets: tuple[Target, ...]) -> tuple[tuple[int, int], ...]:
     """Return (number, scale) where the block of each target begins; the last entry holds the totals."""
     number = scale = 0

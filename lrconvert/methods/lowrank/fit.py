@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     from lrconvert.lora.input_statistics import Moment
 
 
-def fit(
-    lora: LoraAdapter, config: Config, context: FitContext, coordinates: Coordinates = PLAIN
-) -> dict[str, Array]:
+def fit(lora: LoraAdapter, config: Config, context: FitContext, coordinates: Coordinates = PLAIN) -> dict[str, Array]:
     """Return the payload of the components that `config.quantizer` keeps."""
     quantizer = config.quantizer
     assert quantizer is not None, "a config of a file has no quantizer: plan anew"
@@ -38,9 +36,7 @@ def fit(
     return payload.rounded({"gains": np.concatenate(gains)}) | {"codes": np.concatenate(codes)}
 
 
-def solved_gains(
-    factors: Factors, a: Array, b: Array, metric: Moment | None, coordinates: Coordinates = PLAIN
-) -> F32:
+def solved_gains(factors: Factors, a: Array, b: Array, metric: Moment | None, coordinates: Coordinates = PLAIN) -> F32:
     """Return the gains (k,) with which ``sum_j gain_j b_j a_j^T`` is nearest to an update, for coded integers a (k, in)
     and b (k, out), by least squares. A component of zeros has gain 0."""
     rows_a = coordinates.rows(coded_values(a).astype(np.float64), "A")

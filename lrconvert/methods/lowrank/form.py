@@ -13,6 +13,7 @@ from lrconvert.io.fields import between
 from lrconvert.lora.adapter import Target
 from lrconvert.lora.coded.stream import Rows
 from lrconvert.methods.lowrank.coordinates import PLAIN, Coordinates
+from lrconvert.methods.shared.beside import beside_config
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,9 @@ class Starts:
     rows: Rows
 
 
+@beside_config
 def starts(config: Config, targets: tuple[Target, ...]) -> Starts:
-    """Return where the targets begin in the tensors; kept beside the config, which thousands of targets ask for it."""
-    kept = vars(config).get("_starts")
-    if kept is None or kept[0] is not targets:
-        kept = vars(config)["_starts"] = (targets, _starts(config, targets))
-    result: Starts = kept[1]
-    return result
-
-
-def _starts(config: Config, targets: tuple[Target, ...]) -> Starts:
+    """Return where the targets begin in the tensors."""
     shapes = np.array([target.matrix_shape for target in targets], np.int64)
     counts = np.array(config.counts, np.int64)
     owners = np.repeat(np.arange(len(targets)), counts)

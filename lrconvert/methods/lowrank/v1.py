@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Annotated, Any
 
 import numpy as np
@@ -33,6 +32,7 @@ from lrconvert.lora.adapter import Target
 from lrconvert.lora.packing import TensorSpec
 from lrconvert.methods.base import Tensors
 from lrconvert.methods.shared import mixed_widths
+from lrconvert.methods.shared.beside import beside_config
 from lrconvert.methods.shared.earlier import EarlierMethod
 from lrconvert.methods.shared.mixed_widths import MixedWidths, numbers_name
 from lrconvert.methods.shared.ranks import check_ranks
@@ -70,7 +70,7 @@ def _scales_of(target: Target, group_size: int) -> int:
     return sum(groups_of(length, group_size) for length in target.matrix_shape)
 
 
-@lru_cache(maxsize=8)
+@beside_config
 def _starts(config: Config, targets: tuple[Target, ...]) -> tuple[tuple[dict[int, int], int], ...]:
     """For each target: where its numbers begin in the tensor of each width, and where its scales begin. The last entry
     holds the totals."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Literal
 
 from lrconvert.lora.adapter import Target
 from lrconvert.methods.shared import mixed_widths
+from lrconvert.methods.shared.beside import beside_config
 from lrconvert.methods.shared.mixed_widths import MixedWidths
 
 Variant = Literal["fa", "fb", "mixed"]
@@ -65,7 +66,7 @@ class Start:
     scale: int
 
 
-@lru_cache(maxsize=8)
+@beside_config
 def starts(config: Config, targets: tuple[Target, ...]) -> tuple[Start, ...]:
     """Return the starts of each target; the last entry holds the totals."""
     starts = [Start(0, dict.fromkeys(config.levels, 0), 0)]

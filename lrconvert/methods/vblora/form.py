@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from typing import Annotated, Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from lrconvert.io.fields import between, one_of
 from lrconvert.lora import packing
 from lrconvert.lora.adapter import Target
 from lrconvert.lora.packing import TensorSpec
+from lrconvert.methods.shared.beside import beside_config
 from lrconvert.methods.vblora.rows import I64, Rows
 
 MAX_TOP_K = 16
@@ -113,7 +113,7 @@ class Config:
         return 2 * sum(self.ranks)
 
 
-@lru_cache(maxsize=8)
+@beside_config
 def starts(config: Config, targets: tuple[Target, ...]) -> tuple[tuple[int, int, int], ...]:
     """Return (row, pass, code) where each target begins; the last entry holds the totals. Grows with targets and
     `passes`."""
