@@ -47,10 +47,11 @@ from lrconvert.methods import base as methods
 from lrconvert.methods.bone import form as bone
 from lrconvert.methods.lowrank import form as lowrank
 from lrconvert.methods.lowrank import v1 as lowrank_v1
-from lrconvert.methods.nola import form as nola
+from lrconvert.methods.nola import Config as NolaConfig
+from lrconvert.methods.nola import v1 as nola_v1
 from lrconvert.methods.sbora import form as sbora
 from lrconvert.methods.vblora import form as vblora
-from lrconvert.testing.container_versions import encoded
+from lrconvert.testing.container_versions import encoded, may_be_version_1
 from lrconvert.testing.raw_files import RawFile
 
 FORMATS = ROOT / "formats"
@@ -253,11 +254,19 @@ def draw_bone(rng: np.random.Generator, targets: Sequence[Target]) -> Any:
     return bone.complete(targets, ranks, turned, bits=bits, mini_rank=mini, group_size=group, bat=bat)
 
 
+def draw_seed(rng: np.random.Generator) -> int:
+    return int(rng.choice([0, 7, 2**40 + 1, 2**63])) * 2 - int(rng.integers(2)) & 2**64 - 1
+
+
 def draw_nola(rng: np.random.Generator, targets: Sequence[Target]) -> Any:
+    plain = draw_lowrank(rng, targets)
+    return NolaConfig(plain.counts, plain.models, plain.length, seed=draw_seed(rng))
+
+
+def draw_nola_v1(rng: np.random.Generator, targets: Sequence[Target]) -> Any:
     family = str(rng.choice(["hadamard", "dense"]))
     kind = "sign" if family == "hadamard" else str(rng.choice(["u8", "u24", "sign"]))
-    seed = int(rng.choice([0, 7, 2**40 + 1, 2**63])) * 2 - int(rng.integers(2)) & 2**64 - 1
-    form = nola.Form(family, kind, int(rng.choice(WIDTHS)), seed, bool(rng.integers(2)))
+    form = nola_v1.Form(family, kind, int(rng.choice(WIDTHS)), draw_seed(rng), bool(rng.integers(2)))
     most = int(rng.integers(1, 5))
     ranks = [min(most, *t.matrix_shape) for t in targets]
     if rng.random() < 0.5:
@@ -265,10 +274,10 @@ def draw_nola(rng: np.random.Generator, targets: Sequence[Target]) -> Any:
     largest = int(rng.choice([1, 5, 100, 1000] if family == "hadamard" else [1, 5, 30]))
     uneven = rng.random() < 0.5
     counts = [
-        tuple(min(d, int(rng.integers(1, largest + 1)) if uneven else largest) for d in nola.lengths(t, rank))
+        tuple(min(d, int(rng.integers(1, largest + 1)) if uneven else largest) for d in nola_v1.lengths(t, rank))
         for t, rank in zip(targets, ranks, strict=True)
     ]
-    return nola.complete(form, targets, ranks, counts)
+    return nola_v1.complete(form, targets, ranks, counts)
 
 
 def draw_vblora(rng: np.random.Generator, targets: Sequence[Target]) -> Any:
@@ -302,6 +311,7 @@ DRAWN: dict[str, Callable[[np.random.Generator, Sequence[Target]], Any]] = {
     "sbora": draw_sbora,
     "bone": draw_bone,
     "nola": draw_nola,
+    "nola.v1": draw_nola_v1,
 }
 
 
@@ -347,8 +357,8 @@ def tidied(rng: np.random.Generator, form: Any, tensors: dict[str, np.ndarray]) 
 @pytest.mark.parametrize("seed", range(40))
 @pytest.mark.parametrize("method", DRAWN)
 def test_two_readers_agree_on_drawn_files(method, seed, tmp_path):
-    version = 2 if method == "lowrank" else 1 + seed % 2  # version 1 holds no coded tensors
-    data = encoded(drawn(method, seed), version)
+    compact = drawn(method, seed)
+    data = encoded(compact, 1 + seed % 2 if may_be_version_1(compact) else 2)
     (tmp_path / "x.lrc").write_bytes(data)
     check_second_reader(data, file.read(tmp_path / "x.lrc"))
 

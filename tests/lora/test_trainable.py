@@ -101,7 +101,7 @@ def test_a_student_is_its_file(name: str, n: int) -> None:
         assert not same_payload(student.compact(), now)
 
 
-@pytest.mark.parametrize(("name", "n"), [("sbora", 3), ("bone", 1), ("nola", 3), ("vblora", 0)])
+@pytest.mark.parametrize(("name", "n"), [("sbora", 3), ("bone", 1), ("vblora", 0)])
 def test_latents_lean_to_the_best_numbers(name: str, n: int) -> None:
     """Without the quantizer, what they lean to is nearer to the LoRA than what is stored."""
     lora, compact = source(name), made(name, n)

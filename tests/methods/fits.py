@@ -1,4 +1,4 @@
-"""What tests of methods share: budgets of payload bytes, random payloads, and what a fit keeps."""
+"""What tests of methods share: budgets of payload bytes, random payloads, what a fit keeps, a written-out matrix."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def kept_by(method: Method, lora: LoraAdapter, **options: Any) -> float:
 
 
 def random_compact(method: Method, config: Any, targets: tuple[Target, ...], seed: int = 0) -> CompactAdapter:
-    """Any payload of a config; nothing checks the rules of the method on values."""
+    """Any payload of a config without coded tensors; nothing checks the rules of the method on values."""
     rng, tensors = RNG(seed), {}
     for spec in method.specs(config, targets):
         numbers = rng.standard_normal(spec.shape).astype(np.float32)
@@ -62,4 +62,26 @@ def random_compact(method: Method, config: Any, targets: tuple[Target, ...], see
             tensors[spec.name] = rng.integers(0, spec.limit or 1 << spec.bits, spec.shape).astype(dtype)
         else:
             tensors[spec.name] = packing.round_half(numbers) if spec.kind == "half" else numbers
-    return CompactAdapter(method.id, config, targets, tensors, base=fingerprint(targets))
+    name = methods.name_of(method.id, method.version)
+    return CompactAdapter(name, config, targets, tensors, base=fingerprint(targets))
+
+
+def written_transform(d: int) -> np.ndarray:
+    """T(d) of formats/methods/nola.md, element by element."""
+
+    def sylvester(a: int) -> np.ndarray:
+        x = np.arange(1 << a)
+        return 1 - 2 * (np.bitwise_count(x[:, None] & x) & 1).astype(np.int64)
+
+    a = (d & -d).bit_length() - 1
+    m = d >> a
+    if m <= 127:
+        odd = m * np.eye(m, dtype=np.int64) - 2 if m > 1 else np.ones((1, 1), np.int64)
+        return np.kron(sylvester(a), odd)
+    matrix = np.zeros((d, d), np.int64)
+    powers = [p for p in range(d.bit_length() - 1, -1, -1) if d >> p & 1]
+    at = 0
+    for p in powers:
+        matrix[at : at + (1 << p), at : at + (1 << p)] = sylvester(p) << (powers[0] - p) // 2
+        at += 1 << p
+    return matrix

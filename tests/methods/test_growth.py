@@ -20,7 +20,6 @@ from lrconvert.methods import base as methods
 from lrconvert.methods.base import FitContext
 
 METHODS = [m.id for m in methods.all_methods()]
-CACHED = [pytest.param(m, marks=pytest.mark.xfail(reason="a cache with keys")) if m == "nola" else m for m in METHODS]
 FITTED = [m for m in METHODS if m != "vblora"]  # which trains for some steps, whatever it is given
 FEW, MANY = 24, 96
 
@@ -61,7 +60,7 @@ def random_file(name: str, count: int) -> CompactAdapter:
     return random_compact(method, config, lora.shapes())
 
 
-@pytest.mark.parametrize("method", CACHED)
+@pytest.mark.parametrize("method", METHODS)
 def test_expanding_is_linear(method):
     """The factors of all targets are found with work in proportion to their number."""
 
@@ -84,7 +83,7 @@ def test_files_are_linear(method, tmp_path):
     assert growth(work) < 1.2
 
 
-@pytest.mark.parametrize("method", CACHED)
+@pytest.mark.parametrize("method", METHODS)
 def test_nothing_keeps_an_adapter(method):
     """An adapter that nobody uses any more is gone, whatever was computed from it."""
     compact = random_file(method, 3)

@@ -130,7 +130,7 @@ def test_branches_begin_alike(
     assert seen[0] == seen[2] and seen[1] != seen[3]
 
 
-@pytest.mark.parametrize("method", ["lowrank", "nola"])
+@pytest.mark.parametrize("method", ["lowrank", "sbora"])
 def test_killed_anywhere_it_ends_the_same(
     method: str, lora: LoraAdapter, model: Any, batches: Any, tmp_path: Path
 ) -> None:

@@ -27,13 +27,17 @@ from lrconvert.refine.rate import budget_of
 SHAPES = [(48, 32), (32, 80), (48, 32)]
 
 
-def made(**options: Any) -> tuple[LoraAdapter, CompactAdapter]:
+FORMS = pytest.mark.parametrize("form", ["lowrank", "nola"])  # one student, rows as they are or on seeded bases
+
+
+def made(form: str = "lowrank", **options: Any) -> tuple[LoraAdapter, CompactAdapter]:
     lora = random_lora(SHAPES, rank=6, decay=0.7)
-    return lora, api.convert(lora, "lowrank", **options).compact
+    return lora, api.convert(lora, form, **options).compact
 
 
 def student_of(lora: LoraAdapter, compact: CompactAdapter) -> LowRankStudent:
-    student = LowRankStudent(methods.get("lowrank"), compact)
+    student = methods.get(compact.method).student(compact)
+    assert isinstance(student, LowRankStudent)
     student.warm_start_latents(lora.targets)
     student.keep_within(budget_of(compact))
     return student
@@ -45,11 +49,13 @@ def updates(student: LowRankStudent, training: bool) -> list[Any]:
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("size", [1600, 3000, 8000])
-def test_coded_bytes_stay_within_two_percent_throughout(size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("form", "size"), [("lowrank", 1600), ("lowrank", 3000), ("lowrank", 8000), ("nola", 1600), ("nola", 8000)]
+)
+def test_coded_bytes_stay_within_two_percent_throughout(form: str, size: int, tmp_path: Path) -> None:
     """From the first step to the last, at rates far too high too; and what is written fills its budget."""
     lora, model = api.load_lora(ADAPTERS / "llama-plain"), load_model.load_model(BASES / "tiny-llama").float()
-    compact = api.convert(lora, "lowrank", target_size=size).compact
+    compact = api.convert(lora, form, target_size=size).compact
     for lr in (1.0, 8.0):
         log, out = tmp_path / f"{lr}.log", tmp_path / f"{lr}.lrc"
         few = {"steps": 25, "eval_every": 5, "batch_tokens": 96, "layerwise": False, "lr": lr, "log": log}
@@ -64,10 +70,11 @@ def test_coded_bytes_stay_within_two_percent_throughout(size: int, tmp_path: Pat
     assert done.best_step == 0 or done.after.distance < done.before.distance
 
 
+@FORMS
 @pytest.mark.parametrize("options", [{"target_size": 900}, {"target_size": 1500}, {"bits": 8}])
-def test_settled_files_are_within_their_budget_and_fill_it(options: dict[str, Any]) -> None:
+def test_settled_files_are_within_their_budget_and_fill_it(form: str, options: dict[str, Any]) -> None:
     """Wherever latents have gone to; a file that is within its budget already is not touched."""
-    lora, compact = made(**options)
+    lora, compact = made(form, **options)
     budget, draw = budget_of(compact), torch.Generator().manual_seed(0)
     student = student_of(lora, compact)
     student.settle()
@@ -86,9 +93,10 @@ def same(one: CompactAdapter, other: CompactAdapter) -> bool:
     return one.config == other.config and all(np.array_equal(one.tensors[k], other.tensors[k]) for k in one.tensors)
 
 
-def test_the_model_trains_on_the_update_of_the_file() -> None:
+@FORMS
+def test_the_model_trains_on_the_update_of_the_file(form: str) -> None:
     """With components that are no part of the file: they are there for gradients alone."""
-    lora, compact = made(target_size=900)
+    lora, compact = made(form, target_size=900)
     student = student_of(lora, compact)
     for _ in range(2):
         pairs = list(
@@ -104,13 +112,14 @@ def test_the_model_trains_on_the_update_of_the_file() -> None:
     assert gradients[0].isfinite().all()
 
 
-def test_components_die_and_grow_across_modules() -> None:
+@FORMS
+def test_components_die_and_grow_across_modules(form: str) -> None:
     """A file that was made of one LoRA learns another, whose energy lies in other modules: so do its components."""
     lora = random_lora(SHAPES, rank=6, decay=0.7)
     quiet = [
         replace(pair, scale=pair.scale * factor) for pair, factor in zip(lora.targets, (1.0, 1.0, 1e-4), strict=True)
     ]
-    compact = api.convert(replace(lora, targets=tuple(quiet)), "lowrank", target_size=900).compact
+    compact = api.convert(replace(lora, targets=tuple(quiet)), form, target_size=900).compact
     assert compact.config.counts[0] > 0 and compact.config.counts[2] == 0
     other = [
         replace(pair, scale=pair.scale * factor) for pair, factor in zip(lora.targets, (1e-4, 1.0, 1.0), strict=True)
@@ -134,8 +143,9 @@ def test_components_die_and_grow_across_modules() -> None:
     assert trained.config.counts[2] > 0 and budget.size(trained.config) <= budget.limit
 
 
-def test_latents_begin_nearer_to_the_lora_than_what_is_stored() -> None:
-    lora, compact = made(bits=2)
+@FORMS
+def test_latents_begin_nearer_to_the_lora_than_what_is_stored(form: str) -> None:
+    lora, compact = made(form, bits=2)
     student = student_of(lora, compact)
 
     def error(numbers: Any) -> float:
@@ -165,8 +175,9 @@ def test_slopes_are_those_of_the_bits() -> None:
     assert after - before == pytest.approx(predicted, rel=0.5) and predicted > 0
 
 
-def test_an_adapter_of_zeros_stays_a_file() -> None:
-    lora, compact = made(bits=4, rank=1)
+@FORMS
+def test_an_adapter_of_zeros_stays_a_file(form: str) -> None:
+    lora, compact = made(form, bits=4, rank=1)
     zeros = {name: np.zeros_like(tensor) for name, tensor in compact.tensors.items()}
     nothing = replace(compact, tensors=zeros)
     nothing = student_of(lora, nothing).compact()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -98,6 +99,45 @@ def order(seed: int, role: str, d: int) -> Iterator[int]:
 
 
 def expand(manifest: Manifest, tensors: Tensors) -> Factors:
+    return {1: version_1, 2: version_2}[manifest["method"]["version"]](manifest, tensors)
+
+
+def row_on_basis(role: str, seed: int, numbers: list[int]) -> np.ndarray:
+    """S(n) / 2^p of version 2 for one row, in float64."""
+    d = len(numbers)
+    m = odd_part(d)
+    assert d * (m + 2 if 3 <= m <= 127 else 1) < 2**29
+    whole = sum((c * row_of(d, i) for i, c in enumerate(numbers)), np.zeros(d, np.int64))
+    square = m * d if m <= 127 else 1 << d.bit_length() - 1
+    p = max(p for p in range(40) if 4**p <= square)
+    return numerators(seed, f"nola/{role}/{d}/signs", "sign", 0, d) * whole.astype(np.float64) / 2.0**p
+
+
+def version_2(manifest: Manifest, tensors: Tensors) -> Factors:
+    config, payload, shapes = manifest["method"]["config"], Payload(manifest, tensors), shapes_of(manifest)
+    seed = int(config["seed"])
+    assert config["seed"] == str(seed) and 0 <= seed < 2**64
+    counts = payload.index("counts", config["max_count"] + 1, len(shapes)).tolist()
+    assert max(counts) == config["max_count"] and sum(counts) == config["components"]
+    models = payload.index("models", 64, config["components"], 2).tolist()
+    gains = iter(payload.half("gains", config["components"]).tolist())
+    sides = [(inner, out) for (out, inner), count in zip(shapes, counts, strict=True) for _ in range(count)]
+    rows = [row for pair, lengths in zip(models, sides, strict=True) for row in zip(pair, lengths, strict=True)]
+    numbers = iter(payload.coded("codes", config["length"], rows).tolist())
+    payload.end()
+    factors = []
+    for (out, inner), count in zip(shapes, counts, strict=True):
+        a, b = np.zeros((count, inner), np.float32), np.zeros((out, count), np.float32)
+        for j in range(count):
+            gain = next(gains)
+            h = math.floor(math.frexp(gain)[1] / 2)
+            a[j] = row_on_basis("A", seed, [next(numbers) for _ in range(inner)]) * (gain / 2.0**h)
+            b[:, j] = row_on_basis("B", seed, [next(numbers) for _ in range(out)]) * 2.0**h
+        factors.append((a, b))
+    return factors
+
+
+def version_1(manifest: Manifest, tensors: Tensors) -> Factors:
     config, payload, shapes = manifest["method"]["config"], Payload(manifest, tensors), shapes_of(manifest)
     hadamard, kind, bits, base = config["family"] == "hadamard", config["map"], config["bits"], config["base_term"]
     seed = int(config["seed"])

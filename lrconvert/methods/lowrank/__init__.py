@@ -56,7 +56,7 @@ class LowRank(Method):
     commands = (Command("lora-to-lowrank", "Cut the rank and code the factors: the baseline of every other form."),)
     Options = LowRankOptions
     searches = ({},)
-    uses = ("statistics",)
+    uses: ClassVar[tuple[str, ...]] = ("statistics",)
     examples = (
         {"bits": 12},
         {"bits": 6, "rank": 3},
@@ -65,16 +65,16 @@ class LowRank(Method):
         {"target_size": 2000},
         {"target_size": 1800, "rank": 2},
     )
-    default_ratio = None
+    default_ratio: ClassVar[int | None] = None
     Head: ClassVar[type[Header]] = Header
 
-    def coordinates(self, config: Config) -> Coordinates:
+    def coordinates(self, config: Any) -> Coordinates:
         """Return the coordinates in which `codes` are."""
         return PLAIN
 
     # --- what the file holds ---
 
-    def header(self, config: Config) -> dict[str, Any]:
+    def header(self, config: Any) -> dict[str, Any]:
         return dict(fields.as_json(Header(len(config.models), config.length, max(config.counts))))
 
     def layout_specs(self, header: Mapping[str, Any], targets: Sequence[Target]) -> tuple[TensorSpec, ...]:

@@ -1,4 +1,4 @@
-"""The seeded bases of NOLA: sums of their vectors, and products with them, without a basis ever being there whole.
+"""The seeded bases of version 1 of NOLA: sums of their vectors, without a basis ever being there whole.
 
 A basis has `count` vectors of `length` numbers d, the first ones of a seeded sequence: bases of one seed and length are
 nested. Two families:
@@ -44,11 +44,6 @@ class Basis:
         return prng.Stream(self.seed, f"nola/{self.role}/{self.length}/{use}")
 
     @property
-    def whole(self) -> bool:
-        """True if every (d,) is a sum of its vectors, so that one product gives the coefficients."""
-        return self.family == HADAMARD and self.count == self.length
-
-    @property
     def growth(self) -> int:
         """A bound on any number on the way to a sum over the sum of all coefficients' magnitudes, in units of the
         smallest bit of a vector."""
@@ -67,14 +62,6 @@ class Basis:
     def drawn(self) -> int:
         """Numbers that are drawn to sum vectors."""
         return self.length * (self.count if self.family == DENSE else 1)
-
-    @cached_property
-    def squares(self) -> F64:
-        """The squared length of the vectors, (count,) or (1,); the mean one for dense bases."""
-        if self.family == DENSE:
-            return np.array([prng.value_map(self.value_map).variance * self.length])
-        squares = hadamard.squares(self.length)
-        return squares if len(squares) == 1 else squares[self._order]
 
     @cached_property
     def _order(self) -> hadamard.I64:
@@ -98,15 +85,6 @@ class Basis:
             signs = self._vector("signs", "sign", numbers, xp)
         spread[0, order] = numbers
         return hadamard.transform(spread, xp)[0] * signs
-
-    def project(self, x: F64) -> F64:
-        """Return the product of each vector with `x`: float64 (count,) of (length,)."""
-        if self.family == DENSE:
-            products = np.zeros(self.count)
-            for start, tile in self._tiles(None, np):
-                products += tile @ x[start : start + tile.shape[1]]
-            return products
-        return np.asarray(hadamard.transform((x * self._signs)[None], np)[0][self._order], np.float64)
 
     def _tiles(self, like: Any, xp: Any) -> Iterator[tuple[int, Any]]:
         """(first element, tile (count, n)) of a dense basis."""
