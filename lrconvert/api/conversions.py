@@ -82,9 +82,9 @@ def compress(
 
     `more` are single fields of `ConvertOptions` and `CompressOptions`. With a base the best is what answers most as the
     LoRA does on held-out data: all forms are fitted under the moments of its inputs and in the plain norm, whichever
-    answers better is refined a little, the better half twice as long, and so on; the winner, refined by as much and by
-    `steps` more, is what is chosen. By fit it is what keeps most in the metric of the fits; so without a base, without
-    its weights, and for an encoder without data.
+    answers better, at the strength at which it does (`ConvertOptions`). They are refined a little, the better half
+    twice as long, and so on; the winner, refined by as much and by `steps` more, is what is chosen. By fit it is what
+    keeps most in the metric of the fits; so without a base, without its weights, and for an encoder without data.
 
     Raises E-BUDGET, saying what would do, if nothing meets the request, E-OPTION, what `convert` raises, and ranking by
     answers what `refine` raises.
@@ -101,6 +101,12 @@ def compress(
         under = replace(settled, statistics=measured)
         return ranking.compress(lora, under, request, base_content=base_content, progress=progress)
 
+    def refit(
+        lora: LoraAdapter, measured: InputStatistics | None, candidate: ranking.Candidate, strength: float
+    ) -> ranking.Candidate:
+        under = replace(settled, statistics=measured, strength=settled.strength * strength)
+        return ranking.refitted(lora, under, candidate, base_content=base_content, progress=silent)
+
     statistics = settled.input_statistics
     reason = ranking.no_answers(settled, request)
     if reason is not None or settled.base is None:
@@ -115,7 +121,7 @@ def compress(
     try:
         return successive_halving.compress(
             lora,
-            fit,
+            (fit, refit),
             settled.base,
             request.data,
             settings,

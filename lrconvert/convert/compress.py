@@ -32,7 +32,8 @@ class Candidate:
     Where forms are ranked by answers, `before` is how far those of the fit are from the LoRA's on held-out data, and
     `after` those after `steps` of refinement, which its `conversion` then holds. Each form is fitted in two norms
     there, that of the outputs under statistics and the plain one of the weights: `norm` is the one whose answers are
-    nearer, and is refined; `other` how far those of the other fit are.
+    nearer, and is refined; `other` how far those of the other fit are. `strength` is what brings its answers nearest
+    (see `ConvertOptions`), `plain` how far they are without it.
     """
 
     method: str
@@ -44,6 +45,8 @@ class Candidate:
     steps: int = 0
     norm: str = ""
     other: Answers | None = None
+    strength: float = 1.0
+    plain: Answers | None = None
 
     @property
     def captured(self) -> float:
@@ -147,6 +150,19 @@ def compress(
                 bound = min((c.nbytes for c in candidates if _meets(c, wanted)), default=None)
                 candidates.append(trial.smallest(wanted, bound))
     return Compression(tuple(candidates), _winner(candidates, wanted))
+
+
+def refitted(
+    lora: LoraAdapter,
+    options: ConvertOptions,
+    candidate: Candidate,
+    *,
+    base_content: KnownContent | None = None,
+    progress: Progress,
+) -> Candidate:
+    """Return the form of a candidate fitted anew under other `options`."""
+    with prepare_source(lora, options, base_content) as source:
+        return _Trial(source, candidate.method, candidate.options, progress).at(options)
 
 
 def _plans(forms: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:

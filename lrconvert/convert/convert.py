@@ -150,6 +150,7 @@ def convert_prepared(
             "the statistics are of a base with other contents", fix="collect them from this base", path=options.base
         )
     warnings = (*source.warnings, *_not_measured(lora, statistics))
+    wanted = _times(lora, options.strength)
     default_ratio = None if method_options else form.default_ratio
     budget_bytes = _budget_bytes(source.source_bytes, options.target_size, options.target_ratio, default_ratio)
     skeleton = CompactAdapter(
@@ -169,7 +170,9 @@ def convert_prepared(
         budget = None
         if budget_bytes is not None:
             budget = Budget(budget_bytes, lambda config: file.sizes(replace(skeleton, config=config)).adapter)
-        return (lora, form.plan(lora, chosen, budget, context)) if choose is None else choose(lora, budget, context)
+        return (
+            (wanted, form.plan(wanted, chosen, budget, context)) if choose is None else choose(wanted, budget, context)
+        )
 
     try:
         fitted, config = plan(budgets.with_room(skeleton))
@@ -184,6 +187,15 @@ def convert_prepared(
     fidelity = measure_fidelity(lora, compact, statistics, weights)
     compact = _with_captured(compact, fidelity.captured)
     return Conversion(compact, sizes, source.source_bytes, fidelity, warnings)
+
+
+def _times(lora: LoraAdapter, strength: float) -> LoraAdapter:
+    """The LoRA with its updates times `strength`. Raises E-OPTION for one that is not above 0."""
+    if not strength > 0:
+        raise OptionError(f"--strength is {strength}; it must be above 0", fix="leave it out for 1")
+    if strength == 1:
+        return lora
+    return replace(lora, targets=tuple(replace(pair, scale=pair.scale * strength) for pair in lora.targets))
 
 
 def _not_measured(lora: LoraAdapter, statistics: InputStatistics | None) -> Iterator[str]:

@@ -28,6 +28,8 @@ class ConvertOptions:
     tensors. `include` and `exclude` are regular expressions searched in target names. `base` (a folder) settles the
     orientation of square weights and adds the digest of its contents. `statistics` make the fit minimize the mean
     squared error of the layers' outputs, not of their weights; targets that they lack are fitted in the plain norm.
+    `strength` is what the updates are multiplied with before the fit: a small file leaves much of them out, and what it
+    keeps answers nearer to the LoRA when it is larger than the nearest fit makes it, which `captured` does not show.
     `bake_dora` turns DoRA's magnitudes, which are carried along otherwise, into plain updates of that rank; it needs
     `base`. `device` is a torch device name.
     """
@@ -43,6 +45,11 @@ class ConvertOptions:
         None,
         "Input statistics of the base (see `statistics`): the fit then minimizes the error of outputs.",
         kind="path",
+    )
+    strength: float = option(
+        1.0,
+        "Multiply the updates with this before the fit; above 1 makes up for what a small file leaves out.",
+        least=0,
     )
     bake_dora: int | None = option(
         None, "Turn DoRA's magnitudes into plain updates of this rank (needs --base); default: carried along.", least=1

@@ -115,13 +115,14 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def temporarily(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[None]:
-    """Put adapters on a model by name; afterwards they are gone, and active is what was active before."""
+def temporarily(model: nn.Module, adapters: Mapping[str, Adapter], *, scale: float = 1.0) -> Iterator[None]:
+    """Put adapters on a model by name, their updates times `scale`; afterwards they are gone, and active is what was
+    active before."""
     before = active(model)
     names = []
     try:
         for name, adapter in adapters.items():
-            attach(model, adapter, name=name)
+            attach(model, adapter, name=name, scale=scale)
             names.append(name)
         yield
     finally:

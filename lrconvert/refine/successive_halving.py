@@ -31,7 +31,11 @@ _MORE = 8  # times as many steps at most where minutes decide
 _OPENING, _FITS = 0.05, 0.3  # of the progress: what is behind then
 OUTPUTS, WEIGHTS = "outputs", "weights"  # the norms of a fit: with input statistics, and without
 
+_STRONGER = 1.25  # times the strength that was tried before
+_STRONGEST = 4.0
+
 Fit = Callable[[LoraAdapter, InputStatistics | None, Progress], Compression]
+Refit = Callable[[LoraAdapter, InputStatistics | None, Candidate, float], Candidate]  # of one form, at a strength
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Rules:
 
 def compress(
     lora: LoraAdapter,
-    fit: Fit,
+    fits: tuple[Fit, Refit],
     base: Path,
     data: object,
     settings: Settings,
@@ -61,9 +65,11 @@ def compress(
     statistics: InputStatistics | None,
     progress: Progress,
 ) -> Compression:
-    """`fit` all forms, under `statistics` or those of the LoRA's own inputs on `data` and without any, whichever brings
-    answers nearer, and rank them by what the model answers with them; see `lrconvert.api.compress`. The winner is
-    refined, and says so."""
+    """Fit all forms, under `statistics` or those of the LoRA's own inputs on `data` and without any, whichever brings
+    answers nearer, at the strength that does, and rank them by what the model answers with them; see
+    `lrconvert.api.compress`. `fits` are the ways to fit all of them, and one anew. The winner is refined, and says
+    so."""
+    fit, refit = fits
     rules.check()
     settings.check()
     opening, fitting = part(progress, 0.0, _OPENING), part(progress, _OPENING, _FITS)
@@ -73,7 +79,12 @@ def compress(
         by_outputs = fit(lora, inputs, part(fitting, 0.0, 0.5))
         by_weights = fit(lora, None, part(fitting, 0.5, 1.0))
         pairs = zip(by_outputs.candidates, by_weights.candidates, strict=True)
-        compression = replace(by_outputs, candidates=tuple(_nearer(session, *pair) for pair in pairs))
+        nearer = (_nearer(session, *pair) for pair in pairs)
+        strong = (
+            _strengthened(session, one, lambda one, s: refit(lora, inputs if one.norm == OUTPUTS else None, one, s))
+            for one in nearer
+        )
+        compression = replace(by_outputs, candidates=tuple(strong))
         return _SuccessiveHalving(session, compression, inputs, settings, part(progress, _FITS, 1.0)).run(rules)
 
 
@@ -89,13 +100,35 @@ def _nearer(session: RefineSession, by_outputs: Candidate, by_weights: Candidate
     return replace(chosen, norm=norm, other=None if other is None else other.answers(session.base_distance))
 
 
-def _distance(session: RefineSession, candidate: Candidate) -> AnswerSums | None:
-    """How far the answers with a fit are from the LoRA's; None if there is none."""
+def _distance(session: RefineSession, candidate: Candidate, scale: float = 1.0) -> AnswerSums | None:
+    """How far the answers with a fit, its updates times `scale`, are from the LoRA's; None if there is none."""
     if candidate.conversion is None:
         return None
     adapters: dict[str, CompactAdapter | LoraAdapter] = {NAME: candidate.conversion.compact}
-    with attach.temporarily(session.teacher_model.model, adapters):
+    with attach.temporarily(session.teacher_model.model, adapters, scale=scale):
         return session.evaluator.sums((NAME,))
+
+
+def _strengthened(
+    session: RefineSession, candidate: Candidate, refit: Callable[[Candidate, float], Candidate]
+) -> Candidate:
+    """A candidate, fitted anew at the strength at which its answers are nearest to the LoRA's."""
+    plain = _distance(session, candidate)
+    if plain is None:
+        return candidate
+    best, nearest = 1.0, plain.mean
+    while best * _STRONGER <= _STRONGEST:
+        stronger = _distance(session, candidate, best * _STRONGER)
+        assert stronger is not None
+        if not stronger.mean < nearest:
+            break
+        best, nearest = best * _STRONGER, stronger.mean
+    again = candidate if best == 1 else refit(candidate, best)
+    distance = None if again is candidate else _distance(session, again)
+    if distance is None or not distance.mean < plain.mean:
+        return candidate
+    others = {"norm": candidate.norm, "other": candidate.other}
+    return replace(again, **others, strength=best, plain=plain.answers(session.base_distance))
 
 
 @dataclass(eq=False)

@@ -182,6 +182,8 @@ def compression_json(done: Compression) -> dict[str, Any]:
             row["steps"] = candidate.steps
         if candidate.norm:
             row |= {"norm": candidate.norm, "other": None if candidate.other is None else answers_json(candidate.other)}
+        if candidate.plain is not None:
+            row |= {"strength": candidate.strength, "plain": answers_json(candidate.plain)}
         rows.append(row)
     return {"candidates": rows, "note": done.note, **conversion_json(done.chosen)}
 
@@ -212,6 +214,12 @@ def _by_answers(done: Compression) -> list[str]:
         f"in that of the {'weights' if c.norm == 'outputs' else 'outputs'} {c.other.closed:.1%}"
         for c, _, before, _ in measured
         if before is not None and c.other is not None
+    ]
+    chosen += [
+        f"{_form(done, c).removeprefix('* ').strip()}: fitted at {c.strength:.3g} times the LoRA's strength; "
+        f"at its own {c.plain.closed:.1%} closed"
+        for c, _, before, _ in measured
+        if before is not None and c.plain is not None
     ]
     head = ["  form", "bytes", "ratio", "dropped", "closed", "refined", "agreement", "steps"]
     return [table(head, rows), *(["", *chosen] if chosen else [])]

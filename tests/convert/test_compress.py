@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +16,10 @@ from test_input_statistics import statistics_for
 
 from lrconvert import api
 from lrconvert.cli import cli
+from lrconvert.convert.compress import Candidate
 from lrconvert.core.errors import BudgetError, OptionError, VersionError
 from lrconvert.formats.lrc import file
+from lrconvert.methods import base as methods
 from lrconvert.refine import successive_halving
 from lrconvert.refine.session import open_session
 from lrconvert.refine.settings import RunOptions, Settings
@@ -38,8 +42,6 @@ def test_the_best_of_those_that_fit_wins():
 
 
 def test_all_forms_are_tried():
-    from lrconvert.methods import base as methods
-
     done = api.compress(LORA, target_size=2600)
     assert {c.method for c in done.candidates} == set(methods.module_names())
 
@@ -195,6 +197,54 @@ def test_answers_that_cannot_rank(given, reason):
         api.compress(api.load_lora(LORA_ON_LLAMA), **{"target_size": 5000, "forms": ["lowrank"], **given})
 
 
+@pytest.mark.parametrize("method", ["lowrank", "vblora", "sbora"])
+def test_a_strength_multiplies_what_is_fitted(method):
+    """A fit at twice the strength is twice the update, and what it captures is measured against the LoRA as it is."""
+    lora = api.load_lora(LORA_ON_LLAMA)
+    one, two = (api.convert(lora, method, target_size=6000, strength=s) for s in (1.0, 2.0))
+    pairs = zip(methods.expand_all(one.compact), methods.expand_all(two.compact), strict=True)
+    updates = [(b.astype(float) @ a, other_b.astype(float) @ other_a) for (_, a, b), (_, other_a, other_b) in pairs]
+    size = sum(np.square(plain).sum() for plain, _ in updates)
+    assert size > 0 and sum(np.square(2 * plain - double).sum() for plain, double in updates) < 0.02 * size
+    assert two.fidelity.captured < one.fidelity.captured
+    for wrong in (0.0, -1.0, float("nan")):
+        with pytest.raises(OptionError, match="--strength is"):
+            api.convert(lora, method, target_size=6000, strength=wrong)
+
+
+class _Answers:
+    """What an update of `size` answers, where one of 2 would answer as the teacher does."""
+
+    def __init__(self, size):
+        self.mean = abs(2 - size) + 0.1
+
+    def answers(self, base):
+        return self.mean
+
+
+def test_the_strength_is_that_of_the_nearest_answers(monkeypatch):
+    """It rises while answers come nearer, and a fit that gains nothing stays as it is."""
+
+    def distance(session, candidate, scale=1.0):
+        return _Answers(candidate.nbytes * scale)
+
+    class Fit(Candidate):
+        nbytes = property(lambda self: self.steps)
+
+    monkeypatch.setattr(successive_halving, "_distance", distance)
+    session = SimpleNamespace(base_distance=None)
+    weak = successive_halving._strengthened(
+        session, Fit("lowrank", {}, None, steps=1, norm="outputs"), lambda one, s: replace(one, steps=s)
+    )
+    assert weak.strength == pytest.approx(1.25**3) and weak.norm == "outputs"
+    assert weak.plain == _Answers(1).mean and weak.steps == weak.strength
+    for strong in (2, 3):
+        fit = Fit("lowrank", {}, None, steps=strong)
+        assert successive_halving._strengthened(session, fit, lambda one, s: replace(one, steps=s)) is fit
+    poor = Fit("lowrank", {}, None, steps=1)
+    assert successive_halving._strengthened(session, poor, lambda one, s: replace(one, steps=0)) is poor
+
+
 @pytest.mark.medium
 def test_without_answers_it_says_why(tmp_path):
     lora = api.load_lora(LORA_ON_LLAMA)
@@ -225,3 +275,6 @@ def test_the_command_ranks_by_answers(tmp_path, monkeypatch):
     rows = json.loads(told.stdout)["candidates"]
     assert all(row["after"]["distance"] <= row["before"]["distance"] and row["steps"] for row in rows)
     assert all(row["norm"] in ("outputs", "weights") and row["other"]["distance"] > 0 for row in rows)
+    stronger = [row for row in rows if "strength" in row]
+    assert all(row["strength"] > 1 and row["plain"]["distance"] > row["before"]["distance"] for row in stronger)
+    assert ("times the LoRA's strength" in done.output) == bool(stronger)
