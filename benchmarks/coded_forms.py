@@ -1,28 +1,22 @@
-"""Would coded payloads serve NOLA and VB-LoRA? Prints the tables of docs/coded-forms.md, of whole files.
+"""What coded payloads bring NOLA, and would bring VB-LoRA. Prints the tables of docs/coded-forms.md, of whole files.
 
     python benchmarks/coded_forms.py [adapter ...]
 
-NOLA with coded coefficients is measured without being a form: with one whole Hadamard basis for every row its fit is
-that of coded low rank on a LoRA whose inputs and outputs are rotated by that basis, and rotations change no norm. Such
-a file would also hold a seed of some 30 bytes. For VB-LoRA the codes of today's files are counted: what an ideal coder
-that knows their frequencies would save, less 8 bits for each of them.
+NOLA, version 2, is printed beside low rank; version 1 is no longer made, its numbers on the page are of an earlier
+commit. For VB-LoRA the codes of today's files are counted: what an ideal coder that knows their frequencies would save,
+less 8 bits for each of them.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
-from functools import lru_cache
-from typing import Any
 
 import cells
 import numpy as np
 
 from lrconvert import api
 from lrconvert.core import errors
-from lrconvert.core.dtypes import Stored
 from lrconvert.lora.adapter import LoraAdapter
-from lrconvert.lora.prng import hadamard
 
 SHARES = (0.08, 0.04, 0.016, 0.008, 0.004)
 ADAPTERS = (
@@ -37,28 +31,6 @@ ADAPTERS = (
     "phi1_5_r4",
 )
 COUNTED = ADAPTERS[:2]  # the search of VB-LoRA takes up to half a minute
-
-
-@lru_cache(maxsize=8)
-def signs(length: int, role: str) -> Any:
-    """Return the signs of a rotation (length,)."""
-    return np.random.default_rng([length, ord(role)]).choice([-1.0, 1.0], length)
-
-
-def rotated(rows: Any, role: str) -> Any:
-    """Return rows (n, length) in the coordinates of a whole Hadamard basis, float32 and of the same norms."""
-    length = rows.shape[1]
-    turned = hadamard.transform(rows.astype(np.float64) * signs(length, role), np)
-    return (turned / np.sqrt(hadamard.squares(length))).astype(np.float32)
-
-
-def rotated_lora(lora: LoraAdapter) -> LoraAdapter:
-    """Return a LoRA whose coded low rank is NOLA with coded coefficients of `lora`."""
-    pairs = []
-    for pair in lora.targets:
-        a, b = rotated(pair.A, "A"), np.ascontiguousarray(rotated(pair.B.T, "B").T)
-        pairs.append(replace(pair, a=Stored("F32", a), b=Stored("F32", b)))
-    return replace(lora, targets=tuple(pairs))
 
 
 def captured(lora: LoraAdapter, method: str, size: int) -> str:
@@ -89,12 +61,10 @@ def main(names: list[str]) -> None:
     loras = {name: api.load_lora(cells.ASSETS / "adapters" / name) for name in names}
     print("| adapter | " + " | ".join(f"{100 * share:g} %" for share in SHARES) + " |\n" + "|---" * 6 + "|")
     for name, lora in loras.items():
-        turned = rotated_lora(lora)
         row = []
         for share in SHARES:
             size = int(lora.half_bytes * share)
-            kinds = (lora, "nola"), (turned, "lowrank"), (lora, "lowrank")
-            row.append(" / ".join(captured(source, method, size) for source, method in kinds))
+            row.append(" / ".join(captured(lora, method, size) for method in ("nola", "lowrank")))
         print(f"| {name} | {' | '.join(row)} |", flush=True)
     print("\n| adapter, share | captured | bank | bits of a code | entropy | bytes saved |\n" + "|---" * 6 + "|")
     for name in [name for name in names if name in COUNTED]:

@@ -6,8 +6,8 @@
 
 A size is the payload's share of the LoRA's factors at 16 bit. Fits use input statistics of texts that trained the LoRA;
 outputs and answers are measured on texts that neither has seen. Beside our fits, at the same bytes: the papers' random
-choices (SBoRA's random columns with the best numbers for them; NOLA's dense random bases) and ComPEFT's ternary LoRA
-(the largest numbers of each factor as a sign times one size, counted at their entropy, without an overhead).
+choices (SBoRA's random columns with the best numbers for them) and ComPEFT's ternary LoRA (the largest numbers of each
+factor as a sign times one size, counted at their entropy, without an overhead).
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "lowrank": ("lowrank", {}),
     "vblora": ("vblora", {}),
     "nola": ("nola", {}),
-    "nola, dense bases": ("nola", {"family": "dense"}),
     "sbora": ("sbora", {}),
     "bone": ("bone", {"shard": "auto"}),
     "bone, as MiSS": ("bone", {"peft_compatible": True}),

@@ -1,12 +1,11 @@
-"""What it takes to expand a NOLA adapter, which happens whenever one is loaded: the two families of bases.
+"""What it takes to expand a NOLA adapter, which happens whenever one is loaded, beside low rank, which has no bases.
 
     python benchmarks/nola.py             measures what is missing, each cell in a process of its own
     python benchmarks/nola.py --render    writes the README table
 
-The adapter has the shape of Llama-2-7B on all linear layers: 224 targets, rank 16, k = 512 coefficients of 8 bits per
-factor, 40 million numbers when expanded. Everything runs on two threads. Dense bases, the paper's way, are expanded for
-the four sizes of factors that there are, one of each, and the time is scaled up to all 448. The last rows are what
-expanding rests on: drawing the signs and orders of all Hadamard bases, which is what targets of one size could share.
+The adapter has the shape of Llama-2-7B on all linear layers: 224 targets, rank 16, 40 million numbers when expanded, of
+coefficients that a decoder has read. Version 1 has k = 512 coefficients of 8 bits in each factor, on a basis as long as
+the factor. Processor time on one thread.
 """
 
 from __future__ import annotations
@@ -25,83 +24,53 @@ SHAPES = {
     "mlp.down_proj": (4096, 11008),
 }
 
-_HEAD = """
+_EXPAND = """
 import json, sys, time
 import numpy as np
-import lrconvert.methods.nola as nola
 from lrconvert.lora.adapter import CompactAdapter, Target
 from lrconvert.methods import base as methods
-from lrconvert.methods.nola.form import Config, Form, bases, complete, places
-family, shapes, layers, rank, count = json.loads(sys.argv[1])
+from lrconvert.methods.lowrank.form import Config as LowRankConfig
+from lrconvert.methods.nola import Config
+from lrconvert.methods.nola.v1 import Form, complete
+shapes, layers, rank, count = json.loads(sys.argv[1])
+method, repeats = sys.argv[3], 3
 if sys.argv[2] == "torch":
     import torch
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 xp = torch if sys.argv[2] == "torch" else np
 names = [(f"model.layers.{n:02d}.{name}.weight", tuple(shape)) for n in range(layers) for name, shape in shapes]
 targets = tuple(Target(*name) for name in names)
-form = Form(family, "sign" if family == "hadamard" else "u8", 8, 0)
-config = complete(form, targets, [rank] * len(targets), [(count, count)] * len(targets))
 rng = np.random.default_rng(0)
-codes, scales = (spec.shape for spec in nola.METHOD.specs(config, targets))
-tensors = {"codes": rng.integers(0, 256, codes, np.uint8), "scales": np.full(scales, 2.0**-20, np.float32)}
-compact = CompactAdapter("nola", config, targets, tensors)
-"""
-
-_EXPAND = (
-    _HEAD
-    + """
+if method == "nola.v1":
+    form = Form("hadamard", "sign", 8, 0)
+    config = complete(form, targets, [rank] * len(targets), [(count, count)] * len(targets))
+    codes, scales = (spec.shape for spec in methods.get(method).specs(config, targets))
+    tensors = {"codes": rng.integers(0, 256, codes, np.uint8), "scales": np.full(scales, 2.0**-20, np.float32)}
+else:
+    counts, models = (rank,) * len(targets), ((10, 10),) * (rank * len(targets))
+    config = Config(counts, models, 0, seed=0) if method == "nola" else LowRankConfig(counts, models, 0)
+    numbers = rank * sum(sum(target.matrix_shape) for target in targets)
+    codes = rng.integers(-2, 3, numbers, np.int8).astype(np.int32)
+    tensors = {"codes": codes, "gains": np.full(len(models), 2.0**-20, np.float32)}
+compact = CompactAdapter(method, config, targets, tensors)
 times = []
-for _ in range(int(sys.argv[3])):
-    start = time.perf_counter()
+for _ in range(repeats):
+    start = time.process_time()
     numbers = sum(a.size if xp is np else a.numel() for _, a, b in methods.expand_all(compact, xp) for a in (a, b))
-    times.append(time.perf_counter() - start)
+    times.append(time.process_time() - start)
 print(json.dumps({"seconds": round(min(times), 3), "numbers": numbers}))
 """
-)
-
-_DRAW = (
-    _HEAD
-    + """
-start = time.perf_counter()
-for target, place in zip(targets, places(config, targets)):
-    for basis in bases(form, target, place):
-        basis._signs, basis._order
-print(json.dumps({"seconds": round(time.perf_counter() - start, 3)}))
-"""
-)
 
 
-def _child(code: str, family: str, layers: int, shapes: list[Any], backend: str, repeats: int) -> dict[str, Any]:
-    shape = json.dumps([family, shapes, layers, RANK, COUNT])
-    return cells.child("-c", code, shape, backend, str(repeats), two_threads=True)
-
-
-def hadamard(backend: str) -> dict[str, Any]:
-    """Expand all 224 targets."""
-    return _child(_EXPAND, "hadamard", LAYERS, list(SHAPES.items()), backend, 3)
-
-
-def dense(backend: str) -> dict[str, Any]:
-    """Expand two targets whose factors have the sizes of all others, scaled up by numbers to draw."""
-    cell = _child(_EXPAND, "dense", 1, [("gate", (11008, 4096)), ("down", (4096, 11008))], backend, 1)
-    if "failed" in cell:
-        return cell
-    numbers = LAYERS * sum(RANK * (out + inner) for out, inner in SHAPES.values())
-    seconds = cell["seconds"] * numbers / cell["numbers"]
-    return {
-        "seconds": round(seconds, 1),
-        "measured_seconds": cell["seconds"],
-        "measured_targets": 2,
-        "numbers": numbers,
-    }
+def _child(method: str, backend: str) -> dict[str, Any]:
+    shape = json.dumps([list(SHAPES.items()), LAYERS, RANK, COUNT])
+    return cells.child("-c", _EXPAND, shape, backend, method)
 
 
 CELLS = {
-    "hadamard, numpy": lambda: hadamard("numpy"),
-    "hadamard, torch": lambda: hadamard("torch"),
-    "dense u8, numpy (from 2 of 224 targets)": lambda: dense("numpy"),
-    "dense u8, torch (from 2 of 224 targets)": lambda: dense("torch"),
-    "hadamard, only signs and orders": lambda: _child(_DRAW, "hadamard", LAYERS, list(SHAPES.items()), "numpy", 1),
+    f"{method}, {backend}": lambda method=method, backend=backend: _child(method, backend)
+    for method in ("nola", "lowrank", "nola.v1")
+    for backend in ("numpy", "torch")
 }
 
 
@@ -115,7 +84,7 @@ def table() -> str:
     for name in CELLS:
         cell = done.get(name, {})
         rows.append([name, f"{cell['seconds']:.2f} s" if "seconds" in cell else cell.get("failed", "not run")])
-    return cells.markdown(["expand 448 factors, k = 512", "time"], rows)
+    return cells.markdown(["expand 448 factors", "time"], rows)
 
 
 if __name__ == "__main__":
