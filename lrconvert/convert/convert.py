@@ -169,7 +169,8 @@ def convert_prepared(
     def plan(skeleton: CompactAdapter) -> tuple[LoraAdapter, Any]:
         budget = None
         if budget_bytes is not None:
-            budget = Budget(budget_bytes, lambda config: file.sizes(replace(skeleton, config=config)).adapter)
+            sizes = file.sizer(skeleton)
+            budget = Budget(budget_bytes, lambda config: sizes(config).adapter)
         return (
             (wanted, form.plan(wanted, chosen, budget, context)) if choose is None else choose(wanted, budget, context)
         )

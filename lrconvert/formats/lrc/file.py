@@ -61,16 +61,29 @@ class Sizes:
 
 def sizes(compact: CompactAdapter) -> Sizes:
     """Return the exact sizes of the file that `compact` will be written to. Its tensors need not be fitted yet."""
-    specs = _all_specs(compact)
-    payload = sum(s.nbytes for s in specs)
+    return sizer(compact)(compact.config)
+
+
+def sizer(compact: CompactAdapter) -> Callable[[Any], Sizes]:
+    """Return `sizes` of `compact` with another config: what all configs share is spelled once, which a search over
+    them, on many targets, would spend most of its time on."""
+    empty = len(packed.pack({}))
     extras = [len(extra.data) for extra in compact.extras]
+    forms = [(compact, extras), (replace(compact, extras=()), [])][: 2 if extras else 1]
+    frames = [(len(packed.pack(manifests.frame(adapter))) - empty, data) for adapter, data in forms]
 
-    def total(adapter: CompactAdapter, extras: Sequence[int]) -> int:
-        nbytes = len(_packed_manifest(adapter, _no_exponents(specs))) + payload
-        return len(v2.header(nbytes, extras)) + v2.LEAD_BYTES + nbytes + sum(extras)
+    def of(config: Any) -> Sizes:
+        specs = _all_specs(compact.method, config, compact.targets)
+        payload = sum(s.nbytes for s in specs)
+        entry = len(packed.pack(manifests.method_entry(compact.method, config, _no_exponents(specs))))
+        totals = []
+        for frame, data in frames:
+            _check_manifest(frame + entry)
+            nbytes = frame + entry + payload
+            totals.append(len(v2.header(nbytes, data)) + v2.LEAD_BYTES + nbytes + sum(data))
+        return Sizes(totals[0], payload, totals[0] - totals[-1])
 
-    whole = total(compact, extras)
-    return Sizes(whole, payload, whole - total(replace(compact, extras=()), ()) if extras else 0)
+    return of
 
 
 def _no_exponents(specs: Sequence[TensorSpec]) -> str:
@@ -80,19 +93,22 @@ def _no_exponents(specs: Sequence[TensorSpec]) -> str:
 
 def _packed_manifest(compact: CompactAdapter, exponents: str) -> bytes:
     manifest = packed.pack(manifests.build(compact, exponents))
-    if len(manifest) > MANIFEST_BYTES:
-        raise errors.LimitError(f"the manifest has {len(manifest)} bytes; at most {MANIFEST_BYTES} are allowed")
+    _check_manifest(len(manifest))
     return manifest
+
+
+def _check_manifest(nbytes: int) -> None:
+    if nbytes > MANIFEST_BYTES:
+        raise errors.LimitError(f"the manifest has {nbytes} bytes; at most {MANIFEST_BYTES} are allowed")
 
 
 # --- what is stored ---------------------------------------------------------------------------------------------------
 
 
-def _all_specs(compact: CompactAdapter) -> list[TensorSpec]:
+def _all_specs(name: str, config: Any, targets: Sequence[Target]) -> list[TensorSpec]:
     """Layout and payload tensors of a compact adapter, in the order of their declaration."""
-    method = methods.get(compact.method)
-    header = method.header(compact.config)
-    return [*method.layout_specs(header, compact.targets), *method.specs(compact.config, compact.targets)]
+    method = methods.get(name)
+    return [*method.layout_specs(method.header(config), targets), *method.specs(config, targets)]
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -105,7 +121,7 @@ def encode(compact: CompactAdapter) -> Iterator[bytes]:
     """
     check(compact)
     method = methods.get(compact.method)
-    specs = _all_specs(compact)
+    specs = _all_specs(compact.method, compact.config, compact.targets)
     arrays = {**method.layout(compact.config), **compact.tensors}
     undeclared = ", ".join(sorted(set(arrays) - {s.name for s in specs}))
     if undeclared:
@@ -138,7 +154,8 @@ def check(compact: CompactAdapter) -> None:
         manifests.check_extra_bytes(declared, len(extra.data))
         _check_row_indices(extra)
     _check_config(compact, manifest["method"]["config"])
-    specs, extras = _all_specs(compact), [len(extra.data) for extra in compact.extras]
+    specs = _all_specs(compact.method, compact.config, compact.targets)
+    extras = [len(extra.data) for extra in compact.extras]
     nbytes = len(_packed_manifest(compact, _no_exponents(specs))) + sum(s.nbytes for s in specs)
     header, data_bytes = v2.header(nbytes, extras), v2.LEAD_BYTES + nbytes + sum(extras)
     if len(header) + data_bytes > OWN.file_bytes:

@@ -196,21 +196,27 @@ def _ranges(numbers: Sequence[int]) -> tuple[int, ...]:
 
 def build(compact: CompactAdapter, exponents: str) -> dict[str, Any]:
     """Return the manifest of a compact adapter, as a JSON value."""
-    method = methods.get(compact.method)
+    return frame(compact) | {"method": method_entry(compact.method, compact.config, exponents)}
+
+
+def frame(compact: CompactAdapter) -> dict[str, Any]:
+    """Return the manifest with an empty method: all that does not depend on the configuration."""
     manifest = Manifest(
         requires=[],
-        method={
-            "id": method.id,
-            "version": method.version,
-            "config": method.header(compact.config),
-            "exponents": exponents,
-        },
+        method={},
         targets=group_targets(compact.targets),
         extras=[fields.as_json(_Extra(e.name, e.dtype, e.shape, e.use)) for e in compact.extras],
         base=fields.as_json(_Base(compact.base.content)),
         provenance=fields.as_json(compact.provenance),
     )
     return fields.as_json(manifest)  # type: ignore[no-any-return]
+
+
+def method_entry(name: str, config: Any, exponents: str) -> dict[str, Any]:
+    """Return the manifest's ``method``."""
+    method = methods.get(name)
+    header = method.header(config)
+    return {"id": method.id, "version": method.version, "config": header, "exponents": exponents}
 
 
 # --- in -------------------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ from lrconvert.lora.adapter import LoraAdapter, Target
 from lrconvert.lora.packing import TensorSpec
 from lrconvert.methods.base import Budget, Command, FitContext, Method, Tensors
 from lrconvert.methods.sbora.fit import fit_columns, fit_rows, store
-from lrconvert.methods.sbora.form import Config, Header, most_places, settled, sizes, starts
+from lrconvert.methods.sbora.form import Config, Header, most_places, settled, sizes, starts, totals
 from lrconvert.methods.sbora.plan import SBoRAOptions, make_plan
 from lrconvert.methods.shared import mixed_widths, payload
 from lrconvert.methods.shared.mixed_widths import numbers_name
@@ -95,9 +95,9 @@ class SBoRA(Method):
         return config
 
     def specs(self, config: Config, targets: Sequence[Target]) -> tuple[TensorSpec, ...]:
-        totals = starts(config, tuple(targets))[-1]
-        indices = packing.index("indices", (totals.line,), most_places(config, targets))
-        return (indices, *mixed_widths.numbers_specs(totals.numbers, totals.scale))
+        whole = totals(config, targets)
+        indices = packing.index("indices", (whole.line,), most_places(config, targets))
+        return (indices, *mixed_widths.numbers_specs(whole.numbers, whole.scale))
 
     def ranks(self, config: Config, targets: Sequence[Target]) -> Sequence[int]:
         return config.ranks
@@ -149,7 +149,7 @@ class SBoRA(Method):
     def fit(self, lora: LoraAdapter, config: Config, context: FitContext) -> dict[str, Array]:
         targets = lora.shapes()
         arrays = payload.zeros(self.specs(config, targets))
-        for which, (pair, start) in enumerate(zip(lora.targets, starts(config, targets), strict=False)):
+        for which, (pair, start) in enumerate(zip(lora.targets, starts(config, targets), strict=True)):
             widths = config.widths(which)
             if widths:
                 fit = fit_rows if config.by_rows[which] else fit_columns

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+import numpy as np
+
 from lrconvert.lora.adapter import Target
 from lrconvert.methods.shared import mixed_widths
 from lrconvert.methods.shared.beside import beside_config
@@ -41,8 +43,9 @@ class Config(MixedWidths):
 def settled(levels: Sequence[int], counts: Sequence[Sequence[int]], by_rows: Sequence[bool]) -> Config:
     """Return the Config in which targets without lines have the variant that the format gives them."""
     rows = tuple(tuple(row) for row in counts)
-    rest = all(v for row, v in zip(rows, by_rows, strict=True) if any(row)) and any(any(row) for row in rows)
-    return Config(tuple(levels), rows, tuple(v if any(row) else rest for row, v in zip(rows, by_rows, strict=True)))
+    used = [any(row) for row in rows]
+    rest = any(used) and all(v for is_used, v in zip(used, by_rows, strict=True) if is_used)
+    return Config(tuple(levels), rows, tuple(v if u else rest for u, v in zip(used, by_rows, strict=True)))
 
 
 def sizes(target: Target, by_rows: bool) -> tuple[int, int]:
@@ -66,14 +69,24 @@ class Start:
     scale: int
 
 
+def totals(config: Config, targets: Sequence[Target]) -> Start:
+    """Return the lines, the numbers of each width, and the scales of all targets."""
+    lengths = np.array([sizes(t, by_rows)[1] for t, by_rows in zip(targets, config.by_rows, strict=True)], np.int64)
+    counts = np.array(config.counts, np.int64)
+    numbers = dict(zip(config.levels, (lengths @ counts).tolist(), strict=True))
+    scales = sum(n for q, n in zip(config.levels, counts.sum(axis=0).tolist(), strict=True) if q != 16)
+    return Start(int(counts.sum()), numbers, scales)
+
+
 @beside_config
 def starts(config: Config, targets: tuple[Target, ...]) -> tuple[Start, ...]:
-    """Return the starts of each target; the last entry holds the totals."""
-    starts = [Start(0, dict.fromkeys(config.levels, 0), 0)]
+    """Return the starts of each target."""
+    starts, start = [], Start(0, dict.fromkeys(config.levels, 0), 0)
     for target, row, by_rows in zip(targets, config.counts, config.by_rows, strict=True):
-        start, length = starts[-1], sizes(target, by_rows)[1]
+        starts.append(start)
+        length = sizes(target, by_rows)[1]
         counts = dict(zip(config.levels, row, strict=True))
         numbers = {q: start.numbers[q] + n * length for q, n in counts.items()}
         scales = sum(n for q, n in counts.items() if q != 16)
-        starts.append(Start(start.line + sum(row), numbers, start.scale + scales))
+        start = Start(start.line + sum(row), numbers, start.scale + scales)
     return tuple(starts)

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, pairwise
+from itertools import combinations
 
 import numpy as np
 
-from lrconvert.core.dtypes import F64
+from lrconvert.core.dtypes import Array
 from lrconvert.core.limits import MAX_RANK
 from lrconvert.core.options import option
 from lrconvert.lora import packing, svd
 from lrconvert.lora.adapter import LoraAdapter, LoraTarget
 from lrconvert.lora.input_statistics import Moment
 from lrconvert.methods.base import Budget, FitContext
-from lrconvert.methods.sbora.columns import Columns, column_energies, largest, row_energies
+from lrconvert.methods.sbora.columns import column_energies, largest, row_energies
+from lrconvert.methods.sbora.curves import AllSteps, Curve
 from lrconvert.methods.sbora.form import Config, settled, sizes
 from lrconvert.methods.shared.options import bits_option, check_range, within
-from lrconvert.methods.shared.widths import ENERGY_LOST, WIDTHS, concave_hull
+from lrconvert.methods.shared.widths import WIDTHS
 
 _ABSORBED = 0.4  # share of that loss which columns under a metric take over from one another, as measured
+_WINDOW = 0.99  # of a price: the steps below it that may still fit
 _BY_ROWS = {"fa": (False,), "fb": (True,), "auto": (False, True)}
 
 
@@ -64,56 +66,6 @@ def _of_rank(lora: LoraAdapter, options: SBoRAOptions, context: FitContext) -> C
 # --- what lines are worth -------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Curve:
-    """The energy that each further line of a target captures, of at most `limit`, never more than the line before it.
-
-    `chosen`: the columns so far if more could be found, None if `gains` are all there are. `lost`: the share of a
-    line's energy that each width loses; `length`: numbers of a line.
-    """
-
-    by_rows: bool
-    length: int
-    limit: int
-    gains: F64
-    lost: float = 1.0
-    chosen: list[int] | None = None
-
-    def extend(self, factors: svd.Factors, metric: Moment, count: int, least: float = 0.0) -> None:
-        """Find columns until there are `count`, or one adds less than `least`."""
-        assert self.chosen is not None
-        columns = Columns(factors, metric)
-        if self.chosen:
-            columns.resume(self.chosen)
-        gains = self.gains.tolist()
-        while len(gains) < min(count, self.limit) and (not gains or gains[-1] >= least):
-            gains.append(columns.grow())
-        self.gains = np.minimum.accumulate(gains)
-        self.chosen = columns.chosen if len(gains) < self.limit and gains[-1] > 0 else None
-
-    def steps(self, widths: Iterable[int], index_bits: int) -> list[Step]:
-        """Return the steps from width to width along the concave hull of a line's kept energy against bits."""
-        points = (
-            (self.length * q + index_bits + (16 if q != 16 else 0), 1 - self.lost * ENERGY_LOST[q], q)
-            for q in sorted(widths)
-        )
-        hull = concave_hull([(0, 0.0, 0), *points])
-        return [Step(two[2], two[0] - one[0], two[1] - one[1]) for one, two in pairwise(hull)]
-
-
-@dataclass(frozen=True)
-class Step:
-    """From one width of a line to the next: more bits, a larger share of its energy."""
-
-    width: int
-    bits: int
-    share: float
-
-    @property
-    def rate(self) -> float:
-        return self.share / self.bits
-
-
 def _curves(pair: LoraTarget, options: SBoRAOptions, metric: Moment | None, count: int) -> list[Curve]:
     """The curves of the variants that the options allow; of columns under a metric, the first `count` lines."""
     factors = svd.svd(pair, metric)
@@ -150,14 +102,19 @@ class Planner:
 
     def best(self) -> Config:
         """Return the config that captures most by what planning assumes. Raise E-BUDGET."""
-        while self._extend(self._price(self.widths)[0]):
-            pass
-        filled = self._fill(self.widths)
+        steps = self._steps(self.widths)
+        while self._extend(self._price(steps)[0]):
+            steps = self._steps(self.widths)
+        filled = self._fill(steps)
         if filled is None:
             return within(self.budget, self._smallest())
         levels = filled[1].commonest()
-        fills = [self._fill(widths) for n in range(1, len(levels) + 1) for widths in combinations(levels, n)]
+        every = [widths for n in range(1, len(levels) + 1) for widths in combinations(levels, n)]
+        fills = [self._fill(self._steps(widths)) for widths in every]
         return max((fill for fill in fills if fill is not None), key=lambda fill: fill[0], default=filled)[1]
+
+    def _steps(self, widths: Sequence[int]) -> AllSteps:
+        return AllSteps(self.curves, widths, self.index_bits)
 
     def _extend(self, price: float) -> bool:
         """Find more columns where a curve ends before the price is reached; return whether any curve did."""
@@ -172,83 +129,58 @@ class Planner:
                     extended = True
         return extended
 
-    def _price(self, widths: Sequence[int]) -> tuple[float, list[Curve]]:
-        """The least price, within 0.1 %, at which all that is worth it fits, and the variants there."""
-        high = max(
-            float(curve.gains[0]) * curve.steps(widths, self.index_bits)[0].rate
-            for curves in self.curves
-            for curve in curves
-        )
+    def _price(self, steps: AllSteps) -> tuple[float, Array]:
+        """The least price, within 0.1 %, at which all that is worth it fits, and the curves (targets,) of the variants
+        there."""
+        high = steps.highest()
         if high == 0:
-            return 0.0, [curves[0] for curves in self.curves]
+            return 0.0, steps.first_variants()
         low = high / 4
-        while low > high * 1e-30 and self._fits(self._at(widths, low)[1]):
+        while low > high * 1e-30 and self._fits(steps, *steps.at(low)):
             high, low = low, low / 4
         while high > low * 1.001:
             middle = (high * low) ** 0.5
             if not low < middle < high:  # the product of tiny energies is 0
                 middle = high**0.5 * low**0.5
-            if self._fits(self._at(widths, middle)[1]):
+            if self._fits(steps, *steps.at(middle)):
                 high = middle
             else:
                 low = middle
-        return high, self._at(widths, high)[0]
+        return high, steps.at(high)[0]
 
-    def _fits(self, config: Config) -> bool:
-        return not config.levels or self.budget.fits(config)
+    def _fits(self, steps: AllSteps, chosen: Array, taken: Array) -> bool:
+        """Whether these lines fit; without a look at the file if their numbers alone are too many."""
+        if steps.payload(chosen, taken) > 8 * self.budget.limit:
+            return False
+        return not taken.any() or self.budget.fits(steps.config(chosen, taken))
 
-    def _at(self, widths: Sequence[int], price: float) -> tuple[list[Curve], Config]:
-        """The best variants and lines at a price."""
-        chosen, taken = [], []
-        for curves in self.curves:
-            worths = [self._worth(curve, widths, price) for curve in curves]
-            which = max(range(len(curves)), key=lambda n: worths[n][0])
-            chosen.append(curves[which])
-            taken.append(worths[which][1])
-        return chosen, self._config(chosen, widths, taken)
-
-    def _worth(self, curve: Curve, widths: Sequence[int], price: float) -> tuple[float, list[int]]:
-        """Return the energy that a curve captures beyond its price, and how many lines take each step."""
-        worth, taken = 0.0, []
-        for step in curve.steps(widths, self.index_bits):
-            n = int(np.searchsorted(-curve.gains, -price / step.rate, side="left"))
-            worth += float(curve.gains[:n].sum()) * step.share - price * step.bits * n
-            taken.append(n)
-        return worth, taken
-
-    def _config(self, curves: Sequence[Curve], widths: Sequence[int], taken: Sequence[Sequence[int]]) -> Config:
-        """The Config of how many lines take each step; only with the levels that are used."""
-        rows = []
-        for curve, numbers in zip(curves, taken, strict=True):
-            steps = curve.steps(widths, self.index_bits)
-            rows.append({step.width: n - m for step, n, m in zip(steps, numbers, [*numbers[1:], 0], strict=True)})
-        levels = tuple(q for q in WIDTHS if any(row.get(q) for row in rows))
-        return settled(levels, [[row.get(q, 0) for q in levels] for row in rows], [c.by_rows for c in curves])
-
-    def _fill(self, widths: Sequence[int]) -> tuple[float, Config] | None:
+    def _fill(self, steps: AllSteps) -> tuple[float, Config] | None:
         """With the variants of the best price: as many steps, best first, as fit; what they capture, and the Config.
-        None if not one fits."""
-        curves = self._price(widths)[1]
-        steps = [(t, s, step) for t, c in enumerate(curves) for s, step in enumerate(c.steps(widths, self.index_bits))]
-        rate = np.concatenate([curves[t].gains * step.rate for t, _, step in steps])
-        share = np.concatenate([curves[t].gains * step.share for t, _, step in steps])
-        owner = np.repeat(np.arange(len(steps)), [len(curves[t].gains) for t, _, _ in steps])
-        order = np.argsort(-rate, kind="stable")[: int(np.sum(rate > 0))]
+        None if not one fits. Those that are worth more than the price are taken, and some that are worth a little
+        less; should more of those fit than are looked at, or should the price be wrong, all steps are."""
+        price, chosen = self._price(steps)
+        for top, bottom in ((price, price * _WINDOW), (np.inf, 0.0)):
+            base = steps.above(top)[chosen]
+            rows, which, energy = steps.between(chosen, top, bottom)
 
-        def config(count: int) -> Config:
-            taken: list[list[int]] = [[] for _ in curves]
-            for (t, _, _), n in zip(steps, np.bincount(owner[order[:count]], minlength=len(steps)), strict=True):
-                taken[t].append(int(n))
-            return self._config(curves, widths, taken)
+            def taken(count: int, base: Array = base, rows: Array = rows, which: Array = which) -> Array:
+                more = base.copy()
+                np.add.at(more, (rows[:count], which[:count]), 1)
+                return more
 
-        low, high = 0, len(order)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.budget.fits(config(middle)):
-                low = middle
-            else:
-                high = middle - 1
-        return (float(share[order[:low]].sum()), config(low)) if low else None
+            low, high = 0, len(rows)
+            if np.isfinite(top) and (not self._fits(steps, chosen, base) or self._fits(steps, chosen, taken(high))):
+                continue
+            while low < high:
+                middle = (low + high + 1) // 2
+                if self._fits(steps, chosen, taken(middle)):
+                    low = middle
+                else:
+                    high = middle - 1
+            lines = taken(low)
+            kept = float(steps.captured(chosen, base).sum()) + float(energy[:low].sum())
+            return (kept, steps.config(chosen, lines)) if lines.any() else None
+        return None
 
     def _smallest(self) -> Config:
         """One line at the least width, in the target where it is cheapest; of equal ones, where it holds most."""

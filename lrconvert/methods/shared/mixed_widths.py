@@ -40,7 +40,7 @@ class MixedWidths:
     def ranks(self) -> tuple[int, ...]:
         return tuple(sum(row) for row in self.counts)
 
-    @property
+    @cached_property
     def max_count(self) -> int:
         """The largest count."""
         return max((n for row in self.counts for n in row), default=0)
