@@ -27,6 +27,8 @@ from lrconvert.lora import prng
 MAX_ODD = 127  # above it the vectors of m I - 2 J are little more than single coordinates
 MAX_LENGTH = 1 << 40
 _ROUNDS = 4
+_LOW_BITS = 4
+_AT_ONCE = 1 << 15  # numbers that fit into a cache with their buffers
 
 I64 = npt.NDArray[np.int64]
 
@@ -85,6 +87,8 @@ def transform(x: Any, xp: Any) -> Any:
     gradients."""
     if getattr(x, "requires_grad", False):
         return _with_gradients()(x)
+    if not len(x):
+        return x
     parts = [_block(x[:, b.start : b.start + b.length], b, xp) for b in blocks(x.shape[1])]
     return parts[0] if len(parts) == 1 else xp.concatenate(parts, 1)
 
@@ -107,18 +111,32 @@ def _with_gradients() -> Any:
 
 
 def _block(x: Any, block: Block, xp: Any) -> Any:
-    shape, x, step = x.shape, x.reshape(-1), block.odd
+    rows = max(1, _AT_ONCE // block.length)
+    if xp is np and len(x) > rows:
+        return np.concatenate([_block(x[n : n + rows], block, np) for n in range(0, len(x), rows)])
+    # Numpy is slow in loops over a few neighbours: it does the lowest bits and the odd part with their axes in front.
+    low = min(block.bits, _LOW_BITS) if xp is np else 0
+    shape, width = x.shape, block.odd << low
+    if width > 1:
+        front = x.reshape(-1, width).T.reshape(-1)
+        count = len(front) // width
+        front = _butterflies(front, low, block.odd * count, xp).reshape(-1, block.odd, count)
+        if block.odd > 1:
+            front = block.odd * front - 2 * front.sum(1)[:, None]
+        x = front.reshape(width, count).T
+    x = _butterflies(x.reshape(-1), block.bits - low, width, xp).reshape(shape)
+    return x * float(1 << block.shift) if block.shift else x
+
+
+def _butterflies(x: Any, bits: int, step: int, xp: Any) -> Any:
+    """The Sylvester-Hadamard matrix of 2^bits times the axis of flat `x` along which neighbours are `step` apart."""
     buffers = xp.empty_like(x), xp.empty_like(x)
-    for n in range(block.bits):
+    for n in range(bits):
         pairs, sums = x.reshape(-1, 2, step), buffers[n % 2].reshape(-1, 2, step)
         xp.add(pairs[:, 0], pairs[:, 1], out=sums[:, 0])
         xp.subtract(pairs[:, 0], pairs[:, 1], out=sums[:, 1])
         x, step = sums, 2 * step
-    if block.odd > 1:
-        x = x.reshape(-1, block.odd)
-        x = block.odd * x - 2 * x.sum(1)[:, None]
-    x = x.reshape(shape)
-    return x * float(1 << block.shift) if block.shift else x
+    return x
 
 
 def order(stream: prng.Stream, length: int, count: int) -> I64:

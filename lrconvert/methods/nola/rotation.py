@@ -30,7 +30,7 @@ class Rotation(Coordinates):
 
     def rows(self, numbers: Any, role: str, xp: Any = np) -> Any:
         length = numbers.shape[1]
-        return hadamard.transform(_double(numbers, xp), xp) * self._signs(role, numbers, xp) * 2.0 ** -_power(length)
+        return hadamard.transform(_double(numbers, xp), xp) * (self._signs(role, numbers, xp) * 2.0 ** -_power(length))
 
     def numbers(self, rows: Any, role: str, xp: Any = np) -> Any:
         length = rows.shape[1]
@@ -44,7 +44,7 @@ class Rotation(Coordinates):
 
     def _signs(self, role: str, like: Any, xp: Any) -> Any:
         signs = _signs(self.seed, role, like.shape[1])
-        return signs if xp is np else xp.from_numpy(signs).to(like.device)
+        return _double(signs if xp is np else xp.from_numpy(signs).to(like.device), xp)
 
 
 def sums_are_exact(length: int) -> bool:
