@@ -12,7 +12,7 @@ import click
 from lrconvert.api.batch.run import Batch, BatchOptions, OnDone, Outcome, Work
 from lrconvert.api.batch.run import run as run_batch
 from lrconvert.api.batch.sources import are_many
-from lrconvert.cli.printing import emit, progress_bar, say, warn
+from lrconvert.cli.printing import emit_line, progress_bar, say, warn
 from lrconvert.cli.request import Request
 from lrconvert.core.errors import EXIT_REFUSED, printable
 
@@ -31,12 +31,14 @@ def is_meant(request: Request) -> bool:
 
 
 def run(request: Request, work: Work, title: str) -> None:
-    """Convert, print the table, and exit 1 if any adapter failed."""
+    """Convert, print the table, or with --json a line for each adapter as it is done, the counts last; exit 1 if any
+    adapter failed."""
     from lrconvert.formats import loading
 
     if request.output is None and not request.dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
     reading = loading.options(base=work.options.get("base"), **request.reading)
+    shown = _Shown(request)
     with _progress(title, request.quiet or request.as_json) as on_done:
         batch = run_batch(
             work,
@@ -49,22 +51,46 @@ def run(request: Request, work: Work, title: str) -> None:
                 dry_run=request.dry_run,
                 verbose=request.verbose and not request.as_json,
                 on_done=on_done,
+                on_outcome=shown.add,
             ),
         )
-    if request.as_json:
-        rows = [_json(outcome, request.dry_run) for outcome in batch.outcomes]
-        emit({"ok": batch.ok, **_counts(batch), "adapters": rows})
-    else:
-        for outcome in batch.outcomes:
-            warn(f"{outcome.source}: {line}" for line in outcome.warnings)
-        if not request.quiet:
-            say("".join(f"{outcome.text}\n\n" for outcome in batch.outcomes if outcome.text), nl=False)
-            say(table(batch))
-        for outcome in batch.outcomes:
-            if outcome.message:
-                say(outcome.message, err=True)
+    shown.end(batch)
     if not batch.ok:
         raise click.exceptions.Exit(EXIT_REFUSED)
+
+
+class _Shown:
+    """The output of a batch: of an adapter no more is kept than the line that it has in the table."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._rows: list[list[str]] = []
+        self._warnings: list[str] = []
+        self._messages: list[tuple[str, str]] = []
+
+    def add(self, outcome: Outcome) -> None:
+        if self._request.as_json:
+            emit_line(_json(outcome, self._request.dry_run))
+            return
+        self._warnings += (f"{outcome.source}: {line}" for line in outcome.warnings)
+        self._messages += [(outcome.source, outcome.message)] if outcome.message else []
+        if not self._request.quiet:
+            say(f"{outcome.text}\n\n" if outcome.text else "", nl=False)
+            self._rows.append(_row(outcome))
+
+    def end(self, batch: Batch) -> None:
+        from lrconvert.report import text_and_json
+
+        if self._request.as_json:
+            emit_line({"ok": batch.ok, **_counts(batch)})
+            return
+        warn(sorted(self._warnings))
+        if not self._request.quiet:
+            head = ["adapter", "state", "bytes", "ratio", "captured", "dropped", "error"]
+            counts = ", ".join(f"{count} {state}" for state, count in _counts(batch).items())
+            say(f"{text_and_json.table(head, sorted(self._rows))}\n\n{counts}")
+        for _, message in sorted(self._messages):
+            say(message, err=True)
 
 
 @contextmanager
@@ -92,22 +118,14 @@ def _json(outcome: Outcome, dry_run: bool) -> dict[str, Any]:
     return value | ({"report": dict(outcome.report)} if outcome.report else {})
 
 
-def table(batch: Batch) -> str:
-    """A row for each adapter, and the counts."""
-    from lrconvert.report import text_and_json
-
-    rows = [
-        [
-            printable(outcome.source),
-            outcome.state,
-            "" if outcome.nbytes is None else f"{outcome.nbytes:,}",
-            "" if outcome.ratio is None else f"{outcome.ratio:.1f}",
-            "" if outcome.captured is None else f"{outcome.captured:.4f}",
-            "" if outcome.dropped is None else str(outcome.dropped),
-            outcome.code,
-        ]
-        for outcome in batch.outcomes
+def _row(outcome: Outcome) -> list[str]:
+    """The row of an adapter in the table."""
+    return [
+        printable(outcome.source),
+        outcome.state,
+        "" if outcome.nbytes is None else f"{outcome.nbytes:,}",
+        "" if outcome.ratio is None else f"{outcome.ratio:.1f}",
+        "" if outcome.captured is None else f"{outcome.captured:.4f}",
+        "" if outcome.dropped is None else str(outcome.dropped),
+        outcome.code,
     ]
-    counts = ", ".join(f"{count} {state}" for state, count in _counts(batch).items())
-    head = ["adapter", "state", "bytes", "ratio", "captured", "dropped", "error"]
-    return f"{text_and_json.table(head, rows)}\n\n{counts}"

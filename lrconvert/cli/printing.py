@@ -31,6 +31,11 @@ def emit(value: dict[str, Any]) -> None:
     say(json.dumps({"schema": SCHEMA_VERSION, **value}, indent=1))
 
 
+def emit_line(value: dict[str, Any]) -> None:
+    """Print one of several JSON objects, a line for each."""
+    say(json.dumps({"schema": SCHEMA_VERSION, **value}))
+
+
 def warn(warnings: Iterable[str]) -> None:
     for line in warnings:
         say(f"warning: {printable(line, 1000)}", err=True)

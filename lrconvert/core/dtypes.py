@@ -75,6 +75,16 @@ class Stored:
         """Return the values: float32 for F32, F16 and BF16 (exact), float64 for F64. Raises E-DTYPE for others."""
         return decode(self.array, self.dtype)
 
+    def is_finite(self) -> bool:
+        """Return true if no number of a float dtype is NaN or infinite, by its bits."""
+        if self.dtype == "BF16":
+            return int((self.array & 0x7FFF).max(initial=0)) < 0x7F80
+        return bool(np.isfinite(self.array).all())
+
+    def is_zero(self) -> bool:
+        """Return true if all numbers of a float dtype are zero, by their bits."""
+        return not (self.array & 0x7FFF if self.dtype == "BF16" else self.array).any()
+
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Stored)

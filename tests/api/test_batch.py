@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -9,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from test_cli import lrconvert as command
 import lrconvert
 from lrconvert import api
 from lrconvert.api.batch import pool, request, sources, worker
-from lrconvert.api.batch.run import Batch
+from lrconvert.api.batch.run import Batch, Outcome
 from lrconvert.core import errors
 from lrconvert.io import checkpoint
 from lrconvert.io.checkpoint import open_checkpoint
@@ -333,9 +336,9 @@ def test_the_commands(zoo: Path, tmp_path: Path) -> None:
     done = command(*words, "--jobs", "2", cwd=tmp_path)
     assert done.returncode == 1 and "3 done, 0 skipped, 2 failed" in done.stdout
     assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["E-NOT-LORA", "E-HDR-LEN"]
-    found = json.loads(command(*words, "--json", "-j", "1", cwd=tmp_path).stdout)
+    *adapters, found = map(json.loads, command(*words, "--json", "-j", "1", cwd=tmp_path).stdout.splitlines())
     assert (found["ok"], found["done"], found["skipped"], found["failed"]) == (False, 0, 3, 2)
-    assert {a.get("error", {}).get("code", a["state"]) for a in found["adapters"]} == {
+    assert {a.get("error", {}).get("code", a["state"]) for a in adapters} == {
         "skipped",
         "E-NOT-LORA",
         "E-HDR-LEN",
@@ -380,18 +383,55 @@ def jobs(*kinds: str) -> list[dict[str, Any]]:
     return [{"do": kind, "path": f"adapter-{n}", "number": n} for n, kind in enumerate(kinds)]
 
 
-def ignore(number: int, answer: pool.Answer) -> None:
-    pass
-
-
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_process_that_dies_takes_one_job(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "_START", SCRIPT)
-    answers = pool.run(jobs("work", "die", "work", "half", "work", "work"), count, ignore)
+    by_number: dict[int, pool.Answer] = {}
+    pool.run(jobs("work", "die", "work", "half", "work", "work"), count, by_number.__setitem__)
+    answers = [by_number[n] for n in range(6)]
     assert [a["state"] for a in answers] == ["done", "failed", "done", "failed", "done", "done"]
     assert [a.get("number") for a in answers] == [0, None, 2, None, 4, 5]
     assert "memory" in answers[1]["message"] and "adapter-1" in answers[1]["message"]
     assert answers[3]["code"] == "E-WORKER" and "status 3" in answers[3]["message"]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_jobs_are_asked_for_when_a_process_is_free(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many jobs no more than the processes work on are made ahead of the answers, and no answer is kept."""
+    monkeypatch.setattr(pool, "_START", SCRIPT)
+    asked, done, ahead = [], [], []
+
+    def lazily() -> Iterator[dict[str, Any]]:
+        for job in jobs(*["work"] * 12):
+            asked.append(job["number"])
+            yield job
+
+    def advance(number: int, answer: pool.Answer) -> None:
+        ahead.append(len(asked) - len(done))
+        done.append(number)
+
+    assert pool.run(lazily(), count, advance) is None
+    assert sorted(done) == list(range(12)) and max(ahead) <= count
+
+
+def test_outcomes_that_are_taken_are_not_kept(zoo: Path, tmp_path: Path) -> None:
+    """With `on_outcome` a batch holds counts alone: the reports of adapters that are done are gone."""
+    alive: list[weakref.ref[Outcome]] = []
+    seen: dict[str, str] = {}
+
+    def take(outcome: Outcome) -> None:
+        gc.collect()
+        assert sum(ref() is not None for ref in alive) == 0
+        alive.append(weakref.ref(outcome))
+        seen[str(Path(outcome.source).relative_to(zoo))] = outcome.code or outcome.state
+
+    done = lrconvert.convert_many(zoo, tmp_path / "out", "lowrank", jobs=1, on_outcome=take, **OPTIONS)
+    assert seen == FOUND and done.outcomes == () and not done.ok
+    assert {state: done.count(state) for state in ("done", "skipped", "failed")} == {
+        "done": 3,
+        "skipped": 0,
+        "failed": 2,
+    }
 
 
 def test_an_interrupt_ends_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from lrconvert.lora import packing, svd
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter, Target
 from lrconvert.lora.input_statistics import Input, InputStatistics, Moment
 from lrconvert.methods import base as methods
-from lrconvert.methods.base import FitContext
+from lrconvert.methods.base import Budget, FitContext
 from lrconvert.methods.bone import METHOD
 from lrconvert.methods.bone.fit import Classes, fold, tiling, upper_root
 from lrconvert.methods.bone.form import EXACT, complete
@@ -260,11 +260,21 @@ def test_more_goes_where_more_is():
 def test_hulls_and_grids():
     assert _grid(17) == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16] and _grid(1) == [1]
     lora = random_lora(((32, 64),))
-    points = Plan(lora, BoneOptions(rank=3), None, FitContext())._points(lora.targets[0], {False: _grid(64)})
+    (points,) = Plan(lora, BoneOptions(rank=3), None, FitContext())._points(lora.targets, {False: _grid(64)})
     for bits in (16, 4, 1):
         hull = _hull(points, bits, 0)
         slopes = [(two[1] - one[1]) / (two[0] - one[0]) for one, two in pairwise(hull)]
         assert hull[0][:2] == (0, 0.0) and slopes == sorted(slopes, reverse=True) and min(slopes) > 0
+
+
+@pytest.mark.parametrize("shard", ["in", "out", "auto"])
+def test_targets_of_equal_shapes_are_looked_at_together(shard):
+    """What blocks of a target keep is the same number, to the bit, alone and beside others of its shape."""
+    lora = random_lora([(24, 30), (30, 24), (24, 30), (24, 30)], rank=3)
+    plan = Plan(lora, BoneOptions(shard=shard), Budget(1 << 20, lambda config: 0), FitContext())
+    ranks = [plan._ranks(pair) for pair in lora.targets]
+    alone = [plan._points([pair], own)[0] for pair, own in zip(lora.targets, ranks, strict=True)]
+    assert plan._all_points(ranks) == alone
 
 
 @pytest.mark.parametrize(

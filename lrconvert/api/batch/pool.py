@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -88,13 +88,13 @@ def _ended(job: Mapping[str, Any], how: str) -> Answer:
     return {"state": "failed", "code": error.code, "message": str(error)}
 
 
-def run(jobs: Sequence[Mapping[str, Any]], count: int, advance: Callable[[int, Answer], None]) -> list[Answer]:
-    """The answer to each job, in their order, from `count` processes; `told` is called when each comes in.
+def run(jobs: Iterable[Mapping[str, Any]], count: int, advance: Callable[[int, Answer], None]) -> None:
+    """Work on jobs in `count` processes; `advance` (number of the job, answer) is called when each answer comes in, one
+    at a time. A job is asked for when a process is free, and nothing of it is kept.
 
     If this is interrupted, the processes put away what they have begun and end.
     """
-    answers: dict[int, Answer] = {}
-    numbered = iter(list(enumerate(jobs)))
+    numbered: Iterator[tuple[int, Mapping[str, Any]]] = iter(enumerate(jobs))
     lock = threading.Lock()
 
     def serve(process: _Process) -> None:
@@ -105,10 +105,9 @@ def run(jobs: Sequence[Mapping[str, Any]], count: int, advance: Callable[[int, A
                 return
             answer = process.ask(job)
             with lock:
-                answers[number] = answer
                 advance(number, answer)
 
-    processes = [_Process() for _ in range(max(1, min(count, len(jobs))))]
+    processes = [_Process() for _ in range(max(1, count))]
     with ThreadPoolExecutor(len(processes)) as threads:
         try:
             served = [threads.submit(serve, process) for process in processes]
@@ -116,8 +115,6 @@ def run(jobs: Sequence[Mapping[str, Any]], count: int, advance: Callable[[int, A
                 done.result()
         finally:
             with lock:
-                for _ in numbered:  # nothing more is begun
-                    pass
+                numbered = iter(())  # nothing more is begun
             for process in processes:
                 process.end()
-    return [answers[number] for number in range(len(jobs))]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,30 +47,36 @@ class Outcome:
     text: str = ""
 
 
+OnOutcome = Callable[[Outcome], None]
+
+
 @dataclass(frozen=True)
 class Batch:
-    """The outcomes in the order of the sources."""
+    """The outcomes in the order of the sources, none if `BatchOptions.on_outcome` took them; how many of each state."""
 
     outcomes: tuple[Outcome, ...]
+    counts: Mapping[State, int]
 
     @property
     def ok(self) -> bool:
         return not self.count("failed")
 
     def count(self, state: State) -> int:
-        return sum(outcome.state == state for outcome in self.outcomes)
+        return self.counts.get(state, 0)
 
 
 @dataclass(frozen=True)
 class BatchOptions:
     """The way a batch runs: `jobs` processes at once (without it as many as there are cores, one with a GPU); `verbose`
-    adds the reports as text, `dry_run` plans only. `on_done(done, of)` is called after each adapter."""
+    adds the reports as text, `dry_run` plans only. `on_done(done, of)` is called after each adapter, and with
+    `on_outcome` every outcome is given to it as it comes, and not kept: memory does not grow with their reports."""
 
     jobs: int | None = option(None, "Work in this many processes.", least=1)
     overwrite: bool = False
     dry_run: bool = False
     verbose: bool = False
     on_done: OnDone = lambda done, of: None
+    on_outcome: OnOutcome | None = None
 
 
 @dataclass(frozen=True)
@@ -135,24 +143,29 @@ def run(
         "inputs": inputs,
         "base_content": None if content is None else asdict(content),
     }
-    requests = [
+    requests = (
         {
             **shared,
-            "loading": _plain_reading(options),
+            "loading": loading,
             "path": str(job.path.absolute()),
             "output": None if batch.dry_run else str(job.output.absolute()),
         }
-        for job, options in zip(jobs, _readings(jobs, reading), strict=True)
-    ]
-    finished = 0
+        for job, loading in zip(jobs, _readings(jobs, reading), strict=True)
+    )
+    outcomes: dict[int, Outcome] = {}
+    counts: Counter[State] = Counter()
 
     def advance(number: int, answer: pool.Answer) -> None:
-        nonlocal finished
-        finished += 1
-        batch.on_done(finished, len(jobs))
+        outcome = _outcome(jobs[number], answer)
+        counts[outcome.state] += 1
+        if batch.on_outcome is None:
+            outcomes[number] = outcome
+        else:
+            batch.on_outcome(outcome)
+        batch.on_done(counts.total(), len(jobs))
 
-    answers = pool.run(requests, batch.jobs or _processes(work.options), advance)
-    return Batch(tuple(_outcome(job, answer) for job, answer in zip(jobs, answers, strict=True)))
+    pool.run(requests, min(batch.jobs or _processes(work.options), len(jobs)), advance)
+    return Batch(tuple(outcomes[number] for number in sorted(outcomes)), counts)
 
 
 def _processes(options: Mapping[str, Any]) -> int:
@@ -199,12 +212,16 @@ def _plain_reading(reading: ReadOptions) -> dict[str, Any]:
     return {key: _plain(key, value) for key, value in vars(settled).items() if value is not None}
 
 
-def _readings(jobs: Sequence[Job], reading: ReadOptions) -> list[ReadOptions]:
-    """Return the reading options of each source: a layout and an alpha hold for those that are not lrconvert files.
-    Where all are, each refuses them."""
+def _readings(jobs: Sequence[Job], reading: ReadOptions) -> Iterable[dict[str, Any]]:
+    """Return the reading options of each source, as JSON: a layout and an alpha hold for those that are not lrconvert
+    files. Where all are, each refuses them."""
+    plain, bare = _plain_reading(reading), _plain_reading(replace(reading, layout=None, alpha=None))
+    if plain == bare:
+        return repeat(plain, len(jobs))
     ours = [job.path.is_file() and file.is_lrconvert(job.path) for job in jobs]
-    bare = replace(reading, layout=None, alpha=None)
-    return [bare if own and not all(ours) else reading for own in ours]
+    if all(ours):
+        return repeat(plain, len(jobs))
+    return [bare if own else plain for own in ours]
 
 
 def _outcome(job: Job, answer: pool.Answer) -> Outcome:

@@ -18,13 +18,22 @@ _GENERIC = ("adapter", "adapter_model", "adapters", "lora", "pytorch_lora_weight
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".gguf", SUFFIX)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Job:
-    """One adapter: `source` as it is shown, `path` where it lies, `output` the file to write."""
+    """One adapter: `source` as it is shown, `path` where it lies, `output` the file to write. Texts: a hundred thousand
+    paths would take a tenth of a gigabyte."""
 
     source: str
-    path: Path
-    output: Path
+    where: str
+    target: str
+
+    @property
+    def path(self) -> Path:
+        return Path(self.where)
+
+    @property
+    def output(self) -> Path:
+        return Path(self.target)
 
 
 def is_adapter(path: Path) -> bool:
@@ -76,14 +85,14 @@ def plan(sources: Sequence[AnyPath], out_root: Path | None) -> tuple[Job, ...]:
     inside a folder of sources.
     """
     jobs = [job for source in sources for job in _jobs(source, out_root)]
-    seen: dict[Path, str] = {}
+    seen: dict[str, str] = {}
     for job in jobs:
-        if job.output in seen:
+        if job.target in seen:
             raise OptionError(
-                f"{seen[job.output]!r} and {job.source!r} would both be written to {job.output.name!r}",
+                f"{seen[job.target]!r} and {job.source!r} would both be written to {job.output.name!r}",
                 fix="rename one, or convert them into different folders",
             )
-        seen[job.output] = job.source
+        seen[job.target] = job.source
     return tuple(jobs)
 
 
@@ -95,18 +104,18 @@ def _jobs(source: AnyPath, out_root: Path | None) -> Iterator[Job]:
         named = hub.hint(source).replace("/", "--")
         if where.is_file() and where.stem in _GENERIC:
             named = where.resolve().parent.name
-        yield Job(os.fspath(source), where, out / _file_name(named, where))
+        yield Job(os.fspath(source), str(where), str(out / _file_name(named, where)))
         return
-    adapters = list(adapters_in(where))
-    if not adapters:
-        raise UnknownLayoutError("no adapter was found in this folder", path=source)
-    for path in adapters:
+    path = None
+    for path in adapters_in(where):
         inside = path.relative_to(where)
         name = inside.parent / _file_name(inside.name, path)
         if path.is_file() and path.stem in _GENERIC:
             folder = inside.parent if inside.parent.name else Path(hub.hint(source).replace("/", "--"))
             name = folder.parent / f"{folder.name}{SUFFIX}"
-        yield Job(str(Path(source) / inside), path, out / name)
+        yield Job(str(Path(source) / inside), str(path), str(out / name))
+    if path is None:
+        raise UnknownLayoutError("no adapter was found in this folder", path=source)
 
 
 def _file_name(name: str, path: Path) -> str:

@@ -23,9 +23,13 @@ def tiling(rank: int, width: int) -> Array:
 
 
 def fold(x: F64, rank: int) -> F64:
-    """Return (k, rank) for x (k, n): columns added up by their number modulo `rank`."""
-    padded = np.pad(x, ((0, 0), (0, -x.shape[1] % rank)))
-    return np.asarray(padded.reshape(len(x), padded.shape[1] // rank, rank).sum(axis=1))
+    """Return (..., rank) for x (..., n): columns added up by their number modulo `rank`."""
+    n = x.shape[-1]
+    if n % rank:
+        padded = np.zeros((*x.shape[:-1], n + -n % rank))
+        padded[..., :n] = x
+        x = padded
+    return np.asarray(x.reshape(*x.shape[:-1], x.shape[-1] // rank, rank).sum(axis=-2))
 
 
 def counts(rank: int, width: int) -> F64:
@@ -35,10 +39,11 @@ def counts(rank: int, width: int) -> F64:
 
 class Classes:
     """``right M T^T`` (k, r) and ``T M T^T`` (r, r) of one target at many r, largest first: sums at a multiple of r
-    serve for r, so that the moment, which may be wide, is read a few times only."""
+    serve for r, so that the moment, which may be wide, is read a few times only. Without a moment of any stack of
+    targets, (..., k, r)."""
 
     def __init__(self, right: F64, metric: Moment | None) -> None:
-        self._metric, self._width = metric, right.shape[1]
+        self._metric, self._width = metric, right.shape[-1]
         self._weighed = right if metric is None else metric.times(right)
         self._sums: dict[int, tuple[F64, ...]] = {}
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from lrconvert.methods.shared.options import bits_option, check_range, within
 from lrconvert.methods.shared.widths import ENERGY_LOST, WIDTHS, concave_hull, groups_of
 
 DEFAULT_RANK = 64  # PEFT's
+_AT_ONCE = 1 << 20  # numbers of factors of equal shapes that are looked at together
 _MOST = 1024  # the largest rank that a search tries: each costs its cube; --rank may be larger
 
 
@@ -78,23 +80,28 @@ class _Point:
 
 
 def _points_in(
-    pair: LoraTarget, metric: Moment | None, ranks: Sequence[int], columns: Sequence[int]
-) -> Iterator[_Point]:
-    """Blocks along inputs, for each rank and number of columns. No update is formed: all is in the k-dimensional
-    coordinates of the source."""
-    left, right = factors(pair)
+    pairs: Sequence[LoraTarget], metric: Moment | None, ranks: Sequence[int], columns: Sequence[int]
+) -> list[list[_Point]]:
+    """Blocks along inputs of targets with factors of equal shapes, of one target under a metric: for each rank and
+    number of columns. No update is formed: all is in the k-dimensional coordinates of the source."""
+    stacked = [np.stack(side) for side in zip(*map(factors, pairs), strict=True)]
+    left, right = stacked if metric is None else [side[0] for side in stacked]
     classes = Classes(right, metric)
     squares = {}
     for width in columns:
-        folded = fold(left.T, width)
-        squares[width] = folded @ folded.T * (width / len(left))
+        folded = fold(left.mT, width)
+        squares[width] = folded @ folded.mT * (width / left.shape[-2])
+    points: list[list[_Point]] = [[] for _ in pairs]
     for rank in sorted(ranks, reverse=True):
         products, gram = classes.at(rank)
         fitted = per_class((products, gram))
         alone = gram if metric is None else upper_root(gram).diagonal() ** 2
-        kept, noise = fitted @ products.T, (fitted * alone) @ fitted.T
+        kept, noise = fitted @ products.mT, (fitted * alone) @ fitted.mT
         for width, square in squares.items():
-            yield _Point(rank, False, width, float(np.sum(square * kept)), float(np.sum(square * noise)))
+            values = ((square * part).reshape(len(pairs), -1).sum(axis=1).tolist() for part in (kept, noise))
+            for own, one, two in zip(points, *values, strict=True):
+                own.append(_Point(rank, False, width, one, two))
+    return points
 
 
 def _points_out(pair: LoraTarget, metric: Moment | None, ranks: Sequence[int]) -> Iterator[_Point]:
@@ -143,6 +150,7 @@ class Plan:
     def __init__(self, lora: LoraAdapter, options: BoneOptions, budget: Budget | None, context: FitContext) -> None:
         self.lora, self.options, self.budget, self.context = lora, options, budget, context
         self.targets = lora.shapes()
+        self.outputs = sum(target.out_features for target in self.targets)
         self.mini, self.bat = options.variant == "mini", options.variant == "bat"
         self._check()
         auto = WIDTHS if budget is not None else WIDTHS[:1]
@@ -191,7 +199,7 @@ class Plan:
         if budget is None or options.rank is not None or options.peft_compatible:
             candidates = list(self._uniform())
         else:
-            points = [self._points(pair, self._ranks(pair)) for pair in self.lora.targets]
+            points = self._all_points(list(map(self._ranks, self.lora.targets)))
             candidates = [c for bits in self.widths for m in self.mini_ranks for c in self._spread(points, bits, m)]
             candidates += [(0.0, config) for config in self._smallest(points)]
         for _, config in sorted(candidates, key=lambda candidate: -candidate[0]):
@@ -207,7 +215,7 @@ class Plan:
         assert self.budget is not None
         out, inner = pair.target.matrix_shape
         most = min(8 * self.budget.limit, 16 * pair.rank * (out + inner))
-        affordable = 8 * self.budget.limit / (min(self.widths) * sum(t.out_features for t in self.targets))
+        affordable = 8 * self.budget.limit / (min(self.widths) * self.outputs)
         ranks = {}
         for side in self.sides:
             tiled, other = (out, inner) if side else (inner, out)
@@ -217,14 +225,30 @@ class Plan:
             ranks[side] = _divisors(math.gcd(out, inner), min(cap, fine)) if self.bat else _grid(cap, fine)
         return ranks
 
-    def _points(self, pair: LoraTarget, ranks: Mapping[bool, Sequence[int]]) -> list[_Point]:
-        metric = self.context.metric(pair)
+    def _all_points(self, ranks: Sequence[Mapping[bool, Sequence[int]]]) -> list[list[_Point]]:
+        """The blocks that each target may have, at its `ranks`; in the plain norm of some of equal shapes at once."""
+        if self.bat or self.context.statistics is not None:
+            return [self._points([pair], own)[0] for pair, own in zip(self.lora.targets, ranks, strict=True)]
+        alike: dict[tuple[Any, ...], list[int]] = {}
+        for t, (pair, own) in enumerate(zip(self.lora.targets, ranks, strict=True)):
+            alike.setdefault((pair.target.matrix_shape, pair.rank, *map(tuple, own.values())), []).append(t)
+        points: dict[int, list[_Point]] = {}
+        for (shape, rank, *_), places in alike.items():
+            count = max(1, _AT_ONCE // (rank * sum(shape)))
+            for some in (places[n : n + count] for n in range(0, len(places), count)):
+                points |= zip(some, self._points([self.lora.targets[t] for t in some], ranks[some[0]]), strict=True)
+        return [points[t] for t in range(len(ranks))]
+
+    def _points(self, pairs: Sequence[LoraTarget], ranks: Mapping[bool, Sequence[int]]) -> list[list[_Point]]:
+        """The same of targets of equal shapes and ranks; of one alone with a base or a metric."""
+        pair, metric = pairs[0], self.context.metric(pairs[0])
         if self.bat:
             base, out = needed(self.context.base), pair.target.out_features
-            return [_Point(rank, False, out, *bat_fit.worth(pair, rank, metric, base)) for rank in ranks[False]]
+            return [[_Point(rank, False, out, *bat_fit.worth(pair, rank, metric, base)) for rank in ranks[False]]]
         columns = self.mini_ranks if self.mini else [pair.target.out_features]
-        along_inputs = _points_in(pair, metric, ranks.get(False, ()), columns)
-        return [*along_inputs, *_points_out(pair, metric, ranks.get(True, ()))]
+        along_inputs = _points_in(pairs, metric, ranks.get(False, ()), columns)
+        along_outputs = (_points_out(pair, metric, ranks.get(True, ())) for pair in pairs)
+        return [[*one, *two] for one, two in zip(along_inputs, along_outputs, strict=True)]
 
     def _config(self, choice: Choice, bits: int, mini_rank: int) -> Config:
         ranks = [point.rank if point else 0 for point in choice]
@@ -253,11 +277,11 @@ class Plan:
             same = [min(ranks[0], t.out_features if self.sides[0] else t.in_features) for t in self.targets]
             yield 0.0, self._complete(same, [self.sides[0]] * len(same), self.widths[0], self.mini_ranks[0])
             return
-        points: list[dict[tuple[int, bool, int], _Point]] = []
-        for pair in self.lora.targets:
-            sizes = {True: pair.target.out_features, False: pair.target.in_features}
-            possible = {side: sorted({min(r, sizes[side]) for r in ranks}) for side in self.sides}
-            points.append({(p.rank, p.turned, p.columns): p for p in self._points(pair, possible)})
+        possible = []
+        for target in self.targets:
+            sizes = {True: target.out_features, False: target.in_features}
+            possible.append({side: sorted({min(r, sizes[side]) for r in ranks}) for side in self.sides})
+        points = [{(p.rank, p.turned, p.columns): p for p in own} for own in self._all_points(possible)]
         for bits in self.widths:
             for mini_rank in self.mini_ranks:
                 for rank in ranks:

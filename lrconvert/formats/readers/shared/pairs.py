@@ -276,5 +276,5 @@ def sort_extras(extras: Iterable[ExtraTensor]) -> tuple[ExtraTensor, ...]:
 
 def all_zero(targets: Sequence[LoraTarget]) -> list[str]:
     """Return the warning, if any, of targets that have no update."""
-    zero = [t.target.name for t in targets if t.scale == 0 or not np.any(t.b.decode()) or not np.any(t.a.decode())]
+    zero = [t.target.name for t in targets if t.scale == 0 or t.b.is_zero() or t.a.is_zero()]
     return [f"{len(zero)} of {len(targets)} targets have an all-zero update, {zero[0]} for one"] if zero else []

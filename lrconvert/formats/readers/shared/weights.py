@@ -12,8 +12,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
-import numpy as np
-
 from lrconvert.core.dtypes import FLOATS, STORAGE, Stored
 from lrconvert.core.errors import (
     DependencyError,
@@ -200,7 +198,7 @@ def load_finite(weights: Weights, info: TensorInfo) -> Stored:
     if info.dtype not in FLOATS:
         raise DtypeError(f"tensor {info.name!r} is {info.dtype}, expected one of {', '.join(FLOATS)}")
     stored = weights.load(info)
-    if not np.isfinite(stored.decode()).all():
+    if not stored.is_finite():
         fix = "the training diverged; use an earlier checkpoint"
         raise ValueRangeError(f"tensor {info.name!r} holds NaN or infinity", fix=fix)
     return stored

@@ -1,0 +1,40 @@
+"""Factors are looked at as bits, and decoded once."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import ADAPTERS
+
+from lrconvert import api
+from lrconvert.core.dtypes import FLOATS, Stored, decode, round_to
+
+VALUES = [0.0, -0.0, 1.0, -2.5, 3e-5, -6e4, np.inf, -np.inf, np.nan]
+
+
+@pytest.mark.parametrize("dtype", sorted(FLOATS))
+@pytest.mark.parametrize("value", VALUES)
+def test_bits_say_what_numbers_say(dtype, value):
+    """Finite, and zero, are the same of stored bits as of the numbers that they stand for."""
+    stored = Stored(dtype, round_to(np.array([0.0, -0.0, value], np.float32), dtype))
+    values = decode(stored.array, dtype)
+    assert stored.is_finite() == bool(np.isfinite(values).all())
+    assert stored.is_zero() == (not values.any())
+    assert Stored(dtype, stored.array[:0]).is_finite() and Stored(dtype, stored.array[:0]).is_zero()
+
+
+def test_inspecting_decodes_every_factor_once(monkeypatch):
+    """What an adapter is takes each of its numbers once from bits to floats."""
+    lora = api.load_lora(ADAPTERS / "llama-plain")
+    decoded: Counter[int] = Counter()
+    whole = Stored.decode
+
+    def counting(stored: Stored):
+        decoded[stored.nbytes] += 1
+        return whole(stored)
+
+    monkeypatch.setattr(Stored, "decode", counting)
+    api.inspect(ADAPTERS / "llama-plain")
+    assert decoded == Counter(factor.nbytes for pair in lora.targets for factor in (pair.a, pair.b))
