@@ -1,7 +1,9 @@
 """Merging into a base, taking it out again and confirming it, beside a plain copy and the programs that merge too.
 
     python benchmarks/merge.py                       measures what is missing, on a base of 4 GB in bf16
+    python benchmarks/merge.py --small               the same on 1 GB, with a quarter of everything
     python benchmarks/merge.py --large               the same on 16 GB
+    python benchmarks/merge.py --busy                beside other work: processor time alone counts then
     python benchmarks/merge.py --budget-minutes 10   starts no cell after that
     python benchmarks/merge.py --render              writes the README table
 
@@ -12,8 +14,9 @@ head, its update some 8 % of the size of the weights. The yardstick is what anyo
 Every command is a process of its own, timed whole, imports included; what it reads is in the page cache where it fits,
 and nothing waits to be written. Each syncs as it does: lrconvert returns when its output is on the disk, the others
 before. sha256sum may do without the processor's instructions for it, which OpenSSL and Python use; so a copy that is
-synced, and hashed with those, is measured too. Memory is the peak resident size above that after the imports. A run
-under a minute is done three times, the median counts; one that other processes took part of a core from is repeated.
+synced, and hashed with those, is measured too: processor time, that of all threads with their system calls, stands
+beside its. Memory is the peak resident size above that after the imports. A run under a minute is done three times, the
+median counts; one that other processes took part of a core from is repeated.
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ from lrconvert.io.container import encode_header
 
 PEERS = cells.ROOT / "tests" / "peers"
 HIDDEN, INNER, KV, VOCABULARY, RANK = 4096, 14336, 1024, 128256, 16
+SHA256 = "cp, sync, OpenSSL's sha256 of both"
 SHAPES = {
     "self_attn.q_proj": (HIDDEN, HIDDEN),
     "self_attn.k_proj": (KV, HIDDEN),
@@ -68,27 +72,28 @@ class Size:
 
     name: str
     nbytes: int
+    vocabulary: int = VOCABULARY
 
     @property
     def layers(self) -> int:
         per_layer = 2 * sum(out * inner for out, inner in SHAPES.values())
-        return (self.nbytes - 4 * VOCABULARY * HIDDEN) // per_layer
+        return (self.nbytes - 4 * self.vocabulary * HIDDEN) // per_layer
 
 
-SMALL, LARGE = Size("4 GB", 4 * 10**9), Size("16 GB", 16 * 10**9)
+SMALL, MIDDLE, LARGE = Size("1 GB", 10**9, VOCABULARY // 4), Size("4 GB", 4 * 10**9), Size("16 GB", 16 * 10**9)
 
 
 # --- what is merged -------------------------------------------------------------------------------------------------
 
 
-def shapes(layers: int) -> dict[str, tuple[int, ...]]:
+def shapes(size: Size) -> dict[str, tuple[int, ...]]:
     """Return the tensors of the base, in the order of its files."""
-    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
-    for layer in range(layers):
+    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (size.vocabulary, HIDDEN)}
+    for layer in range(size.layers):
         prefix = f"model.layers.{layer}"
         tensors |= {f"{prefix}.{name}.weight": shape for name, shape in SHAPES.items()}
         tensors |= {f"{prefix}.{name}_layernorm.weight": (HIDDEN,) for name in ("input", "post_attention")}
-    return tensors | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
+    return tensors | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (size.vocabulary, HIDDEN)}
 
 
 def cut(tensors: dict[str, tuple[int, ...]]) -> list[list[str]]:
@@ -104,10 +109,10 @@ def cut(tensors: dict[str, tuple[int, ...]]) -> list[list[str]]:
     return shards
 
 
-def make_base(folder: Path, layers: int) -> None:
+def make_base(folder: Path, size: Size) -> None:
     folder.mkdir()
     rng = np.random.default_rng(0)
-    tensors = shapes(layers)
+    tensors = shapes(size)
     shards = cut(tensors)
     names = [f"model-{n + 1:05}-of-{len(shards):05}.safetensors" for n in range(len(shards))]
     for file, keys in zip(names, shards, strict=True):
@@ -129,25 +134,25 @@ def make_base(folder: Path, layers: int) -> None:
         "dtype": "bfloat16",
         "hidden_size": HIDDEN,
         "intermediate_size": INNER,
-        "num_hidden_layers": layers,
+        "num_hidden_layers": size.layers,
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
         "head_dim": 128,
         "rms_norm_eps": 1e-05,
         "tie_word_embeddings": False,
-        "vocab_size": VOCABULARY,
+        "vocab_size": size.vocabulary,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def make_adapter(folder: Path, layers: int) -> None:
+def make_adapter(folder: Path, size: Size) -> None:
     """B A has elements of size 0.02 * 0.01 * sqrt(16), twice that with alpha: 0.0016."""
     from safetensors.numpy import save_file
 
     folder.mkdir()
     rng = np.random.default_rng(1)
     tensors = {}
-    for name, shape in shapes(layers).items():
+    for name, shape in shapes(size).items():
         if "norm" not in name and "embed" not in name:
             prefix = f"base_model.model.{name.removesuffix('.weight')}"
             tensors[f"{prefix}.lora_A.weight"] = rng.standard_normal((RANK, shape[1]), np.float32) * np.float32(0.02)
@@ -193,9 +198,10 @@ class Command:
 
 @dataclass(frozen=True)
 class Run:
-    """One run: seconds, memory, what it printed, and how many cores others had meanwhile."""
+    """One run: seconds, those of the processor, memory, what it printed, and how many cores others had meanwhile."""
 
     seconds: float
+    cpu: float
     report: dict[str, int]
     printed: str
     others: float
@@ -212,14 +218,15 @@ def ours() -> float:
     return spent.ru_utime + spent.ru_stime
 
 
-def once(command: Command, folder: Path, read: Sequence[Path]) -> Run:
+def once(command: Command, folder: Path, read: Sequence[Path], *, quiet: bool) -> Run:
     """Run it once, from the same start: no output, nothing to be written, inputs in the page cache."""
     for path in command.creates:
         shutil.rmtree(path, ignore_errors=True)
     os.sync()
     for path in read:
         warm(path)
-    await_quiet()
+    if quiet:
+        await_quiet()
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, command.path))
     report = folder / "report.json"
@@ -227,11 +234,12 @@ def once(command: Command, folder: Path, read: Sequence[Path]) -> Run:
     before, mine, start = busy(), ours(), time.perf_counter()
     done = subprocess.run(command.words(report), capture_output=True, text=True, check=False, env=environment)
     seconds = time.perf_counter() - start
-    others = (busy() - before - (ours() - mine)) / seconds
+    cpu = ours() - mine
+    others = (busy() - before - cpu) / seconds
     if done.returncode:
         raise RuntimeError(f"{done.stderr.strip()[-1500:]}")
     memory = json.loads(report.read_text()) if report.exists() else {}
-    return Run(seconds, memory, done.stdout, others)
+    return Run(seconds, cpu, memory, done.stdout, others)
 
 
 def warm(folder: Path) -> None:
@@ -250,23 +258,26 @@ def await_quiet() -> None:
             return
 
 
-def timed(command: Command, folder: Path, read: Sequence[Path], nbytes: int) -> tuple[dict[str, Any], str]:
-    """Return the median run as a row, and what it printed."""
+def timed(
+    command: Command, folder: Path, read: Sequence[Path], nbytes: int, *, quiet: bool
+) -> tuple[dict[str, Any], str]:
+    """Return the median run as a row, and what it printed; with `quiet` when others leave the machine alone."""
     runs: list[Run] = []
     spoiled: list[Run] = []
     while len(runs) < RUNS:
-        run = once(command, folder, read)
-        if run.others > QUIET and len(spoiled) < PATIENCE:
+        run = once(command, folder, read, quiet=quiet)
+        if quiet and run.others > QUIET and len(spoiled) < PATIENCE:
             spoiled.append(run)
             continue
         runs.append(run)
         if run.seconds >= SHORT:
             break
-    middle = sorted(runs, key=lambda run: run.seconds)[(len(runs) - 1) // 2]
+    middle = sorted(runs, key=lambda run: run.seconds if quiet else run.cpu)[(len(runs) - 1) // 2]
     row: dict[str, Any] = {
         "seconds": round(middle.seconds, 2),
         "gb_per_second": round(nbytes / middle.seconds / 1e9, 3),
-        "runs": [round(run.seconds, 2) for run in runs],
+        "cpu": round(middle.cpu, 2),
+        "runs": [round(run.seconds if quiet else run.cpu, 2) for run in runs],
         "others": round(statistics.mean(run.others for run in runs), 2),
     }
     if middle.report:
@@ -294,6 +305,7 @@ class Bench:
 
     size: Size
     folder: Path
+    quiet: bool = True
 
     def __post_init__(self) -> None:
         names = ("base", "adapter", "merged", "copy", "other")
@@ -301,8 +313,8 @@ class Bench:
 
     def prepare(self) -> None:
         if not self.base.exists():
-            make_base(self.base, self.size.layers)
-            make_adapter(self.adapter, self.size.layers)
+            make_base(self.base, self.size)
+            make_adapter(self.adapter, self.size)
 
     @property
     def nbytes(self) -> int:
@@ -310,13 +322,13 @@ class Bench:
 
     def time(self, command: Command, *read: Path) -> tuple[dict[str, Any], str]:
         self.prepare()
-        row, printed = timed(command, self.folder, read, self.nbytes)
+        row, printed = timed(command, self.folder, read, self.nbytes, quiet=self.quiet)
         return {"base_bytes": self.nbytes, **row}, printed
 
     def need_merged(self) -> None:
         self.prepare()
         if not any(self.merged.glob(".lrconvert/*")):
-            once(self.merge_command(), self.folder, ())
+            once(self.merge_command(), self.folder, (), quiet=self.quiet)
 
     # --- the yardstick ---
 
@@ -402,7 +414,7 @@ class Bench:
     def cells(self) -> dict[str, Callable[[], dict[str, Any]]]:
         return {
             "cp, sha256sum of both": lambda: self.plain_copy('sha256sum "$1"/* "$2"/*'),
-            "cp, sync, OpenSSL's sha256 of both": lambda: self.plain_copy('sync "$2"/* && "$3" -c "$4" "$1"/* "$2"/*'),
+            SHA256: lambda: self.plain_copy('sync "$2"/* && "$3" -c "$4" "$1"/* "$2"/*'),
             "merge-into-base": self.merge,
             "merge-into-base --no-undo": self.merge_without,
             "unmerge": self.unmerge,
@@ -429,9 +441,9 @@ def same(theirs: Path, ours: Path) -> float:
     return float(np.mean(first.view("u2") == second.view("u2")))
 
 
-def all_cells(size: Size, folder: Path, minutes: float) -> Iterator[cells.Cell]:
+def all_cells(size: Size, folder: Path, minutes: float, *, quiet: bool) -> Iterator[cells.Cell]:
     start = time.monotonic()
-    for name, run in Bench(size, folder).cells().items():
+    for name, run in Bench(size, folder, quiet).cells().items():
         if time.monotonic() - start > 60 * minutes:
             print(f"{minutes:g} minutes are over; the rest is left for another run")
             return
@@ -448,21 +460,27 @@ def all_cells(size: Size, folder: Path, minutes: float) -> Iterator[cells.Cell]:
 def table() -> str:
     done = cells.read("merge")
     rows = []
-    for size in (SMALL, LARGE):
+    for size in (SMALL, MIDDLE, LARGE):
         names = [f"{size.name}: {name}" for name in Bench(size, Path()).cells()]
         if not any(name in done for name in names):
             continue
-        yardstick = done.get(names[0], {}).get("seconds")
-        rows += [line(name, done.get(name), yardstick) for name in names]
-    return cells.markdown(["base: command", "time", "GB/s", "speed", "peak memory", ""], rows)
+        copy, hashed = (done.get(name, {}) for name in (names[0], f"{size.name}: {SHA256}"))
+        rows += [line(name, done.get(name), copy.get("seconds"), hashed.get("cpu")) for name in names]
+    head = ["base: command", "time", "GB/s", "speed", "processor", "against OpenSSL's", "peak memory", ""]
+    return cells.markdown(head, rows)
 
 
-def line(name: str, cell: dict[str, Any] | None, yardstick: float | None) -> list[Any]:
+def line(name: str, cell: dict[str, Any] | None, seconds: float | None, cpu: float | None) -> list[Any]:
+    """Return a row; of a machine that others used, the time says nothing."""
     if cell is None:
-        return [name, "not run", "", "", "", ""]
-    speed = f"{yardstick / cell['seconds']:.2f}x" if yardstick else ""
+        return [name, "not run", *[""] * 6]
+    is_quiet = cell["others"] <= QUIET
+    times = [f"{cell['seconds']:.1f} s", f"{cell['gb_per_second']:.2f}"] if is_quiet else ["", ""]
+    speed = f"{seconds / cell['seconds']:.2f}x" if seconds and is_quiet else ""
+    spent = f"{cell['cpu']:.1f} s" if "cpu" in cell else ""
+    share = f"{cell['cpu'] / cpu:.1f}x" if cpu and "cpu" in cell else ""
     memory = f"{cell['peak_mib']} MiB" if "peak_mib" in cell else ""
-    return [name, f"{cell['seconds']:.1f} s", f"{cell['gb_per_second']:.2f}", speed, memory, remark(cell)]
+    return [name, *times, speed, spent, share, memory, remark(cell)]
 
 
 def remark(cell: dict[str, Any]) -> str:
@@ -480,6 +498,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="a pattern that cell names must contain")
     parser.add_argument("--again", action="store_true", help="measure cells that are there, too")
     parser.add_argument("--render", action="store_true", help="write the README table and measure nothing")
+    parser.add_argument("--small", action="store_true", help="a base of 1 GB; needs 3 GB of disk")
+    parser.add_argument("--busy", action="store_true", help="do not wait until others leave the machine alone")
     parser.add_argument("--large", action="store_true", help="a base of 16 GB; needs 70 GB of disk")
     parser.add_argument("--budget-minutes", type=float, default=float("inf"), help="start no cell after that")
     arguments = parser.parse_args()
@@ -487,7 +507,8 @@ def main() -> None:
         cells.render("merge", table())
         return
     with tempfile.TemporaryDirectory() as folder:
-        chosen = all_cells(LARGE if arguments.large else SMALL, Path(folder), arguments.budget_minutes)
+        size = LARGE if arguments.large else SMALL if arguments.small else MIDDLE
+        chosen = all_cells(size, Path(folder), arguments.budget_minutes, quiet=not arguments.busy)
         cells.measure("merge", chosen, only=arguments.only, again=arguments.again)
 
 

@@ -24,7 +24,7 @@ MAX_PATTERN_STEPS = 1 << 31  # of matching all patterns to all modules: a few se
 MAX_JSON = {"strings": 6 << 20, "values": 10 << 20, "objects and lists": 13 << 18}
 MAX_CONFIG_BYTES = 4 * MIB  # adapter_config.json, config.json
 MAX_INDEX_BYTES = 256 * MIB  # model.safetensors.index.json of 2^20 tensors
-BLOCK_BYTES = 64 * MIB  # one block of a merge, in the dtype it is computed in
+BLOCK_BYTES = 16 * MIB  # one block of a merge, in the dtype it is computed in
 MAX_RATIONAL = 1 << 20  # elements of one merge that only rational arithmetic can round: a minute; real files have none
 
 

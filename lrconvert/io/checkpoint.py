@@ -66,6 +66,9 @@ class Checkpoint:
     def read(self, info: TensorInfo, offset: int = 0, nbytes: int | None = None) -> bytearray:
         return self.file_of(info).read(info, offset, nbytes)
 
+    def read_into(self, info: TensorInfo, offset: int, view: memoryview) -> None:
+        self.file_of(info).read_into(info, offset, view)
+
     def _chunks(self, info: TensorInfo) -> Iterator[bytearray]:
         for offset in range(0, info.nbytes, _COPY_BYTES):
             yield self.read(info, offset, min(_COPY_BYTES, info.nbytes - offset))

@@ -58,9 +58,14 @@ def open_regular(path: Path) -> tuple[int, os.stat_result]:
 def pread(descriptor: int, nbytes: int, offset: int, path: Path) -> bytearray:
     """Read exactly `nbytes` from `offset` into memory of our own. Raises E-IO-CHANGED if the file ends early."""
     buffer = bytearray(nbytes)
-    view = memoryview(buffer)
+    pread_into(descriptor, memoryview(buffer), offset, path)
+    return buffer
+
+
+def pread_into(descriptor: int, view: memoryview, offset: int, path: Path) -> None:
+    """Fill a buffer of bytes from `offset`. Raises E-IO-READ, and E-IO-CHANGED if the file ends early."""
     done = 0
-    while done < nbytes:
+    while done < len(view):
         try:
             nread = os.preadv(descriptor, [view[done : done + (1 << 30)]], offset + done)
         except OSError as error:
@@ -68,7 +73,6 @@ def pread(descriptor: int, nbytes: int, offset: int, path: Path) -> bytearray:
         if nread == 0:
             raise errors.FileChangedError("the file ended early; it changed while it was read", path=path)
         done += nread
-    return buffer
 
 
 def read_small(path: Path, limit: int) -> bytes:
@@ -277,6 +281,10 @@ class ContainerFile(OpenFile):
         """Read the bytes of a tensor of this file, or `nbytes` of them from `offset`."""
         count = info.nbytes - offset if nbytes is None else nbytes
         return pread(self._descriptor, count, info.start + offset, self.path)
+
+    def read_into(self, info: TensorInfo, offset: int, view: memoryview) -> None:
+        """Fill a buffer with the bytes of a tensor from `offset` on: reused ones cost no new memory."""
+        pread_into(self._descriptor, view, info.start + offset, self.path)
 
     def load(self, info: TensorInfo) -> Stored:
         """Read a tensor with its stored bits."""

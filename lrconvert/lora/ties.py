@@ -147,6 +147,15 @@ def states_no_tie(config: Mapping[str, Any]) -> bool:
     return config.get(TIE, text.get(TIE) if isinstance(text, dict) else None) is False
 
 
+def shares_nothing(config: Mapping[str, Any]) -> bool:
+    """Return whether no class has shared tensors with this configuration: that of a causal language model which says so
+    itself. A test asks all of transformers' classes."""
+    named = config.get("architectures")
+    is_causal = isinstance(named, list) and len(named) == 1 and str(named[0]).endswith("ForCausalLM")
+    has_parts = any(isinstance(value, dict) and "model_type" in value for value in config.values())
+    return is_causal and not has_parts and config.get(TIE) is False
+
+
 def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
     """Return whether two stored tensors have the same bytes."""
     first, second = checkpoint.tensors[one], checkpoint.tensors[other]

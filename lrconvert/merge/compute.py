@@ -19,18 +19,30 @@ from lrconvert.merge.arithmetic import base_dependent, dora
 from lrconvert.merge.arithmetic.exact import Term, Update
 from lrconvert.merge.arithmetic.rounding import bits
 from lrconvert.merge.arithmetic.stats import MergeStats
-from lrconvert.merge.arithmetic.workspace import Workspace
+from lrconvert.merge.arithmetic.workspace import Pool, Workspace
 from lrconvert.merge.plan.plan import Output, Plan, Rows
 from lrconvert.merge.plan.updates import NonlinearPiece, Piece, cuts, decoded, segment
 
-# (stored rows, number of the first) -> (rows of the output, what happened, the sum that was added)
-_Change = Callable[[Array, int], tuple[Array, MergeStats, Update | None]]
+
+@dataclass(frozen=True)
+class _Changed:
+    """Rows of the output and what happened; `update` is what was added, and `predicted` what is left without it."""
+
+    after: Array
+    stats: MergeStats
+    update: Update | None = None
+    predicted: Array | None = None
+
+
+# (stored rows, number of the first) -> what becomes of them
+_Change = Callable[[Array, int], _Changed]
 
 
 @dataclass(frozen=True)
 class Block:
     """Rows from `first` on of a tensor seen as a matrix: stored bits `before` (in the base; None if it has none) and
-    `after`. `update` is what was added, its row `row` to the first of these; None where `after` is no sum."""
+    `after`. `update` is what was added, its row `row` to the first of these; None where `after` is no sum. `predicted`
+    is what an unmerge makes of `after` before it looks at the undo code; None if it has no prediction."""
 
     first: int
     before: Array | None
@@ -38,13 +50,16 @@ class Block:
     update: Update | None
     row: int
     stats: MergeStats
+    predicted: Array | None = None
 
 
 class Computer:
-    """Computes the touched tensors of a plan."""
+    """Computes the touched tensors of a plan: with `predict` also what an unmerge will start from, and with `measure`
+    what happened to the weights."""
 
-    def __init__(self, plan: Plan, workspace: Workspace) -> None:
+    def __init__(self, plan: Plan, workspace: Workspace, *, predict: bool = False, measure: bool = True) -> None:
         self.plan, self.workspace = plan, workspace
+        self.predict, self.measure = predict, measure
         self.rational = 0
 
     def blocks(self, output: Output) -> Iterator[Block]:
@@ -61,13 +76,14 @@ class Computer:
                 add = self._named_step(output, self._adder, output, start, stop, cols)
                 for top in range(start, stop, height):
                     present, coming = coming.result(), next(ahead, coming)
-                    after, stats, update = self._named_step(output, add, present, top)
-                    self._bound(stats, output)
+                    changed = self._named_step(output, add, present, top)
+                    self._bound(changed.stats, output)
                     before: Array | None = present
                     if output.data is not None:
                         count = present.shape[0]
                         before = None if output.base is None else self._stored(output.base, top, count, cols)
-                    yield Block(top, before, after, update, top - start, stats)
+                    update, predicted = changed.update, changed.predicted
+                    yield Block(top, before, changed.after, update, top - start, changed.stats, predicted)
 
     def _named_step(self, output: Output, step: Callable[..., Any], *arguments: Any) -> Any:
         """Return what `step` gives; its errors name the tensor."""
@@ -86,7 +102,17 @@ class Computer:
                     return self._base_dependent(output, piece)
                 return self._dora(output, piece, decoded(piece.magnitude).astype(np.float64), start, stop)
         update = segment(output.pieces, start, stop, self.plan.sources)
-        return _keep if update is None else _adding(update, output.dtype, start, self.workspace)
+        return _keep if update is None else self._adding(update, output.dtype, start)
+
+    def _adding(self, update: Update, dtype: str, start: int) -> _Change:
+        def change(present: Array, top: int) -> _Changed:
+            if self.predict and not update.is_zero:
+                after, predicted, stats = update.add_and_predict(present, dtype, top - start, self.workspace)
+                return _Changed(after, stats, update, predicted)
+            after, stats = update.add(present, dtype, top - start, self.workspace, measure=self.measure)
+            return _Changed(after, stats, update)
+
+        return change
 
     def _dora(self, output: Output, piece: Piece, magnitude: F64, start: int, stop: int) -> _Change:
         whole = self.plan.sources[piece.adapter].term(piece)
@@ -107,17 +133,17 @@ class Computer:
         source = self.plan.sources[piece.adapter]
         update_of = source.update_on(piece)
 
-        def by_rows(present: Array, top: int) -> tuple[Array, MergeStats, Update | None]:
+        def by_rows(present: Array, top: int) -> _Changed:
             first = top - piece.start
-            return *base_dependent.merge_rows(present, output.dtype, update_of, piece.scale, first), None
+            return _Changed(*base_dependent.merge_rows(present, output.dtype, update_of, piece.scale, first))
 
-        def by_columns(present: Array, top: int) -> tuple[Array, MergeStats, Update | None]:
+        def by_columns(present: Array, top: int) -> _Changed:
             step, above = source.step_of(piece), piece.start
             first = above + (top - above) // step * step
             last = above + -(-(top + len(present) - above) // step) * step
             whole = self._read(output, first, last - first, piece.cols)
             within = slice(top - first, top - first + len(present))
-            return *base_dependent.merge_columns(whole, output.dtype, update_of, piece.scale, within), None
+            return _Changed(*base_dependent.merge_columns(whole, output.dtype, update_of, piece.scale, within))
 
         return by_columns if piece.transposed else by_rows
 
@@ -130,7 +156,7 @@ class Computer:
         return np.frombuffer(output.data, kind, count * cols, first * cols * kind.itemsize).reshape(count, cols)
 
     def _stored(self, info: TensorInfo, first: int, count: int, cols: int) -> Array:
-        return read_rows(self.plan.checkpoint, info, first, count, cols)
+        return read_rows(self.plan.checkpoint, info, first, count, cols, self.workspace.pool)
 
     def _bound(self, stats: MergeStats, output: Output) -> None:
         self.rational += stats.rational
@@ -147,34 +173,28 @@ def rows_per_block(cols: int) -> int:
     return max(1, BLOCK_BYTES // (8 * cols))
 
 
-def read_rows(checkpoint: Checkpoint, info: TensorInfo, first: int, count: int, cols: int) -> Array:
+def read_rows(checkpoint: Checkpoint, info: TensorInfo, first: int, count: int, cols: int, pool: Pool) -> Array:
     """Return rows of a stored tensor seen as a matrix with `cols` columns, with the bits of the file."""
     kind = STORAGE[info.dtype]
-    data = checkpoint.read(info, first * cols * kind.itemsize, count * cols * kind.itemsize)
-    return np.frombuffer(data, kind).reshape(count, cols)
+    rows = pool.take((count, cols), kind)
+    checkpoint.read_into(info, first * cols * kind.itemsize, rows.reshape(-1).view(np.uint8).data)
+    return rows
 
 
 # --- what can happen to rows ----------------------------------------------------------------------------------------
 
 
-def _keep(present: Array, top: int) -> tuple[Array, MergeStats, Update | None]:
-    return present, MergeStats(elements=present.size), None
-
-
-def _adding(update: Update, dtype: str, start: int, workspace: Workspace) -> _Change:
-    def change(present: Array, top: int) -> tuple[Array, MergeStats, Update | None]:
-        return *update.add(present, dtype, top - start, workspace), update
-
-    return change
+def _keep(present: Array, top: int) -> _Changed:
+    return _Changed(present, MergeStats(elements=present.size))
 
 
 def _putting(rows: Rows) -> _Change:
-    def change(present: Array, top: int) -> tuple[Array, MergeStats, Update | None]:
+    def change(present: Array, top: int) -> _Changed:
         first, last = np.searchsorted(rows.index, [top, top + present.shape[0]])
         after = present.copy()
         after[rows.index[first:last] - top] = rows.values[first:last]
         changed = int(np.count_nonzero(bits(after) != bits(present)))
-        return after, MergeStats(elements=present.size, changed=changed), None
+        return _Changed(after, MergeStats(elements=present.size, changed=changed))
 
     return change
 
@@ -185,9 +205,9 @@ def _scaling(
     """DoRA: `by` are the magnitudes of these rows, or a factor for every column."""
     rowwise = merge is dora.merge_rows
 
-    def change(present: Array, top: int) -> tuple[Array, MergeStats, Update | None]:
+    def change(present: Array, top: int) -> _Changed:
         rows = slice(top - start, top - start + present.shape[0])
         part = replace(term, left=term.left[rows])
-        return *merge(present, dtype, part, by[rows] if rowwise else by), None
+        return _Changed(*merge(present, dtype, part, by[rows] if rowwise else by))
 
     return change

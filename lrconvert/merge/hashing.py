@@ -12,10 +12,10 @@ import numpy as np
 
 from lrconvert.core.dtypes import Array
 from lrconvert.io.checkpoint import Checkpoint
-from lrconvert.io.container import ContainerFile, TensorInfo, open_regular, pread, tensor_digest
+from lrconvert.io.container import ContainerFile, TensorInfo, open_regular, pread_into, tensor_digest
 from lrconvert.io.durable import Buffer, Writer
 
-_CHUNK = 1 << 23
+CHUNK = 1 << 19  # bytes that are read and hashed at a time: they stay in the cache of a core
 
 
 class Digest(Protocol):
@@ -26,10 +26,13 @@ class Digest(Protocol):
     def hexdigest(self) -> str: ...
 
 
-def chunks(source: Checkpoint | ContainerFile, info: TensorInfo) -> Iterator[bytearray]:
-    """Return the bytes of a stored tensor in pieces."""
-    for offset in range(0, info.nbytes, _CHUNK):
-        yield source.read(info, offset, min(_CHUNK, info.nbytes - offset))
+def chunks(source: Checkpoint | ContainerFile, info: TensorInfo, nbytes: int = CHUNK) -> Iterator[memoryview]:
+    """Return the bytes of a stored tensor in pieces of `nbytes`, each in the memory of the one before."""
+    buffer = memoryview(bytearray(min(nbytes, info.nbytes)))
+    for offset in range(0, info.nbytes, nbytes):
+        view = buffer[: min(nbytes, info.nbytes - offset)]
+        source.read_into(info, offset, view)
+        yield view
 
 
 def stored_digest(source: Checkpoint | ContainerFile, info: TensorInfo) -> str:
@@ -51,8 +54,11 @@ def hash_file(digest: Digest, path: Path, start: int = 0, stop: int | None = Non
     descriptor, info = open_regular(path)
     try:
         end = info.st_size if stop is None else stop
-        for offset in range(start, end, _CHUNK):
-            digest.update(pread(descriptor, min(_CHUNK, end - offset), offset, path))
+        buffer = memoryview(bytearray(min(CHUNK, max(0, end - start))))
+        for offset in range(start, end, CHUNK):
+            view = buffer[: min(CHUNK, end - offset)]
+            pread_into(descriptor, view, offset, path)
+            digest.update(view)
     finally:
         os.close(descriptor)
 

@@ -26,7 +26,7 @@ from lrconvert.merge.writing import Merger, Progress
 BROKEN_OFF = (errors.FileWriteError, errors.FileReadError, errors.FileChangedError, errors.DiskSpaceError)
 
 _SPACE_MARGIN = 1.05
-_RECORD_SHARE = 0.08  # of the touched bytes, as an estimate: 3.5 % in bf16, more where updates are large
+_RECORD_SHARE = 0.08  # of the touched bytes, to be safe: 1 to 2 % in bf16, more where updates are large
 _ALLOW = "pass --allow-no-op to write a copy of the base all the same"
 
 

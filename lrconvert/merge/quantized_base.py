@@ -129,6 +129,9 @@ class DequantizedFile(ContainerFile):
             weight.rounding.add(values, part)
         return out
 
+    def read_into(self, info: TensorInfo, offset: int, view: memoryview) -> None:
+        view[:] = self.read(info, offset, len(view))
+
     def copy(self, info: TensorInfo, writer: Appendable) -> None:
         for data in chunks(self, info):
             writer.write(data)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from lrconvert.core.errors import DigestError, JsonSyntaxError, VersionError
@@ -34,18 +34,20 @@ def _dump(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
-def verify(data: bytes, what: str, format: str = "") -> dict[str, Any]:
+def verify(data: bytes, what: str, format: str = "", versions: Sequence[int] = (VERSION,)) -> dict[str, Any]:
     """Return the fields of a signed object beside its digest, format and version.
 
-    Raises E-DIGEST if it is not as it was signed, E-VER if it is not of this `format`, and what strict JSON raises.
+    Raises E-DIGEST if it is not as it was signed, E-VER if it is not of this `format` and one of the `versions`, and
+    what strict JSON raises.
     """
     value = strictjson.parse(data, depth=FOREIGN.json_depth)
     if not isinstance(value, dict):
         raise JsonSyntaxError(f"{what} is not a JSON object")
     stated = value.get("format"), value.get("version")
-    if format and stated != (format, VERSION):
+    if format and (stated[0] != format or type(stated[1]) is not int or stated[1] not in versions):
+        reads = " and ".join(map(str, versions))
         spelled = f"{stated[0]!r:.40} version {stated[1]!r:.40}"
-        raise VersionError(f"{what} is {spelled}; this program reads {format} {VERSION}", fix="update lrconvert")
+        raise VersionError(f"{what} is {spelled}; this program reads {format} {reads}", fix="update lrconvert")
     if sign({key: item for key, item in value.items() if key != "digest"}) != data:
         raise DigestError(f"{what} is not what the merge wrote", fix="give the base: --from-base")
     return {key: item for key, item in value.items() if key not in ("format", "version", "digest")}

@@ -16,13 +16,12 @@ from lrconvert.io.container import TensorInfo
 from lrconvert.merge.arithmetic.rounding import bits
 from lrconvert.merge.arithmetic.workspace import Workspace
 from lrconvert.merge.compute import Computer, read_rows
+from lrconvert.merge.hashing import CHUNK, chunks
 from lrconvert.merge.plan import load_check
 from lrconvert.merge.plan.plan import Output, Plan, named, plan
 from lrconvert.merge.plan.updates import Adapter, Scaled
 from lrconvert.merge.quantized_base import open_base
 from lrconvert.merge.report import Difference, VerifyReport
-
-_CHUNK = 1 << 24
 
 
 def verify(
@@ -44,7 +43,7 @@ def verify(
         Workspace() as workspace,
     ):
         planned = plan(inputs, checkpoint)
-        computer = Computer(planned, workspace)
+        computer = Computer(planned, workspace, measure=False)
         differences = list(_structure(planned, model))
         if differences:  # what is as planned loads as planned
             differences += _loading(planned, model)
@@ -99,14 +98,15 @@ def _pairs(computer: Computer, output: Output, model: Checkpoint, info: TensorIn
     if output.is_touched:
         for block in computer.blocks(output):
             count, cols = block.after.shape
-            yield block.after, read_rows(model, info, block.first, count, cols)
+            yield block.after, read_rows(model, info, block.first, count, cols, computer.workspace.pool)
         return
-    for offset in range(0, output.nbytes, _CHUNK):
-        count = min(_CHUNK, output.nbytes - offset)
-        if output.data is not None:
-            data: bytes | bytearray = output.data[offset : offset + count]
-        else:
-            assert output.source is not None
-            data = computer.plan.checkpoint.read(output.source, offset, count)
-        kind = STORAGE[output.dtype]
-        yield np.frombuffer(data, kind), np.frombuffer(model.read(info, offset, count), kind)
+    kind = STORAGE[output.dtype]
+    if output.data is not None:
+        expected = memoryview(output.data)
+        for n, present in enumerate(chunks(model, info)):
+            start = n * CHUNK
+            yield np.frombuffer(expected[start : start + len(present)], kind), np.frombuffer(present, kind)
+    else:
+        assert output.source is not None
+        for one, other in zip(chunks(computer.plan.checkpoint, output.source), chunks(model, info), strict=True):
+            yield np.frombuffer(one, kind), np.frombuffer(other, kind)

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lrconvert.core.dtypes import Array
-from lrconvert.core.errors import LimitError, LrcError, MergeOverflowError
+from lrconvert.core.errors import LrcError
 from lrconvert.io import fields
 from lrconvert.io.container import TensorInfo, combined_digest, tensor_hasher
 from lrconvert.io.durable import CONTENT, LINES_NAME, PLAN_NAME, Writer
@@ -32,7 +31,18 @@ from lrconvert.merge.signed_json import portable
 from lrconvert.merge.sinks import Sink
 from lrconvert.merge.undo import adapters, record, residual
 from lrconvert.merge.undo.open_record import RECORD_NAME, folder_name
-from lrconvert.merge.undo.record import CODES_NAME, RESIDUAL, STORED, TEXTS, XOR, Code, Record, TensorRecord, WeightFile
+from lrconvert.merge.undo.record import (
+    CODE_ELEMENTS,
+    CODES_NAME,
+    PREDICTED,
+    STORED,
+    TEXTS,
+    XOR,
+    Code,
+    Record,
+    TensorRecord,
+    WeightFile,
+)
 
 Progress = Callable[[float, str], None]
 
@@ -64,7 +74,7 @@ class _Tensor:
             cols=self.cols if self.codes else None,
             offset=self.offset if self.codes else None,
             codes=tuple(self.codes),
-            pieces=self.output.pieces if any(code.mode == RESIDUAL for code in self.codes) else (),
+            pieces=self.output.pieces if any(code.mode in PREDICTED for code in self.codes) else (),
         )
 
 
@@ -92,8 +102,8 @@ class Merger:
         self, planned: Plan, inputs: Sequence[Scaled], workspace: Workspace, number: int, undo: bool, progress: Progress
     ) -> None:
         self.plan, self.inputs, self.undo, self.progress = planned, inputs, undo, progress
-        self.workspace, self.number = workspace, number
-        self.computer = Computer(planned, workspace)
+        self.number = number
+        self.computer = Computer(planned, workspace, predict=undo)
         self.writer, self.hasher = BackgroundWriter(), BackgroundWriter()
         self.total, self.done = max(1, sum(planned.files.values())), 0
         self.stats: dict[str, MergeStats] = {}
@@ -319,7 +329,7 @@ class Merger:
     def _store(self, tensor: _Tensor, info: TensorInfo) -> None:
         """Hash a tensor of the base that the output does not have, and keep its bytes."""
         first = 0
-        for data in chunks(self.plan.checkpoint, info):
+        for data in chunks(self.plan.checkpoint, info, CODE_ELEMENTS):
             if tensor.before is not None:
                 tensor.before.update(data)
             self._code(tensor, first, len(data), STORED, residual.encode_bytes(data))
@@ -338,20 +348,11 @@ class Merger:
             stats += block.stats
             if block.before is not None and tensor.before is not None:
                 tensor.pending = self.hasher.submit(tensor.before.update, np.ascontiguousarray(block.before))
-            self.writer.submit(self._block, tensor, block, self._predict(block, output.dtype), file)
+            self.writer.submit(self._block, tensor, block, file)
             self._advance(block.after.nbytes, output.name)
         self.stats[output.name] = stats
 
-    def _predict(self, block: Block, dtype: str) -> Array | None:
-        """Return what an unmerge makes of the block before it looks at the undo code; None if it has no prediction."""
-        if not self.undo or block.update is None or block.update.is_zero or block.before is None:
-            return None
-        try:
-            return block.update.negated().add(block.after, dtype, block.row, self.workspace)[0]
-        except (MergeOverflowError, LimitError):  # at the very end of the range
-            return None
-
-    def _block(self, tensor: _Tensor, block: Block, predicted: Array | None, file: Writer) -> None:
+    def _block(self, tensor: _Tensor, block: Block, file: Writer) -> None:
         """Write rows of a tensor, and the code that undoes them."""
         after = np.ascontiguousarray(block.after)
         emit(file, after, tensor.after)
@@ -361,14 +362,14 @@ class Merger:
         self._sink.change(tensor.output, block.first, before, after)
         if not self.undo or np.array_equal(bits(before), bits(after)):
             return
-        tensor.cols = before.shape[1]
+        tensor.cols, predicted = before.shape[1], block.predicted
         if predicted is None:
             data, mode = residual.encode_xor(before.reshape(-1), after.reshape(-1)), XOR
         else:
             assert block.update is not None
             window = block.update.window(block.row, before.shape[0])
-            base, guess = (before[window], predicted[window]) if window else (before[:0], predicted[:0])
-            data, mode = residual.encode_residual(base.reshape(-1), guess.reshape(-1)), RESIDUAL
+            base, guess, merged = (side[window] if window else side[:0] for side in (before, predicted, after))
+            data, mode = residual.encode(base.reshape(-1), guess.reshape(-1), merged.reshape(-1))
         self._code(tensor, block.first, before.shape[0], mode, data)
 
     def _code(self, tensor: _Tensor, first: int, count: int, mode: int, data: bytes) -> None:

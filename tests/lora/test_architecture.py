@@ -203,3 +203,18 @@ def test_square_layers_of_a_decoder_in_a_larger_model_ask_the_class(tmp_path: Pa
     with open_checkpoint(base) as checkpoint:
         views = {t.name: t.view for t in base_names.resolve(lora, checkpoint).shapes()}
     assert views == {inner: TRANSPOSED, outer: MATRIX}
+
+
+@pytest.mark.medium
+def test_causal_language_models_that_state_no_tie_share_nothing() -> None:
+    """Merges into these do not ask the class about an output head that is stored; small ones of all that build."""
+    built = 0
+    every = {pair for module in modules() for pair in classes(module)}
+    for family, kind in {(f, k) for f, k in every if k.__name__.endswith("ForCausalLM")}:
+        config = {"model_type": family, "architectures": [kind.__name__], TIE: False, "num_hidden_layers": 1}
+        assert ties.shares_nothing(config) and not ties.shares_nothing(config | {TIE: True})
+        found = architecture.of(config)
+        if found is not None and found.name == kind.__name__:
+            built += 1
+            assert not found.ties, kind
+    assert built > 50

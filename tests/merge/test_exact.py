@@ -361,7 +361,7 @@ def test_a_product_that_breaks_its_promise_is_seen() -> None:
         out[:] = left @ right + room
 
     stored = round_to(np.full((40, 50), -1.0), "BF16")  # the update cancels it, but for a little less than a tie
-    terms = [Term(1.0, np.ones((40, 1)), np.full((1, 50), 1 + 2.0**-30 * (1 + 2.0**-8 - 2.0**-20)))]
+    terms = [Term(1.0, np.ones((40, 1)), np.full((1, 50), 1 + 2.0**-25 * (1 + 2.0**-8 - 2.0**-21)))]
     assert not np.array_equal(add_by(careless, stored, "BF16", terms), add_by(multiply, stored, "BF16", terms))
 
 

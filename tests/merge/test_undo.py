@@ -406,7 +406,7 @@ def add_tensor(out: Path) -> None:
 
 def newer(out: Path) -> None:
     path = next(out.rglob(RECORD_NAME))
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 3}))
 
 
 def link_codes(out: Path) -> None:

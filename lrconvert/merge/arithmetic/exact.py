@@ -40,20 +40,19 @@ from typing import Any
 
 import numpy as np
 
-from lrconvert.core.dtypes import F32, F64, FLOATS, STORAGE, U32, Array, Index, decode, f16_half_up, f16_small, round_to
+from lrconvert.core.dtypes import F64, FLOATS, STORAGE, Array, Index, decode, round_to
 from lrconvert.core.errors import DtypeError, LimitError, LrcError, MergeOverflowError, ShapeError, ValueRangeError
 from lrconvert.core.limits import MAX_RATIONAL
 from lrconvert.merge.arithmetic.error_free import Sum, certain, product_error, to_odd, two_sum
+from lrconvert.merge.arithmetic.filter import Filtered, gamma, run
 from lrconvert.merge.arithmetic.rounding import bits
 from lrconvert.merge.arithmetic.stats import MergeStats
-from lrconvert.merge.arithmetic.workspace import TILE, Mask, Workspace
+from lrconvert.merge.arithmetic.workspace import BLOCK, WIDTH, Mask, Workspace
 
 _U = 2.0**-53
-_K = 1 << 18  # float32 filter: units in the last place of float64 around a boundary that are not decided at once
-_WIDTH = 1 << 11  # columns of a block
-_BLOCK = 1 << 21  # elements of a block
 _FACTOR = 1 << 20  # float64 numbers of one factor of a block
-_GATHER = 1 << 14  # elements of one pass of the compensated stage
+_GATHER = 1 << 14  # elements of one pass of the stages that look at few
+_AT_ONCE = 8  # such passes before it is counted what needed rational numbers
 
 # Products of factors and scales within these powers of two neither overflow nor lose bits to underflow in float64.
 _FACTOR_RANGE = (2.0**-400, 2.0**400)
@@ -103,45 +102,67 @@ class Update:
             self._live_rows |= term.left.any(axis=1)
             self._live_cols |= term.right.any(axis=0)
         self._wide = any(t.left.dtype == np.float64 or t.right.dtype == np.float64 for t in kept)
+        self._negated: Update | None = None
 
     @property
     def is_zero(self) -> bool:
         """True if a look at the factors shows that the update is zero everywhere."""
         return not self.terms
 
-    @property
-    def _rank(self) -> int:
-        return sum(t.left.shape[1] for t in self.terms)
-
     def add(
-        self, stored: Array, dtype: str, first_row: int = 0, workspace: Workspace | None = None
+        self, stored: Array, dtype: str, first_row: int = 0, workspace: Workspace | None = None, *, measure: bool = True
     ) -> tuple[Array, MergeStats]:
         """Return (stored bits of ``W + update`` correctly rounded, what happened) for rows of W from `first_row` on.
 
-        `stored` (n, cols) has the storage type of `dtype`: F32, F16, BF16 or F64. Raises E-VALUE if an element that is
-        not finite would change and E-OVERFLOW if a result is beyond the range of `dtype`; both name the element.
+        `stored` (n, cols) has the storage type of `dtype`: F32, F16, BF16 or F64. Without `measure` only `elements`,
+        `recomputed` and `rational` are counted. Raises E-VALUE if an element that is not finite would change and
+        E-OVERFLOW if a result is beyond the range of `dtype`; both name the element.
         """
+        out, _, stats = self._add(stored, dtype, first_row, workspace, measure=measure, predict=False)
+        return out, stats
+
+    def add_and_predict(
+        self, stored: Array, dtype: str, first_row: int = 0, workspace: Workspace | None = None
+    ) -> tuple[Array, Array | None, MergeStats]:
+        """Return what `add` does and, second, what the negated update makes of the result: an unmerge starts from that.
+
+        The product is computed once for both. None in its place if a difference is beyond the range of `dtype`, or
+        needs more rational arithmetic than is done.
+        """
+        return self._add(stored, dtype, first_row, workspace, measure=True, predict=True)
+
+    def _add(
+        self, stored: Array, dtype: str, first_row: int, workspace: Workspace | None, *, measure: bool, predict: bool
+    ) -> tuple[Array, Array | None, MergeStats]:
         if dtype not in FLOATS or stored.dtype != STORAGE[dtype]:
             raise DtypeError(f"weights of dtype {dtype} stored as {stored.dtype} cannot take an update")
         if stored.ndim != 2 or stored.shape[1] != self.shape[1] or first_row + stored.shape[0] > self.shape[0]:
             raise ShapeError(f"rows of shape {list(stored.shape)} do not fit an update of shape {list(self.shape)}")
         rows = _chosen(self._live_rows[first_row : first_row + stored.shape[0]])
         cols = _chosen(self._live_cols)
-        out = np.empty_like(stored) if (rows.size, cols.size) == stored.shape else stored.copy()
+        is_whole = (rows.size, cols.size) == stored.shape
         if workspace is None:
             workspace = Workspace(threads=1)
-        width = max(1, min(_WIDTH, cols.size, _FACTOR // max(1, self._rank)))
-        height = max(1, min(_BLOCK // width, _FACTOR // max(1, self._rank)))
-        blocks = [
-            _Block(self, stored, out, dtype, first_row, rows[r : r + height], cols[c : c + width], workspace)
-            for r in range(0, rows.size, height)
-            for c in range(0, cols.size, width)
-        ]
-        return out, sum(workspace.map(_Block.run, blocks), MergeStats(elements=stored.size))
+        out = workspace.pool.take(stored.shape, stored.dtype)
+        guess = workspace.pool.take(stored.shape, stored.dtype) if predict else None
+        if not is_whole:
+            out[:] = stored
+            if guess is not None:
+                guess[:] = stored
+        window = (slice(0, 0), slice(0, 0)) if not rows.size or not cols.size else _window(rows, cols)
+        job = _Job(self, stored[window], out[window], None if guess is None else guess[window], dtype, workspace)
+        stats, is_predicted = job.run(first_row + rows, cols, measure)
+        if not isinstance(window[0], slice):  # what it shows is a copy
+            out[window] = job.out
+            if guess is not None:
+                guess[window] = job.guess
+        return out, guess if is_predicted else None, replace(stats, elements=stored.size)
 
     def negated(self) -> Update:
         """Return the update that takes this one out again."""
-        return Update([replace(t, scale=-t.scale) for t in self.terms]) if self.terms else self
+        if self._negated is None:
+            self._negated = Update([replace(t, scale=-t.scale) for t in self.terms]) if self.terms else self
+        return self._negated
 
     def window(self, first_row: int, count: int) -> tuple[Any, Any] | None:
         """Return the index of the elements that `add` may change in `count` rows from `first_row` on; None if there are
@@ -188,192 +209,144 @@ def _window(rows: Index, cols: Index) -> tuple[Any, Any]:
     return rows[:, None], cols
 
 
-# --- one block ------------------------------------------------------------------------------------------------------
+# --- the three stages -----------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Block:
-    """Some `rows` and `cols` of an update, with where to read and write: rows of `stored` and `out`, row 0 of which is
-    row `first_row` of the update."""
+@dataclass(frozen=True)
+class _Job:
+    """An update of some stored weights: what it gives goes to `out`, and what its opposite makes of that to `guess`."""
 
     update: Update
     stored: Array
     out: Array
+    guess: Array | None
     dtype: str
-    first_row: int
+    workspace: Workspace
+
+    def run(self, rows: Index, cols: Index, measure: bool) -> tuple[MergeStats, bool]:
+        """Compute everything; `rows` and `cols` are its places in the update. Returns what happened, and whether all of
+        `guess` was computed."""
+        if not self.stored.size:
+            return MergeStats(), True
+        first = self._filter(rows, cols, measure)
+        stats = first.stats + self._open(self.update, rows, cols).decide(self.stored, self.out, first.open)
+        if measure:
+            changed = int(np.count_nonzero(bits(self.out) != bits(self.stored)))
+            stats = replace(stats, changed=changed, unmoved=self.stored.size - changed - stats.unmoved)
+        else:
+            stats = MergeStats(recomputed=stats.recomputed, rational=stats.rational)
+        if self.guess is not None:
+            try:
+                self._open(self.update.negated(), rows, cols).decide(self.out, self.guess, first.open_guess)
+            except (MergeOverflowError, LimitError):  # at the very end of the range
+                return stats, False
+        return stats, True
+
+    def _open(self, update: Update, rows: Index, cols: Index) -> _Open:
+        return _Open(update, self.dtype, rows, cols, self.workspace)
+
+    def _filter(self, rows: Index, cols: Index, measure: bool) -> Filtered:
+        """Fill `out` and `guess` block by block; what is open has its place in the whole."""
+        if self.dtype == "F64":  # p has no digits to spare: everything is compensated
+            everything = np.arange(self.stored.size)
+            return Filtered(MergeStats(), everything, everything)
+        rank = sum(t.left.shape[1] for t in self.update.terms)
+        width = max(1, min(WIDTH, cols.size, _FACTOR // max(1, rank)))
+        height = max(1, min(BLOCK // width, _FACTOR // max(1, rank)))
+
+        def filtered(place: tuple[int, int]) -> Filtered:
+            window = slice(place[0], place[0] + height), slice(place[1], place[1] + width)
+            left, right = _factors(self.update, rows[window[0]], cols[window[1]])
+            guess = None if self.guess is None else self.guess[window]
+            done = run(left, right, self.dtype, self.workspace, self.stored[window], self.out[window], guess, measure)
+
+            def whole(index: Index) -> Index:
+                row, col = np.divmod(index, right.shape[1])
+                return (row + place[0]) * cols.size + (col + place[1])
+
+            return Filtered(done.stats, whole(done.open), whole(done.open_guess))
+
+        places = [(r, c) for r in range(0, rows.size, height) for c in range(0, cols.size, width)]
+        parts = self.workspace.map(filtered, places)
+        return Filtered(
+            sum((part.stats for part in parts), MergeStats()),
+            np.concatenate([part.open for part in parts]),
+            np.concatenate([part.open_guess for part in parts]),
+        )
+
+
+def _factors(update: Update, rows: Index, cols: Index) -> tuple[F64, F64]:
+    """Return those rows of the left and columns of the right factors of all terms, scales multiplied in on the left."""
+    left = np.concatenate([t.left[rows].astype(np.float64) * t.scale for t in update.terms], axis=1)
+    return left, np.concatenate([t.right[:, cols] for t in update.terms]).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class _Open:
+    """The elements that the filter left open; `rows` and `cols` are the places in the update.
+
+    In the statistics `unmoved` counts those that a zero update did not move.
+    """
+
+    update: Update
+    dtype: str
     rows: Index
     cols: Index
     workspace: Workspace
 
-    def __post_init__(self) -> None:
-        self.buffers = self.workspace.buffers
-        self.window = _window(self.rows, self.cols)
-        self.rows = self.first_row + self.rows
-
-    def run(self) -> MergeStats:
-        flat, goal = self.stored[self.window].reshape(-1), self.out[self.window]
-        codes = goal.reshape(-1)  # what the window shows of `out`, if it shows whole rows, else a copy
-        if self.dtype == "F64":  # p has no digits to spare: everything is compensated
-            stats, open_ = MergeStats(), np.arange(flat.size)
-        else:
-            stats, open_ = self._filter(flat, codes)
-        for start in range(0, open_.size, _GATHER):
-            stats += self._compensate(flat, codes, open_[start : start + _GATHER])
+    def decide(self, base: Array, goal: Array, index: Index) -> MergeStats:
+        """Write the elements `index` of `goal`; return what happened to them. Raises E-VALUE, E-OVERFLOW, E-LIMIT."""
+        stats = MergeStats()
+        rank = max(1, sum(t.left.shape[1] for t in self.update.terms))
+        step = max(1, min(_GATHER, _FACTOR // rank))
+        chunks = [index[start : start + step] for start in range(0, index.size, step)]
+        for first in range(0, len(chunks), _AT_ONCE):
+            parts = self.workspace.map(lambda chunk: self._decided(base, goal, chunk), chunks[first : first + _AT_ONCE])
+            stats = sum(parts, stats)
             if stats.rational > MAX_RATIONAL:
                 raise LimitError(f"more than {MAX_RATIONAL} elements need rational arithmetic to be rounded")
-        if not np.shares_memory(codes, self.out):
-            self.out[self.window] = codes.reshape(goal.shape)
         return stats
 
-    # --- stage 1 ---
+    def _decided(self, base: Array, goal: Array, index: Index) -> MergeStats:
+        stats = MergeStats()
+        if self.dtype != "F64":
+            stats, index = self._interval(base, goal, index)
+        return stats + self._compensate(base, goal, index) if index.size else stats
 
-    def _filter(self, flat: Array, out: Array) -> tuple[MergeStats, Index]:
-        """Fill `out` and return what happened to the elements that are decided, and which are not."""
-        terms, width = self.update.terms, self.cols.size
-        left = np.concatenate([t.left[self.rows].astype(np.float64) * t.scale for t in terms], axis=1)
-        right = np.concatenate([t.right[:, self.cols] for t in terms]).astype(np.float64)
-        tau, noise = self._thresholds(left, right)
-        decided = self._decided(tau)
-        narrow = self._to_single if self.dtype == "F32" else self._to_half
-        height = max(1, TILE // width)
-        stats, parts = [], []
+    def _interval(self, base: Array, goal: Array, index: Index) -> tuple[MergeStats, Index]:
+        """Decide those of the elements `index` whose own error bound keeps p on one side of every boundary. Returns
+        what happened to them, and which are left."""
+        place = np.divmod(index, self.cols.size)
+        stored = base[place]
+        left, right = _factors(self.update, self.rows[place[0]], self.cols[place[1]])
+        change = np.einsum("nk,kn->n", left, right)
+        slack = gamma(left.shape[1]) * np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=0)
         with np.errstate(over="ignore", invalid="ignore"):
-            for top in range(0, self.rows.size, height):
-                start = top * width
-                sums = self.buffers.sums[: min(height, self.rows.size - top) * width]
-                self.workspace.multiply(left[top : top + height], right, sums.reshape(-1, width))
-                piece = slice(start, start + sums.size)
-                nonzero, doubtful = self._effects(sums, noise)
-                open_ = narrow(flat[piece], sums, out[piece], *decided)
-                if doubtful.size:
-                    open_ = np.union1d(open_, doubtful)
-                doubt = np.isin(open_, doubtful) if doubtful.size else np.zeros(open_.size, np.bool_)
-                parts.append((open_ + start, self.buffers.double[open_], nonzero[open_], doubt))
-                stats.append(self._measure(flat[piece], out[piece], nonzero, open_))
-        index, p, nonzero, doubt = (np.concatenate(group) for group in zip(*parts, strict=True))
-        bound = np.linalg.norm(left, axis=1)[index // width] * np.linalg.norm(right, axis=0)[index % width]
-        slack = _gamma(left.shape[1]) * bound
-        decided_now, sure = self._interval(flat, out, index, p, slack, nonzero, ~doubt)
-        return sum(stats, decided_now), index[~sure]
-
-    def _thresholds(self, left: F64, right: F64) -> tuple[float, float]:
-        """tau of the module's docstring (results smaller than this are not decided at once), and the largest error of
-        the sums."""
-        norms = np.linalg.norm(left, axis=1).max() * np.linalg.norm(right, axis=0).max()
-        sums = np.abs(left).max(axis=0) @ np.abs(right).max(axis=1)
-        noise = float(_gamma(left.shape[1]) * min(norms, sums))
-        return noise * (2.0**55 / _K if self.dtype == "F32" else 2.0**26), noise
-
-    def _decided(self, tau: float) -> tuple[Any, Any]:
-        """(bits of the least |f| or |p| that is decided at once, how many follow before one rounds to infinity)."""
-        if self.dtype == "F32":
-            top, low = _bits64(2.0**128 - 2.0**103), _bits64(max(tau, 2.0**-125))
-            return min(low, top), top - min(low, top)
-        first = np.uint32(0x477FF000 if self.dtype == "F16" else 0x7F7F8000)
-        least = min(_bits32(max(tau, 2.0**-126)), first)
-        return least, first - least
-
-    def _effects(self, sums: F64, noise: float) -> tuple[Mask, Index]:
-        """Return where the update is not zero, and where it may be although its float64 is not: terms cancel there."""
-        nonzero = self.buffers.nonzero[: sums.size]
-        sizes = np.abs(sums, out=self.buffers.double[: sums.size])
-        if sizes.min() > noise:  # as in nearly every tile
-            nonzero.fill(True)
-            return nonzero, np.empty(0, np.intp)
-        np.not_equal(sums, 0, out=nonzero)
-        small = np.less_equal(sizes, noise, out=self.buffers.flag[: sums.size])
-        return nonzero, np.flatnonzero(np.logical_and(small, nonzero, out=small))
-
-    def _to_half(self, w: Array, delta: F64, codes: Array, least: np.uint32, count: np.uint32) -> Index:
-        """Write ``w + delta`` as 16-bit `codes` and return which are undecided; leaves p and f in the workspace."""
-        work, n = self.buffers, w.size
-        p, f, word, code = work.double[:n], work.single[:n], work.word[:n], work.value[:n].view(np.uint32)
-        far, near = work.flag[:n], work.other_flag[:n]
-        np.copyto(p, _decode_half(w, self.dtype, work.value[:n]))
-        np.add(delta, p, out=p)
-        np.copyto(f, p, casting="same_kind")
-        pattern = f.view(np.uint32)
-        np.bitwise_and(pattern, np.uint32(0x7FFFFFFF), out=word)
-        np.subtract(word, least, out=word)
-        np.greater_equal(word, count, out=far)
-        drop = np.uint32(13 if self.dtype == "F16" else 16)  # mantissa bits that go
-        half = np.uint32(1) << (drop - np.uint32(1))
-        np.add(pattern, half + np.uint32(1), out=word)
-        if self.dtype == "BF16":  # rounded half up; half - 1 goes up as well, but it is undecided
-            np.copyto(codes, np.right_shift(word, drop, out=code), casting="unsafe")
-        np.bitwise_and(word, half + half - np.uint32(1), out=word)  # half - 1, half and half + 1 are now 0, 1 and 2
-        np.less_equal(word, np.uint32(2), out=near)
-        np.logical_or(far, near, out=far)
-        if self.dtype == "F16":
-            _to_f16(f, codes, word, far)
-        return _where(far)
-
-    def _to_single(self, w: Array, delta: F64, codes: Array, least: np.uint64, count: np.uint64) -> Index:
-        """Write ``w + delta`` as float32 `codes` and return which are undecided; leaves p in the workspace."""
-        work, n = self.buffers, w.size
-        p, word, far, near = work.double[:n], work.long[:n], work.flag[:n], work.other_flag[:n]
-        np.copyto(p, w)
-        np.add(p, delta, out=p)
-        np.copyto(codes, p, casting="same_kind")
-        pattern = p.view(np.uint64)
-        np.bitwise_and(pattern, np.uint64(2**63 - 1), out=word)
-        np.subtract(word, least, out=word)
-        np.greater_equal(word, count, out=far)
-        np.add(pattern, np.uint64(2**28 + _K), out=word)
-        np.bitwise_and(word, np.uint64(2**29 - 1), out=word)
-        np.less_equal(word, np.uint64(2 * _K), out=near)
-        np.logical_or(far, near, out=far)
-        return _where(far)
-
-    def _measure(self, w: Array, codes: Array, nonzero: Mask, open_: Index) -> MergeStats:
-        """Return what happened to a tile, its elements `open_` left out; uses up p and f."""
-        work, n = self.buffers, w.size
-        moved = np.not_equal(bits(codes), bits(w), out=work.flag[:n])
-        moved[open_] = nonzero[open_] = False
-        unmoved = np.greater(nonzero, moved, out=work.other_flag[:n])
-        if self.dtype == "F32":
-            errors: Array = np.subtract(work.double[:n], codes, out=work.double[:n])
-        else:
-            value = _decode_half(codes, self.dtype, work.value[:n])
-            errors = np.subtract(work.single[:n], value, out=value)
-        np.abs(errors, out=errors)
-        errors[open_] = 0
-        return MergeStats(
-            changed=int(np.count_nonzero(moved)),
-            unmoved=int(np.count_nonzero(unmoved)),
-            max_error=float(errors.max()),
-            sum_error=float(errors.sum()),  # numpy adds pairwise: float32 is good for an estimate
-        )
-
-    def _interval(
-        self, flat: Array, out: Array, index: Index, p: F64, slack: F64, nonzero: Mask, candidates: Mask
-    ) -> tuple[MergeStats, Mask]:
-        """Decide those of the elements `index` whose own error bound keeps p on one side of every boundary (`slack` is
-        the part of it that comes from the sum). Returns what happened to them, and which they are."""
-        stored = flat[index]
-        with np.errstate(over="ignore", invalid="ignore"):
+            p = decode(stored, self.dtype) + change
             e = slack + np.abs(p) * (4 * _U)
             below, above = p - e, p + e
             codes, other = round_to(below, self.dtype), round_to(above, self.dtype)
             values = decode(codes, self.dtype)
-            sure = candidates & (bits(codes) == bits(other)) & np.isfinite(values) & ((below > 0) | (above < 0))
+            sure = (bits(codes) == bits(other)) & np.isfinite(values) & ((below > 0) | (above < 0))
+            sure &= (change == 0) | (np.abs(change) > slack)  # otherwise it may be zero all the same
             errors = np.abs(p - values)[sure]
-        out[index[sure]] = codes[sure]
-        moved = bits(codes) != bits(stored)
+        codes = np.where(sure, codes, stored)
+        goal[place] = codes
+        still = sure & (change == 0) & (bits(codes) == bits(stored))
         stats = MergeStats(
-            changed=int(np.count_nonzero(moved & sure)),
-            unmoved=int(np.count_nonzero(nonzero & ~moved & sure)),
+            unmoved=int(np.count_nonzero(still)),
             max_error=float(errors.max(initial=0.0)),
             sum_error=float(errors.sum()),
         )
-        return stats, sure
+        return stats, index[~sure]
 
     # --- stage 2 ---
 
-    def _compensate(self, flat: Array, out: Array, index: Index) -> MergeStats:
-        """Decide the elements `index` of the block, write them to `out` and say what happened to them."""
-        rows, cols = self.rows[index // self.cols.size], self.cols[index % self.cols.size]
-        stored = flat[index]
+    def _compensate(self, base: Array, goal: Array, index: Index) -> MergeStats:
+        """Decide the elements `index` of the block, write them to `goal` and say what happened to them."""
+        place = np.divmod(index, self.cols.size)
+        rows, cols = self.rows[place[0]], self.cols[place[1]]
+        stored = base[place]
         w = decode(stored, self.dtype).astype(np.float64)
         with np.errstate(all="ignore"):
             total = self._sum(rows, cols)
@@ -399,10 +372,9 @@ class _Block:
         unclear = np.flatnonzero(~sure)
         for i in unclear:
             codes[i], error[i], unmoved[i] = self._rational(stored[i], float(w[i]), int(rows[i]), int(cols[i]))
-        out[index] = codes
+        goal[place] = codes
         return MergeStats(
-            changed=int(np.count_nonzero(bits(codes) != bits(stored))),
-            unmoved=int(np.count_nonzero(unmoved)),
+            unmoved=int(np.count_nonzero(~unmoved & (bits(codes) == bits(stored)))),
             max_error=float(error.max(initial=0.0)),
             sum_error=float(error.sum()),
             recomputed=index.size,
@@ -450,56 +422,6 @@ def _overflow(dtype: str, row: int, col: int) -> LrcError:
         f"element [{row}, {col}] would be beyond the range of {dtype}",
         fix="merge into a base of a wider dtype, or check the adapter's scale",
     )
-
-
-# --- stage 1: small things ------------------------------------------------------------------------------------------
-
-_F16_VALUES: F32 = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
-
-
-def _decode_half(w: Array, dtype: str, out: F32) -> F32:
-    if dtype == "F16":
-        return np.take(_F16_VALUES, w.view(np.uint16), out=out, mode="wrap")
-    word = out.view(np.uint32)
-    np.copyto(word, w)
-    np.left_shift(word, np.uint32(16), out=word)
-    return out
-
-
-def _to_f16(f: F32, codes: Array, word: U32, undecided: Mask) -> None:
-    """fp16 codes of `f`, rounding half up; subnormal ones that are near a boundary are added to `undecided`."""
-    pattern, out = f.view(np.uint32), codes.view(np.uint16)
-    small = f16_half_up(f, out, word)
-    if small.size:
-        near = pattern[small]
-        around = np.where(near << np.uint32(1) == 0, near | np.uint32(1), near)
-        out[small] = f16_small(around + np.uint32(1))
-        undecided[small] |= out[small] != f16_small(around - np.uint32(1))
-
-
-def _where(mask: Mask) -> Index:
-    """Positions of the few True of a mask that begins a buffer: eight at a time."""
-    whole = mask.size // 8 * 8
-    hot = np.flatnonzero(mask[:whole].view(np.uint64) != 0)
-    near = (hot[:, None] * 8 + np.arange(8)).reshape(-1)
-    candidates = np.concatenate((near, np.arange(whole, mask.size)))
-    return candidates[mask[candidates]]
-
-
-def _gamma(terms: int) -> float:
-    """g of the module's docstring for sums of that many products, with room for the rounding of norms."""
-    k = terms + 2
-    return k * _U / (1 - k * _U) * (1 + 2.0**-30)
-
-
-def _bits32(x: float) -> np.uint32:
-    """The bits of the float32 next above `x` > 0, or of infinity."""
-    with np.errstate(over="ignore"):
-        return np.uint32(np.nextafter(np.float32(x), np.float32(np.inf)).view(np.uint32))
-
-
-def _bits64(x: float) -> np.uint64:
-    return np.uint64(np.float64(x).view(np.uint64))
 
 
 # --- stage 3: rational numbers --------------------------------------------------------------------------------------

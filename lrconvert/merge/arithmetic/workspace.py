@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from lrconvert.core.dtypes import F32, F64, U32
+from lrconvert.core.dtypes import F32, F64, Array
 
-TILE = 1 << 17  # elements of one pass of the filter: what they need stays in the cache of a core
+TILE = 1 << 16  # elements of one pass of the filter: what they need stays in the cache of a core
+WIDTH = 1 << 11  # columns of a block
+BLOCK = 1 << 20  # elements of a block, which one thread computes
 _MAX_THREADS = 4
 _GEMM_ROWS = 32
 _GEMM_WORK = 1 << 18  # multiplications of one call of the BLAS: more, and OpenBLAS starts threads of its own
@@ -44,7 +47,7 @@ def multiply(left: F64, right: F64, out: F64) -> None:
 
 
 class Buffers(threading.local):
-    """The arrays that one thread computes a tile in; small enough for its cache."""
+    """The arrays that one thread computes a tile in, small enough for its cache, and the two masks of its block."""
 
     def __init__(self) -> None:
         self.sums: F64 = np.empty(TILE)
@@ -52,10 +55,34 @@ class Buffers(threading.local):
         self.long: U64 = np.empty(TILE, np.uint64)
         self.single: F32 = np.empty(TILE, np.float32)
         self.value: F32 = np.empty(TILE, np.float32)
-        self.word: U32 = np.empty(TILE, np.uint32)
         self.flag: Mask = np.empty(TILE, np.bool_)
-        self.other_flag: Mask = np.empty(TILE, np.bool_)
-        self.nonzero: Mask = np.empty(TILE, np.bool_)
+        self.zero: Mask = np.empty(TILE, np.bool_)
+        self.doubtful: Mask = np.empty(TILE, np.bool_)
+        self.open: Mask = np.empty(BLOCK, np.bool_)
+        self.open_guess: Mask = np.empty(BLOCK, np.bool_)
+
+
+class Pool:
+    """Memory for blocks of weights that is used again when the last array on it is gone: new memory costs as much as
+    reading what goes there."""
+
+    def __init__(self) -> None:
+        self._free: list[bytearray] = []
+
+    def take(self, shape: tuple[int, ...], kind: np.dtype[Any]) -> Array:
+        """Return an array of anything."""
+        count = int(np.prod(shape))
+        memory = self._memory(count * kind.itemsize)
+        array: Array = np.frombuffer(memory, kind, count)  # all views of it refer to this one
+        weakref.finalize(array, self._free.append, memory).atexit = False
+        return array.reshape(shape)
+
+    def _memory(self, nbytes: int) -> bytearray:
+        try:
+            memory = self._free.pop()
+        except IndexError:
+            return bytearray(nbytes)
+        return memory if len(memory) >= nbytes else bytearray(nbytes)
 
 
 class Workspace:
@@ -68,6 +95,7 @@ class Workspace:
         count = threads or min(_MAX_THREADS, os.cpu_count() or 1)
         self.multiply = multiply
         self.buffers = Buffers()
+        self.pool = Pool()
         self._pool = ThreadPoolExecutor(count) if count > 1 else None
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:

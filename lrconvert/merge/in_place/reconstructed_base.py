@@ -70,6 +70,9 @@ class _Merged(ContainerFile):
         stop = info.nbytes if nbytes is None else offset + nbytes
         return restored.data[offset:stop]
 
+    def read_into(self, info: TensorInfo, offset: int, view: memoryview) -> None:
+        view[:] = self.read(info, offset, len(view))
+
     def copy(self, info: TensorInfo, writer: Appendable) -> None:
         writer.write(self.read(info))
 

@@ -167,6 +167,8 @@ class _Planner:
 
     def _asks_class(self) -> bool:
         """Return whether the adapter touches what only transformers' class of the base tells."""
+        if not self.extras and self.targets <= self.checkpoint.tensors.keys() and ties.shares_nothing(self.config):
+            return False
         names = {t.name for adapter in self.adapters for t in targets_of(adapter)} | self.targets
         names |= {extra.name for adapter in self.adapters for extra in adapter.extras}
         return any(ties.may_be_tied(name, self.config) for name in names)

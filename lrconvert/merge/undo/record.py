@@ -19,11 +19,13 @@ from lrconvert.io.fields import Hex, Whole
 from lrconvert.lora.adapter import USES, Use, View
 from lrconvert.merge.plan.plan import CONFIG_NAME
 from lrconvert.merge.plan.updates import Piece
-from lrconvert.merge.signed_json import VERSION, HexFloat, sign, verify
+from lrconvert.merge.signed_json import HexFloat, sign, verify
 
 FORMAT = "lrconvert-undo"
+VERSIONS = (1, 2)
 CODES_NAME = "undo.bin"
-RESIDUAL, XOR, STORED = 0, 1, 2
+RESIDUAL, XOR, STORED, UNCERTAIN = 0, 1, 2, 3
+PREDICTED = (RESIDUAL, UNCERTAIN)  # these start from what an update predicts
 CODE_ELEMENTS = 1 << 23  # of one code, unless a single row has more; bytes where they are stored
 TEXTS = (CONFIG_NAME, INDEX_NAME)
 
@@ -121,12 +123,17 @@ class Record:
 
 def encode(record: Record) -> bytes:
     """Return the bytes of record.json."""
-    return sign({"format": FORMAT, "version": VERSION, **fields.as_json(record)})
+    return sign({"format": FORMAT, "version": _version(record), **fields.as_json(record)})
+
+
+def _version(record: Record) -> int:
+    """Return the least version that has all modes of the record's codes."""
+    return max(VERSIONS) if any(c.mode == UNCERTAIN for t in record.tensors for c in t.codes) else min(VERSIONS)
 
 
 def parse(data: bytes) -> Record:
     """Return the record whose record.json is `data`. Raises E-VER, E-DIGEST, E-UNDO and what `fields.read` raises."""
-    record = fields.read(Record, verify(data, "the record", FORMAT), "the record")
+    record = fields.read(Record, verify(data, "the record", FORMAT, VERSIONS), "the record")
     if len({t.name for t in record.tensors}) < len(record.tensors):
         raise UndoError("the record describes a tensor twice")
     for entry in record.adapters:
@@ -140,6 +147,8 @@ def parse(data: bytes) -> Record:
         expected |= {CODES_NAME, *(entry.file_name(n) for n, entry in enumerate(record.adapters))}
     if set(record.stored) != expected:
         raise UndoError("the record does not list exactly its files")
+    if encode(record) != data:
+        raise UndoError("the record has another version than its codes ask for")
     return record
 
 
@@ -172,7 +181,7 @@ def _codes_fit(t: TensorRecord) -> bool:
         return not t.pieces
     if modes == {STORED}:
         unit, stop, most = 1, size * itemsize(t.dtype), CODE_ELEMENTS
-    elif not modes <= {RESIDUAL, XOR} or not t.cols or size % t.cols or not t.output:
+    elif not modes <= {*PREDICTED, XOR} or not t.cols or size % t.cols or not t.output:
         return False
     else:
         unit, stop, most = t.cols, size // t.cols, max(1, CODE_ELEMENTS // t.cols)
@@ -182,4 +191,4 @@ def _codes_fit(t: TensorRecord) -> bool:
             return False
         end = code.first + code.length
     pieces_fit = all(piece.cols == unit and piece.start < piece.stop <= stop for piece in t.pieces)
-    return pieces_fit and (bool(t.pieces) or RESIDUAL not in modes)
+    return pieces_fit and (bool(t.pieces) or modes.isdisjoint(PREDICTED))

@@ -25,7 +25,7 @@ from lrconvert.merge.hashing import Digest, chunks, emit
 from lrconvert.merge.plan.updates import cuts, segment
 from lrconvert.merge.undo import residual
 from lrconvert.merge.undo.open_record import OpenRecord
-from lrconvert.merge.undo.record import RESIDUAL, STORED, Code, TensorRecord
+from lrconvert.merge.undo.record import PREDICTED, STORED, Code, TensorRecord
 
 # Takes a tensor, its first row here, the rows as they are and those of the base.
 Change = Callable[[TensorRecord, int, Array, Array], None]
@@ -114,7 +114,7 @@ class Restorer:
     def _restored(self, tensor: TensorRecord, info: TensorInfo) -> Iterator[tuple[Array, Callable[[], Array]]]:
         """Return (rows as they are now, a function that makes those of the base) in order; rows without a code did not
         change."""
-        cols = tensor.cols or 1
+        cols, pool = tensor.cols or 1, self.workspace.pool
         rows = int(np.prod(tensor.shape)) // cols
         height = compute.rows_per_block(cols)
         segments = list(pairwise(cuts(tensor.pieces, rows)))
@@ -123,20 +123,20 @@ class Restorer:
 
         def unchanged(start: int, stop: int) -> Iterator[tuple[Array, Callable[[], Array]]]:
             for top in range(start, stop, height):
-                present = compute.read_rows(self.checkpoint, info, top, min(height, stop - top), cols)
+                present = compute.read_rows(self.checkpoint, info, top, min(height, stop - top), cols, pool)
                 yield present, partial(_same, present)
 
         for code, data in self._codes(tensor):
             yield from unchanged(end, code.first)
             end = code.first + code.length
-            present = compute.read_rows(self.checkpoint, info, code.first, code.length, cols)
-            if code.mode == RESIDUAL:
+            present = compute.read_rows(self.checkpoint, info, code.first, code.length, cols, pool)
+            if code.mode in PREDICTED:
                 start, stop = next(((a, b) for a, b in segments if a <= code.first and end <= b), (0, 0))
                 if start not in updates:
                     updates = {start: self._update(tensor, start, stop)}
                 update, row = updates[start], code.first - start
-                guess, _ = update.add(present, info.dtype, row, self.workspace)
-                yield present, partial(_corrected, guess, update.window(row, code.length), data)
+                guess, _ = update.add(present, info.dtype, row, self.workspace, measure=False)
+                yield present, partial(_corrected, guess, update.window(row, code.length), data, present, code.mode)
             else:
                 yield present, partial(_unmasked, present, data)
         yield from unchanged(end, rows)
@@ -165,11 +165,11 @@ def _same(rows: Array) -> Array:
     return rows
 
 
-def _corrected(guess: Array, window: tuple[Any, Any] | None, data: bytes) -> Array:
+def _corrected(guess: Array, window: tuple[Any, Any] | None, data: bytes, present: Array, mode: int) -> Array:
     """Return the rows that a residual makes of a prediction."""
     if window is not None:
-        predicted = guess[window]
-        guess[window] = residual.decode_residual(data, predicted.reshape(-1)).reshape(predicted.shape)
+        predicted, merged = guess[window], present[window].reshape(-1)
+        guess[window] = residual.decode(data, mode, predicted.reshape(-1), merged).reshape(predicted.shape)
     return guess
 
 
