@@ -21,7 +21,7 @@ from lrconvert.methods.base import FitContext
 
 METHODS = [m.id for m in methods.all_methods()]
 FITTED = [m for m in METHODS if m != "vblora"]  # which trains for some steps, whatever it is given
-FEW, MANY = 24, 96
+FEW, MANY = 16, 48
 
 
 def calls(work: Callable[[], Any]) -> int:
