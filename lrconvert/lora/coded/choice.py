@@ -10,16 +10,20 @@ from lrconvert.core.dtypes import F64, Array
 from lrconvert.lora.coded.models import COUNT, ESCAPE, LARGEST, models, shifts
 from lrconvert.lora.coded.stream import WIDE
 
+CLASSES = LARGEST + 2  # the magnitudes 0 to LARGEST, and all larger ones
 _NEAR = 2  # wide models to either side of the one of the same deviation that are tried
 
 
-def best_models(codes: Array) -> tuple[Array, F64]:
-    """Return the model (n,) under which each row of integers (n, d) is shortest, and how many bits (n,) that is."""
-    magnitudes = np.abs(codes)
+def best_models(codes: Array, counts: F64 | None = None, squares: F64 | None = None) -> tuple[Array, F64]:
+    """Return the model (n,) under which each row of integers (n, d) is shortest, and how many bits (n,) that is. What
+    is known need not be counted: how many of a row are of each class, `counts`, and the sum of their `squares`."""
+    if counts is None or squares is None:
+        counts = _histograms(np.abs(codes))
+        squares = np.einsum("nd,nd->n", codes, codes, dtype=np.float64)
     narrow = np.flatnonzero(shifts() == 0)
-    lengths = _histograms(magnitudes) @ bits_of_classes()[:, narrow]
+    lengths = counts @ bits_of_classes()[:, narrow]
     best, shortest = narrow[np.argmin(lengths, axis=1)], lengths.min(axis=1)
-    sizes = np.sqrt(np.einsum("nd,nd->n", codes, codes, dtype=np.float64) / codes.shape[1])
+    sizes = np.sqrt(squares / codes.shape[1])
     middle = np.rint(4 * np.log2(np.maximum(sizes, 1)) + 10).astype(np.int64)
     wide = np.flatnonzero(middle > narrow[-1] - _NEAR)
     for offset in range(-_NEAR, _NEAR + 1):
@@ -35,8 +39,8 @@ def best_models(codes: Array) -> tuple[Array, F64]:
 
 def _histograms(classes: Array) -> F64:
     """Return the count of each class 0, 1, ... LARGEST, and of any larger one, in every row (n, d)."""
-    count, width = len(classes), LARGEST + 2
-    places = np.minimum(classes, LARGEST + 1) + np.arange(count, dtype=np.int64)[:, None] * width
+    count, width = len(classes), CLASSES
+    places = np.minimum(classes, CLASSES - 1) + np.arange(count, dtype=np.int64)[:, None] * width
     return np.bincount(places.reshape(-1), minlength=count * width).reshape(count, width).astype(np.float64)
 
 

@@ -26,9 +26,11 @@ import torch
 from torch import Tensor
 
 from lrconvert.core.dtypes import F64, Array
+from lrconvert.kernels import jit
 from lrconvert.methods.vblora.rows import I64, Rows, ends, spans
 from lrconvert.methods.vblora.subvectors import Mixer, beam_search, combine, encode
 
+_SAVED = 1.5e-8  # seconds that compiled loops save for each score of some ten rounds
 _BATCH = 1 << 21  # numbers of the rows that are coded at once, if a row has fewer
 
 
@@ -167,14 +169,21 @@ class Coder:
         gains = torch.cat([self._spread(which, p) for p in range(len(places))], 1)
         old = torch.stack([self.indices[codes][:, 0] for codes in places], 1)
         new, important = torch.empty_like(old), self._important(which)
+        loops = self._loops()
         for rows, width in _groups(valid, x.shape[1], len(x)):
             bank, _ = self._cut(width)
             weight = None if important is None else important[rows, :width].contiguous()
-            new[rows] = beam_search(x[rows, :width], bank, gains[rows], old[rows], self.beam, weight)
+            new[rows] = beam_search(x[rows, :width], bank, gains[rows], old[rows], self.beam, weight, loops)
         for p, codes in enumerate(places):
             self.indices[codes, 0] = new[:, p]
         if self.scaled:
             self._solve_gains(which, x, [self._unit(codes, valid) for codes in places])
+
+    def _loops(self) -> Any:
+        """Return compiled loops for the beam search if all its rounds pay for them and they have its formula."""
+        if self.importance is not None or self.bank.device.type != "cpu":
+            return None
+        return jit.load("beam", _SAVED * self.rows.codes * len(self.bank) * self.beam)
 
     def decode(self, which: I64, out: Tensor) -> None:
         """Fill `out` (their sub-vectors, b) with the numbers that the codes of the rows `which` stand for."""

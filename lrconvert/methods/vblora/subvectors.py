@@ -5,6 +5,8 @@ All in torch on any device, in chunks of scores that stay in the cache.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -195,39 +197,63 @@ def round_weights(indices: Tensor, weights: Tensor, denominator: int) -> tuple[T
 
 
 def beam_search(
-    x: Tensor, bank: Tensor, gains: Tensor, previous: Tensor, beam: int, weight: Tensor | None = None
+    x: Tensor,
+    bank: Tensor,
+    gains: Tensor,
+    previous: Tensor,
+    beam: int,
+    weight: Tensor | None = None,
+    loops: Any = None,
 ) -> Tensor:
     """Return indices (n, passes) with sum_p gains[:, p] * bank[index p] near x (n, b); never worse than `previous`.
-    `weight` (n, b): how much the squared error of each number counts.
+    `weight` (n, b): how much the squared error of each number counts. `loops`: compiled ones (`kernels/beam`), which do
+    without a weight.
 
     Keeps the `beam` best partial sums after each pass. Coding greedily, pass after pass, has up to half more error.
     """
-    depth, h = previous.shape[1], len(bank)
-    squares = (bank * bank).sum(1)
     result = previous.clone()
-    step = max(1, CHUNK // (beam * h))
+    step = max(1, CHUNK // (len(bank) if loops else beam * len(bank)))
     for start in range(0, len(x), step):
         part = slice(start, min(start + step, len(x)))
-        left, gain = x[part][:, None, :], gains[part]
         counted = None if weight is None else weight[part]
-        sizes = squares if counted is None else (counted @ (bank * bank).T)[:, None, :]
-        error = _size(x[part], counted)[:, None]
-        codes = torch.zeros((len(left), 1, 0), dtype=torch.int64, device=x.device)
-        for p in range(depth):
-            g = gain[:, p, None, None]
-            weighed = left if counted is None else left * counted[:, None, :]
-            scores = torch.matmul(weighed, bank.T).mul_(-2 * g).add_(g * g * sizes).add_(error[:, :, None]).flatten(1)
-            if p == depth - 1:
-                error, best = scores.min(1, keepdim=True)
-            else:
-                error, best = scores.topk(min(beam, scores.shape[1]), dim=1, largest=False)
-            parent, code = best // h, best % h
-            codes = torch.cat([codes.gather(1, parent[:, :, None].expand(-1, -1, p)), code[:, :, None]], 2)
-            left = left.gather(1, parent[:, :, None].expand(-1, -1, x.shape[1])) - g * bank[code]
-        old = x[part] - (gain[:, :, None] * bank[previous[part]]).sum(1)
-        better = _size(left[:, 0], counted) < _size(old, counted)
-        result[part] = torch.where(better[:, None], codes[:, 0], previous[part])
+        if loops is None:
+            codes = _best_sums(x[part], bank, gains[part], beam, counted)
+        else:
+            codes = _best_sums_by(loops, x[part], bank, gains[part], beam)
+        new, old = (x[part] - (gains[part][:, :, None] * bank[c]).sum(1) for c in (codes, previous[part]))
+        better = _size(new, counted) < _size(old, counted)
+        result[part] = torch.where(better[:, None], codes, previous[part])
     return result
+
+
+def _best_sums(x: Tensor, bank: Tensor, gains: Tensor, beam: int, counted: Tensor | None) -> Tensor:
+    """The codes (n, passes) of a beam search."""
+    h, depth = len(bank), gains.shape[1]
+    left = x[:, None, :]
+    squares = bank * bank
+    sizes = squares.sum(1) if counted is None else (counted @ squares.T)[:, None, :]
+    error = _size(x, counted)[:, None]
+    codes = torch.zeros((len(x), 1, 0), dtype=torch.int64, device=x.device)
+    for p in range(depth):
+        g = gains[:, p, None, None]
+        weighed = left if counted is None else left * counted[:, None, :]
+        scores = torch.matmul(weighed, bank.T).mul_(-2 * g).add_(g * g * sizes).add_(error[:, :, None]).flatten(1)
+        if p == depth - 1:
+            error, best = scores.min(1, keepdim=True)
+        else:
+            error, best = scores.topk(min(beam, scores.shape[1]), dim=1, largest=False)
+        parent, code = best // h, best % h
+        codes = torch.cat([codes.gather(1, parent[:, :, None].expand(-1, -1, p)), code[:, :, None]], 2)
+        left = left.gather(1, parent[:, :, None].expand(-1, -1, x.shape[1])) - g * bank[code]
+    return codes[:, 0]
+
+
+def _best_sums_by(loops: Any, x: Tensor, bank: Tensor, gains: Tensor, beam: int) -> Tensor:
+    """The same by compiled `loops`, on the products of vectors alone."""
+    codes = torch.empty(gains.shape, dtype=torch.int64)
+    numbers = (x @ bank.T, (x * x).sum(1), bank @ bank.T, gains.contiguous())
+    loops.search(*(part.numpy() for part in numbers), beam, codes.numpy())
+    return codes
 
 
 def _size(x: Tensor, weight: Tensor | None) -> Tensor:

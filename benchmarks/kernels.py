@@ -1,0 +1,130 @@
+"""Compiled loops (the extra `fast`) beside numpy and torch, in one process, processor time on one core.
+
+    python benchmarks/kernels.py            measures and writes benchmarks/results/kernels.jsonl
+    python benchmarks/kernels.py --render   writes the table of docs/kernels.md
+
+Numbers of an adapter shaped like a model of 8 billion at rank 16. Compiling and loading are not counted in the rows;
+both have rows of their own. The best of three runs counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+
+from lrconvert.kernels import jit
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "kernels.jsonl"
+PAGE = ROOT / "docs" / "kernels.md"
+NUMBERS = 1 << 21
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """The least processor time of three calls after one that compiles."""
+    function()
+    times = []
+    for _ in range(3):
+        start = time.process_time()
+        function()
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+def both(name: str, function: Callable[[], Any], count: int) -> dict[str, Any]:
+    """Nanoseconds of `function` for each of `count` numbers, without compiled loops and with them."""
+    row: dict[str, Any] = {"name": name}
+    jit._LOADING = 0.0
+    for key, spec in (("numpy", None), ("numba", True)):
+        jit.find_spec = lambda name, spec=spec: spec  # type: ignore[assignment]
+        row[key] = round(1e9 * seconds(function) / count, 2)
+    return row
+
+
+def rows() -> list[dict[str, Any]]:
+    """Every kernel, as the functions that call it see it."""
+    import torch
+
+    from lrconvert.lora.coded import stream
+    from lrconvert.lora.coded.choice import best_models
+    from lrconvert.methods.lowrank import rounding
+    from lrconvert.methods.vblora.subvectors import beam_search
+
+    rng = np.random.default_rng(0)
+    scaled = rng.standard_normal((NUMBERS >> 12, 1 << 12), np.float32) * np.geomspace(0.05, 8, NUMBERS >> 12)[:, None]
+    side = rounding.Side(scaled.astype(np.float32), np.arange(len(scaled)), 1.0)
+    parts = rounding.Components(np.zeros(len(scaled)), np.ones(len(scaled)), ((side,), (side,)))
+    codes = rounding.integers(side.rows, 1.0)
+    lengths = [(int(model), codes.shape[1]) for model in best_models(codes)[0]]
+    numbers = codes.reshape(-1)
+    data = stream.encode(numbers, lengths)
+    measured = [
+        both("rounding with models, a number", lambda: rounding.round_all(parts, 1.0), 2 * NUMBERS),
+        both("coded integers to bytes, a number", lambda: stream.encode(numbers, lengths), NUMBERS),
+        both("coded integers from bytes, a number", lambda: stream.decode(data, lengths), NUMBERS),
+    ]
+    torch.manual_seed(0)
+    for b, h, depth, beam in ((2, 16, 3, 20), (8, 256, 2, 5), (16, 512, 3, 5)):
+        n = NUMBERS * 8 // (h * beam * depth)
+        x, bank, gains = torch.randn(n, b), torch.randn(h, b), torch.rand(n, depth) * 0.6 ** torch.arange(depth)
+        previous = torch.zeros(n, depth, dtype=torch.int64)
+
+        def search(x=x, bank=bank, gains=gains, previous=previous, beam=beam) -> Any:  # type: ignore[no-untyped-def]
+            return beam_search(x, bank, gains, previous, beam, None, jit.load("beam", 1.0))
+
+        name = f"VB-LoRA's beam search, b {b}, h {h}, {depth} passes, beam {beam}, a score"
+        measured.append(both(name, search, n * h * ((depth - 1) * beam + 1)))
+    return measured
+
+
+def first_calls() -> list[dict[str, Any]]:
+    """Processor seconds of a process that imports numba and runs one symbol through the coder, and of the first one."""
+    code = "from lrconvert.kernels import jit, rans\nimport numpy as np\n"
+    call = "z = np.zeros(1, np.uint8); t = np.ones(4096, np.uint32); rans.encode(z, z, t, t, np.ones(1, np.uint32))\n"
+    clock = "import time; print(time.process_time())\n"
+    with TemporaryDirectory() as folder:
+        environment = os.environ | {"NUMBA_CACHE_DIR": folder}
+        bare = _last("import numpy, lrconvert.kernels.jit\n" + clock, environment)
+        first, later = (_last(code + call + clock, environment) for _ in range(2))
+    return [
+        {"name": "import of numba and a kernel, compiled, s", "numba": round(first - bare, 2)},
+        {"name": "import of numba and a kernel, from disk, s", "numba": round(later - bare, 2)},
+    ]
+
+
+def _last(code: str, environment: dict[str, str]) -> float:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    return float(done.stdout)
+
+
+def render() -> None:
+    """Write the table of the page."""
+    lines = ["| what | numpy, torch | numba | times |", "|---|---|---|---|"]
+    for line in RESULTS.read_text().splitlines():
+        row = json.loads(line)
+        if "numpy" in row:
+            lines.append(
+                f"| {row['name']} | {row['numpy']:.1f} ns | {row['numba']:.1f} ns | {row['numpy'] / row['numba']:.1f} |"
+            )
+        else:
+            lines.append(f"| {row['name'].removesuffix(', s')} | | {row['numba']:.2f} s | |")
+    marked = "<!-- kernels -->\n" + "\n".join(lines) + "\n<!-- end -->"
+    PAGE.write_text(re.sub(r"<!-- kernels -->.*?<!-- end -->", lambda _: marked, PAGE.read_text(), flags=re.DOTALL))
+
+
+if __name__ == "__main__":
+    if "--render" not in sys.argv:
+        RESULTS.write_text("".join(json.dumps(row) + "\n" for row in [*rows(), *first_calls()]))
+    render()

@@ -1,0 +1,47 @@
+"""Compiling with numba, which the extra `fast` installs: only for work that pays for it.
+
+A module of kernels is plain Python and can be imported without numba; its functions are then merely slow. `load` hands
+it out where numba is and there is enough to do. Machine code is kept on disk, where numba finds a folder to write to.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, TypeVar
+
+Loop = TypeVar("Loop", bound=Callable[..., Any])
+
+_LOADING = 0.8  # seconds that a kernel must save: importing numba takes half a second, and compiling is for once
+
+
+def load(name: str, seconds: float, *, exact: bool = False) -> Any:
+    """Return the module ``lrconvert.kernels.<name>`` if numba is installed and the `seconds` that it saves pay for
+    loading it; else None. What was loaded before counts only for loops that are `exact`, so that the same work has the
+    same outcome."""
+    loaded = exact and "numba" in sys.modules
+    if (seconds < _LOADING and not loaded) or find_spec("numba") is None:
+        return None
+    return import_module(f"lrconvert.kernels.{name}")
+
+
+def compiled(*, reassociate: bool = False) -> Callable[[Loop], Loop]:
+    """Return a decorator that compiles a function at its first call, and leaves it as it is without numba.
+    `reassociate`: sums of floats may be taken in any order, and minima need not mind a NaN."""
+
+    def compile_loop(function: Loop) -> Loop:
+        try:
+            import numba
+        except ImportError:
+            return function
+        fast = {"reassoc", "nsz", "nnan"} if reassociate else False
+        options = {"nogil": True, "error_model": "numpy", "fastmath": fast}
+        njit: Any = numba.njit
+        try:
+            return njit(cache=True, **options)(function)  # type: ignore[no-any-return]
+        except RuntimeError:  # there is no folder for the machine code
+            return njit(**options)(function)  # type: ignore[no-any-return]
+
+    return compile_loop

@@ -1,0 +1,63 @@
+"""Symbols to and from range asymmetric numeral systems, one after the other; `lora/coded/rans` has the same in numpy.
+
+All integers: the bytes are the same.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lrconvert.core.dtypes import Array
+from lrconvert.kernels.jit import compiled
+
+
+@compiled()
+def encode(symbols: Array, which: Array, frequencies: Array, starts: Array, states: Array) -> Array:
+    """Return the words, uint16, first to last, of `symbols` under the models `which`, both uint8 (n,), and leave the
+    final `states`, uint32 (lanes,). With f and s of symbol i from the tables, at ``64 which + symbol``, and x the state
+    of lane ``i mod lanes``, from the last symbol to the first:
+
+        x >= 2^16 f:  word <- x mod 2^16;  x <- x // 2^16
+        x <- 2^16 (x // f) + x mod f + s
+    """
+    lanes, left = len(states), len(symbols)
+    words = np.empty(left, np.uint16)
+    lane = (left - 1) % lanes
+    for i in range(len(symbols) - 1, -1, -1):
+        key = np.int64(which[i]) * 64 + symbols[i]
+        f, x = np.uint32(frequencies[key]), np.uint32(states[lane])
+        if x >> np.uint32(16) >= f:
+            left -= 1
+            words[left] = x & np.uint32(0xFFFF)
+            x >>= np.uint32(16)
+        states[lane] = x + x // f * (np.uint32(65536) - f) + starts[key]
+        lane = lane - 1 if lane else lanes - 1
+    return words[left:]
+
+
+@compiled()
+def decode(
+    words: Array, which: Array, tops: Array, slot_symbols: Array, steps: Array, states: Array, symbols: Array
+) -> int:
+    """Fill `symbols`, uint8 (n,), and return how many of the `words`, uint16, that took; -1 if there are too few.
+    Leaves the last `states`, uint32 (lanes,). The tables begin at ``tops[model]`` for the slots of each model:
+    `slot_symbols`, and `steps` with ``2^16 f + slot - s``. With x the state of lane ``i mod lanes``:
+
+        symbol i <- of slot x mod 2^16;  x <- f (x // 2^16) + x mod 2^16 - s
+        x < 2^16:  x <- 2^16 x + word
+    """
+    lanes, taken, lane = len(states), 0, 0
+    for i in range(len(symbols)):
+        x = np.uint32(states[lane])
+        slot = tops[which[i]] + np.int64(x & np.uint32(0xFFFF))
+        step = np.uint32(steps[slot])
+        symbols[i] = slot_symbols[slot]
+        x = (step >> np.uint32(16)) * (x >> np.uint32(16)) + (step & np.uint32(0xFFFF))
+        if x < np.uint32(65536):
+            if taken == len(words):
+                return -1
+            x = x << np.uint32(16) | np.uint32(words[taken])
+            taken += 1
+        states[lane] = x
+        lane = lane + 1 if lane + 1 < lanes else 0
+    return taken
