@@ -163,6 +163,6 @@ class AllSteps:
     def config(self, chosen: Array, taken: Array) -> Config:
         """Return the Config of these lines, only with the levels that are used."""
         lines = self._by_width(chosen, taken)
-        used = lines.any(axis=0)
-        levels = [q for q, is_used in zip(WIDTHS, used.tolist(), strict=True) if is_used]
+        used = [n for n in range(len(WIDTHS)) if lines[:, n].any()]
+        levels = [WIDTHS[n] for n in used]
         return settled(levels, lines[:, used].tolist(), self._by_rows[chosen].tolist())
