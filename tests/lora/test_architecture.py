@@ -205,7 +205,7 @@ def test_square_layers_of_a_decoder_in_a_larger_model_ask_the_class(tmp_path: Pa
     assert views == {inner: TRANSPOSED, outer: MATRIX}
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_causal_language_models_that_state_no_tie_share_nothing() -> None:
     """Merges into these do not ask the class about an output head that is stored; small ones of all that build."""
     built = 0
