@@ -262,7 +262,8 @@ class _Job:
 
             def whole(index: Index) -> Index:
                 row, col = np.divmod(index, right.shape[1])
-                return (row + place[0]) * cols.size + (col + place[1])
+                flat: Index = (row + place[0]) * cols.size + (col + place[1])
+                return flat
 
             return Filtered(done.stats, whole(done.open), whole(done.open_guess))
 

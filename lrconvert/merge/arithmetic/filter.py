@@ -41,7 +41,8 @@ def run(
     buffers = work.buffers
     open_ = buffers.open[: stored.size].reshape(rows, width)
     open_guess = buffers.open_guess[: stored.size].reshape(rows, width)
-    kind = {"F32": _Single, "F16": _F16, "BF16": _BF16}[dtype]
+    kinds: dict[str, type[_Single] | type[_Half]] = {"F32": _Single, "F16": _F16, "BF16": _BF16}
+    kind = kinds[dtype]
     tile = kind(buffers, (min(rows, max(1, TILE // width)), width), noise)
     stats = MergeStats()
     with np.errstate(over="ignore", invalid="ignore"):

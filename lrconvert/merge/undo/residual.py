@@ -18,6 +18,7 @@ import numpy as np
 
 from lrconvert.core.dtypes import Array
 from lrconvert.core.errors import UndoError
+from lrconvert.io.durable import Buffer
 from lrconvert.merge.arithmetic.rounding import bits
 from lrconvert.merge.undo.record import RESIDUAL, UNCERTAIN
 
@@ -104,7 +105,8 @@ class _Comparison:
         n = predicted.size
         one = np.bitwise_and(bits(predicted), self.mask, out=self.one[:n])
         other = np.bitwise_and(bits(merged), self.mask, out=self.other[:n])
-        return np.less(one, other, out=self.flag[:n])
+        lower: Array = np.less(one, other, out=self.flag[:n])
+        return lower
 
     def strays(self, base: Array, predicted: Array, uncertain: Array) -> Array:
         """Return where `base` is not `predicted` although that is not uncertain, until the next call."""
@@ -160,7 +162,7 @@ def decode_xor(data: bytes, present: Array) -> Array:
     return (bits(present) ^ mask).view(present.dtype)
 
 
-def encode_bytes(data: bytes | bytearray) -> bytes:
+def encode_bytes(data: Buffer) -> bytes:
     """Return the code that holds bytes."""
     return zlib.compress(data, 1)
 
@@ -184,31 +186,37 @@ def _signed(stored: Array) -> np.dtype[np.signedinteger]:
 def _ordered(stored: Array) -> Array:
     """Return the bits as integers in the order of the numbers: neighbours differ by one, -0 and +0 too."""
     codes = bits(stored)
-    return codes ^ (_spread_sign(codes) | _top(codes))
+    order: Array = codes ^ (_spread_sign(codes) | _top(codes))
+    return order
 
 
 def _unordered(order: Array) -> Array:
-    return order ^ (~_spread_sign(order) | _top(order))
+    codes: Array = order ^ (~_spread_sign(order) | _top(order))
+    return codes
 
 
-def _top(codes: Array) -> np.unsignedinteger[Any]:
+def _top(codes: Array) -> Any:
+    """Return the highest bit, in the type of `codes`."""
     return codes.dtype.type(1 << (8 * codes.itemsize - 1))
 
 
 def _spread_sign(codes: Array) -> Array:
     """Return all bits set where the highest one is."""
-    return (codes.view(_signed(codes)) >> (8 * codes.itemsize - 1)).view(codes.dtype)
+    signs: Array = codes.view(_signed(codes)) >> (8 * codes.itemsize - 1)
+    return signs.view(codes.dtype)
 
 
 def _pack(symbols: Array) -> bytes:
     """Return four two-bit symbols a byte, the first lowest."""
     quads = symbols.view("<u4")
-    return (quads | quads >> 6 | quads >> 12 | quads >> 18).astype(np.uint8).tobytes()
+    packed: Array = quads | quads >> 6 | quads >> 12 | quads >> 18
+    return packed.astype(np.uint8).tobytes()
 
 
 def _unpack(data: bytes) -> Array:
     packed = np.frombuffer(data, np.uint8).astype("<u4")
-    return ((packed | packed << 6 | packed << 12 | packed << 18) & np.uint32(0x03030303)).view(np.uint8)
+    quads: Array = (packed | packed << 6 | packed << 12 | packed << 18) & np.uint32(0x03030303)
+    return quads.view(np.uint8)
 
 
 def _planes(codes: Array) -> bytes:
