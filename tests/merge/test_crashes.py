@@ -111,13 +111,19 @@ def test_every_call_may_fail_in_place(kind: str, act: str, scenes: dict[str, Sce
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("resume", (False, True))
+@pytest.mark.parametrize(
+    "resume", ["by turns", *(pytest.param(word, marks=pytest.mark.long) for word in ("no", "yes"))]
+)
 @pytest.mark.parametrize("act", ("merge", "unmerge"))
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_call_may_fail_in_every_way(
-    kind: str, act: str, resume: bool, scenes: dict[str, Scene], place: Path
+    kind: str, act: str, resume: str, scenes: dict[str, Scene], place: Path
 ) -> None:
-    fail_every_call(scenes[kind], act, place, lambda n: [(*way, resume) for way in ALL])
+    def ways(n: int) -> list[Any]:
+        turns = [(n + number) % 2 == 0 if resume == "by turns" else resume == "yes" for number in range(len(ALL))]
+        return [(*way, turn) for way, turn in zip(ALL, turns, strict=True)]
+
+    fail_every_call(scenes[kind], act, place, ways)
 
 
 def fail_new_folder(scene: Scene, place: Path, ways: Callable[[int], list[Any]]) -> None:
