@@ -127,8 +127,8 @@ def _strengthened(
     distance = None if again is candidate else _distance(session, again)
     if distance is None or not distance.mean < plain.mean:
         return candidate
-    others = {"norm": candidate.norm, "other": candidate.other}
-    return replace(again, **others, strength=best, plain=plain.answers(session.base_distance))
+    measured = plain.answers(session.base_distance)
+    return replace(again, norm=candidate.norm, other=candidate.other, strength=best, plain=measured)
 
 
 @dataclass(eq=False)
