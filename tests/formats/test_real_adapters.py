@@ -161,12 +161,18 @@ def test_lowrank(name, tmp_path):
     [(name, method) for name in CONVERTED for method in methods.module_names() if method != "lowrank"],
 )
 def test_other_methods(name, method, tmp_path):
-    """A sample where VB-LoRA fits for minutes: adapters without floors get one of the three budgets, by turns."""
+    """A sample where VB-LoRA fits for minutes: adapters get one of the three budgets, by turns."""
     floors = CONVERTED[name][1]
-    sampled = method == "vblora" and floors is not None and name not in FLOORS
+    sampled = method == "vblora" and floors is not None
     turn = [*CONVERTED].index(name) % len(SHARES)
     kept = floors if floors is None or (name in FLOORS and method in KEEP) else (0.0, 0.0)
     check(name, method, tmp_path, kept, SHARES[turn : turn + 1] if sampled else SHARES)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [name for name in FLOORS if name in CONVERTED])
+def test_vblora_at_every_budget(name, tmp_path):
+    check(name, "vblora", tmp_path, CONVERTED[name][1])
 
 
 @pytest.mark.slow
