@@ -1,4 +1,4 @@
-"""Benchmark cells: measured once, appended to ``benchmarks/results/*.jsonl``, rendered into README tables.
+"""Benchmark cells: measured once, appended to ``benchmarks/results/*.jsonl``, rendered into tables of README and docs.
 
 A cell is one JSON line: its name, what was measured, the commit, the machine, the seconds it took. Running again skips
 cells that are there; ``--only PATTERN`` and ``--again`` choose.
@@ -103,7 +103,7 @@ def main(name: str, about: str | None, cells: Callable[[], Iterable[Cell]], tabl
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="a pattern that cell names must contain")
     parser.add_argument("--again", action="store_true", help="measure cells that are there, too")
-    parser.add_argument("--render", action="store_true", help="write the README table and measure nothing")
+    parser.add_argument("--render", action="store_true", help="write the table and measure nothing")
     arguments = parser.parse_args()
     if arguments.render:
         render(name, table())
@@ -112,12 +112,13 @@ def main(name: str, about: str | None, cells: Callable[[], Iterable[Cell]], tabl
 
 
 def render(name: str, table: str) -> None:
-    """Put `table` between README's markers of that name."""
-    path = ROOT / "README.md"
-    text = path.read_text()
+    """Put `table` between the markers of that name, in README.md or a page of docs/."""
     start, end = f"<!-- table {name} -->", f"<!-- end table {name} -->"
-    if start not in text or end not in text:
-        raise SystemExit(f"README.md has no markers for {name}")
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    path = next((page for page in pages if start in page.read_text()), None)
+    if path is None or end not in path.read_text():
+        raise SystemExit(f"no page has markers for {name}")
+    text = path.read_text()
     head, tail = text.split(start)[0], text.split(end)[1]
     path.write_text(f"{head}{start}\n{table.strip()}\n{end}{tail}")
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -22,13 +21,13 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import cells
 import numpy as np
 
 from lrconvert.kernels import jit
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "kernels.jsonl"
-PAGE = ROOT / "docs" / "kernels.md"
 NUMBERS = 1 << 21
 
 
@@ -109,8 +108,8 @@ def _last(code: str, environment: dict[str, str]) -> float:
     return float(done.stdout)
 
 
-def render() -> None:
-    """Write the table of the page."""
+def table() -> str:
+    """Return the table of the page."""
     lines = ["| what | numpy, torch | numba | times |", "|---|---|---|---|"]
     for line in RESULTS.read_text().splitlines():
         row = json.loads(line)
@@ -120,11 +119,10 @@ def render() -> None:
             )
         else:
             lines.append(f"| {row['name'].removesuffix(', s')} | | {row['numba']:.2f} s | |")
-    marked = "<!-- kernels -->\n" + "\n".join(lines) + "\n<!-- end -->"
-    PAGE.write_text(re.sub(r"<!-- kernels -->.*?<!-- end -->", lambda _: marked, PAGE.read_text(), flags=re.DOTALL))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
     if "--render" not in sys.argv:
         RESULTS.write_text("".join(json.dumps(row) + "\n" for row in [*rows(), *first_calls()]))
-    render()
+    cells.render("kernels", table())

@@ -1,7 +1,7 @@
 """How the work grows with the number of targets: every command on adapters of few and of many modules.
 
     python benchmarks/scale.py            measures what is missing, each command in a process of its own
-    python benchmarks/scale.py --render   writes the README table
+    python benchmarks/scale.py --render   writes the table of docs/scale.md
 
 The adapters are random, made here, with a decaying spectrum: `COUNTS` small modules as a mixture of experts has them
 (rank 4 on 64 x 96), a mixture of experts of 1,152 modules (rank 8 on 256 x 512), and Llama-3-8B's seven linear layers

@@ -313,14 +313,22 @@ def test_work_that_a_failing_disk_stopped_goes_on(what: str, place: Path, reques
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overwrite", (False, True))
-@pytest.mark.parametrize("what", ("refining", "measuring"))
+@pytest.mark.parametrize(
+    ("what", "way"),
+    [
+        ("refining", "by turns"),
+        ("refining", "over an old output, by turns"),
+        pytest.param("refining", "all", marks=pytest.mark.long),
+        ("measuring", "over an old output, by turns"),
+        ("measuring", "all"),
+    ],
+)
 def test_work_goes_on_after_every_call_that_fails(
-    what: str, overwrite: bool, place: Path, request: pytest.FixtureRequest
+    what: str, way: str, place: Path, request: pytest.FixtureRequest
 ) -> None:
-    """In every way; over an old output by turns, since only the last calls know of it."""
+    """In every way, or in one by turns where the work takes long; only the last calls know of an old output."""
     write = request.getfixturevalue(what)
-    fail_and_go_on(write, place, overwrite, 1, by_turns if overwrite else lambda n: ALL)
+    fail_and_go_on(write, place, way.startswith("over"), 1, (lambda n: ALL) if way == "all" else by_turns)
 
 
 @pytest.mark.parametrize("what", ("refining", "measuring"))

@@ -149,9 +149,9 @@ def test_equal_texts_stay_on_one_side() -> None:
 def test_labels_are_classes() -> None:
     tokenizer = load_model.load_tokenizer(BASES / "tiny-bert")
     rows = [texts.Text("one", label="sad"), texts.Text("other", label="1"), texts.Text("third", label="unheard")]
-    examples = data.examples(rows, tokenizer, "encoder", 16, 0, {"happy": 0, "sad": 1})
-    assert [e.label for e in examples] == [1, 1, None]
-    labels = data.Pool("encoder", tuple(examples)).batch([0, 1, 2]).labels
+    pool = data.tokenized(rows, tokenizer, "encoder", 16, 0, {"happy": 0, "sad": 1})
+    assert [e.label for e in pool.examples] == [1, 1, None]
+    labels = pool.batch([0, 1, 2]).labels
     assert labels is not None and labels.tolist() == [1, 1, -100]
 
 
