@@ -157,6 +157,8 @@ def _random_start(compact: Any, seed: int) -> Any:
         old = compact.tensors[spec.name]
         if spec.kind == "code":
             tensors[spec.name] = rng.integers(1 << spec.bits, size=old.shape).astype(old.dtype)
+        elif spec.kind == "coded":  # as large as they were, so that they are coded as before
+            tensors[spec.name] = rng.permutation(old) * rng.choice(np.array([-1, 1], old.dtype), old.shape)
         elif spec.kind != "index":
             size = 0.1 * np.sqrt(np.mean(np.square(old, dtype=np.float64)))
             even = spec.name in ("scales", "gains", "base_scales")
