@@ -42,8 +42,10 @@ from lrconvert.live.answers import Outputs
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 from lrconvert.methods import base as methods
 from lrconvert.refine import data, losses, self_generated_data
-from lrconvert.refine.evaluation import TeacherModel
+from lrconvert.refine.evaluation import ZERO, TeacherModel
 from lrconvert.refine.rate import budget_of
+from lrconvert.refine.session import open_session
+from lrconvert.refine.settings import RunOptions, Settings
 from lrconvert.refine.trainer import Trainer
 
 pytestmark = pytest.mark.medium  # all of them work on models, disks or processes
@@ -363,6 +365,26 @@ def test_early_stopping_and_time(lora: LoraAdapter, model: Any, batches: Any) ->
     assert stopped.steps < 50
     timed = api.refine(exact, lora, model, batches, minutes=1e-9, **FEW)
     assert timed.steps <= 1
+
+
+def test_the_teacher_answers_held_out_data_once(
+    lora: LoraAdapter, model: Any, batches: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening a session measures the base; what the teacher answered for that is kept for all later measurements."""
+    asked: list[Any] = []
+    plain = TeacherModel.teacher
+
+    def counting(self: Any, batch: Any, hidden: bool) -> Any:
+        asked.append(batch)
+        return plain(self, batch, hidden)
+
+    monkeypatch.setattr(TeacherModel, "teacher", counting)
+    settings = Settings(hidden=1.0)
+    with open_session(model, lora, batches, settings, RunOptions(), progress=lambda share, text: None) as session:
+        assert len(asked) == len(session.evaluator.batches) > 0
+        again = session.evaluator.sums((ZERO,))
+        assert len(asked) == len(session.evaluator.batches)
+        assert again.distance == session.base_distance.distance and again.hidden == []
 
 
 def test_the_tasks_own_loss(lora: LoraAdapter, model: Any, small: Any, batches: Any) -> None:
