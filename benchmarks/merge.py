@@ -465,15 +465,13 @@ def table() -> str:
         if not any(name in done for name in names):
             continue
         copy, hashed = (done.get(name, {}) for name in (names[0], f"{size.name}: {SHA256}"))
-        rows += [line(name, done.get(name), copy.get("seconds"), hashed.get("cpu")) for name in names]
+        rows += [line(name, done[name], copy.get("seconds"), hashed.get("cpu")) for name in names if name in done]
     head = ["base: command", "time", "GB/s", "speed", "processor", "against OpenSSL's", "peak memory", ""]
     return cells.markdown(head, rows)
 
 
-def line(name: str, cell: dict[str, Any] | None, seconds: float | None, cpu: float | None) -> list[Any]:
+def line(name: str, cell: dict[str, Any], seconds: float | None, cpu: float | None) -> list[Any]:
     """Return a row; of a machine that others used, the time says nothing."""
-    if cell is None:
-        return [name, "not run", *[""] * 6]
     is_quiet = cell["others"] <= QUIET
     times = [f"{cell['seconds']:.1f} s", f"{cell['gb_per_second']:.2f}"] if is_quiet else ["", ""]
     speed = f"{seconds / cell['seconds']:.2f}x" if seconds and is_quiet else ""
