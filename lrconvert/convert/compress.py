@@ -135,6 +135,8 @@ def compress(
         raise OptionError("give one of --target-size, --target-ratio and --min-captured")
     if wanted is not None and not 0 < wanted <= 1:
         raise OptionError(f"--min-captured is {wanted}; a share above 0, at most 1, is allowed")
+    if wanted is not None and options.strength != 1:
+        raise OptionError("--min-captured measures the nearest fit, which --strength leaves", fix="give one of them")
     plans = list(_plans(compress_options.forms))
     candidates: list[Candidate] = []
     with prepare_source(lora, options, base_content) as source:

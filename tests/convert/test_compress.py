@@ -78,6 +78,8 @@ def test_what_cannot_be_is_said():
     for share in (0.0, 1.1, -1.0):
         with pytest.raises(OptionError, match="a share above 0, at most 1"):
             api.compress(LORA, min_captured=share)
+    with pytest.raises(OptionError, match="--min-captured measures the nearest fit"):
+        api.compress(LORA, min_captured=0.5, strength=1.5)
     with pytest.raises(VersionError):
         api.compress(LORA, target_ratio=9, forms=["zip"])
     with pytest.raises(OptionError, match="is not a regular expression"):
