@@ -101,7 +101,7 @@ def _nearer(session: RefineSession, by_outputs: Candidate, by_weights: Candidate
 
 
 def _distance(session: RefineSession, candidate: Candidate, scale: float = 1.0) -> AnswerSums | None:
-    """How far the answers with a fit, its updates times `scale`, are from the LoRA's; None if there is none."""
+    """The distance of the answers with a fit, its updates times `scale`, from the LoRA's; None if there is none."""
     if candidate.conversion is None:
         return None
     adapters: dict[str, CompactAdapter | LoraAdapter] = {NAME: candidate.conversion.compact}

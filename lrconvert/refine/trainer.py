@@ -272,7 +272,7 @@ class Trainer:
         return self._answers.of(key, compute, self.teacher_model.device)
 
     def _comes_again(self) -> bool:
-        """Whether batches do: branches of a probe share them, and so do epochs."""
+        """True if batches do: branches of a probe share them, and so do epochs."""
         batches = self.settings.steps * self._batches_of_a_step()
         return bool(self.state.branch or batches > len(self._plan[1]))
 

@@ -148,7 +148,7 @@ def _slots(k: int) -> tuple[Array, Array]:
 
 
 def _tables(which: Array) -> tuple[Array, Array, Array]:
-    """Where the slots of each model begin, int64 (64,), and their symbols and steps, of the models that are used."""
+    """The first slot of each model, int64 (64,), and the symbols and steps of all slots, of used models."""
     used = np.flatnonzero(_counts(which))
     tops = np.zeros(COUNT, np.int64)
     tops[used] = np.arange(len(used)) << TOTAL_BITS

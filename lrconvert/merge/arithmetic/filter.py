@@ -21,7 +21,7 @@ _NONE: Index = np.empty(0, np.intp)
 
 @dataclass(frozen=True)
 class Filtered:
-    """What the filter did to a block: in `stats`, `unmoved` counts the elements with a zero update. `open` and
+    """The outcome of the filter for a block: in `stats`, `unmoved` counts the elements with a zero update. `open` and
     `open_guess` are the flat positions that it has not decided, of results and of predictions."""
 
     stats: MergeStats

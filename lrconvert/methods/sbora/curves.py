@@ -149,7 +149,7 @@ class AllSteps:
         return rows[order], which[order], np.asarray(energy[order], np.float64)
 
     def _by_width(self, chosen: Array, taken: Array) -> Array:
-        """How many lines (targets, WIDTHS) have each width."""
+        """The number of lines (targets, WIDTHS) of each width."""
         lines = np.zeros((len(chosen), len(WIDTHS)), np.int64)
         ending = taken - np.pad(taken[:, 1:], ((0, 0), (0, 1)))
         np.add.at(lines, (np.arange(len(chosen))[:, None], self._width[chosen]), ending)

@@ -149,7 +149,7 @@ class Planner:
         return high, steps.at(high)[0]
 
     def _fits(self, steps: AllSteps, chosen: Array, taken: Array) -> bool:
-        """Whether these lines fit; without a look at the file if their numbers alone are too many."""
+        """True if these lines fit; without a look at the file if their numbers alone are too many."""
         if steps.payload(chosen, taken) > 8 * self.budget.limit:
             return False
         return not taken.any() or self.budget.fits(steps.config(chosen, taken))

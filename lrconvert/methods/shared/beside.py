@@ -1,4 +1,4 @@
-"""What follows from a config and its targets, computed once and kept beside the config."""
+"""Results of a config and its targets, computed once and kept beside the config."""
 
 from __future__ import annotations
 

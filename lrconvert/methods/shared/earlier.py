@@ -1,4 +1,4 @@
-"""What earlier versions of methods share: their files are read and refined, and none are made any more."""
+"""Earlier versions of methods: their files are read and refined, and none are made any more."""
 
 from __future__ import annotations
 
