@@ -81,6 +81,11 @@ class Setting:
     def key(self) -> str:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
+    @property
+    def refined_key(self) -> str:
+        """The key of a refinement: how much is held out changes its measurement alone."""
+        return replace(self, held=0).key
+
 
 def code_commit() -> str:
     """Return the commit that last changed what is measured."""
@@ -187,7 +192,9 @@ def _refit(run: Run, teacher: Teacher, lora: Any, setting: Setting) -> tuple[Any
 def _refined(run: Run, teacher: Teacher, lora: Any, compact: Any, setting: Setting) -> tuple[Any, dict[str, Any]]:
     from lrconvert import api
 
-    out = teacher.folder / f"refined-{setting.key}.lrc"
+    out = teacher.folder / f"refined-{setting.refined_key}.lrc"
+    if out.exists():
+        return api.read(out), {"steps": run.steps}
     made = api.refine(
         compact, lora, run.base, teacher.seen, out,
         steps=run.steps, batch_tokens=run.batch_tokens, seed=setting.seed, layerwise=False, checkpoint_every=25,
