@@ -275,8 +275,7 @@ _SHARES = {"90": 0.9, "99": 0.99, "99.9": 0.999}  # of a spectrum's energy
 def inspect_lora(lora: LoraAdapter) -> dict[str, Any]:
     """Return the facts of a LoRA as JSON values."""
     rows = []
-    for pair in lora.targets:
-        s = svd.singular_values(pair)
+    for pair, s in zip(lora.targets, svd.spectra(lora.targets), strict=True):
         row = _target_row(pair.target) | {"rank": pair.rank, "scale": pair.scale, "dtype": pair.a.dtype}
         row["norm"] = float(np.sqrt(np.sum(s * s)))
         row["spectrum"] = {percent: svd.energy_rank(s, share) for percent, share in _SHARES.items()}

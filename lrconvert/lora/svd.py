@@ -7,7 +7,7 @@ update (out, in) is never formed: for a 4096 x 4096 target of rank 16 that is so
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,31 +24,67 @@ if TYPE_CHECKING:
 class Factors:
     """``U @ diag(s) @ Vt``: U (out, k), s (k,) descending, Vt (k, in), float64, k = min(r, out, in).
 
-    In every column of U the entry of largest magnitude is positive (the first of equals), which fixes the signs.
+    In every column of U the entry of largest magnitude is positive (the first of equals), which fixes the signs. Those
+    of several targets have an axis more, in front.
     """
 
     U: F64
     s: F64
     Vt: F64
 
+    def of(self, which: int) -> Factors:
+        """Return those of one of several targets."""
+        return Factors(self.U[which], self.s[which], self.Vt[which])
+
 
 _ILL_CONDITIONED = 1e-3  # smallest diagonal of the normalized Cholesky factor that two passes still repair
+_AT_ONCE = 1 << 17  # numbers of factors of equal shapes that are looked at together
+_MULTIPLICATIONS = 1 << 18  # OpenBLAS does as many on one thread; above, threads wait longer than they compute
+_LEAST_COLUMNS = 256
 
 
-def _gram_root(x: F64) -> F64 | None:
-    """R (k, k) upper triangular with ``R.T @ R = x.T @ x`` for a tall x (n, k), or None if x is too ill-conditioned.
+def _parts(x: F64, height: int) -> list[slice]:
+    """Columns of x (..., m), so few at a time that their products with `height`^2 numbers run on one thread."""
+    width = max(_LEAST_COLUMNS, _MULTIPLICATIONS // max(height, 1) ** 2)
+    return [slice(start, start + width) for start in range(0, x.shape[-1], width)]
 
-    Columns are normalized first, so that a decaying spectrum alone does not count as ill-conditioned.
-    """
-    gram = x.T @ x
-    norms = np.sqrt(gram.diagonal())
-    if not norms.all() or not np.isfinite(norms).all():
-        return None
+
+def products(left: F64, right: F64) -> F64:
+    """Return ``left @ right^T`` (..., j, k) of wide left (..., j, m) and right (..., k, m)."""
+    total = np.zeros((*left.shape[:-1], right.shape[-2]))
+    for part in _parts(left, max(left.shape[-2], right.shape[-2])):
+        total += left[..., part] @ right[..., part].mT
+    return total
+
+
+def _gram(rows: F64, matrix: F64 | None = None) -> F64:
+    """``x @ x^T`` (..., k, k) of x = rows (..., k, m), or ``matrix @ rows``."""
+    if matrix is None:
+        return products(rows, rows)
+    total = np.zeros((*rows.shape[:-1], rows.shape[-2]))
+    for part in _parts(rows, rows.shape[-2]):
+        some = matrix @ rows[..., part]
+        total += some @ some.mT
+    return total
+
+
+def _roots(gram: F64) -> tuple[F64, Array]:
+    """R (n, k, k) upper triangular with ``R^T R = gram``, and for which of n it is of use (n,): the others are too
+    ill-conditioned. What is normalized first, so that a decaying spectrum alone does not count as that."""
+    norms = np.sqrt(gram.diagonal(axis1=-2, axis2=-1))
+    good = ((norms > 0) & np.isfinite(norms)).all(axis=-1)
+    norms = np.where(good[:, None], norms, 1.0)
+    unit = np.eye(gram.shape[-1])
+    normalized = np.where(good[:, None, None], gram / (norms[:, :, None] * norms[:, None, :]), unit)
     try:
-        lower = np.linalg.cholesky(gram / np.outer(norms, norms))
+        lower = np.linalg.cholesky(normalized)
     except np.linalg.LinAlgError:
-        return None
-    return None if lower.diagonal().min(initial=1.0) < _ILL_CONDITIONED else lower.T * norms
+        if len(gram) > 1:  # one alone is at fault
+            parts = [_roots(gram[n : n + 1]) for n in range(len(gram))]
+            return np.concatenate([root for root, _ in parts]), np.concatenate([mark for _, mark in parts])
+        lower, good = unit[None], np.zeros(1, bool)
+    good &= lower.diagonal(axis1=-2, axis2=-1).min(axis=-1, initial=1.0) >= _ILL_CONDITIONED
+    return lower.mT * norms[:, None, :], good
 
 
 def _householder(x: F64) -> tuple[F64, F64]:
@@ -58,23 +94,60 @@ def _householder(x: F64) -> tuple[F64, F64]:
     return np.asarray(q, np.float64), np.asarray(r, np.float64)
 
 
-def _qr(x: F64) -> tuple[F64, F64]:
-    """Thin QR of a tall x (n, k): Cholesky QR in two passes (Yamamoto et al., 2015), a few matrix products instead of
-    k reflections; Householder where the columns are nearly dependent."""
-    first = _gram_root(x) if x.shape[0] >= x.shape[1] else None
-    if first is None:
-        return _householder(x)
-    q = x @ np.linalg.inv(first)
-    second = _gram_root(q)
-    if second is None:
-        return _householder(x)
-    return q @ np.linalg.inv(second), second @ first
+@dataclass(frozen=True, eq=False)
+class _Thin:
+    """A thin QR of rows (n, k, m), j = min(k, m): those of ``turn @ inner @ rows`` are orthonormal (n, j, m), and R^T
+    (n, k, j), of `root` R, times them is what was decomposed. Products with all rows are made when they are needed, a
+    few columns at a time: a pass over memory costs more."""
+
+    rows: F64
+    inner: F64
+    turn: F64
+    root: F64
+
+    def times(self, matrix: F64) -> F64:
+        """Return ``matrix @ orthonormal rows``, (n, i, m) for matrix (n, i, j)."""
+        turned = matrix @ self.turn
+        product = np.empty((*turned.shape[:-1], self.rows.shape[-1]))
+        for part in _parts(self.rows, self.rows.shape[-2]):
+            np.matmul(turned, self.inner @ self.rows[..., part], out=product[..., part])
+        return product
 
 
-def _r_factor(x: F64) -> F64:
-    """The R of a thin QR, up to the signs of its rows."""
-    root = _gram_root(x) if x.shape[0] >= x.shape[1] else None
-    return _householder(x)[1] if root is None else root
+def _thin(rows: F64) -> _Thin:
+    """The thin QR of rows (n, k, m), which are overwritten: Cholesky QR in two passes (Yamamoto et al., 2015), a few
+    matrix products instead of k reflections; Householder where rows are nearly dependent."""
+    count, k, m = rows.shape
+    if m < k:
+        pairs = [_householder(one.T) for one in rows]
+        q, r = (np.stack(side) for side in zip(*pairs, strict=True))
+        unit = np.broadcast_to(np.eye(m), (count, m, m))
+        return _Thin(q.mT, unit, unit, r)
+    first, good = _roots(_gram(rows))
+    inner = np.linalg.inv(first).mT
+    second, better = _roots(_gram(rows, inner))
+    turn, root = np.linalg.inv(second).mT, second @ first
+    for n in np.flatnonzero(~(good & better)):
+        q, root[n] = _householder(rows[n].T)
+        rows[n], inner[n], turn[n] = q.T, np.eye(k), np.eye(k)
+    return _Thin(rows, inner, turn, root)
+
+
+def factors_of(pairs: Sequence[LoraTarget]) -> tuple[F64, F64]:
+    """Return A (n, r, in) and B^T (n, r, out), float64, of targets of equal shapes and ranks, without the scale."""
+    a = np.stack([pair.A for pair in pairs], dtype=np.float64)
+    b = np.stack([pair.B for pair in pairs], dtype=np.float64)
+    return a, b.mT
+
+
+def stacks(pairs: Sequence[LoraTarget]) -> Iterator[list[int]]:
+    """Yield the numbers of targets that can be looked at together: of equal shapes and ranks, some at a time."""
+    alike: dict[tuple[tuple[int, int], int], list[int]] = {}
+    for n, pair in enumerate(pairs):
+        alike.setdefault((pair.target.matrix_shape, pair.rank), []).append(n)
+    for (shape, rank), numbers in alike.items():
+        count = max(1, _AT_ONCE // max(rank * sum(shape), 1))
+        yield from (numbers[n : n + count] for n in range(0, len(numbers), count))
 
 
 def svd(pair: LoraTarget, moment: Moment | None = None) -> Factors:
@@ -83,30 +156,39 @@ def svd(pair: LoraTarget, moment: Moment | None = None) -> Factors:
     With the `moment` M of the target's input, in the metric of the output: Vt M Vt^T is the identity, s^2 the mean
     squared size of the outputs along U, and cutting at any rank has the least mean squared error of the output.
     """
-    q_out, core, r_in = _core(pair, moment)
-    u, s, vt = np.linalg.svd(core)
-    rank = min(len(s), r_in.shape[1])
+    if moment is None:
+        return svds([pair]).of(0)
+    a, b = factors_of([pair])
+    thin = _thin(b)
+    left = pair.scale * thin.root[0]
+    u, s, _ = np.linalg.svd(left @ _root(moment.gram(pair.A)))
+    rank = min(len(s), pair.target.in_features)
     u, s = u[:, :rank], s[:rank]
-    left = q_out @ u
-    if moment is None:
-        right = vt[:rank] @ r_in
-    else:
-        used = s > 1e-14 * s.max(initial=0.0)
-        right = np.where(used, 1 / np.where(used, s, 1), 0)[:, None] * (u.T @ r_in)
-    peak = np.argmax(np.abs(left), axis=0)
-    sign = np.where(left[peak, np.arange(rank)] < 0, -1.0, 1.0)
-    return Factors(left * sign, s, right * sign[:, None])
+    used = s > 1e-14 * s.max(initial=0.0)
+    right = np.where(used, 1 / np.where(used, s, 1), 0)[:, None] * (u.T @ (left @ a[0]))
+    rows = thin.times(u.T[None])[0]
+    sign = _signs(rows)
+    rows *= sign
+    right *= sign
+    return Factors(rows.T, s, right)
 
 
-def _core(pair: LoraTarget, moment: Moment | None) -> tuple[F64, F64, F64]:
-    """(Q (out, k), core, R): Q orthonormal; without a moment R (k, in) is orthonormal too and the update is
-    ``Q @ core @ R``; with one it is ``Q @ R``, and ``core @ core^T = R M R^T``."""
-    q_out, r_out = _qr(pair.B.astype(np.float64))
-    if moment is None:
-        q_in, r_in = _qr(pair.A.T.astype(np.float64))
-        return q_out, pair.scale * (r_out @ r_in.T), q_in.T
-    left = pair.scale * r_out
-    return q_out, left @ _root(moment.gram(pair.A)), left @ pair.A.astype(np.float64)
+def svds(pairs: Sequence[LoraTarget]) -> Factors:
+    """Return the same of targets of equal shapes and ranks (`stacks`), in the plain norm, with an axis more: U (n, out,
+    k), s (n, k), Vt (n, k, in). Each has the bits that it has alone."""
+    one, two = map(_thin, factors_of(pairs))
+    scales = np.array([pair.scale for pair in pairs], np.float64)[:, None, None]
+    u, s, vt = np.linalg.svd(scales * (two.root @ one.root.mT), full_matrices=False)
+    rows = two.times(u.mT)
+    sign = _signs(rows)
+    rows *= sign
+    return Factors(rows.mT, s, one.times(vt * sign))
+
+
+def _signs(rows: F64) -> F64:
+    """The sign (..., k, 1) of the entry of largest magnitude of rows (..., k, m), the first of equals."""
+    peak = np.argmax(np.abs(rows), axis=-1, keepdims=True)
+    return np.where(np.take_along_axis(rows, peak, axis=-1) < 0, -1.0, 1.0)
 
 
 def _root(gram: F64) -> F64:
@@ -115,11 +197,33 @@ def _root(gram: F64) -> F64:
     return np.asarray(vectors * np.sqrt(np.maximum(values, 0)), np.float64)
 
 
+def _r_factors(rows: F64) -> F64:
+    """The R (n, j, k) of thin QRs of rows^T, rows (n, k, m), up to the signs of their rows."""
+    if rows.shape[2] < rows.shape[1]:
+        return np.stack([_householder(one.T)[1] for one in rows])
+    roots, good = _roots(_gram(rows))
+    for n in np.flatnonzero(~good):
+        roots[n] = _householder(rows[n].T)[1]
+    return roots
+
+
+def spectra(pairs: Sequence[LoraTarget]) -> list[F64]:
+    """Return the `singular_values` of every target in the plain norm."""
+    values: dict[int, F64] = {}
+    for numbers in stacks(pairs):
+        some = [pairs[n] for n in numbers]
+        a, b = map(_r_factors, factors_of(some))
+        scales = np.array([pair.scale for pair in some], np.float64)[:, None, None]
+        values |= zip(numbers, np.linalg.svd(scales * (b @ a.mT), compute_uv=False), strict=True)
+    return [values[n] for n in range(len(pairs))]
+
+
 def singular_values(pair: LoraTarget, moment: Moment | None = None) -> F64:
     """Return the singular values of ``scale * B @ A``, descending, without forming U and Vt; see `svd`."""
-    r_out = _r_factor(pair.B.astype(np.float64))
-    right = _r_factor(pair.A.T.astype(np.float64)).T if moment is None else _root(moment.gram(pair.A))
-    return np.asarray(np.linalg.svd(pair.scale * (r_out @ right), compute_uv=False), np.float64)
+    if moment is None:
+        return spectra([pair])[0]
+    root = _r_factors(factors_of([pair])[1])[0]
+    return np.asarray(np.linalg.svd(pair.scale * (root @ _root(moment.gram(pair.A))), compute_uv=False), np.float64)
 
 
 def energy_rank(s: F64, share: float) -> int:
@@ -168,9 +272,8 @@ def distance(pair: LoraTarget, a: Array, b: Array, moment: Moment | None = None)
 
 def _summed(part: Callable[[slice], F64], width: int) -> F64:
     """``x @ x^T`` of a wide x (k, width), of which `part` gives some columns."""
-    slices = [slice(start, start + _COLUMNS) for start in range(0, width, _COLUMNS)]
-    grams = (x @ x.T for x in map(part, slices))
-    return np.asarray(sum(grams), np.float64)
+    slices = (slice(start, start + _COLUMNS) for start in range(0, width, _COLUMNS))
+    return np.asarray(sum(map(_gram, map(part, slices))), np.float64)
 
 
 def fit_metric(pair: LoraTarget, moment: Moment | None) -> Moment:

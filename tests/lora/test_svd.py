@@ -69,3 +69,51 @@ def test_zero_update():
     )
     assert not svd.svd(pair).s.any()
     assert svd.energy_rank(svd.singular_values(pair), 0.9) == 0
+
+
+def many() -> list[LoraTarget]:
+    """Pairs of three shapes and two ranks, some with factors of zeros, of equal columns, or wider than long."""
+    pairs = [pair for n in range(7) for pair in random_lora([(24, 16), (16, 40), (3, 6)], rank=4, seed=n).targets]
+    pairs += random_lora([(24, 16)], rank=3).targets
+    broken = {3: np.zeros((24, 4), np.float32), 6: np.ones((24, 4), np.float32), 9: np.eye(24, 4, dtype=np.float32)}
+    broken[9][:, 3] = broken[9][:, 0] * np.float32(1 + 1e-7)
+    for n, b in broken.items():
+        pairs[n] = LoraTarget(pairs[n].target, pairs[n].a, Stored("F32", b), pairs[n].scale)
+    return pairs
+
+
+def test_a_target_has_the_same_bits_in_any_company():
+    """The SVD of a target does not depend on those that are looked at with it."""
+    pairs = many()
+    seen: list[int] = []
+    for numbers in svd.stacks(pairs):
+        seen += numbers
+        together = svd.svds([pairs[n] for n in numbers])
+        for which, n in enumerate(numbers):
+            alone, own = svd.svd(pairs[n]), together.of(which)
+            assert all(getattr(alone, name).tobytes() == getattr(own, name).tobytes() for name in ("U", "s", "Vt"))
+            assert np.allclose(own.U * own.s @ own.Vt, dense(pairs[n]), rtol=0, atol=1e-6)
+    assert sorted(seen) == list(range(len(pairs)))
+    for pair, values in zip(pairs, svd.spectra(pairs), strict=True):
+        assert values.tobytes() == svd.singular_values(pair).tobytes()
+        assert np.allclose(values[: min(pair.target.matrix_shape)], svd.svd(pair).s, rtol=1e-6, atol=1e-6)
+
+
+def test_stacks_are_bounded(monkeypatch):
+    """However many targets are alike, only so many numbers are looked at together."""
+    pairs = list(random_lora([(24, 16)], rank=4).targets) * 50
+    monkeypatch.setattr(svd, "_AT_ONCE", 1000)
+    stacks = list(svd.stacks(pairs))
+    assert all(len(numbers) * 4 * (24 + 16) <= 1000 for numbers in stacks) and sum(map(len, stacks)) == 50
+
+
+def test_wide_products_are_summed_in_parts():
+    """Sums over more columns than one product takes are those of the whole."""
+    rng = np.random.default_rng(0)
+    left, right = rng.standard_normal((2, 20, 3000)), rng.standard_normal((2, 7, 3000))
+    assert np.allclose(svd.products(left, right), left @ right.mT)
+    pair = random_lora([(3000, 2500)], rank=20).targets[0]
+    factors = svd.svd(pair)
+    assert np.allclose(factors.U.T @ factors.U, np.eye(20), atol=1e-13)
+    assert np.allclose(factors.Vt @ factors.Vt.T, np.eye(20), atol=1e-13)
+    assert np.allclose(factors.U * factors.s @ factors.Vt, dense(pair), rtol=0, atol=1e-10)

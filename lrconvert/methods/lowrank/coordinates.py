@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from lrconvert.core.dtypes import F32, F64
+
 
 class Coordinates:
     """Rows of A (`role` "A") and columns of B ("B") as they are. What numpy arrays can do, torch tensors can, with
@@ -22,6 +24,11 @@ class Coordinates:
     def unit(self, length: int) -> float:
         """Return the length of the vector that a number 1 stands for; in the mean, if they are not all of one."""
         return 1.0
+
+    def fill(self, out: F32, scales: F64, rows: F64, role: str) -> None:
+        """Fill `out` (n, length) with the numbers of ``scales * rows``, scales (n, 1), in units in which all lengths
+        are kept."""
+        np.multiply(scales, rows, out=out, casting="same_kind")
 
 
 PLAIN = Coordinates()

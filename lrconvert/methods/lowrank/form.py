@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
+from lrconvert.core.dtypes import Array
 from lrconvert.core.limits import MAX_RANK, OWN
 from lrconvert.io.fields import between
 from lrconvert.lora.adapter import Target
@@ -27,11 +28,12 @@ class Header:
 
 @dataclass(frozen=True)
 class Quantizer:
-    """The rounding of a fit: the `step` D, and of each target the components that are `kept`, numbered from the
-    largest."""
+    """The rounding of a fit: the `step` D, of each target the components that are `kept`, numbered from the largest,
+    and their coded integers as a file has them, int32; None where only their number of bits is known."""
 
     step: float
     kept: tuple[tuple[int, ...], ...]
+    codes: Array | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -64,10 +64,7 @@ def make_plan(
         raise OptionError("--bits and a size both say how fine numbers are", fix="give one of them")
     if options.bits is not None and not 0 < options.bits <= MOST_BITS:
         raise OptionError(f"--bits is {options.bits:g}; above 0, at most {MOST_BITS:g} is allowed")
-    spectra = [svd.singular_values(pair, context.metric(pair)) for pair in lora.targets]
-    ranks = _rank_limits(spectra, options)
-    if not any(ranks):
-        ranks = [min(1, len(s)) for s in spectra]  # an all-zero adapter still makes a valid file
+    ranks = _rank_limits(lora, options, context)
     search = _Search(lora.shapes(), components(lora, ranks, context, coordinates))
     if budget is None:
         return search.at_bits(DEFAULT_BITS if options.bits is None else options.bits)
@@ -186,12 +183,13 @@ class _Search:
         return Config(tuple(counts.tolist()), tuple(map(tuple, rounded.models.tolist())), length, quantizer)
 
     def _exact(self, config: Config) -> Config:
-        """The Config with the length of the coded integers."""
+        """The Config with the coded integers, and their length."""
         assert config.quantizer is not None
         firsts = np.searchsorted(self.parts.owners, np.arange(len(self.targets)))
         places = [int(first) + n for first, row in zip(firsts, config.quantizer.kept, strict=True) for n in row]
         codes = _in_order(self.parts, np.array(places), config.quantizer.step)
-        return replace(config, length=len(stream.encode(codes, starts(config, self.targets).rows)))
+        length = len(stream.encode(codes, starts(config, self.targets).rows))
+        return replace(config, length=length, quantizer=replace(config.quantizer, codes=codes))
 
 
 def _in_order(parts: Components, places: Array, step: float) -> Array:
@@ -217,12 +215,19 @@ def _bisect(falling: Callable[[float], float], wanted: float, low: float, high: 
 # --- limits of ranks ------------------------------------------------------------------------------------------------
 
 
-def _rank_limits(spectra: Sequence[F64], options: LowRankOptions) -> list[int]:
+def _rank_limits(lora: LoraAdapter, options: LowRankOptions, context: FitContext) -> list[int]:
     """Return the largest rank that the options allow in each target. Raise E-OPTION."""
     if (options.dynamic_method is None) != (options.dynamic_param is None):
         raise OptionError("--dynamic-method and --dynamic-param go together")
     check_range(options, "rank", 1)
-    return [min(options.rank or MAX_RANK, _dynamic_rank(s, options), len(s)) for s in spectra]
+    most = options.rank or MAX_RANK
+    if options.dynamic_method is None:
+        return [most] * len(lora.targets)
+    if context.metric(lora.targets[0]) is None:
+        spectra = svd.spectra(lora.targets)
+    else:
+        spectra = [svd.singular_values(pair, context.metric(pair)) for pair in lora.targets]
+    return [min(most, _dynamic_rank(s, options)) for s in spectra]
 
 
 def _dynamic_rank(s: F64, options: LowRankOptions) -> int:

@@ -110,49 +110,70 @@ class Rounded:
         return Rounded(self.share[places], self.bits[places], self.models[places])
 
 
-def scaled_rows(pair: LoraTarget, context: FitContext) -> tuple[Factors, float]:
-    """Return the SVD of a target, in its metric, and the factor of its A rows ``factor * s_j v_j``: the root of the
-    mean square of an input, so that one step means the same error on both sides."""
-    metric = context.metric(pair)
-    factor = 1.0 if metric is None else float(metric.squares.mean(dtype=np.float64)) ** 0.5
-    return svd.svd(pair, metric), factor
+class _Rows:
+    """The rows of one side of components, by length: room for those of `counts` components of every target, whose rows
+    have `lengths` numbers, which is filled some at a time."""
 
+    def __init__(self, lengths: Array, counts: Array) -> None:
+        totals = {int(length): int(counts[lengths == length].sum()) for length in np.unique(lengths[counts > 0])}
+        self._sides = {
+            length: Side(np.empty((total, length), np.float32), np.empty(total, np.int64), 1.0)
+            for length, total in totals.items()
+        }
+        self._filled = dict.fromkeys(totals, 0)
 
-def rows_of(factors: Factors, factor: float, rank: int, coordinates: Coordinates = PLAIN) -> tuple[F32, F32]:
-    """Return the rows (k, in) and (k, out) that are rounded, of the largest `rank` components, in `coordinates` in
-    which they are as long as before."""
-    s = factors.s[:rank, None]
+    def add(self, places: Array, scales: F64, rows: F64, role: str, coordinates: Coordinates) -> None:
+        """Add ``scales * rows``, scales (n, 1) and rows (n, length), in other coordinates."""
+        start = self._filled[rows.shape[1]]
+        self._filled[rows.shape[1]] = stop = start + len(rows)
+        side = self._sides[rows.shape[1]]
+        side.places[start:stop] = places
+        coordinates.fill(side.rows[start:stop], scales, rows, role)
 
-    def turned(rows: Array, role: str) -> F32:
-        return np.asarray(coordinates.numbers(rows, role) * coordinates.unit(rows.shape[1]), np.float32)
-
-    return turned(factor * s * factors.Vt[:rank], "A"), turned(s * factors.U[:, :rank].T, "B")
+    def sides(self) -> tuple[Side, ...]:
+        return tuple(self._sides.values())
 
 
 def components(
     lora: LoraAdapter, ranks: Sequence[int], context: FitContext, coordinates: Coordinates = PLAIN
 ) -> Components:
     """Return the components of an adapter, at most `ranks` of each target."""
-    owners, energy = [], []
-    sides: tuple[dict[int, list[tuple[F32, Array]]], ...] = ({}, {})
-    start = 0
-    for which, (pair, rank) in enumerate(zip(lora.targets, ranks, strict=True)):
-        factors, factor = scaled_rows(pair, context)
-        both = rows_of(factors, factor, rank, coordinates)
-        places = np.arange(start, start + len(both[0]))
-        start += len(places)
-        owners.append(np.full(len(places), which))
-        energy.append(factors.s[:rank] ** 2)
-        for side, rows in zip(sides, both, strict=True):
-            if len(rows):
-                side.setdefault(rows.shape[1], []).append((rows, places))
-        context.progress(0.5 * (which + 1) / len(lora.targets), pair.target.name)
-    a, b = (tuple(_joined(parts) for parts in side.values()) for side in sides)
-    return Components(np.concatenate(owners), np.concatenate(energy), (a, b))
+    shapes = np.array([pair.target.matrix_shape for pair in lora.targets], np.int64)
+    counts = np.minimum(ranks, np.minimum([pair.rank for pair in lora.targets], shapes.min(axis=1)))
+    starts, energy = np.cumsum(counts) - counts, np.empty(int(counts.sum()))
+    a, b = _Rows(shapes[:, 1], counts), _Rows(shapes[:, 0], counts)
+    finished = 0
+    for which, factors, factor in _scaled(lora.targets, context):
+        kept = np.arange(factors.s.shape[1]) < counts[which][:, None]
+        places, s = (starts[which][:, None] + np.arange(kept.shape[1]))[kept], factors.s[kept]
+        energy[places] = s**2
+        if len(places):
+            a.add(places, factor * s[:, None], _chosen(factors.Vt, kept), "A", coordinates)
+            b.add(places, s[:, None], _chosen(factors.U.mT, kept), "B", coordinates)
+        finished += len(which)
+        context.progress(0.5 * finished / len(lora.targets), lora.targets[which[-1]].target.name)
+    return Components(np.repeat(np.arange(len(counts)), counts), energy, (a.sides(), b.sides()))
 
 
-def _joined(parts: Sequence[tuple[F32, Array]]) -> Side:
-    return Side(np.concatenate([rows for rows, _ in parts]), np.concatenate([places for _, places in parts]), 1.0)
+def _scaled(pairs: Sequence[LoraTarget], context: FitContext) -> Iterator[tuple[Array, Factors, float]]:
+    """Yield the SVDs of some targets, in their metric, which targets these are, and the factor of their A rows ``factor
+    * s_j v_j``: the root of the mean square of an input, so that one step means the same error on both sides."""
+    for numbers in svd.stacks(pairs):
+        metric = context.metric(pairs[numbers[0]])
+        if metric is None:
+            yield np.array(numbers), svd.svds([pairs[n] for n in numbers]), 1.0
+            continue
+        for n in numbers:
+            metric = metric if n == numbers[0] else context.metric(pairs[n])
+            assert metric is not None
+            whole = svd.svd(pairs[n], metric)
+            factor = float(metric.squares.mean(dtype=np.float64)) ** 0.5
+            yield np.array([n]), Factors(whole.U[None], whole.s[None], whole.Vt[None]), factor
+
+
+def _chosen(rows: F64, kept: Array) -> F64:
+    """Those of rows (n, k, length) that are `kept` (n, k); no copy of all."""
+    return rows.reshape(-1, rows.shape[-1]) if kept.all() else rows[kept]
 
 
 def integers(rows: Array, step: float) -> Array:

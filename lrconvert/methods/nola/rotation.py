@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lrconvert.core.dtypes import Array
+from lrconvert.core.dtypes import F32, F64, Array
 from lrconvert.lora import prng
 from lrconvert.lora.coded.stream import LARGEST_INTEGER
 from lrconvert.lora.prng import hadamard
@@ -41,6 +41,10 @@ class Rotation(Coordinates):
 
     def unit(self, length: int) -> float:
         return float(hadamard.squares(length).mean() ** 0.5 * 2.0 ** -_power(length))
+
+    def fill(self, out: F32, scales: F64, rows: F64, role: str) -> None:
+        numbers = self.numbers(scales * rows, role)
+        np.multiply(numbers, self.unit(out.shape[1]), out=out, casting="same_kind")
 
     def _signs(self, role: str, like: Any, xp: Any) -> Any:
         signs = _signs(self.seed, role, like.shape[1])
