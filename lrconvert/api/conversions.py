@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from lrconvert.refine.refine import Refinement
     from lrconvert.refine.settings import Settings
 
+_RANKED = 0.8  # of the progress of `compress` by fit: behind when the forms are ranked
+
 
 def convert(
     lora: LoraAdapter,
@@ -84,7 +86,9 @@ def compress(
     LoRA does on held-out data: all forms are fitted under the moments of its inputs and in the plain norm, whichever
     answers better, at the strength at which it does (`ConvertOptions`). They are refined a little, the better half
     twice as long, and so on; the winner, refined by as much and by `steps` more, is what is chosen. By fit it is what
-    keeps most in the metric of the fits; so without a base, without its weights, and for an encoder without data.
+    keeps most in the metric of the fits; so without a base, without its weights, and for an encoder without data. It is
+    then fitted anew at the strength that its captured share asks for (`stronger`), unless `strength` or `min_captured`
+    is given.
 
     Raises E-BUDGET, saying what would do, if nothing meets the request, E-OPTION, what `convert` raises, and ranking by
     answers what `refine` raises.
@@ -101,16 +105,26 @@ def compress(
         under = replace(settled, statistics=measured)
         return ranking.compress(lora, under, request, base_content=base_content, progress=progress)
 
+    def by_fit(note: str) -> Compression:
+        ranked = fit(lora, settled.input_statistics, lambda done, text: progress(_RANKED * done, text))
+        chosen = ranking.with_strength(
+            lora,
+            settled,
+            ranked,
+            base_content=base_content,
+            progress=lambda done, text: progress(_RANKED + (1 - _RANKED) * done, text),
+        )
+        return replace(chosen, note=note)
+
     def refit(
         lora: LoraAdapter, measured: InputStatistics | None, candidate: ranking.Candidate, strength: float
     ) -> ranking.Candidate:
-        under = replace(settled, statistics=measured, strength=settled.strength * strength)
+        under = replace(settled, statistics=measured, strength=(settled.strength or 1.0) * strength)
         return ranking.refitted(lora, under, candidate, base_content=base_content, progress=silent)
 
-    statistics = settled.input_statistics
     reason = ranking.no_answers(settled, request)
     if reason is not None or settled.base is None:
-        return replace(fit(lora, statistics, progress), note=reason or "")
+        return by_fit(reason or "")
     from lrconvert.refine import successive_halving
     from lrconvert.refine.settings import Settings
 
@@ -126,13 +140,13 @@ def compress(
             request.data,
             settings,
             rules,
-            statistics=statistics,
+            statistics=settled.input_statistics,
             progress=progress,
         )
     except (AttachError, BaseError, DataError) as error:  # no such model, or nothing to learn
         if request.rank_by == "answers" or request.data is not None:
             raise
-        return replace(fit(lora, statistics, progress), note=ranking.RANKED_BY_FIT.format(error.what))
+        return by_fit(ranking.RANKED_BY_FIT.format(error.what))
 
 
 def allocate(

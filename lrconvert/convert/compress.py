@@ -14,6 +14,7 @@ from typing import Any
 
 from lrconvert.convert.convert import Conversion, PreparedSource, Progress, convert_prepared, prepare_source
 from lrconvert.convert.options import CompressOptions, ConvertOptions
+from lrconvert.convert.strength import strength_without_data
 from lrconvert.core.errors import BudgetError, LrcError, OptionError
 from lrconvert.formats.fidelity import Answers, Fidelity
 from lrconvert.io.checkpoint import KnownContent, is_without_weights, open_checkpoint
@@ -74,15 +75,17 @@ class Candidate:
 @dataclass(frozen=True)
 class Compression:
     """The candidates, in the order they were tried, and the winner among it. `note`: why answers did not rank it, if
-    they were expected to."""
+    they were expected to. `stronger`: the winner at the strength by which it is chosen without data
+    (`lrconvert.convert.strength`), if that is not 1; the candidates are nearest fits then."""
 
     candidates: tuple[Candidate, ...]
     winner: int
     note: str = ""
+    stronger: Candidate | None = None
 
     @property
     def chosen(self) -> Conversion:
-        conversion = self.candidates[self.winner].conversion
+        conversion = (self.stronger or self.candidates[self.winner]).conversion
         assert conversion is not None
         return conversion
 
@@ -135,7 +138,7 @@ def compress(
         raise OptionError("give one of --target-size, --target-ratio and --min-captured")
     if wanted is not None and not 0 < wanted <= 1:
         raise OptionError(f"--min-captured is {wanted}; a share above 0, at most 1, is allowed")
-    if wanted is not None and options.strength != 1:
+    if wanted is not None and options.strength is not None:
         raise OptionError("--min-captured measures the nearest fit, which --strength leaves", fix="give one of them")
     plans = list(_plans(compress_options.forms))
     candidates: list[Candidate] = []
@@ -152,6 +155,27 @@ def compress(
                 bound = min((c.nbytes for c in candidates if _meets(c, wanted)), default=None)
                 candidates.append(trial.smallest(wanted, bound))
     return Compression(tuple(candidates), _winner(candidates, wanted))
+
+
+def with_strength(
+    lora: LoraAdapter,
+    options: ConvertOptions,
+    compression: Compression,
+    *,
+    base_content: KnownContent | None = None,
+    progress: Progress,
+) -> Compression:
+    """Return what was ranked by fits with its winner at the strength that its captured share asks for
+    (`lrconvert.convert.strength`); as it is if `options` give a strength or no size, or if that is 1."""
+    winner = compression.candidates[compression.winner]
+    assert winner.conversion is not None and winner.conversion.fidelity is not None
+    strength = strength_without_data(winner.method, winner.conversion.fidelity.captured)
+    sized = options.target_size is not None or options.target_ratio is not None
+    if options.strength is not None or strength == 1 or not sized:
+        return compression
+    under = replace(options, strength=strength)
+    again = refitted(lora, under, winner, base_content=base_content, progress=progress)
+    return compression if again.conversion is None else replace(compression, stronger=replace(again, strength=strength))
 
 
 def refitted(

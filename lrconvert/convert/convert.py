@@ -190,12 +190,12 @@ def convert_prepared(
     return Conversion(compact, sizes, source.source_bytes, fidelity, warnings)
 
 
-def _times(lora: LoraAdapter, strength: float) -> LoraAdapter:
+def _times(lora: LoraAdapter, strength: float | None) -> LoraAdapter:
     """The LoRA with its updates times `strength`. Raises E-OPTION for one that is not above 0."""
+    if strength is None:
+        return lora
     if not strength > 0:
         raise OptionError(f"--strength is {strength}; it must be above 0", fix="leave it out for 1")
-    if strength == 1:
-        return lora
     return replace(lora, targets=tuple(replace(pair, scale=pair.scale * strength) for pair in lora.targets))
 
 

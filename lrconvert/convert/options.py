@@ -29,7 +29,8 @@ class ConvertOptions:
     orientation of square weights and adds the digest of its contents. `statistics` make the fit minimize the mean
     squared error of the layers' outputs, not of their weights; targets that they lack are fitted in the plain norm.
     `strength` is what the updates are multiplied with before the fit: a small file leaves much of them out, and what it
-    keeps answers nearer to the LoRA when it is larger than the nearest fit makes it, which `captured` does not show.
+    keeps answers nearer to the LoRA when it is larger than the nearest fit makes it, which `captured` does not show;
+    without one it is 1, and `compress` chooses.
     `bake_dora` turns DoRA's magnitudes, which are carried along otherwise, into plain updates of that rank; it needs
     `base`. `device` is a torch device name.
     """
@@ -46,9 +47,10 @@ class ConvertOptions:
         "Input statistics of the base (see `statistics`): the fit then minimizes the error of outputs.",
         kind="path",
     )
-    strength: float = option(
-        1.0,
-        "Multiply the updates with this before the fit; above 1 makes up for what a small file leaves out.",
+    strength: float | None = option(
+        None,
+        "Multiply the updates with this before the fit; above 1 makes up for what a small file leaves out. "
+        "Default: 1; compress chooses one.",
         least=0,
     )
     bake_dora: int | None = option(

@@ -185,7 +185,8 @@ def compression_json(done: Compression) -> dict[str, Any]:
         if candidate.plain is not None:
             row |= {"strength": candidate.strength, "plain": answers_json(candidate.plain)}
         rows.append(row)
-    return {"candidates": rows, "note": done.note, **conversion_json(done.chosen)}
+    strength = None if done.stronger is None else done.stronger.strength
+    return {"candidates": rows, "note": done.note, "strength": strength, **conversion_json(done.chosen)}
 
 
 def compression(source: str, output: str, done: Compression) -> str:
@@ -195,7 +196,20 @@ def compression(source: str, output: str, done: Compression) -> str:
     lines = [f"{printable(source)} -> {printable(output)}", "", *shown]
     lines[3:3] = [f"  {c.method}: {printable(c.refused.what)}" for c in done.candidates if c.refused is not None]
     notes = [f"note: {printable(note, 1000)}" for note in done.chosen.notes]
-    return "\n".join([*lines, *([done.note] if done.note else []), *notes])
+    return "\n".join([*lines, *_stronger(done), *([done.note] if done.note else []), *notes])
+
+
+def _stronger(done: Compression) -> list[str]:
+    """The strength of the winner where no data chose it."""
+    if done.stronger is None:
+        return []
+    nearest = done.candidates[done.winner].conversion
+    assert nearest is not None and nearest.fidelity is not None and done.chosen.fidelity is not None
+    return [
+        f"Written at {done.stronger.strength:.2f} times the LoRA's strength: a file that keeps "
+        f"{nearest.fidelity.captured:.4f} of the weights answers nearer to the LoRA then, although it captures "
+        f"{done.chosen.fidelity.captured:.4f}. --strength 1 writes the nearest fit; --base and --data measure it."
+    ]
 
 
 def _by_answers(done: Compression) -> list[str]:

@@ -17,12 +17,14 @@ from test_input_statistics import statistics_for
 from lrconvert import api
 from lrconvert.cli import cli
 from lrconvert.convert.compress import Candidate
+from lrconvert.convert.strength import strength_without_data
 from lrconvert.core.errors import BudgetError, OptionError, VersionError
 from lrconvert.formats.lrc import file
 from lrconvert.methods import base as methods
 from lrconvert.refine import successive_halving
 from lrconvert.refine.session import open_session
 from lrconvert.refine.settings import RunOptions, Settings
+from lrconvert.report import text_and_json
 
 FORMS = ("vblora", "lowrank")
 LORA = random_lora([(96, 64), (64, 96), (40, 72)], rank=6, seed=1)
@@ -212,6 +214,43 @@ def test_a_strength_multiplies_what_is_fitted(method):
     for wrong in (0.0, -1.0, float("nan")):
         with pytest.raises(OptionError, match="--strength is"):
             api.convert(lora, method, target_size=6000, strength=wrong)
+
+
+def test_without_data_the_winner_is_written_stronger():
+    """The nearest fits are ranked; the winner is fitted anew at the strength that its captured share asks for, meets
+    the size, and both numbers are shown. A strength that is given, 1 too, is kept, and a share asks for the nearest."""
+    lora = api.load_lora(LORA_ON_LLAMA)
+    done = api.compress(lora, target_size=3000, forms=["lowrank", "sbora"])
+    ranked = done.candidates[done.winner]
+    near = api.convert(lora, ranked.method, target_size=3000)
+    captured = ranked.conversion.fidelity.captured
+    assert ranked.method == "lowrank" and captured == near.fidelity.captured
+    assert done.stronger.strength == pytest.approx(captured**-0.7) and 1 < done.stronger.strength < 2
+    again = api.convert(lora, ranked.method, target_size=3000, strength=done.stronger.strength)
+    assert b"".join(file.encode(done.chosen.compact)) == b"".join(file.encode(again.compact))
+    assert done.chosen.sizes.adapter <= 3000
+    shown = text_and_json.compression("x", "y", done)
+    assert f"{done.stronger.strength:.2f} times the LoRA's strength" in shown and f"keeps {captured:.4f}" in shown
+    assert text_and_json.compression_json(done)["strength"] == done.stronger.strength
+    for given in ({"strength": 1.0}, {"strength": 1.5}):
+        kept = api.compress(lora, target_size=3000, forms=["lowrank"], **given)
+        assert kept.stronger is None and kept.chosen.compact.tensors.keys() == near.compact.tensors.keys()
+    assert api.compress(lora, min_captured=0.5, forms=["lowrank"]).stronger is None
+    assert api.compress(lora, target_size=3000, forms=["sbora"]).stronger is None
+
+
+def test_the_strength_without_data():
+    assert strength_without_data("lowrank", 0.5) == pytest.approx(1.6245, abs=1e-4)
+    assert strength_without_data("vblora", 0.01) == 2
+    for method, captured in (
+        ("bone", 0.5),
+        ("sbora", 0.5),
+        ("lowrank", 1.0),
+        ("lowrank", 0.99),
+        ("lowrank", 0.0),
+        ("nola", -0.2),
+    ):
+        assert strength_without_data(method, captured) == 1
 
 
 class _Answers:
