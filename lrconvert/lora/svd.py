@@ -57,6 +57,14 @@ def products(left: F64, right: F64) -> F64:
     return total
 
 
+def product(matrix: F64, rows: F64) -> F64:
+    """Return ``matrix @ rows`` (..., j, m) of matrix (..., j, k) and wide rows (..., k, m)."""
+    result = np.empty((*matrix.shape[:-1], rows.shape[-1]))
+    for part in _parts(rows, max(matrix.shape[-2:])):
+        np.matmul(matrix, rows[..., part], out=result[..., part])
+    return result
+
+
 def _gram(rows: F64, matrix: F64 | None = None) -> F64:
     """``x @ x^T`` (..., k, k) of x = rows (..., k, m), or ``matrix @ rows``."""
     if matrix is None:
@@ -197,8 +205,8 @@ def _root(gram: F64) -> F64:
     return np.asarray(vectors * np.sqrt(np.maximum(values, 0)), np.float64)
 
 
-def _r_factors(rows: F64) -> F64:
-    """The R (n, j, k) of thin QRs of rows^T, rows (n, k, m), up to the signs of their rows."""
+def r_factors(rows: F64) -> F64:
+    """Return the R (n, j, k) of thin QRs of rows^T, rows (n, k, m), j = min(k, m), up to the signs of their rows."""
     if rows.shape[2] < rows.shape[1]:
         return np.stack([_householder(one.T)[1] for one in rows])
     roots, good = _roots(_gram(rows))
@@ -212,7 +220,7 @@ def spectra(pairs: Sequence[LoraTarget]) -> list[F64]:
     values: dict[int, F64] = {}
     for numbers in stacks(pairs):
         some = [pairs[n] for n in numbers]
-        a, b = map(_r_factors, factors_of(some))
+        a, b = map(r_factors, factors_of(some))
         scales = np.array([pair.scale for pair in some], np.float64)[:, None, None]
         values |= zip(numbers, np.linalg.svd(scales * (b @ a.mT), compute_uv=False), strict=True)
     return [values[n] for n in range(len(pairs))]
@@ -222,7 +230,7 @@ def singular_values(pair: LoraTarget, moment: Moment | None = None) -> F64:
     """Return the singular values of ``scale * B @ A``, descending, without forming U and Vt; see `svd`."""
     if moment is None:
         return spectra([pair])[0]
-    root = _r_factors(factors_of([pair])[1])[0]
+    root = r_factors(factors_of([pair])[1])[0]
     return np.asarray(np.linalg.svd(pair.scale * (root @ _root(moment.gram(pair.A))), compute_uv=False), np.float64)
 
 

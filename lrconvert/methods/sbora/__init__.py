@@ -27,7 +27,7 @@ back: each in turn takes over what the errors of the others leave, in closed for
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,11 +35,11 @@ import numpy as np
 from lrconvert.core.dtypes import Array
 from lrconvert.core.errors import CanonicalError, IndexRangeError
 from lrconvert.io import fields
-from lrconvert.lora import packing
+from lrconvert.lora import packing, svd
 from lrconvert.lora.adapter import LoraAdapter, Target
 from lrconvert.lora.packing import TensorSpec
 from lrconvert.methods.base import Budget, Command, FitContext, Method, Tensors
-from lrconvert.methods.sbora.fit import fit_columns, fit_rows, store
+from lrconvert.methods.sbora.fit import Lines, fit_lines, fit_under, store
 from lrconvert.methods.sbora.form import Config, Header, most_places, settled, sizes, starts, totals
 from lrconvert.methods.sbora.plan import SBoRAOptions, make_plan
 from lrconvert.methods.shared import mixed_widths, payload
@@ -147,15 +147,32 @@ class SBoRA(Method):
         return make_plan(lora, options, budget, context)
 
     def fit(self, lora: LoraAdapter, config: Config, context: FitContext) -> dict[str, Array]:
-        targets = lora.shapes()
-        arrays = payload.zeros(self.specs(config, targets))
-        for which, (pair, start) in enumerate(zip(lora.targets, starts(config, targets), strict=True)):
-            widths = config.widths(which)
-            if widths:
-                fit = fit_rows if config.by_rows[which] else fit_columns
-                store(arrays, fit(pair, widths, context.metric(pair)), start)
-            context.progress((which + 1) / len(lora.targets), pair.target.name)
+        arrays = payload.zeros(self.specs(config, lora.shapes()))
+        begins, finished = starts(config, lora.shapes()), 0
+        for numbers in svd.stacks(lora.targets):
+            for n, lines in _fitted(lora, numbers, config, context):
+                store(arrays, lines, begins[n])
+            finished += len(numbers)
+            context.progress(finished / len(lora.targets), lora.targets[numbers[-1]].target.name)
         return payload.rounded(arrays)
+
+
+def _fitted(
+    lora: LoraAdapter, numbers: Sequence[int], config: Config, context: FitContext
+) -> Iterator[tuple[int, dict[int, Lines]]]:
+    """Yield the lines of those targets `numbers`, of equal shapes and ranks, that have some."""
+    widths = {n: config.widths(n) for n in numbers if config.ranks[n]}
+    if context.metric(lora.targets[numbers[0]]) is not None:
+        for n, own in widths.items():
+            metric = context.metric(lora.targets[n])
+            assert metric is not None
+            yield n, fit_under(lora.targets[n], own, metric, config.by_rows[n])
+        return
+    for by_rows in (False, True):
+        some = [n for n in widths if config.by_rows[n] == by_rows]
+        if some:
+            lines = fit_lines([lora.targets[n] for n in some], [widths[n] for n in some], by_rows)
+            yield from zip(some, lines, strict=True)
 
 
 METHOD = SBoRA()

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from lrconvert.core.dtypes import F64, Array
+from lrconvert.lora import svd
+from lrconvert.lora.adapter import LoraTarget
 from lrconvert.lora.input_statistics import Moment
 from lrconvert.lora.svd import Factors
 
@@ -19,13 +21,21 @@ def row_energies(factors: Factors) -> F64:
     return np.asarray(np.sum((factors.U * factors.s) ** 2, axis=1), np.float64)
 
 
-def column_energies(factors: Factors) -> F64:
-    """Return the energy of each input column (in,), for factors of the plain norm."""
-    return np.asarray(np.sum((factors.s[:, None] * factors.Vt) ** 2, axis=0), np.float64)
+def line_energies(pairs: Sequence[LoraTarget], by_rows: bool) -> F64:
+    """Return the energies (n, places) of the output rows, or of the input columns, of targets of equal shapes and
+    ranks, in the plain norm: with the thin QR ``B = Q R`` column i of ``B @ A`` is as long as that of ``R @ A``."""
+    a, b = svd.factors_of(pairs)
+    lines, others = (b, a) if by_rows else (a, b)
+    scales = np.array([pair.scale for pair in pairs], np.float64)[:, None, None]
+    parts = svd.product(scales * svd.r_factors(others), lines)
+    return np.asarray(np.einsum("nkp,nkp->np", parts, parts), np.float64)
 
 
 def largest(energies: F64, count: int) -> Array:
     """Return the places of the `count` largest, largest first; of equals the first."""
+    if 0 < count < len(energies):
+        some = np.flatnonzero(energies >= np.partition(energies, -count)[-count])
+        return np.asarray(some[np.argsort(-energies[some], kind="stable")[:count]])
     return np.argsort(-energies, kind="stable")[:count]
 
 

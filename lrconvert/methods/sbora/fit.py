@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lrconvert.core.dtypes import Array
+from lrconvert.core.dtypes import F64, Array
 from lrconvert.lora import packing, svd
 from lrconvert.lora.adapter import LoraTarget
 from lrconvert.lora.input_statistics import Moment
-from lrconvert.methods.sbora.columns import best_columns, column_energies, largest, metric_rows, row_energies
+from lrconvert.methods.sbora.columns import best_columns, largest, line_energies, metric_rows, row_energies
 from lrconvert.methods.sbora.form import Start
 from lrconvert.methods.shared import payload
 from lrconvert.methods.shared.mixed_widths import masks, numbers_name, quantize
@@ -40,16 +40,45 @@ def store(arrays: Mapping[str, Array], parts: Mapping[int, Lines], start: Start)
             scale = payload.put(arrays["scales"], scale, lines.scales[order])
 
 
-def fit_rows(pair: LoraTarget, widths: Sequence[int], metric: Moment | None) -> dict[int, Lines]:
-    """Return the rows that hold most. Under a metric a row's scale is solved again; its codes see the diagonal
-    alone."""
+def fit_lines(pairs: Sequence[LoraTarget], widths: Sequence[Sequence[int]], by_rows: bool) -> list[dict[int, Lines]]:
+    """Return the rows, or the columns, of targets of equal shapes and ranks that hold most in the plain norm, as many
+    of each target as `widths` has, those that hold most at the first. All of a width are quantized together."""
+    energies = line_energies(pairs, by_rows)
+    places = [largest(own, len(row)) for own, row in zip(energies, widths, strict=True)]
+    lines = np.concatenate([_lines(pair, which, by_rows) for pair, which in zip(pairs, places, strict=True)])
+    owners, where = np.repeat(np.arange(len(pairs)), [len(row) for row in widths]), np.concatenate(places)
+    parts: list[dict[int, Lines]] = [{} for _ in pairs]
+    for q, mask in masks([q for row in widths for q in row]).items():
+        codes, scales, _ = quantize(lines[mask], q)
+        which, own = where[mask], owners[mask]
+        ends = np.searchsorted(own, np.arange(len(pairs) + 1))
+        for n in np.unique(own).tolist():
+            some = slice(ends[n], ends[n + 1])
+            parts[n][q] = Lines(which[some], codes[some], scales[some])
+    return parts
+
+
+def _lines(pair: LoraTarget, places: Array, by_rows: bool) -> F64:
+    """The rows, or the columns, of an update, (n, length)."""
+    a, b = (x[0] for x in svd.factors_of([pair]))
+    lines, others = (b, a) if by_rows else (a, b)
+    return svd.product(pair.scale * lines[:, places].T, others)
+
+
+def fit_under(pair: LoraTarget, widths: Sequence[int], metric: Moment, by_rows: bool) -> dict[int, Lines]:
+    """Return the rows, or the columns, of one target under a metric."""
     factors = svd.svd(pair, metric)
+    return (_rows_under if by_rows else _columns_under)(factors, widths, metric)
+
+
+def _rows_under(factors: svd.Factors, widths: Sequence[int], metric: Moment) -> dict[int, Lines]:
+    """The rows that hold most. The scale of a row is solved again; its codes see the diagonal alone."""
     places = largest(row_energies(factors), len(widths))
     rows = (factors.U[places] * factors.s) @ factors.Vt
     parts = {}
     for q, mask in masks(widths).items():
-        codes, scales, _ = quantize(rows[mask], q, weights=None if metric is None else metric.squares)
-        if metric is not None and q != 16:
+        codes, scales, _ = quantize(rows[mask], q, weights=metric.squares)
+        if q != 16:
             odd = packing.code_values(codes, q).astype(np.float64)
             weighed = metric.times(odd)
             squares = np.sum(weighed * odd, axis=1, keepdims=True)
@@ -59,21 +88,7 @@ def fit_rows(pair: LoraTarget, widths: Sequence[int], metric: Moment | None) -> 
     return parts
 
 
-def fit_columns(pair: LoraTarget, widths: Sequence[int], metric: Moment | None) -> dict[int, Lines]:
-    """Return the columns that hold most of the update; under a metric those of `best_columns`."""
-    factors = svd.svd(pair, metric)
-    if metric is not None:
-        return _fit_under(factors, widths, metric)
-    places = largest(column_energies(factors), len(widths))
-    columns = ((factors.U * factors.s) @ factors.Vt[:, places]).T
-    parts = {}
-    for q, mask in masks(widths).items():
-        codes, scales, _ = quantize(columns[mask], q)
-        parts[q] = Lines(places[mask], codes, scales)
-    return parts
-
-
-def _fit_under(factors: svd.Factors, widths: Sequence[int], metric: Moment) -> dict[int, Lines]:
+def _columns_under(factors: svd.Factors, widths: Sequence[int], metric: Moment) -> dict[int, Lines]:
     """Columns under a metric: B = delta M[:, S] M[S, S]^-1. Quantized, each in turn takes over what the errors of all
     others leave in its direction, the narrowest first, while that helps: no turn raises the error."""
     chosen = best_columns(factors, len(widths), metric)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
@@ -15,7 +15,7 @@ from lrconvert.lora import packing, svd
 from lrconvert.lora.adapter import LoraAdapter, LoraTarget
 from lrconvert.lora.input_statistics import Moment
 from lrconvert.methods.base import Budget, FitContext
-from lrconvert.methods.sbora.columns import column_energies, largest, row_energies
+from lrconvert.methods.sbora.columns import largest, line_energies, row_energies
 from lrconvert.methods.sbora.curves import AllSteps, Curve
 from lrconvert.methods.sbora.form import Config, settled, sizes
 from lrconvert.methods.shared.options import bits_option, check_range, within
@@ -52,12 +52,12 @@ def make_plan(lora: LoraAdapter, options: SBoRAOptions, budget: Budget | None, c
 def _of_rank(lora: LoraAdapter, options: SBoRAOptions, context: FitContext) -> Config:
     """The rank that was asked for, or that of the LoRA, in every target; `auto` takes what captures more."""
     counts, by_rows = [], []
-    for pair in lora.targets:
-        rank = min(options.rank or pair.rank, MAX_RANK)
+    ranks = [min(options.rank or pair.rank, MAX_RANK) for pair in lora.targets]
+    every = _all_curves(lora, options, context, ranks, ranks) if options.variant == "auto" else None
+    for n, (pair, rank) in enumerate(zip(lora.targets, ranks, strict=True)):
         kept = options.variant == "fb"
-        if options.variant == "auto":
-            curves = _curves(pair, replace(options, rank=rank), context.metric(pair), rank)
-            kept = max(curves, key=lambda c: (float(c.gains.sum()), -c.length)).by_rows
+        if every is not None:
+            kept = max(every[n], key=lambda c: (float(c.gains.sum()), -c.length)).by_rows
         counts.append((min(rank, sizes(pair.target, kept)[0]),))
         by_rows.append(kept)
     return settled((16 if options.bits == "auto" else int(options.bits),), counts, by_rows)
@@ -66,18 +66,42 @@ def _of_rank(lora: LoraAdapter, options: SBoRAOptions, context: FitContext) -> C
 # --- what lines are worth -------------------------------------------------------------------------------------------
 
 
-def _curves(pair: LoraTarget, options: SBoRAOptions, metric: Moment | None, count: int) -> list[Curve]:
-    """The curves of the variants that the options allow; of columns under a metric, the first `count` lines."""
+def _all_curves(
+    lora: LoraAdapter, options: SBoRAOptions, context: FitContext, limits: Sequence[int], counts: Sequence[int]
+) -> list[list[Curve]]:
+    """The curves of every target of the variants that the options allow, of at most `limits` lines; of columns under a
+    metric, the first `counts` lines."""
+    curves: list[list[Curve]] = [[] for _ in lora.targets]
+    variants = _BY_ROWS[options.variant]
+    for numbers in svd.stacks(lora.targets):
+        pairs = [lora.targets[n] for n in numbers]
+        if context.metric(pairs[0]) is None:
+            for by_rows in variants:
+                sorted_energies = -np.sort(-line_energies(pairs, by_rows), axis=1)
+                for n, energies in zip(numbers, sorted_energies, strict=True):
+                    places, length = sizes(lora.targets[n].target, by_rows)
+                    limit = min(places, limits[n])
+                    curves[n].append(Curve(by_rows, length, limit, energies[:limit]))
+            continue
+        for n, pair in zip(numbers, pairs, strict=True):
+            metric = context.metric(pair)
+            assert metric is not None
+            curves[n] = _curves_under(pair, metric, variants, limits[n], counts[n])
+    return curves
+
+
+def _curves_under(pair: LoraTarget, metric: Moment, variants: Sequence[bool], most: int, count: int) -> list[Curve]:
+    """The same of one target under a metric."""
     factors = svd.svd(pair, metric)
     curves = []
-    for by_rows in _BY_ROWS[options.variant]:
+    for by_rows in variants:
         places, length = sizes(pair.target, by_rows)
-        limit = min(places, options.rank or MAX_RANK, MAX_RANK)
-        if by_rows or metric is None:
-            energies = row_energies(factors) if by_rows else column_energies(factors)
-            curves.append(Curve(by_rows, length, limit, energies[largest(energies, limit)]))
+        limit = min(places, most)
+        if by_rows:
+            energies = row_energies(factors)
+            curves.append(Curve(True, length, limit, energies[largest(energies, limit)]))
         else:
-            curves.append(Curve(by_rows, length, limit, np.zeros(0), 1 - _ABSORBED, []))
+            curves.append(Curve(False, length, limit, np.zeros(0), 1 - _ABSORBED, []))
             curves[-1].extend(factors, metric, max(count, 1))
     return curves
 
@@ -98,7 +122,8 @@ class Planner:
         # Somewhat more columns than the same number everywhere would be; `_extend` adds them where more are worth it.
         typical = 2 if options.bits == "auto" else int(options.bits)
         even = 8 * budget.limit / (typical * sum(length for _, length in forms) / len(_BY_ROWS[options.variant]))
-        self.curves = [_curves(pair, options, context.metric(pair), 4 + int(1.25 * even)) for pair in lora.targets]
+        limits, counts = ([number] * len(lora.targets) for number in (options.rank or MAX_RANK, 4 + int(1.25 * even)))
+        self.curves = _all_curves(lora, options, context, np.minimum(limits, MAX_RANK).tolist(), counts)
 
     def best(self) -> Config:
         """Return the config that captures most by what planning assumes. Raise E-BUDGET."""
