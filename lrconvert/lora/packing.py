@@ -29,6 +29,7 @@ from lrconvert.lora.coded import stream
 CODE_BITS = (1, 2, 3, 4, 8)
 EXPONENT_RANGE = (-96, 96)  # keeps every half an exact float32, subnormals included
 _CHUNK = 1 << 20  # values packed at once; a multiple of 8, so that chunks meet at byte borders
+_CACHED = 1 << 16  # values that stay in a cache between two operations
 
 Kind = Literal["code", "index", "half", "single", "coded"]
 _DTYPES: dict[Kind, str] = {"code": "U8", "index": "U8", "half": "F16", "single": "F32", "coded": "U8"}
@@ -252,7 +253,14 @@ def odd_integers(codes: Array, bits: int) -> Array:
 def coded_values(integers: Array) -> F32:
     """Return the numbers of coded integers in sixteenths of a step, ``16 q - sign(q)``, float32; exact below 2^20. What
     was rounded to q lies nearer to zero in the mean."""
-    return np.asarray(integers.astype(np.float32) * np.float32(16) - np.sign(integers), np.float32)
+    values = integers.astype(np.float32, order="C")
+    flat = values.reshape(-1)
+    for start in range(0, flat.size, _CACHED):
+        part = flat[start : start + _CACHED]
+        signs = np.clip(part, -1, 1)
+        part *= np.float32(16)
+        part -= signs
+    return values
 
 
 # --- choosing scales ------------------------------------------------------------------------------------------------

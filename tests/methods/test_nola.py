@@ -56,6 +56,22 @@ def test_the_transform_is_exact_and_its_own_adjoint(d):
     assert np.abs(one).max() <= hadamard.growth(d) * np.abs(x).sum() * 2**20
 
 
+@pytest.mark.parametrize("d", [*LENGTHS, 1 << 17, 43 << 9])
+def test_sums_of_integers_are_those_of_the_transform(d):
+    """In both dtypes, up to the largest sums that are exact; beyond those of float32, `narrowed` says float64."""
+    rng = RNG(d)
+    for dtype, limit in ((np.float32, 1 << 24), (np.float64, 1 << 53)):
+        most = max(1, int(0.9 * limit / hadamard.growth(d) / d))
+        x = rng.choice([-most, most, most - 1], (3, d)).astype(np.float64)
+        expected = hadamard.transform(x, np)
+        assert hadamard.narrowed(x, d).dtype == dtype
+        sums = hadamard.of_integers(x.astype(dtype))
+        assert sums.dtype == dtype and np.array_equal(sums, expected)
+        edge = np.full((1, d), float(most))  # all on one sum
+        assert np.array_equal(hadamard.of_integers(edge.astype(dtype)), hadamard.transform(edge, np))
+    assert hadamard.of_integers(np.zeros((0, d), np.float32)).shape == (0, d)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 5000), st.data())
 def test_the_order_is_a_nested_sample(d, data):

@@ -6,10 +6,10 @@ one for each bit of d, largest first; a block that is 2^s times shorter than the
 2^floor(s / 2), so that no two vectors differ in length by more than sqrt(2). Matrices are symmetric: rows are columns,
 and a transform is its own adjoint. Normative text: ``formats/methods/nola.md``.
 
-`transform` is the same code on numpy and torch: sums and differences, O(d log d) of them, between two buffers. Small
-matrix products would do as well, but many of them make the threads of a BLAS wait for one another on a busy machine.
-Sums of integers are exact, in any order, while they stay below 2^53; what `growth` says of them is for the caller to
-hold.
+`transform` is the same code on numpy and torch: sums and differences, O(d log d) of them, between two buffers, in one
+order whatever the machine. Sums of integers are exact, in any order, while they stay below 2^53, or 2^24 in float32:
+`of_integers` takes small matrix products for them, each so small that no BLAS gives it to its threads, which wait for
+one another on a busy machine. What `growth` says of the sums is for the caller to hold.
 """
 
 from __future__ import annotations
@@ -29,6 +29,11 @@ MAX_LENGTH = 1 << 40
 _ROUNDS = 4
 _LOW_BITS = 4
 _AT_ONCE = 1 << 15  # numbers that fit into a cache with their buffers
+
+_EXACT_SINGLE = 0.99 * (1 << 24)  # integers below 2^24 are exact in float32; what bounds them is a rounded sum
+_WIDEST = 32  # rows of the first matrix product, unless the odd part has more
+_STEP_BITS = 4  # of each further one
+_ONE_THREAD = 1 << 18  # multiplications of a product that stays on one thread
 
 I64 = npt.NDArray[np.int64]
 
@@ -137,6 +142,67 @@ def _butterflies(x: Any, bits: int, step: int, xp: Any) -> Any:
         xp.subtract(pairs[:, 0], pairs[:, 1], out=sums[:, 1])
         x, step = sums, 2 * step
     return x
+
+
+def narrowed(numbers: npt.NDArray[Any], length: int) -> npt.NDArray[Any]:
+    """Return integers (n, up to length) in float32 if all sums of transforms of their rows are exact in it, else in
+    float64."""
+    single, limit = numbers.astype(np.float32), _EXACT_SINGLE / growth(length)
+    squares = np.einsum("nd,nd->n", single, single).max(initial=0.0)
+    if (length * float(squares)) ** 0.5 > limit and float(np.abs(single).sum(axis=1).max()) > limit:
+        return numbers.astype(np.float64)
+    return single
+
+
+def of_integers(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return `transform` of rows of integers, float32 or float64 (n, length), in their dtype; `x` is overwritten. Exact
+    while the sum of the magnitudes of a row, times `growth`, is below 2^24 or 2^53, shifts apart."""
+    cut = blocks(x.shape[1])
+    if len(cut) > 1:
+        return np.concatenate([_products(np.ascontiguousarray(x[:, b.start : b.start + b.length]), b) for b in cut], 1)
+    return _products(np.ascontiguousarray(x), cut[0])
+
+
+def _products(x: npt.NDArray[Any], block: Block) -> npt.NDArray[Any]:
+    """The matrix of a block times each row of `x`, in its place: by products with Kronecker factors of it."""
+    rows = max(1, _AT_ONCE // block.length)
+    buffer = np.empty((min(rows, len(x)), block.length), x.dtype)
+    for n in range(0, len(x), rows):
+        part = x[n : n + rows]
+        last = _on_rows(part, buffer[: len(part)], block)
+        if block.shift:
+            np.multiply(last, x.dtype.type(1 << block.shift), out=part)
+        elif last is not part:
+            part[...] = last
+    return x
+
+
+def _on_rows(x: npt.NDArray[Any], other: npt.NDArray[Any], block: Block) -> npt.NDArray[Any]:
+    """The same, without its shift, in `x` or in the `other` buffer of this shape, whichever is last."""
+    done = max(n for n in range(block.bits + 1) if n == 0 or block.odd << n <= _WIDEST)
+    width, left = block.odd << done, block.bits - done
+    if width > 1:
+        more = max(n for n in range(left + 1) if n == 0 or width * width << n <= _ONE_THREAD)
+        shape = (-1, 1 << more, width)
+        np.matmul(x.reshape(shape), _factor(block.odd, done, x.dtype.char), out=other.reshape(shape))
+        x, other = other, x
+    while done < block.bits:
+        bits = min(_STEP_BITS, block.bits - done)
+        step = block.odd << done
+        one, two = (y.reshape(-1, 1 << bits, step) for y in (x, other))
+        part = _ONE_THREAD >> 2 * bits
+        for first in range(0, step, part):
+            columns = slice(first, first + part)
+            np.matmul(_factor(1, bits, x.dtype.char), one[..., columns], out=two[..., columns])
+        x, other, done = other, x, done + bits
+    return x
+
+
+@lru_cache(maxsize=64)
+def _factor(odd: int, bits: int, dtype: str) -> npt.NDArray[Any]:
+    """The matrix of the length ``odd 2^bits``."""
+    length = odd << bits
+    return transform(np.eye(length), np).astype(dtype) if length > 1 else np.ones((1, 1), dtype)
 
 
 def order(stream: prng.Stream, length: int, count: int) -> I64:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ import numpy as np
 from lrconvert.core.dtypes import F64
 from lrconvert.lora import prng
 from lrconvert.lora.prng import hadamard
+from lrconvert.methods.nola.rotation import signs_of
 
 HADAMARD, DENSE = "hadamard", "dense"
 _TILE = 1 << 21  # numbers of a dense basis in memory, 16 MiB; a basis that is no larger is drawn once
@@ -63,28 +64,26 @@ class Basis:
         """Numbers that are drawn to sum vectors."""
         return self.length * (self.count if self.family == DENSE else 1)
 
-    @cached_property
-    def _order(self) -> hadamard.I64:
-        return hadamard.order(self._stream("order"), self.length, self.count)
-
-    @cached_property
-    def _signs(self) -> F64:
-        return np.asarray(self._vector("signs", "sign", None, np), np.float64)
-
     def combine(self, numbers: Any, xp: Any = np) -> Any:
-        """Return ``sum_i numbers[i] * vector i``: float64 (length,) of float64 (count,), numpy arrays or torch tensors.
-        Exact for integers, as far as `growth` allows."""
+        """Return ``sum_i numbers[i] * vector i``: (length,) of integers in float64 (count,), numpy arrays or torch
+        tensors. In float64, with numpy in float32 where that is exact, too. Exact as far as `growth` allows."""
         if self.family == DENSE:
             tiles = [numbers @ tile for _, tile in self._tiles(numbers, xp)]
             return xp.concatenate(tiles)
+        order, signs = (
+            _order(self._stream("order"), self.length, self.count),
+            signs_of(self.seed, self.role, self.length),
+        )
         if xp is np:
-            spread, order, signs = np.zeros((1, self.length)), self._order, self._signs
-        else:
-            spread = numbers.new_zeros((1, self.length))
-            order = xp.from_numpy(self._order).to(numbers.device)
-            signs = self._vector("signs", "sign", numbers, xp)
-        spread[0, order] = numbers
-        return hadamard.transform(spread, xp)[0] * signs
+            narrow = hadamard.narrowed(numbers[None], self.length)
+            spread = np.zeros((1, self.length), narrow.dtype)
+            spread[0, order] = narrow
+            sums = hadamard.of_integers(spread)[0]
+            sums *= signs
+            return sums
+        spread = numbers.new_zeros((1, self.length))
+        spread[0, xp.from_numpy(order).to(numbers.device)] = numbers
+        return hadamard.transform(spread, xp)[0] * xp.from_numpy(signs).to(numbers.device)
 
     def _tiles(self, like: Any, xp: Any) -> Iterator[tuple[int, Any]]:
         """(first element, tile (count, n)) of a dense basis."""
@@ -108,6 +107,12 @@ class Basis:
     def base_term(self, like: Any, xp: Any = np) -> Any:
         """Return the seeded matrix that A may begin with, float64 (length,)."""
         return self._vector("base", self.value_map, like, xp)
+
+
+@lru_cache(maxsize=16)
+def _order(stream: prng.Stream, length: int, count: int) -> hadamard.I64:
+    """The rows of the transform that a basis has: targets of one size share it."""
+    return hadamard.order(stream, length, count)
 
 
 def _draw(stream: prng.Stream, value_map: str, bases: range, part: slice, like: Any, xp: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lrconvert.core.dtypes import F32, F64, Array
+from lrconvert.core.dtypes import F32, F64
 from lrconvert.lora import prng
 from lrconvert.lora.coded.stream import LARGEST_INTEGER
 from lrconvert.lora.prng import hadamard
@@ -30,7 +30,12 @@ class Rotation(Coordinates):
 
     def rows(self, numbers: Any, role: str, xp: Any = np) -> Any:
         length = numbers.shape[1]
-        return hadamard.transform(_double(numbers, xp), xp) * (self._signs(role, numbers, xp) * 2.0 ** -_power(length))
+        scale = 2.0 ** -_power(length)
+        if xp is np:
+            sums = hadamard.of_integers(hadamard.narrowed(numbers, length))
+            sums *= signs_of(self.seed, role, length) * sums.dtype.type(scale)
+            return sums.astype(np.result_type(sums, numbers), copy=False)
+        return hadamard.transform(_double(numbers, xp), xp) * (self._signs(role, numbers, xp) * scale)
 
     def numbers(self, rows: Any, role: str, xp: Any = np) -> Any:
         length = rows.shape[1]
@@ -47,7 +52,7 @@ class Rotation(Coordinates):
         np.multiply(numbers, self.unit(out.shape[1]), out=out, casting="same_kind")
 
     def _signs(self, role: str, like: Any, xp: Any) -> Any:
-        signs = _signs(self.seed, role, like.shape[1])
+        signs = signs_of(self.seed, role, like.shape[1])
         return _double(signs if xp is np else xp.from_numpy(signs).to(like.device), xp)
 
 
@@ -57,10 +62,9 @@ def sums_are_exact(length: int) -> bool:
 
 
 @lru_cache(maxsize=16)
-def _signs(seed: int, role: str, length: int) -> Array:
-    """The seeded signs of a basis, int8 (length,)."""
-    drawn = prng.values(prng.Stream(seed, f"nola/{role}/{length}/signs"), "sign", (0,), 0, length, "float32")[0]
-    return np.asarray(drawn, np.int8)
+def signs_of(seed: int, role: str, length: int) -> F32:
+    """Return the seeded signs of a basis, float32 (length,)."""
+    return prng.values(prng.Stream(seed, f"nola/{role}/{length}/signs"), "sign", (0,), 0, length, "float32")[0]
 
 
 def _power(length: int) -> int:

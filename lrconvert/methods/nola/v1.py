@@ -268,16 +268,19 @@ class Nola(EarlierMethod):
         out, inner = targets[which].matrix_shape
         if not place.rank:
             return xp.zeros((0, inner), dtype=xp.float32), xp.zeros((out, 0), dtype=xp.float32)
-        scales = double(values["scales"][place.number])
+        scales = values["scales"][place.number]
         sides, code = [], place.code
         for side, basis in enumerate(bases(config.form, targets[which], place)):
             numbers = double(values["codes"][code : code + basis.count])
             if config.form.bits == 16:
                 numbers = 2 * numbers - 65535
-            flat = basis.combine(numbers, xp) * scales[side]
+            flat = basis.combine(numbers, xp)
             if config.form.base_term and side == 0:
+                flat = double(flat) * double(scales)[side]
                 flat = flat + basis.base_term(numbers, xp) * double(values["base_scales"])[place.number]
-            sides.append(flat.astype(np.float32) if xp is np else flat.float())
+            else:
+                flat = flat * scales[side]  # one rounding, in float32 as in float64
+            sides.append(flat.astype(np.float32, copy=False) if xp is np else flat.float())
             code += basis.count
         return sides[0].reshape(place.rank, inner), sides[1].reshape(out, place.rank)
 
