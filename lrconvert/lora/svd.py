@@ -53,7 +53,8 @@ def products(left: F64, right: F64) -> F64:
     """Return ``left @ right^T`` (..., j, k) of wide left (..., j, m) and right (..., k, m)."""
     total = np.zeros((*left.shape[:-1], right.shape[-2]))
     for part in _parts(left, max(left.shape[-2], right.shape[-2])):
-        total += left[..., part] @ right[..., part].mT
+        some = left[..., part]
+        total += some @ (some.copy() if right is left else right[..., part]).mT  # numpy's way for squares is slower
     return total
 
 

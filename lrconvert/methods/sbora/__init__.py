@@ -78,7 +78,7 @@ class SBoRA(Method):
         return (counts, packing.index("variants", (len(targets),), 2)) if read.variant == "mixed" else (counts,)
 
     def layout(self, config: Config) -> dict[str, Array]:
-        counts = {"counts": np.array(config.counts, np.uint32)}
+        counts = {"counts": config.table.astype(np.uint32)}
         return counts | ({"variants": np.array(config.by_rows, np.uint32)} if config.variant == "mixed" else {})
 
     def config(self, header: Mapping[str, Any], layout: Tensors, targets: Sequence[Target]) -> Config:

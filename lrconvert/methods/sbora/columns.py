@@ -21,14 +21,19 @@ def row_energies(factors: Factors) -> F64:
     return np.asarray(np.sum((factors.U * factors.s) ** 2, axis=1), np.float64)
 
 
-def line_energies(pairs: Sequence[LoraTarget], by_rows: bool) -> F64:
-    """Return the energies (n, places) of the output rows, or of the input columns, of targets of equal shapes and
-    ranks, in the plain norm: with the thin QR ``B = Q R`` column i of ``B @ A`` is as long as that of ``R @ A``."""
-    a, b = svd.factors_of(pairs)
-    lines, others = (b, a) if by_rows else (a, b)
-    scales = np.array([pair.scale for pair in pairs], np.float64)[:, None, None]
-    parts = svd.product(scales * svd.r_factors(others), lines)
+def line_energies(lines: F64, others: F64) -> F64:
+    """Return the energies (n, places) of the input columns of n updates, in the plain norm, of A (n, r, in) as `lines`
+    and B^T (n, r, out) as `others`, or of the output rows of B^T and A: with the thin QR ``B = Q R`` column i of ``B @
+    A`` is as long as that of ``R @ A``."""
+    parts = svd.product(svd.r_factors(others), lines)
     return np.asarray(np.einsum("nkp,nkp->np", parts, parts), np.float64)
+
+
+def both_sides(pairs: Sequence[LoraTarget]) -> dict[bool, tuple[F64, F64]]:
+    """Return the arguments of `line_energies` of targets of equal shapes and ranks, by whether lines are rows."""
+    a, b = svd.factors_of(pairs)
+    b *= np.array([pair.scale for pair in pairs], np.float64)[:, None, None]
+    return {True: (b, a), False: (a, b)}
 
 
 def largest(energies: F64, count: int) -> Array:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lrconvert.core.dtypes import F64, Array
+from lrconvert.core.dtypes import Array
 from lrconvert.lora import packing, svd
 from lrconvert.lora.adapter import LoraTarget
 from lrconvert.lora.input_statistics import Moment
-from lrconvert.methods.sbora.columns import best_columns, largest, line_energies, metric_rows, row_energies
+from lrconvert.methods.sbora.columns import best_columns, both_sides, largest, line_energies, metric_rows, row_energies
 from lrconvert.methods.sbora.form import Start
 from lrconvert.methods.shared import payload
 from lrconvert.methods.shared.mixed_widths import masks, numbers_name, quantize
@@ -43,9 +43,10 @@ def store(arrays: Mapping[str, Array], parts: Mapping[int, Lines], start: Start)
 def fit_lines(pairs: Sequence[LoraTarget], widths: Sequence[Sequence[int]], by_rows: bool) -> list[dict[int, Lines]]:
     """Return the rows, or the columns, of targets of equal shapes and ranks that hold most in the plain norm, as many
     of each target as `widths` has, those that hold most at the first. All of a width are quantized together."""
-    energies = line_energies(pairs, by_rows)
-    places = [largest(own, len(row)) for own, row in zip(energies, widths, strict=True)]
-    lines = np.concatenate([_lines(pair, which, by_rows) for pair, which in zip(pairs, places, strict=True)])
+    sides = both_sides(pairs)[by_rows]
+    places = [largest(own, len(row)) for own, row in zip(line_energies(*sides), widths, strict=True)]
+    chosen = [svd.product(one[:, some].T, two) for some, one, two in zip(places, *sides, strict=True)]
+    lines = np.concatenate(chosen)
     owners, where = np.repeat(np.arange(len(pairs)), [len(row) for row in widths]), np.concatenate(places)
     parts: list[dict[int, Lines]] = [{} for _ in pairs]
     for q, mask in masks([q for row in widths for q in row]).items():
@@ -56,13 +57,6 @@ def fit_lines(pairs: Sequence[LoraTarget], widths: Sequence[Sequence[int]], by_r
             some = slice(ends[n], ends[n + 1])
             parts[n][q] = Lines(which[some], codes[some], scales[some])
     return parts
-
-
-def _lines(pair: LoraTarget, places: Array, by_rows: bool) -> F64:
-    """The rows, or the columns, of an update, (n, length)."""
-    a, b = (x[0] for x in svd.factors_of([pair]))
-    lines, others = (b, a) if by_rows else (a, b)
-    return svd.product(pair.scale * lines[:, places].T, others)
 
 
 def fit_under(pair: LoraTarget, widths: Sequence[int], metric: Moment, by_rows: bool) -> dict[int, Lines]:

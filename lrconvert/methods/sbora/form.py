@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from lrconvert.core.dtypes import Array
 from lrconvert.lora.adapter import Target
 from lrconvert.methods.shared import mixed_widths
 from lrconvert.methods.shared.beside import beside_config
@@ -36,16 +37,15 @@ class Config(MixedWidths):
     @cached_property
     def variant(self) -> Variant:
         """Of the targets that have lines: fa, fb or mixed."""
-        used = {by_rows for rank, by_rows in zip(self.ranks, self.by_rows, strict=True) if rank}
-        return "mixed" if len(used) == 2 else "fb" if True in used else "fa"
+        used = np.array(self.by_rows)[self.table.any(axis=1)]
+        return "fa" if not used.any() else "fb" if used.all() else "mixed"
 
 
 def settled(levels: Sequence[int], counts: Sequence[Sequence[int]], by_rows: Sequence[bool]) -> Config:
     """Return the Config in which targets without lines have the variant that the format gives them."""
-    rows = tuple(tuple(row) for row in counts)
-    used = [any(row) for row in rows]
-    rest = any(used) and all(v for is_used, v in zip(used, by_rows, strict=True) if is_used)
-    return Config(tuple(levels), rows, tuple(v if u else rest for u, v in zip(used, by_rows, strict=True)))
+    used, rows = np.array(counts).any(axis=1), np.array(by_rows, bool)
+    rest = used.any() and rows[used].all()
+    return Config(tuple(levels), tuple(map(tuple, counts)), tuple(np.where(used, rows, rest).tolist()))
 
 
 def sizes(target: Target, by_rows: bool) -> tuple[int, int]:
@@ -56,8 +56,13 @@ def sizes(target: Target, by_rows: bool) -> tuple[int, int]:
 
 def most_places(config: Config, targets: Sequence[Target]) -> int:
     """Return the most places that a target with lines has: the limit of `indices`."""
-    used = zip(targets, config.by_rows, config.ranks, strict=True)
-    return max(sizes(target, by_rows)[0] for target, by_rows, rank in used if rank)
+    return int(_sizes(config, targets)[config.table.any(axis=1), 0].max())
+
+
+def _sizes(config: Config, targets: Sequence[Target]) -> Array:
+    """The `sizes` of all targets, int64 (targets, 2)."""
+    shapes = np.array([target.matrix_shape for target in targets], np.int64)
+    return np.where(np.array(config.by_rows)[:, None], shapes, shapes[:, ::-1])
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,7 @@ class Start:
 
 def totals(config: Config, targets: Sequence[Target]) -> Start:
     """Return the lines, the numbers of each width, and the scales of all targets."""
-    lengths = np.array([sizes(t, by_rows)[1] for t, by_rows in zip(targets, config.by_rows, strict=True)], np.int64)
-    counts = np.array(config.counts, np.int64)
+    counts, lengths = config.table, _sizes(config, targets)[:, 1]
     numbers = dict(zip(config.levels, (lengths @ counts).tolist(), strict=True))
     scales = sum(n for q, n in zip(config.levels, counts.sum(axis=0).tolist(), strict=True) if q != 16)
     return Start(int(counts.sum()), numbers, scales)

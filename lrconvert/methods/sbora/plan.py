@@ -15,7 +15,7 @@ from lrconvert.lora import packing, svd
 from lrconvert.lora.adapter import LoraAdapter, LoraTarget
 from lrconvert.lora.input_statistics import Moment
 from lrconvert.methods.base import Budget, FitContext
-from lrconvert.methods.sbora.columns import largest, line_energies, row_energies
+from lrconvert.methods.sbora.columns import both_sides, largest, line_energies, row_energies
 from lrconvert.methods.sbora.curves import AllSteps, Curve
 from lrconvert.methods.sbora.form import Config, settled, sizes
 from lrconvert.methods.shared.options import bits_option, check_range, within
@@ -76,8 +76,9 @@ def _all_curves(
     for numbers in svd.stacks(lora.targets):
         pairs = [lora.targets[n] for n in numbers]
         if context.metric(pairs[0]) is None:
+            sides = both_sides(pairs)
             for by_rows in variants:
-                sorted_energies = -np.sort(-line_energies(pairs, by_rows), axis=1)
+                sorted_energies = -np.sort(-line_energies(*sides[by_rows]), axis=1)
                 for n, energies in zip(numbers, sorted_energies, strict=True):
                     places, length = sizes(lora.targets[n].target, by_rows)
                     limit = min(places, limits[n])

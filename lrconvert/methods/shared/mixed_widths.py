@@ -37,13 +37,18 @@ class MixedWidths:
     counts: tuple[tuple[int, ...], ...]
 
     @cached_property
+    def table(self) -> Array:
+        """The counts, int64 (targets, levels)."""
+        return np.array(self.counts, np.int64).reshape(len(self.counts), len(self.levels))
+
+    @cached_property
     def ranks(self) -> tuple[int, ...]:
-        return tuple(sum(row) for row in self.counts)
+        return tuple(self.table.sum(axis=1).tolist())
 
     @cached_property
     def max_count(self) -> int:
         """The largest count."""
-        return max((n for row in self.counts for n in row), default=0)
+        return int(self.table.max(initial=0))
 
     def widths(self, which: int) -> tuple[int, ...]:
         """Return the width of each row of a target, widest first."""
@@ -51,7 +56,7 @@ class MixedWidths:
 
     def commonest(self) -> list[int]:
         """Return the `MAX_LEVELS` widths that most rows have, widest first."""
-        rows = np.array(self.counts).sum(axis=0)
+        rows = self.table.sum(axis=0)
         return [self.levels[n] for n in sorted(np.argsort(-rows, kind="stable")[:MAX_LEVELS])]
 
 
