@@ -59,8 +59,12 @@ def run(request: Request, work: Work, title: str) -> None:
         raise click.exceptions.Exit(EXIT_REFUSED)
 
 
+_ROWS = 1000  # of a table; a larger batch has several
+
+
 class _Shown:
-    """The output of a batch: of an adapter no more is kept than the line that it has in the table."""
+    """The output of a batch: of an adapter no more is kept than the line that it has in the table, until that is
+    printed."""
 
     def __init__(self, request: Request) -> None:
         self._request = request
@@ -77,20 +81,28 @@ class _Shown:
         if not self._request.quiet:
             say(f"{outcome.text}\n\n" if outcome.text else "", nl=False)
             self._rows.append(_row(outcome))
+        if max(len(self._rows), len(self._warnings), len(self._messages)) >= _ROWS:
+            self._show()
 
     def end(self, batch: Batch) -> None:
-        from lrconvert.report import text_and_json
-
+        warn(batch.notes)
         if self._request.as_json:
             emit_line({"ok": batch.ok, **_counts(batch)})
             return
+        counts = ", ".join(f"{count} {state}" for state, count in _counts(batch).items())
+        self._show(f"\n\n{counts}")
+
+    def _show(self, after: str = "") -> None:
+        """Print what has come together, with the text `after` the table."""
+        from lrconvert.report import text_and_json
+
         warn(sorted(self._warnings))
         if not self._request.quiet:
             head = ["adapter", "state", "bytes", "ratio", "captured", "dropped", "error"]
-            counts = ", ".join(f"{count} {state}" for state, count in _counts(batch).items())
-            say(f"{text_and_json.table(head, sorted(self._rows))}\n\n{counts}")
+            say(f"{text_and_json.table(head, sorted(self._rows))}{after}")
         for _, message in sorted(self._messages):
             say(message, err=True)
+        self._rows, self._warnings, self._messages = [], [], []
 
 
 @contextmanager

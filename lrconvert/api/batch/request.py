@@ -5,22 +5,30 @@
 `source` is the digest of the adapter's files, so that a changed configuration counts, and `inputs` are the digests of
 the base's contents, the statistics and the data: names of folders do not count, and neither do times. An output that
 holds the digest and passes every check is not made again; a crash leaves no file, or one that is finished.
+
+The state of files, which `journal` compares, says without reading them that they are the same as before.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import stat
+import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lrconvert.api.batch.sources import is_adapter
+from lrconvert.api.batch.sources import WEIGHTS, is_adapter
 from lrconvert.convert.options import AllocateOptions, CompressOptions, ConvertOptions
 from lrconvert.core.errors import FileChangedError, FileReadError, LrcError
 from lrconvert.core.options import make, names, take
 from lrconvert.formats.lrc import file
 from lrconvert.formats.model_card import CARD
+from lrconvert.formats.readers.peft_miss import SHAPES_NAME
+from lrconvert.formats.readers.shared.folders import CONFIG_NAME, INDEX
 from lrconvert.io.checkpoint import KnownContent, open_checkpoint
 from lrconvert.lora.adapter import CompactAdapter
 from lrconvert.methods import base as methods
@@ -29,6 +37,8 @@ from lrconvert.refine.settings import Settings
 FIELD = "request"
 _CONTENTS = ("base", "statistics", "data")  # options that stand for contents: their digests are among the inputs
 _PLACES = ("device",)
+# Nanoseconds after which a change has another time: of the system's clock, and where times are whole seconds.
+_TICK, _COARSE_TICK = 50_000_000, 2_000_000_000
 
 
 def settled(verb: str, method: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,6 +59,12 @@ def settled(verb: str, method: str, options: Mapping[str, Any]) -> dict[str, Any
     return {name: value for name, value in {**chosen, **rest}.items() if name not in (*_CONTENTS, *_PLACES)}
 
 
+def chosen(verb: str, method: str, options: Mapping[str, Any], loading: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all options, `settled`, with those of `loading` that are set; a base counts by its contents."""
+    reading = {key: value for key, value in loading.items() if key != "base" and value is not False}
+    return {**settled(verb, method, options), "loading": reading}
+
+
 def digest(verb: str, method: str, options: Mapping[str, Any], source: str, inputs: Mapping[str, str]) -> str:
     """The request's digest; `options` are those of the verb and of reading, without paths of `inputs`."""
     whole = {"verb": verb, "method": method, "options": options, "source": source, "inputs": inputs}
@@ -56,14 +72,33 @@ def digest(verb: str, method: str, options: Mapping[str, Any], source: str, inpu
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+def files_of(path: Path) -> tuple[list[Path], Path]:
+    """Return the files that an adapter may consist of, and the folder that they are named in: of a folder all directly
+    in it (and below, if it is an adapter only by what lies below), of an index all that lies beside it, of another file
+    itself with the configurations and the card there, but those of other files (``x.json`` of ``x.safetensors``)."""
+    if not path.is_file():
+        return list(path.iterdir() if is_adapter(path) else path.rglob("*")), path
+    folder = path.parent
+    if path.name.endswith(INDEX):
+        return list(folder.iterdir()), folder
+    changed = folder.stat().st_mtime_ns
+    listing = _configurations if _is_past(changed, time.time_ns()) else _configurations.__wrapped__
+    return [path, *(folder / name for name in {*listing(folder, changed), f"{path.stem}.json"} - {path.name})], folder
+
+
+@lru_cache(maxsize=4)
+def _configurations(folder: Path, changed: int) -> tuple[str, ...]:
+    """Names of the files in a folder that may say something of any file of weights there. Kept, since a folder may hold
+    a hundred thousand of them, until it is `changed`."""
+    names = [path.name for path in folder.iterdir()]
+    stems = {Path(name).stem for name in names if name.endswith(WEIGHTS)}
+    own = {f"{stem}.json" for stem in stems} - {CONFIG_NAME, SHAPES_NAME}
+    return tuple(name for name in names if name == CARD or (name.endswith(".json") and name not in own))
+
+
 def of_source(path: Path) -> str:
-    """sha256 over the files that an adapter may consist of: of a folder all directly in it (and below, if it is an
-    adapter only by what lies below), of a file itself with the configurations and the card beside it."""
-    if path.is_file():
-        beside = [p for p in path.parent.iterdir() if p.suffix == ".json" or p.name == CARD]
-        return of_files([path, *(p for p in beside if p != path)], path.parent)
-    entries = path.iterdir() if is_adapter(path) else path.rglob("*")
-    return of_files(entries, path)
+    """sha256 over the files that an adapter may consist of."""
+    return of_files(*files_of(path))
 
 
 def of_files(paths: Iterable[Path], root: Path) -> str:
@@ -81,6 +116,34 @@ def of_file(path: Path) -> str:
             return hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
         raise FileReadError(f"cannot be read: {error.strerror}", path=path) from None
+
+
+@dataclass(frozen=True)
+class State:
+    """A digest of names, sizes, times and inodes of files; `is_past`: a later change would show in it, since none of
+    the times is so young that the next change might have the same."""
+
+    digest: str
+    is_past: bool
+
+
+def state(paths: Iterable[Path], root: Path) -> State:
+    """The state of the regular files among `paths`, which are named below `root`."""
+    whole, newest, now = hashlib.sha256(), 0, time.time_ns()
+    for path in sorted(paths):
+        try:
+            info = path.stat()
+        except OSError:
+            continue  # it is not there, and `of_files` passes it by
+        if stat.S_ISREG(info.st_mode):
+            numbers = info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino
+            whole.update(f"{numbers} {path.relative_to(root)}\n".encode("utf-8", "surrogateescape"))
+            newest = max(newest, info.st_ctime_ns)  # which no program can set
+    return State(whole.hexdigest()[:32], _is_past(newest, now))
+
+
+def _is_past(changed: int, now: int) -> bool:
+    return now - changed > (_TICK if changed % 1_000_000_000 else _COARSE_TICK)
 
 
 def of_base(base: Path) -> tuple[str, KnownContent | None]:

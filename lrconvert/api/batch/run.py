@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
-from lrconvert.api.batch import pool, request
-from lrconvert.api.batch.sources import AnyPath, Job, plan
+from lrconvert.api.batch import journal, pool, request
+from lrconvert.api.batch.journal import Journal, Line
+from lrconvert.api.batch.sources import AnyPath, Job, Plan, plan
 from lrconvert.api.shared import take_reading
 from lrconvert.core.errors import OptionError, OutputPathError
 from lrconvert.core.options import make, option, take
@@ -52,10 +54,12 @@ OnOutcome = Callable[[Outcome], None]
 
 @dataclass(frozen=True)
 class Batch:
-    """The outcomes in the order of the sources, none if `BatchOptions.on_outcome` took them; how many of each state."""
+    """The outcomes in the order of the sources, none if `BatchOptions.on_outcome` took them; how many of each state;
+    `notes` on the journal, where it could not be used."""
 
     outcomes: tuple[Outcome, ...]
     counts: Mapping[State, int]
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -94,12 +98,13 @@ def convert_many(sources: AnyPath | Sequence[AnyPath], out: AnyPath, method: str
 
     `sources` are adapters, or folders of adapters: ``OUT/<name>.lrc``, by the path in the folder. A failure is one
     outcome among the others. What is finished is passed by: the output is there, passes every check, and its provenance
-    holds the digest of the same sources and options. Another file of that name fails with E-OUT-EXISTS, unless
-    `overwrite`.
+    holds the digest of the same sources and options; or the journal of the folder says that all this was so, and that
+    source and output have the same files, sizes, times and inodes as then. Another file of that name fails with
+    E-OUT-EXISTS, unless `overwrite`. One batch at a time writes a folder.
 
     `more` are single fields of `BatchOptions`, `allow_pickle`, `layout` and `alpha` as in `load`, and what `convert`
     takes, with paths for `base` and `statistics`. The outputs are the same bytes whatever `jobs` is. Raises E-OPTION,
-    E-OUT-PATH and E-LAYOUT for what no adapter could be converted with, before any is.
+    E-OUT-PATH, E-LAYOUT and E-LOCKED for what no adapter could be converted with, before any is.
     """
     return _many("convert", method, sources, out, more)
 
@@ -124,6 +129,44 @@ def run(
     work: Work, sources: AnyPath | Sequence[AnyPath], out: AnyPath | None, reading: ReadOptions, batch: BatchOptions
 ) -> Batch:
     """Do `work` to every adapter of `sources`, into files in the folder `out`; see `convert_many`."""
+    root, jobs = _planned(work, sources, out, batch)
+    inputs, content = _inputs(work.options)
+    options = {key: _plain(key, value) for key, value in work.options.items()}
+    readings = _Readings(jobs, reading)
+    wanted = [
+        request.digest(work.verb, work.method, request.chosen(work.verb, work.method, options, kind), "", inputs)
+        for kind in readings.kinds
+    ]
+    shared = {
+        "verb": work.verb,
+        "method": work.method,
+        "overwrite": batch.overwrite,
+        "verbose": batch.verbose,
+        "options": options,
+        "inputs": inputs,
+        "base_content": None if content is None else asdict(content),
+    }
+    with nullcontext() if root is None or batch.dry_run else journal.opened(root) as kept:
+        tally = _Tally(batch, jobs, kept, lambda number: wanted[readings.at(number)])
+        left = array("l", (number for number in range(len(jobs)) if not tally.knows(number)))
+        requests = (
+            {
+                **shared,
+                "loading": readings.kinds[readings.at(number)],
+                "path": str(jobs[number].path.absolute()),
+                "output": None if batch.dry_run else str(jobs[number].output.absolute()),
+            }
+            for number in left
+        )
+        count = min(batch.jobs or _processes(work.options), len(left))
+        pool.run(requests, count, lambda at, answer: tally.add(left[at], answer))
+        return tally.batch()
+
+
+def _planned(
+    work: Work, sources: AnyPath | Sequence[AnyPath], out: AnyPath | None, batch: BatchOptions
+) -> tuple[Path | None, Plan]:
+    """The folder of the outputs, None where none is written, and the adapters. Raises what `convert_many` raises."""
     if batch.dry_run and work.verb == "compress":
         raise OptionError("compress has no dry run", fix="leave it out")
     listed = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
@@ -132,40 +175,55 @@ def run(
         raise OptionError("there is no folder for the outputs", fix="name one, or plan only")
     if root is not None and root.exists() and not root.is_dir():
         raise OutputPathError("is not a folder", fix="give a folder for the outputs", path=root)
-    jobs = plan(listed, root)
-    inputs, content = _inputs(work.options)
-    shared = {
-        "verb": work.verb,
-        "method": work.method,
-        "overwrite": batch.overwrite,
-        "verbose": batch.verbose,
-        "options": {key: _plain(key, value) for key, value in work.options.items()},
-        "inputs": inputs,
-        "base_content": None if content is None else asdict(content),
-    }
-    requests = (
-        {
-            **shared,
-            "loading": loading,
-            "path": str(job.path.absolute()),
-            "output": None if batch.dry_run else str(job.output.absolute()),
-        }
-        for job, loading in zip(jobs, _readings(jobs, reading), strict=True)
-    )
-    outcomes: dict[int, Outcome] = {}
-    counts: Counter[State] = Counter()
+    return root, plan(listed, root)
 
-    def advance(number: int, answer: pool.Answer) -> None:
-        outcome = _outcome(jobs[number], answer)
-        counts[outcome.state] += 1
-        if batch.on_outcome is None:
-            outcomes[number] = outcome
+
+@dataclass
+class _Tally:
+    """What has become of the adapters so far. With a journal it keeps what a later run needs to know; `settings` of the
+    adapter of a number are what `Line.settings` holds."""
+
+    options: BatchOptions
+    jobs: Plan
+    journal: Journal | None
+    settings: Callable[[int], str]
+    outcomes: dict[int, Outcome] = field(default_factory=dict)
+    counts: Counter[State] = field(default_factory=Counter)
+
+    def knows(self, number: int) -> bool:
+        """Take an adapter as passed by, and return true, if the journal says that its output is finished."""
+        job = self.jobs[number]
+        line = None if self.journal is None else self.journal.find(job.name)
+        if line is None or line.settings != self.settings(number):
+            return False
+        try:
+            source = request.state(*request.files_of(job.path))
+        except OSError:
+            return False
+        if (line.source, line.output) != (source.digest, request.state([job.output], job.output.parent).digest):
+            return False
+        sizes = {"adapter": line.adapter, "total": line.total}
+        self.add(number, {"state": "skipped", "bytes": sizes, "captured": line.captured})
+        return True
+
+    def add(self, number: int, answer: pool.Answer) -> None:
+        """Count an adapter, tell of it, and keep a line in the journal of one that is finished."""
+        job = self.jobs[number]
+        outcome = _outcome(job, answer)
+        self.counts[outcome.state] += 1
+        if self.options.on_outcome is None:
+            self.outcomes[number] = outcome
         else:
-            batch.on_outcome(outcome)
-        batch.on_done(counts.total(), len(jobs))
+            self.options.on_outcome(outcome)
+        self.options.on_done(self.counts.total(), len(self.jobs))
+        if self.journal is not None and "states" in answer:
+            source, output = answer["states"]
+            sizes = answer["bytes"]["adapter"], answer["bytes"]["total"]
+            self.journal.add(Line(job.name, self.settings(number), source, output, *sizes, answer["stated"]))
 
-    pool.run(requests, min(batch.jobs or _processes(work.options), len(jobs)), advance)
-    return Batch(tuple(outcomes[number] for number in sorted(outcomes)), counts)
+    def batch(self) -> Batch:
+        notes = () if self.journal is None else tuple(self.journal.notes)
+        return Batch(tuple(self.outcomes[number] for number in sorted(self.outcomes)), self.counts, notes)
 
 
 def _processes(options: Mapping[str, Any]) -> int:
@@ -212,16 +270,21 @@ def _plain_reading(reading: ReadOptions) -> dict[str, Any]:
     return {key: _plain(key, value) for key, value in vars(settled).items() if value is not None}
 
 
-def _readings(jobs: Sequence[Job], reading: ReadOptions) -> Iterable[dict[str, Any]]:
-    """Return the reading options of each source, as JSON: a layout and an alpha hold for those that are not lrconvert
-    files. Where all are, each refuses them."""
-    plain, bare = _plain_reading(reading), _plain_reading(replace(reading, layout=None, alpha=None))
-    if plain == bare:
-        return repeat(plain, len(jobs))
-    ours = [job.path.is_file() and file.is_lrconvert(job.path) for job in jobs]
-    if all(ours):
-        return repeat(plain, len(jobs))
-    return [bare if own else plain for own in ours]
+class _Readings:
+    """The reading options of each source, as JSON, of one or two `kinds`: a layout and an alpha hold for those that are
+    not lrconvert files. Where all are, each refuses them."""
+
+    def __init__(self, jobs: Plan, reading: ReadOptions) -> None:
+        self.kinds = [_plain_reading(reading), _plain_reading(replace(reading, layout=None, alpha=None))]
+        self._ours = bytearray()
+        if self.kinds[0] != self.kinds[1]:
+            self._ours = bytearray(job.path.is_file() and file.is_lrconvert(job.path) for job in jobs)
+        if all(self._ours):
+            self._ours.clear()
+
+    def at(self, number: int) -> int:
+        """The place, in `kinds`, of those of one source."""
+        return self._ours[number] if self._ours else 0
 
 
 def _outcome(job: Job, answer: pool.Answer) -> Outcome:

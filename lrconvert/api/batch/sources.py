@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import os
+from array import array
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
+from typing import overload
+
+import numpy as np
 
 from lrconvert.core.errors import FileReadError, OptionError, OutputPathError, UnknownLayoutError
 from lrconvert.formats.readers import base as readers
+from lrconvert.formats.readers.shared.folders import CONFIG_NAME
 from lrconvert.io import hub
 
 AnyPath = str | os.PathLike[str]
 SUFFIX = ".lrc"
 # What tools call the one file of an adapter: it is named by its folder.
 _GENERIC = ("adapter", "adapter_model", "adapters", "lora", "pytorch_lora_weights")
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".gguf", SUFFIX)
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".gguf", SUFFIX)
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One adapter: `source` as it is shown, `path` where it lies, `output` the file to write. Texts: a hundred thousand
-    paths would take a tenth of a gigabyte."""
+    """One adapter: `source` as it is shown, `path` where it lies, `output` the file to write, `name` its path in the
+    folder of the outputs."""
 
     source: str
     where: str
     target: str
+    name: str
 
     @property
     def path(self) -> Path:
@@ -38,29 +46,28 @@ class Job:
 
 def is_adapter(path: Path) -> bool:
     """Return true if `path` itself is an adapter, and no folder of adapters."""
-    if path.is_file():
+    if path.is_file() or (path / CONFIG_NAME).exists():  # whatever it says, some reader takes it, or refuses it by name
         return True
     return any(reader.recognises(path) for reader in readers.all_readers())
 
 
-def adapters_in(folder: Path) -> Iterator[Path]:
-    """The adapters below a folder, in the order of their names: folders that a reader recognises, which are not looked
-    into, and files that look like weights, recognised or not. Hidden names and links to folders are passed by.
-    Raises E-IO-READ."""
+def adapters_in(folder: Path, inside: str = "") -> Iterator[str]:
+    """The adapters below a folder, by their paths in there, in the order of their names: folders that a reader
+    recognises, which end with a slash and are not looked into, and files that look like weights, recognised or not.
+    Hidden names and links to folders are passed by. Raises E-IO-READ."""
     try:
-        entries = sorted(folder.iterdir(), key=lambda path: path.name)
+        entries = sorted((p.name, p.is_dir()) for p in (folder / inside).iterdir() if not p.name.startswith("."))
     except OSError as error:
-        raise FileReadError(f"cannot be looked into: {error.strerror}", path=folder) from None
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            if is_adapter(entry):
-                yield entry
-            elif not entry.is_symlink():
-                yield from adapters_in(entry)
-        elif entry.is_file() and entry.suffix in _WEIGHTS:
-            yield entry
+        raise FileReadError(f"cannot be looked into: {error.strerror}", path=folder / inside) from None
+    for name, is_folder in entries:
+        path = f"{inside}{name}"
+        if is_folder:
+            if is_adapter(folder / path):
+                yield f"{path}/"
+            elif not (folder / path).is_symlink():
+                yield from adapters_in(folder, f"{path}/")
+        elif name.endswith(WEIGHTS) and (folder / path).is_file():
+            yield path
 
 
 def are_many(sources: Sequence[Path], output: Path | None) -> bool:
@@ -77,47 +84,96 @@ def are_many(sources: Sequence[Path], output: Path | None) -> bool:
     )
 
 
-def plan(sources: Sequence[AnyPath], out_root: Path | None) -> tuple[Job, ...]:
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """One source as it was given, `where` it lies, and the paths of the adapters in it, as of `adapters_in`; one that
+    is itself an adapter has one, the empty one."""
+
+    shown: str
+    where: Path
+    paths: Sequence[str]
+
+    def job(self, number: int, out: Path) -> Job:
+        """The adapter of that number, for an output below `out`."""
+        path = self.paths[number]
+        if not path:
+            return Job(self.shown, str(self.where), str(out / self._own_name), self._own_name)
+        *folders, name = path.removesuffix("/").split("/")
+        plain = name if path.endswith("/") else _plain(name)
+        if plain != name and plain in _GENERIC:
+            plain = folders.pop() if folders else self._named
+        target = "/".join([*folders, f"{plain}{SUFFIX}"])
+        return Job(str(Path(self.shown, path)), str(self.where / path), str(out / target), target)
+
+    @property
+    def _named(self) -> str:
+        return hub.hint(self.shown).replace("/", "--")
+
+    @property
+    def _own_name(self) -> str:
+        if not self.where.is_file():
+            return f"{self._named}{SUFFIX}"
+        named = self.where.resolve().parent.name if self.where.stem in _GENERIC else self._named
+        return f"{_plain(named)}{SUFFIX}"
+
+
+def _plain(name: str) -> str:
+    """The name of a file of weights without its suffix; another one as it is."""
+    path = Path(name)
+    return path.stem if path.suffix in WEIGHTS else name
+
+
+class Plan(Sequence[Job]):
+    """A job for every adapter of sources, made when it is asked for: of an adapter its path inside the source is kept,
+    some hundred bytes, since a fleet may have a hundred thousand."""
+
+    def __init__(self, sources: Sequence[_Source], out: Path) -> None:
+        self._sources, self._out = sources, out
+        self._ends = list(accumulate(len(source.paths) for source in sources))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, number: int) -> Job: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Job]: ...
+    def __getitem__(self, number: int | slice) -> Job | Sequence[Job]:
+        if isinstance(number, slice):
+            return [self[n] for n in range(len(self))[number]]
+        number = range(len(self))[number]
+        at = bisect_right(self._ends, number)
+        return self._sources[at].job(number - (self._ends[at - 1] if at else 0), self._out)
+
+
+def plan(sources: Sequence[AnyPath], out_root: Path | None) -> Plan:
     """A job for every adapter, in the order given: ``OUT/<name>.lrc``, for one inside a folder by its path in there.
     Without `out_root` nothing is to be written.
 
     Raises E-LAYOUT for a folder without adapters, E-OPTION for two outputs of one name, E-OUT-PATH for an output folder
     inside a folder of sources.
     """
-    jobs = [job for source in sources for job in _jobs(source, out_root)]
-    seen: dict[str, str] = {}
-    for job in jobs:
-        if job.target in seen:
+    jobs = Plan([_looked_into(source, out_root) for source in sources], out_root or Path())
+    keys = np.frombuffer(array("q", (hash(job.target) for job in jobs)), np.int64)
+    seen, times = np.unique(keys, return_counts=True)
+    repeated, first = set(seen[times > 1].tolist()), dict[str, str]()
+    for job in (job for job in jobs if hash(job.target) in repeated) if repeated else ():
+        if job.target in first:
             raise OptionError(
-                f"{seen[job.target]!r} and {job.source!r} would both be written to {job.output.name!r}",
+                f"{first[job.target]!r} and {job.source!r} would both be written to {job.output.name!r}",
                 fix="rename one, or convert them into different folders",
             )
-        seen[job.target] = job.source
-    return tuple(jobs)
+        first[job.target] = job.source
+    return jobs
 
 
-def _jobs(source: AnyPath, out_root: Path | None) -> Iterator[Job]:
+def _looked_into(source: AnyPath, out_root: Path | None) -> _Source:
     where, out = hub.locate(source), out_root or Path()
     if out_root is not None and where.is_dir() and where.resolve() in (out.resolve(), *out.resolve().parents):
         raise OutputPathError(f"lies inside the source {os.fspath(source)!r}", fix="choose another output", path=out)
     if not where.is_dir() or is_adapter(where):
-        named = hub.hint(source).replace("/", "--")
-        if where.is_file() and where.stem in _GENERIC:
-            named = where.resolve().parent.name
-        yield Job(os.fspath(source), str(where), str(out / _file_name(named, where)))
-        return
-    path = None
-    for path in adapters_in(where):
-        inside = path.relative_to(where)
-        name = inside.parent / _file_name(inside.name, path)
-        if path.is_file() and path.stem in _GENERIC:
-            folder = inside.parent if inside.parent.name else Path(hub.hint(source).replace("/", "--"))
-            name = folder.parent / f"{folder.name}{SUFFIX}"
-        yield Job(str(Path(source) / inside), str(path), str(out / name))
-    if path is None:
+        return _Source(os.fspath(source), where, ("",))
+    paths = list(adapters_in(where))
+    if not paths:
         raise UnknownLayoutError("no adapter was found in this folder", path=source)
-
-
-def _file_name(name: str, path: Path) -> str:
-    plain = name.removesuffix(path.suffix) if path.is_file() and path.suffix in _WEIGHTS else name
-    return f"{plain}{SUFFIX}"
+    return _Source(os.fspath(source), where, paths)

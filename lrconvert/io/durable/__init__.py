@@ -20,7 +20,7 @@ from lrconvert.io.durable.files import (
     overwrite_bytes,
     sync_folder,
 )
-from lrconvert.io.durable.folders import StagedDirectory, atomic_directory, make_folder
+from lrconvert.io.durable.folders import StagedDirectory, atomic_directory, make_folder, remove_empty
 from lrconvert.io.durable.system import Buffer
 from lrconvert.io.durable.work import (
     CONTENT,
@@ -65,6 +65,7 @@ __all__ = [
     "open_work",
     "overwrite_bytes",
     "partial_path",
+    "remove_empty",
     "require_space",
     "sync_folder",
     "work_directory",

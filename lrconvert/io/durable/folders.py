@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -112,11 +112,11 @@ class StagedDirectory:
                 sync_folder(folder)
 
 
-def make_folder(path: StrPath) -> None:
-    """Make a folder, and those it lies in, where they are not there yet. Raises E-OUT-PATH for what is no folder,
-    E-IO-WRITE."""
+def make_folder(path: StrPath) -> tuple[Path, ...]:
+    """Make a folder, and those it lies in, where they are not there yet; returns those that it made, the outermost
+    first. Raises E-OUT-PATH for what is no folder, E-IO-WRITE."""
     path = Path(path)
-    missing = []
+    missing, made = [], []
     for folder in (path, *path.parents):
         if folder.is_dir():
             break
@@ -125,6 +125,7 @@ def make_folder(path: StrPath) -> None:
         for folder in reversed(missing):
             with suppress(FileExistsError):  # made meanwhile
                 system.current.mkdir(folder)
+                made.append(folder)
         if not path.is_dir():
             raise NotADirectoryError
     except (FileExistsError, NotADirectoryError):
@@ -132,6 +133,14 @@ def make_folder(path: StrPath) -> None:
         raise OutputPathError(what, fix="choose another output", path=path) from None
     except OSError as error:
         raise not_written(error, path) from None
+    return tuple(made)
+
+
+def remove_empty(made: Sequence[Path]) -> None:
+    """Remove folders that `make_folder` made, where nothing was put into them."""
+    for folder in reversed(made):
+        with suppress(OSError):  # it is not empty, or gone
+            system.current.rmdir(folder)
 
 
 @contextmanager
