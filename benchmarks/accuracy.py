@@ -2,7 +2,7 @@
 
     python benchmarks/accuracy.py                          measures what is missing (teachers are trained at first)
     python benchmarks/accuracy.py --only "trec, 1.6.*lowrank"   some cells
-    python benchmarks/accuracy.py --render                 writes the README table
+    python benchmarks/accuracy.py --render                 writes the table of docs/benchmarks.md
 
 A size is the payload's share of the LoRA's factors at 16 bit. Refinement sees the texts that trained the LoRA, at most
 half as many steps of as many tokens; what it holds out to choose the best of its steps is a part of these. All numbers

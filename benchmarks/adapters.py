@@ -1,7 +1,7 @@
 """Real adapters trained by strangers, converted by every method at fixed shares of their bytes.
 
     python benchmarks/adapters.py            measures what is missing
-    python benchmarks/adapters.py --render   writes the README table
+    python benchmarks/adapters.py --render   writes the table of docs/benchmarks.md
 
 Shares are of the adapter's factors at 16 bit and bound the whole file without extra tensors. Pickles are read too, with
 torch's tensors-only loader. Adapters that are too small for every share (toys of some hundred bytes) share a line.

@@ -1,7 +1,7 @@
 """What an adapter on stacks of experts costs a forward pass, beside the same adapter in PEFT, in one run.
 
     python benchmarks/attach_experts.py            measures what is missing
-    python benchmarks/attach_experts.py --render   writes the README table
+    python benchmarks/attach_experts.py --render   writes the table of docs/benchmarks.md
 
 A random Qwen3-MoE (two layers, 128 wide, experts of 128) with a rank-8 LoRA on both stacks, by `target_parameters`: the
 median time of a pass over 256 tokens on one thread, without an adapter, in PEFT, and with `lrconvert.attach` of the

@@ -1,7 +1,7 @@
 """Converters on an adapter shaped like Llama-3-8B rank 16 on all linear layers (42 M numbers), beside PEFT.
 
     python benchmarks/convert.py             measures what is missing, each cell in a process of its own
-    python benchmarks/convert.py --render    writes the README table
+    python benchmarks/convert.py --render    writes the table of docs/benchmarks.md
 
 The adapter is random with a decaying spectrum, fp32 as PEFT saves it (168 MB). Memory is the peak resident size of the
 whole process above that of the idle interpreter with the package imported. Bat reads a base of that shape, 14 GB of

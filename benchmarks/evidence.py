@@ -2,7 +2,7 @@
 
     python benchmarks/evidence.py --base BASE                         trains the LoRAs that are missing, measures cells
     python benchmarks/evidence.py --base BASE --only "sst2, 1.6.*lowrank"   some cells
-    python benchmarks/evidence.py --render                            writes docs/evidence.md
+    python benchmarks/evidence.py --render                            writes docs/evidence.md and a part of README.md
 
 BASE is SmolLM2-135M-Instruct as a Hugging Face folder (the script for it is among the project's shared assets). LoRAs,
 refits and the teacher's answers are kept in ``--folder``; what is there is not made again, and a refinement that was
@@ -28,7 +28,7 @@ from typing import Any
 
 import cells
 from chat import answers, loras, tasks
-from chat.page import page
+from chat.page import page, summary
 
 NAME = "evidence"
 SHARES = (4.0, 1.6, 0.8, 0.4, 0.2)
@@ -295,6 +295,11 @@ def missing(
             yield setting
 
 
+def table() -> str:
+    """Return the summary in README.md."""
+    return summary(cells.read(NAME))
+
+
 def rendered() -> str:
     """Return docs/evidence.md."""
     import encoder_evidence
@@ -311,10 +316,11 @@ def main() -> None:
     parser.add_argument("--only", default="", help="a pattern that cell names must contain")
     parser.add_argument("--any-commit", action="store_true", help="what other commits measured is done, too")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell after so long")
-    parser.add_argument("--render", action="store_true", help="write docs/evidence.md and measure nothing")
+    parser.add_argument("--render", action="store_true", help="write the tables and measure nothing")
     given = parser.parse_args()
     if given.render:
         _OUT.write_text(rendered())
+        cells.render(NAME, table())
         return
     run = Run(given.base, given.folder, given.held, given.steps)
     end = time.monotonic() + 60 * given.minutes

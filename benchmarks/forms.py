@@ -2,7 +2,7 @@
 
     python benchmarks/forms.py                       measures what is missing (teachers are trained at the first run)
     python benchmarks/forms.py --only "trec.*1.6"    some cells
-    python benchmarks/forms.py --render              writes the README table
+    python benchmarks/forms.py --render              writes the table of docs/benchmarks.md
 
 A size is the payload's share of the LoRA's factors at 16 bit. Fits use input statistics of texts that trained the LoRA;
 outputs and answers are measured on texts that neither has seen. Beside our fits, at the same bytes: the papers' random

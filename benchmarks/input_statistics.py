@@ -5,7 +5,7 @@ answers of refitted adapters with and without them, at equal bytes, on texts tha
 have seen.
 
     python benchmarks/input_statistics.py             measures what is missing, each cell in a process of its own
-    python benchmarks/input_statistics.py --render    writes the README table
+    python benchmarks/input_statistics.py --render    writes the table of docs/benchmarks.md
 
 Models are random, shaped like Llama-3 with fewer layers; the narrow one keeps most moments exactly, the wide ones
 sketch them. Each way runs once unmeasured and three times measured, in turn; the medians count. Memory is the peak

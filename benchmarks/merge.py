@@ -5,7 +5,7 @@
     python benchmarks/merge.py --large               the same on 16 GB
     python benchmarks/merge.py --busy                beside other work: processor time alone counts then
     python benchmarks/merge.py --budget-minutes 10   starts no cell after that
-    python benchmarks/merge.py --render              writes the README table
+    python benchmarks/merge.py --render              writes the table of docs/benchmarks.md
 
 The base is shaped like Llama-3-8B with fewer layers, random; the LoRA has rank 16 on all linear layers and the output
 head, its update some 8 % of the size of the weights. The yardstick is what anyone does who copies a model with care:
@@ -495,7 +495,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="a pattern that cell names must contain")
     parser.add_argument("--again", action="store_true", help="measure cells that are there, too")
-    parser.add_argument("--render", action="store_true", help="write the README table and measure nothing")
+    parser.add_argument("--render", action="store_true", help="write the table and measure nothing")
     parser.add_argument("--small", action="store_true", help="a base of 1 GB; needs 3 GB of disk")
     parser.add_argument("--busy", action="store_true", help="do not wait until others leave the machine alone")
     parser.add_argument("--large", action="store_true", help="a base of 16 GB; needs 70 GB of disk")

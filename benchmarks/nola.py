@@ -1,7 +1,7 @@
 """What it takes to expand a NOLA adapter, which happens whenever one is loaded, beside low rank, which has no bases.
 
     python benchmarks/nola.py             measures what is missing, each cell in a process of its own
-    python benchmarks/nola.py --render    writes the README table
+    python benchmarks/nola.py --render    writes the table of docs/benchmarks.md
 
 The adapter has the shape of Llama-2-7B on all linear layers: 224 targets, rank 16, 40 million numbers when expanded, of
 coefficients that a decoder has read. Version 1 has k = 512 coefficients of 8 bits in each factor, on a basis as long as

@@ -1,7 +1,7 @@
 """What a step of refinement costs beside a plain distillation into a LoRA with PEFT: seconds, memory, tokens a second.
 
     python benchmarks/refining.py             measures what is missing, each cell in a process of its own
-    python benchmarks/refining.py --render    writes the README table
+    python benchmarks/refining.py --render    writes the table of docs/benchmarks.md
 
 Random models in the shape of a decoder: a small one on two threads of a CPU, and Llama-3-8B in bf16 where there is a
 GPU (skipped otherwise). The teacher: a LoRA of rank 16 on all linear layers. PEFT's step: the teacher's logits without

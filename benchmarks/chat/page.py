@@ -67,6 +67,28 @@ def page(done: Rows, encoder: str = "Not run.") -> str:
     return "\n".join([head, *sections, _ENCODER, encoder]).rstrip() + "\n"
 
 
+def summary(done: Rows) -> str:
+    """Return the table of README: coded low rank on the tasks for testing, refit and refined by half of the steps."""
+    names = [name for name, task in TASKS.items() if task.purpose == "test"]
+    refined = {
+        (row["setting"]["share"], row["setting"]["task"]): row
+        for row in done.values()
+        if "closed" in row and row["cell"].endswith("lowrank, refined")
+    }
+    rows = []
+    for share in AIMS:
+        if not any((share, name) in refined for name in names):
+            continue
+        row = [f"{share:g} %"]
+        for name in names:
+            before, after = done.get(f"{name}, {share:g}%, lowrank, refit", {}), refined.get((share, name))
+            row.append(f"{before['closed'][0]:.1%}" if "closed" in before else "not run")
+            row.append("not run" if after is None else _interval(after["closed"]))
+        rows.append(row)
+    head = [part for name in names for part in (TASKS[name].title.split(" as ")[0].split(":")[0], "refined")]
+    return cells.markdown(["size", *head], rows)
+
+
 def _section(name: str, done: Rows) -> list[str]:
     task = TASKS[name]
     own = sorted((row for row in done.values() if row["setting"]["task"] == name), key=_place)
