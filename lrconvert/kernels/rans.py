@@ -37,27 +37,37 @@ def encode(symbols: Array, which: Array, frequencies: Array, starts: Array, stat
 
 @compiled()
 def decode(
-    words: Array, which: Array, tops: Array, slot_symbols: Array, steps: Array, states: Array, symbols: Array
+    words: Array, runs: tuple[Array, Array, Array], slot_symbols: Array, packed: Array, states: Array, symbols: Array
 ) -> int:
     """Fill `symbols`, uint8 (n,), and return how many of the `words`, uint16, that took; -1 if there are too few.
-    Leaves the last `states`, uint32 (lanes,). The tables begin at ``tops[model]`` for the slots of each model:
-    `slot_symbols`, and `steps` with ``2^16 f + slot - s``. With x the state of lane ``i mod lanes``:
+    Leaves the last `states`, uint32 (lanes,). `runs` of symbols have their model, their end, and, by model, where its
+    slots begin in `slot_symbols`; `packed` has ``2^16 f + s`` at ``64 model + symbol``. With x the state of lane
+    ``i mod lanes``:
 
         symbol i <- of slot x mod 2^16;  x <- f (x // 2^16) + x mod 2^16 - s
         x < 2^16:  x <- 2^16 x + word
     """
-    lanes, taken, lane = len(states), 0, 0
-    for i in range(len(symbols)):
-        x = np.uint32(states[lane])
-        slot = tops[which[i]] + np.int64(x & np.uint32(0xFFFF))
-        step = np.uint32(steps[slot])
-        symbols[i] = slot_symbols[slot]
-        x = (step >> np.uint32(16)) * (x >> np.uint32(16)) + (step & np.uint32(0xFFFF))
-        if x < np.uint32(65536):
-            if taken == len(words):
-                return -1
-            x = x << np.uint32(16) | np.uint32(words[taken])
-            taken += 1
-        states[lane] = x
-        lane = lane + 1 if lane + 1 < lanes else 0
+    models, ends, tops = runs
+    lanes, left = len(states), len(words)
+    i, lane, taken = 0, 0, 0
+    for run in range(len(models)):
+        model = np.int64(models[run])
+        top, row, end = tops[model], 64 * model, ends[run]
+        while i < end:
+            count = min(end - i, lanes - lane)
+            for n in range(count):  # lanes do not depend on each other
+                x = np.uint32(states[lane + n])
+                slot = x & np.uint32(0xFFFF)
+                symbol = slot_symbols[top + np.int64(slot)]
+                both = np.uint32(packed[row + symbol])
+                x = (both >> np.uint32(16)) * (x >> np.uint32(16)) + (slot - (both & np.uint32(0xFFFF)))
+                if x < np.uint32(65536):
+                    if taken == left:
+                        return -1
+                    x = x << np.uint32(16) | np.uint32(words[taken])
+                    taken += 1
+                states[lane + n] = x
+                symbols[i + n] = symbol
+            i += count
+            lane = lane + count if lane + count < lanes else 0
     return taken

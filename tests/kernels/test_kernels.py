@@ -66,12 +66,11 @@ def test_broken_bytes_are_refused_with_the_same_word(seed, place, flip, cut):
     numbers, rows = drawn(seed, 6, 700)
     data = bytearray(stream.encode(numbers, rows))
     data[place % len(data)] ^= flip
-    which = stream.which_of(rows)
     part = bytes(data[: len(data) - cut * len(data) // 4])
 
     def outcome():
         try:
-            symbols, end = rans.decode(part, which)
+            symbols, end = rans.decode(part, stream.runs_of(rows))
             return symbols.tolist(), end
         except LrcError as error:
             return str(error)

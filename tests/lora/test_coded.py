@@ -90,7 +90,7 @@ def test_models_are_of_the_density_that_the_page_names():
 def test_known_streams(row):
     rows = pairs(row["rows"])
     assert both_ways(row["numbers"], rows).hex() == row["bytes"]
-    assert row["lanes"] == second.lanes_of(rows) == rans.lanes_of(stream.which_of(rows))
+    assert row["lanes"] == second.lanes_of(rows) == stream.runs_of(rows).lanes
 
 
 @pytest.mark.parametrize("row", KAT["generated"], ids=lambda row: row["what"])
@@ -98,7 +98,7 @@ def test_known_digests(row):
     """More than one lane, and more than one chunk."""
     rows, numbers = pairs(row["rows"]), [q for part in row["numbers"] for q in generated(*part)]
     data = both_ways(numbers, rows)
-    assert row["lanes"] == second.lanes_of(rows) == rans.lanes_of(stream.which_of(rows)) > 1
+    assert row["lanes"] == second.lanes_of(rows) == stream.runs_of(rows).lanes > 1
     assert data[:16].hex() == row["first"] and len(data) == row["length"]
     assert hashlib.sha256(data).hexdigest() == row["sha256"]
 

@@ -8,7 +8,8 @@ has one spelling. Normative text: ``formats/coded-v1.md``.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -23,25 +24,42 @@ _OTHERS_PER_LANE = 1 << 11  # whether its symbols are nearly all zero or not
 _MOST_LANES = 1 << 12
 _FEW_LANES = 16  # up to so many, plain integers are faster than arrays
 _CHUNK = 1 << 18  # symbols that are looked up at once
-_SAVED = 5e-8  # seconds that a compiled loop saves for each symbol
+_SAVED = 1.5e-8  # seconds that a compiled loop saves for each symbol
 _ENDS_EARLY = "a coded tensor ends before its numbers do"
 
 
-def lanes_of(which: Array) -> int:
-    """Return how many lanes code symbols of the models `which` (n,), uint8: a power of two, from 1 to 4096; 0 for none.
-    It is the largest with 2^16 symbols, or 2^11 that the models expect not to be zero, for each lane."""
-    counts = _counts(which)
-    others = sum(n * (TOTAL - int(model.frequencies[LARGEST])) for n, model in zip(counts, models(), strict=True))
-    wanted = max(len(which) // _SYMBOLS_PER_LANE, others // (_OTHERS_PER_LANE * TOTAL), 1)
-    return min(1 << wanted.bit_length() - 1, _MOST_LANES) if len(which) else 0
+@dataclass(frozen=True)
+class Runs:
+    """Runs of symbols that share a model: `models`, uint8 (r,), and the symbols of each, `lengths`, int64 (r,)."""
 
+    models: Array
+    lengths: Array
 
-def _counts(which: Array) -> list[int]:
-    """Return the number of symbols under each model."""
-    counts = np.zeros(COUNT, np.int64)
-    for first in range(0, len(which), _CHUNK):
-        counts += np.bincount(which[first : first + _CHUNK], minlength=COUNT)
-    return [int(n) for n in counts]
+    @cached_property
+    def which(self) -> Array:
+        """The model of every symbol, uint8 (n,)."""
+        return np.repeat(self.models, self.lengths)
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """The number of symbols under each model."""
+        counts = np.zeros(COUNT, np.int64)
+        np.add.at(counts, self.models, self.lengths)
+        return [int(n) for n in counts]
+
+    @cached_property
+    def total(self) -> int:
+        return sum(self.counts)
+
+    @cached_property
+    def lanes(self) -> int:
+        """How many lanes code them: a power of two, from 1 to 4096; 0 for none. It is the largest with 2^16 symbols, or
+        2^11 that the models expect not to be zero, for each lane."""
+        others = sum(
+            n * (TOTAL - int(model.frequencies[LARGEST])) for n, model in zip(self.counts, models(), strict=True)
+        )
+        wanted = max(self.total // _SYMBOLS_PER_LANE, others // (_OTHERS_PER_LANE * TOTAL), 1)
+        return min(1 << wanted.bit_length() - 1, _MOST_LANES) if self.total else 0
 
 
 # --- to bytes -------------------------------------------------------------------------------------------------------
@@ -61,10 +79,10 @@ def keys(symbols: Array, which: Array) -> Array:
     return np.asarray(np.uint16(SYMBOLS) * which + symbols)
 
 
-def encode(symbols: Array, which: Array) -> bytes:
-    """Return the bytes of `symbols` (n,) under the models `which` (n,), both uint8: the final states, 4 bytes each, and
-    words of 2 bytes, little-endian. Every symbol must have a frequency in its model."""
-    lanes = lanes_of(which)
+def encode(symbols: Array, runs: Runs) -> bytes:
+    """Return the bytes of `symbols`, uint8 (n,), in `runs`: the final states, 4 bytes each, and words of 2 bytes,
+    little-endian. Every symbol must have a frequency in its model."""
+    lanes, which = runs.lanes, runs.which
     if not lanes:
         return b""
     loops = jit.load("rans", _SAVED * len(symbols), exact=True)
@@ -115,28 +133,37 @@ def _encode_singly(symbols: Array, which: Array, lanes: int) -> tuple[Array, Arr
 # --- from bytes -----------------------------------------------------------------------------------------------------
 
 
-def decode(data: bytes, which: Array) -> tuple[Array, int]:
-    """Return the symbols, uint8 (n,), of bytes that begin with what `encode` made for the models `which` (n,), and how
-    many bytes that is. Raise E-CANON for bytes that it never makes."""
-    lanes = lanes_of(which)
+def decode(data: bytes, runs: Runs) -> tuple[Array, int]:
+    """Return the symbols, uint8 (n,), of bytes that begin with what `encode` made of symbols in `runs`, and how many
+    bytes that is. Raise E-CANON for bytes that it never makes."""
+    lanes = runs.lanes
     if len(data) < 4 * lanes:
         raise CanonicalError(_ENDS_EARLY)
     states = np.frombuffer(data, "<u4", lanes).astype(np.uint32)
     words = np.frombuffer(data, "<u2", (len(data) - 4 * lanes) // 2, 4 * lanes)
     if (states < _START).any():
         raise CanonicalError("a coded tensor begins with a state that is too small")
-    symbols = np.empty(len(which), np.uint8)
-    taken, loops = 0, jit.load("rans", _SAVED * len(which), exact=True)
+    symbols = np.empty(runs.total, np.uint8)
+    taken, loops = 0, jit.load("rans", _SAVED * runs.total, exact=True)
     if lanes and loops is not None:
-        taken = loops.decode(words, which, *_tables(which), states, symbols)
+        tops, slot_symbols, _ = _tables(runs.counts)
+        ends = np.cumsum(runs.lengths)
+        taken = loops.decode(words, (runs.models, ends, tops), slot_symbols, _packed(), states, symbols)
         if taken < 0:
             raise CanonicalError(_ENDS_EARLY)
     elif lanes:
         decode_lanes = _decode_singly if lanes <= _FEW_LANES else _decode_at_once
-        states, taken = decode_lanes(states, words, which, symbols)
+        states, taken = decode_lanes(states, words, runs, symbols)
     if (states != _START).any():
         raise CanonicalError("a coded tensor does not end where its numbers do")
     return symbols, 4 * lanes + 2 * taken
+
+
+@lru_cache(maxsize=1)
+def _packed() -> Array:
+    """Of every symbol of every model ``frequency 2^16 + start``, uint32 (64 * 64,)."""
+    frequencies, starts = _coding()
+    return np.asarray(frequencies << 16 | starts)
 
 
 @lru_cache(maxsize=COUNT)
@@ -147,19 +174,19 @@ def _slots(k: int) -> tuple[Array, Array]:
     return symbols, (model.frequencies[symbols] << 16) + np.arange(TOTAL, dtype=np.uint32) - model.starts[symbols]
 
 
-def _tables(which: Array) -> tuple[Array, Array, Array]:
+def _tables(counts: list[int]) -> tuple[Array, Array, Array]:
     """The first slot of each model, int64 (64,), and the symbols and steps of all slots, of used models."""
-    used = np.flatnonzero(_counts(which))
+    used = np.flatnonzero(counts)
     tops = np.zeros(COUNT, np.int64)
     tops[used] = np.arange(len(used)) << TOTAL_BITS
     symbols, steps = (np.concatenate(parts) for parts in zip(*(_slots(int(k)) for k in used), strict=True))
     return tops, symbols, steps
 
 
-def _decode_at_once(states: Array, words: Array, which: Array, symbols: Array) -> tuple[Array, int]:
+def _decode_at_once(states: Array, words: Array, runs: Runs, symbols: Array) -> tuple[Array, int]:
     """The first states and how many words are taken; fills `symbols`."""
-    lanes, taken = len(states), 0
-    tops, slot_symbols, steps = _tables(which)
+    lanes, taken, which = len(states), 0, runs.which
+    tops, slot_symbols, steps = _tables(runs.counts)
     for first in range(0, len(which), _CHUNK):
         slots = tops[which[first : first + _CHUNK]]
         for at in range(0, len(slots), lanes):
@@ -181,10 +208,10 @@ def _decode_at_once(states: Array, words: Array, which: Array, symbols: Array) -
     return states, taken
 
 
-def _decode_singly(states: Array, words: Array, which: Array, symbols: Array) -> tuple[Array, int]:
+def _decode_singly(states: Array, words: Array, runs: Runs, symbols: Array) -> tuple[Array, int]:
     """The same, symbol by symbol."""
-    current, lanes, taken = states.tolist(), len(states), 0
-    views = [tuple(table.data for table in _slots(k)) if n else () for k, n in enumerate(_counts(which))]
+    current, lanes, taken, which = states.tolist(), len(states), 0, runs.which
+    views = [tuple(table.data for table in _slots(k)) if n else () for k, n in enumerate(runs.counts)]
     more = words.astype(np.uint16).data
     for first in range(0, len(which), _CHUNK):
         chunk: list[int] = []

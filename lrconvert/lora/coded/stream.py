@@ -28,10 +28,10 @@ _CHUNK = 1 << 16  # numbers that are worked on at once
 _BEYOND = "a coded tensor does not end where its numbers do"
 
 
-def which_of(rows: Rows) -> Array:
-    """Return the model of every number, uint8 (n,)."""
+def runs_of(rows: Rows) -> rans.Runs:
+    """Return the runs of symbols of these rows."""
     pairs = np.array(rows, np.int64).reshape(-1, 2)
-    return np.repeat(pairs[:, 0].astype(np.uint8), pairs[:, 1])
+    return rans.Runs(pairs[:, 0].astype(np.uint8), pairs[:, 1].copy())
 
 
 def check_count(rows: Rows, nbytes: int | None = None) -> None:
@@ -50,8 +50,8 @@ def encode(numbers: Array, rows: Rows) -> bytes:
     largest = max(int(numbers.max(initial=0)), -int(numbers.min(initial=0)))
     if largest > LARGEST_INTEGER:
         raise ValueRangeError(f"a coded integer has the magnitude {largest}; at most {LARGEST_INTEGER} is stored")
-    which = which_of(rows)
-    symbols = np.empty(len(which), np.uint8)
+    runs = runs_of(rows)
+    which, symbols = runs.which, np.empty(runs.total, np.uint8)
     packed, bits = [], np.zeros(0, np.uint8)
     for first in range(0, len(which), _CHUNK):
         part = slice(first, first + _CHUNK)
@@ -61,19 +61,23 @@ def encode(numbers: Array, rows: Rows) -> bytes:
         packed.append(np.packbits(bits[:whole], bitorder="little"))
         bits = bits[whole:]
     packed.append(np.packbits(bits, bitorder="little"))
-    return rans.encode(symbols, which) + np.concatenate(packed).tobytes()
+    return rans.encode(symbols, runs) + np.concatenate(packed).tobytes()
 
 
 def decode(data: bytes, rows: Rows) -> Array:
     """Return the integers, int32 (n,), of bytes that `encode` made. Raise E-LIMIT, before anything is allocated, for
     more numbers than a file or these bytes may hold, E-CANON and E-VALUE for bytes that `encode` never makes."""
     check_count(rows, len(data))
-    which = which_of(rows)
-    symbols, end = rans.decode(data, which)
+    runs = runs_of(rows)
+    symbols, end = rans.decode(data, runs)
     rest, at = np.frombuffer(data, np.uint8, len(data) - end, end), 0
-    numbers = np.empty(len(which), np.int32)
-    for first in range(0, len(which), _CHUNK):
+    which, numbers = runs.which, np.empty(runs.total, np.int32)
+    has_shift = bool(shifts()[runs.models].any())
+    for first in range(0, runs.total, _CHUNK):
         part = slice(first, first + _CHUNK)
+        if not has_shift and int(symbols[part].max()) < ESCAPE:
+            np.subtract(symbols[part], LARGEST, out=numbers[part], dtype=np.int32)
+            continue
         lengths = _low_lengths(symbols[part], which[part])
         until = at + int(lengths.sum(dtype=np.int64))
         if until > 8 * rest.size:
