@@ -25,6 +25,7 @@ from lrconvert.io.checkpoint import KnownContent
 from lrconvert.io.durable import check_output, delete_leftover, partial_path
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 from lrconvert.lora.input_statistics import InputStatistics
+from lrconvert.methods.base import DEFAULT_RATIO
 
 if TYPE_CHECKING:
     from torch import nn
@@ -79,8 +80,8 @@ def compress(
     progress: Progress = silent,
     **more: Any,
 ) -> Compression:
-    """Try all forms and take the best under a size or ratio, or the smallest that keeps a share; `chosen` of the result
-    is the winner's conversion.
+    """Try all forms and take the best under a size or ratio (50 if nothing is asked for), or the smallest that keeps a
+    share; `chosen` of the result is the winner's conversion.
 
     `more` are single fields of `ConvertOptions` and `CompressOptions`. With a base the best is what answers most as the
     LoRA does on held-out data: all forms are fitted under the moments of its inputs and in the plain norm, whichever
@@ -100,6 +101,21 @@ def compress(
     settled = take(ConvertOptions, options, more, "compress").resolved()
     request = take(CompressOptions, None, more, "compress")
     refuse_rest(more, "compress", ConvertOptions, CompressOptions)
+    by_default = settled.target_size is settled.target_ratio is request.min_captured is None
+    if by_default:
+        settled = replace(settled, target_ratio=DEFAULT_RATIO)
+    done = _compressed(lora, settled, request, base_content, progress)
+    return replace(done, by_default=by_default)
+
+
+def _compressed(
+    lora: LoraAdapter,
+    settled: ConvertOptions,
+    request: CompressOptions,
+    base_content: KnownContent | None,
+    progress: Progress,
+) -> Compression:
+    """Compress under `settled` options that say how small, by answers where they can rank the forms, else by fits."""
 
     def fit(lora: LoraAdapter, measured: InputStatistics | None, progress: Progress) -> Compression:
         under = replace(settled, statistics=measured)
@@ -107,6 +123,8 @@ def compress(
 
     def by_fit(note: str) -> Compression:
         ranked = fit(lora, settled.input_statistics, lambda done, text: progress(_RANKED * done, text))
+        if request.min_captured is not None:
+            return replace(ranked, note=note)
         chosen = ranking.with_strength(
             lora,
             settled,

@@ -25,7 +25,7 @@ _FIRST = {
     "upgrade": ("validating:upgrade", "Write an lrconvert FILE in the newest version of the format."),
     "compare": ("measuring:compare", "Measure lrconvert FILES against the LoRA they came from."),
     "statistics": ("measuring:statistics", "Measure what flows into the layers of BASE on texts."),
-    "compress": ("converting:compress", "Try every form that can meet a size or a share to keep."),
+    "compress": ("converting:compress", "Try every form under a size or a share to keep, write the best."),
 }
 _LAST = {
     "lora-to-alora": ("converting:allocate", "Give every module the rank it deserves under one budget."),

@@ -130,7 +130,7 @@ def _check_paths(request: Request) -> Path:
 
 def compress_command() -> click.Command:
     """Make `compress`: the converters' options, and what is asked of the winner."""
-    about = "Try every form that can meet a size, a ratio or a share to keep; print them all, write the best."
+    about = "Try every form under a size, a ratio (50 by default) or a share to keep; print all, write the best."
     forms = "Forms to try, with commas between; default: all but Bat. For instance lowrank,vblora."
     base = "Base model folder or hub id: its answers rank the forms; settles orientations, records its digest."
     own = [

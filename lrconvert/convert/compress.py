@@ -76,12 +76,14 @@ class Candidate:
 class Compression:
     """The candidates, in the order they were tried, and the winner among it. `note`: why answers did not rank it, if
     they were expected to. `stronger`: the winner at the strength by which it is chosen without data
-    (`lrconvert.convert.strength`), if that is not 1; the candidates are nearest fits then."""
+    (`lrconvert.convert.strength`), if that is not 1; the candidates are nearest fits then. `by_default`: no size was
+    asked for."""
 
     candidates: tuple[Candidate, ...]
     winner: int
     note: str = ""
     stronger: Candidate | None = None
+    by_default: bool = False
 
     @property
     def chosen(self) -> Conversion:
@@ -166,12 +168,11 @@ def with_strength(
     progress: Progress,
 ) -> Compression:
     """Return what was ranked by fits with its winner at the strength that its captured share asks for
-    (`lrconvert.convert.strength`); as it is if `options` give a strength or no size, or if that is 1."""
+    (`lrconvert.convert.strength`); as it is if `options` give a strength, or if that is 1."""
     winner = compression.candidates[compression.winner]
     assert winner.conversion is not None and winner.conversion.fidelity is not None
     strength = strength_without_data(winner.method, winner.conversion.fidelity.captured)
-    sized = options.target_size is not None or options.target_ratio is not None
-    if options.strength is not None or strength == 1 or not sized:
+    if options.strength is not None or strength == 1:
         return compression
     under = replace(options, strength=strength)
     again = refitted(lora, under, winner, base_content=base_content, progress=progress)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,14 @@ _NAMES_ONLY = (
 @dataclass(frozen=True)
 class Conversion:
     """A planned or finished conversion. `compact` has no tensors and `fidelity` is None after a dry run; `sizes` are
-    exact either way."""
+    exact either way. `by_default`: no size was asked for."""
 
     compact: CompactAdapter
     sizes: file.Sizes
     source_bytes: int
     fidelity: Fidelity | None
     warnings: tuple[str, ...]
+    by_default: bool = field(default=False, kw_only=True)
 
     @property
     def ratio(self) -> float:
@@ -151,8 +152,10 @@ def convert_prepared(
         )
     warnings = (*source.warnings, *_not_measured(lora, statistics))
     wanted = _times(lora, options.strength)
-    default_ratio = None if method_options else form.default_ratio
-    budget_bytes = _budget_bytes(source.source_bytes, options.target_size, options.target_ratio, default_ratio)
+    default = not method_options and options.target_size is None and options.target_ratio is None
+    ratio = form.default_ratio if default else options.target_ratio
+    budget_bytes = _budget_bytes(source.source_bytes, options.target_size, ratio)
+    default = default and budget_bytes is not None
     skeleton = CompactAdapter(
         method=form.id,
         config=None,
@@ -183,11 +186,11 @@ def convert_prepared(
     sizes = file.sizes(planned)
     file.check(planned)  # before the work: a file that could not be written is not worth fitting
     if dry_run:
-        return Conversion(planned, sizes, source.source_bytes, None, warnings)
+        return Conversion(planned, sizes, source.source_bytes, None, warnings, by_default=default)
     compact = replace(planned, tensors=form.fit(fitted, config, context))
     fidelity = measure_fidelity(lora, compact, statistics, weights)
     compact = _with_captured(compact, fidelity.captured)
-    return Conversion(compact, sizes, source.source_bytes, fidelity, warnings)
+    return Conversion(compact, sizes, source.source_bytes, fidelity, warnings, by_default=default)
 
 
 def _times(lora: LoraAdapter, strength: float | None) -> LoraAdapter:
@@ -267,15 +270,14 @@ def _on_base(
         yield lora, BaseWeights(lora, checkpoint, checkpoint.content_digest(known_content)), notes
 
 
-def _budget_bytes(source: int, size: int | None, ratio: float | None, default_ratio: int | None) -> int | None:
+def _budget_bytes(source: int, size: int | None, ratio: float | None) -> int | None:
     if size is not None and ratio is not None:
         raise OptionError("--target-size and --target-ratio exclude each other")
     if (size is not None and size <= 0) or (ratio is not None and not ratio > 0):
         raise BudgetError("a size or ratio of zero or less cannot be reached")
     if size is not None:
         return size
-    wanted = ratio if ratio is not None else default_ratio
-    return None if wanted is None else int(source / wanted)
+    return None if ratio is None else int(source / ratio)
 
 
 def _cast_extra(extra: ExtraTensor, dtype: ExtraDtype | None) -> ExtraTensor:

@@ -22,6 +22,8 @@ from lrconvert.lora import packing
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter, LoraTarget, Target
 from lrconvert.lora.packing import TensorSpec
 
+DEFAULT_RATIO = 50
+
 if TYPE_CHECKING:
     from lrconvert.lora.base_weights import BaseWeights
     from lrconvert.lora.input_statistics import InputStatistics, Moment
@@ -88,7 +90,7 @@ class Method(ABC):
     examples: ClassVar[tuple[Mapping[str, Any], ...]]  # option sets that the law tests and golden files run over
     searches: ClassVar[tuple[Mapping[str, Any], ...]] = ()  # option sets that `compress` tries; none: it passes by
     uses: ClassVar[tuple[str, ...]] = ("statistics",)  # which of seed, device and statistics mean something to its fit
-    default_ratio: ClassVar[int | None] = 50  # --target-ratio when no size is asked for; None: no budget
+    default_ratio: ClassVar[int | None] = DEFAULT_RATIO  # --target-ratio when no size is asked for; None: no budget
 
     # --- what the file holds ---
 

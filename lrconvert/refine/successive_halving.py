@@ -160,7 +160,7 @@ class _SuccessiveHalving:
         if rules.steps:
             self._refine(winner, replace(self.settings, layerwise=False, steps=rules.steps), rounds / parts, 1 / parts)
         ranked = [self._refined(n, candidate) for n, candidate in enumerate(self.fitted.candidates)]
-        return Compression(tuple(ranked), winner)
+        return replace(self.fitted, candidates=tuple(ranked), winner=winner)
 
     def _refine(self, number: int, settings: Settings, start: float, share: float) -> None:
         """Train a candidate further, with rates of its own that rise and fall."""

@@ -137,6 +137,9 @@ def conversion_json(done: Conversion) -> dict[str, Any]:
     return value
 
 
+_BY_DEFAULT = f"No size was asked for: at least {methods.DEFAULT_RATIO} times smaller."
+
+
 def conversion(source: str, output: str | None, done: Conversion, verbose: bool) -> str:
     """Return a conversion as text; `output` is None after a dry run."""
     method, size = methods.get(done.compact.method), done.sizes
@@ -144,6 +147,7 @@ def conversion(source: str, output: str | None, done: Conversion, verbose: bool)
         f"{printable(source)} -> {printable(output) if output else '(dry run, nothing written)'}",
         f"method    {method.id}: {_listed(method.header(done.compact.config))}",
         size_line(size, done.ratio, done.source_bytes),
+        *([f"          {_BY_DEFAULT}"] if done.by_default else []),
     ]
     if size.extras:
         lines.append(
@@ -196,7 +200,8 @@ def compression(source: str, output: str, done: Compression) -> str:
     lines = [f"{printable(source)} -> {printable(output)}", "", *shown]
     lines[3:3] = [f"  {c.method}: {printable(c.refused.what)}" for c in done.candidates if c.refused is not None]
     notes = [f"note: {printable(note, 1000)}" for note in done.chosen.notes]
-    return "\n".join([*lines, *_stronger(done), *([done.note] if done.note else []), *notes])
+    asked = [_BY_DEFAULT] if done.by_default else []
+    return "\n".join([*lines, *asked, *_stronger(done), *([done.note] if done.note else []), *notes])
 
 
 def _stronger(done: Compression) -> list[str]:

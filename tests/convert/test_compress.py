@@ -74,7 +74,11 @@ def test_what_cannot_be_is_said():
         api.compress(LORA, target_size=100, forms=FORMS)
     with pytest.raises(BudgetError, match=r"no form keeps 1\.0.*; lowrank keeps 0\.9\d+, the most"):
         api.compress(LORA, min_captured=1.0, forms=["lowrank"])
-    for given in ({}, {"target_size": 1, "target_ratio": 2.0}, {"min_captured": 0.5, "target_size": 9}):
+    for given in (
+        {"target_ratio": 2.0, "min_captured": 0.5},
+        {"target_size": 1, "target_ratio": 2.0},
+        {"min_captured": 0.5, "target_size": 9},
+    ):
         with pytest.raises(OptionError, match="give one of --target-size, --target-ratio and --min-captured"):
             api.compress(LORA, **given)
     for share in (0.0, 1.1, -1.0):
@@ -237,6 +241,19 @@ def test_without_data_the_winner_is_written_stronger():
         assert kept.stronger is None and kept.chosen.compact.tensors.keys() == near.compact.tensors.keys()
     assert api.compress(lora, min_captured=0.5, forms=["lowrank"]).stronger is None
     assert api.compress(lora, target_size=3000, forms=["sbora"]).stronger is None
+
+
+def test_without_a_size_a_file_is_50_times_smaller():
+    """And it is said, by `compress` and by a converter that has the default."""
+    lora = random_lora([(256, 256)] * 6, rank=8, seed=1)
+    done = api.compress(lora, forms=["lowrank"])
+    assert done.by_default and done.chosen.ratio >= 50
+    assert not api.compress(lora, forms=["lowrank"], target_ratio=50).by_default
+    made = api.convert(lora, "sbora")
+    assert made.by_default and made.ratio >= 50 and not api.convert(lora, "sbora", target_ratio=50).by_default
+    for text in (text_and_json.compression("x", "y", done), text_and_json.conversion("x", "y", made, False)):
+        assert "No size was asked for: at least 50 times smaller." in text
+    assert not api.convert(lora, "lowrank").by_default  # it keeps what it can at full size
 
 
 def test_the_strength_without_data():
