@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ import click
 from lrconvert.core.errors import printable
 
 SCHEMA_VERSION = 1
+_LINE_SECONDS = 30  # between lines of progress
 _LONGEST = 10  # characters of an escaped one: \\U0010ffff
 
 
@@ -43,9 +45,12 @@ def warn(warnings: Iterable[str]) -> None:
 
 @contextmanager
 def progress_bar(title: str, quiet: bool) -> Iterator[Callable[[float, str], None]]:
-    """A progress callback drawn by tqdm on stderr; silent when quiet or not on a terminal."""
-    if quiet or not sys.stderr.isatty():
+    """A progress callback drawn by tqdm on stderr; without a terminal a line every half minute; silent when quiet."""
+    if quiet:
         yield lambda fraction, text: None
+        return
+    if not sys.stderr.isatty():
+        yield _progress_lines(title)
         return
     from tqdm import tqdm
 
@@ -56,6 +61,26 @@ def progress_bar(title: str, quiet: bool) -> Iterator[Callable[[float, str], Non
             bar.update(min(int(100 * fraction), 100) - bar.n)
 
         yield update
+
+
+def _progress_lines(title: str) -> Callable[[float, str], None]:
+    """A progress callback that prints how much is done, and how long the rest will take at that speed."""
+    start = last = time.monotonic()
+
+    def update(fraction: float, text: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < _LINE_SECONDS:
+            return
+        last = now
+        left = f", {_duration((now - start) * (1 / fraction - 1))} left" if fraction > 0 else ""
+        say(f"{title}: {fraction:.0%} after {_duration(now - start)}{left}; {printable(text)}", err=True)
+
+    return update
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def command_line() -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ADAPTERS, BASES
 
+from lrconvert.cli import printing
 from lrconvert.cli.flags import ByteSize
 
 SOURCE = str(ADAPTERS / "llama-plain")
@@ -88,3 +90,20 @@ def test_validate_finds_another_base(tmp_path):
 @pytest.mark.parametrize(("text", "size"), [("200KB", 200_000), ("1.5MiB", 1_572_864), ("4096", 4096), ("2 kb", 2000)])
 def test_sizes(text, size):
     assert ByteSize().convert(text, None, None) == size
+
+
+def test_progress_without_a_terminal_is_a_line_every_half_minute(monkeypatch, capsys):
+    """What is done, and how long the rest takes at that speed; nothing when quiet, and nothing in less time."""
+    clock = iter([0.0, 10.0, 31.0, 40.0, 61.0, 300.0])
+    monkeypatch.setattr(printing, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with printing.progress_bar("refine", quiet=False) as update:
+        for fraction, text in ((0.1, "a"), (0.25, "b"), (0.3, "c"), (0.0, "d"), (0.5, "e")):
+            update(fraction, text)
+    with printing.progress_bar("refine", quiet=True) as update:
+        update(0.9, "f")
+    lines = [
+        "refine: 25% after 31 s, 93 s left; b",
+        "refine: 0% after 61 s; d",
+        "refine: 50% after 5 min, 5 min left; e",
+    ]
+    assert capsys.readouterr().err.splitlines() == lines
