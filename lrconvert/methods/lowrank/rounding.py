@@ -26,7 +26,7 @@ from lrconvert.methods.lowrank.coordinates import PLAIN, Coordinates
 DEAD_ZONE = 0.6  # of a step; numbers up to it become 0
 SIDE_BITS = 28  # of a component beside its numbers: a gain and two models
 _AT_ONCE = 1 << 20  # numbers that are rounded at once
-_SAVED = 5e-7  # seconds that a compiled loop saves in a plan, which rounds all numbers some twenty times, for each
+_SAVED = 5e-8  # seconds that a compiled loop saves in a plan, which rounds all numbers a few times, for each
 
 
 @dataclass(frozen=True, eq=False)

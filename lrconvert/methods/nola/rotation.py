@@ -48,8 +48,12 @@ class Rotation(Coordinates):
         return float(hadamard.squares(length).mean() ** 0.5 * 2.0 ** -_power(length))
 
     def fill(self, out: F32, scales: F64, rows: F64, role: str) -> None:
-        numbers = self.numbers(scales * rows, role)
-        np.multiply(numbers, self.unit(out.shape[1]), out=out, casting="same_kind")
+        length = out.shape[1]
+        numbers = scales * rows
+        numbers *= signs_of(self.seed, role, length)
+        sums = hadamard.of_integers(numbers)  # of other numbers they are not exact, and as good as any
+        factors = 2.0 ** _power(length) / hadamard.squares(length) * self.unit(length)
+        np.multiply(sums, factors, out=out, casting="same_kind")
 
     def _signs(self, role: str, like: Any, xp: Any) -> Any:
         signs = signs_of(self.seed, role, like.shape[1])
