@@ -228,6 +228,7 @@ def once(command: Command, folder: Path, read: Sequence[Path], *, quiet: bool) -
     if quiet:
         await_quiet()
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # what is installed is compiled
     environment["PYTHONPATH"] = os.pathsep.join(map(str, command.path))
     report = folder / "report.json"
     report.unlink(missing_ok=True)

@@ -49,15 +49,15 @@ class _Commands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         name = _ALIASES.get(cmd_name, cmd_name)
-        if name in _of_methods():
-            from lrconvert.cli.converting import method_command
-
-            return method_command(name)
-        if name not in _FIRST | _LAST:
+        if name in _FIRST | _LAST:
+            module, attribute = (_FIRST | _LAST)[name][0].split(":")
+            command: click.Command = getattr(importlib.import_module(f"lrconvert.cli.{module}"), attribute)
+            return command
+        if name not in _of_methods():  # reading the methods takes longer than all else
             return None
-        module, attribute = (_FIRST | _LAST)[name][0].split(":")
-        command: click.Command = getattr(importlib.import_module(f"lrconvert.cli.{module}"), attribute)
-        return command
+        from lrconvert.cli.converting import method_command
+
+        return method_command(name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without loading them."""

@@ -19,7 +19,7 @@ from lrconvert.merge.arithmetic import base_dependent, dora
 from lrconvert.merge.arithmetic.exact import Term, Update
 from lrconvert.merge.arithmetic.rounding import bits
 from lrconvert.merge.arithmetic.stats import MergeStats
-from lrconvert.merge.arithmetic.workspace import Pool, Workspace
+from lrconvert.merge.arithmetic.workspace import Pool, Workspace, loops_for
 from lrconvert.merge.plan.plan import Output, Plan, Rows
 from lrconvert.merge.plan.updates import NonlinearPiece, Piece, cuts, decoded, segment
 
@@ -166,6 +166,11 @@ class Computer:
     def _named(self, error: LrcError, output: Output) -> LrcError:
         error.what = f"tensor {output.name!r}: {error.what}"
         return error.at(self.plan.checkpoint.root)
+
+
+def workspace_for(work: str, planned: Plan) -> Workspace:
+    """Return what a plan is computed with, for a `work` of `loops_for`."""
+    return Workspace(loops=loops_for(work, sum(o.nbytes // 2 for o in planned.touched if o.dtype == "BF16")))
 
 
 def rows_per_block(cols: int) -> int:

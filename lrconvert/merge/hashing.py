@@ -41,10 +41,12 @@ def stored_digest(source: Checkpoint | ContainerFile, info: TensorInfo) -> str:
 
 
 def emit(file: Writer, data: Array | bytes, digest: Digest) -> None:
-    """Write rows or bytes to a file, and hash them."""
-    view = data if isinstance(data, bytes) else np.ascontiguousarray(data).data.cast("B")
-    digest.update(view)
-    file.write(view)
+    """Write rows or bytes to a file, and hash them, piece by piece: a file grows several times faster by small ones."""
+    view = memoryview(data) if isinstance(data, bytes) else np.ascontiguousarray(data).data.cast("B")
+    for start in range(0, len(view), CHUNK):
+        piece = view[start : start + CHUNK]
+        digest.update(piece)
+        file.write(piece)
 
 
 def hash_file(digest: Digest, path: Path, start: int = 0, stop: int | None = None) -> None:

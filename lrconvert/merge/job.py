@@ -13,6 +13,7 @@ from lrconvert.io.checkpoint import Checkpoint
 from lrconvert.lora.adapter import LoraAdapter
 from lrconvert.merge.arithmetic.stats import MergeStats
 from lrconvert.merge.arithmetic.workspace import Workspace
+from lrconvert.merge.compute import workspace_for
 from lrconvert.merge.plan.plan import CONFIG_NAME, Output, Plan
 from lrconvert.merge.plan.updates import Scaled
 from lrconvert.merge.plan.whole_tensors import is_zero
@@ -60,7 +61,8 @@ class Job:
     ) -> MergeReport:
         """Compute everything, give it to `sink` and return the report of what was done. Raises E-FPR, E-NO-EFFECT,
         E-IO-CHANGED and what computing raises."""
-        with Workspace() as workspace, self.merger(planned, workspace, number) as merger:
+        work = "merge with a record" if self.undo else "merge"
+        with workspace_for(work, planned) as workspace, self.merger(planned, workspace, number) as merger:
             merger.run(sink)
         for file in planned.checkpoint.files:
             file.check_unchanged()

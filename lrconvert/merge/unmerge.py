@@ -12,7 +12,6 @@ from lrconvert.core.errors import BaseError, FingerprintError, LrcError, OptionE
 from lrconvert.io.checkpoint import Checkpoint, open_checkpoint, unfinished
 from lrconvert.io.container import TensorInfo, combined_digest
 from lrconvert.io.durable import StagedDirectory, atomic_directory, check_output, locked, require_space
-from lrconvert.merge.arithmetic.workspace import Workspace
 from lrconvert.merge.hashing import stored_digest
 from lrconvert.merge.in_place.model_folder import BETWEEN, ModelFolder
 from lrconvert.merge.in_place.unmerge import undone_before, unmerge_in_place
@@ -23,7 +22,7 @@ from lrconvert.merge.report import UnmergeReport
 from lrconvert.merge.undo.checks import changed_files, check_own_record, check_undoable, undone
 from lrconvert.merge.undo.open_record import OpenRecord, latest, numbered
 from lrconvert.merge.undo.repeats import undone_note
-from lrconvert.merge.undo.restoring import Restorer
+from lrconvert.merge.undo.restoring import Restorer, workspace_for
 from lrconvert.merge.writing import Progress
 
 _SPACE_MARGIN = 1.02
@@ -108,7 +107,7 @@ def _write(opened: OpenRecord, checkpoint: Checkpoint, folder: StagedDirectory, 
         done += info.nbytes
         progress(min(1.0, done / total), info.name)
 
-    with Workspace() as workspace, Restorer(opened, checkpoint, workspace) as restorer:
+    with workspace_for(opened) as workspace, Restorer(opened, checkpoint, workspace) as restorer:
         for number, (name, _) in enumerate(opened.record.files):
             with folder.create(name) as file:
                 restorer.file(number, file, advance)

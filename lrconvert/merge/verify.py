@@ -6,6 +6,7 @@ Rounding is part of the format (``formats/merge-v1.md``), so confirming is compa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,7 @@ from lrconvert.core.dtypes import STORAGE, Array
 from lrconvert.io.checkpoint import Checkpoint, open_checkpoint
 from lrconvert.io.container import TensorInfo
 from lrconvert.merge.arithmetic.rounding import bits
-from lrconvert.merge.arithmetic.workspace import Workspace
-from lrconvert.merge.compute import Computer, read_rows
+from lrconvert.merge.compute import Computer, read_rows, workspace_for
 from lrconvert.merge.hashing import CHUNK, chunks
 from lrconvert.merge.plan import load_check
 from lrconvert.merge.plan.plan import Output, Plan, named, plan
@@ -38,12 +38,12 @@ def verify(
     """
     inputs = [item if isinstance(item, Scaled) else Scaled(item) for item in adapters]
     with (
+        ExitStack() as stack,
         open_checkpoint(merged, quantized=True) as model,
         open_base(base, dequantize=dequantize) as checkpoint,
-        Workspace() as workspace,
     ):
         planned = plan(inputs, checkpoint)
-        computer = Computer(planned, workspace, measure=False)
+        computer = Computer(planned, stack.enter_context(workspace_for("verify", planned)), measure=False)
         differences = list(_structure(planned, model))
         if differences:  # what is as planned loads as planned
             differences += _loading(planned, model)

@@ -360,7 +360,7 @@ class Merger:
             return
         before = np.ascontiguousarray(block.before)
         self._sink.change(tensor.output, block.first, before, after)
-        if not self.undo or np.array_equal(bits(before), bits(after)):
+        if not self.undo or all(map(np.array_equal, bits(before), bits(after))):  # stops at the first row that differs
             return
         tensor.cols, predicted = before.shape[1], block.predicted
         if predicted is None:
@@ -369,7 +369,8 @@ class Merger:
             assert block.update is not None
             window = block.update.window(block.row, before.shape[0])
             base, guess, merged = (side[window] if window else side[:0] for side in (before, predicted, after))
-            data, mode = residual.encode(base.reshape(-1), guess.reshape(-1), merged.reshape(-1))
+            loops = self.computer.workspace.loops
+            data, mode = residual.encode(base.reshape(-1), guess.reshape(-1), merged.reshape(-1), loops)
         self._code(tensor, block.first, before.shape[0], mode, data)
 
     def _code(self, tensor: _Tensor, first: int, count: int, mode: int, data: bytes) -> None:

@@ -44,7 +44,7 @@ from lrconvert.core.dtypes import F64, FLOATS, STORAGE, Array, Index, decode, ro
 from lrconvert.core.errors import DtypeError, LimitError, LrcError, MergeOverflowError, ShapeError, ValueRangeError
 from lrconvert.core.limits import MAX_RATIONAL
 from lrconvert.merge.arithmetic.error_free import Sum, certain, product_error, to_odd, two_sum
-from lrconvert.merge.arithmetic.filter import Filtered, gamma, run
+from lrconvert.merge.arithmetic.filter import FilterBlock, Filtered, gamma, run
 from lrconvert.merge.arithmetic.rounding import bits
 from lrconvert.merge.arithmetic.stats import MergeStats
 from lrconvert.merge.arithmetic.workspace import BLOCK, WIDTH, Mask, Workspace
@@ -231,7 +231,8 @@ class _Job:
         first = self._filter(rows, cols, measure)
         stats = first.stats + self._open(self.update, rows, cols).decide(self.stored, self.out, first.open)
         if measure:
-            changed = int(np.count_nonzero(bits(self.out) != bits(self.stored)))
+            place = np.divmod(first.open, cols.size)
+            changed = first.stats.changed + int(np.count_nonzero(bits(self.out[place]) != bits(self.stored[place])))
             stats = replace(stats, changed=changed, unmoved=self.stored.size - changed - stats.unmoved)
         else:
             stats = MergeStats(recomputed=stats.recomputed, rational=stats.rational)
@@ -255,10 +256,11 @@ class _Job:
         height = max(1, min(BLOCK // width, _FACTOR // max(1, rank)))
 
         def filtered(place: tuple[int, int]) -> Filtered:
-            window = slice(place[0], place[0] + height), slice(place[1], place[1] + width)
-            left, right = _factors(self.update, rows[window[0]], cols[window[1]])
-            guess = None if self.guess is None else self.guess[window]
-            done = run(left, right, self.dtype, self.workspace, self.stored[window], self.out[window], guess, measure)
+            part = slice(place[0], place[0] + height)
+            left, right = _factors(self.update, rows[part], cols[place[1] : place[1] + width])
+            guess = None if self.guess is None else self.guess[part]
+            block = FilterBlock(left, right, self.dtype, self.stored[part], self.out[part], guess, place[1])
+            done = run(block, self.workspace, measure)
 
             def whole(index: Index) -> Index:
                 row, col = np.divmod(index, right.shape[1])

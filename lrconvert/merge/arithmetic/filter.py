@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lrconvert.core.dtypes import F32, F64, Array, Index, f16_half_up, f16_small
+from lrconvert.merge.arithmetic.rounding import bits
 from lrconvert.merge.arithmetic.stats import MergeStats
 from lrconvert.merge.arithmetic.workspace import TILE, Buffers, Mask, Workspace
 
@@ -21,28 +22,59 @@ _NONE: Index = np.empty(0, np.intp)
 
 @dataclass(frozen=True)
 class Filtered:
-    """The outcome of the filter for a block: in `stats`, `unmoved` counts the elements with a zero update. `open` and
-    `open_guess` are the flat positions that it has not decided, of results and of predictions."""
+    """The outcome of the filter for a block: in `stats`, of what is not open, `unmoved` counts the elements with a zero
+    update. `open` and `open_guess` are the flat positions that it has not decided, of results and of predictions."""
 
     stats: MergeStats
     open: Index
     open_guess: Index
 
 
-def run(
-    left: F64, right: F64, dtype: str, work: Workspace, stored: Array, out: Array, guess: Array | None, measure: bool
-) -> Filtered:
+@dataclass(frozen=True)
+class FilterBlock:
+    """The factors of an update, (rows, k) and (k, width), with the scales multiplied in, and rows of whole matrices:
+    `stored` and what is filled, `out`, and `guess` if there is one, in the columns from `first` on."""
+
+    left: F64
+    right: F64
+    dtype: str
+    stored: Array
+    out: Array
+    guess: Array | None = None
+    first: int = 0
+
+    @property
+    def sides(self) -> tuple[Array, Array, Array | None]:
+        """`stored`, `out` and `guess` in the columns of this block."""
+        part = slice(self.first, self.first + self.right.shape[1])
+        guess = None if self.guess is None else self.guess[:, part]
+        return self.stored[:, part], self.out[:, part], guess
+
+    @property
+    def noise(self) -> float:
+        """A bound of the error of every sum."""
+        return gamma(self.left.shape[1]) * largest_sum(self.left, self.right)
+
+    @property
+    def suits_loops(self) -> bool:
+        """Whether the compiled loops take it."""
+        return self.dtype == "BF16" and self.stored.flags.carray and self.out.flags.carray
+
+
+def run(block: FilterBlock, work: Workspace, measure: bool) -> Filtered:
     """Fill `out` with the sums of `stored` and ``left @ right``, and `guess` with the differences of `out` and that.
 
-    The factors are (rows, k) and (k, cols), with the scales multiplied in. Open elements have any bits.
+    Open elements have any bits.
     """
+    if work.loops is not None and block.suits_loops:
+        return _run_loops(block, work, measure)
+    stored, out, guess = block.sides
     rows, width = stored.shape
-    noise = gamma(left.shape[1]) * largest_sum(left, right)
-    buffers = work.buffers
+    noise, buffers = block.noise, work.buffers
     open_ = buffers.open[: stored.size].reshape(rows, width)
     open_guess = buffers.open_guess[: stored.size].reshape(rows, width)
     kinds: dict[str, type[_Single] | type[_Half]] = {"F32": _Single, "F16": _F16, "BF16": _BF16}
-    kind = kinds[dtype]
+    kind = kinds[block.dtype]
     tile = kind(buffers, (min(rows, max(1, TILE // width)), width), noise)
     stats = MergeStats()
     with np.errstate(over="ignore", invalid="ignore"):
@@ -50,14 +82,15 @@ def run(
             part = slice(top, min(rows, top + tile.height))
             if part.stop - top < tile.height:
                 tile = kind(buffers, (part.stop - top, width), noise)
-            work.multiply(left[part], right, tile.sums)
+            work.multiply(block.left[part], block.right, tile.sums)
             codes, undecided = out[part], open_[part]
             clear = not measure or tile.find_small()
             tile.add(stored[part], codes, undecided)
             if measure:
                 zeros = 0 if clear else tile.open_doubtful(undecided)
+                changed = tile.count_changed(stored[part], codes, undecided)
                 largest, total = tile.errors(codes, undecided)
-                stats += MergeStats(unmoved=zeros, max_error=largest, sum_error=total)
+                stats += MergeStats(changed=changed, unmoved=zeros, max_error=largest, sum_error=total)
             if guess is not None:
                 tile.take_out(codes, guess[part], open_guess[part], is_decoded=measure)
     index = _where(open_.reshape(-1))
@@ -65,6 +98,31 @@ def run(
         return Filtered(stats, index, _NONE)
     np.logical_or(open_guess, open_, out=open_guess)
     return Filtered(stats, index, _where(open_guess.reshape(-1)))
+
+
+def _run_loops(block: FilterBlock, work: Workspace, measure: bool) -> Filtered:
+    """Do the same with the compiled loops, to BF16."""
+    rows, width = block.left.shape[0], block.right.shape[1]
+    noise, buffers, stored, out = block.noise, work.buffers, bits(block.stored), bits(block.out)
+    guess = out[:0] if block.guess is None else bits(block.guess)
+    height = max(1, TILE // width)
+    limits, errors = _bf16_limits(noise), np.array([noise if measure else -1.0, 0.0, 0.0])
+    places = buffers.long.view(np.uint32).reshape(2, -1)
+    opened, guessed = [_NONE], [_NONE]
+    changed = zeros = 0
+    for top in range(0, rows, height):
+        part = slice(top, min(rows, top + height))
+        sums = buffers.sums[: (part.stop - top) * width].reshape(-1, width)
+        work.multiply(block.left[part], block.right, sums)
+        counts = work.loops.add(stored[part], block.first, sums, limits, out[part], guess[part], places, errors)
+        for where, count, kept in zip(places, counts, (opened, guessed), strict=False):
+            if count:
+                kept.append(where[:count].astype(np.intp) + top * width)
+        changed, zeros = changed + counts[2], zeros + counts[3]
+    index = np.concatenate(opened)
+    stats = MergeStats(changed=changed, unmoved=zeros, max_error=float(errors[1]), sum_error=float(errors[2]))
+    open_guess = _NONE if block.guess is None else np.sort(np.concatenate((index, *guessed)))
+    return Filtered(stats if measure else MergeStats(), index, open_guess)
 
 
 class _Tile:
@@ -101,6 +159,11 @@ class _Tile:
         np.logical_or(open_, self.doubtful, out=open_)
         return int(np.count_nonzero(np.greater(self.zero, open_, out=self.zero)))
 
+    def count_changed(self, stored: Array, codes: Array, open_: Mask) -> int:
+        """Return how many elements that are not open have other bits than before."""
+        np.not_equal(bits(stored), bits(codes), out=self.flag)
+        return int(np.count_nonzero(np.greater(self.flag, open_, out=self.flag)))
+
 
 class _Half(_Tile):
     """To 16 bits: f, p rounded to float32, is in `single` after `add`."""
@@ -132,9 +195,7 @@ class _Half(_Tile):
 class _BF16(_Half):
     def __init__(self, buffers: Buffers, shape: tuple[int, int], noise: float) -> None:
         super().__init__(buffers, shape, noise)
-        # codes of what is decided at once, whose |f| is less than a unit away, and how many there are up to infinity
-        least = min((int(_bits32(max(noise * 2.0**26, 2.0**-126))) >> 16) + 2, 0x7F80)
-        self.least, self.count = np.uint16(least), np.uint16(0x7F80 - least)
+        self.least, self.count = _bf16_limits(noise)
 
     def decode(self, codes: Array) -> F32:
         word = self.value.view(np.uint32)
@@ -247,6 +308,13 @@ def largest_sum(left: F64, right: F64) -> float:
     """Return a bound of ``sum_j |L_oj| |R_ji|`` for all elements of a block."""
     norms = np.linalg.norm(left, axis=1).max() * np.linalg.norm(right, axis=0).max()
     return float(min(norms, np.abs(left).max(axis=0) @ np.abs(right).max(axis=1)))
+
+
+def _bf16_limits(noise: float) -> Array:
+    """Return the first code of what is decided at once, whose |f| is less than a unit away, and how many follow up
+    to infinity."""
+    least = min((int(_bits32(max(noise * 2.0**26, 2.0**-126))) >> 16) + 2, 0x7F80)
+    return np.array([least, 0x7F80 - least], np.uint16)
 
 
 def _bits32(x: float) -> np.uint32:

@@ -11,7 +11,6 @@ from lrconvert.core.errors import DigestError, DurabilityError, UndoError
 from lrconvert.io.checkpoint import Checkpoint
 from lrconvert.io.container import ContainerFile
 from lrconvert.io.durable import CONTENT, discard, install, sync_folder
-from lrconvert.merge.arithmetic.workspace import Workspace
 from lrconvert.merge.hashing import stored_digest
 from lrconvert.merge.in_place import patches
 from lrconvert.merge.in_place.model_folder import (
@@ -30,7 +29,7 @@ from lrconvert.merge.in_place.patches import BASE, MERGED
 from lrconvert.merge.plan.plan import UNDONE
 from lrconvert.merge.undo.open_record import RECORD_NAME, OpenRecord
 from lrconvert.merge.undo.record import TEXTS
-from lrconvert.merge.undo.restoring import Restorer
+from lrconvert.merge.undo.restoring import Restorer, workspace_for
 
 
 @dataclass
@@ -81,7 +80,7 @@ class Commit:
         files = {n: ContainerFile(self.folder.model / name) for n, name in names.items()}
         checkpoint = Checkpoint(self.folder.model, {}, tuple(files.values()), None)
         try:
-            with Workspace() as workspace, Restorer(self.opened, checkpoint, workspace) as restorer:
+            with workspace_for(self.opened) as workspace, Restorer(self.opened, checkpoint, workspace) as restorer:
                 for number, source in files.items():
                     with self.folder.fresh(names[number]) as file:
                         restorer.file(number, file)

@@ -18,7 +18,7 @@ from lrconvert.io.container import tensor_hasher
 from lrconvert.io.durable import PLAN_NAME, Work, Writer, install, locked, require_space
 from lrconvert.merge.arithmetic.workspace import Workspace
 from lrconvert.merge.background_writer import BackgroundWriter
-from lrconvert.merge.compute import Computer
+from lrconvert.merge.compute import Computer, workspace_for
 from lrconvert.merge.hashing import Digest, emit
 from lrconvert.merge.in_place.commit import Commit, open_commit, recover
 from lrconvert.merge.in_place.first_pass import InPlaceSink
@@ -160,7 +160,7 @@ def _swap(commit: Commit, planned: Plan, job: Job) -> None:
     digests = dict(record.added) | {t.output: t.after for t in record.tensors if t.output}
     states = commit.states()
     todo = [n for n in reversed(range(len(planned.shards))) if states.get(n, MERGED) != MERGED]
-    with Workspace() as workspace:
+    with workspace_for("merge", planned) as workspace:
         computer = Computer(planned, workspace)
         for count, number in enumerate(todo):
             shard, source = planned.shards[number], planned.checkpoint.files[number]

@@ -14,7 +14,6 @@ from lrconvert.core.errors import LrcError, UndoError, UndoOrderError
 from lrconvert.io.checkpoint import INDEX_NAME, Checkpoint, open_checkpoint, unfinished
 from lrconvert.io.container import TensorInfo
 from lrconvert.io.durable import PLAN_NAME, Work, locked, require_space
-from lrconvert.merge.arithmetic.workspace import Workspace
 from lrconvert.merge.in_place.commit import Commit, open_commit, recover
 from lrconvert.merge.in_place.merge import FIRST_PASS, broken_off, take_back
 from lrconvert.merge.in_place.model_folder import (
@@ -39,7 +38,7 @@ from lrconvert.merge.undo import repeats
 from lrconvert.merge.undo.checks import changed_files, check_own_record, check_undoable, undone
 from lrconvert.merge.undo.open_record import OpenRecord, latest, number_of, numbered
 from lrconvert.merge.undo.record import TensorRecord
-from lrconvert.merge.undo.restoring import Restorer
+from lrconvert.merge.undo.restoring import Restorer, workspace_for
 from lrconvert.merge.writing import Progress
 
 _SPACE_MARGIN = 1.05
@@ -138,7 +137,8 @@ def _rehearse(opened: OpenRecord, checkpoint: Checkpoint, work: Work, progress: 
         width = present.shape[1] * present.dtype.itemsize
         patches.change(checkpoint.tensors[tensor.output].start + first * width, restored, present)
 
-    with closing(patches), Workspace() as workspace, Restorer(opened, checkpoint, workspace, change) as restorer:
+    workspace = workspace_for(opened)
+    with closing(patches), workspace, Restorer(opened, checkpoint, workspace, change) as restorer:
         for number, (name, _) in enumerate(record.files):
             header, infos = opened.headers[number]
             tensors = [opened.tensors[info.name] for info in infos]

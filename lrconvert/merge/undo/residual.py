@@ -31,42 +31,64 @@ _MOST_STRAYS = 32  # one in so many: more cost more than a code of all elements
 _EXPONENTS = {"<u2": 0x7F80, "<f2": 0x7C00, "<f4": 0xFF << 23, "<f8": 0x7FF << 52}
 
 
-def encode(base: Array, predicted: Array, merged: Array) -> tuple[bytes, int]:
-    """Return the code that turns `predicted` into `base`, and its mode, see `encode_uncertain`."""
-    data = encode_uncertain(base, predicted, merged)
+def encode(base: Array, predicted: Array, merged: Array, loops: Any = None) -> tuple[bytes, int]:
+    """Return the code that turns `predicted` into `base`, and its mode, see `encode_uncertain`.
+
+    `loops`, if not None, are `lrconvert.kernels.merging`, which give the same bytes.
+    """
+    data = encode_uncertain(base, predicted, merged, loops)
     return (encode_residual(base, predicted), RESIDUAL) if data is None else (data, UNCERTAIN)
 
 
-def decode(data: bytes, mode: int, predicted: Array, merged: Array) -> Array:
+def decode(data: bytes, mode: int, predicted: Array, merged: Array, loops: Any = None) -> Array:
     """Return the bits that `encode` was given as `base`; they may be `predicted`, changed. Raises E-UNDO for data that
     no encoder wrote."""
-    return decode_residual(data, predicted) if mode == RESIDUAL else decode_uncertain(data, predicted, merged)
+    return decode_residual(data, predicted) if mode == RESIDUAL else decode_uncertain(data, predicted, merged, loops)
 
 
-def encode_uncertain(base: Array, predicted: Array, merged: Array) -> bytes | None:
+def encode_uncertain(base: Array, predicted: Array, merged: Array, loops: Any = None) -> bytes | None:
     """Return the code that turns `predicted` into `base` with the help of `merged`, which both lead to: flat arrays of
     stored bits of one dtype. None if it would be longer than that of `encode_residual`."""
-    chosen: list[tuple[Array, Array]] = []
+    if loops is not None and _suit(base, predicted, merged):
+        chosen, stray = _compare_compiled(base, predicted, merged, loops)
+    else:
+        chosen, stray = _compare(base, predicted, merged)
+    if stray.size > base.size // _MOST_STRAYS:
+        return None
+    positions = _deflate(np.diff(stray, prepend=0).astype(_POSITIONS).tobytes(), zlib.Z_DEFAULT_STRATEGY)
+    head = np.array([stray.size, len(positions)], _LENGTHS).tobytes()
+    return head + positions + _encode_steps(np.concatenate((chosen, _steps(base[stray], predicted[stray]))))
+
+
+def _compare(base: Array, predicted: Array, merged: Array) -> tuple[Array, Array]:
+    """Return the steps of what is uncertain, and the positions of all else that `predicted` misses, or of too many."""
+    chosen: list[Array] = []
     strays: list[Array] = []
     compare = _Comparison(predicted.dtype)
     for start in range(0, base.size, _CHUNK):
         own, guess = base[start : start + _CHUNK], predicted[start : start + _CHUNK]
         uncertain = compare.uncertain(guess, merged[start : start + _CHUNK])
         index = np.flatnonzero(uncertain)
-        chosen.append((own[index], guess[index]))
+        chosen.append(_steps(own[index], guess[index]))
         stray = compare.strays(own, guess, uncertain)
         if stray.any():
             strays.append(np.flatnonzero(stray) + start)
-    stray = np.concatenate(strays) if strays else np.empty(0, np.intp)
-    if stray.size > base.size // _MOST_STRAYS:
-        return None
-    steps = _deflate(np.diff(stray, prepend=0).astype(_POSITIONS).tobytes(), zlib.Z_DEFAULT_STRATEGY)
-    head = np.array([stray.size, len(steps)], _LENGTHS).tobytes()
-    sides = zip(*chosen, (base[stray], predicted[stray]), strict=True)
-    return head + steps + encode_residual(*(np.concatenate(side) for side in sides))
+    nothing = np.empty(0, np.intp)
+    return np.concatenate(chosen) if chosen else _steps(base, predicted), np.concatenate((nothing, *strays))
 
 
-def decode_uncertain(data: bytes, predicted: Array, merged: Array) -> Array:
+def _compare_compiled(base: Array, predicted: Array, merged: Array, loops: Any) -> tuple[Array, Array]:
+    steps, strays = np.empty(base.size + 1, np.uint16), np.empty(base.size // _MOST_STRAYS + 1, np.uint32)
+    chosen, stray = loops.compare(*map(bits, (base, predicted, merged)), _mask(base), steps, strays)
+    return steps[:chosen], strays[:stray].astype(np.intp)
+
+
+def _suit(*sides: Array) -> bool:
+    """Return whether the compiled loops take these arrays."""
+    return all(side.itemsize == 2 and side.flags.carray for side in sides)
+
+
+def decode_uncertain(data: bytes, predicted: Array, merged: Array, loops: Any = None) -> Array:
     """Change `predicted` to the bits that `encode_uncertain` was given as `base`, and return it. Raises E-UNDO for data
     that no encoder wrote."""
     head = 2 * _LENGTHS.itemsize
@@ -78,6 +100,8 @@ def decode_uncertain(data: bytes, predicted: Array, merged: Array) -> Array:
     is_inside = not count or (steps[1:].all() and stray[-1] < predicted.size)
     if not is_inside or _Comparison(predicted.dtype, count).uncertain(predicted[stray], merged[stray]).any():
         raise UndoError("the exceptions of a residual do not lie where some may be")
+    if loops is not None and _suit(predicted, merged):
+        return _restore_compiled(data[head + length :], predicted, merged, stray, loops)
     chunks = [slice(start, start + _CHUNK) for start in range(0, predicted.size, _CHUNK)]
     compare = _Comparison(predicted.dtype)
     places = [np.flatnonzero(compare.uncertain(predicted[chunk], merged[chunk])) for chunk in chunks]
@@ -91,12 +115,27 @@ def decode_uncertain(data: bytes, predicted: Array, merged: Array) -> Array:
     return predicted
 
 
+def _restore_compiled(data: bytes, predicted: Array, merged: Array, stray: Array, loops: Any) -> Array:
+    guess, goal, mask = bits(predicted), bits(merged), _mask(predicted)
+    count = loops.count_lower(guess, goal, mask)
+    steps = _decode_steps(data, count + stray.size, guess.dtype)
+    restored = _unordered(_ordered(guess[stray]) + steps[count:])
+    loops.restore(guess, goal, mask, np.append(steps, guess.dtype.type(0)))
+    guess[stray] = restored
+    return predicted
+
+
+def _mask(stored: Array) -> Any:
+    """Return the bits of the exponent."""
+    return _unsigned(stored).type(_EXPONENTS[stored.dtype.str])
+
+
 class _Comparison:
     """Compares up to `size` stored bits at a time in buffers of its own."""
 
     def __init__(self, kind: np.dtype[Any], size: int = _CHUNK) -> None:
         unsigned = np.dtype(f"<u{kind.itemsize}")
-        self.mask = unsigned.type(_EXPONENTS[kind.str])
+        self.mask = _mask(np.empty(0, kind))
         self.one, self.other = np.empty(size, unsigned), np.empty(size, unsigned)
         self.flag, self.differ = np.empty(size, np.bool_), np.empty(size, np.bool_)
 
@@ -116,10 +155,19 @@ class _Comparison:
 
 def encode_residual(base: Array, predicted: Array) -> bytes:
     """Return the code that turns `predicted` into `base`: flat arrays of stored bits of one dtype."""
-    steps = _ordered(base) - _ordered(predicted)
-    signed = steps.view(_signed(base))
-    symbols = np.zeros(-(-base.size // 4) * 4, np.uint8)
-    used = symbols[: base.size]
+    return _encode_steps(_steps(base, predicted))
+
+
+def _steps(base: Array, predicted: Array) -> Array:
+    """Return how many numbers there are from `predicted` to `base`, modulo the size of the dtype."""
+    steps: Array = _ordered(base) - _ordered(predicted)
+    return steps
+
+
+def _encode_steps(steps: Array) -> bytes:
+    signed = steps.view(_signed(steps))
+    symbols = np.zeros(-(-steps.size // 4) * 4, np.uint8)
+    used = symbols[: steps.size]
     np.copyto(used, steps & steps.dtype.type(3), casting="unsafe")
     used -= used >> 1  # -1 is 3 in two bits
     escaped = np.flatnonzero(steps + steps.dtype.type(1) > 2)
@@ -133,20 +181,25 @@ def encode_residual(base: Array, predicted: Array) -> bytes:
 
 def decode_residual(data: bytes, predicted: Array) -> Array:
     """Return the bits that `encode_residual` was given as `base`. Raises E-UNDO for data that no encoder wrote."""
+    steps = _decode_steps(data, predicted.size, _unsigned(predicted))
+    return _unordered(_ordered(predicted) + steps).view(predicted.dtype)
+
+
+def _decode_steps(data: bytes, count: int, kind: np.dtype[Any]) -> Array:
+    """Return so many steps, unsigned. Raises E-UNDO."""
     head = 3 * _LENGTHS.itemsize
     lengths = [int(n) for n in np.frombuffer(data[:head].ljust(head, b"\0"), _LENGTHS)]
     if head + sum(lengths) != len(data):
         raise UndoError("the lengths of a residual do not add up")
     cuts = [head, head + lengths[0], head + lengths[0] + lengths[1], len(data)]
-    symbols = _unpack(_inflate(data[cuts[0] : cuts[1]], -(-predicted.size // 4)))[: predicted.size]
+    symbols = _unpack(_inflate(data[cuts[0] : cuts[1]], -(-count // 4)))[:count]
     escaped = np.flatnonzero(symbols == _ESCAPE)
-    far = np.frombuffer(_inflate(data[cuts[1] : cuts[2]], escaped.size), np.int8).astype(_signed(predicted))
+    far = np.frombuffer(_inflate(data[cuts[1] : cuts[2]], escaped.size), np.int8).astype(f"<i{kind.itemsize}")
     wide = far == -128
-    count = int(np.count_nonzero(wide))
-    far[wide] = np.frombuffer(_inflate(data[cuts[2] : cuts[3]], count * far.itemsize), far.dtype)
+    far[wide] = np.frombuffer(_inflate(data[cuts[2] : cuts[3]], int(np.count_nonzero(wide)) * far.itemsize), far.dtype)
     steps = _STEPS[symbols].astype(far.dtype)
     steps[escaped] = far
-    return _unordered(_ordered(predicted) + steps.view(_unsigned(predicted))).view(predicted.dtype)
+    return steps.view(kind)
 
 
 def encode_xor(base: Array, present: Array) -> bytes:

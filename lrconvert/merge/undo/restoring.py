@@ -19,7 +19,7 @@ from lrconvert.io.container import TensorInfo, tensor_hasher
 from lrconvert.io.durable import Writer
 from lrconvert.merge import compute
 from lrconvert.merge.arithmetic.exact import Update
-from lrconvert.merge.arithmetic.workspace import Workspace
+from lrconvert.merge.arithmetic.workspace import Workspace, loops_for
 from lrconvert.merge.background_writer import BackgroundWriter
 from lrconvert.merge.hashing import Digest, chunks, emit
 from lrconvert.merge.plan.updates import cuts, segment
@@ -29,6 +29,13 @@ from lrconvert.merge.undo.record import PREDICTED, STORED, Code, TensorRecord
 
 # Takes a tensor, its first row here, the rows as they are and those of the base.
 Change = Callable[[TensorRecord, int, Array, Array], None]
+
+
+def workspace_for(opened: OpenRecord) -> Workspace:
+    """Return what the base of a record is restored with."""
+    tensors = (t for t in opened.record.tensors if t.dtype == "BF16")
+    elements = sum(code.length * (t.cols or 0) for t in tensors for code in t.codes if code.mode in PREDICTED)
+    return Workspace(loops=loops_for("unmerge", elements))
 
 
 class Restorer:
@@ -136,7 +143,9 @@ class Restorer:
                     updates = {start: self._update(tensor, start, stop)}
                 update, row = updates[start], code.first - start
                 guess, _ = update.add(present, info.dtype, row, self.workspace, measure=False)
-                yield present, partial(_corrected, guess, update.window(row, code.length), data, present, code.mode)
+                window = update.window(row, code.length)
+                decode = partial(residual.decode, data, code.mode, loops=self.workspace.loops)
+                yield present, partial(_corrected, guess, window, present, decode)
             else:
                 yield present, partial(_unmasked, present, data)
         yield from unchanged(end, rows)
@@ -165,11 +174,11 @@ def _same(rows: Array) -> Array:
     return rows
 
 
-def _corrected(guess: Array, window: tuple[Any, Any] | None, data: bytes, present: Array, mode: int) -> Array:
-    """Return the rows that a residual makes of a prediction."""
+def _corrected(guess: Array, window: tuple[Any, Any] | None, present: Array, decode: Callable[..., Array]) -> Array:
+    """Return the rows that `decode` makes of a prediction and the merged rows, `present`."""
     if window is not None:
         predicted, merged = guess[window], present[window].reshape(-1)
-        guess[window] = residual.decode(data, mode, predicted.reshape(-1), merged).reshape(predicted.shape)
+        guess[window] = decode(predicted.reshape(-1), merged).reshape(predicted.shape)
     return guess
 
 
