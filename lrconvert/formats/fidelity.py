@@ -104,6 +104,9 @@ class Fidelity:
     warnings: tuple[str, ...] = ()
     is_refined: bool = False
 
+    def __repr__(self) -> str:
+        return f"<Fidelity: {self.method}, captured {self.captured:.4f}, {self.adapter_bytes:,} bytes>"
+
     @property
     def captured(self) -> float:
         """1 - sum of squared errors / sum of squared norms, over all targets; 0 of a LoRA that changes nothing."""
@@ -277,9 +280,9 @@ def inspect_lora(lora: LoraAdapter) -> dict[str, Any]:
     rows = []
     for pair, s in zip(lora.targets, svd.spectra(lora.targets), strict=True):
         row = _target_row(pair.target) | {"rank": pair.rank, "scale": pair.scale, "dtype": pair.a.dtype}
-        row["norm"] = float(np.sqrt(np.sum(s * s)))
-        row["spectrum"] = {percent: svd.energy_rank(s, share) for percent, share in _SHARES.items()}
-        row["singular_values"] = [float(f"{v:.6g}") for v in s]
+        row["norm"] = math.sqrt(np.add.reduce(s * s))
+        row["spectrum"] = dict(zip(_SHARES, svd.energy_ranks(s, tuple(_SHARES.values())), strict=True))
+        row["singular_values"] = [float(f"{v:.6g}") for v in s.tolist()]
         rows.append(row)
     by_dtype: Counter[str] = Counter()
     for pair in lora.targets:

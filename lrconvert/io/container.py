@@ -121,30 +121,37 @@ def encode_header(entries: Sequence[tuple[str, str, tuple[int, ...]]], metadata:
 
 def _integers(value: Any, count: int | None) -> tuple[int, ...]:
     """`value` as non-negative integers (booleans are not), or E-SHAPE."""
-    integers = isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
-    if not integers or (count is not None and len(value) != count):
-        wanted = f"{'' if count is None else f'{count} '}non-negative integers"
-        raise errors.ShapeError(f"{value!r:.60} is not a list of {wanted}")
-    return tuple(value)
+    if isinstance(value, list) and count in (None, len(value)):
+        for number in value:
+            if type(number) is not int or number < 0:
+                break
+        else:
+            return tuple(value)
+    wanted = f"{'' if count is None else f'{count} '}non-negative integers"
+    raise errors.ShapeError(f"{value!r:.60} is not a list of {wanted}")
 
 
 def _check_name(name: str, limits: Limits) -> None:
-    if not name or len(name.encode("utf-8", "replace")) > limits.name_bytes:
+    nbytes = len(name) if name.isascii() else len(name.encode("utf-8", "replace"))
+    if not 0 < nbytes <= limits.name_bytes:
         raise errors.TensorNameError(f"a tensor name is empty or longer than {limits.name_bytes} bytes")
     if not name.isprintable():
         raise errors.TensorNameError(f"the tensor name {name!r} has control characters")
 
 
+_FIELDS = frozenset({"dtype", "shape", "data_offsets"})
+
+
 def _entry(name: str, value: Any, limits: Limits) -> tuple[str, tuple[int, ...], int, int]:
     """(dtype, shape, begin, end) of one header entry, checked on its own."""
     _check_name(name, limits)
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(value, dict) or value.keys() != _FIELDS:
         raise errors.UnknownFieldError(f"the header entry of {name!r} does not have exactly dtype, shape, data_offsets")
     dtype = value["dtype"]
     if not isinstance(dtype, str) or dtype not in STORAGE:
         raise errors.DtypeError(f"tensor {name!r} has the unknown dtype {dtype!r:.40}")
     shape = _integers(value["shape"], None)
-    if len(shape) > limits.ndim or any(not limits.least_dim <= n <= limits.dim for n in shape):
+    if len(shape) > limits.ndim or (shape and not limits.least_dim <= min(shape) <= max(shape) <= limits.dim):
         what = f"tensor {name!r} has shape {list(shape)!s:.80}"
         read = f"at most {limits.ndim} dimensions of {limits.least_dim} to {limits.dim} are read"
         raise errors.ShapeError(f"{what}; {read}")

@@ -235,12 +235,14 @@ def singular_values(pair: LoraTarget, moment: Moment | None = None) -> F64:
     return np.asarray(np.linalg.svd(pair.scale * (root @ _root(moment.gram(pair.A))), compute_uv=False), np.float64)
 
 
-def energy_rank(s: F64, share: float) -> int:
-    """Return the smallest rank whose squared singular values hold `share` of the total; 0 for an all-zero update."""
+def energy_ranks(s: F64, shares: Sequence[float]) -> list[int]:
+    """Return the smallest ranks whose squared singular values hold these `shares` of the total; 0 for an all-zero
+    update."""
     total = np.cumsum(s * s)
     if len(s) == 0 or total[-1] == 0.0:
-        return 0
-    return int(min(np.searchsorted(total, share * total[-1] * (1 - 1e-12)) + 1, len(s)))
+        return [0] * len(shares)
+    ranks = np.searchsorted(total, np.array(shares) * total[-1] * (1 - 1e-12)) + 1
+    return np.minimum(ranks, len(s)).tolist()
 
 
 def balanced(factors: Factors, rank: int | None = None) -> tuple[F64, F64]:

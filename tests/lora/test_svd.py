@@ -56,8 +56,8 @@ def test_distance_survives_near_equality():
 
 
 @pytest.mark.parametrize(("share", "rank"), [(0.5, 1), (0.9, 2), (1.0, 3)])
-def test_energy_rank(share, rank):
-    assert svd.energy_rank(np.sqrt(np.array([0.6, 0.3, 0.1])), share) == rank
+def test_energy_ranks(share, rank):
+    assert svd.energy_ranks(np.sqrt(np.array([0.6, 0.3, 0.1])), (0.5, share)) == [1, rank]
 
 
 def test_zero_update():
@@ -68,7 +68,7 @@ def test_zero_update():
         1.0,
     )
     assert not svd.svd(pair).s.any()
-    assert svd.energy_rank(svd.singular_values(pair), 0.9) == 0
+    assert svd.energy_ranks(svd.singular_values(pair), (0.9,)) == [0]
 
 
 def many() -> list[LoraTarget]:

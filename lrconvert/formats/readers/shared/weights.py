@@ -6,7 +6,6 @@ import math
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -81,7 +80,10 @@ class Weights:
             if other is not info:
                 what = f"tensors {other.name!r:.200} and {info.name!r:.200} mean the same"
                 raise TensorUnknownError(what, fix="remove one of them")
-        self.tensors = tuple(replace(info, name=name) for name, info in self._stored_as.items())
+        self.tensors = tuple(
+            TensorInfo(name, info.dtype, info.shape, info.start, info.nbytes, info.file)
+            for name, info in self._stored_as.items()
+        )
         self.empty = tuple(info.name for info in self.stored if 0 in info.shape)
         _check_empty(self.empty, names)
         if self.empty:
