@@ -80,7 +80,8 @@ class AdaptedLayer(nn.Module):
         own = y = self._with_rows(x, arguments, named)  # as in PEFT, updates are added to the trained rows
         for update in self.updates:
             if update.name in self.active.names:
-                y = y + self._change(update, x, own)
+                change = self._change(update, x, own)  # a tensor of its own: the wider of the two takes the sum
+                y = change.add_(y) if torch.promote_types(change.dtype, y.dtype) == change.dtype else y + change
         return y.to(own.dtype)  # rounded once, after all was added
 
     def _with_rows(self, x: Tensor, arguments: Sequence[Any], named: Mapping[str, Any]) -> Any:
@@ -109,7 +110,7 @@ class AdaptedLayer(nn.Module):
 
     def _through_factors(self, update: Update, x: Tensor, own: Tensor) -> Tensor:
         a, b = update.source.factors(update.which)
-        change = self._scaled(_product(self.base_layer, update.target, x, a, b)) * update.source.factor_of(update.which)
+        change = self._scaled(_product(self.base_layer, update.target, x, a, b, update.source.factor_of(update.which)))
         if update.magnitude is None:
             return change
         bias: Any = getattr(self.base_layer, "bias", None)
@@ -153,22 +154,29 @@ def lookup_scale(layer: nn.Module) -> float | None:
 # --- products -------------------------------------------------------------------------------------------------------
 
 
-def _product(layer: nn.Module, target: Target, x: Tensor, a: Tensor, b: Tensor | None = None) -> Tensor:
-    """``B @ A``, or a dense update `a` (out, in) alone, applied to the input of `layer`."""
+def _product(
+    layer: nn.Module, target: Target, x: Tensor, a: Tensor, b: Tensor | None = None, factor: float = 1.0
+) -> Tensor:
+    """``factor B @ A``, or a dense update `a` (out, in) alone, applied to the input of `layer`."""
     if isinstance(layer, nn.Embedding):
         table = a.T
         if target.view.kind == "matrix":  # (tokens, features): rows of B are looked up
             table, b = (a, None) if b is None else (b, a.T)
         inner = F.embedding(x, table, layer.padding_idx, layer.max_norm, layer.norm_type, False)
-        return inner if b is None else inner @ b.T
+        return inner if b is None else _times(inner, factor) @ b.T
     x = x.to(a.dtype)
     if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
         kernel = layer.weight.shape[2:]
         inner = layer._conv_forward(x, a.reshape(a.shape[0], -1, *kernel), None)
         outer = F.conv1d if len(kernel) == 1 else F.conv2d
-        return inner if b is None else outer(inner, b.reshape(*b.shape, *(1 for _ in kernel)))
+        return inner if b is None else outer(_times(inner, factor), b.reshape(*b.shape, *(1 for _ in kernel)))
     inner = F.linear(x, a)
-    return _among_outputs(inner if b is None else F.linear(inner, b), target)
+    return _among_outputs(inner if b is None else F.linear(_times(inner, factor), b), target)
+
+
+def _times(inner: Tensor, factor: float) -> Tensor:
+    """The few numbers between A and B times the scale of an update, which the many outputs would be multiplied with."""
+    return inner if factor == 1 else inner * factor
 
 
 def _among_outputs(change: Tensor, target: Target) -> Tensor:

@@ -6,6 +6,8 @@ rounded.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,18 +34,37 @@ def half(x: Tensor) -> Tensor:
     return through(x, value)
 
 
-def through(x: Tensor, value: Tensor) -> Tensor:
-    """Return `value`, with the gradient of x."""
-    return _Through.apply(x, value)  # type: ignore[no-any-return, no-untyped-call]
+def through(x: Tensor, value: Tensor, slope: float = 1.0) -> Tensor:
+    """Return `value`, with the gradient of ``slope x``."""
+    return _Through.apply(x, value, slope)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def known(x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    """Return the number `value` (), with this `gradient` in x."""
+    return _Known.apply(x, value, gradient)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Through(torch.autograd.Function):
     """An identity for gradients; ``x + (value - x)`` would round `value` once more."""
 
     @staticmethod
-    def forward(ctx: object, x: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, value: Tensor, slope: float) -> Tensor:
+        ctx.slope = slope
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient if ctx.slope == 1 else gradient * ctx.slope, None, None
+
+
+class _Known(torch.autograd.Function):
+    """A function whose gradient was computed with it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.saved_tensors[0] * gradient, None, None

@@ -102,6 +102,10 @@ class TrainableAdapter(nn.Module):
         a, b = self.method.expand(self.source.config, self.source.targets, values, which, torch)
         return a, b
 
+    def all_factors(self, values: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Return the `factors` of all targets."""
+        return [self.factors(values, which) for which in range(len(self.source.targets))]
+
     def groups(self) -> list[dict[str, Any]]:
         """Return parameter groups with their highest rates."""
         groups = []

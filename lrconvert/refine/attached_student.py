@@ -35,7 +35,6 @@ class AttachedStudent:
         self.teacher, self.device = teacher, next(iter(model.parameters())).device
         self._budget = rate.budget_of(compact)
         self.student = self._trainable(compact)
-        self.targets = len(compact.targets)
         replaced = attach.replaced(model, NAME, compact.extras) if train_heads else []
         self.heads = [_Head(extra, parameter) for extra, parameter in replaced if extra.dtype in FLOATS]
         self._factors: list[tuple[Tensor, Tensor]] = []
@@ -64,8 +63,7 @@ class AttachedStudent:
     def update_model(self, training: bool) -> None:
         """Give the model the factors of the present latents. With `training`, `collect_gradients` may follow."""
         with torch.set_grad_enabled(training):
-            values = self.student.values(training)
-            self._factors = [self.student.factors(values, n) for n in range(self.targets)]
+            self._factors = self.student.all_factors(self.student.values(training))
         with torch.no_grad():
             for n, factors in enumerate(self._factors):
                 for leaf, factor in zip(self.source.factors(n), factors, strict=True):

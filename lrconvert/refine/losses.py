@@ -6,7 +6,8 @@ parts of the loss have one scale, whatever the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -71,7 +72,8 @@ def _rows_between(start: int, stop: int, value: Tensor) -> Tensor:
 def outputs(model: nn.Module, batch: Batch, hidden: bool) -> Outputs:
     """Run `model` on a batch. Raises E-DATA if it gives neither logits nor hidden states."""
     options = {"output_hidden_states": True} if hidden else {}
-    output: Any = model(**batch.inputs, **options)
+    with _head_on(model, batch):
+        output: Any = model(**batch.inputs, **options)
     value, are_logits = answer_of(output)
     masks = (batch.scored, batch.inputs.get("attention_mask"))
     layers = [
@@ -80,6 +82,29 @@ def outputs(model: nn.Module, batch: Batch, hidden: bool) -> Outputs:
         for layer in (getattr(output, name, None) if hidden else None) or ()
     ]
     return Outputs(masked_rows(value, masks[:1]), are_logits, tuple(layers))
+
+
+@contextmanager
+def _head_on(model: nn.Module, batch: Batch) -> Iterator[None]:
+    """Let the output layer of a model that writes texts compute the places that count alone, as one row of them: there
+    are often few, and many words. A model that is given labels needs all places for its own loss."""
+    head = getattr(model, "get_output_embeddings", lambda: None)() if batch.by_place else None
+    scored = batch.scored
+    if head is None or scored is None or "labels" in batch.inputs:
+        yield
+        return
+
+    def select(module: nn.Module, arguments: tuple[Any, ...]) -> Any:
+        x = arguments[0] if arguments else None
+        if isinstance(x, Tensor) and x.dim() == 3 and x.shape[:-1] == scored.shape:
+            return (x[scored][None], *arguments[1:])
+        return None
+
+    hook = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 # --- distances ------------------------------------------------------------------------------------------------------
@@ -105,7 +130,7 @@ def goal(teacher: Outputs, temperature: float, top_k: int = TOP_K) -> Goal:
     if logs.shape[-1] <= 2 * top_k:
         return Goal(teacher.hidden, logs=logs)
     largest, which = logs.topk(top_k, -1)
-    return Goal(teacher.hidden, logs=largest, which=which, rest=_rest(largest))
+    return Goal(teacher.hidden, logs=largest, which=which.int(), rest=_rest(largest))
 
 
 def _rest(logs: Tensor) -> Tensor:
@@ -125,7 +150,7 @@ def distance(goal: Goal, student: Outputs, temperature: float) -> Tensor:
         each = (goal.logs.exp() * (goal.logs - logs)).sum(-1)
     else:
         assert goal.rest is not None
-        largest = logs.gather(-1, goal.which)
+        largest = logs.gather(-1, goal.which.long())
         each = (goal.logs.exp() * (goal.logs - largest)).sum(-1) + goal.rest.exp() * (goal.rest - _rest(largest))
     return each.mean() * temperature**2
 

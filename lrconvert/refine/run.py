@@ -21,6 +21,7 @@ from lrconvert.refine.trainer import Trainer
 
 WriteState = Callable[[checkpoint.State], None]
 _FIRST_STAGE = 0.1  # of the progress
+_NO_MATTER = ("checkpoint_every", "answers_gb")  # settings that change no result
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +121,7 @@ class RefineRun:
 
     def _about(self) -> dict[str, Any]:
         """Return the identity of this run: a checkpoint of another is of no use."""
-        options = {k: repr(v) for k, v in sorted(asdict(self.settings).items()) if k not in ("checkpoint_every",)}
+        options = {k: repr(v) for k, v in sorted(asdict(self.settings).items()) if k not in _NO_MATTER}
         payload = hashlib.sha256()
         for piece in file.encode(self.compact):
             payload.update(piece)

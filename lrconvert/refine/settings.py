@@ -21,6 +21,7 @@ class Settings:
     loss. `lr` multiplies all rates; without it the first of 100 steps or more try what is best (`learning_rate`).
     `layerwise` and `end_to_end` are the two stages. Every `eval_every` steps the answers on held-out data are measured;
     after `patience` times without a gain (0: never) the work ends.
+    `answers_gb`: how much memory the teacher's answers take, which are kept for when their texts come again.
     `own_tokens`: how much a decoder writes that is given no data. `checkpoint_every`: steps between checkpoints.
     """
 
@@ -44,6 +45,7 @@ class Settings:
     patience: int = option(0, "Stop after so many measurements without a gain; 0: never.", least=0)
     checkpoint_every: int = option(100, "Steps between checkpoints.", least=1)
     train_heads: bool = option(False, "Train the heads that FILE carries, too.")
+    answers_gb: float = option(1.0, "GB of memory for the teacher's answers to texts that come again.", least=0)
 
     def check(self) -> None:
         """Raise E-OPTION for what cannot be."""

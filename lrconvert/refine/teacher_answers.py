@@ -14,15 +14,14 @@ from torch import Tensor
 
 from lrconvert.refine.losses import Goal
 
-LIMIT = 1 << 30  # bytes that are kept at most
-
 Key = tuple[object, ...]  # what identifies a batch
 
 
 @dataclass(eq=False)
 class TeacherAnswers:
-    """Answers by batch, in memory of the processor, up to `LIMIT` bytes: what comes first is kept."""
+    """Answers by batch, in memory of the processor, up to `limit` bytes: what comes first is kept."""
 
+    limit: float
     nbytes: int = 0
     _kept: dict[Key, Goal] = field(default_factory=dict)
 
@@ -32,7 +31,7 @@ class TeacherAnswers:
             return _on(self._kept[key], device)
         goal = compute()
         size = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(goal))
-        if self.nbytes + size <= LIMIT:
+        if self.nbytes + size <= self.limit:
             self.nbytes += size
             self._kept[key] = _on(goal, torch.device("cpu"))
         return goal

@@ -62,7 +62,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._plan: tuple[int, list[list[int]]] = (-2, [])
-        self._answers = TeacherAnswers()
+        self._answers = TeacherAnswers(1e9 * self.settings.answers_gb)
         self._clip = learning_rate.Clip()
         self._tried: list[Tried] = []
         self._start: Point | None = None
@@ -267,7 +267,7 @@ class Trainer:
             return losses.goal(self.teacher_model.teacher(batch, self.settings.hidden > 0), self.settings.temperature)
 
         if not self._comes_again():
-            self._answers = TeacherAnswers()
+            self._answers = TeacherAnswers(1e9 * self.settings.answers_gb)
             return compute()
         return self._answers.of(key, compute, self.teacher_model.device)
 

@@ -41,7 +41,7 @@ def test_little_work_and_no_numba_mean_no_kernel(monkeypatch):
     assert jit.load("rans", 1e9) is None and jit.load("rans", 1e9, exact=True) is None
 
 
-@pytest.mark.parametrize("name", ["rans", "rounding", "beam", "merging"])
+@pytest.mark.parametrize("name", ["rans", "rounding", "beam", "merging", "training"])
 def test_kernels_are_plain_python_without_numba(monkeypatch, name):
     """Every module of kernels can be imported where numba is absent."""
     monkeypatch.setitem(sys.modules, "numba", None)

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from lrconvert.core.errors import LrcError
 from lrconvert.kernels import jit
+from lrconvert.lora.adapter import MATRIX, Target
 from lrconvert.lora.coded import rans, stream
 from lrconvert.lora.coded.models import COUNT
 from lrconvert.methods.base import FitContext
-from lrconvert.methods.lowrank import rounding
+from lrconvert.methods.lowrank import rate, rounding
 
 pytest.importorskip("numba", reason="numba (the extra `fast`) is absent")
 pytestmark = pytest.mark.medium  # compiling takes some seconds where nothing is on disk yet
@@ -130,3 +131,25 @@ def test_beam_search_is_as_good(b, h, depth, beam):
     plain, compiled, before = (errors(indices) for indices in (*codes, previous))
     assert float(((compiled - plain).abs() / x.square().sum(1).clamp(min=1)).max()) < 1e-4
     assert bool((compiled <= before + 1e-5).all())
+
+
+def test_latents_in_training_are_rounded_counted_and_priced_the_same(both):
+    """Integers, models, bits and rows that hold something are equal; slopes agree to the last places of float32."""
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    targets = [
+        Target(f"t{n}.weight", (out, inner), MATRIX) for n, (out, inner) in enumerate([(48, 48), (30, 70), (48, 48)])
+    ]
+    blocks = rate.blocks(targets, (3, 0, 5))
+    rows = rate.Rows.of(blocks)
+    sizes = np.repeat(2.0 ** rng.uniform(-4, 9, len(rows.bounds)), np.diff(rows.bounds)[:, 0])
+    latents = (rng.standard_normal(blocks[-1].stop) * sizes).astype(np.float32)
+    latents[rows.bounds[2, 0] : rows.bounds[2, 1]] = 0.1  # a row that rounds to nothing
+    latents[:8] = [0.0, -0.0, 0.6, -0.6, 1.1, -1.6, 1e9, -1e9]
+    plain, compiled = both(lambda: rate.coded(rows, latents))
+    for one, other in zip(vars(plain).values(), vars(compiled).values(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert not plain.nonzero[1, 0] and plain.nonzero[0].all()
+    models = torch.from_numpy(plain.models)
+    slopes, others = both(lambda: rate.slopes(rows, torch.from_numpy(latents), models))
+    torch.testing.assert_close(slopes, others, rtol=1e-5, atol=1e-6)

@@ -18,7 +18,7 @@ from lrconvert import api
 from lrconvert.core.errors import StatisticsError
 from lrconvert.live import load_model
 from lrconvert.lora.adapter import LoraAdapter
-from lrconvert.refine import checkpoint, learning_rate, teacher_answers
+from lrconvert.refine import checkpoint, learning_rate
 from lrconvert.refine.evaluation import TeacherModel
 from lrconvert.refine.learning_rate import Clip, Tried
 from lrconvert.refine.losses import Batch
@@ -196,10 +196,9 @@ def test_answers_that_are_kept_change_no_byte(
         return teacher(self, batch, hidden)
 
     monkeypatch.setattr(TeacherModel, "teacher", counted)
-    for name, limit in (("all", 1 << 30), ("some", 200_000), ("none", 0)):
-        monkeypatch.setattr(teacher_answers, "LIMIT", limit)
-        asked = 0
-        api.refine(compact, lora, model, batches, tmp_path / name, lr=0.3, **{**PROBED, "steps": 30}, **more)
+    for name, limit in (("all", 1.0), ("some", 0.0002), ("none", 0.0)):
+        asked, few = 0, {**PROBED, "steps": 30, "answers_gb": limit}
+        api.refine(compact, lora, model, batches, tmp_path / name, lr=0.3, **few, **more)
         counts[name] = asked
     assert counts["all"] < counts["some"] < counts["none"] and counts["none"] - counts["all"] == 30 - 11
     assert (tmp_path / "all").read_bytes() == (tmp_path / "some").read_bytes() == (tmp_path / "none").read_bytes()

@@ -166,11 +166,11 @@ def test_slopes_are_those_of_the_bits() -> None:
     lora, compact = made(bits=3)
     student = student_of(lora, compact)
     x = (student.latents * student.unit_latents).detach()
-    slopes = rate.slopes(student.blocks, x, student.models)
+    slopes = rate.slopes(student.rows, x, student.models)
     assert bool((slopes * x >= 0).all())
-    before = rate.coded(student.blocks, rate.rounded(x).to(torch.int32).numpy()).bits.sum()
+    before = rate.coded(student.rows, x.numpy()).bits.sum()
     larger = x + x.sign() * (x.abs() > 1)  # what is not zero, one step larger
-    after = rate.coded(student.blocks, rate.rounded(larger).to(torch.int32).numpy()).bits.sum()
+    after = rate.coded(student.rows, larger.numpy()).bits.sum()
     predicted = float((slopes * (larger - x)).sum())
     assert after - before == pytest.approx(predicted, rel=0.5) and predicted > 0
 

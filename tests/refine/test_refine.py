@@ -113,6 +113,26 @@ def test_only_the_completion_counts(tmp_path: Path) -> None:
     assert pool.batch([1]).scored is None and pool.batch([1]).weight == len(examples[1].ids)
 
 
+def test_words_are_computed_for_the_places_that_count(model: Any) -> None:
+    """The output layer sees no other place, and answers and gradients are those of a pass over all of them."""
+    ids = torch.randint(0, model.config.vocab_size, (3, 9), generator=torch.Generator().manual_seed(0))
+    scored = torch.zeros(3, 9, dtype=torch.bool)
+    scored[0, 7:], scored[2, 4] = True, True
+    batch, head = losses.Batch({"input_ids": ids}, scored, by_place=True), model.get_output_embeddings()
+    seen: list[Any] = []
+    hook = head.register_forward_hook(lambda module, arguments, output: seen.append(output.shape[:-1]))
+    own = losses.outputs(model, batch, hidden=True)
+    everything = model(**batch.inputs, output_hidden_states=True)
+    hook.remove()
+    assert seen == [(1, 3), (3, 9)] and not head._forward_pre_hooks
+    torch.testing.assert_close(own.rows, everything.logits[scored])
+    torch.testing.assert_close(own.hidden[-1], everything.hidden_states[-1][scored])
+    gradients = [
+        torch.autograd.grad(rows.square().sum(), head.weight)[0] for rows in (own.rows, everything.logits[scored])
+    ]
+    torch.testing.assert_close(*gradients)
+
+
 def test_texts_without_room_for_their_completion_are_counted() -> None:
     """A prompt that fills the length leaves nothing to learn from; the text is left out with a word."""
     tokenizer = load_model.load_tokenizer(LLAMA)

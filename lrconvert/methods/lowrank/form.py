@@ -80,9 +80,20 @@ def factors(gains: Any, a: Any, b: Any, xp: Any, coordinates: Coordinates = PLAI
     The root of a gain, as a power of two, goes to the other side, which is exact: both factors are then of one size,
     and neither is out of the range of float16.
     """
-    half, one = xp.frexp(gains)[1] // 2, xp.ones_like(gains)  # torch's ldexp has wrong gradients below 1
+    return scaled(a, b, scales(gains, xp), xp, coordinates)
+
+
+def scaled(a: Any, b: Any, sides: tuple[Any, Any], xp: Any, coordinates: Coordinates = PLAIN) -> tuple[Any, Any]:
+    """Return `factors` of numbers `a` (n, in) and `b` (n, out) with the `scales` (n, 1) of their sides."""
     rows, columns = coordinates.rows(a, "A", xp), coordinates.rows(b, "B", xp)
-    return _single(rows * (gains * xp.ldexp(one, -half)), xp), _single(columns * xp.ldexp(one, half), xp).T
+    return _single(rows * sides[0], xp), _single(columns * sides[1], xp).T
+
+
+def scales(gains: Any, xp: Any) -> tuple[Any, Any]:
+    """Return what `factors` multiplies the rows of A and those of B with, in the shape of `gains`: a gain without the
+    power of two next to its root, and that power, which has no gradient."""
+    half, one = xp.frexp(gains)[1] // 2, xp.ones_like(gains)  # torch's ldexp has wrong gradients below 1
+    return gains * xp.ldexp(one, -half), xp.ldexp(one, half)
 
 
 def _single(numbers: Any, xp: Any) -> Any:

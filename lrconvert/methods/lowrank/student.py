@@ -82,6 +82,8 @@ class LowRankStudent(TrainableAdapter):
         """Let each target have so many components, with these numbers."""
         device = self.unit_latents.device
         self.blocks = rate.blocks(self.source.targets, counts)
+        self.rows = rate.Rows.of(self.blocks)
+        self._rounded: tuple[tuple[int, int], rate.Coded] | None = None
         self.register_buffer("unit_gains", unit_of(gains, each=True).to(device))
         self.register_buffer("models", torch.zeros(len(gains), 2, dtype=torch.int64, device=device))
         self.latents = nn.Parameter(latents.to(device) / self.unit_latents)
@@ -91,55 +93,76 @@ class LowRankStudent(TrainableAdapter):
     # --- numbers ---
 
     def _steps(self) -> Tensor:
-        return self.latents * self.unit_latents
+        return self.latents.detach() * self.unit_latents
 
-    def _integers(self) -> Array:
-        with torch.no_grad():
-            return np.asarray(rate.rounded(self._steps()).to(torch.int32).cpu().numpy())
+    def _coded(self) -> rate.Coded:
+        """The latents as they are, rounded and coded: once, until they change."""
+        state = (id(self.latents), self.latents._version)
+        if self._rounded is None or self._rounded[0] != state:
+            self._rounded = state, rate.coded(self.rows, self._steps().cpu().numpy())
+        return self._rounded[1]
 
-    def _coded(self) -> tuple[Array, rate.Coded, Array]:
-        """The integers, how they are coded, and which components (n,) are stored."""
-        integers = self._integers()
-        stored = self._stored(torch.from_numpy(integers)).cpu().numpy()
-        return integers, rate.coded(self.blocks, integers), stored
-
-    def _stored(self, numbers: Tensor) -> Tensor:
+    def _stored(self) -> Array:
         """Mark the components (n,) that a file holds: those with numbers on both sides, at least one."""
-        stored = rate.nonzero(self.blocks, numbers)
+        stored: Array = np.asarray(self._coded().nonzero.all(axis=1))
         if not stored.any():
-            sizes = torch.cat(
-                [a.norm(dim=1) * b.norm(dim=1) for a, b in (block.of(self.latents) for block in self.blocks)]
-            )
+            latents = self.latents.detach()
+            sizes = torch.cat([a.norm(dim=1) * b.norm(dim=1) for a, b in (block.of(latents) for block in self.blocks)])
             stored[int(torch.argmax(self.gains.detach().abs() * self.unit_gains * sizes))] = True
-        return stored.to(self.gains.device)
+        return stored
 
     @torch.no_grad()
     def _measure(self) -> float:
         """Take note of the models of all rows; returns the bits of what is stored."""
-        _, coded, stored = self._coded()
+        coded, stored = self._coded(), self._stored()
         self.models.copy_(torch.from_numpy(coded.models))
         spent = float(coded.bits[stored].sum() + SIDE_BITS * stored.sum())
         self.spent.fill_(spent)
         return spent
 
     def values(self, training: bool = False) -> dict[str, Tensor]:
-        x = self._steps()
-        numbers, gains = rate.numbers_of(x), self.gains * self.unit_gains
-        values = {"numbers": numbers, "stored": self._stored(numbers.detach())}
-        values["gains"] = gains.masked_scatter(values["stored"], fake_quant.half(gains[values["stored"]]))
-        return {**values, "before": 16 * x} if training else values
+        device, coded, gains = self.latents.device, self._coded(), self.gains * self.unit_gains
+        stored = torch.from_numpy(self._stored()).to(device)
+        numbers = rate.numbers(torch.from_numpy(coded.integers).to(device).float())
+        if training:
+            self._show_rows_where_to_grow(numbers, ~coded.nonzero[:, 0])
+        numbers = fake_quant.through(self.latents, numbers, 16 * float(self.unit_latents))
+        gains = gains.masked_scatter(stored, fake_quant.half(gains[stored]))
+        return {"numbers": numbers, "gains": gains} | ({} if training else {"stored": stored})
+
+    @torch.no_grad()
+    def _show_rows_where_to_grow(self, numbers: Tensor, empty: Array) -> None:
+        """Let B columns beside A rows that are `empty` (n,) be as they are before rounding: the update is the same."""
+        steps = self._steps()
+        for block in self.blocks:
+            rows = torch.from_numpy(empty[block.components]).to(numbers.device)
+            if rows.any():
+                seen = torch.where(rows[:, None], 16 * block.of(steps)[1], block.of(numbers)[1])
+                block.of(numbers)[1].copy_(seen)
 
     def factors(self, values: Mapping[str, Tensor], which: int) -> tuple[Tensor, Tensor]:
         """Return A (r, in) and B (out, r) of a target: of what is stored, or of all components for `values` in
         training."""
         block = self.blocks[which]
-        (a, b), gains = block.of(values["numbers"]), values["gains"][block.components]
-        if "before" not in values:
+        (a, b), gains = block.of(values["numbers"]), values["gains"][block.components, None]
+        if "stored" in values:
             stored = values["stored"][block.components]
-            return form.factors(gains[stored, None], a[stored], b[stored], torch, self.coordinates)
-        empty = ~a.detach().any(dim=1, keepdim=True)
-        seen = torch.where(empty, block.of(values["before"])[1], b)
-        return form.factors(gains[:, None], a, seen, torch, self.coordinates)
+            a, b, gains = a[stored], b[stored], gains[stored]
+        return form.factors(gains, a, b, torch, self.coordinates)
+
+    def all_factors(self, values: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        if "stored" in values:
+            return super().all_factors(values)
+        # Split at once: the gradient of a slice is as long as the tensor it is of.
+        parts = torch.split_with_sizes(values["numbers"], [block.stop - block.start for block in self.blocks])
+        counts = [block.count for block in self.blocks]
+        sides = [torch.split_with_sizes(x, counts) for x in form.scales(values["gains"][:, None], torch)]
+        factors = []
+        for block, part, one, other in zip(self.blocks, parts, *sides, strict=True):
+            rows = part.view(block.count, block.inner + block.out)
+            a, b = torch.split_with_sizes(rows, [block.inner, block.out], dim=1)
+            factors.append(form.scaled(a, b, (one, other), torch, self.coordinates))
+        return factors
 
     def groups(self) -> list[dict[str, Any]]:
         unit, share = float(self.unit_latents), math.sqrt(self.lacking)
@@ -155,23 +178,20 @@ class LowRankStudent(TrainableAdapter):
 
     # --- what is written ---
 
-    def _config(self, integers: Array, coded: rate.Coded, stored: Array) -> tuple[Config, Array]:
+    def _config(self) -> tuple[Config, Array]:
         """The Config of what is stored, and its integers."""
+        coded, stored = self._coded(), self._stored()
         counts = tuple(int(stored[block.components].sum()) for block in self.blocks)
         models = tuple(map(tuple, coded.models[stored].tolist()))
         config = replace(self.source.config, counts=counts, models=models, length=0, quantizer=None)
-        parts = [
-            integers[b.start : b.stop].reshape(b.count, b.inner + b.out)[stored[b.components]] for b in self.blocks
-        ]
-        kept = np.concatenate([part.reshape(-1) for part in parts])
+        kept = coded.integers[np.repeat(np.repeat(stored, 2), np.diff(self.rows.bounds)[:, 0])]
         rows = starts(config, self.source.targets).rows
         return replace(config, length=len(stream.encode(kept, rows))), kept
 
     @torch.no_grad()
     def compact(self) -> CompactAdapter:
-        integers, coded, stored = self._coded()
-        config, codes = self._config(integers, coded, stored)
-        gains = (self.gains * self.unit_gains)[torch.from_numpy(stored).to(self.gains.device)]
+        config, codes = self._config()
+        gains = (self.gains * self.unit_gains)[torch.from_numpy(self._stored()).to(self.gains.device)]
         tensors = {"gains": fake_quant.half(gains).cpu().numpy() + np.float32(0), "codes": codes}
         return replace(self.source, config=config, tensors=tensors)
 
@@ -219,7 +239,7 @@ class LowRankStudent(TrainableAdapter):
         """Hold files to a budget that the present one meets: its limit, or what the present one has if that is less by
         a tenth."""
         with torch.no_grad():
-            size = budget.size(self._config(*self._coded())[0])
+            size = budget.size(self._config()[0])
         self.budget = budget if size >= _NEARLY * budget.limit else replace(budget, limit=size)
         self.least = min(_FULL * budget.limit, size)
         self.goal = self._measure() + 8 * (self.budget.limit * (1 - _ROOM) - size)
@@ -227,11 +247,10 @@ class LowRankStudent(TrainableAdapter):
     def own_loss(self) -> Tensor | None:
         if self.budget is None:
             return None
-        x = self._steps()
+        weight = math.exp(float(self.multiplier)) / self.goal
         with torch.no_grad():
-            slopes = rate.slopes(self.blocks, x, self.models)
-        bits = fake_quant.through((slopes * x).sum(), self.spent.to(x))
-        return bits * math.exp(float(self.multiplier)) / self.goal
+            slopes = rate.slopes(self.rows, self._steps(), self.models).mul_(weight * self.unit_latents)
+        return fake_quant.known(self.latents, (self.spent * weight).to(slopes), slopes)
 
     @torch.no_grad()
     def stepped(self) -> None:
@@ -257,7 +276,7 @@ class LowRankStudent(TrainableAdapter):
         budget = self.budget
 
         def spent() -> tuple[float, float, bool]:
-            config, _ = self._config(*self._coded())
+            config, _ = self._config()
             size = budget.size(config)
             wanted = budget.limit * (1 - _ROOM) - size + config.length
             return 8 * config.length, max(8 * wanted, 1.0), self.least <= size <= budget.limit
