@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lrconvert.api.shared import AnyPath, refuse_rest, take_reading
+from lrconvert.api.shared import AnyCompact, AnyPath, compact_of, refuse_rest, take_reading
 from lrconvert.formats import fidelity, loading
 from lrconvert.formats.compat import base as consumer_base
 from lrconvert.formats.compat.base import Finding
@@ -72,16 +72,17 @@ def read(path: AnyPath) -> CompactAdapter:
     return file.read(Path(path))
 
 
-def write(compact: CompactAdapter, path: AnyPath, *, overwrite: bool = False) -> file.Sizes:
-    """Write an lrconvert file, atomically. The same content gives the same bytes everywhere. Returns its sizes.
+def write(compact: AnyCompact, path: AnyPath, *, overwrite: bool = False) -> file.Sizes:
+    """Write an lrconvert file, atomically: of a compact adapter, or of the result of a verb. The same content gives the
+    same bytes everywhere. Returns its sizes.
 
-    >>> from lrconvert import convert, load_lora
-    >>> write(convert(load_lora("my-adapter"), "lowrank", target_size=6000).compact, "small.lrc").adapter <= 6000
+    >>> from lrconvert import convert
+    >>> write(convert("my-adapter", "lowrank", target_size="6KB"), "small.lrc").adapter <= 6000
     True
     >>> read("small.lrc").method, validate("small.lrc").ok
     ('lowrank', True)
     """
-    return file.write(compact, hub.output(path), overwrite=overwrite)
+    return file.write(compact_of(compact), hub.output(path), overwrite=overwrite)
 
 
 def upgrade(path: AnyPath, out: AnyPath, *, overwrite: bool = False) -> file.Sizes:

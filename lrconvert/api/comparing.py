@@ -7,8 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrconvert.api.adapters import read
-from lrconvert.api.shared import AnyPath, Progress, refuse_rest, silent, take_reading
+from lrconvert.api.shared import AnyCompact, AnyLora, AnyPath, Progress, compact_of, refuse_rest, silent, take_reading
 from lrconvert.core.errors import LrcError, OptionError
 from lrconvert.core.options import take
 from lrconvert.formats import fidelity as fidelity_report
@@ -26,8 +25,8 @@ if TYPE_CHECKING:
 
 
 def compare(
-    source: AnyPath | LoraAdapter,
-    files: Sequence[AnyPath | CompactAdapter],
+    source: AnyLora,
+    files: AnyCompact | Sequence[AnyCompact],
     options: CompareOptions | None = None,
     *,
     statistics: AnyPath | InputStatistics | None = None,
@@ -36,7 +35,8 @@ def compare(
     progress: Progress = silent,
     **more: Any,
 ) -> list[Fidelity]:
-    """Measure lrconvert files against the LoRA they came from: captured energy per target and in total, bytes, ratio.
+    """Measure lrconvert files, compact adapters or results of verbs, one or several, against the LoRA they came from:
+    captured energy per target and in total, bytes, ratio.
 
     `statistics` adds the captured energy of the layers' outputs. `base` and `data` (as in `statistics`; better not the
     data of the fit) add what is true on it: the error of each layer's output, the KL distance of the logits from the
@@ -47,7 +47,7 @@ def compare(
 
     >>> from lrconvert import convert, load_lora
     >>> lora = load_lora("my-adapter")
-    >>> files = [convert(lora, "lowrank", target_size=size).compact for size in (6000, 9000)]
+    >>> files = [convert(lora, "lowrank", target_size=size) for size in (6000, 9000)]
     >>> small, large = compare(lora, files)
     >>> small.captured < large.captured
     True
@@ -59,12 +59,14 @@ def compare(
     input_statistics = statistics_file.read(Path(statistics)) if isinstance(statistics, (str, PathLike)) else statistics
     lora = loading.lora(source, reading)
     compacts, rows = [], []
-    for item in files:
+    several = isinstance(files, Sequence) and not isinstance(files, str)
+    items: Sequence[AnyCompact] = files if several else [files]  # type: ignore[assignment,list-item]
+    for item in items:
         try:
-            compacts.append(item if isinstance(item, CompactAdapter) else read(item))
+            compacts.append(compact_of(item))
             rows.append(fidelity_report.fidelity_on(lora, compacts[-1], input_statistics, where))
         except LrcError as error:
-            raise (error if isinstance(item, CompactAdapter) else error.at(item)) from None
+            raise (error.at(item) if isinstance(item, (str, PathLike)) else error) from None
     named = not isinstance(source, LoraAdapter)  # the base may have been for names alone
     if data is None and (base is None or named or any(methods.needs_base(compact) for compact in compacts)):
         return rows

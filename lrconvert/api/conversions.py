@@ -7,8 +7,7 @@ from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from lrconvert.api.adapters import read
-from lrconvert.api.shared import AnyPath, Progress, refuse_rest, silent, take_reading
+from lrconvert.api.shared import AnyCompact, AnyLora, AnyPath, Progress, compact_of, refuse_rest, silent, take_reading
 from lrconvert.convert import compress as ranking
 from lrconvert.convert import convert as conversion
 from lrconvert.convert import rank_allocation
@@ -23,7 +22,7 @@ from lrconvert.formats.lrc import file
 from lrconvert.io import hub
 from lrconvert.io.checkpoint import KnownContent
 from lrconvert.io.durable import check_output, delete_leftover, partial_path
-from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
+from lrconvert.lora.adapter import LoraAdapter
 from lrconvert.lora.input_statistics import InputStatistics
 from lrconvert.methods.base import DEFAULT_RATIO
 
@@ -37,7 +36,7 @@ _RANKED = 0.8  # of the progress of `compress` by fit: behind when the forms are
 
 
 def convert(
-    lora: LoraAdapter,
+    lora: AnyLora,
     method: str,
     options: ConvertOptions | None = None,
     *,
@@ -46,12 +45,12 @@ def convert(
     progress: Progress = silent,
     **more: Any,
 ) -> Conversion:
-    """Refit `lora` into the compact form `method` ("vblora", "lowrank", ...).
+    """Refit `lora`, loaded or a path, into the compact form `method` ("vblora", "lowrank", ...; "alora" is `allocate`).
 
-    `more` are single fields of `ConvertOptions` (``target_ratio=50``) and of the method's own ``Options`` (``bits=4``).
-    Without a size or ratio, and without any of the method's own options, a method takes its default ratio. `dry_run`
-    plans only: sizes are exact. `base_content` (`Checkpoint.known_content`) saves digesting a base of which many
-    adapters are converted.
+    `more` are single fields of `ConvertOptions` (``target_ratio=50``, ``target_size="8KB"``), of the method's own
+    ``Options`` (``bits=4``), and `allow_pickle`, `layout` and `alpha` as in `load`. Without a size or ratio, and
+    without any of the method's own options, a method takes its default ratio. `dry_run` plans only: sizes are exact.
+    `base_content` (`Checkpoint.known_content`) saves digesting a base of which many adapters are converted.
 
     Raises E-BUDGET (with the smallest possible size), E-OPTION, E-EMPTY, E-BASE, E-ORIENT, E-STATS, E-FPR,
     E-IO-CHANGED.
@@ -61,19 +60,19 @@ def convert(
     >>> result.ratio >= 20
     True
 
-    >>> from lrconvert import load_lora
-    >>> conversion = convert(load_lora("my-adapter"), "lowrank", target_ratio=4)
-    >>> conversion.fidelity.captured > 0.95
-    True
+    >>> convert("my-adapter", "lowrank", target_ratio=4)
+    <Conversion: lowrank, 8,560 bytes, 4.0 times smaller, captured 0.9900>
     """
-    settled = take(ConvertOptions, options, more, "convert").resolved()
+    if method == "alora":
+        return allocate(lora, options, dry_run=dry_run, base_content=base_content, progress=progress, **more)
+    loaded, settled = _taken(lora, options, more, "convert")
     return conversion.convert(
-        lora, method, settled, more, dry_run=dry_run, base_content=base_content, progress=progress
+        loaded, method, settled, more, dry_run=dry_run, base_content=base_content, progress=progress
     )
 
 
 def compress(
-    lora: LoraAdapter,
+    lora: AnyLora,
     options: ConvertOptions | None = None,
     *,
     base_content: KnownContent | None = None,
@@ -94,18 +93,26 @@ def compress(
     Raises E-BUDGET, saying what would do, if nothing meets the request, E-OPTION, what `convert` raises, and ranking by
     answers what `refine` raises.
 
-    >>> from lrconvert import load_lora
-    >>> compress(load_lora("my-adapter"), min_captured=0.8, forms=["lowrank", "sbora"]).chosen.compact.method
+    >>> compress("my-adapter", min_captured=0.8, forms=["lowrank", "sbora"]).chosen.compact.method
     'lowrank'
     """
-    settled = take(ConvertOptions, options, more, "compress").resolved()
+    loaded, settled = _taken(lora, options, more, "compress")
     request = take(CompressOptions, None, more, "compress")
     refuse_rest(more, "compress", ConvertOptions, CompressOptions)
     by_default = settled.target_size is settled.target_ratio is request.min_captured is None
     if by_default:
         settled = replace(settled, target_ratio=DEFAULT_RATIO)
-    done = _compressed(lora, settled, request, base_content, progress)
+    done = _compressed(loaded, settled, request, base_content, progress)
     return replace(done, by_default=by_default)
+
+
+def _taken(
+    lora: AnyLora, options: ConvertOptions | None, more: dict[str, Any], verb: str
+) -> tuple[LoraAdapter, ConvertOptions]:
+    """Return the LoRA, read if it is a path, and the options without those of `more` that are taken."""
+    own = {name: more.pop(name) for name in ("allow_pickle", "layout", "alpha") if name in more}
+    settled = take(ConvertOptions, options, more, verb).resolved()
+    return loading.lora(lora, take_reading(own, settled.base)), settled
 
 
 def _compressed(
@@ -168,7 +175,7 @@ def _compressed(
 
 
 def allocate(
-    lora: LoraAdapter,
+    lora: AnyLora,
     options: ConvertOptions | None = None,
     *,
     retrain: Mapping[str, Any] | None = None,
@@ -195,25 +202,25 @@ def allocate(
     """
     base = more.get("base")
     model = None if base is None or isinstance(base, (str, PathLike)) else more.pop("base")
-    settled = take(ConvertOptions, options, more, "allocate").resolved()
+    loaded, settled = _taken(lora, options, more, "allocate")
     request = take(AllocateOptions, None, more, "allocate")
     refuse_rest(more, "allocate", ConvertOptions, AllocateOptions)
     if retrain is None:
         return rank_allocation.allocate(
-            lora, settled, request, model=model, dry_run=dry_run, base_content=base_content, progress=progress
+            loaded, settled, request, model=model, dry_run=dry_run, base_content=base_content, progress=progress
         )
     from lrconvert.refine import rank_training
     from lrconvert.refine.settings import Settings
 
     settings = make(Settings, {"length": request.length, "batch_tokens": request.batch_tokens, **retrain}, "retrain")
     return rank_training.allocate(
-        lora, settled, request, settings, model=model, dry_run=dry_run, base_content=base_content, progress=progress
+        loaded, settled, request, settings, model=model, dry_run=dry_run, base_content=base_content, progress=progress
     )
 
 
 def refine(
-    adapter: AnyPath | CompactAdapter,
-    teacher: AnyPath | LoraAdapter,
+    adapter: AnyCompact,
+    teacher: AnyLora,
     base: AnyPath | nn.Module,
     data: AnyPath | Sequence[AnyPath] | Iterable[Mapping[str, Any]] | None = None,
     out: AnyPath | None = None,
@@ -247,7 +254,7 @@ def refine(
     if target is not None:
         check_output(target, run.overwrite, inputs=[] if where is None else [where])
     refined = refining.refine(
-        adapter if isinstance(adapter, CompactAdapter) else read(adapter),
+        compact_of(adapter),
         loading.lora(teacher, reading),
         where if isinstance(base, (str, PathLike)) else base,  # type: ignore[arg-type]
         data,

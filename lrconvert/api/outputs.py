@@ -8,8 +8,17 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from lrconvert.api.adapters import read
-from lrconvert.api.shared import AnyPath, Progress, refuse_rest, silent, take_reading
+from lrconvert.api.shared import (
+    AnyCompact,
+    AnyLora,
+    AnyPath,
+    Progress,
+    Result,
+    compact_of,
+    refuse_rest,
+    silent,
+    take_reading,
+)
 from lrconvert.core.errors import LrcError
 from lrconvert.core.options import take
 from lrconvert.formats import fidelity as fidelity_report
@@ -30,11 +39,11 @@ from lrconvert.merge.options import MergeOptions, UnmergeOptions
 
 
 def export(
-    adapter: AnyPath | CompactAdapter,
+    adapter: AnyCompact,
     out: AnyPath,
     *,
     to: str,
-    source: AnyPath | LoraAdapter | None = None,
+    source: AnyLora | None = None,
     base: AnyPath | None = None,
     overwrite: bool = False,
     **more: Any,
@@ -49,17 +58,16 @@ def export(
     the programs that load the layout. Raises E-EXPORT for what the target format cannot express, E-OPTION for a rank
     that does not do, E-OUT-EXISTS, E-OUT-PATH.
 
-    >>> from lrconvert import convert, load_lora
-    >>> compact = convert(load_lora("my-adapter"), "lowrank", target_size=6000).compact
-    >>> export(compact, "for-servers", to="peft-lora").files
+    >>> from lrconvert import convert
+    >>> small = convert("my-adapter", "lowrank", target_size=6000)
+    >>> export(small, "for-servers", to="peft-lora").files
     ('README.md', 'adapter_config.json', 'adapter_model.safetensors', 'lrconvert.json')
     """
     exporter = exporters.get(to)
     reading = take_reading(more, base)
     options = take(ExportOptions, None, more, "export")
     refuse_rest(more, "export", ExportOptions)
-    compact = adapter if isinstance(adapter, CompactAdapter) else read(adapter)
-    compact, notes = exporters.public(compact, options.base_model_id)
+    compact, notes = exporters.public(compact_of(adapter), options.base_model_id)
     if source is None:
         loading.refuse_options(reading)
         fidelity = None
@@ -96,7 +104,7 @@ def _findings(folder: Path, exporter: Exporter, reading: ReadOptions) -> Iterato
 _DOES = {"refuses": "refuses this", "wrong": "gets this wrong", "warns": "may get this wrong"}
 
 
-Mergeable = AnyPath | LoraAdapter | CompactAdapter | Scaled
+Mergeable = AnyPath | LoraAdapter | CompactAdapter | Result | Scaled
 
 
 def merge(
@@ -143,7 +151,8 @@ def _loaded(adapters: Mergeable | Sequence[Mergeable], reading: ReadOptions) -> 
             path, adapter = next(read)
             scaled.append(Scaled(adapter, name=hub.hint(path)))
         else:
-            scaled.append(item if isinstance(item, Scaled) else Scaled(item))
+            loaded = item if isinstance(item, (Scaled, LoraAdapter, CompactAdapter)) else item.compact
+            scaled.append(loaded if isinstance(loaded, Scaled) else Scaled(loaded))
     return scaled
 
 

@@ -8,14 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
 from os import PathLike
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from lrconvert.core.options import names, refuse_unknown
 from lrconvert.formats import loading
+from lrconvert.formats.lrc import file
 from lrconvert.formats.readers.shared.options import ReadOptions
+from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 
 AnyPath = str | PathLike[str]
+AnyLora = AnyPath | LoraAdapter
 Progress = Callable[[float, str], None]
+
+
+class Result(Protocol):
+    """What a verb gives that makes a compact adapter: `Conversion`, `Compression`, `Allocation`, `Refinement`."""
+
+    @property
+    def compact(self) -> CompactAdapter: ...
+
+
+AnyCompact = AnyPath | CompactAdapter | Result
+
+
+def compact_of(item: AnyCompact) -> CompactAdapter:
+    """Return a compact adapter: as it is, of the result of a verb, or read from an lrconvert file."""
+    if isinstance(item, CompactAdapter):
+        return item
+    return file.read(Path(item)) if isinstance(item, (str, PathLike)) else item.compact
 
 
 def silent(fraction: float, text: str) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+from lrconvert.core.byte_sizes import byte_count
+from lrconvert.core.errors import OptionError
 
 
 class ByteSize(click.ParamType):  # type: ignore[type-arg,unused-ignore]
@@ -21,12 +22,10 @@ class ByteSize(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        text = str(value).strip().lower()
-        number = text.rstrip("bikmg")
         try:
-            return int(float(number) * _UNITS[text[len(number) :].strip()])
-        except (ValueError, KeyError, OverflowError):
-            self.fail(f"{value!r} is not a size; write 200KB, 1.5MiB or 4096", param, ctx)
+            return byte_count(str(value))
+        except OptionError as error:
+            self.fail(f"{error.what}; {error.fix}", param, ctx)
 
 
 AS_JSON = click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object instead of text.")

@@ -18,7 +18,7 @@ from lrconvert.convert.strength import strength_without_data
 from lrconvert.core.errors import BudgetError, LrcError, OptionError
 from lrconvert.formats.fidelity import Answers, Fidelity
 from lrconvert.io.checkpoint import KnownContent, is_without_weights, open_checkpoint
-from lrconvert.lora.adapter import LoraAdapter
+from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 from lrconvert.methods import base as methods
 
 _STEPS = 5  # bisections of a size, in its logarithm: to 3 % of the bytes
@@ -84,6 +84,14 @@ class Compression:
     note: str = ""
     stronger: Candidate | None = None
     by_default: bool = False
+
+    def __repr__(self) -> str:
+        return f"<Compression: the best of {len(self.candidates)} is {self.chosen!r}>"
+
+    @property
+    def compact(self) -> CompactAdapter:
+        """The winner's."""
+        return self.chosen.compact
 
     @property
     def chosen(self) -> Conversion:

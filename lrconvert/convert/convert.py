@@ -56,6 +56,11 @@ class Conversion:
     warnings: tuple[str, ...]
     by_default: bool = field(default=False, kw_only=True)
 
+    def __repr__(self) -> str:
+        kept = "" if self.fidelity is None else f", captured {self.fidelity.captured:.4f}"
+        size = f"{self.sizes.adapter:,} bytes, {self.ratio:.1f} times smaller"
+        return f"<{type(self).__name__}: {self.compact.method}, {size}{kept}>"
+
     @property
     def ratio(self) -> float:
         """Source factors at 16 bit over the file's bytes, extras counted on neither side."""

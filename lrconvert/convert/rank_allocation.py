@@ -62,6 +62,8 @@ class Allocation(Conversion):
     items: int
     ablated: int
 
+    __repr__ = Conversion.__repr__
+
 
 # --- choosing -------------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from functools import cache
 from numbers import Real
 from typing import Any, TypeVar
 
+from lrconvert.core.byte_sizes import byte_count
 from lrconvert.core.errors import OptionError
 
 T = TypeVar("T")
@@ -30,7 +31,7 @@ def option(
     """Declare a field that a user may set.
 
     `help` is one sentence for the command line; a field without this function is no option there. `choices` and `least`
-    bound the value. `kind` "size" reads 200KB on the command line, "path" and "paths" read paths. `flag` is the name of
+    bound the value. `kind` "size" takes texts such as 200KB, "path" and "paths" read paths. `flag` is the name of
     the option where it is not the field's own, ``--no-undo`` of a field ``undo``.
     """
     return field(
@@ -54,6 +55,8 @@ def make(options: type[T], values: Mapping[str, Any], owner: str) -> T:
     chosen: dict[str, Any] = {}
     for name, value in values.items():
         chosen[name] = value
+        if known[name].metadata.get("kind") == "size" and isinstance(value, str):
+            chosen[name] = value = byte_count(value)
         choices, least = known[name].metadata.get("choices"), known[name].metadata.get("least")
         if choices and value is not None:
             chosen[name] = str(value)

@@ -168,6 +168,11 @@ class LoraAdapter:
     def shapes(self) -> tuple[Target, ...]:
         return tuple(t.target for t in self.targets)
 
+    def __repr__(self) -> str:
+        ranks = sorted({pair.rank for pair in self.targets})
+        rank = "-".join(map(str, dict.fromkeys((ranks[0], ranks[-1])))) if ranks else "0"
+        return f"<LoraAdapter: {len(self.targets)} targets, rank {rank}, {self.half_bytes:,} bytes at 16 bit>"
+
 
 @dataclass(frozen=True)
 class BaseFingerprint:
@@ -194,3 +199,6 @@ class CompactAdapter:
     provenance: Provenance = Provenance()
     base: BaseFingerprint = BaseFingerprint("")
     warnings: tuple[str, ...] = field(default=(), compare=False)
+
+    def __repr__(self) -> str:
+        return f"<CompactAdapter: {self.method}, {len(self.targets)} targets>"

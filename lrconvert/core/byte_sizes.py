@@ -1,0 +1,17 @@
+"""Sizes in bytes, as people write them."""
+
+from __future__ import annotations
+
+from lrconvert.core.errors import OptionError
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+
+
+def byte_count(text: str) -> int:
+    """Return the bytes of a size such as 200KB, 1.5MiB or 4096. KB = 1000 bytes, KiB = 1024. Raises E-OPTION."""
+    plain = text.strip().lower()
+    number = plain.rstrip("bikmg")
+    try:
+        return int(float(number) * _UNITS[plain[len(number) :].strip()])
+    except (ValueError, KeyError, OverflowError):
+        raise OptionError(f"{text!r:.80} is not a size", fix="write 200KB, 1.5MiB or 4096") from None
