@@ -40,19 +40,19 @@ class Factors:
 _ILL_CONDITIONED = 1e-3  # smallest diagonal of the normalized Cholesky factor that two passes still repair
 _AT_ONCE = 1 << 17  # numbers of factors of equal shapes that are looked at together
 _MULTIPLICATIONS = 1 << 18  # OpenBLAS does as many on one thread; above, threads wait longer than they compute
-_LEAST_COLUMNS = 256
+_LEAST_COLUMNS = 64
 
 
-def _parts(x: F64, height: int) -> list[slice]:
-    """Columns of x (..., m), so few at a time that their products with `height`^2 numbers run on one thread."""
-    width = max(_LEAST_COLUMNS, _MULTIPLICATIONS // max(height, 1) ** 2)
+def _parts(x: F64, size: int) -> list[slice]:
+    """Columns of x (..., m), so few at a time that each has its products with `size` numbers made on one thread."""
+    width = max(_LEAST_COLUMNS, _MULTIPLICATIONS // max(size, 1))
     return [slice(start, start + width) for start in range(0, x.shape[-1], width)]
 
 
 def products(left: F64, right: F64) -> F64:
     """Return ``left @ right^T`` (..., j, k) of wide left (..., j, m) and right (..., k, m)."""
     total = np.zeros((*left.shape[:-1], right.shape[-2]))
-    for part in _parts(left, max(left.shape[-2], right.shape[-2])):
+    for part in _parts(left, left.shape[-2] * right.shape[-2]):
         some = left[..., part]
         total += some @ (some.copy() if right is left else right[..., part]).mT  # numpy's way for squares is slower
     return total
@@ -61,7 +61,7 @@ def products(left: F64, right: F64) -> F64:
 def product(matrix: F64, rows: F64) -> F64:
     """Return ``matrix @ rows`` (..., j, m) of matrix (..., j, k) and wide rows (..., k, m)."""
     result = np.empty((*matrix.shape[:-1], rows.shape[-1]))
-    for part in _parts(rows, max(matrix.shape[-2:])):
+    for part in _parts(rows, matrix.shape[-2] * matrix.shape[-1]):
         np.matmul(matrix, rows[..., part], out=result[..., part])
     return result
 
@@ -71,7 +71,7 @@ def _gram(rows: F64, matrix: F64 | None = None) -> F64:
     if matrix is None:
         return products(rows, rows)
     total = np.zeros((*rows.shape[:-1], rows.shape[-2]))
-    for part in _parts(rows, rows.shape[-2]):
+    for part in _parts(rows, rows.shape[-2] ** 2):
         some = matrix @ rows[..., part]
         total += some @ some.mT
     return total
@@ -118,7 +118,7 @@ class _Thin:
         """Return ``matrix @ orthonormal rows``, (n, i, m) for matrix (n, i, j)."""
         turned = matrix @ self.turn
         product = np.empty((*turned.shape[:-1], self.rows.shape[-1]))
-        for part in _parts(self.rows, self.rows.shape[-2]):
+        for part in _parts(self.rows, self.rows.shape[-2] ** 2):
             np.matmul(turned, self.inner @ self.rows[..., part], out=product[..., part])
         return product
 

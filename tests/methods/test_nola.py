@@ -140,6 +140,9 @@ def test_rows_are_exact_sums_of_the_vectors_of_the_page(d):
     assert np.array_equal(rows, rotation.rows(torch.from_numpy(integers), "B", torch).numpy())
     assert np.allclose(rotation.numbers(rows, "B"), integers)
     assert np.allclose(rotation.numbers(torch.from_numpy(rows), "B", torch).numpy(), integers)
+    filled, scales = np.empty(integers.shape, np.float32), np.arange(1.0, len(integers) + 1)[:, None]
+    rotation.fill(filled, scales, rows, "B")  # in the units of what is rounded
+    assert np.allclose(filled, scales * integers * rotation.unit(d), rtol=1e-6, atol=1e-3)
     assert np.isclose(rotation.unit(d) ** 2, np.mean(np.sum(basis**2, axis=1))) and 2**-0.5 < rotation.unit(d) < 2
     assert d < 5 or not np.array_equal(rotation.rows(integers, "A"), rows)
     assert d < 5 or not np.array_equal(Rotation(0).rows(integers, "B"), rows)

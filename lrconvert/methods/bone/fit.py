@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lrconvert.core.dtypes import F32, F64, Array
-from lrconvert.lora import packing
+from lrconvert.lora import packing, svd
 from lrconvert.lora.adapter import LoraTarget
 from lrconvert.lora.input_statistics import Moment
 from lrconvert.methods.bone.form import Config
@@ -101,12 +101,12 @@ def fit_target(pair: LoraTarget, config: Config, which: int, metric: Moment | No
     left, right = factors(pair)
     rank = config.ranks[which]
     if config.turned[which]:
-        block = (fold(left.T, rank) / counts(rank, len(left))).T @ right
+        block = svd.product((fold(left.T, rank) / counts(rank, len(left))).T, right)
         return _quantized_along(block, config, metric)
     columns = config.columns(which, pair.target)
     classes = Classes(right, metric).at(rank)
     means = fold(left.T, columns) * (columns / len(left))  # of the outputs that share a column: mini has several
-    block = per_class(classes).T @ means
+    block = svd.product(per_class(classes).T, means)
     if config.bits >= 16 or metric is None:
         return coded(block, config)[:2]
     return _quantized_together(block, classes[1], config)

@@ -13,6 +13,7 @@ import numpy as np
 from lrconvert.core.errors import OptionError
 from lrconvert.core.limits import MAX_RANK
 from lrconvert.core.options import option
+from lrconvert.lora import svd
 from lrconvert.lora.adapter import LoraAdapter, LoraTarget, Target
 from lrconvert.lora.base_weights import BaseWeights
 from lrconvert.lora.input_statistics import Moment
@@ -90,13 +91,13 @@ def _points_in(
     squares = {}
     for width in columns:
         folded = fold(left.mT, width)
-        squares[width] = folded @ folded.mT * (width / left.shape[-2])
+        squares[width] = svd.products(folded, folded) * (width / left.shape[-2])
     points: list[list[_Point]] = [[] for _ in pairs]
     for rank in sorted(ranks, reverse=True):
         products, gram = classes.at(rank)
         fitted = per_class((products, gram))
         alone = gram if metric is None else upper_root(gram).diagonal() ** 2
-        kept, noise = fitted @ products.mT, (fitted * alone) @ fitted.mT
+        kept, noise = svd.products(fitted, products), svd.products(fitted * alone, fitted)
         for width, square in squares.items():
             values = ((square * part).reshape(len(pairs), -1).sum(axis=1).tolist() for part in (kept, noise))
             for own, one, two in zip(points, *values, strict=True):
@@ -107,12 +108,13 @@ def _points_in(
 def _points_out(pair: LoraTarget, metric: Moment | None, ranks: Sequence[int]) -> Iterator[_Point]:
     """Blocks along outputs."""
     left, right = factors(pair)
-    energies = (right if metric is None else metric.times(right)) @ right.T
+    energies = svd.products(right if metric is None else metric.times(right), right)
+    squares = energies if metric is None else svd.products(right, right)
     mean = 1.0 if metric is None else float(metric.squares.mean(dtype=np.float64))
     for rank in ranks:
         folded = fold(left.T, rank)
-        square = folded / counts(rank, len(left)) @ folded.T
-        kept, noise = float(np.sum(square * energies)), mean * float(np.sum(square * (right @ right.T)))
+        square = svd.products(folded / counts(rank, len(left)), folded)
+        kept, noise = float(np.sum(square * energies)), mean * float(np.sum(square * squares))
         yield _Point(rank, True, right.shape[1], kept, noise)
 
 
@@ -341,8 +343,13 @@ class Plan:
         """A block of one row in one target: at each width, where it is cheapest; of equal ones, where it keeps most."""
         flat = [(t, point) for t, own in enumerate(points) for point in own]
         group = self.options.group_size
+        kinds = {(point.rank, point.columns): point for _, point in flat}
         for bits in self.widths:
-            costs = [(point.cost(bits, group), -point.kept, n) for n, (_, point) in enumerate(flat)]
-            which, point = flat[min(costs)[2]]
+            costs = {kind: point.cost(bits, group) for kind, point in kinds.items()}
+            least = min(costs.values())
+            cheapest = {kind for kind, cost in costs.items() if cost == least}
+            which, point = max(
+                (entry for entry in flat if (entry[1].rank, entry[1].columns) in cheapest), key=lambda e: e[1].kept
+            )
             choice: Choice = [point if t == which else None for t in range(len(points))]
             yield self._config(choice, bits, point.columns if self.mini else 0)
