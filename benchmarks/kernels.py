@@ -74,6 +74,7 @@ def rows() -> list[dict[str, Any]]:
         both("coded integers to bytes, a number", lambda: stream.encode(numbers, lengths), NUMBERS),
         both("coded integers from bytes, a number", lambda: stream.decode(data, lengths), NUMBERS),
     ]
+    measured += merging_rows()
     torch.manual_seed(0)
     for b, h, depth, beam in ((2, 16, 3, 20), (8, 256, 2, 5), (16, 512, 3, 5)):
         n = NUMBERS * 8 // (h * beam * depth)
@@ -86,6 +87,48 @@ def rows() -> list[dict[str, Any]]:
         name = f"VB-LoRA's beam search, b {b}, h {h}, {depth} passes, beam {beam}, a score"
         measured.append(both(name, search, n * h * ((depth - 1) * beam + 1)))
     return measured
+
+
+def merging_rows() -> list[dict[str, Any]]:
+    """Rank 16 into random bfloat16, the update some 8 % of the size of the weights."""
+    from lrconvert.core.dtypes import round_to
+    from lrconvert.merge.arithmetic.exact import Term, Update
+    from lrconvert.merge.arithmetic.workspace import Workspace
+    from lrconvert.merge.undo import residual
+
+    rng = np.random.default_rng(0)
+    shape = (NUMBERS >> 12, 1 << 12)
+    base = round_to(rng.standard_normal(shape) * 0.02, "BF16")
+    update = Update([Term(2.0, rng.standard_normal((shape[0], 16)) * 0.01, rng.standard_normal((16, shape[1])) * 0.02)])
+    merged, predicted, _ = update.add_and_predict(base, "BF16")
+    assert predicted is not None
+    sides = base.reshape(-1), predicted.reshape(-1), merged.reshape(-1)
+    data, mode = residual.encode(*sides)
+
+    def loops() -> Any:
+        return jit.load("merging", 1.0)
+
+    with Workspace(1) as workspace:
+
+        def added(function: Callable[..., Any], **options: bool) -> Callable[[], Any]:
+            def call() -> None:
+                workspace.loops = loops()
+                function(base, "BF16", workspace=workspace, **options)
+
+            return call
+
+        return [
+            both("merged weights with the product, a weight", added(update.add, measure=False), NUMBERS),
+            both("the same with predictions and counts, a weight", added(update.add_and_predict), NUMBERS),
+            both("undo code, a weight", lambda: residual.encode(*sides, loops()), NUMBERS),
+            both("weights from an undo code, a weight", lambda: restored(data, mode, sides, loops()), NUMBERS),
+        ]
+
+
+def restored(data: bytes, mode: int, sides: tuple[Any, Any, Any], loops: Any) -> Any:
+    from lrconvert.merge.undo import residual
+
+    return residual.decode(data, mode, sides[1].copy(), sides[2], loops)
 
 
 def first_calls() -> list[dict[str, Any]]:
