@@ -110,7 +110,7 @@ def _taken(
     lora: AnyLora, options: ConvertOptions | None, more: dict[str, Any], verb: str
 ) -> tuple[LoraAdapter, ConvertOptions]:
     """Return the LoRA, read if it is a path, and the options without those of `more` that are taken."""
-    own = {name: more.pop(name) for name in ("allow_pickle", "layout", "alpha") if name in more}
+    own: dict[str, Any] = {name: more.pop(name) for name in ("allow_pickle", "layout", "alpha") if name in more}
     settled = take(ConvertOptions, options, more, verb).resolved()
     return loading.lora(lora, take_reading(own, settled.base)), settled
 
