@@ -195,7 +195,8 @@ def _targeted(subject: Subject, module: str) -> bool:
     if _is_tied_end(subject, module):
         return True
     if isinstance(targets, list):
-        return any(module == name or module.endswith(f".{name}") for name in subject.names("target_modules"))
+        parts = module.split(".")  # one of its ends must be a name: there may be as many names as modules
+        return any(".".join(parts[first:]) in subject.targets for first in range(len(parts)))
     if not isinstance(targets, str) or targets == "all-linear":
         return True
     try:

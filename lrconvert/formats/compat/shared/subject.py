@@ -86,6 +86,11 @@ class Subject:
         value = self.config.get(key)
         return [v for v in value if isinstance(v, str)] if isinstance(value, list) else []
 
+    @cached_property
+    def targets(self) -> frozenset[str]:
+        """The names of a list in target_modules."""
+        return frozenset(self.names("target_modules"))
+
     def pattern(self, key: str) -> dict[str, Any]:
         value = self.config.get(key)
         return value if isinstance(value, dict) and len(value) <= MAX_PATTERNS else {}
