@@ -131,22 +131,28 @@ def measured(task: str, shape: str, device: str) -> dict[str, Any]:
     return refining.plain(shape) if form == "PEFT LoRA" else refining.ours(shape, form)
 
 
-def _child(task: str, shape: str, device: str) -> dict[str, Any]:
+def why_skipped(task: str, shape: str, device: str) -> str:
+    """Return why a cell is not measured on this machine; nothing if it is."""
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
-        return {"skipped": "no GPU"}
+        return "no GPU"
     if device == "cpu" and shape != SMALLEST and task != "nola expansion":
-        return {"skipped": f"on a processor only {SMALLEST} runs"}
-    return cells.child(__file__, "--child", task, shape, device)
+        return f"on a processor only {SMALLEST} runs"
+    return ""
 
 
 def all_cells(devices: tuple[str, ...] = DEVICES) -> Iterator[cells.Cell]:
-    """Yield every cell of real size, by task, shape and device."""
+    """Yield every cell of real size that this machine measures, and say which it does not: those are not recorded, so
+    that another machine measures them."""
     for task in TASKS:
         for shape in SHAPES:
             for device in devices if shape != "tiny" else ():
-                yield f"{task}, {shape}, {device}", lambda a=(task, shape, device): _child(*a)
+                name, words = f"{task}, {shape}, {device}", (task, shape, device)
+                if why := why_skipped(*words):
+                    print(f"{name}: skipped, {why}", flush=True)
+                else:
+                    yield name, lambda words=words: cells.child(__file__, "--child", *words)
 
 
 def table() -> str:
@@ -162,7 +168,7 @@ def table() -> str:
 
 def _shown(row: dict[str, Any]) -> str:
     if "seconds" not in row:
-        return row.get("skipped") or row.get("failed") or "not run"
+        return row.get("failed", "not run")
     later = f", later epochs {row['again']:.2f} s" if "again" in row else ""
     return f"{row['seconds']:.2f} s{later}"
 
