@@ -4,11 +4,12 @@
     python benchmarks/refining.py --render    writes the table
 
 Random models in the shape of a decoder: a small one in float32, of whose texts every token counts; and one in the
-shape of SmolLM2-135M in bf16, of whose texts the last four tokens count, as of prompts with short answers (`gpu.py` has
-larger ones). The teacher: a LoRA of rank 16 on all linear layers. PEFT's step: the teacher's logits without gradients, the KL
-of a student of rank 8 on the tokens that count, backward, Adam. Ours: `refine` as it comes, with the error of hidden
-states and the quantizers in the loop, at 4 % of the LoRA's bytes, in the first epoch and in later ones, for which the
-teacher's answers are kept. Seconds are the median of steps after the first; on a CPU processor time on one thread.
+shape of SmolLM2-135M in bf16, of whose texts the last four tokens count, as of prompts with short answers (`gpu.py`
+has larger ones). The teacher: a LoRA of rank 16 on all linear layers. PEFT's step: the teacher's logits without
+gradients, the KL of a student of rank 8 on the tokens that count, backward, Adam. Ours: `refine` as it comes, with
+the error of hidden states and the quantizers in the loop, at 4 % of the LoRA's bytes, in the first epoch and in later
+ones, for which the teacher's answers are kept. Seconds are the median of steps after the first; on a CPU processor
+time on one thread.
 """
 
 from __future__ import annotations
