@@ -81,7 +81,7 @@ def _roots(gram: F64) -> tuple[F64, Array]:
     """R (n, k, k) upper triangular with ``R^T R = gram``, and for which of n it is of use (n,): the others are too
     ill-conditioned. What is normalized first, so that a decaying spectrum alone does not count as that."""
     norms = np.sqrt(gram.diagonal(axis1=-2, axis2=-1))
-    good = ((norms > 0) & np.isfinite(norms)).all(axis=-1)
+    good = np.asarray(((norms > 0) & np.isfinite(norms)).all(axis=-1))
     norms = np.where(good[:, None], norms, 1.0)
     unit = np.eye(gram.shape[-1])
     normalized = np.where(good[:, None, None], gram / (norms[:, :, None] * norms[:, None, :]), unit)
@@ -94,6 +94,11 @@ def _roots(gram: F64) -> tuple[F64, Array]:
         lower, good = unit[None], np.zeros(1, bool)
     good &= lower.diagonal(axis1=-2, axis2=-1).min(axis=-1, initial=1.0) >= _ILL_CONDITIONED
     return lower.mT * norms[:, None, :], good
+
+
+def _inverse(roots: F64) -> F64:
+    """The transposed inverse of each R (n, k, k)."""
+    return np.asarray(np.linalg.inv(roots).mT, np.float64)
 
 
 def _householder(x: F64) -> tuple[F64, F64]:
@@ -133,9 +138,9 @@ def _thin(rows: F64) -> _Thin:
         unit = np.broadcast_to(np.eye(m), (count, m, m))
         return _Thin(q.mT, unit, unit, r)
     first, good = _roots(_gram(rows))
-    inner = np.linalg.inv(first).mT
+    inner = _inverse(first)
     second, better = _roots(_gram(rows, inner))
-    turn, root = np.linalg.inv(second).mT, second @ first
+    turn, root = _inverse(second), second @ first
     for n in np.flatnonzero(~(good & better)):
         q, root[n] = _householder(rows[n].T)
         rows[n], inner[n], turn[n] = q.T, np.eye(k), np.eye(k)
@@ -242,7 +247,7 @@ def energy_ranks(s: F64, shares: Sequence[float]) -> list[int]:
     if len(s) == 0 or total[-1] == 0.0:
         return [0] * len(shares)
     ranks = np.searchsorted(total, np.array(shares) * total[-1] * (1 - 1e-12)) + 1
-    return np.minimum(ranks, len(s)).tolist()
+    return list(map(int, np.minimum(ranks, len(s))))
 
 
 def balanced(factors: Factors, rank: int | None = None) -> tuple[F64, F64]:

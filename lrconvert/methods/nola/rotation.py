@@ -68,7 +68,8 @@ def sums_are_exact(length: int) -> bool:
 @lru_cache(maxsize=16)
 def signs_of(seed: int, role: str, length: int) -> F32:
     """Return the seeded signs of a basis, float32 (length,)."""
-    return prng.values(prng.Stream(seed, f"nola/{role}/{length}/signs"), "sign", (0,), 0, length, "float32")[0]
+    drawn = prng.values(prng.Stream(seed, f"nola/{role}/{length}/signs"), "sign", (0,), 0, length, "float32")[0]
+    return np.asarray(drawn, np.float32)
 
 
 def _power(length: int) -> int:
