@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +38,18 @@ METHODS = {"lowrank": "lora-to-lowrank", "nola": "lora-to-nola", "vblora": "lora
 WAYS = {"one by one": [], "--jobs 1": ["--jobs", "1"], "--jobs 2": ["--jobs", "2"]}
 
 
-def adapter(folder: Path, seed: int) -> Path:
+def adapter(
+    folder: Path, seed: int, rank: int = RANK, blocks: int = BLOCKS, layers: Mapping[str, tuple[int, int]] = LAYERS
+) -> Path:
     """Write a PEFT folder with a decaying spectrum."""
     rng = np.random.default_rng(seed)
-    decay = (0.8 ** np.arange(RANK)).astype(np.float32)
+    decay = (0.8 ** np.arange(rank)).astype(np.float32)
     entries, data = [], []
-    for block in range(BLOCKS):
-        for layer, (out, inner) in LAYERS.items():
+    for block in range(blocks):
+        for layer, (out, inner) in layers.items():
             halves = {
-                "A": rng.standard_normal((RANK, inner), np.float32) * decay[:, None],
-                "B": rng.standard_normal((out, RANK), np.float32),
+                "A": rng.standard_normal((rank, inner), np.float32) * decay[:, None],
+                "B": rng.standard_normal((out, rank), np.float32),
             }
             for half, values in halves.items():
                 name = f"base_model.model.model.layers.{block}.{layer}.lora_{half}.weight"
@@ -55,7 +57,7 @@ def adapter(folder: Path, seed: int) -> Path:
                 data.append(round_to(values, "BF16").tobytes())
     folder.mkdir(parents=True)
     (folder / "adapter_model.safetensors").write_bytes(encode_header(entries, {"format": "pt"}) + b"".join(data))
-    (folder / "adapter_config.json").write_text(cells.peft_config(RANK, RANK, LAYERS))
+    (folder / "adapter_config.json").write_text(cells.peft_config(rank, rank, layers))
     return folder
 
 

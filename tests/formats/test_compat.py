@@ -21,6 +21,7 @@ from lrconvert.cli import cli
 from lrconvert.core.errors import JsonSyntaxError, LrcError, OptionError, PatternError, PickleError, UnknownLayoutError
 from lrconvert.formats.compat import base, peft
 from lrconvert.formats.compat.shared import rules
+from lrconvert.formats.compat.shared.subject import Subject
 from lrconvert.io.checkpoint import Checkpoint
 
 LLAMA = BASES / "tiny-llama"
@@ -421,3 +422,18 @@ def test_peft_reads_names_without_its_prefix_where_transformers_converts_names(t
     config = with_base(tmp_path, model_type=model_type)
     findings = {f.severity for f in lrconvert.check(folder, ("peft",), base=config) if f.rule == "prefix"}
     assert findings == {"warns" if reads else "wrong"}
+
+
+def test_names_of_modules_are_looked_up(monkeypatch):
+    """A name in target_modules stands for a module or a whole end of one, and the list is gone through once, however
+    many modules it names."""
+    calls = []
+    real = Subject.names
+    monkeypatch.setattr(Subject, "names", lambda subject, key: calls.append(key) or real(subject, key))
+    modules = [f"model.layers.{n}.{leaf}" for n in range(20) for leaf in ("q_proj", "proj", "q_proj.", "")]
+    for names in (modules, ["layers.0.q_proj", "3.proj"], ["proj", "", "ayers.1.proj"], []):
+        subject = Subject("peft", {"target_modules": names})
+        calls.clear()
+        named = [module for module in modules if peft._targeted(subject, module)]
+        assert calls == ["target_modules"]
+        assert named == [m for m in modules if any(m == name or m.endswith(f".{name}") for name in names)]

@@ -1,0 +1,120 @@
+"""Fleets: what an adapter of a million numbers costs in a batch, and what a hundred thousand cost the process that
+gives out the work.
+
+    python benchmarks/fleet.py            measures what is missing
+    python benchmarks/fleet.py --render   writes the table of docs/scale.md
+
+`COUNT` random adapters of 981,504 numbers (rank 8 on the 7 linear layers of 9 blocks, 768 wide) are converted by two
+processes; processor time is that of all processes, their starts included. ``again`` is the same command when every
+output is there, with the journal of the folder and without it.
+
+Of `MANY` tiny adapters (two files each, links to the same ones) the conversions cost nothing: a stand-in copies one
+output, and what is left is the work of the parent. Its peak memory is measured, and its processor time.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import batch
+import cells
+
+from lrconvert.api.batch import journal
+
+COUNT = 64
+MANY = (2_000, 20_000, 100_000)
+METHODS = ("lowrank", "nola", "sbora", "bone")
+_LINKS = 20_000  # of one file; a file system allows some 65,000
+PARENT = """
+from pathlib import Path
+from lrconvert import convert_many
+from lrconvert.api.batch import pool, request
+def run(jobs, count, advance):
+    for number, job in enumerate(jobs):
+        path, output = Path(job["path"]), Path(job["output"])
+        output.parent.mkdir(exist_ok=True)
+        output.write_bytes(b"compact")
+        states = [request.state(*request.files_of(path)).digest, request.state([output], output.parent).digest]
+        sizes = {"adapter": 7, "total": 7}
+        report = {"targets": list(range(1000))}
+        advance(number, {"state": "done", "bytes": sizes, "states": states, "stated": 0.9, "report": report})
+pool.run = run
+done = convert_many(sys.argv[1], sys.argv[2], "lowrank", on_outcome=lambda outcome: None)
+print(json.dumps({"cpu_seconds": round(time.process_time(), 2), "peak_mib": peak() // 1024, **done.counts}))
+"""
+
+
+def convert(method: str) -> dict[str, Any]:
+    """Processor seconds of a batch of a million numbers each, and again with its journal and without."""
+    layers = {layer: (out * 3 // 4, inner * 3 // 4) for layer, (out, inner) in batch.LAYERS.items()}
+    with tempfile.TemporaryDirectory() as scratch:
+        root, out = Path(scratch) / "in", Path(scratch) / "out"
+        for number in range(COUNT):
+            batch.adapter(root / f"adapter-{number:03}", number, 8, 9, layers)
+        words = [f"lora-to-{method}", root, "-o", out, "--target-ratio", "50", "--jobs", "2"]
+        first, again = seconds(words), seconds(words)
+        (out / journal.NAME).unlink()
+        return {"cpu_seconds": first, "again_seconds": again, "checked_seconds": seconds(words)}
+
+
+def seconds(words: list[Any]) -> float:
+    """Return the processor seconds of a command and its processes. Raises CalledProcessError if it fails."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    batch.command(words)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 2)
+
+
+def many(count: int) -> dict[str, Any]:
+    """The parent's processor seconds and peak memory for so many adapters, and again when all are finished."""
+    with tempfile.TemporaryDirectory() as scratch:
+        root, out = Path(scratch) / "in", Path(scratch) / "out"
+        for number in range(count):
+            folder = root / f"adapter-{number:06}"
+            folder.mkdir(parents=True)
+            for name in ("adapter_config.json", "adapter_model.safetensors"):
+                first = Path(scratch) / f"{number // _LINKS}-{name}"
+                if not first.exists():
+                    first.write_text("{}")
+                os.link(first, folder / name)
+        made, again = (cells.child("-c", cells.PEAK + PARENT, str(root), str(out)) for _ in range(2))
+        return {**made, "again_seconds": again["cpu_seconds"], "again_peak_mib": again["peak_mib"]}
+
+
+def all_cells() -> Iterator[cells.Cell]:
+    for method in METHODS:
+        yield method, partial(convert, method)
+    for count in MANY:
+        yield f"{count:,}", partial(many, count)
+
+
+def table() -> str:
+    done = cells.read("fleet")
+    rows: list[list[Any]] = []
+    for method in METHODS:
+        cell = done.get(method, {})
+        rows.append([f"{COUNT} of 1 M numbers, {method}", *_row(cell, COUNT), ""])
+    for count in MANY:
+        cell = done.get(f"{count:,}", {})
+        peak = max(cell["peak_mib"], cell["again_peak_mib"]) if cell else "not run"
+        rows.append([f"{count:,}, the parent alone", *_row(cell, count), peak])
+    again = ["again", "again, without the journal", "again, seconds in all"]
+    return cells.markdown(["processor milliseconds for each", "first", *again, "MiB of the parent"], rows)
+
+
+def _row(cell: dict[str, Any], count: int) -> list[Any]:
+    if not cell:
+        return ["not run"] * 4
+    names = ("cpu_seconds", "again_seconds", "checked_seconds")
+    each = {name: 1000 * cell[name] / count for name in names if name in cell}
+    return [*(f"{each[name]:.{0 if each[name] > 1 else 2}f}" if name in each else "" for name in names), cell[names[1]]]
+
+
+if __name__ == "__main__":
+    cells.main("fleet", __doc__, all_cells, table)
