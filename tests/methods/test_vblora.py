@@ -16,7 +16,7 @@ from fits import RNG, captured, convert, kept_by, payload_budget, random_compact
 
 from lrconvert.core import errors
 from lrconvert.core.dtypes import Stored
-from lrconvert.lora import packing
+from lrconvert.lora import packing, svd
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter, LoraTarget, Target
 from lrconvert.methods import base as methods
 from lrconvert.methods.base import FitContext
@@ -28,6 +28,7 @@ from lrconvert.methods.vblora.form import Form, canonical_codes, complete, start
 from lrconvert.methods.vblora.plan import VBLoraOptions
 from lrconvert.methods.vblora.refit import Refit
 from lrconvert.methods.vblora.rows import Rows
+from lrconvert.methods.vblora.search import Search
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -176,7 +177,7 @@ def test_no_sweep_raises_the_error_of_the_update(options):
     lora = random_lora([(40, 24), (24, 36)], rank=4, decay=0.6)
     config = METHOD.plan(lora, VBLoraOptions(vector_length=5, num_vectors=12, **options), None, FitContext())
     problem = Problem(lora, config, FitContext())
-    refit: Refit = problem.refit(problem.train(0, 2, 1)[0])
+    refit: Refit = problem.refit(problem.train(0, 2)[0])
     errors_seen = [refit.error()]
     for _ in range(4):
         for side in (0, 1):
@@ -291,6 +292,26 @@ def test_expand_is_the_written_formula_on_both_backends(form):
 
 
 # --- planning -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.8])
+def test_passes_go_where_they_keep_most(share):
+    """An allocation stays within its bits, and keeps no less than any drawn at random within them, of two shapes."""
+    lora = random_lora([(96, 64), (64, 96), (16, 24)], rank=5, decay=0.7)
+    spectra = [svd.singular_values(pair, None) for pair in lora.targets]
+    search = Search(lora, spectra, [5] * 3, VBLoraOptions(), payload_budget(METHOD, lora, 2000), FitContext())
+    form, loss = Form(4, 16), 0.4
+    costs = form.row_bits(search.inner)[search.shape], form.row_bits(search.out)[search.shape]
+    room = share * 4 * float(sum(cost.sum() for cost in costs))
+    choice = search._allocate(form, loss, room)
+    rng, drawn = RNG(0), [(choice.p, choice.q)]
+    for most in rng.integers(1, 6, 3000):
+        p = rng.integers(0, most, len(search.energy))
+        drawn.append((p, np.where(p > 0, np.clip(p + rng.integers(-2, 3, len(p)), 1, None), 0)))
+    spent = [float(costs[0] @ p + costs[1] @ q) for p, q in drawn]
+    kept = [float(search.energy @ ((1 - loss**p) * (1 - loss**q))) for p, q in drawn]
+    assert spent[0] <= room and kept[0] == pytest.approx(choice.kept)
+    assert kept[0] >= 0.995 * max(k for k, bits in zip(kept, spent, strict=True) if bits <= room)
 
 
 @pytest.mark.medium

@@ -14,6 +14,7 @@ from lrconvert.methods.vblora.rows import Rows, spans
 from lrconvert.methods.vblora.subvectors import CHUNK
 
 _CG_ROUNDS = 24
+_SCORES = 128  # of all partial codes in training: banks hardly depend on them, but few vectors need some
 _SETTLED = 2e-4  # relative fall of the error below which a round was the last
 
 
@@ -151,29 +152,24 @@ def train_bank(
     shape: tuple[int, int, int, bool],
     rng: np.random.Generator,
     rounds: int,
-    restarts: int = 2,
     importance: Tensor | None = None,
 ) -> Coder:
     """Return a bank for the sub-vectors x of `rows`, whose squared errors count `weight` (R,), with codes. `shape`:
     number of vectors, k, denominator, scaled. `importance`: see `Coder`.
 
-    Restarts run a few rounds on one pass; the best bank goes on with all of them.
+    The first rounds run on one pass; the bank then goes on with all of them.
     """
     h, k, denominator, scaled = shape
     single = Rows(rows.counts, np.ones_like(rows.passes), rows.valid)
     flat = np.repeat(weight, rows.counts)
     if importance is not None:
         flat = flat * importance.mean(1).cpu().numpy()
-    best: Coder | None = None
-    for _ in range(restarts):
-        trial = Coder.new(single, seed_bank(x, flat, h, rng), k, denominator, scaled, importance)
-        alternate(trial, x, weight, 3, fresh=True)
-        if best is None or trial.trace[-1] < best.trace[-1]:
-            best = trial
-    assert best is not None
+    coder = Coder.new(single, seed_bank(x, flat, h, rng), k, denominator, scaled, importance)
+    alternate(coder, x, weight, 3, fresh=True)
     if int(rows.passes.max(initial=1)) > 1:
-        best = Coder.new(rows, best.bank, k, denominator, scaled, importance)
-        alternate(best, x, weight, rounds, fresh=True)
+        coder = Coder.new(rows, coder.bank, k, denominator, scaled, importance)
+        coder.beam = int(np.clip(_SCORES // h, 1, 8))
+        alternate(coder, x, weight, rounds, fresh=True)
     else:
-        alternate(best, x, weight, rounds)
-    return best
+        alternate(coder, x, weight, rounds)
+    return coder

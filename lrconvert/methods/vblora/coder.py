@@ -30,7 +30,6 @@ from lrconvert.kernels import jit
 from lrconvert.methods.vblora.rows import I64, Rows, ends, spans
 from lrconvert.methods.vblora.subvectors import Mixer, beam_search, combine, encode
 
-_SAVED = 1.5e-8  # seconds that compiled loops save for each score of some ten rounds
 _BATCH = 1 << 21  # numbers of the rows that are coded at once, if a row has fewer
 
 
@@ -63,8 +62,8 @@ def _mask(x: Tensor, valid: Tensor | None) -> Tensor:
 class Coder:
     """A bank (replaced, never changed in place), and the codes of rows in it: `indices` and `weights` (codes, k),
     `gains` (passes,), all 1 unless `scaled`. `importance` (sub-vectors, b): how much the squared error of each number
-    counts, besides that of its row; codes of mixtures (k > 1) do without. `exact`: see `encode`; `beam`: see
-    `beam_search`. `trace`: the weighted squared error after each round of `alternate`."""
+    counts, besides that of its row; codes of mixtures (k > 1) do without. `exact`: see `encode`; `beam`,
+    `loops`: see `beam_search`. `trace`: the weighted squared error after each round of `alternate`."""
 
     rows: Rows
     bank: Tensor
@@ -76,7 +75,8 @@ class Coder:
     gains: F64
     importance: Tensor | None = None
     exact: bool = False
-    beam: int = 8
+    beam: int = 1
+    loops: Any = None
     trace: list[float] = field(default_factory=list)
     _cuts: dict[int, tuple[Tensor, Mixer | None]] = field(default_factory=dict, repr=False)
     _cuts_of: tuple[Tensor | None, bool] = (None, False)
@@ -169,21 +169,19 @@ class Coder:
         gains = torch.cat([self._spread(which, p) for p in range(len(places))], 1)
         old = torch.stack([self.indices[codes][:, 0] for codes in places], 1)
         new, important = torch.empty_like(old), self._important(which)
-        loops = self._loops()
         for rows, width in _groups(valid, x.shape[1], len(x)):
             bank, _ = self._cut(width)
             weight = None if important is None else important[rows, :width].contiguous()
-            new[rows] = beam_search(x[rows, :width], bank, gains[rows], old[rows], self.beam, weight, loops)
+            new[rows] = beam_search(x[rows, :width], bank, gains[rows], old[rows], self.beam, weight, self.loops)
         for p, codes in enumerate(places):
             self.indices[codes, 0] = new[:, p]
         if self.scaled:
             self._solve_gains(which, x, [self._unit(codes, valid) for codes in places])
 
-    def _loops(self) -> Any:
-        """Return compiled loops for the beam search if all its rounds pay for them and they have its formula."""
-        if self.importance is not None or self.bank.device.type != "cpu":
-            return None
-        return jit.load("beam", _SAVED * self.rows.codes * len(self.bank) * self.beam)
+    def allow_loops(self, seconds: float) -> None:
+        """Search with compiled loops from now on if the `seconds` that they save pay, and they have its formula."""
+        if self.importance is None and self.k == 1 and self.bank.device.type == "cpu":
+            self.loops = jit.load("beam", seconds)
 
     def decode(self, which: I64, out: Tensor) -> None:
         """Fill `out` (their sub-vectors, b) with the numbers that the codes of the rows `which` stand for."""

@@ -23,12 +23,13 @@ from lrconvert.methods.vblora.form import Config, Form, canonical_codes, coded_r
 from lrconvert.methods.vblora.refit import Refit, Update
 
 _ROUNDS = 6  # alternations of codes and bank on the training sample
-_SWEEPS = 16  # alternations of A, B and bank on the update itself
-_BEAMS = (20, 10, 5)  # partial codes kept in the sweeps: the widest with which all of them stay within
-_SWEEP_WORK = 2e10  # scores; a minute or less
-_SAMPLE = 1 << 15  # sub-vectors the bank is trained on, or 32 per vector if that is more
-_RESTART_WORK = 5e7  # scores per round up to which a second start is worth its time
-_SETTLED = 5e-4  # relative fall of the error below which a sweep was the last
+_SAMPLE = 1 << 14  # sub-vectors the bank is trained on, or 32 per vector if that is more
+_SWEEPS = (3, 12)  # alternations of A, B and bank on the update itself: at most as many as `_WORK` allows
+_SETTLED = 1e-3  # relative fall of the error below which a sweep was the last
+_NARROW = 2  # partial codes kept in the sweeps: the bank hardly depends on them
+_WIDE = (4, 20)  # and in the last two, which decide the codes: as many as `_WORK` allows
+_WORK = 5e8  # scores of a wide sweep, and of all narrow ones
+_SAVED = 3e-9  # seconds that compiled loops save for a score
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Problem:
         self.importance = None if importance is None else torch.from_numpy(importance).to(device)
         self.x = torch.from_numpy(x).to(device)
 
-    def train(self, seed: int, rounds: int, restarts: int, sample: int = MAX_DIM) -> tuple[Coder, Tensor]:
+    def train(self, seed: int, rounds: int, sample: int = MAX_DIM) -> tuple[Coder, Tensor]:
         """Return a bank for at most about `sample` sub-vectors, with their codes; and these sub-vectors."""
         form = self.form
         rows, x, importance = self.rows, self.x, self.importance
@@ -89,11 +90,8 @@ class Problem:
             rows, kept = rows.thinned(len(x) // sample)
             places = _tensor(kept, str(x.device))
             x, importance = x[places], None if importance is None else importance[places]
-        if rows.codes * form.num_vectors > _RESTART_WORK:
-            restarts = 1
         shape = (form.num_vectors, form.top_k, form.denominator, form.gains)
-        rng = np.random.default_rng(seed)
-        return train_bank(x, rows, self.weight, shape, rng, rounds, restarts, importance), x
+        return train_bank(x, rows, self.weight, shape, np.random.default_rng(seed), rounds, importance), x
 
     def refit(self, coder: Coder) -> Refit:
         """Return the refit of the codes of all rows, at the size that the update needs."""
@@ -131,11 +129,11 @@ def _tensor(array: Array, device: str) -> Tensor:
 
 def fit(lora: LoraAdapter, config: Config, context: FitContext) -> dict[str, Array]:
     """Return the payload tensors: train a bank on the rows of the SVD (a sample if there are many), code all rows, and
-    refit codes, gains and bank on the update itself; the last sweeps run on the bank as it will be stored."""
+    refit codes, gains and bank on the update itself; the last sweep runs on the bank as it will be stored."""
     form = config.form
     problem = Problem(lora, config, context)
     context.progress(0.1, "training the bank")
-    coder, x = problem.train(context.seed, _ROUNDS, 2, max(_SAMPLE, 32 * form.num_vectors))
+    coder, x = problem.train(context.seed, _ROUNDS, max(_SAMPLE, 32 * form.num_vectors))
     if len(x) < len(problem.x):
         shape = form.top_k, form.denominator, form.gains
         coder = Coder.new(problem.rows, coder.bank, *shape, problem.importance)
@@ -143,34 +141,39 @@ def fit(lora: LoraAdapter, config: Config, context: FitContext) -> dict[str, Arr
     refit = problem.refit(coder)
     del problem, x
     context.progress(0.4, "refitting")
-    work = 2.0 * coder.rows.codes * form.num_vectors * (1 if form.top_k == 1 else 12)  # one sweep of both sides
-    for coder.beam in _BEAMS if config.passes and form.top_k == 1 else (1,):
-        if coder.beam * work * _SWEEPS <= _SWEEP_WORK:
-            break
-    sweeps = int(min(_SWEEPS, max(1, _SWEEP_WORK / (coder.beam * work + 1))))
+    scores = float(coder.rows.codes * form.num_vectors)
+    wide, sweeps = int(np.clip(_WORK / scores, *_WIDE)), int(np.clip(_WORK / scores, *_SWEEPS))
+    coder.allow_loops(_SAVED * scores * (2 * wide + 3 * _NARROW))
+    coder.beam = _NARROW
     error = refit.error()
     for turn in range(sweeps):
-        before, kept = error, coder.codes()
-        refit.sweep(0)
-        refit.sweep(1)
-        error = refit.improve_bank(refit.error())
+        before, error = error, _sweep(refit, error)
         context.progress(0.4 + 0.4 * (turn + 1) / sweeps, "refitting")
-        if error > before:  # codes see only the diagonal of a metric
-            coder.restore(kept)
-            refit.refresh()
         if error > before * (1 - _SETTLED):
             break
+    coder.beam = wide
+    _sweep(refit, error)
     tensors = _store_bank(coder, form)
     coder.exact = True
     refit.refresh()
-    best, kept = refit.error(), coder.codes()
-    for _ in range(2 if sweeps > 1 else 1):
-        refit.sweep(0)
-        refit.sweep(1)
-        if (error := refit.error()) < best:
-            best, kept = error, coder.codes()
-    coder.restore(kept)
+    stored, kept = refit.error(), coder.codes()
+    refit.sweep(0)
+    refit.sweep(1)
+    if refit.error() > stored:
+        coder.restore(kept)
     return {**tensors, **_store_codes(coder, form)}
+
+
+def _sweep(refit: Refit, before: float) -> float:
+    """Recode both sides and solve the bank, unless that raises the error `before`. Return the error."""
+    kept = refit.coder.codes()
+    refit.sweep(0)
+    refit.sweep(1)
+    error = refit.improve_bank(refit.error())
+    if error > before:  # codes see only the diagonal of a metric
+        refit.coder.restore(kept)
+        refit.refresh()
+    return min(error, before)
 
 
 def _store_bank(coder: Coder, form: Form) -> dict[str, Array]:

@@ -12,16 +12,19 @@ from lrconvert.core.errors import OptionError
 from lrconvert.lora.adapter import LoraAdapter
 from lrconvert.methods.base import Budget, FitContext
 from lrconvert.methods.shared.options import within
+from lrconvert.methods.vblora.bank import alternate
 from lrconvert.methods.vblora.coder import row_sums
 from lrconvert.methods.vblora.fit import Components, Problem, top_components
-from lrconvert.methods.vblora.form import Config, Form, complete, specs, starts
+from lrconvert.methods.vblora.form import Config, Form, complete, specs
 from lrconvert.methods.vblora.plan import FITTED_BITS, VBLoraOptions, common_divisor
 from lrconvert.methods.vblora.rows import I64
 
-_FEW = 1 << 14  # codes of a problem for which every hopeful form is fitted, not only the three best
-_MANY = 1 << 17  # codes above which none is fitted: samples decide
+_SAMPLE = 1 << 14  # numbers on which a form is tried, or 16 sub-vectors per vector if that is more
+_ROUNDS = 4  # alternations of codes and bank on them
+_VECTORS_TRIED, _SCALARS_TRIED = 2, 2  # forms
+_BEAM = (4, 16)  # partial codes kept when the loss is measured: the more, the fewer vectors there are
+_HEADERS = 64  # bytes by which the headers of forms may differ
 _WORK = 1e9  # codes times vectors: forms whose fit would take minutes are left out
-_HOPE = 0.88  # forms are tried that should keep this share of what the best should
 _PASSES = 8
 _VECTORS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 32)
@@ -31,18 +34,19 @@ _LONG = ((64, 256), (128, 512), (128, 2048), (256, 256), (256, 2048))  # the pub
 
 @dataclass(frozen=True)
 class _Choice:
-    """An allocation under an assumed loss per pass: `kept` is the energy it should keep."""
+    """Passes of each component's rows, `p` of A's and `q` of B's; `kept` is the energy that they should keep."""
 
     kept: float
-    ranks: tuple[int, ...]
-    passes: tuple[int, ...]
+    p: I64
+    q: I64
 
 
 class Search:
     """Finds the form and allocation that keep the most energy within the budget.
 
-    All forms are ranked by a rule of thumb for the energy that a pass loses. The best few are tried: small problems are
-    fitted, with few sweeps; in large ones a bank is trained on a sample of the very rows that would be coded.
+    All forms are ranked by a rule of thumb for the energy that a pass loses. Among vectors it was measured to find the
+    best form to a thousandth of the energy. Scalars (b = 1) do better than it says where rows are far from Gaussian:
+    so the best forms of vectors and of scalars are tried on a sample of the very rows that they would code.
     """
 
     def __init__(
@@ -59,45 +63,39 @@ class Search:
         self.limits = limits
         self.owner = np.repeat(np.arange(len(limits)), limits)  # target of each component
         self.energy = np.concatenate([s[:n] ** 2 for s, n in zip(spectra, limits, strict=True)])
-        shapes = np.array([t.matrix_shape for t in self.targets], np.int64)[self.owner]
-        self.out, self.inner = shapes[:, 0], shapes[:, 1]
-        self.smallest = sorted(
-            ((budget.size(config), number, config) for number, config in enumerate(map(self._least, self._forms()))),
-            key=lambda entry: entry[:2],
-        )
+        shapes = np.array([t.matrix_shape for t in self.targets], np.int64).reshape(-1, 2)
+        distinct, shape = np.unique(shapes, axis=0, return_inverse=True)
+        self.out, self.inner = distinct.T  # of each distinct shape
+        self.shape = shape.reshape(-1)[self.owner]  # which of them, for each component
+        self.forms = list(self._forms())
 
     def best(self) -> Config:
         """Return the config that keeps most. Raise E-BUDGET if nothing fits, E-OPTION if no form suits the options."""
-        if not self.smallest:
+        if not self.forms:
             raise OptionError("no vector length of those tried suits these options", fix="give --vector-length")
-        size, _, least = self.smallest[0]
+        size, least = self._smallest()
         within(self.budget, least)
-        payload = sum(spec.nbytes for spec in specs(least, self.targets))
-        self.overhead = 8 * (size - payload) + 2 * len(self.targets)  # bits, about
+        self.overhead = 8 * (size - self._payload(least)) + 2 * len(self.targets)  # bits, about
         fills = [self._fill(form, self._rule_of_thumb(form)) for form in self._hopeful()]
         candidates = [filled for filled in fills if filled is not None]
         if len(candidates) > 1:
             most = np.array([config.ranks for _, config in candidates]).max(0)
             pairs = zip(self.lora.targets, most, strict=True)
             factors = [top_components(pair, int(rank), self.context) for pair, rank in pairs]
-            codes = max(starts(config, self.targets)[-1][2] for _, config in candidates)
-            if codes > _FEW:
-                sampled = [self._sample(config, factors) for _, config in candidates]
-                candidates = sorted(sampled, key=lambda entry: -entry[0])[:3]
-            if codes <= _MANY:
-                candidates = [self._try(config, factors) for _, config in candidates]
+            candidates = [self._sample(config, factors) for _, config in candidates]
         return max(candidates, key=lambda entry: entry[0], default=(0.0, least))[1]
 
     def _hopeful(self) -> list[Form]:
-        """The forms that should keep nearly as much as the best, best first; one for each number of vectors."""
-        ranked: dict[int, tuple[float, Form]] = {}
-        for _, _, config in self.smallest:
-            form = config.form
+        """The forms of vectors and of scalars which should keep most, each with another number of vectors."""
+        ranked: dict[tuple[bool, int], tuple[float, Form]] = {}
+        for form in self.forms:
             choice = self._allocate(form, self._rule_of_thumb(form), self._room(form))
-            if choice is not None and choice.kept > ranked.get(form.num_vectors, (0.0, form))[0]:
-                ranked[form.num_vectors] = choice.kept, form
-        least = _HOPE * max((kept for kept, _ in ranked.values()), default=0.0)
-        return [form for kept, form in sorted(ranked.values(), key=lambda entry: -entry[0]) if kept >= least]
+            kind = form.vector_length == 1, form.num_vectors
+            if choice is not None and choice.kept > ranked.get(kind, (0.0, form))[0]:
+                ranked[kind] = choice.kept, form
+        best = [form for _, form in sorted(ranked.values(), key=lambda entry: -entry[0])]
+        vectors, scalars = ([form for form in best if (form.vector_length == 1) == one] for one in (False, True))
+        return vectors[:_VECTORS_TRIED] + scalars[:_SCALARS_TRIED]
 
     def _forms(self) -> Iterator[Form]:
         """Every form that the options leave open."""
@@ -119,13 +117,26 @@ class Search:
                     continue
                 yield form
 
+    def _smallest(self) -> tuple[int, Config]:
+        """The smallest file, and its Config; the header is written only for those that may be the one."""
+        configs = [self._least(form) for form in self.forms]
+        payloads = [(self._payload(config), number, config) for number, config in enumerate(configs)]
+        most = min(payload for payload, _, _ in payloads) + _HEADERS
+        sizes = [(self.budget.size(config), number, config) for payload, number, config in payloads if payload <= most]
+        size, _, least = min(sizes, key=lambda entry: entry[:2])
+        return size, least
+
+    def _payload(self, config: Config) -> int:
+        return sum(spec.nbytes for spec in specs(config, self.targets))
+
     def _least(self, form: Form) -> Config:
         """The smallest Config of a form."""
         if self.options.rank is not None or self.options.peft_compatible:
             ranks = [n if self.options.rank is not None else 1 for n in self.limits]
         else:
             ranks = [0] * len(self.limits)
-            ranks[int(self.owner[np.argmin(form.row_bits(self.inner) + form.row_bits(self.out))])] = 1
+            cost = form.row_bits(self.inner) + form.row_bits(self.out)
+            ranks[int(self.owner[np.argmin(cost[self.shape])])] = 1
         return complete(form, self.targets, ranks, ())
 
     def _room(self, form: Form) -> float:
@@ -138,58 +149,56 @@ class Search:
         e (1 - loss^p) (1 - loss^q)."""
         cost_a, cost_b = form.row_bits(self.inner), form.row_bits(self.out)
         if self.options.peft_compatible:
-            return self._uniform(cost_a + cost_b, loss, bits)
+            return self._uniform((cost_a + cost_b)[self.shape], loss, bits)
         most = (self.options.passes or _PASSES) if form.gains else 1
         steps = [(p, q) for p in range(1, most + 1) for q in range(1, most + 1) if abs(p - q) <= 2]
         if self.options.rank is None:
             steps.insert(0, (0, 0))
         p, q = np.array(steps).T
         cost = cost_a[:, None] * p + cost_b[:, None] * q
-        gain = self.energy[:, None] * ((1 - loss**p) * (1 - loss**q))
-        if cost[:, 0].sum() > bits:
+        gain = (1 - loss**p) * (1 - loss**q)
+        room = bits - float(cost[self.shape, 0].sum())
+        if room < 0:
             return None
-        taken = self._spend(cost, gain, bits)
-        return self._choice(p[taken], q[taken], float(gain[np.arange(len(cost)), taken].sum()))
+        taken = self._spend(cost, gain, room)
+        return _Choice(float(self.energy @ gain[taken]), p[taken], q[taken])
 
-    def _spend(self, cost: F64, gain: F64, bits: float) -> I64:
-        """The step that each component takes, of those in the columns of `cost` and `gain`: what pays at one common
-        price per bit (Lagrange); what is left of the `bits` is spent greedily."""
-        everyone = np.arange(len(cost))
-        high = 1.01 * float((gain[:, -1] / cost[:, min(1, cost.shape[1] - 1)]).max()) + 1e-300  # nobody buys
-        low = 1e-12 * high
-        taken = np.zeros(len(cost), np.int64)
-        for _ in range(28):
-            price = np.sqrt(low * high)
-            now = (gain - price * cost).argmax(1)
-            if cost[everyone, now].sum() <= bits:
-                taken, high = now, price
-            else:
-                low = price
-        for _ in range(4):
-            left = bits - cost[everyone, taken].sum()
-            more_gain = gain - gain[everyone, taken][:, None]
-            more_cost = cost - cost[everyone, taken][:, None]
-            ratio = np.where((more_cost > 0) & (more_cost <= left), more_gain / np.maximum(more_cost, 1), 0)
-            best = ratio.argmax(1)
-            for who in np.argsort(-ratio[everyone, best], kind="stable"):
-                extra = more_cost[who, best[who]]
-                if ratio[who, best[who]] > 0 and extra <= left:
-                    taken[who] = best[who]
-                    left -= extra
-        return taken
+    def _spend(self, cost: F64, gain: F64, room: float) -> I64:
+        """The step (column) that each component takes if steps (shapes, steps) cost `cost` and keep `gain` (steps,) of
+        its energy: the best ones for their price on the concave hull of gain over cost, until `room` is spent; then
+        what still fits."""
+        hull = _hull(cost, gain)
+        more_cost = np.diff(np.take_along_axis(cost, hull, 1), axis=1)
+        worth = np.diff(gain[hull], axis=1) / np.maximum(more_cost, 1)
+        value = self.energy[:, None] * worth[self.shape]
+        who, place = np.nonzero(value > 0)
+        order = np.argsort(-value[who, place], kind="stable")
+        who, place = who[order], place[order]
+        price = more_cost[self.shape[who], place]
+        number = int(np.searchsorted(np.cumsum(price), room, side="right"))
+        taken = np.bincount(who[:number], minlength=len(self.energy))
+        room -= float(price[:number].sum())
+        rest = np.arange(number, len(who))
+        while len(rest := rest[price[rest] <= room]):
+            ready = np.flatnonzero(taken[who[rest]] == place[rest])
+            if len(ready) == 0:
+                break
+            chosen = rest[ready[0]]
+            taken[who[chosen]] += 1
+            room -= float(price[chosen])
+            rest = rest[ready[0] + 1 :]
+        return np.asarray(hull[self.shape, taken], np.int64)
 
-    def _choice(self, p: I64, q: I64, kept: float) -> _Choice | None:
-        """In every target the passes go to the largest components: they are sorted, larger first."""
-        ranks, passes = [], []
-        start = 0
-        for limit in self.limits:
-            part = slice(start, start + limit)
-            used = np.flatnonzero(p[part])
-            order = used[np.argsort(-(p[part] + q[part])[used], kind="stable")]
-            ranks.append(len(order))
-            passes += [*p[part][order].tolist(), *q[part][order].tolist()]
-            start += limit
-        return _Choice(kept, tuple(ranks), tuple(passes)) if passes else None
+    def _config(self, form: Form, choice: _Choice) -> Config | None:
+        """The Config of a choice. In every target the passes go to the largest components: they are sorted, larger
+        first."""
+        used = np.flatnonzero(choice.p)
+        used = used[np.lexsort((-(choice.p + choice.q)[used], self.owner[used]))]
+        ranks = np.bincount(self.owner[used], minlength=len(self.limits))
+        place = np.arange(len(used)) + np.repeat(np.cumsum(ranks) - ranks, ranks)  # A's rows lie before B's
+        passes = np.empty(2 * len(used), np.int64)
+        passes[place], passes[place + np.repeat(ranks, ranks)] = choice.p[used], choice.q[used]
+        return complete(form, self.targets, ranks.tolist(), passes.tolist()) if len(used) else None
 
     def _uniform(self, cost: F64, loss: float, bits: float) -> _Choice | None:
         """One rank for all targets, as large as fits (or the one asked for)."""
@@ -200,26 +209,19 @@ class Search:
         if rank == 0 or (self.options.rank is not None and rank < self.limits[0]):
             return None
         kept = float(self.energy[number < rank].sum()) * (1 - loss) ** 2
-        return _Choice(kept, (rank,) * len(self.limits), (1,) * (2 * rank * len(self.limits)))
-
-    def _try(self, config: Config, factors: Sequence[Components]) -> tuple[float, Config]:
-        """(energy kept, Config) by a short fit."""
-        problem = Problem(self.lora, config, replace(self.context, device="cpu"), factors)
-        refit = problem.refit(problem.train(self.context.seed, 3, 1)[0])
-        for _ in range(3):
-            refit.sweep(0)
-            refit.sweep(1)
-            error = refit.improve_bank(refit.error())
-        return refit.energy - error, config
+        one = (number < rank).astype(np.int64)
+        return _Choice(kept, one, one)
 
     def _sample(self, config: Config, factors: Sequence[Components]) -> tuple[float, Config]:
         """(energy kept, Config) for the loss per pass of a bank trained on a sample of the rows."""
         problem = Problem(self.lora, config, replace(self.context, device="cpu"), factors)
         h, everything = config.form.num_vectors, int(problem.rows.starts[-1])
-        enough = max(16 * h, 128 * len(problem.rows.counts) // config.form.vector_length)  # for bank, and gains
-        coder, x = problem.train(self.context.seed, 4, 1, max(_FEW // 2, enough))
+        numbers = max(_SAMPLE, 128 * len(problem.rows.counts))  # enough for the bank, and for the gains
+        enough = max(16 * h, numbers // config.form.vector_length)
+        coder, x = problem.train(self.context.seed, _ROUNDS, enough)
+        coder.beam = int(np.clip(1024 // h, *_BEAM))
         power = row_sums(coder.squares(x), coder.rows.counts) * problem.weight
-        lost = coder.trace[-1] / max(power.sum(), 1e-300)
+        lost = alternate(coder, x, problem.weight, 0) / max(power.sum(), 1e-300)
         low, high = 0.0, 1.0  # bisection: the loss per pass that explains what all passes together leave
         for _ in range(30):
             middle = (low + high) / 2
@@ -237,7 +239,9 @@ class Search:
             choice = self._allocate(form, loss, room)
             if choice is None:
                 break
-            config = complete(form, self.targets, choice.ranks, choice.passes)
+            config = self._config(form, choice)
+            if config is None:
+                break
             spare = self.budget.limit - self.budget.size(config)
             if spare >= 0 and (best is None or choice.kept > best[0]):
                 best = choice.kept, config
@@ -255,3 +259,18 @@ class Search:
         codes = 8.0 * self.budget.limit / form.code_bits
         loss *= max(0.5, 1 - h / max(codes, 1.0))  # the bank itself carries information
         return min(1.0, loss + {16: 0.0, 8: 1.5e-4, 4: 0.012}[form.bits] + (0.0 if form.gains else 0.1 * (1 - loss)))
+
+
+def _hull(cost: F64, gain: F64) -> I64:
+    """Return which steps lie on the upper concave hull of gain over cost, from the first on, for each row of `cost`
+    (shapes, steps): (shapes, places), its last step repeated."""
+    places = [np.zeros(len(cost), np.int64)]
+    while True:
+        last = places[-1]
+        more = cost - np.take_along_axis(cost, last[:, None], 1)
+        slope = np.where(more > 0, (gain - gain[last][:, None]) / np.maximum(more, 1), -1.0)
+        best = slope.argmax(1)
+        best = np.where(np.take_along_axis(slope, best[:, None], 1)[:, 0] > 0, best, last)
+        if (best == last).all():
+            return np.stack(places, 1)
+        places.append(best)

@@ -231,17 +231,24 @@ def _best_sums(x: Tensor, bank: Tensor, gains: Tensor, beam: int, counted: Tenso
     h, depth = len(bank), gains.shape[1]
     left = x[:, None, :]
     squares = bank * bank
-    sizes = squares.sum(1) if counted is None else (counted @ squares.T)[:, None, :]
     error = _size(x, counted)[:, None]
     codes = torch.zeros((len(x), 1, 0), dtype=torch.int64, device=x.device)
+    # scores are error - 2 g <left, v> + g^2 <v, v>: one product with the bank, widened by the two other terms
+    sizes = squares.sum(1, keepdim=True)
+    own = torch.zeros_like(sizes) if counted is not None else sizes  # with weights they are each sub-vector's own
+    wider = torch.cat([bank, own, torch.ones_like(sizes)], 1).T.contiguous()
     for p in range(depth):
         g = gains[:, p, None, None]
         weighed = left if counted is None else left * counted[:, None, :]
-        scores = torch.matmul(weighed, bank.T).mul_(-2 * g).add_(g * g * sizes).add_(error[:, :, None]).flatten(1)
-        if p == depth - 1:
+        terms = torch.cat([weighed * (-2 * g), (g * g).expand(-1, left.shape[1], -1), error[:, :, None]], 2)
+        scores = torch.matmul(terms, wider)
+        if counted is not None:
+            scores += g * g * (counted @ squares.T)[:, None, :]
+        scores = scores.flatten(1)
+        if p == depth - 1 or beam == 1:
             error, best = scores.min(1, keepdim=True)
         else:
-            error, best = scores.topk(min(beam, scores.shape[1]), dim=1, largest=False)
+            error, best = scores.topk(min(beam, scores.shape[1]), dim=1, largest=False, sorted=False)
         parent, code = best // h, best % h
         codes = torch.cat([codes.gather(1, parent[:, :, None].expand(-1, -1, p)), code[:, :, None]], 2)
         left = left.gather(1, parent[:, :, None].expand(-1, -1, x.shape[1])) - g * bank[code]
