@@ -24,7 +24,7 @@ _CACHED = 1 << 27  # numbers of the teacher's answers that are kept in memory, 5
 
 
 class _FloatAttention(TorchFunctionMode):
-    """Attention of 16-bit numbers on a processor in float32: its way back is three times as fast on short texts."""
+    """Attention of 16-bit numbers on a processor in float32: its way back is several times as fast on short texts."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
