@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,7 +57,10 @@ class TeacherModel:
     @contextmanager
     def computing(self) -> Iterator[None]:
         """Return the context in which forward passes are made: in bf16 with `autocast`."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast), _FloatAttention():
+        # Layers that are computed again on the way back are so without a mode.
+        is_again = getattr(self.model, "is_gradient_checkpointing", False)
+        attention = nullcontext() if is_again else _FloatAttention()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast), attention:
             yield
 
     def answers(self, batch: Batch, hidden: bool) -> Outputs:

@@ -113,6 +113,13 @@ def test_only_the_completion_counts(tmp_path: Path) -> None:
     assert pool.batch([1]).scored is None and pool.batch([1]).weight == len(examples[1].ids)
 
 
+def test_a_model_in_bf16_computes_layers_again(lora: LoraAdapter, small: CompactAdapter) -> None:
+    """Attention in float32 would not be so on the way back, which refuses other dtypes."""
+    model = load_model.load_model(LLAMA).bfloat16()
+    few = {"steps": 1, "eval_every": 1, "layerwise": False, "gradient_checkpointing": True}
+    assert api.refine(small, lora, model, token_batches(4, 2, 8), **few).steps == 1
+
+
 def test_words_are_computed_for_the_places_that_count(model: Any) -> None:
     """The output layer sees no other place, and answers and gradients are those of a pass over all of them."""
     ids = torch.randint(0, model.config.vocab_size, (3, 9), generator=torch.Generator().manual_seed(0))
