@@ -56,9 +56,10 @@ def rows() -> list[dict[str, Any]]:
     """Every kernel, as the functions that call it see it."""
     import torch
 
+    from lrconvert.lora.adapter import MATRIX, Target
     from lrconvert.lora.coded import stream
     from lrconvert.lora.coded.choice import best_models
-    from lrconvert.methods.lowrank import rounding
+    from lrconvert.methods.lowrank import rate, rounding
     from lrconvert.methods.vblora.subvectors import beam_search
 
     rng = np.random.default_rng(0)
@@ -73,6 +74,13 @@ def rows() -> list[dict[str, Any]]:
         both("rounding with models, a number", lambda: rounding.round_all(parts, 1.0), 2 * NUMBERS),
         both("coded integers to bytes, a number", lambda: stream.encode(numbers, lengths), NUMBERS),
         both("coded integers from bytes, a number", lambda: stream.decode(data, lengths), NUMBERS),
+    ]
+    blocks = rate.blocks([Target("t", (1 << 11, 1 << 11), MATRIX)], [NUMBERS >> 12])
+    ranges, latents = rate.Rows.of(blocks), side.rows.reshape(-1)
+    models = torch.from_numpy(rate.coded(ranges, latents).models)
+    measured += [
+        both("rounding of latents with models, a number", lambda: rate.coded(ranges, latents), NUMBERS),
+        both("slopes of latents, a number", lambda: rate.slopes(ranges, torch.from_numpy(latents), models), NUMBERS),
     ]
     measured += merging_rows()
     torch.manual_seed(0)
