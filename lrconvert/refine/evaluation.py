@@ -55,24 +55,25 @@ class TeacherModel:
         attach.set_active(self.model, (*self.before, *names))
 
     @contextmanager
-    def computing(self) -> Iterator[None]:
-        """Return the context in which forward passes are made: in bf16 with `autocast`."""
+    def computing(self, training: bool = False) -> Iterator[None]:
+        """Return the context in which forward passes are made: in bf16 with `autocast`. What is measured is what the
+        model answers; `training` may differ from it in rounding."""
         # Layers that are computed again on the way back are so without a mode.
         is_again = getattr(self.model, "is_gradient_checkpointing", False)
-        attention = nullcontext() if is_again else _FloatAttention()
+        attention = _FloatAttention() if training and not is_again else nullcontext()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast), attention:
             yield
 
-    def answers(self, batch: Batch, hidden: bool) -> Outputs:
-        """Return what the model answers with the adapters that are active."""
-        with self.computing():
+    def answers(self, batch: Batch, hidden: bool, training: bool = False) -> Outputs:
+        """Return what the model answers with the adapters that are active; `training` as in `computing`."""
+        with self.computing(training):
             return outputs(self.model, batch, hidden)
 
     @torch.no_grad()
-    def teacher(self, batch: Batch, hidden: bool) -> Outputs:
-        """Return what the teacher answers."""
+    def teacher(self, batch: Batch, hidden: bool, training: bool = False) -> Outputs:
+        """Return what the teacher answers; `training` as in `computing`."""
         self.activate(TEACHER)
-        return self.answers(batch, hidden)
+        return self.answers(batch, hidden, training)
 
 
 @dataclass(eq=False)

@@ -264,7 +264,8 @@ class Trainer:
         """The teacher's answers: those that are kept, where batches come again."""
 
         def compute() -> Goal:
-            return losses.goal(self.teacher_model.teacher(batch, self.settings.hidden > 0), self.settings.temperature)
+            answers = self.teacher_model.teacher(batch, self.settings.hidden > 0, training=True)
+            return losses.goal(answers, self.settings.temperature)
 
         if not self._comes_again():
             self._answers = TeacherAnswers(1e9 * self.settings.answers_gb)
@@ -279,7 +280,7 @@ class Trainer:
     def _loss(self, batch: Batch, goal: Goal) -> Tensor:
         settings, hidden = self.settings, self.settings.hidden > 0
         self.teacher_model.activate(NAME)
-        answers = self.teacher_model.answers(batch, hidden)
+        answers = self.teacher_model.answers(batch, hidden, training=True)
         loss = losses.distance(goal, answers, settings.temperature) / self.base_distance.mean
         if hidden:
             loss = loss + settings.hidden * losses.hidden_error(goal, answers, self.base_distance.sizes)

@@ -120,6 +120,20 @@ def test_a_model_in_bf16_computes_layers_again(lora: LoraAdapter, small: Compact
     assert api.refine(small, lora, model, token_batches(4, 2, 8), **few).steps == 1
 
 
+def test_what_is_measured_is_what_the_model_answers(lora: LoraAdapter) -> None:
+    """Training may compute the attention of a model in bf16 in float32; held-out answers are those of the model."""
+    model = load_model.load_model(LLAMA).bfloat16()
+    quiet = {"progress": lambda share, text: None}
+    with open_session(model, lora, token_batches(4, 2, 8), Settings(), RunOptions(), **quiet) as session:
+        teacher, (batch, *_) = session.teacher_model, session.evaluator.batches
+        rows = {training: teacher.teacher(batch, False, training).rows for training in (False, True)}
+        with torch.no_grad():
+            logits = losses.masked_rows(
+                model(**batch.inputs).logits, (batch.scored, batch.inputs.get("attention_mask"))
+            )
+    assert torch.equal(rows[False], logits) and not torch.equal(rows[True], logits)
+
+
 def test_words_are_computed_for_the_places_that_count(model: Any) -> None:
     """The output layer sees no other place, and answers and gradients are those of a pass over all of them."""
     ids = torch.randint(0, model.config.vocab_size, (3, 9), generator=torch.Generator().manual_seed(0))
