@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 from lrconvert.core.dtypes import Stored
 from lrconvert.lora.adapter import MATRIX, LoraAdapter, LoraTarget, Target, View
@@ -23,6 +24,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # tests start hundreds of processes: each would compile all it loads
 if "PYTEST_XDIST_WORKER" in os.environ:  # several workers with several threads each wait for one another
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# How long an example takes says something of the machine, not of the code.
+settings.register_profile("lrconvert", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("lrconvert")
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "fixtures"
