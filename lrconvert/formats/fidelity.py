@@ -129,8 +129,8 @@ class Fidelity:
             what = "update's" if self.output_captured is None else "outputs'"
             lines.append(
                 f"only {max(kept, 0):.1%} of the {what} energy is kept: as it is the model may answer more like the "
-                "base than with the LoRA; train the file with `lrconvert refine`, ask for more bytes, or try "
-                "`lrconvert compress`"
+                "base than with the LoRA; train the file with `lrconvert refine`, ask for more bytes, or take "
+                "another form (`lrconvert compress` tries all)"
             )
         return tuple(lines)
 

@@ -199,7 +199,8 @@ def compression(source: str, output: str, done: Compression) -> str:
     shown = _by_fit(done) if after is None else [*_by_answers(done), "", _closed_note(after)]
     lines = [f"{printable(source)} -> {printable(output)}", "", *shown]
     lines[3:3] = [f"  {c.method}: {printable(c.refused.what)}" for c in done.candidates if c.refused is not None]
-    notes = [f"note: {printable(note, 1000)}" for note in done.chosen.notes]
+    nearest = done.candidates[done.winner].conversion  # what is kept is measured there, whatever the strength
+    notes = [f"note: {printable(note, 1000)}" for note in (nearest or done.chosen).notes]
     asked = [_BY_DEFAULT] if done.by_default else []
     return "\n".join([*lines, *asked, *_stronger(done), *([done.note] if done.note else []), *notes])
 
@@ -211,9 +212,10 @@ def _stronger(done: Compression) -> list[str]:
     nearest = done.candidates[done.winner].conversion
     assert nearest is not None and nearest.fidelity is not None and done.chosen.fidelity is not None
     return [
-        f"Written at {done.stronger.strength:.2f} times the LoRA's strength: a file that keeps "
-        f"{nearest.fidelity.captured:.4f} of the weights answers nearer to the LoRA then, although it captures "
-        f"{done.chosen.fidelity.captured:.4f}. --strength 1 writes the nearest fit; --base and --data measure it."
+        f"Written at {done.stronger.strength:.2f} times the LoRA's strength, at which what keeps "
+        f"{nearest.fidelity.captured:.4f} of the weights answers nearer;",
+        f"as written it captures {done.chosen.fidelity.captured:.4f}. --strength 1 writes the nearest fit; --base and "
+        "--data measure both.",
     ]
 
 
