@@ -1,13 +1,29 @@
-"""Devices that torch computes on, tried once and before any work."""
+"""Devices that torch computes on, tried once and before any work, and its threads."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from lrconvert.core.errors import OptionError
 
 if TYPE_CHECKING:
     import torch
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute on one thread of the processor: several wait for one another longer than they compute where
+    there are many small operations."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def torch_device(name: str) -> torch.device:

@@ -14,6 +14,7 @@ import torch
 from conftest import random_lora
 from fits import RNG, captured, convert, kept_by, payload_budget, random_compact
 
+from lrconvert import api
 from lrconvert.core import errors
 from lrconvert.core.dtypes import Stored
 from lrconvert.lora import packing, svd
@@ -516,3 +517,15 @@ def test_layouts_are_checked():
     for name, values in (("ranks", [1, 1]), ("ranks", [2, 2]), ("passes", [0, 1, 0, 0, 1, 0])):
         with pytest.raises(errors.CanonicalError):
             METHOD.config(header, {**layout, name: np.array(values, np.uint32)}, lora.shapes())
+
+
+def test_it_computes_on_one_thread() -> None:
+    """Many small operations are several times as fast on one; a caller's threads are as before."""
+    before, seen = torch.get_num_threads(), set[int]()
+    torch.set_num_threads(3)
+    try:
+        lora = random_lora([(96, 64), (64, 96)], rank=4)
+        api.convert(lora, "vblora", target_size=2600, progress=lambda share, text: seen.add(torch.get_num_threads()))
+        assert torch.get_num_threads() == 3 and seen == {1}
+    finally:
+        torch.set_num_threads(before)

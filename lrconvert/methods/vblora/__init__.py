@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lrconvert.core.devices import one_thread
 from lrconvert.core.dtypes import Array
 from lrconvert.core.errors import CanonicalError, IndexRangeError, LimitError, ValueRangeError
 from lrconvert.core.limits import MAX_RANK
@@ -180,12 +181,14 @@ class VBLora(Method):
             return complete(form, targets, limits, [options.passes or 1] * (2 * sum(limits)))
         from lrconvert.methods.vblora.search import Search
 
-        return Search(lora, spectra, limits, options, budget, context).best()
+        with one_thread():
+            return Search(lora, spectra, limits, options, budget, context).best()
 
     def fit(self, lora: LoraAdapter, config: Config, context: FitContext) -> dict[str, Array]:
         from lrconvert.methods.vblora.fit import fit  # torch
 
-        return fit(lora, config, context)
+        with one_thread():
+            return fit(lora, config, context)
 
     def student(self, compact: CompactAdapter) -> TrainableAdapter:
         from lrconvert.lora.trainable import Rates
