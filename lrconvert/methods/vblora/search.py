@@ -19,9 +19,9 @@ from lrconvert.methods.vblora.form import Config, Form, complete, specs
 from lrconvert.methods.vblora.plan import FITTED_BITS, VBLoraOptions, common_divisor
 from lrconvert.methods.vblora.rows import I64
 
-_SAMPLE = 1 << 14  # numbers on which a form is tried, or 16 sub-vectors per vector if that is more
+_SAMPLE = 1 << 16  # numbers on which a form is tried, or 16 sub-vectors per vector if that is more
 _ROUNDS = 4  # alternations of codes and bank on them
-_VECTORS_TRIED, _SCALARS_TRIED = 2, 2  # forms
+_VECTORS_TRIED, _SCALARS_TRIED = 4, 2  # forms
 _BEAM = (4, 16)  # partial codes kept when the loss is measured: the more, the fewer vectors there are
 _HEADERS = 64  # bytes by which the headers of forms may differ
 _WORK = 1e9  # codes times vectors: forms whose fit would take minutes are left out
