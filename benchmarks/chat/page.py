@@ -67,6 +67,10 @@ def page(done: Rows, encoder: str = "Not run.") -> str:
     return "\n".join([head, *sections, _ENCODER, encoder]).rstrip() + "\n"
 
 
+def _short(name: str) -> str:
+    return TASKS[name].title.split(" as ")[0].split(":")[0]
+
+
 def summary(done: Rows) -> str:
     """Return the table of README: coded low rank on the tasks for testing, refit and refined by half of the steps."""
     names = [name for name, task in TASKS.items() if task.purpose == "test"]
@@ -85,7 +89,7 @@ def summary(done: Rows) -> str:
             row.append(f"{before['closed'][0]:.1%}" if "closed" in before else "not run")
             row.append("not run" if after is None else _interval(after["closed"]))
         rows.append(row)
-    head = [part for name in names for part in (TASKS[name].title.split(" as ")[0].split(":")[0], "refined")]
+    head = [part for name in names for part in (f"{_short(name)}, refit", "refined")]
     return cells.markdown(["size", *head], rows)
 
 
