@@ -1,4 +1,4 @@
-"""lrconvert makes LoRA adapters 10 to 100 times smaller, with the loss measured.
+"""lrconvert makes LoRA adapters 10 to 200 times smaller, with the loss measured.
 
     import lrconvert
     lora = lrconvert.load_lora("my-adapter")

@@ -76,7 +76,7 @@ def _of_methods() -> dict[str, str]:
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="lrconvert")
 def cli() -> None:
-    """Make LoRA adapters 10 to 100 times smaller, with the loss measured.
+    """Make LoRA adapters 10 to 200 times smaller, with the loss measured.
 
     Every command takes -h. Sizes: 1 KB = 1000 bytes. Exit status: 0 done, 1 refused or failed, 2 usage.
     """
