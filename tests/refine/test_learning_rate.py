@@ -190,10 +190,10 @@ def test_answers_that_are_kept_change_no_byte(
     compact = api.convert(lora, "vblora", target_ratio=12).compact
     teacher, asked, counts = TeacherModel.teacher, 0, {}
 
-    def counted(self: TeacherModel, batch: Batch, hidden: bool) -> Any:
+    def counted(self: TeacherModel, batch: Batch, hidden: bool, training: bool = False) -> Any:
         nonlocal asked
         asked += 1
-        return teacher(self, batch, hidden)
+        return teacher(self, batch, hidden, training)
 
     monkeypatch.setattr(TeacherModel, "teacher", counted)
     for name, limit in (("all", 1.0), ("some", 0.0002), ("none", 0.0)):

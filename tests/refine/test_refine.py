@@ -350,10 +350,10 @@ def test_batches_that_do_not_fit_are_cut(
     whole = api.refine(small, lora, model, batches, layerwise=False, **FEW)
     answers = TeacherModel.answers
 
-    def full(self: TeacherModel, batch: losses.Batch, hidden: bool) -> Outputs:
+    def full(self: TeacherModel, batch: losses.Batch, hidden: bool, training: bool = False) -> Outputs:
         if torch.is_grad_enabled() and batch.rows > 1:
             raise torch.OutOfMemoryError("injected")
-        return answers(self, batch, hidden)
+        return answers(self, batch, hidden, training)
 
     monkeypatch.setattr(TeacherModel, "answers", full)
     log = tmp_path / "log"
@@ -363,10 +363,10 @@ def test_batches_that_do_not_fit_are_cut(
     assert cut.after.distance == pytest.approx(whole.after.distance, rel=0.05)
     assert whole.warnings == () and "in up to 4 parts" in cut.warnings[-1]
 
-    def always(self: TeacherModel, batch: losses.Batch, hidden: bool) -> Outputs:
+    def always(self: TeacherModel, batch: losses.Batch, hidden: bool, training: bool = False) -> Outputs:
         if torch.is_grad_enabled():
             raise torch.OutOfMemoryError("injected")
-        return answers(self, batch, hidden)
+        return answers(self, batch, hidden, training)
 
     monkeypatch.setattr(TeacherModel, "answers", always)
     with pytest.raises(OptionError, match="does not fit"):
@@ -415,9 +415,9 @@ def test_the_teacher_answers_held_out_data_once(
     asked: list[Any] = []
     plain = TeacherModel.teacher
 
-    def counting(self: Any, batch: Any, hidden: bool) -> Any:
+    def counting(self: Any, batch: Any, hidden: bool, training: bool = False) -> Any:
         asked.append(batch)
-        return plain(self, batch, hidden)
+        return plain(self, batch, hidden, training)
 
     monkeypatch.setattr(TeacherModel, "teacher", counting)
     settings = Settings(hidden=1.0)
