@@ -1,4 +1,4 @@
-"""What a GPU does for lrconvert: each piece of work that takes a device, there and on a processor.
+"""A GPU's part in lrconvert: each piece of work that takes a device, there and on a processor.
 
     python benchmarks/gpu.py                     measures what is missing, each cell in a process of its own
     python benchmarks/gpu.py --device cpu        measures the cells of one device alone

@@ -1,4 +1,4 @@
-"""What it takes to load an adapter of an 8B model to bf16 factors in memory, beside safetensors and the LoRA itself.
+"""The cost of loading an adapter of an 8B model to bf16 factors in memory, beside safetensors and the LoRA itself.
 
     python benchmarks/loading.py             measures what is missing, each cell in a process of its own
     python benchmarks/loading.py --render    writes the table of docs/loading.md

@@ -23,7 +23,7 @@ Progress = Callable[[float, str], None]
 
 
 class Result(Protocol):
-    """What a verb gives that makes a compact adapter: `Conversion`, `Compression`, `Allocation`, `Refinement`."""
+    """A result of a verb that makes a compact adapter: `Conversion`, `Compression`, `Allocation`, `Refinement`."""
 
     @property
     def compact(self) -> CompactAdapter: ...

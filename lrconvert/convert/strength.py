@@ -1,4 +1,4 @@
-"""How much larger than its nearest fit a small file is written, where no data can tell.
+"""The strength at which a small file is written where no data can tell: larger than its nearest fit.
 
 A fit leaves out what does not fit into the bytes and shrinks what it rounds coarsely: the model answers as with a part
 of the LoRA. docs/strength.md has the measurements behind the rule.

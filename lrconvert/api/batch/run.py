@@ -180,7 +180,7 @@ def _planned(
 
 @dataclass
 class _Tally:
-    """What has become of the adapters so far. With a journal it keeps what a later run needs to know; `settings` of the
+    """Outcomes of the adapters so far. With a journal it keeps what a later run needs to know; `settings` of the
     adapter of a number are what `Line.settings` holds."""
 
     options: BatchOptions

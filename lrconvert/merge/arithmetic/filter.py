@@ -57,7 +57,7 @@ class FilterBlock:
 
     @property
     def suits_loops(self) -> bool:
-        """Whether the compiled loops take it."""
+        """True where the compiled loops take it."""
         return self.dtype == "BF16" and self.stored.flags.carray and self.out.flags.carray
 
 
