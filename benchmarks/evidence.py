@@ -9,7 +9,8 @@ refits and the teacher's answers are kept in ``--folder``; what is there is not 
 stopped goes on. A cell is measured again where anything differs that changes its numbers: `Setting`.
 
 A size is that of the whole file as a share of the LoRA's factors at 16 bit. Refits use the statistics of texts that
-trained the LoRA, refinement sees as many of them as its steps read once.
+trained the LoRA, and the strength that `compress` chooses without data; refinement sees as many of those texts as its
+steps read once.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ class Setting:
     code: str
     base: str
     lora: str
+    strength: str = "by the captured share"
 
     @property
     def cell(self) -> str:
@@ -165,28 +167,33 @@ def statistics_of(run: Run, teacher: Teacher) -> Any:
 # --- cells ----------------------------------------------------------------------------------------------------------
 
 
-def _refit(run: Run, teacher: Teacher, lora: Any, setting: Setting) -> tuple[Any, str]:
-    """Return the refit and its method; kept by the code that made it."""
+def _refit(run: Run, teacher: Teacher, lora: Any, setting: Setting) -> tuple[Any, dict[str, Any]]:
+    """Return the refit, its method and its strength; kept by the code that made it."""
     from lrconvert import api
+    from lrconvert.convert.strength import strength_without_data
 
     kept = teacher.folder / f"{setting.form.replace(' ', '-')}-{setting.share}-{setting.code}.lrc"
-    if not kept.exists():
+    about = kept.with_suffix(".json")
+    if not about.exists():
         size = int(lora.half_bytes * setting.share / 100)
         form = setting.form.removesuffix(_PLAIN)
         methods = {"sbora or bone": (("sbora", {}), ("bone", {"shard": "auto"}))}.get(form, ((form, {}),))
-        statistics = statistics_of(run, teacher) if form == setting.form else None
+        given = {"target_size": size, "statistics": statistics_of(run, teacher) if form == setting.form else None}
         made, refused = [], []
         for method, options in methods:
             try:
-                made.append(api.convert(lora, method, target_size=size, statistics=statistics, **options))
+                made.append((api.convert(lora, method, **given, **options), method, options))
             except api.LrcError as error:
                 refused.append(error)
         if not made:
             raise refused[0]
-        best = max(made, key=lambda conversion: conversion.fidelity.captured)
-        api.write(best.compact, kept)
-    compact = api.read(kept)
-    return compact, compact.method
+        best, method, options = max(made, key=lambda fit: fit[0].fidelity.captured)
+        strength = strength_without_data(method, best.fidelity.captured)
+        if strength != 1:
+            best = api.convert(lora, method, **given, **options, strength=strength)
+        api.write(best.compact, kept, overwrite=True)
+        about.write_text(json.dumps({"method": best.compact.method, "strength": round(strength, 3)}))
+    return api.read(kept), json.loads(about.read_text())
 
 
 def _refined(run: Run, teacher: Teacher, lora: Any, compact: Any, setting: Setting) -> tuple[Any, dict[str, Any]]:
@@ -235,7 +242,7 @@ def measured(run: Run, setting: Setting) -> dict[str, Any]:
         if setting.form in PEERS:
             adapter, nbytes, row = _peer(run, teacher, lora, setting)
         else:
-            adapter, row["method"] = _refit(run, teacher, lora, setting)
+            adapter, row = _refit(run, teacher, lora, setting)
             if setting.mode == "refined":
                 adapter, more = _refined(run, teacher, lora, adapter, setting)
                 row |= more

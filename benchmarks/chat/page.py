@@ -21,7 +21,8 @@ the system message. **Defaults of lrconvert are tuned on E2E and TREC only; SST-
 - *share*: bytes of the whole file (of a peer: of its numbers alone, without header and names) as a share of the LoRA's
   factors at 16 bit. A share does not carry across ranks, so *bits a component* stands beside it: the file's bits over
   the components of all targets of the LoRA.
-- *refit*: with the statistics of texts that trained the LoRA, where the form does not say without; *refined*: and
+- *refit*: with the statistics of texts that trained the LoRA, where the form does not say without; *times*: the
+  strength, where it is not 1, that `compress` chooses without data ([strength.md](strength.md)); *refined*: and
   {steps} steps of distillation (half of the LoRA's own are 150). Trained peers get the same steps, the same
   distillation, and the best of three rates, whose trial is a part of the steps. Peers by refit use no data.
 - *KL closed*: the share of the KL distance between base and LoRA that is closed, at the tokens of the answers of what
@@ -121,7 +122,8 @@ def _row(score_name: str, row: dict[str, Any]) -> list[str]:
     setting = row["setting"]
     steps = f" with {setting['steps']} steps" if setting["mode"] == "refined" else ""
     seed = f", seed {setting['seed']}" if setting["seed"] else ""
-    title = f"{setting['share']:g} %, {setting['form']}, {setting['mode']}{steps}{seed}"
+    strength = f" times {row['strength']:g}" if row.get("strength", 1) != 1 else ""
+    title = f"{setting['share']:g} %, {setting['form']}{strength}, {setting['mode']}{steps}{seed}"
     if "closed" not in row:
         return [title, "too small", "", "", "", "", ""]
     closed, gain = (_interval(row[name]) for name in ("closed", "gain"))
