@@ -26,13 +26,13 @@ from lrconvert.formats.readers.shared.options import ReadOptions
 def inspect(source: Path, base: Path | None, as_json: bool, **given: Any) -> None:
     """Show what an adapter is: targets, ranks, spectrum, bytes. Any LoRA layout, lrconvert files, statistics."""
     from lrconvert import api
-    from lrconvert.report import text_and_json
+    from lrconvert.report.inspection import inspection_text
 
     facts = api.inspect(source, base=base, **flags.chosen(given, ReadOptions))
     if as_json:
         emit({"path": str(source), **facts})
         return
-    say(text_and_json.inspection(str(source), facts))
+    say(inspection_text(str(source), facts))
     warn(facts["warnings"])
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from lrconvert.cli.refining import refinement_json, refinement_text
 from lrconvert.core.errors import printable
-from lrconvert.report import text_and_json
+from lrconvert.report.conversion import conversion_json
+from lrconvert.report.tables import table
 
 if TYPE_CHECKING:
     from lrconvert.convert.rank_allocation import Allocation, Module
@@ -30,7 +31,7 @@ def allocation_json(done: Allocation) -> dict[str, Any]:
         rounds = [{"step": r.step, "bytes": r.nbytes, "components": dict(r.components)} for r in done.rounds]
         trained = {"training": {**refinement_json(done.training), "rounds": rounds}}
     return {
-        **text_and_json.conversion_json(done),
+        **conversion_json(done),
         **trained,
         "scores": {"of": done.scores, "items": done.items, "ablated": done.ablated},
         "modules": [
@@ -57,7 +58,7 @@ def _rounds(rounds: Sequence[Round]) -> str:
         [printable(name), *(r.components[kind] for r in shown)] for name, kind in zip(_short(kinds), kinds, strict=True)
     ]
     rows.append(["bytes", *(r.nbytes for r in shown)])
-    return text_and_json.table(["module", *(f"{r.step:,}" for r in shown)], rows)
+    return table(["module", *(f"{r.step:,}" for r in shown)], rows)
 
 
 def allocation_text(done: Allocation, verbose: bool) -> str:
@@ -81,11 +82,11 @@ def ranks(done: Allocation, verbose: bool) -> str:
     parts = [
         f"rank      {before:,} -> {after:,} over {len(done.modules)} modules, {measured_by}",
         "",
-        text_and_json.table(head, rows),
+        table(head, rows),
     ]
     if verbose:
         each = [[printable(m.name), m.before, m.after] for m in done.modules]
-        parts += ["", text_and_json.table(["module", "rank before", "after"], each)]
+        parts += ["", table(["module", "rank before", "after"], each)]
     return "\n".join(parts)
 
 

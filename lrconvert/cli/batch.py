@@ -94,12 +94,12 @@ class _Shown:
 
     def _show(self, after: str = "") -> None:
         """Print what has come together, with the text `after` the table."""
-        from lrconvert.report import text_and_json
+        from lrconvert.report.tables import table
 
         warn(sorted(self._warnings))
         if not self._request.quiet:
             head = ["adapter", "state", "bytes", "ratio", "captured", "dropped", "error"]
-            say(f"{text_and_json.table(head, sorted(self._rows))}{after}")
+            say(f"{table(head, sorted(self._rows))}{after}")
         for _, message in sorted(self._messages):
             say(message, err=True)
         self._rows, self._warnings, self._messages = [], [], []

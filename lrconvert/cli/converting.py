@@ -103,11 +103,11 @@ def _one(
 
 
 def _shown(request: Request, conversion: Conversion) -> Result:
-    from lrconvert.report import text_and_json
+    from lrconvert.report.conversion import conversion_json, conversion_text
 
     output = None if request.dry_run else str(request.output)
-    text = text_and_json.conversion(str(request.sources[0]), output, conversion, request.verbose)
-    return Result(conversion, text_and_json.conversion_json(conversion), text)
+    text = conversion_text(str(request.sources[0]), output, conversion, request.verbose)
+    return Result(conversion, conversion_json(conversion), text)
 
 
 def _check_paths(request: Request) -> Path:
@@ -152,11 +152,11 @@ def _compress(*, methods: str | None, **given: Any) -> None:
 
     def compress(lora: LoraAdapter, progress: Progress) -> Result:
         from lrconvert import api
-        from lrconvert.report import text_and_json
+        from lrconvert.report.compression import compression_json, compression_text
 
         done = api.compress(lora, progress=progress, **options)
-        text = text_and_json.compression(str(request.sources[0]), str(request.output), done)
-        return Result(done.chosen, text_and_json.compression_json(done), text)
+        text = compression_text(str(request.sources[0]), str(request.output), done)
+        return Result(done.chosen, compression_json(done), text)
 
     _one(request, "compress", options, compress)
 

@@ -16,7 +16,7 @@ from lrconvert.cli import flags
 from lrconvert.cli.printing import say
 from lrconvert.core.errors import printable
 from lrconvert.io.durable import check_output, make_folder
-from lrconvert.report.text_and_json import table
+from lrconvert.report.tables import table
 
 HERE = Path(__file__).resolve().parent.parent / "demo"
 RATIO, STEPS = 30, 100

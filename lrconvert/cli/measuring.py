@@ -31,7 +31,7 @@ def statistics(base: Path, data: tuple[Path, ...], output: Path, adapter: Path |
     Work that was broken off goes on where it was if the same command is given again.
     """
     from lrconvert import api
-    from lrconvert.report import text_and_json
+    from lrconvert.report.inspection import statistics_json, statistics_text
 
     quiet, as_json = given.pop("quiet"), given.pop("as_json")
     with progress_bar("statistics", quiet or as_json) as progress:
@@ -39,9 +39,9 @@ def statistics(base: Path, data: tuple[Path, ...], output: Path, adapter: Path |
         measured = api.statistics(base, data, output, adapter=adapter, progress=progress, **options)
     nbytes = output.stat().st_size
     if as_json:
-        emit({"base": str(base), "output": str(output), **text_and_json.statistics_json(measured, nbytes)})
+        emit({"base": str(base), "output": str(output), **statistics_json(measured, nbytes)})
     elif not quiet:
-        say(text_and_json.statistics(str(output), measured, nbytes))
+        say(statistics_text(str(output), measured, nbytes))
 
 
 @flags.command(
@@ -69,7 +69,7 @@ def compare(source: Path, files: tuple[Path, ...], html: Path | None, **given: A
     from lrconvert.io import hub
     from lrconvert.io.durable import atomic_file, check_output
     from lrconvert.report import html as pages
-    from lrconvert.report import text_and_json
+    from lrconvert.report.comparison import comparison_text, fidelity_json
 
     overwrite, verbose, as_json = given.pop("overwrite"), given.pop("verbose"), given.pop("as_json")
     data = given.pop("data") or None
@@ -84,12 +84,9 @@ def compare(source: Path, files: tuple[Path, ...], html: Path | None, **given: A
         with atomic_file(html, overwrite=overwrite) as out:
             out.write(text.encode())
     if as_json:
-        measured = [
-            {"path": str(path), **text_and_json.fidelity_json(fidelity)}
-            for path, fidelity in zip(files, rows, strict=True)
-        ]
+        measured = [{"path": str(path), **fidelity_json(fidelity)} for path, fidelity in zip(files, rows, strict=True)]
         emit({"source": str(source), "files": measured})
         return
     for path, fidelity in zip(files, rows, strict=True):
         warn(f"{path}: {line}" for line in fidelity.warnings)
-    say(text_and_json.comparison(named, verbose))
+    say(comparison_text(named, verbose))

@@ -56,7 +56,7 @@ def merge_into_base(base: Path, adapters: tuple[str, ...], output: Path | None, 
     Their sum, each times its SCALE, is added to the weights and rounded once, correctly. `unmerge` takes it out again.
     """
     from lrconvert import api
-    from lrconvert.report import text_and_json
+    from lrconvert.report.merging import merge_json, merge_text
 
     quiet, verbose, as_json = given.pop("quiet"), given.pop("verbose"), given.pop("as_json")
     if (output is None) != given["in_place"]:
@@ -66,10 +66,10 @@ def merge_into_base(base: Path, adapters: tuple[str, ...], output: Path | None, 
         report = api.merge(base, scaled, output, progress=progress, **flags.chosen(given, MergeOptions))
     if as_json:
         named = {"base": str(base), "adapters": list(adapters), "output": str(output or base)}
-        emit({**named, **text_and_json.merge_json(report)})
+        emit({**named, **merge_json(report)})
         return
     if not quiet:
-        say(text_and_json.merging(str(output or base), report, verbose))
+        say(merge_text(str(output or base), report, verbose))
     warn(report.warnings)
 
 
@@ -85,7 +85,7 @@ def merge_into_base(base: Path, adapters: tuple[str, ...], output: Path | None, 
 def unmerge(merged: Path, output: Path | None, quiet: bool, as_json: bool, **given: Any) -> None:
     """Undo the last merge of the model folder MERGED: every byte of the base comes back, verified."""
     from lrconvert import api
-    from lrconvert.report import text_and_json
+    from lrconvert.report.merging import unmerge_text
 
     with progress_bar("unmerge", quiet or as_json) as progress:
         report = api.unmerge(merged, output, progress=progress, **flags.chosen(given, UnmergeOptions))
@@ -94,7 +94,7 @@ def unmerge(merged: Path, output: Path | None, quiet: bool, as_json: bool, **giv
         emit({"merged": str(merged), "output": place, **dataclasses.asdict(report)})
         return
     if not quiet:
-        say(text_and_json.unmerging(place, report))
+        say(unmerge_text(place, report))
     warn(report.warnings)
 
 
@@ -117,7 +117,7 @@ def unmerge(merged: Path, output: Path | None, quiet: bool, as_json: bool, **giv
 def verify(merged: Path, base: Path, adapters: tuple[str, ...], dequantize: bool, **given: Any) -> None:
     """Confirm that MERGED is BASE with the ADAPTERs merged in: computes it again and compares every bit."""
     from lrconvert import api
-    from lrconvert.report import text_and_json
+    from lrconvert.report.merging import verification_text
 
     quiet, as_json = given.pop("quiet"), given.pop("as_json")
     with progress_bar("verify", quiet or as_json) as progress:
@@ -126,7 +126,7 @@ def verify(merged: Path, base: Path, adapters: tuple[str, ...], dequantize: bool
     if as_json:
         emit({"merged": str(merged), "base": str(base), "ok": report.ok, **dataclasses.asdict(report)})
     elif not (quiet and report.ok):
-        say(text_and_json.verification(str(merged), report))
+        say(verification_text(str(merged), report))
     if not report.ok:
         raise click.exceptions.Exit(EXIT_REFUSED)
 
@@ -138,10 +138,10 @@ def recover(path: Path, quiet: bool, as_json: bool) -> None:
     Also removes what killed runs have left of an output flags.PATH beside it.
     """
     from lrconvert import api
-    from lrconvert.report import text_and_json
+    from lrconvert.report.merging import recovery_text
 
     recovery = api.recover(path)
     if as_json:
         emit(dataclasses.asdict(recovery))
     elif not quiet:
-        say(text_and_json.recovery(recovery))
+        say(recovery_text(recovery))

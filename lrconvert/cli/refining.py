@@ -61,7 +61,8 @@ def refine(file: Path, base: Path, teacher: Path, data: tuple[Path, ...], output
 
 
 def refinement_json(done: Refinement) -> dict[str, Any]:
-    from lrconvert.report.text_and_json import answers_json, sizes_json
+    from lrconvert.report.comparison import answers_json
+    from lrconvert.report.conversion import sizes_json
 
     return {
         "bytes": sizes_json(done.sizes),
@@ -80,7 +81,8 @@ def refinement_json(done: Refinement) -> dict[str, Any]:
 
 def refinement_text(file: str, output: str, done: Refinement) -> str:
     """Show the size, and the answers before and after, against the LoRA's, on data that was held out, as a table."""
-    from lrconvert.report import text_and_json
+    from lrconvert.report.conversion import size_line
+    from lrconvert.report.tables import table
 
     rows = []
     for name, answers in (("before", done.before), ("after", done.after)):
@@ -89,5 +91,5 @@ def refinement_text(file: str, output: str, done: Refinement) -> str:
     stages = f"{done.steps} steps" + (", after a fit layer by layer" if done.layerwise else "")
     head = ["", f"{done.before.kind} from the LoRA", "closed", "agreement"]
     title = f"{printable(file)} -> {printable(output)}   {stages}, {done.seconds:.0f} s"
-    title += f"\n{text_and_json.size_line(done.sizes, done.ratio, done.source_bytes)}"
-    return f"{title}\n\nOn {done.before.items:,} held-out items:\n\n{text_and_json.table(head, rows)}"
+    title += f"\n{size_line(done.sizes, done.ratio, done.source_bytes)}"
+    return f"{title}\n\nOn {done.before.items:,} held-out items:\n\n{table(head, rows)}"

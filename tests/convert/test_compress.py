@@ -24,7 +24,8 @@ from lrconvert.methods import base as methods
 from lrconvert.refine import successive_halving
 from lrconvert.refine.session import open_session
 from lrconvert.refine.settings import RunOptions, Settings
-from lrconvert.report import text_and_json
+from lrconvert.report.compression import compression_json, compression_text
+from lrconvert.report.conversion import conversion_text
 
 FORMS = ("vblora", "lowrank")
 LORA = random_lora([(96, 64), (64, 96), (40, 72)], rank=6, seed=1)
@@ -233,9 +234,9 @@ def test_without_data_the_winner_is_written_stronger():
     again = api.convert(lora, ranked.method, target_size=3000, strength=done.stronger.strength)
     assert b"".join(file.encode(done.chosen.compact)) == b"".join(file.encode(again.compact))
     assert done.chosen.sizes.adapter <= 3000
-    shown = text_and_json.compression("x", "y", done)
+    shown = compression_text("x", "y", done)
     assert f"{done.stronger.strength:.2f} times the LoRA's strength" in shown and f"keeps {captured:.4f}" in shown
-    assert text_and_json.compression_json(done)["strength"] == done.stronger.strength
+    assert compression_json(done)["strength"] == done.stronger.strength
     for given in ({"strength": 1.0}, {"strength": 1.5}):
         kept = api.compress(lora, target_size=3000, forms=["lowrank"], **given)
         assert kept.stronger is None and kept.chosen.compact.tensors.keys() == near.compact.tensors.keys()
@@ -251,7 +252,7 @@ def test_without_a_size_a_file_is_50_times_smaller():
     assert not api.compress(lora, forms=["lowrank"], target_ratio=50).by_default
     made = api.convert(lora, "sbora")
     assert made.by_default and made.ratio >= 50 and not api.convert(lora, "sbora", target_ratio=50).by_default
-    for text in (text_and_json.compression("x", "y", done), text_and_json.conversion("x", "y", made, False)):
+    for text in (compression_text("x", "y", done), conversion_text("x", "y", made, False)):
         assert "No size was asked for: at least 50 times smaller." in text
     assert not api.convert(lora, "lowrank").by_default  # it keeps what it can at full size
 

@@ -15,7 +15,9 @@ from lrconvert.core.dtypes import Stored
 from lrconvert.formats.fidelity import fidelity
 from lrconvert.lora.adapter import LoraAdapter
 from lrconvert.methods import base as methods
-from lrconvert.report import html, text_and_json
+from lrconvert.report import html
+from lrconvert.report.comparison import comparison_text, fidelity_json
+from lrconvert.report.conversion import conversion_json, conversion_text
 
 
 @pytest.fixture(scope="module")
@@ -36,20 +38,20 @@ def test_every_converter_says_what_it_dropped(method: str, lora: LoraAdapter) ->
         dropped = [line for line in kept.notes if "modules are dropped" in line]
         assert bool(dropped) == bool(zero) and all(line.startswith(f"{len(zero)} of 14 ") for line in dropped)
         assert any("lrconvert refine" in line for line in kept.notes) == (kept.captured < 0.5)
-        shown = text_and_json.comparison([("x.lrc", kept)], False)
-        page, facts = html.page("t", "s", [("x.lrc", kept)]), text_and_json.fidelity_json(kept)
+        shown = comparison_text([("x.lrc", kept)], False)
+        page, facts = html.page("t", "s", [("x.lrc", kept)]), fidelity_json(kept)
         assert facts["dropped"] == list(kept.dropped) and facts["notes"] == list(kept.notes)
         assert all(note in shown and "modules dropped" in page for note in kept.notes)
         assert page.count("<h2>Notes</h2>") == bool(kept.notes)
     assert len(fidelity(lora, silent).dropped) == 14
-    assert text_and_json.conversion_json(done)["notes"] == list(done.notes)
-    assert all(note in text_and_json.conversion("a", "b", done, False) for note in done.notes)
+    assert conversion_json(done)["notes"] == list(done.notes)
+    assert all(note in conversion_text("a", "b", done, False) for note in done.notes)
 
 
 def test_the_worst_is_the_worst_of_what_is_kept(lora: LoraAdapter) -> None:
     done = api.convert(lora, "lowrank", target_size=3000)
     assert done.dropped and done.fidelity is not None
-    text = text_and_json.conversion("a", "b", done, False)
+    text = conversion_text("a", "b", done, False)
     worst = min(t.captured for t in done.fidelity.targets if not t.is_dropped)  # type: ignore[type-var]
     assert f"worst     {worst:.4f}" in text and f"{len(done.dropped)} of 14 modules are dropped" in text
     planned = api.convert(lora, "lowrank", target_size=3000, dry_run=True)
@@ -81,8 +83,8 @@ def test_of_nothing_nothing_is_kept(lora: LoraAdapter) -> None:
     assert done.fidelity is not None and done.fidelity.captured == 0 and not done.dropped
     assert all(t.captured is None for t in done.fidelity.targets)
     assert any("update is zero" in note for note in done.notes)
-    json.dumps(text_and_json.conversion_json(done), allow_nan=False)
-    assert "worst" not in text_and_json.conversion("a", "b", done, False)
+    json.dumps(conversion_json(done), allow_nan=False)
+    assert "worst" not in conversion_text("a", "b", done, False)
     html.page("t", "s", [("x", done.fidelity)])
 
 

@@ -17,7 +17,7 @@ from lrconvert import api
 from lrconvert.core.errors import OptionError
 from lrconvert.live import attach
 from lrconvert.methods import base as methods
-from lrconvert.report import text_and_json
+from lrconvert.report.comparison import comparison_text
 
 LLAMA = BASES / "tiny-llama"
 
@@ -96,7 +96,7 @@ def test_models_without_logits() -> None:
         fidelity.answers is not None and fidelity.answers.kind == "hidden states" and fidelity.answers.agreement is None
     )
     assert 0 < fidelity.answers.distance < fidelity.answers.base_distance
-    shown = text_and_json.comparison([("x", fidelity)], False)
+    shown = comparison_text([("x", fidelity)], False)
     assert "error of hidden states" in shown
 
 

@@ -23,7 +23,8 @@ from lrconvert import api
 from lrconvert.convert import ablation
 from lrconvert.live import load_model, zero_point
 from lrconvert.lora.adapter import CompactAdapter, ExtraTensor, LoraAdapter
-from lrconvert.report import html, text_and_json
+from lrconvert.report import html
+from lrconvert.report.comparison import comparison_text, fidelity_json
 
 pytestmark = pytest.mark.medium
 
@@ -150,8 +151,8 @@ def test_sides_that_differ_are_named() -> None:
     (backwards,) = zero_point.differences(replace(lora, extras=()), whole)
     assert "which the LoRA lacks" in backwards
     named = [(f"{n}.lrc", row) for n, row in enumerate(rows)]
-    assert text_and_json.comparison(named, False).count("(no update)") == 3
-    assert text_and_json.fidelity_json(rows[1])["warnings"] == list(rows[1].warnings)
+    assert comparison_text(named, False).count("(no update)") == 3
+    assert fidelity_json(rows[1])["warnings"] == list(rows[1].warnings)
     assert "which the file lacks" in html.page("x", "y", named)
 
 

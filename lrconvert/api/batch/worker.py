@@ -29,7 +29,7 @@ from lrconvert.io.checkpoint import KnownContent
 from lrconvert.io.durable import check_output, make_folder
 from lrconvert.kernels import jit
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
-from lrconvert.report import text_and_json
+from lrconvert.report.conversion import conversion_json, conversion_text, sizes_json
 
 # Processor seconds after which loading the compiled loops of the entropy coder costs little beside what was done: they
 # save a tenth of a second for a million numbers, which no adapter of that size pays for alone. The bytes are the same.
@@ -85,11 +85,11 @@ def _work(job: Mapping[str, Any]) -> dict[str, Any]:
             if (finished := request.finished(output, wanted)) is None:
                 raise
             return _passed_by(finished)  # a worker of a batch that was killed was still at it
-    answer: dict[str, Any] = {"state": "done", "report": text_and_json.conversion_json(done)}
+    answer: dict[str, Any] = {"state": "done", "report": conversion_json(done)}
     if output is not None:
         answer |= {**_states(before, path, output), "stated": _captured(done.compact)}
     if job["verbose"]:
-        answer["text"] = text_and_json.conversion(str(path), job["output"], done, True)
+        answer["text"] = conversion_text(str(path), job["output"], done, True)
     captured = None if done.fidelity is None else done.fidelity.captured
     losses = {"warnings": [*done.warnings, *done.notes], "dropped": len(done.dropped)}
     return {**answer, **_numbers(done.sizes, captured, done.ratio), **losses}
@@ -129,7 +129,7 @@ def _states(before: request.State, path: Path, output: Path, was: request.State 
 
 
 def _numbers(sizes: file.Sizes, captured: float | None, ratio: float | None) -> dict[str, Any]:
-    return {"bytes": text_and_json.sizes_json(sizes), "captured": captured, "ratio": ratio}
+    return {"bytes": sizes_json(sizes), "captured": captured, "ratio": ratio}
 
 
 def main() -> None:

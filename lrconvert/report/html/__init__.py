@@ -19,7 +19,7 @@ from lrconvert.core.errors import printable
 from lrconvert.formats.fidelity import Answers, Fidelity
 from lrconvert.report.html import layers, measures, plots
 from lrconvert.report.html.measures import MEASURES, File
-from lrconvert.report.text_and_json import count_bytes
+from lrconvert.report.tables import count_bytes
 
 if TYPE_CHECKING:
     from jinja2 import Template

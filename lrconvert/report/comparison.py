@@ -1,0 +1,102 @@
+"""What files keep of their LoRA: what `compare` prints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from lrconvert.core.errors import printable
+from lrconvert.formats.fidelity import Answers, Fidelity, TargetFidelity
+from lrconvert.report.tables import percent, picked, share, table
+
+_ROWS = 12  # targets shown without --verbose
+# What was captured: in the weight norm, of the outputs under statistics, of the outputs on data.
+CAPTURED = {"captured": "captured", "output_captured": "of outputs", "data_captured": "on the data"}
+
+
+def answers_json(answers: Answers) -> dict[str, Any]:
+    """Return the distance of a model's answers from the LoRA's, and the share of it that is closed."""
+    return {"of": answers.kind, **picked(answers, "items", "distance", "base_distance", "closed", "agreement")}
+
+
+def fidelity_json(fidelity: Fidelity) -> dict[str, Any]:
+    """Return what a file keeps of its LoRA, in all and of each target."""
+    answers = fidelity.answers
+    return {
+        **picked(fidelity, "method", *CAPTURED),
+        "answers": None if answers is None else {**asdict(answers), "closed": answers.closed},
+        "ratio": fidelity.ratio,
+        "source_bytes_at_16_bit": fidelity.source_bytes,
+        "bytes": {
+            part: getattr(fidelity, f"{part}_bytes") for part in ("total", "adapter", "payload", "overhead", "extras")
+        },
+        "targets": [
+            {**picked(t, "name", "rank_before", "rank_after", *CAPTURED), "norm": t.energy**0.5}
+            for t in fidelity.targets
+        ],
+        "dropped": list(fidelity.dropped),
+        "notes": list(fidelity.notes),
+        "warnings": list(fidelity.warnings),
+    }
+
+
+def comparison_text(files: Sequence[tuple[str, Fidelity]], verbose: bool) -> str:
+    """Return the files, each a name and what it keeps, as tables: sizes, answers, and the worst targets or all."""
+    shown = [name for name in CAPTURED if any(getattr(f, name) is not None for _, f in files)]
+    rows = [
+        [printable(name), f.method, f"{f.adapter_bytes:,}", f"{f.overhead_bytes:,}", f"{f.extras_bytes:,}",
+         f"{f.ratio:.1f}", len(f.dropped), *(share(getattr(f, which)) for which in shown)]
+        for name, f in files
+    ]  # fmt: skip
+    head = [
+        "file",
+        "method",
+        "bytes",
+        "of it overhead",
+        "extras",
+        "ratio",
+        "dropped",
+        *(CAPTURED[name] for name in shown),
+    ]
+    parts = [table(head, rows)]
+    if answers := [(name, f.answers) for name, f in files if f.answers is not None]:
+        parts.append(_answers(answers))
+    for name, f in files:
+        notes = "".join(f"note: {printable(note, 1000)}\n" for note in f.notes)
+        parts.append(f"{printable(name)}\n{notes}{fidelity_table(f, len(f.targets) if verbose else _ROWS)}")
+        if not verbose and len(f.targets) > _ROWS:
+            parts[-1] += f"\n... and {len(f.targets) - _ROWS} more (-v shows all)"
+    return "\n\n".join(parts)
+
+
+def _answers(files: Sequence[tuple[str, Answers]]) -> str:
+    """Show how far the models' answers are from the LoRA's, and before each file the base that it was measured from, if
+    that is another one than before: heads that a file carries are on its base, too."""
+    first, rows, base = files[0][1], [], None
+    for name, a in files:
+        if base != (a.base_distance, a.base_agreement):
+            base = a.base_distance, a.base_agreement
+            rows.append(["(no update)", f"{a.base_distance:.4g}", "0.0%", percent(a.base_agreement)])
+        rows.append([printable(name), f"{a.distance:.4g}", f"{a.closed:.1%}", percent(a.agreement)])
+    unit = "KL, nats" if first.kind == "KL" else "error of hidden states"
+    return table([f"answers on {first.items:,} items", unit, "of it closed", "agrees with the LoRA"], rows)
+
+
+def fidelity_table(fidelity: Fidelity, rows: int) -> str:
+    """Return the captured shares of targets as a table, the worst `rows` of them."""
+    shown_targets = sorted(fidelity.targets, key=worst_first)[:rows]
+    shown = [name for name in CAPTURED if getattr(fidelity, name) is not None]
+    return table(
+        ["target (worst first)", "rank before", "after", *(CAPTURED[name] for name in shown)],
+        [
+            [printable(t.name), t.rank_before, t.rank_after, *(share(getattr(t, name)) for name in shown)]
+            for t in shown_targets
+        ],
+    )
+
+
+def worst_first(target: TargetFidelity) -> float:
+    """Return the key that sorts targets by what is kept of them."""
+    return math.inf if target.captured is None else target.captured

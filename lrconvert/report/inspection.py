@@ -1,0 +1,86 @@
+"""Adapters and statistics as they lie on disk: what `inspect` and `statistics` print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lrconvert.core.errors import printable
+from lrconvert.formats.fidelity import inspect_statistics
+from lrconvert.methods import base as methods
+from lrconvert.report.tables import count_bytes, listed, span, table
+
+if TYPE_CHECKING:
+    from lrconvert.lora.input_statistics import InputStatistics
+
+
+def inspection_text(path: str, facts: dict[str, Any]) -> str:
+    """Return what `api.inspect` says of a file or folder as text."""
+    if facts["kind"] == "statistics":
+        return f"{_statistics(path, facts)}\nbase contents: {facts['base'] or 'not recorded'}"
+    rows, method = facts["targets"], facts.get("method")
+    kind = f"lrconvert file, {methods.get(method['id']).title}" if method else "LoRA"
+    lines = [f"{printable(path)}: {kind}, {len(rows)} targets"]
+    if facts["base_model"]:
+        lines.append(f"base model (a hint, never opened): {printable(facts['base_model'])}")
+    if method:
+        size = facts["bytes"]
+        parts = ", ".join(f"{part} {size[part]:,}" for part in ("payload", "overhead", "extras"))
+        lines.append(f"{size['total']:,} bytes: {parts}")
+        lines.append(f"method {method['id']} version {method['version']}: {listed(method['config'])}")
+        lines.append(f"base contents: {facts['base']['content'] or 'not recorded'}")
+    else:
+        stored = ", ".join(f"{count_bytes(n)} {dtype}" for dtype, n in facts["bytes_by_dtype"].items())
+        lines.append(f"{facts['parameters']:,} numbers: {stored}; {facts['bytes_at_16_bit']:,} bytes at 16 bit")
+    if facts["extras"]:
+        total = sum(e["bytes"] for e in facts["extras"])
+        names = ", ".join(printable(e["name"]) for e in facts["extras"][:4])
+        lines.append(f"{len(facts['extras'])} extra tensors carried along, {total:,} bytes: {names}")
+    return "\n".join([*lines, "", _target_table(facts["kind"], rows)])
+
+
+def _target_table(kind: str, rows: Sequence[dict[str, Any]]) -> str:
+    """One row per group of targets whose names differ in numbers only: the spectrum as a range over the group."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        pattern = ".".join("*" if part.isdigit() else part for part in row["name"].split("."))
+        groups.setdefault((pattern, f"{row['out']} x {row['in']}"), []).append(row)
+    head = ["target", "count", "out x in", "rank", "norm"]
+    if kind == "lora":
+        head += ["scale", "dtype", "rank for 90 %", "99 %", "99.9 %"]
+    body = []
+    for (pattern, shape), members in groups.items():
+        cells = [printable(pattern), len(members), shape, span(m["rank"] for m in members)]
+        norms = [m["norm"] for m in members if m["norm"] is not None]
+        cells.append(span(norms, "{:.3g}") if norms else "-")
+        if kind == "lora":
+            cells += [span((m["scale"] for m in members), "{:g}"), "/".join(sorted({m["dtype"] for m in members}))]
+            cells += [span(m["spectrum"][share] for m in members) for share in ("90", "99", "99.9")]
+        body.append(cells)
+    return table(head, body)
+
+
+def statistics_json(statistics: InputStatistics, nbytes: int) -> dict[str, Any]:
+    """Return what `nbytes` of input statistics hold."""
+    facts = inspect_statistics(statistics, nbytes)
+    return {key: facts[key] for key in ("tokens", "bytes", "base", "data", "inputs")}
+
+
+def statistics_text(output: str, measured: InputStatistics, nbytes: int) -> str:
+    """Return the same as text."""
+    return f"wrote {_statistics(output, inspect_statistics(measured, nbytes))}"
+
+
+def _statistics(path: str, facts: dict[str, Any]) -> str:
+    inputs = facts["inputs"]
+    layers = sum(len(i["names"]) for i in inputs)
+    lines = [
+        f"{printable(path)}: {facts['bytes']:,} bytes",
+        f"tokens  {facts['tokens']:,}",
+        f"inputs  {span({i['width'] for i in inputs})} wide; {layers} layers are measured, by {len(inputs)} inputs"
+        + (": layers that are given the same tensor share one" if len(inputs) < layers else ""),
+    ]
+    if few := [i for i in inputs if i["tokens"] < i["width"]]:
+        example = printable(few[0]["names"][0])
+        lines.append(f"warning: {len(few)} inputs saw fewer tokens than they are wide, {example} for one")
+    return "\n".join(lines)

@@ -1,0 +1,49 @@
+"""Pieces of reports that several of them print: tables, sizes, shares. Nothing is computed here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+
+def count_bytes(n: int) -> str:
+    """Return a size with its unit, 1,234,567 as 1.235 MB; below 10 KB it is exact."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("KB", 10**4)):
+        if n >= size:
+            return f"{n / (1000 if unit == 'KB' else size):.4g} {unit}"
+    return f"{n:,} B"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return columns padded to fit, the first left-aligned, the others right-aligned."""
+    cells = [[str(cell) for cell in row] for row in [head, *rows]]
+    first, *widths = (max(map(len, column)) for column in zip(*cells, strict=True))
+    lines = ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)]).rstrip() for row in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def picked(value: Any, *names: str) -> dict[str, Any]:
+    """Return the attributes of these names as a JSON object."""
+    return {name: getattr(value, name) for name in names}
+
+
+def listed(config: Mapping[str, Any]) -> str:
+    """Return a mapping as `key value` pairs with commas between."""
+    return ", ".join(f"{key} {value}" for key, value in config.items())
+
+
+def span(values: Iterable[Any], form: str = "{}") -> str:
+    """Return the smallest and the largest of some values, or the one that all are."""
+    ordered = sorted(values)
+    low, high = form.format(ordered[0]), form.format(ordered[-1])
+    return low if low == high else f"{low}..{high}"
+
+
+def share(value: float | None) -> str:
+    """Return a share with four digits."""
+    return "-" if value is None else f"{value:.4f}"
+
+
+def percent(value: float | None) -> str:
+    """Return a share in percent."""
+    return "-" if value is None else f"{value:.1%}"
