@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +116,9 @@ def reference(
     kept, marks = folder / f"goal-{len(held.examples)}.npy", folder / f"answers-{len(held.examples)}.npz"
     if not marks.exists():
         api.attach(model, lora)
-        np.save(kept, np.concatenate(list(logs(model, tokenizer, held))))
+        partial = folder / f"{kept.name}.{os.getpid()}.npy"  # another run may read the kept one
+        np.save(partial, np.concatenate(list(logs(model, tokenizer, held))))
+        partial.replace(kept)
         goal = measure(model, tokenizer, held, np.load(kept, mmap_mode="r"))
         api.detach(model)
         api.attach(model, zero)
