@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import io
 import sys
+from typing import Any
 
 import click
 
@@ -15,6 +16,7 @@ from lrconvert.cli.printing import say
 from lrconvert.core import registry
 from lrconvert.core.errors import EXIT_REFUSED, LrcError
 from lrconvert.core.version import __version__
+from lrconvert.core.wording import on_command_line
 
 __all__ = ["cli", "main"]
 
@@ -43,6 +45,11 @@ _ALIASES = {"merge": "merge-into-base"}
 
 class _Commands(click.Group):
     """Commands in the order of a user's work; those of the methods are found by scanning them."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; its messages speak of flags."""
+        with on_command_line():
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*_FIRST, *_of_methods(), *_LAST]

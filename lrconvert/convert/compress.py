@@ -16,6 +16,7 @@ from lrconvert.convert.convert import Conversion, PreparedSource, Progress, conv
 from lrconvert.convert.options import CompressOptions, ConvertOptions
 from lrconvert.convert.strength import strength_without_data
 from lrconvert.core.errors import BudgetError, LrcError, OptionError
+from lrconvert.core.wording import spelled
 from lrconvert.formats.fidelity import Answers, Fidelity
 from lrconvert.io.checkpoint import KnownContent, is_without_weights, open_checkpoint
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
@@ -105,19 +106,21 @@ def no_answers(options: ConvertOptions, compress_options: CompressOptions) -> st
     for and cannot be."""
     base, rank_by, has_data = options.base, compress_options.rank_by, compress_options.data is not None
     if has_data and base is None:
-        raise OptionError("data is for ranking by answers, which needs the base", fix="give it with --base")
+        raise OptionError(
+            "data is for ranking by answers, which needs the base", fix=f"give it with {spelled('base', ...)}"
+        )
     if rank_by == "fit":
         return ""
     if base is None:
         reason = "answers need the base"
     elif compress_options.min_captured is not None:
-        reason = "--min-captured asks for the smallest file"
+        reason = f"{spelled('min_captured')} asks for the smallest file"
     elif options.bake_dora is not None:
         reason = "the answers of a baked DoRA would be compared with those of the DoRA"
     elif is_without_weights(base):
         reason = "the base has no weights"
     elif not has_data and not _writes(base):
-        reason = "only a decoder with its tokenizer can write texts of its own: give --data"
+        reason = f"only a decoder with its tokenizer can write texts of its own: give {spelled('data', ...)}"
     else:
         return None
     if rank_by == "answers" or has_data:
@@ -145,11 +148,16 @@ def compress(
     wanted = compress_options.min_captured
     requests = [value for value in (options.target_size, options.target_ratio, wanted) if value is not None]
     if len(requests) != 1:
-        raise OptionError("give one of --target-size, --target-ratio and --min-captured")
+        raise OptionError(
+            f"give one of {spelled('target_size')}, {spelled('target_ratio')} and {spelled('min_captured')}"
+        )
     if wanted is not None and not 0 < wanted <= 1:
-        raise OptionError(f"--min-captured is {wanted}; a share above 0, at most 1, is allowed")
+        raise OptionError(f"{spelled('min_captured')} is {wanted}; a share above 0, at most 1, is allowed")
     if wanted is not None and options.strength is not None:
-        raise OptionError("--min-captured measures the nearest fit, which --strength leaves", fix="give one of them")
+        raise OptionError(
+            f"{spelled('min_captured')} measures the nearest fit, which {spelled('strength')} leaves",
+            fix="give one of them",
+        )
     plans = list(_plans(compress_options.forms))
     candidates: list[Candidate] = []
     with prepare_source(lora, options, base_content) as source:

@@ -17,6 +17,7 @@ from lrconvert.core.devices import torch_device
 from lrconvert.core.errors import BudgetError, EmptyAdapterError, FingerprintError, OptionError
 from lrconvert.core.limits import OWN
 from lrconvert.core.options import make
+from lrconvert.core.wording import spelled
 from lrconvert.formats import base_class, config_shapes
 from lrconvert.formats.fidelity import Fidelity, dropped_note
 from lrconvert.formats.fidelity import fidelity as measure_fidelity
@@ -32,11 +33,6 @@ from lrconvert.lora.fingerprint import fingerprint
 from lrconvert.lora.input_statistics import InputStatistics
 from lrconvert.methods import base as methods
 from lrconvert.methods.base import Budget, FitContext
-
-_DORA_NOTE = (
-    "DoRA: the low-rank part is refitted; the magnitudes, to which its sum with the base is scaled, are carried along "
-    "(--bake-dora turns both into plain updates)"
-)
 
 _NAMES_ONLY = (
     "the base holds no model.safetensors: it gave names alone; orientations stay as the adapter has them, and no "
@@ -114,7 +110,7 @@ def prepare_source(
     with _on_base(lora, options.base, options.bake_dora, base_content) as (lora, weights, notes):
         warnings += notes
         if any(extra.use == "magnitude" for extra in lora.extras):
-            warnings += (_DORA_NOTE,)
+            warnings += (_dora_note(),)
         yield PreparedSource(lora, source_bytes, weights, options, warnings)
 
 
@@ -203,7 +199,7 @@ def _times(lora: LoraAdapter, strength: float | None) -> LoraAdapter:
     if strength is None:
         return lora
     if not strength > 0:
-        raise OptionError(f"--strength is {strength}; it must be above 0", fix="leave it out for 1")
+        raise OptionError(f"{spelled('strength')} is {strength}; it must be above 0", fix="leave it out for 1")
     return replace(lora, targets=tuple(replace(pair, scale=pair.scale * strength) for pair in lora.targets))
 
 
@@ -214,7 +210,7 @@ def _not_measured(lora: LoraAdapter, statistics: InputStatistics | None) -> Iter
         yield (
             f"the statistics have no input of {len(names)} of {len(lora.targets)} targets, {names[0]!r:.100} for one: "
             "these are fitted in the plain norm of their weights; for all of them, collect statistics anew, without "
-            "--include and --exclude, on data that reaches these layers"
+            f"{spelled('include')} and {spelled('exclude')}, on data that reaches these layers"
         )
 
 
@@ -228,7 +224,7 @@ def _select(lora: LoraAdapter, include: Sequence[str], exclude: Sequence[str]) -
         else:
             names.append(pair.target.name)
     if not kept:
-        raise EmptyAdapterError("--include and --exclude leave no target")
+        raise EmptyAdapterError(f"{spelled('include')} and {spelled('exclude')} leave no target")
     warnings = lora.warnings
     if names:
         warnings += (f"{len(names)} of {len(lora.targets)} targets are left out as asked, {names[0]} for one",)
@@ -252,7 +248,7 @@ def _on_base(
     """
     if base is None:
         if bake_dora is not None:
-            raise OptionError("baking DoRA needs the weights of the base", fix="give it with --base")
+            raise OptionError("baking DoRA needs the weights of the base", fix=f"give it with {spelled('base', ...)}")
         yield lora, None, ()
         return
     if bake_dora is None and is_without_weights(base):
@@ -275,9 +271,16 @@ def _on_base(
         yield lora, BaseWeights(lora, checkpoint, checkpoint.content_digest(known_content)), notes
 
 
+def _dora_note() -> str:
+    return (
+        "DoRA: the low-rank part is refitted; the magnitudes, to which its sum with the base is scaled, are carried "
+        f"along ({spelled('bake_dora', ...)} turns both into plain updates)"
+    )
+
+
 def _budget_bytes(source: int, size: int | None, ratio: float | None) -> int | None:
     if size is not None and ratio is not None:
-        raise OptionError("--target-size and --target-ratio exclude each other")
+        raise OptionError(f"{spelled('target_size')} and {spelled('target_ratio')} exclude each other")
     if (size is not None and size <= 0) or (ratio is not None and not ratio > 0):
         raise BudgetError("a size or ratio of zero or less cannot be reached")
     if size is not None:

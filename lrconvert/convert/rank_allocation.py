@@ -21,6 +21,7 @@ from lrconvert.convert.convert import Conversion, Progress, convert
 from lrconvert.convert.options import AllocateOptions, ConvertOptions
 from lrconvert.core.dtypes import F64, Array, Stored
 from lrconvert.core.errors import BudgetError, OptionError
+from lrconvert.core.wording import spelled
 from lrconvert.io.checkpoint import KnownContent
 from lrconvert.lora import svd
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter, LoraTarget, Target
@@ -310,7 +311,7 @@ def allocate(
     check(options, allocate_options)
     data = allocate_options.data
     if data is not None and model is None and options.base is None:
-        raise OptionError("scores on data need the base", fix="give it with --base")
+        raise OptionError("scores on data need the base", fix=f"give it with {spelled('base', ...)}")
 
     def trial(whole: LoraAdapter) -> AbstractContextManager[Trial]:
         from lrconvert.convert import ablation
@@ -365,4 +366,6 @@ def check(options: ConvertOptions, allocate_options: AllocateOptions) -> None:
     """Raise E-OPTION unless exactly one budget is given."""
     budgets = (allocate_options.total_rank, options.target_size, options.target_ratio)
     if sum(budget is not None for budget in budgets) != 1:
-        raise OptionError("give one of --total-rank, --target-size and --target-ratio")
+        raise OptionError(
+            f"give one of {spelled('total_rank')}, {spelled('target_size')} and {spelled('target_ratio')}"
+        )

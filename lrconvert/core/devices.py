@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from lrconvert.core.errors import OptionError
+from lrconvert.core.wording import spelled
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,7 @@ def torch_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:  # a build without CUDA asserts
         reason = str(error).strip().splitlines() or [type(error).__name__]
         what = f"the device {name!r:.40} cannot be used here: {reason[0]:.200}"
-        raise OptionError(what, fix="leave out --device, or choose cpu") from None
+        raise OptionError(what, fix=f"choose {spelled('device', 'cpu')}") from None
     if not works:
-        raise OptionError(f"the device {name!r:.40} does not compute", fix="leave out --device, or choose cpu")
+        raise OptionError(f"the device {name!r:.40} does not compute", fix=f"choose {spelled('device', 'cpu')}")
     return device

@@ -84,7 +84,7 @@ class UnfinishedError(LrcError, code="E-UNFINISHED"):
 
 
 class OutputExistsError(LrcError, code="E-OUT-EXISTS"):
-    """The output exists and `--overwrite` was not given."""
+    """The output exists and was not to be replaced."""
 
 
 class OutputPathError(LrcError, code="E-OUT-PATH"):
@@ -277,6 +277,10 @@ class MergeOverflowError(LrcError, code="E-OVERFLOW"):
 
 class BudgetError(LrcError, code="E-BUDGET"):
     """The requested size cannot be reached; the message names the smallest size that can."""
+
+
+class ArgumentError(LrcError, TypeError, code="E-ARGUMENT"):
+    """An argument of a verb is of a kind that it does not take, or arguments are swapped."""
 
 
 class OptionError(LrcError, code="E-OPTION"):

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
+from lrconvert.core.wording import spelled
 from lrconvert.lora import class_names
 from lrconvert.lora.adapter import CompactAdapter, ExtraTensor, LoraAdapter, Provenance
 from lrconvert.lora.class_names import Renaming
@@ -54,13 +55,14 @@ def renamed(compact: CompactAdapter, config: Mapping[str, Any] | None) -> tuple[
         if not compact.base.content:
             notes = (
                 "names were not checked: no base was given, and programs find modules by their whole names; "
-                "--base does it, its config.json is enough",
+                f"{spelled('base', ...)} does it, its config.json is enough",
             )
         return compact, notes
     changed = next((name for name in names if found(name) != name), None)
     if changed is None:
         return compact, notes
-    note = f"names are those of {found.title}: {changed!r:.120} is {found(changed)!r:.120} (--keep-names keeps them)"
+    keep = spelled("keep_names", True)
+    note = f"names are those of {found.title}: {changed!r:.120} is {found(changed)!r:.120} ({keep} keeps them)"
     return _with_names(compact, found), (note, *notes)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from lrconvert.core.dtypes import Array, Stored
 from lrconvert.core.errors import BaseError, EmptyAdapterError, OptionError
+from lrconvert.core.wording import spelled, verb
 from lrconvert.formats.lrc import file
 from lrconvert.io.checkpoint import open_checkpoint
 from lrconvert.lora import svd
@@ -129,8 +130,8 @@ class Fidelity:
             what = "update's" if self.output_captured is None else "outputs'"
             lines.append(
                 f"only {max(kept, 0):.1%} of the {what} energy is kept: as it is the model may answer more like the "
-                "base than with the LoRA; train the file with `lrconvert refine`, ask for more bytes, or take "
-                "another form (`lrconvert compress` tries all)"
+                f"base than with the LoRA; train the file with {verb('refine')}, ask for more bytes, or take "
+                f"another form ({verb('compress')} tries all)"
             )
         return tuple(lines)
 
@@ -193,7 +194,7 @@ def fidelity(
     if methods.needs_base(compact):
         if base is None:
             what = "what the adapter keeps depends on the base's weights"
-            raise OptionError(what, fix="give the folder of the base with --base")
+            raise OptionError(what, fix=f"give the folder of the base with {spelled('base', ...)}")
         for target, rank, updates in methods.updates_on(compact, base):
             key = target_key(target)
             rows[key] = _dense_fidelity(pairs[key], rank, updates, statistics)

@@ -14,6 +14,7 @@ from typing import Any
 from lrconvert.core import errors
 from lrconvert.core.dtypes import FLOATS
 from lrconvert.core.limits import MAX_INDEX_BYTES, MAX_SHARDS
+from lrconvert.core.wording import spelled, verb
 from lrconvert.io.container import ContainerFile, TensorInfo, combined_digest, read_json, tensor_digest
 
 PIPELINE_NAME = "model_index.json"  # of a diffusers pipeline
@@ -167,7 +168,8 @@ def quantized_base(config: Mapping[str, Any], root: Path, what: str = "") -> err
     name = quantization_name(config)
     advice = "use the unquantized parent of this checkpoint"
     if name.startswith(BITSANDBYTES):
-        advice += ", so that the error of quantizing stays out; or pass --dequantize to merge into what it stands for"
+        allow = spelled("dequantize", True)
+        advice += f", so that the error of quantizing stays out; or pass {allow} to merge into what it stands for"
     return errors.QuantizedBaseError(f"{what}the base is stored quantized, by {name:.60}", fix=advice, path=root)
 
 
@@ -186,7 +188,9 @@ def is_between_states(root: Path) -> bool:
 def unfinished(root: Path) -> errors.UnfinishedError:
     """Return the error for a model folder in which a merge or unmerge in place was broken off."""
     what = "is between two states: a merge or unmerge in place was broken off"
-    return errors.UnfinishedError(what, fix="run lrconvert recover, or the same command with --resume", path=root)
+    return errors.UnfinishedError(
+        what, fix=f"run {verb('recover')}, or the same again with {spelled('resume', True)}", path=root
+    )
 
 
 def is_without_weights(root: Path) -> bool:

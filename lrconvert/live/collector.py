@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lrconvert.core.dtypes import F32
 from lrconvert.core.errors import StatisticsError, ValueRangeError
+from lrconvert.core.wording import spelled
 from lrconvert.live.layer_inputs import Batch, masks_of, patches, real_rows, rows_of
 from lrconvert.lora.input_statistics import Input, Moment
 
@@ -170,7 +171,7 @@ class Collector:
         if seen is None or not same or seen.leader != leader:
             raise StatisticsError(
                 f"{key[0]!r} and {leader[0]!r} shared their input at first and do not now",
-                fix="collect them one after the other, with --include",
+                fix=f"collect them one after the other, with {spelled('include', ...)}",
             )
         return None
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from lrconvert.core.devices import torch_device
 from lrconvert.core.errors import BaseError, DataError, DependencyError
+from lrconvert.core.wording import either
 from lrconvert.lora import renamings
 
 
@@ -55,7 +56,7 @@ def load_tokenizer(base: Path) -> Any:
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise DataError(
             f"the base has no tokenizer that transformers can load: {_first_line(error)}",
-            fix="give batches of model inputs through the Python API",
+            fix=either("give batches of model inputs instead of texts", "give batches of model inputs, in Python"),
             path=base,
         ) from None
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lrconvert.core.errors import DataError
+from lrconvert.core.wording import either
 
 IGNORED = -100  # the label of what does not count, as in torch
 
@@ -73,7 +74,7 @@ def _text(line: str, number: int, path: Path) -> Text:
         return Text(values["text"], label=None if label is None else str(label))
     raise DataError(
         f"line {number} has neither `text` nor `prompt` and `completion`",
-        fix="see `lrconvert statistics -h`",
+        fix=either("see help(lrconvert.statistics)", "see `lrconvert statistics -h`"),
         path=path,
     )
 

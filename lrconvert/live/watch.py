@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lrconvert.core.errors import StatisticsError
+from lrconvert.core.wording import spelled
 from lrconvert.live.collector import Collector, Key
 from lrconvert.live.layer_inputs import expert_stacks, known_layers
 from lrconvert.live.load_model import evaluating
@@ -28,7 +29,7 @@ def watched(model: nn.Module, collector: Collector, wanted: Iterable[str] | None
     stacks = {name: module for name, module in expert_stacks(model).items() if chosen is None or name in chosen}
     if not layers and not stacks:
         raise StatisticsError(
-            "no layer of the model is asked for", fix="see the names with `inspect`, or leave out --include"
+            "no layer of the model is asked for", fix=f"see the names with `inspect`, or leave out {spelled('include')}"
         )
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))

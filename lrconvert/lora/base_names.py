@@ -15,6 +15,7 @@ from itertools import accumulate
 from typing import Any, TypeVar
 
 from lrconvert.core.errors import BaseError, LrcError, OptionError, OrientationError, ShapeError
+from lrconvert.core.wording import spelled
 from lrconvert.io.checkpoint import Checkpoint
 from lrconvert.lora import architecture, quantized_layers, renamings, ties
 from lrconvert.lora.adapter import MATRIX, TRANSPOSED, CompactAdapter, LoraAdapter, Target, View
@@ -296,7 +297,9 @@ def name_filter(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str
     try:
         wanted, unwanted = [[re.compile(p) for p in patterns] for patterns in (include, exclude)]
     except re.error as error:
-        raise OptionError(f"--include / --exclude: {error.pattern!r} is not a regular expression: {error}") from None
+        raise OptionError(
+            f"{spelled('include')} / {spelled('exclude')}: {error.pattern!r} is not a regular expression: {error}"
+        ) from None
     return lambda name: (
         (not wanted or any(p.search(name) for p in wanted)) and not any(p.search(name) for p in unwanted)
     )

@@ -19,6 +19,7 @@ from lrconvert.core import errors
 from lrconvert.core.dtypes import STORAGE, Array
 from lrconvert.core.errors import LrcError
 from lrconvert.core.limits import GIB, MAX_DIM, MAX_INT, MIB, Limits
+from lrconvert.core.wording import verb
 from lrconvert.io import fields, strictjson
 from lrconvert.io.container import ContainerFile, carries, encode_header, tensor_digest
 from lrconvert.io.durable import atomic_file
@@ -147,7 +148,7 @@ def _open(key: str, path: Path) -> _Opened:
             if set(file.metadata) != {key}:
                 raise errors.MissingFieldError(
                     f"the file has no {key} manifest" if key not in file.metadata else "the file has other metadata",
-                    fix="give a file that `lrconvert statistics` wrote",
+                    fix=f"give a file that {verb('statistics')} wrote",
                 )
             manifest = strictjson.parse_canonical(file.metadata[key].encode(), depth=LIMITS.json_depth)
             if not isinstance(manifest, dict):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lrconvert.core import errors
+from lrconvert.core.wording import spelled
 from lrconvert.io.checkpoint import Checkpoint
 from lrconvert.lora.adapter import LoraAdapter
 from lrconvert.merge.arithmetic.stats import MergeStats
@@ -28,7 +29,6 @@ BROKEN_OFF = (errors.FileWriteError, errors.FileReadError, errors.FileChangedErr
 
 _SPACE_MARGIN = 1.05
 _RECORD_SHARE = 0.08  # of the touched bytes, to be safe: 1 to 2 % in bf16, more where updates are large
-_ALLOW = "pass --allow-no-op to write a copy of the base all the same"
 
 
 @dataclass(frozen=True)
@@ -147,9 +147,11 @@ def _check_effect(inputs: Sequence[Scaled], planned: Plan) -> None:
     if planned.placement.has_effect:
         return
     if not planned.touched:
-        raise errors.NoEffectError("the adapter has no target and no other tensor for this base", fix=_ALLOW)
+        raise errors.NoEffectError("the adapter has no target and no other tensor for this base", fix=_allow())
     if all(_is_zero(item) for item in inputs):
-        raise errors.NoEffectError("the update is zero everywhere", fix=f"was the adapter trained? Otherwise {_ALLOW}")
+        raise errors.NoEffectError(
+            "the update is zero everywhere", fix=f"was the adapter trained? Otherwise {_allow()}"
+        )
 
 
 def _is_zero(item: Scaled) -> bool:
@@ -165,9 +167,15 @@ def _check_moved(report: MergeReport) -> None:
     if stats.changed:
         return
     if not stats.unmoved:
-        raise errors.NoEffectError("the update is zero everywhere", fix=f"was the adapter trained? Otherwise {_ALLOW}")
+        raise errors.NoEffectError(
+            "the update is zero everywhere", fix=f"was the adapter trained? Otherwise {_allow()}"
+        )
     names = ", ".join(sorted({t.dtype for t in report.tensors}))
     raise errors.NoEffectError(
         f"no element moved: all {stats.unmoved} nonzero updates are below the resolution of {names}",
-        fix=f"merge into a base of a wider dtype, or {_ALLOW}",
+        fix=f"merge into a base of a wider dtype, or {_allow()}",
     )
+
+
+def _allow() -> str:
+    return f"pass {spelled('allow_no_op', True)} to write a copy of the base all the same"

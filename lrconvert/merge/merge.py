@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lrconvert.core.errors import LrcError
+from lrconvert.core.wording import spelled
 from lrconvert.io.checkpoint import open_checkpoint
 from lrconvert.io.durable import check_output, clean_up, require_space, work_directory
 from lrconvert.merge.in_place.merge import merge_in_place
@@ -52,7 +53,7 @@ def merge(
             return _finished(out, planned, job, max(earlier, default=0) + 1)
         report = job.begin(planned, earlier, options.dry_run)
         if not options.again and (number := same_merge(earlier, inputs)):
-            what = f"the base holds this merge already, as merge {number}; it is merged once more (--again says so)"
+            what = f"the base holds this merge already, as merge {number}; once more is {spelled('again', True)}"
             report = replace(report, warnings=(*report.warnings, what))
         if options.dry_run:
             return report

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lrconvert.core.errors import OptionError
 from lrconvert.core.options import option
+from lrconvert.core.wording import spelled
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,23 @@ class MergeOptions:
         """Raise E-OPTION for options that exclude each other, and for a missing output."""
         if not self.in_place:
             if out is None:
-                raise OptionError("a merge needs an output", fix="give --output, or --in-place")
+                raise OptionError(
+                    "a merge needs an output",
+                    fix=f"give {spelled('out', ..., '--output')}, or {spelled('in_place', True)}",
+                )
             return
-        refuse_with_in_place({"--output": out, "--overwrite": self.overwrite, "--dequantize": self.dequantize})
+        refuse_with_in_place(
+            {spelled("out", ..., "--output"): out, **_set(overwrite=self.overwrite, dequantize=self.dequantize)}
+        )
         if self.shard_bytes is not None:
-            raise OptionError("--in-place keeps the weight files as they are cut", fix="leave out --out-shard-size")
+            raise OptionError(
+                f"{spelled('in_place', True)} keeps the weight files as they are cut",
+                fix=f"leave out {spelled('shard_bytes', None, '--out-shard-size')}",
+            )
         if not self.undo:
-            raise OptionError("--in-place needs its undo record: a broken off merge is taken back with it")
+            raise OptionError(
+                f"{spelled('in_place', True)} needs its undo record: a broken off merge is taken back with it"
+            )
 
 
 @dataclass(frozen=True)
@@ -58,11 +69,18 @@ class UnmergeOptions:
     def check(self, out: Path | None) -> None:
         """Raise E-OPTION for options that exclude each other."""
         if self.in_place:
-            refuse_with_in_place({"--output": out, "--overwrite": self.overwrite, "--from-base": self.from_base})
+            base = spelled("from_base", ...)
+            refuse_with_in_place(
+                {spelled("out", ..., "--output"): out, base: self.from_base, **_set(overwrite=self.overwrite)}
+            )
+
+
+def _set(**switches: bool) -> dict[str, object]:
+    return {spelled(name, True): value for name, value in switches.items()}
 
 
 def refuse_with_in_place(options: dict[str, object]) -> None:
     """Raise E-OPTION for the first of these options that is set."""
     for name, value in options.items():
         if value:
-            raise OptionError(f"{name} does not go with --in-place", fix="leave out one of them")
+            raise OptionError(f"{name} does not go with {spelled('in_place', True)}", fix="leave out one of them")

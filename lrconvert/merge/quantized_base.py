@@ -20,6 +20,7 @@ import numpy as np
 from lrconvert.core.dtypes import F32, STORAGE, Array, decode, round_to
 from lrconvert.core.errors import LrcError, QuantizedBaseError
 from lrconvert.core.limits import FOREIGN, MAX_DIM
+from lrconvert.core.wording import spelled
 from lrconvert.io import fields, strictjson
 from lrconvert.io.checkpoint import BITSANDBYTES, Checkpoint, open_checkpoint, quantization_name, quantized_base
 from lrconvert.io.container import Appendable, ContainerFile, TensorInfo, encode_header
@@ -197,7 +198,9 @@ def open_base(path: Path, *, dequantize: bool = False) -> Checkpoint:
             raise quantized_base(stored.config, path)
         weights = _weights(stored)
         if not weights:
-            raise QuantizedBaseError("the base holds no quantized tensor", fix="leave out --dequantize", path=path)
+            raise QuantizedBaseError(
+                "the base holds no quantized tensor", fix=f"leave out {spelled('dequantize', True)}", path=path
+            )
         files = _files(stored, weights)
         stack.pop_all()  # what is returned closes them
     return DequantizedCheckpoint(

@@ -46,10 +46,10 @@ def verify(data: bytes, what: str, format: str = "", versions: Sequence[int] = (
     stated = value.get("format"), value.get("version")
     if format and (stated[0] != format or type(stated[1]) is not int or stated[1] not in versions):
         reads = " and ".join(map(str, versions))
-        spelled = f"{stated[0]!r:.40} version {stated[1]!r:.40}"
-        raise VersionError(f"{what} is {spelled}; this program reads {format} {reads}", fix="update lrconvert")
+        actual = f"{stated[0]!r:.40} version {stated[1]!r:.40}"
+        raise VersionError(f"{what} is {actual}; this program reads {format} {reads}", fix="update lrconvert")
     if sign({key: item for key, item in value.items() if key != "digest"}) != data:
-        raise DigestError(f"{what} is not what the merge wrote", fix="give the base: --from-base")
+        raise DigestError(f"{what} is not what the merge wrote", fix=f"give the base: {spelled('from_base', ...)}")
     return {key: item for key, item in value.items() if key not in ("format", "version", "digest")}
 
 

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from lrconvert.core.errors import BaseError, FingerprintError, LrcError, OptionError, OutputPathError
+from lrconvert.core.wording import spelled
 from lrconvert.io.checkpoint import Checkpoint, open_checkpoint, unfinished
 from lrconvert.io.container import TensorInfo, combined_digest
 from lrconvert.io.durable import StagedDirectory, atomic_directory, check_output, locked, require_space
@@ -42,7 +43,9 @@ def unmerge(merged: Path, out: Path | None, options: UnmergeOptions, progress: P
     if options.in_place:
         return unmerge_in_place(merged, number, progress, resume=options.resume)
     if options.resume:
-        raise OptionError("--resume is for an unmerge in place", fix="add --in-place")
+        raise OptionError(
+            f"{spelled('resume', True)} is for an unmerge in place", fix=f"add {spelled('in_place', True)}"
+        )
     with ExitStack() as stack:
         if out is None and merged.is_dir():  # no other run may change what is replaced
             stack.enter_context(locked(merged, needed=False))
@@ -92,7 +95,7 @@ def _check_complete(checkpoint: Checkpoint) -> None:
     if left_out:
         raise OutputPathError(
             f"holds {left_out[0]!r}, which would be gone with the folder that is replaced",
-            fix="pass --in-place, which leaves it alone, or --output",
+            fix=f"pass {spelled('in_place', True)}, which leaves it alone, or {spelled('out', ..., '--output')}",
             path=checkpoint.root,
         )
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lrconvert.core.errors import DataError
+from lrconvert.core.wording import spelled
 from lrconvert.live.layer_inputs import add_digest
 from lrconvert.live.texts import IGNORED, Example, Text, cut, padded, tokenize
 from lrconvert.refine.losses import Batch
@@ -144,7 +145,7 @@ def tokenized(
     kept = [example for example in single if len(example.ids) > example.prompt]
     kept += [Example(block) for block in blocks if len(block) > 1]
     if not kept:
-        raise DataError("the data has no token to learn from", fix="is every text longer than --length?")
+        raise DataError("the data has no token to learn from", fix=f"is every text longer than {spelled('length')}?")
     left_out = sum(len(example.ids) <= example.prompt for example in single)
     return Pool(kind, tuple(kept), pad=tokenizer.pad_token_id or 0, left_out=left_out)
 
@@ -167,7 +168,7 @@ class Split:
         if not self.left_out:
             return ()
         texts = f"{self.left_out} of {self.left_out + len(self.train) + len(self.held_out)} texts"
-        return (f"{texts} have a prompt as long as --length and were left out: give a larger one",)
+        return (f"{texts} have a prompt as long as {spelled('length')} and were left out: give a larger one",)
 
 
 def split(pool: Pool, seed: int, path: Path | None = None) -> Split:
@@ -182,7 +183,9 @@ def split(pool: Pool, seed: int, path: Path | None = None) -> Split:
     if len(groups) < 2:
         many = f" {len(pool)} times" if len(pool) > 1 else ""
         what = f"holds one text{many}, and a part has to be held out"
-        raise DataError(what, fix="give at least two different ones, or running text of more than --length", path=path)
+        raise DataError(
+            what, fix=f"give at least two different ones, or running text of more than {spelled('length')}", path=path
+        )
     order = [list(groups.values())[n] for n in np.random.default_rng((seed, 0x5EED)).permutation(len(groups))]
     goal = min(_HELD_OUT_EXAMPLES, max(1, round(_HELD_OUT_SHARE * len(pool))))
     held_out: list[int] = []

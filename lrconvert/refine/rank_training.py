@@ -21,6 +21,7 @@ from lrconvert.convert.ablation import Trial
 from lrconvert.convert.options import AllocateOptions, ConvertOptions
 from lrconvert.convert.rank_allocation import Allocation, Chooser
 from lrconvert.core.errors import OptionError
+from lrconvert.core.wording import spelled
 from lrconvert.formats import fidelity
 from lrconvert.formats.lrc import file
 from lrconvert.io.checkpoint import KnownContent
@@ -97,10 +98,11 @@ def allocate(
     settings.check()
     base = options.base if model is None else model
     if base is None:
-        raise OptionError("training needs the base", fix="give it with --base")
+        raise OptionError("training needs the base", fix=f"give it with {spelled('base', ...)}")
     if dry_run:
         raise OptionError(
-            "which ranks there are is known only after training", fix="plan the first allocation, without --train-steps"
+            "which ranks there are is known only after training",
+            fix=f"plan the first allocation, without {spelled('retrain', None, '--train-steps')}",
         )
     started, data = time.monotonic(), allocate_options.data
     run_options, opening = RunOptions(device=options.device), part(progress, 0.0, 0.0)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from lrconvert.core.errors import FingerprintError, OptionError, OutputExistsError
+from lrconvert.core.wording import spelled
 from lrconvert.formats import fidelity
 from lrconvert.formats.fidelity import Answers
 from lrconvert.formats.lrc import budgets, file
@@ -60,7 +61,7 @@ def refine(
     if partial is not None and partial.exists() and not run.resume:
         raise OutputExistsError(
             "is the checkpoint of an unfinished refinement",
-            fix="pass --resume to go on with it, or remove it",
+            fix=f"pass {spelled('resume', True)} to go on with it, or remove it",
             path=partial,
         )
     layerwise.aligned(teacher, compact)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lrconvert.core.wording import spelled
 from lrconvert.formats.fidelity import Answers
 from lrconvert.formats.lrc import file
 from lrconvert.live import attach
@@ -148,4 +149,5 @@ def _warnings(state: checkpoint.State) -> Iterator[str]:
         yield f"batches did not fit into memory: they were computed in up to {state.parts} parts"
     if state.restarts:
         times = {1: "once", 2: "twice"}.get(state.restarts, f"{state.restarts} times")
-        yield f"refinement diverged {times} and was restarted from the best, with smaller rates: try a smaller --lr"
+        smaller = f"try a smaller {spelled('lr', ...)}"
+        yield f"refinement diverged {times} and was restarted from the best, with smaller rates: {smaller}"

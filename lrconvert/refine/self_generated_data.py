@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lrconvert.core.errors import DataError
+from lrconvert.core.wording import spelled
 from lrconvert.live.texts import Example
 
 _TRIES = 3  # times the wanted number of rounds before it is enough that there are some texts
@@ -44,7 +45,8 @@ def sample(
             break
     if len(texts) < _LEAST:
         raise DataError(
-            f"the teacher wrote {len(texts)} different texts, too few to learn from", fix="give data with --data"
+            f"the teacher wrote {len(texts)} different texts, too few to learn from",
+            fix=f"give data with {spelled('data', ...)}",
         )
     return [Example(ids) for ids in texts]
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from lrconvert.core.errors import DataError, OptionError
+from lrconvert.core.wording import spelled
 from lrconvert.live import attach, load_model, texts, zero_point
 from lrconvert.live.answers import AnswerSums
 from lrconvert.live.statistics import are_paths
@@ -75,7 +76,7 @@ def open_session(
         parts = split(_pool(teacher_model, where, data, settings, progress), settings.seed, source)
         if settings.task_loss and _is_unlabelled(parts.train):
             what = "the task's loss needs labels, and the data has none"
-            raise DataError(what, fix="give labels, or leave out --task-loss", path=source)
+            raise DataError(what, fix=f"give labels, or leave out {spelled('task_loss')}", path=source)
         evaluator = Evaluator.of(teacher_model, parts.held_out, settings.batch_tokens)
         base_distance = evaluator.sums((ZERO,), hidden=settings.hidden > 0)
         if base_distance.items == 0:
@@ -124,7 +125,9 @@ def _set_gradient_checkpointing(model: nn.Module, on: bool) -> None:
     one, does not."""
     switch: Any = getattr(model, f"gradient_checkpointing_{'enable' if on else 'disable'}", None)
     if switch is None:
-        raise OptionError("the model has no gradient checkpointing", fix="leave out --gradient-checkpointing")
+        raise OptionError(
+            "the model has no gradient checkpointing", fix=f"leave out {spelled('gradient_checkpointing', True)}"
+        )
     if on:
         switch(gradient_checkpointing_kwargs={"use_reentrant": False})
     else:
@@ -151,7 +154,8 @@ def _pool(teacher_model: TeacherModel, base: Path | None, data: Any, settings: S
         return Pool(kind, model_inputs=batches)
     if data is None and kind != "decoder":
         raise DataError(
-            f"an {kind} cannot write texts of its own", fix="give --data: texts of the kind that the adapter is for"
+            f"an {kind} cannot write texts of its own",
+            fix=f"give {spelled('data', ...)}: texts of the kind that the adapter is for",
         )
     tokenizer = load_model.tokenizer_of(model, base)
     length = load_model.longest_input(model, tokenizer, settings.length)
@@ -188,7 +192,7 @@ def _labelled(paths: Sequence[Path], classes: Mapping[str, int]) -> Iterator[tex
                 known = ", ".join(list(classes)[:8]) + (", ..." if len(classes) > 8 else "")
                 raise DataError(
                     f"the label {text.label!r:.60} is no class of the model, which knows {known or 'none'}",
-                    fix="spell labels as the base's config.json does (label2id), or leave out --task-loss",
+                    fix=f"spell labels as the base's config.json does (label2id), or leave out {spelled('task_loss')}",
                     path=path,
                 )
             yield text

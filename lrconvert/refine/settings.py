@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lrconvert.core.errors import OptionError
 from lrconvert.core.options import make, option
+from lrconvert.core.wording import spelled
 
 AUTOCASTS = ("auto", "off", "bf16")
 
@@ -53,7 +54,7 @@ class Settings:
         for name in ("temperature", "lr", "minutes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise OptionError(f"--{name} is {value}; it must be above 0")
+                raise OptionError(f"{spelled(name)} is {value}; it must be above 0")
         if not self.layerwise and not self.end_to_end:
             raise OptionError("without both stages nothing is refined")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lrconvert.convert.compress import Candidate, Compression
 from lrconvert.core.errors import OptionError
+from lrconvert.core.wording import spelled
 from lrconvert.formats import fidelity
 from lrconvert.formats.lrc import file
 from lrconvert.live import attach
@@ -49,9 +50,9 @@ class Rules:
     def check(self) -> None:
         """Raise E-OPTION for numbers that make no sense."""
         if self.minutes is not None and not 0 < self.minutes < float("inf"):
-            raise OptionError(f"--budget-minutes is {self.minutes}; it must be above 0")
+            raise OptionError(f"{spelled('budget_minutes')} is {self.minutes}; it must be above 0")
         if self.steps < 0:
-            raise OptionError(f"--steps is {self.steps}; it must be at least 0")
+            raise OptionError(f"{spelled('steps')} is {self.steps}; it must be at least 0")
 
 
 def compress(

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lrconvert.core.errors import OptionError
+from lrconvert.core.wording import spelled
 from lrconvert.live.answers import AnswerSums
 from lrconvert.lora.adapter import CompactAdapter
 from lrconvert.refine import kept_adapter, learning_rate, losses
@@ -294,7 +295,8 @@ class Trainer:
         most = max(batch.rows for _, batch in batches)
         if self.state.parts >= most:
             raise OptionError(
-                "a single text does not fit into memory", fix="give a smaller --length, or --gradient-checkpointing"
+                "a single text does not fit into memory",
+                fix=f"give a smaller {spelled('length', ...)}, or {spelled('gradient_checkpointing', True)}",
             )
         self.state.parts = min(most, 2 * self.state.parts)
         self.log("smaller", {"step": self.state.step, "parts": self.state.parts})

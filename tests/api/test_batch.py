@@ -499,6 +499,7 @@ def test_a_request_to_end_leaves_nothing_half_written(tmp_path: Path) -> None:
         "output": str(tmp_path / "x.lrc"),
         "overwrite": False,
         "verbose": False,
+        "is_command": False,
         "loading": {},
         "options": OPTIONS,
         "inputs": {},

@@ -80,12 +80,12 @@ def test_what_cannot_be_is_said():
         {"target_size": 1, "target_ratio": 2.0},
         {"min_captured": 0.5, "target_size": 9},
     ):
-        with pytest.raises(OptionError, match="give one of --target-size, --target-ratio and --min-captured"):
+        with pytest.raises(OptionError, match="give one of target_size, target_ratio and min_captured"):
             api.compress(LORA, **given)
     for share in (0.0, 1.1, -1.0):
         with pytest.raises(OptionError, match="a share above 0, at most 1"):
             api.compress(LORA, min_captured=share)
-    with pytest.raises(OptionError, match="--min-captured measures the nearest fit"):
+    with pytest.raises(OptionError, match="min_captured measures the nearest fit"):
         api.compress(LORA, min_captured=0.5, strength=1.5)
     with pytest.raises(VersionError):
         api.compress(LORA, target_ratio=9, forms=["zip"])
@@ -195,10 +195,10 @@ def test_minutes_end_it(tmp_path, monkeypatch):
         ({"data": "x.txt"}, "which needs the base"),
         ({"base": LLAMA, "rank_by": "answers", "target_size": None, "min_captured": 0.5}, "the smallest file"),
         ({"base": LLAMA, "rank_by": "answers", "bake_dora": 2}, "baked DoRA"),
-        ({"base": BASES / "tiny-bert", "rank_by": "answers"}, "give --data"),
+        ({"base": BASES / "tiny-bert", "rank_by": "answers"}, "give data="),
         ({"rank_by": "luck"}, "auto, answers, fit"),
-        ({"base": LLAMA, "budget_minutes": 0.0}, "--budget-minutes is 0.0"),
-        ({"base": LLAMA, "steps": -1}, "--steps is -1"),
+        ({"base": LLAMA, "budget_minutes": 0.0}, "budget_minutes is 0.0"),
+        ({"base": LLAMA, "steps": -1}, "steps is -1"),
     ],
 )
 def test_answers_that_cannot_rank(given, reason):
@@ -217,7 +217,7 @@ def test_a_strength_multiplies_what_is_fitted(method):
     assert size > 0 and sum(np.square(2 * plain - double).sum() for plain, double in updates) < 0.02 * size
     assert two.fidelity.captured < one.fidelity.captured
     for wrong in (0.0, -1.0, float("nan")):
-        with pytest.raises(OptionError, match="--strength is"):
+        with pytest.raises(OptionError, match="strength is"):
             api.convert(lora, method, target_size=6000, strength=wrong)
 
 
@@ -316,7 +316,7 @@ def test_without_answers_it_says_why(tmp_path):
     shutil.copytree(LLAMA, bare)
     for path in bare.glob("tokenizer*"):
         path.unlink()
-    assert "give --data" in api.compress(lora, base=bare, **asked).note
+    assert "give data=..." in api.compress(lora, base=bare, **asked).note
     (bare / "tokenizer.json").write_text("{}")
     assert "tokenizer" in api.compress(lora, base=bare, **asked).note  # one that cannot be loaded
 

@@ -387,12 +387,12 @@ def test_any_set_of_components_is_kept_exactly(lora: LoraAdapter, statistics: An
 
 def test_options_that_say_nothing(lora: LoraAdapter) -> None:
     for given, message in (
-        ({}, "give one of --total-rank, --target-size and --target-ratio"),
-        ({"total_rank": 3, "target_size": 9000}, "give one of --total-rank"),
-        ({"total_rank": 3, "bits": 16}, "--bits is 16; above 0, at most 15"),
-        ({"target_size": 9000, "bits": 5}, "--bits and a size both say"),
-        ({"total_rank": 0}, "--total-rank is 0"),
-        ({"total_rank": 3, "rounds": 0}, "--rounds is 0"),
+        ({}, "give one of total_rank, target_size and target_ratio"),
+        ({"total_rank": 3, "target_size": 9000}, "give one of total_rank"),
+        ({"total_rank": 3, "bits": 16}, "bits is 16; above 0, at most 15"),
+        ({"target_size": 9000, "bits": 5}, "bits and a size both say"),
+        ({"total_rank": 0}, "total_rank is 0"),
+        ({"total_rank": 3, "rounds": 0}, "rounds is 0"),
         ({"total_rank": 3, "data": ["x.txt"]}, "scores on data need the base"),
         ({"total_rank": 3, "bake_dora": 2}, "baking DoRA needs the weights of the base"),
     ):

@@ -17,7 +17,7 @@ from lrconvert.refine.settings import Settings
 
 @dataclass(frozen=True)
 class Options:
-    rank: float = option(4, "A rank.", least=1)
+    rank: float | None = option(4, "A rank.", least=1)
     kind: str = option("a", "A kind.", choices=("a", "b", "16"))
     free: Any = None
 
@@ -25,9 +25,9 @@ class Options:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"rank": 0}, "--rank is 0; it must be at least 1"),
-        ({"rank": math.inf}, "--rank is inf"),
-        ({"rank": math.nan}, "--rank is nan"),
+        ({"rank": 0}, "rank is 0; it must be at least 1"),
+        ({"rank": math.inf}, "rank is inf"),
+        ({"rank": math.nan}, "rank is nan"),
         ({"kind": "c"}, "kind is 'c'; the form takes a, b, 16"),
         ({"size": 1}, "the form has no option 'size'"),
     ],
@@ -49,7 +49,7 @@ def test_keywords_go_before_what_is_given_and_others_stay() -> None:
 
 
 def test_choices_are_texts() -> None:
-    assert make(Options, {"kind": 16, "rank": None}, "the form") == Options(None, "16")  # type: ignore[arg-type]
+    assert make(Options, {"kind": 16, "rank": None}, "the form") == Options(None, "16")
 
 
 def test_equal_options_are_equal_however_they_are_spelled() -> None:

@@ -412,7 +412,7 @@ def test_every_export_says_its_licence_and_no_private_path(layout: str, tmp_path
     private = "/home/somebody/secret/model-7b"
     base = BASES / "tiny-llama" if layout == "gguf" else None
     cases = (
-        (None, "model-7b", "--base-model-id"),
+        (None, "model-7b", "base_model_id=..."),
         ("org/model@v2", "org/model", ""),
         ("/srv/x/y", "/srv/x/y", "private path"),
     )

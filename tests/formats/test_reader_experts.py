@@ -117,9 +117,9 @@ def test_torchtunes_own_file(tmp_path: Path) -> None:
     path = tmp_path / "adapter_0.safetensors"
     shapes = {name: (SHAPES[name][0], 16) for name in SHAPES}
     base = make_base(tmp_path / "base", shapes, LLAMA)
-    with pytest.raises(errors.ConfigError, match="--alpha"):
+    with pytest.raises(errors.ConfigError, match="alpha="):
         load(path, ReadOptions(base=base))
-    with pytest.raises(errors.BaseError, match=r"number of heads.*--base"):
+    with pytest.raises(errors.BaseError, match=r"number of heads.*base="):
         load(path, ReadOptions(alpha=3.0))
     lora = load(path, ReadOptions(base=base, alpha=3.0))
     wanted = {

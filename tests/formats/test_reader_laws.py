@@ -129,7 +129,7 @@ def test_an_alpha_is_taken_or_refused(case: Case) -> None:
     elif case.sample.alpha is not None:
         once, twice = case.load(), case.load(alpha=2 * case.sample.alpha)
         assert [pair.scale for pair in twice.targets] == [2 * pair.scale for pair in once.targets]
-        with pytest.raises(errors.ConfigError, match="--alpha"):
+        with pytest.raises(errors.ConfigError, match="alpha="):
             case.load(alpha=None)
 
 

@@ -153,7 +153,7 @@ def _infos(path: Path) -> Any:
 
 def test_the_reader_and_alpha_can_be_asked_for(tmp_path):
     folder = put(tmp_path / "x", layouts.raw(TEXT))
-    refused("E-CONFIG", folder, "--alpha")
+    refused("E-CONFIG", folder, "alpha=")
     refused("E-OPTION", folder, "there is no reader 'koya'", layout="koya")
     refused("E-TENSOR", folder, "no known meaning", layout="kohya")
     refused("E-OPTION", put(tmp_path / "k", layouts.kohya(PAIR)), "states its alpha", alpha=2.0)
@@ -225,7 +225,7 @@ def test_kohya_names_on_a_base(tmp_path):
     bare = put(tmp_path / "bare", {"config.json": json.dumps(UNET).encode()})
     lora = load(one, ReadOptions(base=bare))
     check(lora, wanted)
-    assert not [line for line in lora.warnings if "--base" in line]
+    assert not [line for line in lora.warnings if "base=" in line]
 
     both = {**_tensors(layouts.kohya(PAIR)), **_tensors(layouts.kohya([text], "lora_te"))}
     two = stored(tmp_path / "two", both)

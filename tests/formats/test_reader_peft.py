@@ -306,7 +306,7 @@ def test_pickles_are_not_opened(folder):
     for path in (folder.root, folder.root / "adapter_model.bin"):
         with pytest.raises(errors.PickleError, match="run code") as caught:
             load(path)
-        assert "--allow-pickle" in caught.value.fix
+        assert "allow_pickle=True" in caught.value.fix
 
 
 @pytest.mark.parametrize(("name", "base"), [("gpt2-conv1d", "tiny-gpt2"), ("llama-plain", "tiny-llama")])

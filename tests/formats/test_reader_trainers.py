@@ -43,7 +43,7 @@ def test_diffusion_models_whose_blocks_are_called_layers(model, tmp_path):
         assert lora.provenance.fields["source_format"] == "diffusers"
         check(lora, {f"{k.module}.weight": k}, None if alphas else 1.0)
     text = {f"transformer.layers.0.self_attention.q.lora_{h}.weight": v for h, v in (("A", k.a), ("B", k.b))}
-    refused("E-CONFIG", stored(tmp_path / "text", text), "--alpha")
+    refused("E-CONFIG", stored(tmp_path / "text", text), "alpha=")
 
 
 def test_the_third_text_encoder_of_flux_is_the_second_of_its_pipeline(tmp_path):

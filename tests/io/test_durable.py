@@ -89,7 +89,7 @@ def test_mode_is_by_umask_or_as_before(tmp_path: Path) -> None:
 def test_existing_output_is_refused_or_replaced(tmp_path: Path) -> None:
     path = tmp_path / "out"
     path.write_bytes(b"old")
-    with pytest.raises(OutputExistsError, match=r"E-OUT-EXISTS: .*out: exists already\. .*--overwrite"):
+    with pytest.raises(OutputExistsError, match=r"E-OUT-EXISTS: .*out: exists already\. .*overwrite=True"):
         write(path)
     assert path.read_bytes() == b"old"
     write(path, overwrite=True)

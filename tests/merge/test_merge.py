@@ -292,7 +292,7 @@ def test_no_effect_has_three_reasons(tmp_path: Path) -> None:
         ([hidden], "the update is zero everywhere"),
         ([tiny], "no element moved: all 192 nonzero updates are below the resolution of BF16"),
     ):
-        with pytest.raises(errors.NoEffectError, match=f"E-NO-EFFECT: .*{what}.*--allow-no-op"):
+        with pytest.raises(errors.NoEffectError, match=f"E-NO-EFFECT: .*{what}.*allow_no_op=True"):
             merge(base, adapters, tmp_path / "out")
         assert not (tmp_path / "out").exists()
         merge(base, adapters, tmp_path / "copy", allow_no_op=True, overwrite=True)
@@ -374,7 +374,7 @@ def test_outputs_that_are_refused(tmp_path: Path) -> None:
         ("base", True, errors.OutputPathError, "is also the input"),
         ("base/out", False, errors.OutputPathError, "lies inside the input"),
         ("no/out", False, errors.OutputPathError, "does not exist"),
-        ("other", False, errors.OutputExistsError, "--overwrite"),
+        ("other", False, errors.OutputExistsError, "overwrite=True"),
         ("other", True, errors.OutputPathError, "not a model folder"),
     ):
         with pytest.raises(error, match=what):

@@ -195,7 +195,7 @@ def test_baked_dora_of_full_rank_is_the_dora(name: str, tmp_path: Path) -> None:
 
 def test_baking_needs_a_base_and_a_dora(tmp_path: Path) -> None:
     lora = api.load_lora(ADAPTERS / "llama-dora")
-    with pytest.raises(LrcError, match="--base"):
+    with pytest.raises(LrcError, match="base="):
         api.convert(lora, "lowrank", bake_dora=4)
     plain = api.load_lora(ADAPTERS / "llama-plain")
     with pytest.raises(LrcError, match="no DoRA magnitudes"):

@@ -404,12 +404,12 @@ def test_blocks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 def test_what_needs_the_base_says_so(tmp_path: Path) -> None:
     lora = random_lora(SHAPES)
-    with pytest.raises(errors.OptionError, match="--base"):
+    with pytest.raises(errors.OptionError, match="base="):
         api.convert(lora, "bone", variant="bat")
     _, compact = made(tmp_path, lora, rank=4)
     with pytest.raises(errors.MissingFieldError, match=r"base\.content"):
         api.write(replace(compact, base=replace(compact.base, content="")), tmp_path / "x.lrc")
-    with pytest.raises(errors.OptionError, match="--base"):
+    with pytest.raises(errors.OptionError, match="base="):
         api.compare(lora, [compact])
     with pytest.raises(errors.OptionError, match="no factors"):
         api.export(compact, tmp_path / "out", to="peft-lora")
@@ -422,7 +422,7 @@ def test_what_needs_the_base_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [({"rank": 3}, "does not divide"), ({"shard": "out"}, "contradict"), ({"mini_rank": 4}, "variant mini")],
+    [({"rank": 3}, "does not divide"), ({"shard": "out"}, "contradict"), ({"mini_rank": 4}, "variant='mini'")],
 )
 def test_impossible_options(options: dict[str, Any], reason: str, tmp_path: Path) -> None:
     lora = random_lora(SHAPES)

@@ -280,12 +280,12 @@ def test_targets_of_equal_shapes_are_looked_at_together(shard):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"rank": 0}, "--rank is 0"),
-        ({"rank": 5000}, "--rank is 5000"),
-        ({"group_size": -1}, "--group-size"),
-        ({"mini_rank": 4}, "--variant mini"),
+        ({"rank": 0}, "rank is 0"),
+        ({"rank": 5000}, "rank is 5000"),
+        ({"group_size": -1}, "group_size"),
+        ({"mini_rank": 4}, "variant='mini'"),
         ({"variant": "mini", "mini_rank": 3}, "4 or a divisor"),
-        ({"variant": "mini", "mini_rank": 0}, "--mini-rank is 0"),
+        ({"variant": "mini", "mini_rank": 0}, "mini_rank is 0"),
         ({"variant": "mini", "shard": "out"}, "contradict"),
         ({"peft_compatible": True, "shard": "out"}, "contradict"),
         ({"variant": "bat"}, "weights of the base"),

@@ -241,7 +241,7 @@ def test_options_outside_their_choices_are_refused():
 
 @pytest.mark.parametrize(("bits", "size"), [(0, None), (15.5, None), (float("nan"), None), (4, 2000)])
 def test_bits_of_lowrank_out_of_range_or_beside_a_size_are_refused(bits, size):
-    with pytest.raises(errors.OptionError, match="--bits"):
+    with pytest.raises(errors.OptionError, match="bits"):
         api.convert(source(), "lowrank", bits=bits, target_size=size)
 
 

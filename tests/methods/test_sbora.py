@@ -305,7 +305,7 @@ def test_curves_reach_as_far_as_the_price():
 
 
 def test_impossible_options():
-    with pytest.raises(errors.OptionError, match="--rank is 0"):
+    with pytest.raises(errors.OptionError, match="rank is 0"):
         METHOD.plan(random_lora([(24, 16)]), SBoRAOptions(rank=0), None, FitContext())
     with pytest.raises(errors.OptionError, match="sbora takes auto, fa, fb"):
         api.convert(random_lora([(24, 16)]), "sbora", variant="fc")

@@ -360,11 +360,11 @@ def test_a_search_keeps_to_the_options(options):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"rank": 0}, "--rank is 0"),
-        ({"vector_length": 0}, "--vector-length"),
-        ({"top_k": 17}, "--top-k"),
+        ({"rank": 0}, "rank is 0"),
+        ({"vector_length": 0}, "vector_length"),
+        ({"top_k": 17}, "top_k"),
         ({"bits": 5}, "16, 8 or 4"),
-        ({"gain": "maybe"}, "--gain"),
+        ({"gain": "maybe"}, "gain is"),
         ({"top_k": 3, "num_vectors": 2}, "at least as many vectors"),
         ({"top_k": 1, "weight_bits": 3}, "no meaning"),
         ({"gain": "off", "passes": 2}, "need gains"),

@@ -116,7 +116,7 @@ def test_options_that_cannot_be(lora: LoraAdapter, model: Any, batches: Any) -> 
         ({"dry_run": True}, "known only after training"),
         ({"moves": 1}, "allocate has no option 'moves'"),
         ({"retrain": {"step": 3}}, "retrain has no option 'step'"),
-        ({"retrain": {"steps": 0}}, "--steps is 0"),
+        ({"retrain": {"steps": 0}}, "steps is 0"),
         ({"total_rank": 3}, "give one of"),
     ):
         with pytest.raises(OptionError, match=message):

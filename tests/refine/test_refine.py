@@ -161,7 +161,7 @@ def test_texts_without_room_for_their_completion_are_counted() -> None:
     pool = data.tokenized([*rows, texts.Text(" or so", prompt="some words")], tokenizer, "decoder", 64, 0, {})
     assert len(pool) == 2 and pool.left_out == 1
     (warning,) = data.split(pool, 0).warnings
-    assert "1 of 3 texts" in warning and "--length" in warning
+    assert "1 of 3 texts" in warning and "as long as length" in warning
     whole = data.tokenized(rows[:1] * 2, tokenizer, "decoder", 64, 0, {})
     assert not whole.left_out
 

@@ -14,9 +14,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextvars import copy_context
 from typing import Any
 
 from lrconvert.core.errors import WorkerError
+from lrconvert.core.wording import spelled
 
 Answer = dict[str, Any]
 _START = (
@@ -84,7 +86,7 @@ def _how(code: int) -> str:
 
 
 def _ended(job: Mapping[str, Any], how: str) -> Answer:
-    error = WorkerError(f"the process that worked on it {how}", fix="try fewer --jobs", path=job["path"])
+    error = WorkerError(f"the process that worked on it {how}", fix=f"try fewer {spelled('jobs')}", path=job["path"])
     return {"state": "failed", "code": error.code, "message": str(error)}
 
 
@@ -110,7 +112,7 @@ def run(jobs: Iterable[Mapping[str, Any]], count: int, advance: Callable[[int, A
     processes = [_Process() for _ in range(max(1, count))]
     with ThreadPoolExecutor(len(processes)) as threads:
         try:
-            served = [threads.submit(serve, process) for process in processes]
+            served = [threads.submit(copy_context().run, serve, process) for process in processes]
             for done in wait(served, return_when=FIRST_EXCEPTION).done:
                 done.result()
         finally:

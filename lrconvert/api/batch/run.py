@@ -18,6 +18,7 @@ from lrconvert.api.batch.sources import AnyPath, Job, Plan, plan
 from lrconvert.api.shared import take_reading
 from lrconvert.core.errors import OptionError, OutputPathError
 from lrconvert.core.options import make, option, take
+from lrconvert.core.wording import is_on_command_line
 from lrconvert.formats.lrc import file
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.io import hub
@@ -142,6 +143,7 @@ def run(
         "method": work.method,
         "overwrite": batch.overwrite,
         "verbose": batch.verbose,
+        "is_command": is_on_command_line(),
         "options": options,
         "inputs": inputs,
         "base_content": None if content is None else asdict(content),

@@ -1,7 +1,8 @@
 """One process of the pool: a JSON object in on every line, one out for it. Its own output goes to stderr.
 
 A job: ``verb``, ``method``, ``path``, ``output`` (null: a dry run), ``overwrite``, ``loading`` and ``options`` (of
-`api.load_lora` and of the verb), ``inputs`` (digests), ``base_content`` (a `KnownContent`, or null), ``verbose``. The
+`api.load_lora` and of the verb), ``inputs`` (digests), ``base_content`` (a `KnownContent`, or null), ``verbose``,
+``is_command`` (whether messages speak of flags). The
 answer: ``state`` ("done", "skipped", "failed"), what of the outcome there is, and for the journal the ``states`` of
 source and output, and the captured share ``stated`` in the output.
 """
@@ -24,6 +25,7 @@ from lrconvert import api
 from lrconvert.api.batch import request
 from lrconvert.convert.convert import Conversion
 from lrconvert.core.errors import LrcError, OutputExistsError, WorkerError
+from lrconvert.core.wording import on_command_line, spelled
 from lrconvert.formats.lrc import file
 from lrconvert.io.checkpoint import KnownContent
 from lrconvert.io.durable import check_output, make_folder
@@ -39,7 +41,8 @@ _LOOPS_PAY_AFTER = 4.0
 def work(job: Mapping[str, Any]) -> dict[str, Any]:
     """The answer to one job; whatever goes wrong is in it."""
     try:
-        return _work(job)
+        with on_command_line(job["is_command"]):
+            return _work(job)
     except LrcError as error:
         return _failed(error.at(job["path"]))
     except Exception as error:
@@ -66,7 +69,7 @@ def _work(job: Mapping[str, Any]) -> dict[str, Any]:
         if output.exists() and not job["overwrite"]:
             raise OutputExistsError(
                 "exists already, and was made from another source or with other options",
-                fix="choose another output, or pass --overwrite",
+                fix=f"choose another output, or pass {spelled('overwrite', True)}",
                 path=output,
             )
         if output.parent.exists():

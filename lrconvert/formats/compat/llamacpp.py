@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from lrconvert.formats.compat.base import Consumer, Finding, NoOptions, verdicts
 from lrconvert.formats.compat.shared import rules, whole_names
-from lrconvert.formats.compat.shared.rules import BAKE, CHECK_BASE, EXPAND, RIGHT_BASE, words
+from lrconvert.formats.compat.shared.rules import EXPAND, bake, check_base, right_base, words
 from lrconvert.formats.compat.shared.subject import PEFT_PREFIX, Subject, example, leaf
 from lrconvert.lora.base_names import ties_embeddings
 
@@ -101,7 +101,7 @@ def _config(subject: Subject) -> Iterator[Finding]:
     if alpha is not None and (changed := rules.rescaled(subject, lambda m, rank: alpha / rank if alpha else 1.0)):
         ignored = [key for key in ("use_rslora", "alpha_pattern") if subject.flag(key)]
         reason = f"{' and '.join(ignored)} ignored" if ignored else "lora_alpha / rank of the tensors is the scale"
-        yield wrong("scale", f"{reason}: {changed}", BAKE, SCALE)
+        yield wrong("scale", f"{reason}: {changed}", bake(), SCALE)
 
 
 def _factors(subject: Subject) -> Iterator[Finding]:
@@ -156,7 +156,7 @@ def _base(subject: Subject) -> Iterator[Finding]:
     yield from _tied(subject, heads)
     place = whole_names.placement(subject, _spelled)
     lacking = [module for module in place.lacking if not _skipped(f"{module}.weight")]
-    yield from refuses.of("modules", lacking, f"{len(lacking)} modules are not in the base", RIGHT_BASE, RUNTIME)
+    yield from refuses.of("modules", lacking, f"{len(lacking)} modules are not in the base", right_base(), RUNTIME)
 
 
 def _tied(subject: Subject, ends: list[str]) -> Iterator[Finding]:
@@ -164,7 +164,7 @@ def _tied(subject: Subject, ends: list[str]) -> Iterator[Finding]:
     factors, without a word), and those of the tokens abort the program where the head multiplies by them."""
     if subject.base is None:
         what = "a base whose lm_head is tied to its embeddings stops or aborts the program"
-        yield from warns.of("embedding", ends, what, CHECK_BASE, RUNTIME)
+        yield from warns.of("embedding", ends, what, check_base(), RUNTIME)
     elif ties_embeddings(subject.base):
         what = "the base's lm_head is tied to its embeddings: a LoRA on either stops or aborts the program"
         yield from refuses.of("embedding", ends, what, MERGE, RUNTIME)

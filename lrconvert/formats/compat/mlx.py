@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from lrconvert.formats.compat.base import Consumer, Finding, NoOptions, verdicts
 from lrconvert.formats.compat.shared import whole_names
-from lrconvert.formats.compat.shared.rules import RIGHT_BASE
+from lrconvert.formats.compat.shared.rules import export_call, right_base
 from lrconvert.formats.compat.shared.subject import MLX_WEIGHTS, Subject, as_number, example
 
 VERSION = "0.32.2"
@@ -33,7 +33,7 @@ _OTHER_LAYOUTS = {
 
 def examine(subject: Subject, options: NoOptions) -> Iterator[Finding]:
     if subject.foreign and subject.layout != "lrconvert":
-        fix = "convert it, and export the result: `lrconvert export FILE -o DIR --to mlx`"
+        fix = f"convert it, and export the result: {export_call('mlx')}"
         yield refuses("layout", f"an adapter in the layout {subject.foreign}", fix, LOAD)
         return
     if subject.layout in _OTHER_LAYOUTS:
@@ -79,7 +79,7 @@ def _tensors(subject: Subject) -> Iterator[Finding]:
     yield from refuses.of("names", unknown, "tensors that are no adapter parameter", fix, LOAD)
     yield from whole_names.wrappers(subject, refuses, "which are refused", LOAD, halves)
     lacking = whole_names.placement(subject, modules=halves).lacking
-    yield from refuses.of("modules", lacking, f"{len(lacking)} modules are not in the base", RIGHT_BASE, LOAD)
+    yield from refuses.of("modules", lacking, f"{len(lacking)} modules are not in the base", right_base(), LOAD)
     if subject.base is None:
         yield from whole_names.doubled(subject, warns, LOAD, modules=halves)
     alone = [module for module, shapes in halves.items() if not {"lora_a", "lora_b"} <= set(shapes)]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from lrconvert.core.errors import OptionError, PatternError
 from lrconvert.formats.compat.base import Consumer, Finding, verdicts
 from lrconvert.formats.compat.shared import rules, whole_names
-from lrconvert.formats.compat.shared.rules import RIGHT_BASE, words
+from lrconvert.formats.compat.shared.rules import right_base, words
 from lrconvert.formats.compat.shared.subject import PEFT_PREFIX, Subject, example, leaf
 from lrconvert.formats.readers.peft.patterns import check_work, compile_pattern
 
@@ -162,7 +162,7 @@ def _factors(subject: Subject) -> Iterator[Finding]:
     task = str(subject.config.get("task_type"))
     place = whole_names.placement(subject, task=task)
     what = f"{len(place.lacking)} modules are not in the base, their tensors are ignored"
-    yield from wrong.of("modules", place.lacking, what, RIGHT_BASE, SET)
+    yield from wrong.of("modules", place.lacking, what, right_base(), SET)
     what = f"names fit the bare model, not {subject.architecture or 'this one'}"
     fix = "load the base with AutoModel, or add the missing part to every name"
     with_head = task in TASKS - {"FEATURE_EXTRACTION"}

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from lrconvert.formats.compat.base import Consumer, Finding, verdicts
 from lrconvert.formats.compat.shared import rules
-from lrconvert.formats.compat.shared.rules import BAKE, CHECK_BASE, EXPAND, ServerOptions, words
+from lrconvert.formats.compat.shared.rules import EXPAND, ServerOptions, bake, check_base, words
 from lrconvert.formats.compat.shared.subject import PEFT_WEIGHTS, Subject, as_number, leaf
 
 VERSION = "0.5.23"
@@ -102,7 +102,7 @@ def _tokens(subject: Subject) -> Iterator[Finding]:
         yield from refuses.of("tokens", added, "tokens are added to the vocabulary", fix, VALIDATE)
     elif subject.added_tokens:
         what = "added_tokens.json is here: tokens beyond the base's vocabulary are refused"
-        yield warns("tokens", what, CHECK_BASE, VALIDATE)
+        yield warns("tokens", what, check_base(), VALIDATE)
 
 
 def _scales(subject: Subject) -> Iterator[Finding]:
@@ -112,7 +112,7 @@ def _scales(subject: Subject) -> Iterator[Finding]:
     if changed := rules.rescaled(subject, lambda module, stored: alpha / rank):
         ignored = [key for key in ("use_rslora", "alpha_pattern", "rank_pattern") if subject.flag(key)]
         what = f"{' and '.join(ignored)} ignored, lora_alpha / r scales every module: {changed}"
-        yield wrong("scale", what, BAKE, f"{ADAPTER}.__init__")
+        yield wrong("scale", what, bake(), f"{ADAPTER}.__init__")
     other = [m for m, pair in subject.pairs.items() if pair.rank not in (None, rank)]
     if other and not subject.flag("target_parameters"):
         module = other[0]

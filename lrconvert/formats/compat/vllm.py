@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from lrconvert.core.errors import OptionError
 from lrconvert.formats.compat.base import Consumer, Finding, verdicts
 from lrconvert.formats.compat.shared import rules, whole_names
-from lrconvert.formats.compat.shared.rules import CHECK_BASE, EXPAND, RIGHT_BASE, ServerOptions, words
+from lrconvert.formats.compat.shared.rules import EXPAND, ServerOptions, check_base, right_base, words
 from lrconvert.formats.compat.shared.subject import PEFT_PREFIX, Subject, example, leaf
 
 VERSION = "0.33.0"
@@ -183,7 +183,7 @@ def _base(subject: Subject) -> Iterator[Finding]:
     if embeddings and arch in NO_EMBEDDINGS:
         yield refuses("embedding", f"{arch} takes no LoRA on {example(embeddings)}", MERGE, MODULES)
     elif embeddings and subject.base is None:
-        yield warns("embedding", f"only some models take LoRA on {example(embeddings)}", CHECK_BASE, MODULES)
+        yield warns("embedding", f"only some models take LoRA on {example(embeddings)}", check_base(), MODULES)
     vocabulary = subject.base_number("vocab_size")
     for module, pair in subject.pairs.items():
         if pair.embedding and pair.a is not None and vocabulary is not None and pair.a.shape[-1] != vocabulary:
@@ -193,7 +193,7 @@ def _base(subject: Subject) -> Iterator[Finding]:
     yield from whole_names.wrappers(subject, wrong, "they match no module and are left out silently", source)
     place = whole_names.placement(subject, _spelled)
     what = f"{len(place.lacking)} modules are not in the base and are left out silently"
-    yield from wrong.of("modules", place.lacking, what, RIGHT_BASE, source)
+    yield from wrong.of("modules", place.lacking, what, right_base(), source)
     if arch.endswith("ForCausalLM"):
         what = f"names are those of the bare model, none matches {arch}, the base alone answers"
         fix = "add the missing part (often `model.`) to every name"

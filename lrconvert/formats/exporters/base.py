@@ -15,6 +15,7 @@ from typing import Any
 from lrconvert.core import registry
 from lrconvert.core.errors import ExportError, FileKindError, OptionError, OutputPathError
 from lrconvert.core.options import option
+from lrconvert.core.wording import spelled
 from lrconvert.formats import base_class
 from lrconvert.formats.exporters.shared.files import json_file
 from lrconvert.formats.fidelity import Fidelity
@@ -54,7 +55,7 @@ class ExportOptions:
             raise OptionError("one rank for all and their own ranks exclude each other", fix="leave one out")
         if self.pad_rank < top:
             fix = "give that or more, or convert again with fewer ranks"
-            raise OptionError(f"--pad-rank is {self.pad_rank}, and the adapter has a rank of {top}", fix=fix)
+            raise OptionError(f"{spelled('pad_rank')} is {self.pad_rank}, and the adapter has a rank of {top}", fix=fix)
         return self.pad_rank
 
 
@@ -158,5 +159,6 @@ def public(compact: CompactAdapter, base_model_id: str | None) -> tuple[CompactA
     if not hub.is_private(provenance.base_model):
         return compact, ()
     short = hub.last_part(provenance.base_model)
-    note = f"the base was named by a private path, of which {short!r:.80} is kept; --base-model-id names it"
+    names_it = f"{spelled('base_model_id', ...)} names it"
+    note = f"the base was named by a private path, of which {short!r:.80} is kept; {names_it}"
     return replace(compact, provenance=replace(provenance, base_model=short)), (note,)

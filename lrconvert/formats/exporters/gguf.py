@@ -15,10 +15,11 @@ from typing import Any
 
 from lrconvert.core.dtypes import Array
 from lrconvert.core.errors import ExportError
+from lrconvert.core.wording import spelled
 from lrconvert.formats import gguf_names
 from lrconvert.formats.exporters.base import Exporter, ExportOptions, Files
 from lrconvert.formats.exporters.shared.files import stored
-from lrconvert.formats.exporters.shared.plain import EXCLUDE, Pair, module_of, pairs, refuse_extras
+from lrconvert.formats.exporters.shared.plain import Pair, exclude, module_of, pairs, refuse_extras
 from lrconvert.formats.gguf_names import Family
 from lrconvert.formats.model_card import origin
 from lrconvert.lora.adapter import CompactAdapter, Target
@@ -47,7 +48,7 @@ def files(compact: CompactAdapter, options: ExportOptions) -> Files:
 
 def _family(config: Mapping[str, Any] | None) -> tuple[Family, Mapping[str, Any]]:
     if config is None:
-        fix = "give --base; its config.json is enough"
+        fix = f"give {spelled('base', ...)}; its config.json is enough"
         raise ExportError("llama.cpp's names depend on the base, which was not given", fix=fix)
     name = gguf_names.architecture(config)
     if name not in gguf_names.FAMILIES:
@@ -62,10 +63,10 @@ def _name(target: Target, family: Family, config: Mapping[str, Any]) -> str:
     """Return llama.cpp's name of a target. Raises E-EXPORT."""
     name = family.named(module_of(target, "GGUF"))
     if name is None:
-        raise ExportError(f"llama.cpp takes no LoRA on {target.name!r:.120} of a {family.id}", fix=EXCLUDE)
+        raise ExportError(f"llama.cpp takes no LoRA on {target.name!r:.120} of a {family.id}", fix=exclude())
     if name in ("output", "token_embd") and ties_embeddings(config):
         what = f"{target.name!r:.120} is tied to the other embedding of the base; llama.cpp aborts at a LoRA on either"
-        raise ExportError(what, fix=EXCLUDE)
+        raise ExportError(what, fix=exclude())
     return name
 
 

@@ -21,7 +21,7 @@ from lrconvert.formats import unet_names
 from lrconvert.formats.exporters.base import Exporter, ExportOptions, Files
 from lrconvert.formats.exporters.shared.diffusion import TRANSFORMER, UNET, placed
 from lrconvert.formats.exporters.shared.files import entry, weights_file
-from lrconvert.formats.exporters.shared.plain import EXCLUDE, Pair, pairs, refuse_extras, unfolded
+from lrconvert.formats.exporters.shared.plain import Pair, exclude, pairs, refuse_extras, unfolded
 from lrconvert.lora.adapter import CompactAdapter, Target
 
 _LAYOUT = "kohya's layout"
@@ -42,7 +42,7 @@ def files(compact: CompactAdapter, options: ExportOptions) -> Files:
         name = f"{_prefix(component, components, originals is not None)}_{module.replace('.', '_')}"
         if name in owners:
             what = f"{pair.target.name!r:.120} and {owners[name]!r:.120} have one name there, {name!r:.120}"
-            raise ExportError(what, fix=EXCLUDE)
+            raise ExportError(what, fix=exclude())
         owners[name] = pair.target.name
         down, up = unfolded(pair, _LAYOUT)
         alpha = 1 if options.keep_ranks else pair.rank
@@ -70,7 +70,7 @@ def _original(target: Target, module: str, originals: Mapping[str, str]) -> str:
     name = unet_names.renamed(module, originals, ".")
     if name is None:
         what = f"{target.name!r:.120} has no name in the code of Stable Diffusion XL, which sd-scripts follows"
-        raise ExportError(what, fix=EXCLUDE)
+        raise ExportError(what, fix=exclude())
     return name
 
 

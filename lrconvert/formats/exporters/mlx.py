@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 
 from lrconvert.core.errors import ExportError, OptionError
+from lrconvert.core.wording import spelled
 from lrconvert.formats.exporters.base import Exporter, ExportOptions, Files
 from lrconvert.formats.exporters.shared.files import entry, json_file, weights_file
-from lrconvert.formats.exporters.shared.plain import EXCLUDE, module_of, pairs, refuse_extras
+from lrconvert.formats.exporters.shared.plain import exclude, module_of, pairs, refuse_extras
 from lrconvert.lora.adapter import CompactAdapter, Target
 
 _LAYOUT = "mlx-lm's layout"
@@ -25,7 +26,7 @@ def files(compact: CompactAdapter, options: ExportOptions) -> Files:
     """Return the configuration and the weights. Raises E-EXPORT for what mlx-lm has no place for, E-OPTION for ranks by
     module."""
     if options.keep_ranks:
-        raise OptionError("mlx-lm has one rank for all modules", fix="leave --keep-ranks out")
+        raise OptionError("mlx-lm has one rank for all modules", fix=f"leave {spelled('keep_ranks', True)} out")
     refuse_extras(compact, _LAYOUT)
     by_module = {_module(pair.target): pair for pair in pairs(compact, options)}
     tensors = []
@@ -46,7 +47,7 @@ def _module(target: Target) -> str:
     """Return mlx-lm's name of a target's module. Raises E-EXPORT for models that it calls otherwise, or not at all."""
     module = module_of(target, _LAYOUT)
     if target.view.kind == "conv":
-        raise ExportError(f"{target.name!r:.120} is a convolution, which mlx-lm does not adapt", fix=EXCLUDE)
+        raise ExportError(f"{target.name!r:.120} is a convolution, which mlx-lm does not adapt", fix=exclude())
     seeing = _SEEING.fullmatch(module)
     if seeing is not None:
         module = f"language_model.model.{seeing[1]}"

@@ -13,6 +13,7 @@ import numpy as np
 
 from lrconvert.core.dtypes import Array, round_to
 from lrconvert.core.errors import ExportError
+from lrconvert.core.wording import spelled
 from lrconvert.formats.exporters.base import Exporter, ExportOptions, Files
 from lrconvert.formats.exporters.shared import peft
 from lrconvert.formats.exporters.shared.files import json_file
@@ -42,7 +43,9 @@ def _blocks(compact: CompactAdapter, config: Config) -> dict[str, tuple[Target, 
             shape = max(config.ranks), config.columns(which, target)
             if config.variant == "bat" and math.gcd(*target.matrix_shape) % shape[0]:
                 what = f"PEFT would put a Bat of rank {shape[0]} on {target.name!r} {target.matrix_shape}, too"
-                raise ExportError(f"{what}, which it does not divide", fix="convert again with --exclude for it")
+                raise ExportError(
+                    f"{what}, which it does not divide", fix=f"convert again with {spelled('exclude', ...)} for it"
+                )
             blocks[_linear(target)] = target, np.zeros(shape, np.float32)
     return blocks
 
@@ -59,7 +62,7 @@ def files(compact: CompactAdapter, options: ExportOptions) -> Files:
         "shards along outputs": any(config.turned),
         "targets of different ranks": len(set(config.ranks) - {0}) > 1,
     }
-    peft.check_form(compact, _LAYOUT, features, "lora-to-bone")
+    peft.check_form(compact, _LAYOUT, features, "bone")
     blocks = _blocks(compact, config)
     placed = place(compact, blocks.keys(), "MiSS_only")
     tensors = list(placed.entries)

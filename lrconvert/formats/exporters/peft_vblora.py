@@ -13,6 +13,7 @@ import numpy as np
 
 from lrconvert.core.dtypes import Array
 from lrconvert.core.errors import ExportError
+from lrconvert.core.wording import spelled
 from lrconvert.formats.exporters.base import Exporter, ExportOptions, Files
 from lrconvert.formats.exporters.shared import peft
 from lrconvert.formats.exporters.shared.files import Entry
@@ -67,9 +68,9 @@ def files(compact: CompactAdapter, options: ExportOptions) -> Files:
         "cut sub-vectors": config.padded,
         "targets of different ranks": len(set(config.ranks)) > 1,
     }
-    peft.check_form(compact, _LAYOUT, features, "lora-to-vblora")
+    peft.check_form(compact, _LAYOUT, features, "vblora")
     if options.dtype != "F32":
-        raise ExportError("PEFT cannot load a VB-LoRA file below fp32", fix="leave --dtype out")
+        raise ExportError("PEFT cannot load a VB-LoRA file below fp32", fix=f"leave {spelled('dtype')} out")
     form, rank = config.form, config.ranks[0]
     modules = [_linear(compact, target) for target in compact.targets]
     placed = place(compact, modules, "vblora_only")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from lrconvert.core.errors import ExportError
 from lrconvert.formats.exporters.base import Exporter, ExportOptions, Files
 from lrconvert.formats.exporters.shared.files import Entry, entry, weights_file
-from lrconvert.formats.exporters.shared.plain import EXCLUDE, module_of, pairs, refuse_extras
+from lrconvert.formats.exporters.shared.plain import exclude, module_of, pairs, refuse_extras
 from lrconvert.lora.adapter import CompactAdapter
 
 _LAYOUT = "a bare state dict"
@@ -25,7 +25,7 @@ def files(compact: CompactAdapter, options: ExportOptions) -> Files:
         module = module_of(pair.target, _LAYOUT)
         if pair.target.view.kind == "conv":
             what = f"{pair.target.name!r:.120} is a convolution, whose factors have other shapes in {_LAYOUT}"
-            raise ExportError(what, fix=EXCLUDE)
+            raise ExportError(what, fix=exclude())
         tensors.append(entry(f"{module}.lora_A", options.dtype, pair.a))
         tensors.append(entry(f"{module}.lora_B", options.dtype, pair.b))
         ranks.add(pair.rank)

@@ -18,6 +18,7 @@ from lrconvert.core import errors
 from lrconvert.core.dtypes import STORAGE, Array
 from lrconvert.core.errors import LrcError
 from lrconvert.core.limits import MAX_EXPAND_BYTES, MAX_INT, OWN
+from lrconvert.core.wording import spelled
 from lrconvert.formats.lrc import manifest as manifests
 from lrconvert.formats.lrc import packed, v2
 from lrconvert.formats.lrc.contents import Contents
@@ -305,7 +306,7 @@ def _check_row_indices(extra: ExtraTensor) -> None:
 def _check_needs(method: Method, config: Any, base: BaseFingerprint) -> None:
     if method.needs_base(config) and not base.content:
         what = "base.content is missing: the updates depend on the weights of the base"
-        raise errors.MissingFieldError(what, fix="convert with --base")
+        raise errors.MissingFieldError(what, fix=f"convert with {spelled('base', ...)}")
 
 
 def _read_config(method: Method, header: dict[str, Any], targets: Sequence[Target], reader: _TensorReader) -> Any:

@@ -20,6 +20,7 @@ from lrconvert.core.errors import (
     OptionError,
     UnknownLayoutError,
 )
+from lrconvert.core.wording import spelled
 from lrconvert.formats.readers.shared import folders, kinds
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.formats.readers.shared.weights import open_weights
@@ -98,7 +99,9 @@ def load(path: Path, options: ReadOptions | None = None) -> LoraAdapter | Compac
 def check_alpha(reader: Reader, alpha: float | None, path: Path) -> None:
     """Raise E-OPTION for an alpha where the layout always states its own."""
     if alpha is not None and not reader.takes_alpha:
-        raise OptionError(f"the layout {reader.id} does not take an alpha", fix="leave --alpha out", path=path)
+        raise OptionError(
+            f"the layout {reader.id} does not take an alpha", fix=f"leave {spelled('alpha')} out", path=path
+        )
 
 
 def _read(reader: Reader, path: Path, options: ReadOptions) -> LoraAdapter | CompactAdapter:

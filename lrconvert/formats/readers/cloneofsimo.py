@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lrconvert.core.errors import BaseError, PairError
+from lrconvert.core.wording import spelled
 from lrconvert.formats import unet_names
 from lrconvert.formats.readers.base import Reader
 from lrconvert.formats.readers.shared import naming, pairs
@@ -38,10 +39,6 @@ LABELS = Labels("down", "up")
 _NAME = re.compile(r"(?P<module>[A-Za-z0-9_]+:\d{1,6}):(?P<half>up|down)")
 _TOKEN = re.compile(r"<[^<>\s]+>")
 _EMBED = "<embed>"
-_NOTE = (
-    "modules have the numbers of this layout for names: give the diffusers pipeline (--base; its config.json files are "
-    "enough) to find the parameters that they are"
-)
 
 
 def knows(names: Sequence[str]) -> bool:
@@ -84,7 +81,7 @@ def read(path: Path, options: ReadOptions) -> LoraAdapter:
         if base is not None:
             targets = _placed(dict(zip(modules, targets, strict=True)), base, weights.metadata)
         extras = [load_extra(name, info, weights) for name, info in tokens.items()]
-        warnings = [_NOTE] if base is None else []
+        warnings = [_unnamed()] if base is None else []
         if tokens:
             warnings.append(f"the embeddings of new tokens are carried along: {', '.join(sorted(tokens))[:200]}")
         models = {module.partition(":")[0] for module in modules}
@@ -221,3 +218,10 @@ def _is_token(name: str, weights: Weights) -> bool:
 
 
 READER = Reader("cloneofsimo", "cloneofsimo lora file or .pt list", read, knows=knows)
+
+
+def _unnamed() -> str:
+    return (
+        "modules have the numbers of this layout for names: give the diffusers pipeline "
+        f"({spelled('base', ...)}; its config.json files are enough) to find the parameters that they are"
+    )

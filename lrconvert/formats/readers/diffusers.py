@@ -18,6 +18,7 @@ from pathlib import Path
 
 from lrconvert.core.errors import ConfigError, LrcError, OptionError
 from lrconvert.core.limits import FOREIGN
+from lrconvert.core.wording import spelled
 from lrconvert.formats.readers.base import Reader
 from lrconvert.formats.readers.peft.config import Settings, parse
 from lrconvert.formats.readers.shared import naming, pairs
@@ -136,7 +137,7 @@ def _pair(
     own = settings.get(model)
     alpha = pairs.scalar(weights, parts["alpha"]) if "alpha" in parts else None
     if options.alpha is not None and (alpha is not None or own is not None):
-        raise OptionError(f"{module} states its alpha, another was given", fix="leave --alpha out")
+        raise OptionError(f"{module} states its alpha, another was given", fix=f"leave {spelled('alpha')} out")
     if ("magnitude" in parts) != (own is not None and own.dora) and own is not None:
         raise ConfigError(f"{module}: use_dora in the metadata and the tensors of the module disagree")
     alpha = options.alpha if alpha is None else alpha

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lrconvert.core.errors import BaseError, OrientationError, PairError
+from lrconvert.core.wording import spelled
 from lrconvert.formats.readers.base import Reader
 from lrconvert.formats.readers.shared import naming, pairs
 from lrconvert.formats.readers.shared.naming import Component
@@ -89,7 +90,7 @@ def _is_transposed(modules: Mapping[str, Parts]) -> bool:
         raise OrientationError(
             "all factors are square, so that w_a may be (r, in) or (in, r)",
             fix="rename the tensors to <module>.lora_A (r, in) and .lora_B (out, r), and convert that with the rank as "
-            "--alpha, for a scale of 1",
+            f"{spelled('alpha')}, for a scale of 1",
         )
     return possible == {True}
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lrconvert.core.errors import ConfigError, LrcError, NotLoraError, OptionError, PairError
+from lrconvert.core.wording import spelled
 from lrconvert.formats.readers.base import Reader
 from lrconvert.formats.readers.shared import naming, pairs
 from lrconvert.formats.readers.shared.config import is_set
@@ -116,7 +117,8 @@ def _scale(config: Mapping[str, Any], options: ReadOptions, notes: list[str]) ->
         stated = options.alpha
         return lambda rank: pairs.scale_of("the adapter", stated, rank)
     if scale is None:
-        fix = "give --alpha, the scale times the rank; mlx-examples used a scale of 20 at first (rank 8: 160)"
+        alpha_is = f"give {spelled('alpha', ...)}, the scale times the rank"
+        fix = f"{alpha_is}; mlx-examples used a scale of 20 at first (rank 8: 160)"
         raise ConfigError(f"no {CONFIG_NAME} beside the weights states a scale", fix=fix)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
         raise ConfigError(f"scale is {scale!r:.60}, expected a number")
@@ -124,7 +126,7 @@ def _scale(config: Mapping[str, Any], options: ReadOptions, notes: list[str]) ->
         raise ConfigError(
             "lora_parameters has both scale and alpha, and the release that wrote it is not known: up to some release "
             "the factor was scale * alpha / rank, later scale alone",
-            fix="give --alpha: the factor that the training used, times the rank",
+            fix=f"give {spelled('alpha', ...)}: the factor that the training used, times the rank",
         )
     if alpha is not None:
         notes.append(f"lora_parameters.alpha ({alpha!r:.40}) has no meaning in mlx-lm; the scale {scale:g} is used")

@@ -24,6 +24,7 @@ import numpy as np
 from lrconvert.core.dtypes import F32, F64, Stored
 from lrconvert.core.errors import BaseError, DependencyError, DigestError, LimitError, PairError
 from lrconvert.core.limits import MAX_DRAWN
+from lrconvert.core.wording import spelled
 from lrconvert.formats.readers.base import Reader
 from lrconvert.formats.readers.shared import naming, pairs
 from lrconvert.formats.readers.shared.naming import Component
@@ -63,7 +64,7 @@ def read(path: Path, options: ReadOptions) -> LoraAdapter:
     if component is None:
         raise BaseError(
             "the file holds coefficients of seeded bases and does not say how wide the layers are, the base does",
-            fix="give the vision transformer that it was trained on (--base)",
+            fix=f"give the vision transformer that it was trained on ({spelled('base', ...)})",
         )
     matches = [match for name in component.modules if (match := _MLP.fullmatch(name))]
     layers = {f"{int(match['block']):05d}.{match['layer']}": match[0] for match in matches}

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lrconvert.core.errors import ConfigError, OptionError, TensorUnknownError, UnsupportedLoraError
+from lrconvert.core.wording import spelled
 from lrconvert.formats.readers import diffusers
 from lrconvert.formats.readers.base import Reader
 from lrconvert.formats.readers.shared import kinds, naming, pairs, stated
@@ -89,11 +90,13 @@ class _Scales:
         """Raise E-OPTION if both the file and the user state alpha, E-CONFIG if neither does."""
         if self.given is not None and (self.settings.alpha is not None or len(self.own) == len(modules)):
             where = self.settings.used[0] if self.settings.used else f"{next(iter(self.own))}.alpha"
-            raise OptionError(f"the file states its alpha ({where:.160}), another was given", fix="leave --alpha out")
+            raise OptionError(
+                f"the file states its alpha ({where:.160}), another was given", fix=f"leave {spelled('alpha')} out"
+            )
         unstated = [module for module in modules if module not in self.own]
         if unstated and self.given is None and self.settings.alpha is None:
             where = f"of {unstated[0]!r:.160}" if self.own else "in the file"
-            fix = "give it with --alpha, as the training script has it (alpha = r is a scale of 1)"
+            fix = f"give it with {spelled('alpha', ...)}, as the training script has it (alpha = r is a scale of 1)"
             raise ConfigError(f"nothing {where} states alpha, which the scale alpha / r needs", fix=fix)
 
     @property

@@ -18,6 +18,7 @@ import numpy as np
 
 from lrconvert.core.dtypes import Stored, round_to
 from lrconvert.core.errors import BaseError, ConfigError, IndexRangeError, LrcError, PairError, UnsupportedLoraError
+from lrconvert.core.wording import spelled
 from lrconvert.formats.readers.base import Reader
 from lrconvert.formats.readers.shared import naming, pairs
 from lrconvert.formats.readers.shared.config import Count, check_known
@@ -82,7 +83,7 @@ def read(path: Path, options: ReadOptions) -> LoraAdapter:
     if component is None:
         raise BaseError(
             f"the file does not say how many {'inputs' if settings.has_b else 'outputs'} a layer has",
-            fix="give the base that it was trained on (--base)",
+            fix=f"give the base that it was trained on ({spelled('base', ...)})",
         )
     with open_weights(weights_in(path, PEFT_WEIGHTS), options) as weights:
         modules = pairs.sort_parts(weights, _split)

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from lrconvert.core.errors import BaseError, ConfigError, OptionError, UnsupportedLoraError
+from lrconvert.core.wording import spelled
 from lrconvert.formats import gguf_names
 from lrconvert.formats.readers.base import Reader
 from lrconvert.formats.readers.gguf.names import in_order
@@ -91,10 +92,10 @@ def _alpha(settings: stated.Settings, options: ReadOptions) -> float:
     """Return the one alpha. Raises E-OPTION for two, E-CONFIG for none."""
     if settings.alpha is not None and options.alpha is not None:
         what = f"the adapter's files state alpha ({settings.used[0]:.80}), another was given"
-        raise OptionError(what, fix="leave --alpha out")
+        raise OptionError(what, fix=f"leave {spelled('alpha')} out")
     alpha = options.alpha if settings.alpha is None else settings.alpha
     if alpha is None:
-        fix = "put torchtune's adapter_config.json beside it, or give --alpha, as the recipe has it (lora_alpha)"
+        fix = f"put torchtune's adapter_config.json beside it, or give {spelled('alpha', ...)}, the recipe's lora_alpha"
         raise ConfigError("nothing in or beside the file states alpha, which the scale alpha / r needs", fix=fix)
     return alpha
 
@@ -114,7 +115,9 @@ def _in_order(pair: LoraTarget, component: Component | None) -> LoraTarget:
     name = pair.target.name
     if component is None:
         what = f"{name}: torchtune keeps the rows of queries and keys in an order that depends on the number of heads"
-        raise BaseError(what, fix="give the base that it was trained on (--base; its config.json is enough)")
+        raise BaseError(
+            what, fix=f"give the base that it was trained on ({spelled('base', ...)}; its config.json is enough)"
+        )
     text = component.config.get("text_config")
     settings: Mapping[str, object] = {**component.config, **(text if isinstance(text, dict) else {})}
     family = settings.get("model_type")

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lrconvert.core.errors import DiskSpaceError, FileWriteError, OutputExistsError, OutputPathError
+from lrconvert.core.wording import spelled
 
 StrPath = str | os.PathLike[str]
 
@@ -42,7 +43,9 @@ def check_output(
     if not stat.S_ISREG(info.st_mode):
         raise OutputPathError("is not a regular file", fix="give the path of a file", path=path)
     if not overwrite:
-        raise OutputExistsError("exists already", fix="choose another name, or pass --overwrite", path=path)
+        raise OutputExistsError(
+            "exists already", fix=f"choose another name, or pass {spelled('overwrite', True)}", path=path
+        )
     if info.st_nlink > 1:
         raise OutputPathError(f"has {info.st_nlink} hard links", fix="remove it, or choose another name", path=path)
     return info
@@ -80,7 +83,9 @@ def _check_folder(path: Path, info: os.stat_result, overwrite: bool) -> None:
     if real in (Path.cwd(), Path.home().resolve()) or real in Path.cwd().parents or real.is_mount():
         raise OutputPathError("is a folder that must not be replaced", fix="choose another output", path=path)
     if not overwrite and any(path.iterdir()):
-        raise OutputExistsError("exists already and is not empty", fix="choose another, or pass --overwrite", path=path)
+        raise OutputExistsError(
+            "exists already and is not empty", fix=f"choose another, or pass {spelled('overwrite', True)}", path=path
+        )
 
 
 def check_own(root: Path, *, hard_links: bool = False) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lrconvert.core.errors import DurabilityError, FileWriteError, LockedError, OutputPathError
+from lrconvert.core.wording import verb
 from lrconvert.io.durable import system
 from lrconvert.io.durable.checks import StrPath, check_output
 from lrconvert.io.durable.files import (
@@ -184,7 +185,7 @@ def end_work(work: StagedDirectory, last: str = "") -> None:
         sync_folder(work.root.parent)
     except (OSError, FileWriteError) as error:
         what = f"is done, but {work.root.name!r} in it could not be deleted: {getattr(error, 'strerror', error)}"
-        raise DurabilityError(what, fix="run lrconvert recover", path=work.shown) from None
+        raise DurabilityError(what, fix=f"run {verb('recover')}", path=work.shown) from None
 
 
 # --- leftovers ------------------------------------------------------------------------------------------------------

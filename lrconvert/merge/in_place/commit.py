@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lrconvert.core.errors import DigestError, DurabilityError, UndoError
+from lrconvert.core.wording import verb
 from lrconvert.io.checkpoint import Checkpoint
 from lrconvert.io.container import ContainerFile
 from lrconvert.io.durable import CONTENT, discard, install, sync_folder
@@ -137,7 +138,7 @@ class Commit:
             sync_folder(self.folder.root)
         except OSError as error:
             what = f"is done, but its journal was not synced to the disk: {error.strerror}"
-            raise DurabilityError(what, fix="run lrconvert recover", path=self.folder.model) from None
+            raise DurabilityError(what, fix=f"run {verb('recover')}", path=self.folder.model) from None
         self.folder.clear()
 
 

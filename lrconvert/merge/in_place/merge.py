@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lrconvert.core.errors import FileChangedError, LrcError, OptionError, UnfinishedError
+from lrconvert.core.wording import spelled, verb
 from lrconvert.io.checkpoint import open_checkpoint, unfinished
 from lrconvert.io.container import tensor_hasher
 from lrconvert.io.durable import PLAN_NAME, Work, Writer, install, locked, require_space
@@ -100,7 +101,7 @@ def _continue(folder: ModelFolder, job: Job) -> MergeReport:
     with open_commit(folder) as commit:
         commit_plan, opened = commit.plan, commit.opened
         if commit_plan.kind != MERGE:
-            raise OptionError("an unmerge was broken off here", fix="run lrconvert recover first", path=folder.model)
+            raise OptionError("an unmerge was broken off here", fix=f"run {verb('recover')} first", path=folder.model)
         with reconstructed_base(commit) as checkpoint:
             planned = plan(job.inputs, checkpoint)
             texts = {name: folder.text(name) for name in TEXTS if name not in planned.texts}
@@ -111,7 +112,7 @@ def _continue(folder: ModelFolder, job: Job) -> MergeReport:
                 text = merger.plan_text(True)
             if text != (folder.root / PLAN_NAME).read_bytes():
                 what = "a merge of other adapters was broken off here"
-                raise OptionError(what, fix="give the same ones, or run lrconvert recover first", path=folder.model)
+                raise OptionError(what, fix=f"give the same ones, or run {verb('recover')} first", path=folder.model)
             journal = Journal(Work.at(folder.root, folder.model, is_ours).files, text, len(job.inputs))
             journal.read()
             stats = {name: s for done in journal.finished for name, s in done.stats.items()}
@@ -149,7 +150,7 @@ def broken_off(folder: ModelFolder, error: LrcError) -> UnfinishedError:
     """Return the error of a model that is left between two states."""
     return UnfinishedError(
         f"was broken off between two states: {error}",
-        fix="run lrconvert recover, or the same command with --resume",
+        fix=f"run {verb('recover')}, or the same again with {spelled('resume', True)}",
         path=folder.model,
     )
 

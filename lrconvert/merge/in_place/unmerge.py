@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lrconvert.core.dtypes import Array
 from lrconvert.core.errors import LrcError, UndoError, UndoOrderError
+from lrconvert.core.wording import spelled
 from lrconvert.io.checkpoint import INDEX_NAME, Checkpoint, open_checkpoint, unfinished
 from lrconvert.io.container import TensorInfo
 from lrconvert.io.durable import PLAN_NAME, Work, locked, require_space
@@ -97,7 +98,7 @@ def undone_before(model: Path, state: State, number: int | None, *, resume: bool
         place, done = state.place, (None, number_of(state.place))
     elif (place := repeats.noted_place(model, records)) and number is None and not resume:
         what = f"merge {number_of(place)} was undone last, and merge {last} is left"
-        raise UndoOrderError(what, fix=f"to undo that one, too, pass --merge {last}", path=model)
+        raise UndoOrderError(what, fix=f"to undo that one, too, pass {spelled('number', last, '--merge')}", path=model)
     elif place:
         done = (None,)
     if resume:
@@ -116,7 +117,7 @@ def _check_files(opened: OpenRecord, checkpoint: Checkpoint) -> None:
         is_alike = is_alike and outputs <= names.get(name, set())
     if not is_alike:
         what = "the merge cut the weights into other files, so it is not undone in place"
-        raise UndoError(what, fix="give --output", path=checkpoint.root)
+        raise UndoError(what, fix=f"give {spelled('out', ..., '--output')}", path=checkpoint.root)
 
 
 def _rehearse(opened: OpenRecord, checkpoint: Checkpoint, work: Work, progress: Progress) -> CommitPlan:

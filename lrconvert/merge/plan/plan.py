@@ -277,7 +277,7 @@ def _pieces_of(
             name = index.find(extra.name)
             if name is None or checkpoint.tensors[name].shape != extra.shape:
                 what = "has no such bias" if name is None else f"has {list(checkpoint.tensors[name].shape)}"
-                raise no_place(extra, f"the base {what}", "merge with `--exclude` cannot help: train without it")
+                raise no_place(extra, f"the base {what}", "train without it")
             yield name, Piece((0, 1), extra.shape[0], number, which, item.scale, bias=True)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lrconvert.core.errors import UndoError
+from lrconvert.core.wording import spelled
 from lrconvert.io.checkpoint import Checkpoint
 from lrconvert.merge.hashing import file_digest
 from lrconvert.merge.plan.plan import RECORDS
@@ -19,8 +20,8 @@ def check_undoable(opened: OpenRecord, checkpoint: Checkpoint) -> None:
     record = opened.record
     if not record.can_undo:
         raise UndoError(
-            "the merge was made with --no-undo, so the record has digests only",
-            fix="give the base: --from-base",
+            f"the merge was made with {spelled('undo', False, '--no-undo')}, so the record has digests only",
+            fix=f"give the base: {spelled('from_base', ...)}",
             path=opened.folder,
         )
     names = {t.output for t in record.tensors if t.output} | set(record.added)
@@ -28,7 +29,9 @@ def check_undoable(opened: OpenRecord, checkpoint: Checkpoint) -> None:
     if missing or strange:
         what = f"lacks {missing[0]!r}" if missing else f"has {strange[0]!r}, which the merge did not write"
         raise UndoError(
-            f"the model {what}", fix="it was changed since the merge; give the base: --from-base", path=checkpoint.root
+            f"the model {what}",
+            fix=f"it was changed since the merge; give the base: {spelled('from_base', ...)}",
+            path=checkpoint.root,
         )
 
 

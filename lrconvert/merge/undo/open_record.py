@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lrconvert.core.errors import DigestError, LrcError, UndoError, UndoOrderError
 from lrconvert.core.limits import FOREIGN, MAX_INDEX_BYTES
+from lrconvert.core.wording import spelled
 from lrconvert.io.container import TensorInfo, combined_digest, open_regular, parse_header, pread, read_small
 from lrconvert.merge.hashing import file_digest
 from lrconvert.merge.plan.plan import RECORDS
@@ -23,7 +24,10 @@ from lrconvert.merge.undo.record import CODES_NAME
 
 RECORD_NAME = "record.json"
 _FOLDER = re.compile(r"merge-([1-9][0-9]{0,5})-[0-9a-f]{12}")
-_ADVICE = "give the base: --from-base"
+
+
+def _advice() -> str:
+    return f"give the base: {spelled('from_base', ...)}"
 
 
 # --- finding records ------------------------------------------------------------------------------------------------
@@ -60,7 +64,8 @@ def latest(model: Path, number: int | None = None) -> Path:
     another."""
     folders = numbered(model)
     if not folders:
-        fix = "if it was undone, nothing is left to do; otherwise give the base it was merged from: --from-base"
+        from_base = spelled("from_base", ...)
+        fix = f"if it was undone, nothing is left to do; otherwise give the base it was merged from: {from_base}"
         raise UndoError("holds no record of a merge", fix=fix, path=model)
     last = max(folders)
     if number in folders and number != last:
@@ -83,9 +88,9 @@ class OpenRecord:
         self.path = folder / RECORD_NAME
         for path in (self.path, folder / "base"):
             if path.is_symlink():
-                raise UndoError("is a link, and not the record that the merge wrote", fix=_ADVICE, path=path)
+                raise UndoError("is a link, and not the record that the merge wrote", fix=_advice(), path=path)
         if not self.path.is_file():
-            raise UndoError(f"the record has no {RECORD_NAME}", fix=_ADVICE, path=folder)
+            raise UndoError(f"the record has no {RECORD_NAME}", fix=_advice(), path=folder)
         try:
             self.record = record.parse(read_small(self.path, MAX_INDEX_BYTES))
             self.tensors = {t.name: t for t in self.record.tensors}
@@ -102,9 +107,9 @@ class OpenRecord:
     def _check_file(self, name: str, digest: str) -> None:
         path = self.folder / name
         if not path.is_file() or path.is_symlink():
-            raise UndoError(f"the record's file {name!r} is missing", fix=_ADVICE, path=path)
+            raise UndoError(f"the record's file {name!r} is missing", fix=_advice(), path=path)
         if file_digest(path) != digest:
-            raise DigestError("the file is not the one that the merge wrote", fix=_ADVICE, path=path)
+            raise DigestError("the file is not the one that the merge wrote", fix=_advice(), path=path)
 
     def _header(self, number: int, name: str, nbytes: int) -> tuple[bytes, list[TensorInfo]]:
         data = self.text(f"base/{number}.header")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lrconvert.core.errors import DigestError, LrcError, UndoError
 from lrconvert.core.limits import MAX_INDEX_BYTES
+from lrconvert.core.wording import spelled
 from lrconvert.io.checkpoint import Checkpoint
 from lrconvert.io.container import read_small
 from lrconvert.merge.hashing import stored_digest
@@ -64,7 +65,9 @@ def check_is_merged(checkpoint: Checkpoint, records: Mapping[int, Path]) -> None
     name = changed_tensor(checkpoint, records)
     if name is not None:
         what = f"holds this merge already, and {name!r} was changed since merge {max(records)}"
-        raise DigestError(what, fix="pass --again to merge once more all the same", path=checkpoint.root)
+        raise DigestError(
+            what, fix=f"pass {spelled('again', True)} to merge once more all the same", path=checkpoint.root
+        )
 
 
 def already_merged(place: Path, *, dry_run: bool) -> MergeReport:

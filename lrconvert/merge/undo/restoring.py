@@ -14,6 +14,7 @@ import numpy as np
 
 from lrconvert.core.dtypes import Array
 from lrconvert.core.errors import DigestError, UndoError
+from lrconvert.core.wording import spelled
 from lrconvert.io.checkpoint import Checkpoint
 from lrconvert.io.container import TensorInfo, tensor_hasher
 from lrconvert.io.durable import Writer
@@ -77,7 +78,7 @@ class Restorer:
             info = self.checkpoint.tensors.get(tensor.output)
             if info is None:
                 what = f"the record has {tensor.output!r} in another weight file than the model"
-                raise UndoError(what, fix="give the base: --from-base", path=self.opened.path)
+                raise UndoError(what, fix=f"give the base: {spelled('from_base', ...)}", path=self.opened.path)
             before = self._from_merged(tensor, info, file, before)
         else:
             self._from_codes(tensor, file, before)
@@ -201,4 +202,4 @@ def _copy(checkpoint: Checkpoint, info: TensorInfo, file: Writer, digests: set[D
 
 def _compare(digest: Digest, expected: str, what: str) -> None:
     if digest.hexdigest() != expected:
-        raise DigestError(f"the tensor {what}", fix="give the base: --from-base")
+        raise DigestError(f"the tensor {what}", fix=f"give the base: {spelled('from_base', ...)}")

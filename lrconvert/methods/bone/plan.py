@@ -13,6 +13,7 @@ import numpy as np
 from lrconvert.core.errors import OptionError
 from lrconvert.core.limits import MAX_RANK
 from lrconvert.core.options import option
+from lrconvert.core.wording import spelled
 from lrconvert.lora import svd
 from lrconvert.lora.adapter import LoraAdapter, LoraTarget, Target
 from lrconvert.lora.base_weights import BaseWeights
@@ -139,7 +140,9 @@ def _hull(points: Sequence[_Point], bits: int, group_size: int) -> list[tuple[in
 def needed(base: BaseWeights | None) -> BaseWeights:
     """Return the base's weights. Raise E-OPTION without them."""
     if base is None:
-        raise OptionError("the updates of Bat depend on the weights of the base", fix="give it with --base")
+        raise OptionError(
+            "the updates of Bat depend on the weights of the base", fix=f"give it with {spelled('base', ...)}"
+        )
     return base
 
 
@@ -167,18 +170,22 @@ class Plan:
         check_range(options, "rank", 1, MAX_RANK)
         check_range(options, "group_size", 0)
         if options.mini_rank is not None and not self.mini:
-            raise OptionError("--mini-rank is of --variant mini")
+            raise OptionError(f"{spelled('mini_rank')} is of {spelled('variant', 'mini')}")
         if options.shard == "out" and (self.mini or self.bat or options.peft_compatible):
-            raise OptionError("shards along outputs contradict --variant mini, --variant bat and --peft-compatible")
+            others = [spelled("variant", "mini"), spelled("variant", "bat"), spelled("peft_compatible", True)]
+            raise OptionError(f"shards along outputs contradict {others[0]}, {others[1]} and {others[2]}")
         if not self.bat:
             return
         needed(self.context.base)
         if any(extra.use == "magnitude" for extra in self.lora.extras):
-            raise OptionError("Bat cannot carry DoRA's magnitudes along", fix="bake them with --bake-dora")
+            raise OptionError(
+                "Bat cannot carry DoRA's magnitudes along", fix=f"bake them with {spelled('bake_dora', ...)}"
+            )
         if options.rank is not None:
             for target in self.targets:
                 if math.gcd(*target.matrix_shape) % options.rank:
-                    what = f"--rank is {options.rank}, which does not divide {target.name!r} {target.matrix_shape}"
+                    shape = target.matrix_shape
+                    what = f"{spelled('rank')} is {options.rank}, which does not divide {target.name!r} {shape}"
                     raise OptionError(what, fix="Bat cuts both sides into blocks; leave it out, or take another")
 
     def _mini_ranks(self) -> list[int]:
@@ -191,7 +198,7 @@ class Plan:
             return [common] if self.budget is None else _divisors(common, common)
         if mini_rank < 1 or common % mini_rank:
             raise OptionError(
-                f"--mini-rank is {mini_rank}; {common} or a divisor of it divides the outputs of all targets"
+                f"{spelled('mini_rank')} is {mini_rank}; {common} or a divisor of it divides the outputs of all targets"
             )
         return [mini_rank]
 

@@ -12,6 +12,7 @@ from lrconvert.core.dtypes import F64, Array
 from lrconvert.core.errors import OptionError
 from lrconvert.core.limits import MAX_RANK
 from lrconvert.core.options import option
+from lrconvert.core.wording import spelled
 from lrconvert.lora import svd
 from lrconvert.lora.adapter import LoraAdapter, Target
 from lrconvert.lora.coded import stream
@@ -61,9 +62,9 @@ def make_plan(
 ) -> Config:
     """Return the Config that options and a budget lead to. Raises E-BUDGET, E-OPTION."""
     if options.bits is not None and budget is not None:
-        raise OptionError("--bits and a size both say how fine numbers are", fix="give one of them")
+        raise OptionError(f"{spelled('bits')} and a size both say how fine numbers are", fix="give one of them")
     if options.bits is not None and not 0 < options.bits <= MOST_BITS:
-        raise OptionError(f"--bits is {options.bits:g}; above 0, at most {MOST_BITS:g} is allowed")
+        raise OptionError(f"{spelled('bits')} is {options.bits:g}; above 0, at most {MOST_BITS:g} is allowed")
     ranks = _rank_limits(lora, options, context)
     search = _Search(lora.shapes(), components(lora, ranks, context, coordinates))
     if budget is None:
@@ -218,7 +219,7 @@ def _bisect(falling: Callable[[float], float], wanted: float, low: float, high: 
 def _rank_limits(lora: LoraAdapter, options: LowRankOptions, context: FitContext) -> list[int]:
     """Return the largest rank that the options allow in each target. Raise E-OPTION."""
     if (options.dynamic_method is None) != (options.dynamic_param is None):
-        raise OptionError("--dynamic-method and --dynamic-param go together")
+        raise OptionError(f"{spelled('dynamic_method')} and {spelled('dynamic_param')} go together")
     check_range(options, "rank", 1)
     most = options.rank or MAX_RANK
     if options.dynamic_method is None:
@@ -237,10 +238,12 @@ def _dynamic_rank(s: F64, options: LowRankOptions) -> int:
         return len(s)
     if options.dynamic_method == "sv_ratio":
         if param < 1:
-            raise OptionError(f"--dynamic-param is {param}; sv_ratio takes a number of at least 1")
+            raise OptionError(f"{spelled('dynamic_param')} is {param}; sv_ratio takes a number of at least 1")
         return max(1, int(np.sum(s > s[0] / param)))
     if not 0 < param <= 1:
-        raise OptionError(f"--dynamic-param is {param}; {options.dynamic_method} takes a share above 0, at most 1")
+        raise OptionError(
+            f"{spelled('dynamic_param')} is {param}; {options.dynamic_method} takes a share above 0, at most 1"
+        )
     mass = np.cumsum(s * s if options.dynamic_method == "sv_fro" else s)
     wanted = mass[-1] * (param**2 if options.dynamic_method == "sv_fro" else param)
     return int(min(np.searchsorted(mass, wanted * (1 - 1e-12)) + 1, len(s)))

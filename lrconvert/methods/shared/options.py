@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from lrconvert.core.errors import BudgetError, OptionError
 from lrconvert.core.options import option
+from lrconvert.core.wording import spelled
 from lrconvert.methods.base import Budget
 from lrconvert.methods.shared.widths import WIDTHS
 
@@ -24,7 +25,7 @@ def check_range(options: Any, name: str, least: int, most: int | None = None) ->
     value = getattr(options, name)
     if value is not None and (value < least or (most is not None and value > most)):
         allowed = f"at least {least} is" if most is None else f"{least} to {most} are"
-        raise OptionError(f"--{name.replace('_', '-')} is {value}; {allowed} allowed")
+        raise OptionError(f"{spelled(name)} is {value}; {allowed} allowed")
 
 
 def within(budget: Budget, smallest: Config) -> Config:

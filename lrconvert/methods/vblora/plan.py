@@ -11,6 +11,7 @@ import numpy as np
 from lrconvert.core.errors import OptionError
 from lrconvert.core.limits import MAX_DIM, MAX_RANK, MAX_VECTORS
 from lrconvert.core.options import option
+from lrconvert.core.wording import spelled
 from lrconvert.lora.adapter import LoraAdapter, Target
 from lrconvert.methods.shared.options import check_range
 from lrconvert.methods.vblora.form import MAX_PASSES, MAX_TOP_K, MAX_WEIGHT_BITS, Form
@@ -57,26 +58,30 @@ def check_options(lora: LoraAdapter, options: VBLoraOptions) -> None:
     check_range(options, "weight_bits", 1, MAX_WEIGHT_BITS)
     check_range(options, "passes", 1, MAX_PASSES)
     if options.bits not in (None, *FITTED_BITS):
-        raise OptionError(f"--bits is {options.bits}; the bank takes 16, 8 or 4")
+        raise OptionError(f"{spelled('bits')} is {options.bits}; the bank takes 16, 8 or 4")
     if options.gain not in ("auto", "on", "off"):
-        raise OptionError(f"--gain is {options.gain!r}; auto, on and off are allowed")
+        raise OptionError(f"{spelled('gain')} is {options.gain!r}; auto, on and off are allowed")
     if options.top_k is not None and options.num_vectors is not None and options.top_k > options.num_vectors:
         raise OptionError(
-            f"--top-k {options.top_k} needs at least as many vectors; --num-vectors is {options.num_vectors}"
+            f"{spelled('top_k', options.top_k)} needs at least as many vectors; "
+            f"{spelled('num_vectors')} is {options.num_vectors}"
         )
     if options.weight_bits is not None and options.top_k == 1:
-        raise OptionError("--weight-bits has no meaning with --top-k 1")
+        raise OptionError(f"{spelled('weight_bits')} has no meaning with {spelled('top_k', 1)}")
     if not options.scaled and (options.passes or 1) > 1:
-        raise OptionError("--passes above 1 need gains", fix="leave out --gain off and --peft-compatible, or --passes")
+        raise OptionError(
+            f"{spelled('passes')} above 1 need gains",
+            fix=f"leave out {spelled('gain', 'off')} and {spelled('peft_compatible', True)}, or {spelled('passes')}",
+        )
     if options.peft_compatible and options.gain == "on":
-        raise OptionError("--peft-compatible and --gain on contradict each other")
+        raise OptionError(f"{spelled('peft_compatible', True)} and {spelled('gain', 'on')} contradict each other")
     if options.peft_compatible:
         b, common = options.vector_length, common_divisor(lora.shapes())
         if common % (b or common):
-            what = f"--peft-compatible: {b} does not divide every dimension"
+            what = f"{spelled('peft_compatible', True)}: {b} does not divide every dimension"
             raise OptionError(what, fix=f"choose a divisor of {common}")
         if common == 1:
-            raise OptionError("--peft-compatible: no vector length divides every dimension")
+            raise OptionError(f"{spelled('peft_compatible', True)}: no vector length divides every dimension")
 
 
 def common_divisor(targets: Sequence[Target]) -> int:

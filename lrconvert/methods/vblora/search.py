@@ -9,6 +9,7 @@ import numpy as np
 
 from lrconvert.core.dtypes import F64
 from lrconvert.core.errors import OptionError
+from lrconvert.core.wording import spelled
 from lrconvert.lora.adapter import LoraAdapter
 from lrconvert.methods.base import Budget, FitContext
 from lrconvert.methods.shared.options import within
@@ -72,7 +73,9 @@ class Search:
     def best(self) -> Config:
         """Return the config that keeps most. Raise E-BUDGET if nothing fits, E-OPTION if no form suits the options."""
         if not self.forms:
-            raise OptionError("no vector length of those tried suits these options", fix="give --vector-length")
+            raise OptionError(
+                "no vector length of those tried suits these options", fix=f"give {spelled('vector_length', ...)}"
+            )
         size, least = self._smallest()
         within(self.budget, least)
         self.overhead = 8 * (size - self._payload(least)) + 2 * len(self.targets)  # bits, about

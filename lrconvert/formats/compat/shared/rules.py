@@ -7,13 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lrconvert.core.wording import either, spelled
 from lrconvert.formats.compat.base import Finding, Verdict
 from lrconvert.formats.compat.shared.subject import CONFIG_NAME, PEFT_WEIGHTS, Subject, as_number
 
-BAKE = "bake the scale into lora_B and write lora_alpha = r without patterns, as `lrconvert export --to peft-lora` does"
 EXPAND = "expand it to plain LoRA first"
-RIGHT_BASE = "if this is the right base, convert and export with --base: that writes the names that it has"
-CHECK_BASE = "give --base to have it checked"
 
 _UNREAD = {
     "use_qalora": ("qalora", "the factors of QA-LoRA have other shapes"),
@@ -32,6 +30,29 @@ class ServerOptions:
     )
 
 
+def export_call(layout: str = "peft-lora") -> str:
+    """Return how an adapter is exported."""
+    return either(f"lrconvert.export(FILE, DIR, to={layout!r})", f"`lrconvert export FILE -o DIR --to {layout}`")
+
+
+def bake() -> str:
+    """Return the advice for a scale that a program gets wrong."""
+    how = either("lrconvert.export(..., to='peft-lora')", "`lrconvert export --to peft-lora`")
+    return f"bake the scale into lora_B and write lora_alpha = r without patterns, as {how} does"
+
+
+def right_base() -> str:
+    """Return the advice for names that the base does not have."""
+    return (
+        f"if this is the right base, convert and export with {spelled('base', ...)}: that writes the names that it has"
+    )
+
+
+def check_base() -> str:
+    """Return the advice for what depends on a base that was not given."""
+    return f"give {spelled('base', ...)} to have it checked"
+
+
 def words(text: str) -> frozenset[str]:
     """Return a set of names, written as a text of words."""
     return frozenset(text.split())
@@ -44,12 +65,10 @@ def not_a_peft_folder(subject: Subject) -> tuple[str, str] | None:
     """Return what is wrong and what to do, if the input is no PEFT folder at all."""
     if subject.foreign:
         return f"an adapter in the layout {subject.foreign}: its names and scales are its own", (
-            "convert it, and export the result: `lrconvert export FILE -o DIR --to peft-lora`"
+            f"convert it, and export the result: {export_call()}"
         )
     if subject.layout == "lrconvert":
-        return "a compact lrconvert file: no server loads one", (
-            "export it first: `lrconvert export FILE -o DIR --to peft-lora`"
-        )
+        return "a compact lrconvert file: no server loads one", (f"export it first: {export_call()}")
     if subject.layout == "mlx":
         return "an mlx-lm adapter: its names, shapes and configuration are its own", "convert it to PEFT's layout first"
     if CONFIG_NAME not in subject.files:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from lrconvert.formats.compat.base import Finding, Verdict
-from lrconvert.formats.compat.shared.rules import CHECK_BASE
+from lrconvert.formats.compat.shared.rules import check_base
 from lrconvert.formats.compat.shared.subject import Subject
 from lrconvert.formats.readers.shared.wrappers import SEGMENTS
 from lrconvert.lora import class_names, renamings
@@ -46,7 +46,7 @@ def doubled(
     """Yield a finding on names that begin with one segment twice, or with PEFT's prefix once more. `spelled` and
     `modules` as in `placement`."""
     twice = [module for module in modules or subject.pairs if _TWICE.match(spelled(module))]
-    yield from warns.of("twice", twice, "names begin with the same twice, which few models have", CHECK_BASE, source)
+    yield from warns.of("twice", twice, "names begin with the same twice, which few models have", check_base(), source)
 
 
 @dataclass(frozen=True)

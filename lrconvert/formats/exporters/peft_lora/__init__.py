@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from lrconvert.core.errors import ExportError
+from lrconvert.core.wording import spelled
 from lrconvert.formats.exporters.base import Exporter, ExportOptions, Files
 from lrconvert.formats.exporters.peft_lora import groups
 from lrconvert.formats.exporters.peft_lora.layers import Layer, adapted_layers
@@ -87,7 +88,7 @@ def _check_dora(compact: CompactAdapter, pairs: Sequence[Pair]) -> None:
     if owners and without:
         raise ExportError(
             f"{without[0]!r} has no DoRA magnitude and others have; PEFT's use_dora holds for all or none",
-            fix="convert again with --bake-dora, or --exclude one of the two kinds",
+            fix=f"convert again with {spelled('bake_dora', ...)}, or {spelled('exclude', ...)} for one of the kinds",
         )
 
 
@@ -100,11 +101,14 @@ def _check_together(layers: Sequence[Layer], uses: Collection[str], transposed: 
     }
     present = [name for name, on in switches.items() if on]
     first = {layer.kind: layer.name for layer in reversed(layers)}
-    clash, fix = "", "convert again with --exclude for one of the two kinds"
+    clash, fix = "", f"convert again with {spelled('exclude', ...)} for one of the two kinds"
     if "parameter" in first and present:
         clash = f"{first['parameter']!r} cannot be in one adapter with {present[0]}"
     elif {"add", "magnitude"} <= set(uses):
-        clash, fix = "DoRA magnitudes cannot be in one adapter with biases of LoRAs", "convert again with --bake-dora"
+        clash, fix = (
+            "DoRA magnitudes cannot be in one adapter with biases of LoRAs",
+            f"convert again with {spelled('bake_dora', ...)}",
+        )
     elif "add" in uses and "embedding" in first:
         clash = f"{first['embedding']!r} is an embedding, which cannot be in one adapter with biases of LoRAs"
     if clash:

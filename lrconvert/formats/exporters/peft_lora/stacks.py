@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lrconvert.core.errors import ExportError
+from lrconvert.core.wording import spelled
 from lrconvert.formats.exporters.shared.plain import Pair
 from lrconvert.formats.readers.peft.experts import says_transposed
 from lrconvert.lora import class_names
@@ -53,7 +54,7 @@ def _turned(pair: Pair, is_known: bool) -> Pair:
         raise ExportError(
             f"the experts of {pair.target.name!r:.120} are stored {layout}, and which order PEFT takes is for the "
             "base's class to say",
-            fix="give --base; its config.json is enough",
+            fix=f"give {spelled('base', ...)}; its config.json is enough",
         )
     other = View(f"{'expert' if _KINDS[kind] else 'expert_transposed'}:{number}")
     a, b = np.ascontiguousarray(pair.b.T), np.ascontiguousarray(pair.a.T)

@@ -10,6 +10,7 @@ import numpy as np
 
 from lrconvert.core.dtypes import Array, round_to
 from lrconvert.core.errors import ExportError
+from lrconvert.core.wording import spelled
 from lrconvert.formats.model_card import origin
 from lrconvert.io.container import encode_header
 from lrconvert.lora.adapter import CompactAdapter
@@ -41,5 +42,7 @@ def stored(name: str, dtype: str, values: Array) -> bytes:
     """Return values in row-major order, rounded once to `dtype`. Raises E-EXPORT for those beyond its range."""
     bits = round_to(np.ascontiguousarray(values), dtype)
     if dtype == "F16" and not np.isfinite(bits).all():
-        raise ExportError(f"{name!r:.120} has values beyond the range of F16", fix="take --dtype BF16 or F32")
+        raise ExportError(
+            f"{name!r:.120} has values beyond the range of F16", fix=f"take {spelled('dtype', 'BF16')} or F32"
+        )
     return bits.tobytes()

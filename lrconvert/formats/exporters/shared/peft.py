@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lrconvert.core.errors import ExportError
+from lrconvert.core.wording import either, spelled
 from lrconvert.formats.exporters.base import Files
 from lrconvert.formats.exporters.shared.files import Entry, json_file, weights_file
 from lrconvert.formats.exporters.shared.plain import module_of
@@ -56,16 +57,17 @@ def check_method(compact: CompactAdapter, method: str) -> None:
         raise ExportError(f"the file holds a {compact.method} adapter, not {method}", fix="export it to peft-lora")
 
 
-def check_form(compact: CompactAdapter, layout: str, features: Mapping[str, bool], command: str) -> None:
+def check_form(compact: CompactAdapter, layout: str, features: Mapping[str, bool], method: str) -> None:
     """Raise E-EXPORT for parts of an update beside the form, and for `features` that it has and `layout` has not;
-    `command` makes one without."""
+    `method` makes one without."""
     beside = [e.name for e in compact.extras if e.use != "replace"]
     if beside:
         what = f"{layout} has no place for a part of the update: {beside[0]!r}"
         raise ExportError(what, fix="export to peft-lora")
     present = [feature for feature, is_present in features.items() if is_present]
     if present:
-        fix = f"convert again with `{command} --peft-compatible`, or export to peft-lora"
+        again = either(f"convert(..., {method!r}, peft_compatible=True)", f"`lora-to-{method} --peft-compatible`")
+        fix = f"convert again with {again}, or export to peft-lora"
         raise ExportError(f"{layout} has no {', no '.join(present)}", fix=fix)
 
 
@@ -74,6 +76,6 @@ def linear_module(target: Target, layout: str, is_linear: bool) -> str:
     if not is_linear:
         raise ExportError(
             f"{target.name!r} ({target.view.text}) is no linear layer; {layout} has these only",
-            fix="export to peft-lora, or convert again with --exclude for these targets",
+            fix=f"export to peft-lora, or convert again with {spelled('exclude', ...)} for these targets",
         )
     return module_of(target, layout)

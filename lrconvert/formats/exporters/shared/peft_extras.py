@@ -11,7 +11,7 @@ import numpy as np
 from lrconvert.core.dtypes import STORAGE
 from lrconvert.core.errors import ExportError
 from lrconvert.formats.exporters.shared.files import Entry
-from lrconvert.formats.exporters.shared.plain import EXCLUDE
+from lrconvert.formats.exporters.shared.plain import exclude
 from lrconvert.formats.readers.peft.names import BASE_LAYER, PREFIX
 from lrconvert.lora.adapter import CompactAdapter, ExtraTensor
 
@@ -46,7 +46,7 @@ def place(compact: CompactAdapter, adapted: Collection[str], only: str = "lora_o
     if both:
         raise ExportError(
             f"{both!r} has an update, and PEFT would save it whole because of modules_to_save {saved}",
-            fix=EXCLUDE,
+            fix=exclude(),
         )
     config: dict[str, Any] = {"modules_to_save": saved or None}
     if biases:
@@ -72,7 +72,7 @@ def _check_owners(extras: Iterable[ExtraTensor], adapted: Collection[str]) -> No
         if e.use == "rows" and module in adapted:
             raise ExportError(
                 f"{module!r} has factors and trained rows; PEFT has one of them in a layer",
-                fix=EXCLUDE,
+                fix=exclude(),
             )
 
 

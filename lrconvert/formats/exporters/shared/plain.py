@@ -9,11 +9,11 @@ import numpy as np
 
 from lrconvert.core.dtypes import Array
 from lrconvert.core.errors import ExportError
+from lrconvert.core.wording import spelled
 from lrconvert.formats.exporters.base import ExportOptions
 from lrconvert.lora.adapter import CompactAdapter, Target
 from lrconvert.methods import base as methods
 
-EXCLUDE = "convert again with --exclude for it, or merge the adapter into the base"
 _USES = {
     "replace": "a saved tensor",
     "add": "the bias of a LoRA",
@@ -58,6 +58,11 @@ def pairs(compact: CompactAdapter, options: ExportOptions) -> list[Pair]:
     return updated if options.keep_ranks else [pair.padded(top) for pair in updated]
 
 
+def exclude() -> str:
+    """Return the advice for a target that a layout cannot name."""
+    return f"convert again with {spelled('exclude', ...)} for it, or merge the adapter into the base"
+
+
 def refuse_extras(compact: CompactAdapter, layout: str, allowed: Collection[str] = ()) -> None:
     """Raise E-EXPORT for the first tensor beside the factors that has no place in `layout`."""
     for extra in compact.extras:
@@ -65,7 +70,9 @@ def refuse_extras(compact: CompactAdapter, layout: str, allowed: Collection[str]
             baking = extra.use == "magnitude"
             raise ExportError(
                 f"{layout} has no place for {_USES[extra.use]}: {extra.name!r:.120}",
-                fix="convert again with --bake-dora" if baking else "export to peft-lora, or merge it into the base",
+                fix=f"convert again with {spelled('bake_dora', ...)}"
+                if baking
+                else "export to peft-lora, or merge it into the base",
             )
 
 
@@ -74,12 +81,12 @@ def module_of(target: Target, layout: str) -> str:
     one, and for a name that no module can have."""
     module = target.name.removesuffix(".weight")
     if not all(module.split(".")):
-        raise ExportError(f"{target.name!r:.120} has an empty part, and no module can be called so", fix=EXCLUDE)
+        raise ExportError(f"{target.name!r:.120} has an empty part, and no module can be called so", fix=exclude())
     if module == target.name:
-        raise ExportError(f"{target.name!r:.120} is no module's weight, {layout} cannot name it", fix=EXCLUDE)
+        raise ExportError(f"{target.name!r:.120} is no module's weight, {layout} cannot name it", fix=exclude())
     if target.view.kind not in ("matrix", "transposed", "conv"):
         what = f"{target.name!r:.120} is updated in a part ({target.view.text}), which {layout} cannot express"
-        raise ExportError(what, fix=EXCLUDE)
+        raise ExportError(what, fix=exclude())
     return module
 
 
@@ -90,6 +97,6 @@ def unfolded(pair: Pair, layout: str) -> tuple[Array, Array]:
     if target.view.kind != "conv":
         return pair.a, pair.b
     if target.view.text.rpartition(":")[2] != "1":
-        raise ExportError(f"{target.name!r:.120} is a convolution in groups, {layout} has none", fix=EXCLUDE)
+        raise ExportError(f"{target.name!r:.120} is a convolution in groups, {layout} has none", fix=exclude())
     kernel = target.shape[2:]
     return pair.a.reshape(pair.rank, -1, *kernel), pair.b.reshape(-1, pair.rank, *(1 for _ in kernel))

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lrconvert.core.errors import OptionError
+from lrconvert.core.wording import spelled
 from lrconvert.formats.readers.base import Reader
 from lrconvert.formats.readers.kohya import sgm
 from lrconvert.formats.readers.shared import naming, pairs
@@ -81,7 +82,7 @@ def _pair(module: str, parts: Parts, weights: Weights, options: ReadOptions) -> 
     alpha = options.alpha
     if "alpha" in parts:
         if alpha is not None:
-            raise OptionError(f"{module} states its alpha, another was given", fix="leave --alpha out")
+            raise OptionError(f"{module} states its alpha, another was given", fix=f"leave {spelled('alpha')} out")
         alpha = pairs.scalar(weights, parts["alpha"])
 
     def scale(rank: int) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 
 from lrconvert.core.errors import BaseError, DependencyError, FileKindError
 from lrconvert.core.limits import MAX_INDEX_BYTES
+from lrconvert.core.wording import spelled
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.io.checkpoint import INDEX_NAME, PIPELINE_NAME, SINGLE_NAME, open_checkpoint
 from lrconvert.io.container import ContainerFile, read_json
@@ -230,6 +231,6 @@ def parses(spelled: str, words: Iterable[str] = VOCABULARY) -> list[str]:
 def unnamed(layout: str) -> str:
     """Return the warning of an adapter that was read without a base."""
     return (
-        f"the names are those of the {layout} layout, not of a base's parameters: give the base (--base; its "
-        "config.json is enough) to resolve them"
+        f"the names are those of the {layout} layout, not of a base's parameters: give the base "
+        f"({spelled('base', ...)}; its config.json is enough) to resolve them"
     )

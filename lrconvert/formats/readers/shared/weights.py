@@ -24,6 +24,7 @@ from lrconvert.core.errors import (
     ValueRangeError,
 )
 from lrconvert.core.limits import ADAPTER, MAX_INDEX_BYTES
+from lrconvert.core.wording import spelled
 from lrconvert.formats.readers.shared import wrappers
 from lrconvert.formats.readers.shared.files import ForeignFile, check_name, check_shape
 from lrconvert.formats.readers.shared.folders import INDEX
@@ -180,8 +181,8 @@ def _open_file(path: Path, options: ReadOptions) -> ContainerFile | ForeignFile:
     if not options.allow_pickle:
         raise PickleError(
             "the adapter is stored as a pickle, which can run code when it is loaded",
-            fix="save it again as safetensors (PEFT: load it and save_pretrained it), or pass --allow-pickle "
-            "(allow_pickle=True) if you trust it",
+            fix="save it again as safetensors (PEFT: load it and save_pretrained it), or pass "
+            f"{spelled('allow_pickle', True)} if you trust it",
             path=path,
         )
     return PickledFile(path)
