@@ -2,7 +2,7 @@
 
     python benchmarks/evidence.py --base BASE                         trains the LoRAs that are missing, measures cells
     python benchmarks/evidence.py --base BASE --only "sst2, 1.6.*lowrank"   some cells
-    python benchmarks/evidence.py --render                            writes docs/evidence.md and a part of README.md
+    python benchmarks/evidence.py --render                            writes docs/evidence.md, picture and README's table
 
 BASE is SmolLM2-135M-Instruct as a Hugging Face folder (the script for it is among the project's shared assets). LoRAs,
 refits and the teacher's answers are kept in ``--folder``; what is there is not made again, and a refinement that was
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import cells
+import picture
 from chat import answers, loras, tasks
 from chat.page import page, summary
 
@@ -327,6 +328,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.render:
         _OUT.write_text(rendered())
+        picture.write()
         cells.render(NAME, table())
         return
     run = Run(given.base, given.folder, given.held, given.steps)

@@ -1,4 +1,5 @@
-"""The documents are true: their examples run, the picture is the code's, and links lead somewhere."""
+"""The documents are true: pictures are those of the code and the results, every page is on the site, and links lead
+somewhere. Examples of pages run in tests/test_examples.py."""
 
 from __future__ import annotations
 
@@ -11,9 +12,10 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -71,7 +73,7 @@ Install = Callable[[str, str], str]
 
 
 @pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     """Return a function that puts an example of docs/examples into a scanned folder of the package, under its id."""
 
     def put(example: str, package: str) -> str:
@@ -190,6 +192,96 @@ def test_the_tables_of_pages_are_those_of_the_results() -> None:
     assert [table.strip() for table in json.loads(done.stdout)] == [table for _, table in tables]
     results = {path.stem for path in (ROOT / "benchmarks" / "results").glob("*.jsonl")}
     assert {name for name, _ in tables} == results - {"encoder_evidence"}  # a part of docs/evidence.md
+
+
+# --- the picture of the evidence ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def picture(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    yield importlib.import_module("picture")
+    for name in ("picture", "cells"):
+        sys.modules.pop(name, None)
+
+
+def test_the_picture_shows_what_is_measured(picture: ModuleType) -> None:
+    """A mark for each cell of a way that is drawn, at its height; whatever the results are, it is well-formed."""
+    cells = picture.cells.read("evidence")
+    for rows in (cells, {}):
+        ElementTree.fromstring(picture.draw(rows))
+    row = {"share": 0.4, "closed": [0.9, 0.8, 0.95]}
+    name, way = "sst2, 0.4%, ", "LoRAQuant, refit"
+    drawn = picture.draw({name + way: row})
+    assert (
+        drawn.count(picture.WAYS[way][1]) == 3 and picture.WAYS["lowrank, refit"][0] not in drawn
+    )  # mark, bar, legend
+    assert picture.points({name + way: row}, "sst2", way) == [(0.4, 0.9, 0.8, 0.95)]
+    heights = [picture.height_of(closed) for closed in (-1.0, *picture.CLOSED, 0.9999, 1.0)]
+    assert heights == sorted(heights) and heights[0] == 0 and heights[-1] == 1
+
+
+def test_the_picture_that_is_there_is_read_on_both_themes() -> None:
+    drawn = (DOCS / "accuracy-per-byte.svg").read_text()
+    ElementTree.fromstring(drawn)
+    assert "prefers-color-scheme:dark" in drawn and 'class="page"' in drawn
+
+
+# --- the site -------------------------------------------------------------------------------------------------------
+
+_HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+ELSEWHERE = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+
+
+def sources() -> list[Path]:
+    """The Markdown of the site, where the repository has it."""
+    return [*(ROOT / name for name in ELSEWHERE.values()), *DOCS.rglob("*.md"), *(ROOT / "formats").rglob("*.md")]
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    """Each once, and nothing else is."""
+    nav = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2].partition("\nplugins:")[0]
+    pages = re.findall(r"^ *- [^:]+: (\S+)$", nav, re.MULTILINE)
+    site = {value: key for key, value in ELSEWHERE.items()}
+    there = [path.relative_to(ROOT).as_posix() for path in [*sources(), *DOCS.rglob("*.ipynb")]]
+    assert sorted(pages) == sorted(site.get(name, name.removeprefix("docs/")) for name in there)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as the site makes them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    plain = (re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in _HEADING.findall(text))
+    return {re.sub(r"[-\s]+", "-", heading) for heading in plain}
+
+
+def test_every_link_leads_somewhere() -> None:
+    """From README and every page, to files and to headings of them."""
+    for page in sources():
+        text = re.sub(r"^```.*?^```|`[^`\n]*`", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            path, _, heading = target.partition("#")
+            if "://" in target:
+                continue
+            place = page.parent / path if path else page
+            assert place.exists(), (page.name, target)
+            assert not heading or heading in anchors(place), (page.name, target)
+
+
+def test_every_error_has_a_remedy() -> None:
+    """The page of errors has each code once, with what it means and what to do."""
+    rows = re.findall(
+        r"^\| `(E-[A-Z-]+)` \| ([^|]+) \| ([^|]+) \|$", (DOCS / "reference/errors.md").read_text(), re.MULTILINE
+    )
+    codes = {
+        kind.code for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.LrcError)
+    }
+    assert sorted(code for code, _, _ in rows) == sorted(codes - {"E-LRC"})
+
+
+def test_the_reference_has_every_name() -> None:
+    """Of Python, where the site has what is listed; commands come from click by themselves."""
+    listed = re.findall(r"^::: lrconvert\.api\.(\w+)$", (DOCS / "reference/python.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(api.__all__)
 
 
 # --- the pages ------------------------------------------------------------------------------------------------------
