@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from os import PathLike
 from typing import Any
 
-from lrconvert.api.shared import AnyCompact, AnyPath, compact_of, refuse_rest, take_reading
+from lrconvert.api.shared import (
+    AnyAdapter,
+    AnyCompact,
+    AnyPath,
+    adapter_of,
+    compact_of,
+    located,
+    lora_of,
+    output_of,
+    path_of,
+    refuse_rest,
+    take_reading,
+)
+from lrconvert.core.errors import ArgumentError
+from lrconvert.core.options import described
 from lrconvert.formats import fidelity, loading
 from lrconvert.formats.compat import base as consumer_base
 from lrconvert.formats.compat.base import Finding
 from lrconvert.formats.lrc import file, validation
 from lrconvert.formats.lrc.validation import Validation
 from lrconvert.formats.readers.shared.options import ReadOptions
-from lrconvert.io import hub
 from lrconvert.io.durable import check_output
 from lrconvert.lora import statistics_file
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 
 
-def load_lora(path: AnyPath, *, base: AnyPath | None = None, **reading: Any) -> LoraAdapter:
+def load_lora(path: AnyAdapter, *, base: AnyPath | None = None, **reading: Any) -> LoraAdapter:
     """Load the LoRA at `path`: a folder or file in any layout that a reader knows. The options are those of `load`.
 
     A compact adapter is expanded, with a warning: what is fitted to it is a second generation. Raises E-LAYOUT if no
@@ -34,10 +47,10 @@ def load_lora(path: AnyPath, *, base: AnyPath | None = None, **reading: Any) -> 
     >>> len(lora.targets), lora.half_bytes
     (14, 34304)
     """
-    return loading.lora(path, _reading("load_lora", base, reading))
+    return lora_of(path, _reading("load_lora", base, reading), "path")
 
 
-def load(path: AnyPath, *, base: AnyPath | None = None, **reading: Any) -> LoraAdapter | CompactAdapter:
+def load(path: AnyAdapter, *, base: AnyPath | None = None, **reading: Any) -> LoraAdapter | CompactAdapter:
     """Load a LoRA in any known layout, or the compact adapter of an lrconvert file or of a compact layout (PEFT
     VB-LoRA, PEFT MiSS).
 
@@ -48,17 +61,22 @@ def load(path: AnyPath, *, base: AnyPath | None = None, **reading: Any) -> LoraA
     state one. Raises E-OPTION for an unknown layout, and for an alpha that the layout states itself.
 
     `layout` and `alpha` mean this wherever a verb takes adapters by their path, and hold for all of these that are not
-    lrconvert files; E-OPTION if there is none. Wherever an adapter or a base is asked for, `path` may be a hub id
-    (``org/name``, ``org/name@revision``) that is in the local Hugging Face cache; see `lrconvert.io.hub`.
+    lrconvert files; E-OPTION if there is none. An adapter in memory, and that of a result, is returned as it is.
+    Wherever an adapter or a base is asked for, `path` may be a hub id (``org/name``, ``org/name@revision``) that is in
+    the local Hugging Face cache; see `lrconvert.io.hub`.
     """
-    return loading.load(path, _reading("load", base, reading))
+    return adapter_of(path, _reading("load", base, reading), "path")
 
 
 def load_all(
     paths: Sequence[AnyPath], *, base: AnyPath | None = None, **reading: Any
 ) -> list[LoraAdapter | CompactAdapter]:
     """Load several adapters, as for a merge. The options are those of `load`."""
-    return loading.load_all(paths, _reading("load_all", base, reading))
+    listed = [paths] if isinstance(paths, (str, PathLike)) else paths
+    if not isinstance(listed, Iterable):
+        raise ArgumentError(f"paths is {described(paths)}; a list of paths was expected")
+    checked = [path_of(path, "paths", "a path or a hub id") for path in listed]
+    return loading.load_all(checked, _reading("load_all", base, reading))
 
 
 def _reading(verb: str, base: AnyPath | None, keywords: dict[str, Any]) -> ReadOptions:
@@ -69,7 +87,7 @@ def _reading(verb: str, base: AnyPath | None, keywords: dict[str, Any]) -> ReadO
 
 def read(path: AnyPath) -> CompactAdapter:
     """Read the compact adapter of an lrconvert file, every rule checked. Raises the first finding of `validate`."""
-    return file.read(Path(path))
+    return file.read(located(path, "path"))
 
 
 def write(compact: AnyCompact, path: AnyPath, *, overwrite: bool = False) -> file.Sizes:
@@ -82,34 +100,37 @@ def write(compact: AnyCompact, path: AnyPath, *, overwrite: bool = False) -> fil
     >>> read("small.lrc").method, validate("small.lrc").ok
     ('lowrank', True)
     """
-    return file.write(compact_of(compact), hub.output(path), overwrite=overwrite)
+    return file.write(compact_of(compact, "compact"), output_of(path, "path"), overwrite=overwrite)
 
 
 def upgrade(path: AnyPath, out: AnyPath, *, overwrite: bool = False) -> file.Sizes:
     """Write the file at `path`, of whatever container version, as one of the newest; every factor stays as it is.
     A file of the newest version gives the same bytes again."""
-    check_output(hub.output(out), overwrite, inputs=[Path(path)])
-    return file.write(file.read(Path(path)), Path(out), overwrite=overwrite)
+    source, target = located(path, "path"), output_of(out)
+    check_output(target, overwrite, inputs=[source])
+    return file.write(file.read(source), target, overwrite=overwrite)
 
 
-def inspect(path: AnyPath, *, base: AnyPath | None = None, **reading: Any) -> dict[str, Any]:
+def inspect(path: AnyAdapter, *, base: AnyPath | None = None, **reading: Any) -> dict[str, Any]:
     """Return what an adapter is, as JSON values: ``targets`` (shapes, ranks, spectra), bytes, extras, base hint,
     warnings; of a file of input statistics what inputs it has, of how many tokens. The options are those of `load`."""
-    where, options = hub.locate(path), _reading("inspect", base, reading)
-    if where.is_file() and statistics_file.is_statistics(where):
-        loading.refuse_options(options, where)
-        return fidelity.inspect_statistics(statistics_file.read(where), where.stat().st_size)
-    adapter = loading.load(path, options)
+    options = _reading("inspect", base, reading)
+    if isinstance(path, (str, PathLike)):
+        where = located(path, "path")
+        if where.is_file() and statistics_file.is_statistics(where):
+            loading.refuse_options(options, where)
+            return fidelity.inspect_statistics(statistics_file.read(where), where.stat().st_size)
+    adapter = adapter_of(path, options, "path")
     return fidelity.inspect_lora(adapter) if isinstance(adapter, LoraAdapter) else fidelity.inspect_compact(adapter)
 
 
 def validate(path: AnyPath, *, base: AnyPath | None = None) -> Validation:
     """Check an lrconvert file or input statistics, against the base if one is given; every finding is in the result."""
-    return validation.validate(Path(path), None if base is None else hub.locate(base))
+    return validation.validate(located(path, "path"), None if base is None else located(base, "base"))
 
 
 def check(
-    path: AnyPath, consumers: Sequence[str] = ("all",), *, base: AnyPath | None = None, **more: Any
+    path: AnyPath, consumers: str | Sequence[str] = ("all",), *, base: AnyPath | None = None, **more: Any
 ) -> tuple[Finding, ...]:
     """Say what `consumers` ("vllm", "sglang", "llamacpp", "mlx", "peft", or "all") would refuse, get wrong or warn of,
     given the adapter at `path`: a folder or file of any kind. Nothing is run and no weight is read.
@@ -123,4 +144,9 @@ def check(
     ()
     """
     reading = take_reading(more, base)
-    return consumer_base.check(hub.locate(path), consumers, reading, more)
+    names = (consumers,) if isinstance(consumers, str) else consumers
+    if not isinstance(names, Iterable):
+        raise ArgumentError(
+            f"consumers is {described(consumers)}; names of programs were expected", fix="such as 'vllm'"
+        )
+    return consumer_base.check(located(path, "path"), tuple(names), reading, more)

@@ -7,16 +7,30 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrconvert.api.shared import AnyCompact, AnyLora, AnyPath, Progress, compact_of, refuse_rest, silent, take_reading
-from lrconvert.core.errors import LrcError, OptionError
-from lrconvert.core.options import take
+from lrconvert.api.shared import (
+    AnyAdapter,
+    AnyCompact,
+    AnyLora,
+    AnyPath,
+    Progress,
+    adapter_of,
+    compact_of,
+    located,
+    lora_of,
+    model_or_folder,
+    output_of,
+    refuse_rest,
+    silent,
+    take_reading,
+)
+from lrconvert.core.errors import ArgumentError, LrcError, OptionError
+from lrconvert.core.options import described, take
 from lrconvert.formats import fidelity as fidelity_report
 from lrconvert.formats import loading
 from lrconvert.formats.fidelity import Fidelity
-from lrconvert.io import hub
 from lrconvert.live.options import CompareOptions, StatisticsOptions
 from lrconvert.lora import statistics_file
-from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
+from lrconvert.lora.adapter import LoraAdapter
 from lrconvert.lora.input_statistics import InputStatistics
 from lrconvert.methods import base as methods
 
@@ -32,7 +46,7 @@ def compare(
     statistics: AnyPath | InputStatistics | None = None,
     base: AnyPath | nn.Module | None = None,
     data: AnyPath | Sequence[AnyPath] | Iterable[Mapping[str, Any]] | None = None,
-    progress: Progress = silent,
+    progress: Progress | None = None,
     **more: Any,
 ) -> list[Fidelity]:
     """Measure lrconvert files, compact adapters or results of verbs, one or several, against the LoRA they came from:
@@ -52,30 +66,30 @@ def compare(
     >>> small.captured < large.captured
     True
     """
-    where = hub.locate(base) if isinstance(base, (str, PathLike)) else None
+    progress = progress or silent
+    model = None if base is None else model_or_folder(base)
+    where = model if isinstance(model, Path) else None
     reading = take_reading(more, where)
     chosen = take(CompareOptions, options, more, "compare")
     refuse_rest(more, "compare", CompareOptions)
-    input_statistics = statistics_file.read(Path(statistics)) if isinstance(statistics, (str, PathLike)) else statistics
-    lora = loading.lora(source, reading)
+    input_statistics = None if statistics is None else load_statistics(statistics)
+    lora = lora_of(source, reading, "source")
     compacts, rows = [], []
     several = isinstance(files, Sequence) and not isinstance(files, str)
     items: Sequence[AnyCompact] = files if several else [files]  # type: ignore[assignment,list-item]
     for item in items:
         try:
-            compacts.append(compact_of(item))
+            compacts.append(compact_of(item, "files"))
             rows.append(fidelity_report.fidelity_on(lora, compacts[-1], input_statistics, where))
         except LrcError as error:
             raise (error.at(item) if isinstance(item, (str, PathLike)) else error) from None
     named = not isinstance(source, LoraAdapter)  # the base may have been for names alone
     if data is None and (base is None or named or any(methods.needs_base(compact) for compact in compacts)):
         return rows
-    if base is None or data is None:
+    if model is None or data is None:
         raise OptionError("base and data go together", fix="give both")
     from lrconvert.live import statistics as measuring
 
-    model = where if isinstance(base, (str, PathLike)) else base
-    assert model is not None
     measured = measuring.measured(lora, compacts, model, data, chosen, progress)
     return [measured.added_to(fidelity, n) for n, fidelity in enumerate(rows)]
 
@@ -86,8 +100,8 @@ def statistics(
     out: AnyPath | None = None,
     options: StatisticsOptions | None = None,
     *,
-    adapter: AnyPath | LoraAdapter | CompactAdapter | None = None,
-    progress: Progress = silent,
+    adapter: AnyAdapter | None = None,
+    progress: Progress | None = None,
     **more: Any,
 ) -> InputStatistics:
     """Measure the second moments E[x x^T] of the inputs of a base's layers, the metric for fits and for `compare`.
@@ -98,26 +112,27 @@ def statistics(
     call goes on with it. `more` are single fields of `StatisticsOptions`, and `allow_pickle`, `layout` and `alpha` as
     in `load`, for the adapter. Raises E-DATA, E-STATS, E-BASE, E-VALUE, E-OUT-*.
     """
+    progress = progress or silent
     from lrconvert.live import statistics as measuring
 
-    where = hub.locate(base) if isinstance(base, (str, PathLike)) else None
-    reading = take_reading(more, where)
+    model = model_or_folder(base)
+    reading = take_reading(more, model if isinstance(model, Path) else None)
     chosen = take(StatisticsOptions, options, more, "statistics")
     refuse_rest(more, "statistics", StatisticsOptions)
     if adapter is None:
         loading.refuse_options(reading)
-    model = where if isinstance(base, (str, PathLike)) else base
-    assert model is not None
+    if not isinstance(data, Iterable) and not isinstance(data, PathLike):
+        raise ArgumentError(f"data is {described(data)}; files of texts, or batches of model inputs, were expected")
     return measuring.statistics(
         model,
         data,
-        None if out is None else hub.output(out),
+        None if out is None else output_of(out),
         chosen,
-        adapter=None if adapter is None else loading.adapter(adapter, reading),
+        adapter=None if adapter is None else adapter_of(adapter, reading),
         progress=progress,
     )
 
 
-def load_statistics(path: AnyPath) -> InputStatistics:
+def load_statistics(path: AnyPath | InputStatistics) -> InputStatistics:
     """Read a file of statistics; moments are read when they are needed. Raises E-MISSING, E-DIGEST, ..."""
-    return statistics_file.read(Path(path))
+    return path if isinstance(path, InputStatistics) else statistics_file.read(located(path, "statistics"))

@@ -5,9 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrconvert.api.shared import AnyCompact, AnyLora, AnyPath, Progress, compact_of, refuse_rest, silent, take_reading
+from lrconvert.api.shared import (
+    AnyCompact,
+    AnyLora,
+    AnyPath,
+    Progress,
+    compact_of,
+    lora_of,
+    method_of,
+    model_or_folder,
+    output_of,
+    refuse_rest,
+    silent,
+    take_reading,
+)
 from lrconvert.convert import compress as ranking
 from lrconvert.convert import convert as conversion
 from lrconvert.convert import rank_allocation
@@ -15,11 +29,9 @@ from lrconvert.convert.compress import Compression
 from lrconvert.convert.convert import Conversion
 from lrconvert.convert.options import AllocateOptions, CompressOptions, ConvertOptions
 from lrconvert.convert.rank_allocation import Allocation
-from lrconvert.core.errors import AttachError, BaseError, DataError
-from lrconvert.core.options import make, take
-from lrconvert.formats import loading
+from lrconvert.core.errors import ArgumentError, AttachError, BaseError, DataError, OptionError
+from lrconvert.core.options import described, make, take
 from lrconvert.formats.lrc import file
-from lrconvert.io import hub
 from lrconvert.io.checkpoint import KnownContent
 from lrconvert.io.durable import check_output, delete_leftover, partial_path
 from lrconvert.lora.adapter import LoraAdapter
@@ -42,7 +54,7 @@ def convert(
     *,
     dry_run: bool = False,
     base_content: KnownContent | None = None,
-    progress: Progress = silent,
+    progress: Progress | None = None,
     **more: Any,
 ) -> Conversion:
     """Refit `lora`, loaded or a path, into the compact form `method` ("vblora", "lowrank", ...; "alora" is `allocate`).
@@ -63,11 +75,16 @@ def convert(
     >>> convert("my-adapter", "lowrank", target_ratio=4)
     <Conversion: lowrank, 8,560 bytes, 4.0 times smaller, captured 0.9900>
     """
+    progress = progress or silent
     if method == "alora":
         return allocate(lora, options, dry_run=dry_run, base_content=base_content, progress=progress, **more)
+    form, fixed = method_of(method)
+    for name, value in fixed.items():
+        if more.setdefault(name, value) != value:
+            raise OptionError(f"{method} is {form} with {name}={value!r}, and {name}={more[name]!r:.40} was given")
     loaded, settled = _taken(lora, options, more, "convert")
     return conversion.convert(
-        loaded, method, settled, more, dry_run=dry_run, base_content=base_content, progress=progress
+        loaded, form, settled, more, dry_run=dry_run, base_content=base_content, progress=progress
     )
 
 
@@ -76,7 +93,7 @@ def compress(
     options: ConvertOptions | None = None,
     *,
     base_content: KnownContent | None = None,
-    progress: Progress = silent,
+    progress: Progress | None = None,
     **more: Any,
 ) -> Compression:
     """Try all forms and take the best under a size or ratio (50 if nothing is asked for), or the smallest that keeps a
@@ -96,6 +113,7 @@ def compress(
     >>> compress("my-adapter", min_captured=0.8, forms=["lowrank", "sbora"]).chosen.compact.method
     'lowrank'
     """
+    progress = progress or silent
     loaded, settled = _taken(lora, options, more, "compress")
     request = take(CompressOptions, None, more, "compress")
     refuse_rest(more, "compress", ConvertOptions, CompressOptions)
@@ -112,7 +130,7 @@ def _taken(
     """Return the LoRA, read if it is a path, and the options without those of `more` that are taken."""
     own: dict[str, Any] = {name: more.pop(name) for name in ("allow_pickle", "layout", "alpha") if name in more}
     settled = take(ConvertOptions, options, more, verb).resolved()
-    return loading.lora(lora, take_reading(own, settled.base)), settled
+    return lora_of(lora, take_reading(own, settled.base)), settled
 
 
 def _compressed(
@@ -181,7 +199,7 @@ def allocate(
     retrain: Mapping[str, Any] | None = None,
     dry_run: bool = False,
     base_content: KnownContent | None = None,
-    progress: Progress = silent,
+    progress: Progress | None = None,
     **more: Any,
 ) -> Allocation:
     """Give every module the rank it deserves (ALoRA) under one budget: `total_rank` components, `target_size` bytes or
@@ -200,6 +218,7 @@ def allocate(
 
     Raises E-BUDGET (with the smallest possible size), E-OPTION, E-DATA, E-ATTACH, E-BASE, and what `convert` raises.
     """
+    progress = progress or silent
     base = more.get("base")
     model = None if base is None or isinstance(base, (str, PathLike)) else more.pop("base")
     loaded, settled = _taken(lora, options, more, "allocate")
@@ -212,6 +231,10 @@ def allocate(
     from lrconvert.refine import rank_training
     from lrconvert.refine.settings import Settings
 
+    if not isinstance(retrain, Mapping):
+        raise ArgumentError(
+            f"retrain is {described(retrain)}; settings by name were expected", fix="such as {'steps': 300}"
+        )
     settings = make(Settings, {"length": request.length, "batch_tokens": request.batch_tokens, **retrain}, "retrain")
     return rank_training.allocate(
         loaded, settled, request, settings, model=model, dry_run=dry_run, base_content=base_content, progress=progress
@@ -226,7 +249,7 @@ def refine(
     out: AnyPath | None = None,
     settings: Settings | None = None,
     *,
-    progress: Progress = silent,
+    progress: Progress | None = None,
     **more: Any,
 ) -> Refinement:
     """Bring the answers of a compact adapter nearer to those of its `teacher`, the LoRA it was made from: a short
@@ -242,21 +265,25 @@ def refine(
     one writes. Raises E-DATA, E-OPTION, E-BASE, E-FPR, E-ATTACH, E-STATS (a checkpoint of other work), E-DEPENDENCY,
     E-OUT-*.
     """
+    progress = progress or silent
     from lrconvert.refine import refine as refining
     from lrconvert.refine.settings import RunOptions, Settings
 
-    where = hub.locate(base) if isinstance(base, (str, PathLike)) else None
+    model = model_or_folder(base)
+    where = model if isinstance(model, Path) else None
     reading = take_reading(more, where)
+    if data is not None and not isinstance(data, (Iterable, PathLike)):
+        raise ArgumentError(f"data is {described(data)}; files of texts, or batches of model inputs, were expected")
     run = take(RunOptions, None, more, "refine")
     chosen = take(Settings, settings, more, "refine")
     refuse_rest(more, "refine", Settings, RunOptions)
-    target = None if out is None else hub.output(out)
+    target = None if out is None else output_of(out)
     if target is not None:
         check_output(target, run.overwrite, inputs=[] if where is None else [where])
     refined = refining.refine(
         compact_of(adapter),
-        loading.lora(teacher, reading),
-        where if isinstance(base, (str, PathLike)) else base,  # type: ignore[arg-type]
+        lora_of(teacher, reading, "teacher"),
+        model,
         data,
         chosen,
         run,

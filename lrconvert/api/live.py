@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
-from lrconvert.api.shared import AnyPath, refuse_rest, take_reading
-from lrconvert.formats import loading
+from lrconvert.api.shared import AnyAdapter, AnyPath, adapter_of, live_model, refuse_rest, take_reading
+from lrconvert.core.errors import ArgumentError
+from lrconvert.core.options import described
 from lrconvert.formats.readers.shared.options import ReadOptions
-from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 
 if TYPE_CHECKING:
     import torch
@@ -20,11 +21,11 @@ if TYPE_CHECKING:
 
 def attach(
     model: nn.Module,
-    adapter: AnyPath | LoraAdapter | CompactAdapter,
+    adapter: AnyAdapter,
     *,
     name: str = "default",
     scale: float = 1.0,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     trainable: bool = False,
     base: AnyPath | None = None,
     **more: Any,
@@ -49,26 +50,36 @@ def attach(
 
     reading = take_reading(more, base)
     refuse_rest(more, "attach", ReadOptions)
-    loaded = loading.adapter(adapter, reading)
-    return attaching.attach(model, loaded, name=name, scale=scale, dtype=dtype or torch.float32, trainable=trainable)
+    live_model(model)
+    if not isinstance(name, str):
+        raise ArgumentError(f"name is {described(name)}; a text was expected")
+    if isinstance(scale, bool) or not isinstance(scale, Real):
+        raise ArgumentError(f"scale is {described(scale)}; a number was expected")
+    held = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.float32
+    if not isinstance(held, torch.dtype):
+        raise ArgumentError(f"dtype is {described(dtype)}; a torch dtype was expected", fix="such as 'float32'")
+    loaded = adapter_of(adapter, reading)
+    return attaching.attach(model, loaded, name=name, scale=float(scale), dtype=held, trainable=trainable)
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
     """Take one adapter, or all, off a live model; without adapters it is the object that it was. Raises E-ATTACH."""
     from lrconvert.live import attach as attaching
 
-    attaching.detach(model, name)
+    attaching.detach(live_model(model), name)
 
 
 def set_active(model: nn.Module, names: str | Sequence[str]) -> None:
     """Choose which attached adapters a live model uses; their updates add up. Raises E-ATTACH."""
     from lrconvert.live import attach as attaching
 
-    attaching.set_active(model, names)
+    if not isinstance(names, (str, Sequence)):
+        raise ArgumentError(f"names is {described(names)}; the name of an adapter, or several, were expected")
+    attaching.set_active(live_model(model), names)
 
 
 def disabled(model: nn.Module) -> AbstractContextManager[None]:
     """Return a context in which a live model computes without its adapters."""
     from lrconvert.live import attach as attaching
 
-    return attaching.disabled(model)
+    return attaching.disabled(live_model(model))

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from numbers import Real
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from lrconvert.api.shared import (
+    AnyAdapter,
     AnyCompact,
     AnyLora,
     AnyPath,
     Progress,
-    Result,
+    adapter_of,
     compact_of,
+    located,
+    lora_of,
+    output_of,
+    path_of,
     refuse_rest,
     silent,
     take_reading,
 )
-from lrconvert.core.errors import LrcError
-from lrconvert.core.options import take
+from lrconvert.core.errors import ArgumentError, LrcError
+from lrconvert.core.options import described, take
 from lrconvert.formats import fidelity as fidelity_report
 from lrconvert.formats import loading
 from lrconvert.formats.compat import base as consumers
@@ -29,7 +35,6 @@ from lrconvert.formats.exporters.base import Exported, Exporter, ExportOptions
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.io import hub
 from lrconvert.io.durable import atomic_directory, check_output
-from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 from lrconvert.merge import MergeReport, Recovery, Scaled, UnmergeReport, VerifyReport
 from lrconvert.merge import merge as merge_models
 from lrconvert.merge import recover as recover_model
@@ -41,8 +46,8 @@ from lrconvert.merge.options import MergeOptions, UnmergeOptions
 def export(
     adapter: AnyCompact,
     out: AnyPath,
-    *,
     to: str,
+    *,
     source: AnyLora | None = None,
     base: AnyPath | None = None,
     overwrite: bool = False,
@@ -72,17 +77,18 @@ def export(
         loading.refuse_options(reading)
         fidelity = None
     else:
-        fidelity = fidelity_report.fidelity_on(loading.lora(source, reading), compact, None, reading.base)
-    check_output(hub.output(out), overwrite, directory=True)
-    exporters.check_replaceable(Path(out))
+        fidelity = fidelity_report.fidelity_on(lora_of(source, reading, "source"), compact, None, reading.base)
+    target = output_of(out)
+    check_output(target, overwrite, directory=True)
+    exporters.check_replaceable(target)
     config = None if reading.base is None else exporters.base_config(reading.base)
     made = exporter.folder(compact, replace(options, base_config=config), fidelity)
-    with atomic_directory(Path(out), overwrite=overwrite) as folder:
+    with atomic_directory(target, overwrite=overwrite) as folder:
         for name, chunks in made.files.items():
             with folder.create(name) as handle:
                 for chunk in chunks:
                     handle.write(chunk)
-    return Exported(tuple(sorted(made.files)), (*notes, *made.notes, *_findings(Path(out), exporter, reading)))
+    return Exported(tuple(sorted(made.files)), (*notes, *made.notes, *_findings(target, exporter, reading)))
 
 
 def _findings(folder: Path, exporter: Exporter, reading: ReadOptions) -> Iterator[str]:
@@ -104,7 +110,7 @@ def _findings(folder: Path, exporter: Exporter, reading: ReadOptions) -> Iterato
 _DOES = {"refuses": "refuses this", "wrong": "gets this wrong", "warns": "may get this wrong"}
 
 
-Mergeable = AnyPath | LoraAdapter | CompactAdapter | Result | Scaled
+Mergeable = AnyAdapter | Scaled
 
 
 def merge(
@@ -113,7 +119,7 @@ def merge(
     out: AnyPath | None = None,
     options: MergeOptions | None = None,
     *,
-    progress: Progress = silent,
+    progress: Progress | None = None,
     **more: Any,
 ) -> MergeReport:
     """Bake adapters (lrconvert files, LoRA folders, or loaded ones) into a copy of a base at `out`, or with `in_place`
@@ -132,28 +138,32 @@ def merge(
     >>> unmerge("merged-model", "base-again").verified
     True
     """
+    progress = progress or silent
     reading = take_reading(more, base)
     chosen = take(MergeOptions, options, more, "merge")
     refuse_rest(more, "merge", MergeOptions)
-    model = hub.output(base) if chosen.in_place else hub.locate(base)
-    return merge_models(model, _loaded(adapters, reading), None if out is None else hub.output(out), chosen, progress)
+    model = output_of(base, "base") if chosen.in_place else located(base, "base")
+    return merge_models(model, _loaded(adapters, reading), None if out is None else output_of(out), chosen, progress)
 
 
 def _loaded(adapters: Mergeable | Sequence[Mergeable], reading: ReadOptions) -> list[Scaled]:
     """Return what to merge, every path read."""
     several = isinstance(adapters, Sequence) and not isinstance(adapters, str)
     items: list[Mergeable] = list(adapters) if several else [adapters]  # type: ignore[arg-type,list-item]
-    paths = [item for item in items if isinstance(item, (str, PathLike))]
-    read = iter(zip(paths, loading.load_all(paths, reading), strict=True))
-    scaled = []
-    for item in items:
-        if isinstance(item, (str, PathLike)):
-            path, adapter = next(read)
-            scaled.append(Scaled(adapter, name=hub.hint(path)))
-        else:
-            loaded = item if isinstance(item, (Scaled, LoraAdapter, CompactAdapter)) else item.compact
-            scaled.append(loaded if isinstance(loaded, Scaled) else Scaled(loaded))
-    return scaled
+    scaled = [item if isinstance(item, Scaled) else Scaled(item) for item in items]  # type: ignore[arg-type]
+    for item in scaled:
+        if isinstance(item.scale, bool) or not isinstance(item.scale, Real):
+            raise ArgumentError(f"the scale of an adapter is {described(item.scale)}; a number was expected")
+        if isinstance(item.adapter, Real):
+            raise ArgumentError(f"an adapter is {described(item.adapter)}", fix="Scaled(adapter, 0.5) weighs one")
+    paths = [item.adapter for item in scaled if isinstance(item.adapter, (str, PathLike))]
+    read = iter(loading.load_all([path_of(path, "adapters") for path in paths], reading))
+    return [
+        replace(item, adapter=next(read), name=item.name or hub.hint(item.adapter))
+        if isinstance(item.adapter, (str, PathLike))
+        else replace(item, adapter=adapter_of(item.adapter, ReadOptions(), "adapters"))
+        for item in scaled
+    ]
 
 
 def unmerge(
@@ -161,7 +171,7 @@ def unmerge(
     out: AnyPath | None = None,
     options: UnmergeOptions | None = None,
     *,
-    progress: Progress = silent,
+    progress: Progress | None = None,
     **more: Any,
 ) -> UnmergeReport:
     """Undo the last merge of a model: every byte of the base's weights comes back, verified by digest, in `out`, or in
@@ -170,20 +180,21 @@ def unmerge(
     `more` are single fields of `UnmergeOptions`. Raises E-UNDO, E-UNDO-ORDER, E-DIGEST, E-FPR, E-OPTION, E-OUT-*;
     nothing is changed then.
     """
+    progress = progress or silent
     chosen = take(UnmergeOptions, options, more, "unmerge")
     refuse_rest(more, "unmerge", UnmergeOptions)
     if chosen.from_base is not None:
-        chosen = replace(chosen, from_base=hub.locate(chosen.from_base))
+        chosen = replace(chosen, from_base=located(chosen.from_base, "from_base"))
     if out is None:
-        return unmerge_model(hub.output(merged), None, chosen, progress)
-    return unmerge_model(Path(merged), hub.output(out), chosen, progress)
+        return unmerge_model(output_of(merged, "merged"), None, chosen, progress)
+    return unmerge_model(Path(path_of(merged, "merged")), output_of(out), chosen, progress)
 
 
 def recover(path: AnyPath) -> Recovery:
     """Bring what a merge or unmerge in place left at `path` to the old state or the new one, verified by digests, and
     remove what killed runs have left of an output. The state is "clean", "old" or "new". Raises E-LOCKED, E-DIGEST,
     E-IO-*."""
-    return recover_model(hub.output(path))
+    return recover_model(output_of(path, "path"))
 
 
 def verify(
@@ -192,11 +203,14 @@ def verify(
     adapters: Mergeable | Sequence[Mergeable],
     *,
     dequantize: bool = False,
-    progress: Progress = silent,
+    progress: Progress | None = None,
     **more: Any,
 ) -> VerifyReport:
     """Compute the merge of `base` and `adapters` again and compare every bit with `merged`. `dequantize` and `more`
     (`allow_pickle`, `layout`, `alpha`) are those of `merge`."""
+    progress = progress or silent
     inputs = _loaded(adapters, take_reading(more, base))
     refuse_rest(more, "verify", ReadOptions)
-    return verify_model(hub.locate(merged), hub.locate(base), inputs, dequantize=dequantize, progress=progress)
+    return verify_model(
+        located(merged, "merged"), located(base, "base"), inputs, dequantize=dequantize, progress=progress
+    )

@@ -7,18 +7,25 @@ target_ratio=50)`` is ``convert(lora, "lowrank", ConvertOptions(target_ratio=50)
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
-from os import PathLike
+from difflib import get_close_matches
+from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
-from lrconvert.core.options import names, refuse_unknown
+from lrconvert.core.errors import ArgumentError, OptionError
+from lrconvert.core.options import described, make, names, refuse_unknown
+from lrconvert.core.wording import either
 from lrconvert.formats import loading
 from lrconvert.formats.lrc import file
 from lrconvert.formats.readers.shared.options import ReadOptions
+from lrconvert.io import hub
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
+from lrconvert.methods import base as methods
+
+if TYPE_CHECKING:
+    from torch import nn
 
 AnyPath = str | PathLike[str]
-AnyLora = AnyPath | LoraAdapter
 Progress = Callable[[float, str], None]
 
 
@@ -30,13 +37,112 @@ class Result(Protocol):
 
 
 AnyCompact = AnyPath | CompactAdapter | Result
+AnyLora = AnyPath | LoraAdapter | CompactAdapter | Result
+AnyAdapter = AnyLora
 
 
-def compact_of(item: AnyCompact) -> CompactAdapter:
-    """Return a compact adapter: as it is, of the result of a verb, or read from an lrconvert file."""
+def path_of(value: object, name: str, what: str = "a path") -> AnyPath:
+    """Return the path that the argument `name` is. Raises E-ARGUMENT for anything else; `what` was expected."""
+    if not isinstance(value, (str, PathLike)):
+        raise _other(value, name, what)
+    text = fspath(value)
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise ArgumentError(f"{name} is {text!r:.80}, which is no path", fix=f"give {what}")
+    return value
+
+
+def located(value: object, name: str) -> Path:
+    """Return where an input is, of a hub id its place in the local cache. Raises E-ARGUMENT, and `hub.locate`'s."""
+    return hub.locate(path_of(value, name, "a path or a hub id"))
+
+
+def output_of(value: object, name: str = "out") -> Path:
+    """Return the path of an output. Raises E-ARGUMENT, and what `hub.output` does."""
+    return hub.output(path_of(value, name))
+
+
+def live_model(value: object, name: str = "model") -> nn.Module:
+    """Return a live torch model. Raises E-ARGUMENT for anything else, a path of one above all."""
+    if _is_model(value):
+        return value
+    fix = "load it first, such as AutoModelForCausalLM.from_pretrained(...)"
+    raise _other(value, name, "a torch model in memory", fix if isinstance(value, (str, PathLike)) else "")
+
+
+def model_or_folder(value: object, name: str = "base") -> nn.Module | Path:
+    """Return a live model as it is, or where the folder of one is. Raises E-ARGUMENT."""
+    if _is_model(value):
+        return value
+    if not isinstance(value, (str, PathLike)):
+        raise _other(value, name, "a model folder, a hub id or a torch model")
+    return located(value, name)
+
+
+def adapter_of(item: object, reading: ReadOptions, name: str = "adapter") -> LoraAdapter | CompactAdapter:
+    """Return an adapter: as it is, of the result of a verb, or read. Raises E-ARGUMENT, and what `load` raises."""
+    if isinstance(item, (LoraAdapter, CompactAdapter)):
+        return loading.adapter(item, reading)
+    if isinstance(compact := getattr(item, "compact", None), CompactAdapter):
+        return loading.adapter(compact, reading)
+    return loading.adapter(path_of(item, name, "an adapter, its path or a result"), reading)
+
+
+def lora_of(item: object, reading: ReadOptions, name: str = "lora") -> LoraAdapter:
+    """Return a LoRA: as it is, or read; a compact adapter, and that of a result, is expanded, with a warning."""
+    return loading.lora(adapter_of(item, reading, name), ReadOptions())
+
+
+def compact_of(item: object, name: str = "adapter") -> CompactAdapter:
+    """Return a compact adapter: as it is, of the result of a verb, or read: an lrconvert file, or a folder of a compact
+    layout. Raises E-ARGUMENT for a LoRA, and what reading raises."""
     if isinstance(item, CompactAdapter):
         return item
-    return file.read(Path(item)) if isinstance(item, (str, PathLike)) else item.compact
+    if isinstance(compact := getattr(item, "compact", None), CompactAdapter):
+        return compact
+    fix = "make it compact first: lrconvert.convert(...)"
+    if isinstance(item, LoraAdapter):
+        raise ArgumentError(f"{name} is a LoRA; a compact adapter was expected", fix=fix)
+    where = located(path_of(item, name, "a compact adapter, its path or a result"), name)
+    if not where.is_dir():
+        return file.read(where)
+    loaded = loading.load(where, ReadOptions())
+    if isinstance(loaded, LoraAdapter):
+        command = f"make it compact first: {either('lrconvert.convert(...)', '`lrconvert compress`')}"
+        raise ArgumentError(f"{name} is a LoRA; a compact adapter was expected", fix=command, path=where)
+    return loaded
+
+
+def method_of(name: object) -> tuple[str, dict[str, Any]]:
+    """Return the id of a form, and the options that its name stands for: of "bat" ``bone`` with its variant. Raises
+    E-ARGUMENT, and E-OPTION for an unknown one."""
+    known = methods.module_names()
+    if not isinstance(name, str):
+        raise _other(name, "method", "the name of a form", f"known: {', '.join(known)}")
+    if name.partition(".v")[0] in known:
+        return name, {}
+    named = {c.name: (m.id, dict(c.fixed)) for m in methods.all_methods() for c in m.commands}
+    if f"lora-to-{name}" in named:
+        return named[f"lora-to-{name}"]
+    names = sorted({*known, "alora", *(text.removeprefix("lora-to-") for text in named)})
+    near = get_close_matches(name.lower(), names, 1)
+    guess = f"is it {near[0]!r}? Known: " if near else "known: "
+    raise OptionError(f"there is no form {name!r:.40}", fix=f"{guess}{', '.join(names)}")
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, (str, PathLike))
+
+
+def _is_model(value: object) -> TypeGuard[nn.Module]:
+    """Whether a value is a torch module; torch is not loaded to find that out."""
+    return any(kind.__module__.startswith("torch.nn") and kind.__name__ == "Module" for kind in type(value).__mro__)
+
+
+def _other(value: object, name: str, expected: str, fix: str = "") -> ArgumentError:
+    """The error for an argument of another kind than `expected`."""
+    if _is_model(value):
+        fix = fix or "are two arguments swapped?"
+    return ArgumentError(f"{name} is {described(value)}; {expected} was expected", fix=fix)
 
 
 def silent(fraction: float, text: str) -> None:
@@ -47,9 +153,13 @@ def take_reading(keywords: MutableMapping[str, Any], base: Any = None) -> ReadOp
     """Remove `allow_pickle`, `layout` and `alpha`, which say how adapters are read, from `keywords`, and return them as
     options with the `base`, if that is a path."""
     own = {name: keywords.pop(name) for name in names(ReadOptions) if name in keywords and name != "base"}
-    return loading.options(own.get("allow_pickle", False), base, own.get("layout"), own.get("alpha"))
+    chosen = make(ReadOptions, own, "reading")
+    if base is not None and not _is_path(base) and not _is_model(base):
+        raise _other(base, "base", "a model folder or a hub id")
+    return loading.options(chosen.allow_pickle, base, chosen.layout, chosen.alpha)
 
 
 def refuse_rest(keywords: MutableMapping[str, Any], verb: str, *options: type[Any]) -> None:
     """Raise E-OPTION for a keyword that is a field of none of the `options` of the `verb`."""
-    refuse_unknown(set(keywords), verb, [name for kind in options for name in names(kind)])
+    known = [name for kind in options for name in names(kind)]
+    refuse_unknown(set(keywords), verb, [*known, *(name for name in names(ReadOptions) if name != "base")])

@@ -78,7 +78,7 @@ def _option(field: dataclasses.Field[Any], hint: Any, help: str) -> click.Option
     kind, names = field.metadata.get("kind"), [_flag(field), field.name]
     if isinstance(field.default, bool):
         return click.Option(names, is_flag=True, help=help)
-    default = "auto" if kind == "device" else field.default
+    default = field.default
     return click.Option(
         names,
         type=_type(field, hint),
@@ -116,8 +116,6 @@ def chosen(given: MutableMapping[str, Any], *kinds: type[Any]) -> dict[str, Any]
     values: dict[str, Any] = {}
     for field in (field for kind in kinds for field in dataclasses.fields(kind) if field.name in given):
         value = given.pop(field.name)
-        if field.metadata.get("kind") == "device":
-            value = device_of(value or "auto")
         if value is not None and value is not False and value != ():
             values[field.name] = not value if field.default is True else value
     return values
@@ -130,19 +128,3 @@ def reading() -> list[click.Option]:
 
     known = ", ".join(ids())
     return of(ReadOptions, layout=f"The layout of the source, whatever it looks like: {known}.")
-
-
-def device_of(name: str) -> str:
-    """`auto` means CUDA if torch has been asked for and sees a GPU; plain CPU fits need no torch, so it is not loaded
-    to find out where no driver is installed. Raises E-OPTION if a GPU is asked for and there is none."""
-    if name == "cuda":
-        from lrconvert.core.devices import torch_device
-
-        return str(torch_device(name))
-    if name != "auto":
-        return name
-    if not (Path("/proc/driver/nvidia").exists() or Path("/dev/nvidia0").exists()):
-        return "cpu"
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -13,7 +13,7 @@ import numpy as np
 from lrconvert.convert.bake_dora import bake_dora as baked_dora
 from lrconvert.convert.options import ConvertOptions, ExtraDtype
 from lrconvert.core import dtypes
-from lrconvert.core.devices import torch_device
+from lrconvert.core.devices import resolved, torch_device
 from lrconvert.core.errors import BudgetError, EmptyAdapterError, FingerprintError, OptionError
 from lrconvert.core.limits import OWN
 from lrconvert.core.options import make
@@ -166,9 +166,10 @@ def convert_prepared(
         provenance=_provenance(lora.provenance, budget_bytes),
         base=replace(fingerprint(lora.shapes()), content=content),
     )
-    if options.device != "cpu":
-        torch_device(options.device)  # what is not there is refused before the work
-    context = FitContext(options.seed, options.device, progress, statistics, weights)
+    device = resolved(options.device)
+    if device != "cpu":
+        torch_device(device)  # what is not there is refused before the work
+    context = FitContext(options.seed, device, progress, statistics, weights)
 
     def plan(skeleton: CompactAdapter) -> tuple[LoraAdapter, Any]:
         budget = None

@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
+from lrconvert.core.devices import resolved
 from lrconvert.core.options import option
 from lrconvert.io import hub
 from lrconvert.lora import statistics_file
@@ -32,7 +33,7 @@ class ConvertOptions:
     keeps answers nearer to the LoRA when it is larger than the nearest fit makes it, which `captured` does not show;
     without one it is 1, and `compress` chooses.
     `bake_dora` turns DoRA's magnitudes, which are carried along otherwise, into plain updates of that rank; it needs
-    `base`. `device` is a torch device name.
+    `base`. `device` is a torch device name; auto is CUDA where there is a GPU.
     """
 
     target_size: int | None = option(None, "At most this many bytes without extra tensors, e.g. 200KB.", kind="size")
@@ -62,7 +63,7 @@ class ConvertOptions:
         choices=("F32", "F16", "BF16"),
     )
     seed: int = option(0, "Seed of the fit.")
-    device: str = option("cpu", "Where the fit computes.", kind="device")
+    device: str = option("auto", "Where the fit computes.", kind="device")
 
     def resolved(self) -> ConvertOptions:
         """Return the options with the base found, in the local cache if it is named by a hub id, and the statistics
@@ -70,7 +71,14 @@ class ConvertOptions:
         base = None if self.base is None else hub.locate(self.base)
         given = self.statistics
         statistics = statistics_file.read(Path(given)) if isinstance(given, (str, PathLike)) else given
-        return replace(self, base=base, statistics=statistics, include=tuple(self.include), exclude=tuple(self.exclude))
+        return replace(
+            self,
+            base=base,
+            statistics=statistics,
+            include=tuple(self.include),
+            exclude=tuple(self.exclude),
+            device=resolved(self.device),
+        )
 
     @property
     def input_statistics(self) -> InputStatistics | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lrconvert.core.errors import OptionError
@@ -25,6 +26,18 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def resolved(name: str) -> str:
+    """Return the name of a device, of ``auto`` that of CUDA if torch sees a GPU. Where no driver is installed torch is
+    not loaded to find that out."""
+    if name != "auto":
+        return name
+    if not (Path("/proc/driver/nvidia").exists() or Path("/dev/nvidia0").exists()):
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def torch_device(name: str) -> torch.device:

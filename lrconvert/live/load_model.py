@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from lrconvert.core.devices import torch_device
+from lrconvert.core.devices import resolved, torch_device
 from lrconvert.core.errors import BaseError, DataError, DependencyError
 from lrconvert.core.wording import either
 from lrconvert.lora import renamings
@@ -23,6 +23,7 @@ def load_model(base: Path, device: str = "cpu", *, four_bit: bool = False) -> nn
     that the machine lacks, E-DEPENDENCY without bitsandbytes."""
     import transformers
 
+    device = resolved(device)
     torch_device(device)
     if four_bit and importlib.util.find_spec("bitsandbytes") is None:
         raise DependencyError("4-bit bases need bitsandbytes", fix="pip install 'lrconvert[gpu]'")

@@ -23,7 +23,7 @@ class StatisticsOptions:
     exact_width: int = option(1024, "Inputs up to this width keep their whole moment, wider ones a sketch.", least=0)
     rank: int = option(256, "Rows of a sketch.", least=1)
     seed: int = option(0, "Seed of the sketches.")
-    device: str = option("cpu", "Where the model runs.", kind="device")
+    device: str = option("auto", "Where the model runs.", kind="device")
     checkpoint_seconds: float = 600.0
     overwrite: bool = False
 
@@ -35,5 +35,5 @@ class CompareOptions:
 
     length: int = option(512, "Tokens of a text, at most.", least=1)
     max_tokens: int = option(1 << 15, "Tokens in all; 0: all.", least=0)
-    device: str = option("cpu", "Where the model runs.", kind="device")
+    device: str = option("auto", "Where the model runs.", kind="device")
     batch_tokens: int = 1024

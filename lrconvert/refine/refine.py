@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from lrconvert.core.devices import resolved
 from lrconvert.core.errors import FingerprintError, OptionError, OutputExistsError
 from lrconvert.core.wording import spelled
 from lrconvert.formats import fidelity
@@ -58,6 +59,7 @@ def refine(
 ) -> Refinement:
     """Refine `compact`; see `lrconvert.api.refine`. Checkpoints are written to `partial`."""
     settings.check()
+    run = replace(run, device=resolved(run.device))
     if partial is not None and partial.exists() and not run.resume:
         raise OutputExistsError(
             "is the checkpoint of an unfinished refinement",

@@ -64,7 +64,7 @@ class RunOptions:
     """The device of a refinement, its log of JSON lines, and what it does with work that was broken off; `load_in_4bit`
     quantizes the base to NF4 (bitsandbytes, CUDA)."""
 
-    device: str = option("cpu", "Where the model runs.", kind="device")
+    device: str = option("auto", "Where the model runs.", kind="device")
     resume: bool = option(False, "Go on with a refinement that was broken off.")
     log: Path | None = option(None, "Append what happens to this file, a JSON object a line.", kind="path")
     load_in_4bit: bool = option(False, "Quantize the base to NF4 (needs bitsandbytes).")

@@ -6,7 +6,7 @@ import json
 import os
 from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,9 +15,10 @@ from typing import Any, Literal
 from lrconvert.api.batch import journal, pool, request
 from lrconvert.api.batch.journal import Journal, Line
 from lrconvert.api.batch.sources import AnyPath, Job, Plan, plan
-from lrconvert.api.shared import take_reading
-from lrconvert.core.errors import OptionError, OutputPathError
-from lrconvert.core.options import make, option, take
+from lrconvert.api.shared import method_of, output_of, path_of, take_reading
+from lrconvert.core import devices
+from lrconvert.core.errors import ArgumentError, OptionError, OutputPathError
+from lrconvert.core.options import described, make, option, take
 from lrconvert.core.wording import is_on_command_line
 from lrconvert.formats.lrc import file
 from lrconvert.formats.readers.shared.options import ReadOptions
@@ -107,7 +108,10 @@ def convert_many(sources: AnyPath | Sequence[AnyPath], out: AnyPath, method: str
     takes, with paths for `base` and `statistics`. The outputs are the same bytes whatever `jobs` is. Raises E-OPTION,
     E-OUT-PATH, E-LAYOUT and E-LOCKED for what no adapter could be converted with, before any is.
     """
-    return _many("convert", method, sources, out, more)
+    if method == "alora":
+        return allocate_many(sources, out, **more)
+    form, fixed = method_of(method)
+    return _many("convert", form, sources, out, {**more, **fixed})
 
 
 def compress_many(sources: AnyPath | Sequence[AnyPath], out: AnyPath, **more: Any) -> Batch:
@@ -171,8 +175,12 @@ def _planned(
     """The folder of the outputs, None where none is written, and the adapters. Raises what `convert_many` raises."""
     if batch.dry_run and work.verb == "compress":
         raise OptionError("compress has no dry run", fix="leave it out")
+    if not isinstance(sources, (str, os.PathLike, Iterable)):
+        raise ArgumentError(f"sources is {described(sources)}; paths of adapters, or of folders of them, were expected")
     listed = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
-    root = None if out is None else hub.output(out)
+    for source in listed:
+        path_of(source, "sources", "the path of an adapter, or of a folder of them,")
+    root = None if out is None else output_of(out)
     if root is None and not batch.dry_run:
         raise OptionError("there is no folder for the outputs", fix="name one, or plan only")
     if root is not None and root.exists() and not root.is_dir():
@@ -230,7 +238,7 @@ class _Tally:
 
 def _processes(options: Mapping[str, Any]) -> int:
     """As many as there are cores to run on; one where all would share a GPU."""
-    if str(options.get("device", "cpu")).startswith("cuda"):
+    if devices.resolved(str(options.get("device", "auto"))).startswith("cuda"):
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
