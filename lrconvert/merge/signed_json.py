@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from lrconvert.core.errors import DigestError, JsonSyntaxError, VersionError
 from lrconvert.core.limits import FOREIGN
+from lrconvert.core.wording import spelled
 from lrconvert.io import strictjson
 from lrconvert.io.fields import By
 
