@@ -34,8 +34,8 @@ RUN = ("console", "python")
 OTHERS = {"curl", "llama-server", "python", "python3", "torchrun", "vllm"}  # programs that `sh` blocks may call
 # What suits a large adapter, and what suits the fixture.
 SMALLER = (
-    (r"--target-ratio \d+", "--target-ratio 8"),
-    (r"target_ratio=\d+", "target_ratio=8"),
+    (r"--target-ratio \d+", "--target-ratio 4"),
+    (r"target_ratio=\d+", "target_ratio=4"),
     (r"--target-size \w+", "--target-size 6KB"),
     (r"--budget-minutes \d+", "--budget-minutes 0.02"),
     (r"--steps \d+", "--steps 2"),
