@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lrconvert.api.shared import AnyCompact, AnyPath, compact_of, refuse_rest, take_reading
 from lrconvert.formats import fidelity, loading
-from lrconvert.formats.compat import base as consumer_base
-from lrconvert.formats.compat.base import Finding
 from lrconvert.formats.lrc import file, validation
 from lrconvert.formats.lrc.validation import Validation
 from lrconvert.formats.readers.shared.options import ReadOptions
@@ -17,6 +15,9 @@ from lrconvert.io import hub
 from lrconvert.io.durable import check_output
 from lrconvert.lora import statistics_file
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
+
+if TYPE_CHECKING:
+    from lrconvert.formats.compat.base import Finding
 
 
 def load_lora(path: AnyPath, *, base: AnyPath | None = None, **reading: Any) -> LoraAdapter:
@@ -123,4 +124,6 @@ def check(
     ()
     """
     reading = take_reading(more, base)
+    from lrconvert.formats.compat import base as consumer_base
+
     return consumer_base.check(hub.locate(path), consumers, reading, more)
