@@ -60,12 +60,13 @@ def rows() -> list[dict[str, Any]]:
     from lrconvert.lora.coded import stream
     from lrconvert.lora.coded.choice import best_models
     from lrconvert.methods.lowrank import rate, rounding
+    from lrconvert.methods.lowrank.components import Components, Side
     from lrconvert.methods.vblora.subvectors import beam_search
 
     rng = np.random.default_rng(0)
     scaled = rng.standard_normal((NUMBERS >> 12, 1 << 12), np.float32) * np.geomspace(0.05, 8, NUMBERS >> 12)[:, None]
-    side = rounding.Side(scaled.astype(np.float32), np.arange(len(scaled)), 1.0)
-    parts = rounding.Components(np.zeros(len(scaled)), np.ones(len(scaled)), ((side,), (side,)))
+    side = Side(scaled.astype(np.float32), np.arange(len(scaled)), 1.0)
+    parts = Components(np.zeros(len(scaled)), np.ones(len(scaled)), ((side,), (side,)))
     codes = rounding.integers(side.rows, 1.0)
     lengths = [(int(model), codes.shape[1]) for model in best_models(codes)[0]]
     numbers = codes.reshape(-1)

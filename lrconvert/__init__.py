@@ -34,8 +34,6 @@ def _api() -> ModuleType:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "LrcError":  # needs nothing of the verbs
-        return importlib.import_module("lrconvert.core.errors").LrcError
     is_folder = Path(__file__).with_name(name).is_dir() and name not in _FOLDERS_OF_VERBS
     if is_folder or (name.startswith("__") and name != "__all__") or name not in ("__all__", *_api().__all__):
         raise AttributeError(f"module 'lrconvert' has no attribute {name!r}")
@@ -43,7 +41,8 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_api().__all__])
+    """Return the verbs, and the types that they take and give."""
+    return sorted({*(name for name in globals() if name.startswith("__")), *_api().__all__})
 
 
 class _Package(ModuleType):

@@ -1,6 +1,6 @@
 """Every example of README and docs runs as it stands, page by page, on tiny fixtures under the names it uses.
 
-`console` and `python` blocks of a page run in the order of the page, in one folder; Python keeps its names from block
+`bash` and `python` blocks of a page run in the order of the page, in one folder; Python keeps its names from block
 to block. `sh` blocks hold what cannot run here: programs that are not ours, and commands for a GPU, whose options are
 parsed. Sizes and times that suit a large adapter are replaced by those of the fixture.
 """
@@ -30,12 +30,12 @@ FILES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in FILES}
 NOTEBOOKS = sorted((ROOT / "docs").rglob("*.ipynb"))
 BLOCK = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
-RUN = ("console", "python")
+RUN = ("bash", "python")
 OTHERS = {"curl", "llama-server", "python", "python3", "torchrun", "vllm"}  # programs that `sh` blocks may call
 # What suits a large adapter, and what suits the fixture.
 SMALLER = (
-    (r"--target-ratio \d+", "--target-ratio 8"),
-    (r"target_ratio=\d+", "target_ratio=8"),
+    (r"--target-ratio \d+", "--target-ratio 4"),
+    (r"target_ratio=\d+", "target_ratio=4"),
     (r"--target-size \w+", "--target-size 6KB"),
     (r"--budget-minutes \d+", "--budget-minutes 0.02"),
     (r"--steps \d+", "--steps 2"),
@@ -143,7 +143,7 @@ def test_notebooks_run(notebook: Path, folder: Path) -> None:
 def test_what_does_not_run_is_known_and_ours_is_parsed() -> None:
     """An `sh` block holds programs of others, and commands of ours for machines that are not here."""
     for page, text in PAGES.items():
-        for line in (line for _, block in blocks(text, "sh", "bash", "shell") for line in commands(block)):
+        for line in (line for _, block in blocks(text, "sh") for line in commands(block)):
             words = shlex.split(line)
             assert words[0] in {*OTHERS, "lrconvert"}, (page, line)
             if ("lrconvert" in words and "-m" in words[: words.index("lrconvert")]) or words[0] == "lrconvert":

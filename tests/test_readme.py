@@ -22,7 +22,7 @@ def test_two_commands_do_all_the_set_up() -> None:
 def test_it_is_short() -> None:
     """At most 9 KB, a quickstart of five commands, and Python of ten lines."""
     assert len(README.encode()) <= 9000
-    (quickstart,) = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+    (quickstart,) = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     assert len(quickstart.splitlines()) == 5
     (python,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len([line for line in python.splitlines() if line]) <= 10

@@ -180,11 +180,12 @@ def test_import_budget(name: str) -> None:
     assert loaded(LIGHT[name]) == set()
 
 
-def test_help_needs_no_numbers_and_validate_no_verbs() -> None:
+def test_commands_load_nothing_of_others() -> None:
     script = "import sys\n{}\nprint('LOADED', *sys.modules)"
     for name, absent in {
         "--help": {"numpy"},
         "validate": {"lrconvert.api", "lrconvert.lora.input_statistics", "tqdm"},
+        "inspect": {"lrconvert.merge", "lrconvert.convert", "lrconvert.formats.exporters", "lrconvert.formats.compat"},
     }.items():
         code = [sys.executable, "-c", script.format(LIGHT[name])]
         modules = subprocess.run(code, capture_output=True, text=True, check=True).stdout.rpartition("LOADED")[2]
@@ -199,6 +200,19 @@ def test_every_public_name_is_there() -> None:
     import lrconvert
 
     assert all(hasattr(lrconvert, name) for name in lrconvert.__all__)
+
+
+def test_names_of_the_api_are_imported_from_where_a_type_checker_finds_them() -> None:
+    """What is imported at first use, what a type checker reads, and `__all__` are the same names."""
+    from lrconvert import api
+
+    nodes = ast.walk(ast.parse((PACKAGE / "api" / "__init__.py").read_text()))
+    imports = [
+        node for node in nodes if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lrconvert")
+    ]
+    read = {alias.name: node.module for node in imports for alias in node.names}
+    assert read == {name: f"lrconvert.{module}" for name, module in api._HOME_OF.items()}
+    assert sorted(read) == api.__all__
 
 
 def test_folders_do_not_hide_the_verbs_of_their_names() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lrconvert.api.shared import (
     AnyAdapter,
@@ -22,14 +22,15 @@ from lrconvert.api.shared import (
 from lrconvert.core.errors import ArgumentError
 from lrconvert.core.options import described
 from lrconvert.formats import fidelity, loading
-from lrconvert.formats.compat import base as consumer_base
-from lrconvert.formats.compat.base import Finding
 from lrconvert.formats.lrc import file, validation
 from lrconvert.formats.lrc.validation import Validation
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.io.durable import check_output
 from lrconvert.lora import statistics_file
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
+
+if TYPE_CHECKING:
+    from lrconvert.formats.compat.base import Finding
 
 
 def load_lora(path: AnyAdapter, *, base: AnyPath | None = None, **reading: Any) -> LoraAdapter:
@@ -144,6 +145,8 @@ def check(
     ()
     """
     reading = take_reading(more, base)
+    from lrconvert.formats.compat import base as consumer_base
+
     names = (consumers,) if isinstance(consumers, str) else consumers
     if not isinstance(names, Iterable):
         raise ArgumentError(

@@ -1,4 +1,4 @@
-"""Verbs for live models: attach, detach, set_active, disabled."""
+"""Verbs for live models: attach, detach, set_active, disabled, peft_model."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lrconvert.formats.readers.shared.options import ReadOptions
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from torch import nn
 
     from lrconvert.live.attached_adapter import AttachedAdapter
@@ -60,6 +61,39 @@ def attach(
         raise ArgumentError(f"dtype is {described(dtype)}; a torch dtype was expected", fix="such as 'float32'")
     loaded = adapter_of(adapter, reading)
     return attaching.attach(model, loaded, name=name, scale=float(scale), dtype=held, trainable=trainable)
+
+
+def peft_model(
+    model: nn.Module,
+    adapter: AnyAdapter,
+    name: str = "default",
+    *,
+    trainable: bool = True,
+    base: AnyPath | None = None,
+    **more: Any,
+) -> PeftModel:
+    """Return a `peft.PeftModel` around a live model with any adapter (lrconvert file, LoRA folder, loaded, or a result)
+    in it, expanded in memory: what is made for PEFT takes it, such as Trainer, `set_adapter`, `merge_and_unload` and
+    `save_pretrained`.
+
+    The adapter is a plain LoRA there, with its own rank in every module, DoRA, heads and trained rows included; updates
+    that depend on the base (Bat) are PEFT's MiSS. Of a model that is a `PeftModel` already the adapter becomes one
+    more, under another `name`. With `trainable` its numbers take gradients, as those of `get_peft_model`. `base` and
+    `more` are those of `load`. Outputs are those of `attach` up to the rounding of float32. Raises E-DEPENDENCY without
+    PEFT (``pip install 'lrconvert[peft]'``), E-EXPORT for what PEFT cannot express, E-ATTACH.
+
+    >>> from transformers import AutoModelForCausalLM
+    >>> model = peft_model(AutoModelForCausalLM.from_pretrained("base-model"), "my-adapter")
+    >>> type(model).__name__, model.active_adapter
+    ('PeftModelForCausalLM', 'default')
+    """
+    from lrconvert.live.peft_model import peft_model as wrapped
+
+    reading = take_reading(more, base)
+    refuse_rest(more, "peft_model", ReadOptions)
+    if not isinstance(name, str):
+        raise ArgumentError(f"name is {described(name)}; a text was expected")
+    return wrapped(live_model(model), adapter_of(adapter, reading), name, trainable)
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:

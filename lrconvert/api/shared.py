@@ -20,7 +20,6 @@ from lrconvert.formats.lrc import file
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.io import hub
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
-from lrconvert.methods import base as methods
 
 if TYPE_CHECKING:
     from torch import nn
@@ -115,6 +114,8 @@ def compact_of(item: object, name: str = "adapter") -> CompactAdapter:
 def method_of(name: object) -> tuple[str, dict[str, Any]]:
     """Return the id of a form, and the options that its name stands for: of "bat" ``bone`` with its variant. Raises
     E-ARGUMENT, and E-OPTION for an unknown one."""
+    from lrconvert.methods import base as methods
+
     known = methods.module_names()
     if not isinstance(name, str):
         raise _other(name, "method", "the name of a form", f"known: {', '.join(known)}")

@@ -22,7 +22,7 @@ __all__ = ["cli", "main"]
 
 # Name, where the command is bound, and its line in the help: before the converters, and after them.
 _FIRST = {
-    "inspect": ("adapters:inspect", "Show what an adapter is: targets, ranks, spectrum, bytes."),
+    "inspect": ("inspecting:inspect", "Show what an adapter is: targets, ranks, spectrum, bytes."),
     "validate": ("validating:validate", "Check lrconvert files and input statistics."),
     "upgrade": ("validating:upgrade", "Write an lrconvert FILE in the newest version of the format."),
     "compare": ("measuring:compare", "Measure lrconvert FILES against the LoRA they came from."),

@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lrconvert.api.batch.run import Batch, BatchOptions, OnDone, Outcome, Work
 from lrconvert.api.batch.run import run as run_batch
 from lrconvert.api.batch.sources import are_many
-from lrconvert.cli.printing import emit_line, progress_bar, say, warn
+from lrconvert.cli import flags
+from lrconvert.cli.printing import command_line, emit_line, progress_bar, say, warn
 from lrconvert.cli.request import Request
 from lrconvert.core.errors import EXIT_REFUSED, printable
+from lrconvert.io.durable import check_output
+
+if TYPE_CHECKING:
+    from lrconvert.report.html import Adapter
 
 
 def jobs_option() -> click.Option:
@@ -23,6 +28,10 @@ def jobs_option() -> click.Option:
         type=click.IntRange(1),
         help="For several sources, or a folder of them: this many processes.  [default: one for each core]",
     )
+
+
+def html_option() -> click.Option:
+    return click.Option(["--html"], type=flags.PATH, help="For several sources: write an HTML page about all, too.")
 
 
 def is_meant(request: Request) -> bool:
@@ -37,8 +46,10 @@ def run(request: Request, work: Work, title: str) -> None:
 
     if request.output is None and not request.dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
+    if request.html is not None:
+        check_output(request.html, request.overwrite)
     reading = loading.options(base=work.options.get("base"), **request.reading)
-    shown = _Shown(request)
+    shown = _Shown(request, work.method)
     with _progress(title, request.quiet or request.as_json) as on_done:
         batch = run_batch(
             work,
@@ -55,6 +66,14 @@ def run(request: Request, work: Work, title: str) -> None:
             ),
         )
     shown.end(batch)
+    if request.html is not None:
+        from lrconvert.cli import pages
+        from lrconvert.report.html import fleet_page
+
+        text = fleet_page(
+            f"{len(shown.adapters):,} adapters", shown.adapters, command_line(), pages.versions(torch=False)
+        )
+        pages.write_page(request.html, text, request.overwrite)
     if not batch.ok:
         raise click.exceptions.Exit(EXIT_REFUSED)
 
@@ -64,15 +83,20 @@ _ROWS = 1000  # of a table; a larger batch has several
 
 class _Shown:
     """The output of a batch: of an adapter no more is kept than the line that it has in the table, until that is
-    printed."""
+    printed; with an HTML page, the row that it has there."""
 
-    def __init__(self, request: Request) -> None:
-        self._request = request
+    def __init__(self, request: Request, method: str) -> None:
+        self._request, self._method = request, method
+        self.adapters: list[Adapter] = []
         self._rows: list[list[str]] = []
         self._warnings: list[str] = []
         self._messages: list[tuple[str, str]] = []
 
     def add(self, outcome: Outcome) -> None:
+        if self._request.html is not None:
+            from lrconvert.cli import pages
+
+            self.adapters.append(pages.converted(outcome, self._method))
         if self._request.as_json:
             emit_line(_json(outcome, self._request.dry_run))
             return

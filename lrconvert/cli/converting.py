@@ -46,6 +46,7 @@ def _command(
         click.Argument(["sources"], metavar="SOURCE...", nargs=-1, required=True, type=flags.PATH),
         click.Option(["-o", "--output"], type=flags.PATH, help=_MANY),
         batch.jobs_option(),
+        batch.html_option(),
         *own,
         *common,
         *flags.reading(),
@@ -86,6 +87,8 @@ def _one(
     """Convert one adapter, write it, and print what became of it."""
     from lrconvert import api
 
+    if request.html is not None:
+        raise click.UsageError("--html is for several sources; `lrconvert compare --html` writes it for one.")
     where = _check_paths(request)
     lora = api.load_lora(where, base=options.get("base"), **request.reading)
     with progress_bar(title, request.quiet or request.as_json) as progress:

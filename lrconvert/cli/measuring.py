@@ -9,6 +9,7 @@ import click
 
 from lrconvert.cli import flags
 from lrconvert.cli.printing import emit, progress_bar, say, warn
+from lrconvert.core.errors import EXIT_REFUSED
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.live.options import CompareOptions, StatisticsOptions
 
@@ -54,35 +55,50 @@ def statistics(base: Path, data: tuple[Path, ...], output: Path, adapter: Path |
     flags.base("Base model folder or hub id, for --data and for names."),
     flags.data(f"Measure the models' answers on data. {flags.DATA_HELP}"),
     *flags.of(CompareOptions),
+    click.Option(["--html"], type=flags.PATH, help="Write an HTML page, too: verdict, plots, layers, all tables."),
     click.Option(
-        ["--html"], type=flags.PATH, help="Write it as one HTML page, too: plots, a map of the layers, all tables."
+        ["--log", "logs"], multiple=True, type=flags.PATH, help="Logs of `refine`: their curves are on the page."
     ),
     *flags.reading(),
     flags.OVERWRITE,
     flags.VERBOSE,
     flags.AS_JSON,
 )
-def compare(source: Path, files: tuple[Path, ...], html: Path | None, **given: Any) -> None:
+def compare(source: Path, files: tuple[Path, ...], html: Path | None, logs: tuple[Path, ...], **given: Any) -> None:
     """Measure lrconvert FILES against the LoRA SOURCE they came from: captured energy, bytes, ratio; on data also the
-    answers of the models."""
+    answers of the models.
+
+    A folder of adapters is compared with the folder into which a converter wrote their files, name by name.
+    """
     from lrconvert import api
+    from lrconvert.cli import pages
     from lrconvert.io import hub
-    from lrconvert.io.durable import atomic_file, check_output
-    from lrconvert.report import html as pages
+    from lrconvert.io.durable import check_output
     from lrconvert.report.comparison import comparison_text, fidelity_json
 
-    overwrite, verbose, as_json = given.pop("overwrite"), given.pop("verbose"), given.pop("as_json")
-    data = given.pop("data") or None
     if html is not None:
-        check_output(html, overwrite, inputs=[hub.locate(source), *files])
-    with progress_bar("compare", as_json or not data) as progress:
-        options = flags.chosen(given, CompareOptions, ReadOptions)
-        rows = api.compare(source, files, data=data, progress=progress, **options, **given)
+        check_output(html, given["overwrite"], inputs=[hub.locate(source), *files])
+    elif logs:
+        raise click.UsageError("--log is for --html")
+    reading, options = flags.chosen(given, ReadOptions), flags.chosen(given, CompareOptions)
+    given |= {"data": given["data"] or None}
+    if pages.are_folders(source, files):
+        if not pages.compare_folders(source, files[0], html, {**given, **options, **reading}):
+            raise click.exceptions.Exit(EXIT_REFUSED)
+        return
+    overwrite, verbose, as_json = given.pop("overwrite"), given.pop("verbose"), given.pop("as_json")
+    with progress_bar("compare", as_json or not given["data"]) as progress:
+        rows = api.compare(source, files, progress=progress, **options, **reading, **given)
     named = [(path.name, fidelity) for path, fidelity in zip(files, rows, strict=True)]
     if html is not None:
-        text = pages.page(f"What {len(files)} compact files keep", hub.hint(str(source)), named)
-        with atomic_file(html, overwrite=overwrite) as out:
-            out.write(text.encode())
+        from lrconvert.report import html as report
+
+        shown = hub.hint(str(source))
+        title = (
+            f"What {len(files)} files keep of {shown}" if len(files) > 1 else f"What {files[0].name} keeps of {shown}"
+        )
+        text = report.page(title, shown, named, pages.about(source, files, {**given, "reading": reading}, logs))
+        pages.write_page(html, text, overwrite)
     if as_json:
         measured = [{"path": str(path), **fidelity_json(fidelity)} for path, fidelity in zip(files, rows, strict=True)]
         emit({"source": str(source), "files": measured})

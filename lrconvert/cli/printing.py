@@ -85,8 +85,10 @@ def _duration(seconds: float) -> str:
 
 def command_line() -> str:
     """Return the command as the user typed it, without private folders: hub ids, and only the last part of each
-    path."""
+    path. A command that another one runs (`demo`) has its words as the context's object."""
     from lrconvert.io import hub
 
-    words = [hub.hint(w) if "/" in w else w for w in sys.argv[1:]]
+    context = click.get_current_context(silent=True)
+    given = None if context is None else context.find_root().obj
+    words = [hub.hint(w) if "/" in w else w for w in (sys.argv[1:] if given is None else given)]
     return shlex.join(["lrconvert", *words])

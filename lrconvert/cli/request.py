@@ -24,10 +24,15 @@ class Request:
     quiet: bool
     verbose: bool
     as_json: bool
+    html: Path | None = None
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> Request:
         """Take the request out of what a command was `given`; what is left are options of the conversion."""
         reading = flags.chosen(given, ReadOptions)
         names = [field.name for field in fields(cls) if field.name != "reading"]
-        return cls(reading=reading, **{name: given.pop(name, False) for name in names})
+        return cls(
+            reading=reading,
+            **{name: given.pop(name, False) for name in names if name != "html"},
+            html=given.pop("html", None),
+        )

@@ -28,6 +28,7 @@ from lrconvert.lora.adapter import CompactAdapter, LoraAdapter, LoraTarget, Targ
 from lrconvert.methods import base as methods
 from lrconvert.methods import lowrank
 from lrconvert.methods.base import Budget, FitContext
+from lrconvert.methods.lowrank import components as lowrank_components
 from lrconvert.methods.lowrank import rounding
 from lrconvert.methods.lowrank.form import Config
 from lrconvert.methods.lowrank.plan import LowRankOptions
@@ -100,7 +101,7 @@ def components(lora: LoraAdapter, context: FitContext, coded: Config | None = No
     )
     if coded is not None:
         assert coded.quantizer is not None
-        rounded = rounding.round_all(rounding.components(lora, sizes, context), coded.quantizer.step)
+        rounded = rounding.round_all(lowrank_components.components(lora, sizes, context), coded.quantizer.step)
         cost, share = rounded.bits + rounding.SIDE_BITS, rounded.share
     place = np.concatenate([np.arange(size) for size in sizes])
     return Components(owner, place, np.concatenate(nonzero) ** 2 * (share > 0), cost, share)

@@ -6,6 +6,7 @@ stored array keeps its bits (`Stored`), decodes exactly, and `round_to` rounds o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -78,12 +79,17 @@ class Stored:
     def is_finite(self) -> bool:
         """Return true if no number of a float dtype is NaN or infinite, by its bits."""
         if self.dtype == "BF16":
-            return int((self.array & 0x7FFF).max(initial=0)) < 0x7F80
-        return bool(np.isfinite(self.array).all())
+            return all(int((part & 0x7FFF).max(initial=0)) < 0x7F80 for part in self._parts())
+        return all(bool(np.isfinite(part).all()) for part in self._parts())
 
     def is_zero(self) -> bool:
         """Return true if all numbers of a float dtype are zero, by their bits."""
-        return not (self.array & 0x7FFF if self.dtype == "BF16" else self.array).any()
+        return not any((part & 0x7FFF if self.dtype == "BF16" else part).any() for part in self._parts())
+
+    def _parts(self) -> Iterator[Array]:
+        """Yield the numbers some at a time, so that what is made of them stays in the cache."""
+        flat = self.array.reshape(-1)
+        return (flat[start : start + _CHUNK] for start in range(0, flat.size, _CHUNK))
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -135,6 +141,8 @@ def round_to(x: ArrayLike, dtype: str) -> Array:
             return values.astype("<f4")
     if dtype not in ("F16", "BF16"):
         raise DtypeError(f"{dtype} does not hold real numbers", fix=f"expected one of {', '.join(FLOATS)}")
+    if values.ndim == 2 and not values.flags.c_contiguous and values.flags.f_contiguous:
+        return np.ascontiguousarray(round_to(values.T, dtype).T)  # two bytes of a number are moved, not four
     flat = np.ascontiguousarray(values).reshape(-1)
     codes = np.empty(flat.size, "<u2")
     narrow = _to_f16 if dtype == "F16" else _to_bf16
@@ -147,10 +155,15 @@ def round_to(x: ArrayLike, dtype: str) -> Array:
 
 def _to_bf16(single: F32, out: U16) -> None:
     bits = single.view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    np.copyto(out, rounded, casting="unsafe")
-    nan = np.flatnonzero(np.isnan(single))
-    out[nan] = (bits[nan] >> np.uint32(16)) | np.uint32(0x40)
+    word = np.right_shift(bits, np.uint32(16))
+    np.bitwise_and(word, np.uint32(1), out=word)
+    np.add(word, np.uint32(0x7FFF), out=word)
+    np.add(word, bits, out=word)
+    np.right_shift(word, np.uint32(16), out=word)
+    np.copyto(out, word, casting="unsafe")
+    if np.isnan(single.max(initial=-np.inf)):  # a maximum takes half as long as to look for each
+        nan = np.flatnonzero(np.isnan(single))
+        out[nan] = (bits[nan] >> np.uint32(16)) | np.uint32(0x40)
 
 
 def _to_f16(single: F32, out: U16) -> None:

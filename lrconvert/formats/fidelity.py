@@ -72,7 +72,8 @@ def _total(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
 class Answers:
     """The distance of a model's answers from those of the LoRA, on data. `kind`: "KL" of the logits in nats per item,
     or the relative squared error of "hidden states" where a model has no logits. `agreement`: the share of items with
-    the same first choice. `base_...`: the same of the base without updates; heads that both carry stay on it."""
+    the same first choice. `base_...`: the same of the base without updates; heads that both carry stay on it.
+    `interval`: the 95 % interval of `closed`, where enough texts were measured to say."""
 
     kind: str
     items: int
@@ -80,6 +81,7 @@ class Answers:
     base_distance: float
     agreement: float | None = None
     base_agreement: float | None = None
+    interval: tuple[float, float] | None = None
 
     @property
     def closed(self) -> float:

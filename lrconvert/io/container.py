@@ -12,7 +12,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +25,8 @@ from lrconvert.core.dtypes import STORAGE, Stored, itemsize
 from lrconvert.core.errors import LrcError
 from lrconvert.core.limits import FOREIGN, MAX_CONFIG_BYTES, OWN, Limits
 from lrconvert.io import strictjson
+
+_PIECE = 1 << 20  # bytes of a tensor that is read in pieces: they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -295,7 +297,17 @@ class ContainerFile(OpenFile):
 
     def load(self, info: TensorInfo) -> Stored:
         """Read a tensor with its stored bits."""
-        return Stored(info.dtype, np.frombuffer(self.read(info), STORAGE[info.dtype]).reshape(info.shape))
+        buffer = np.empty(info.nbytes, np.uint8)  # not filled with zeros first, as a bytearray is
+        self.read_into(info, 0, memoryview(buffer))
+        return Stored(info.dtype, buffer.view(STORAGE[info.dtype]).reshape(info.shape))
+
+    def chunks(self, info: TensorInfo) -> Iterator[memoryview]:
+        """Yield the bytes of a tensor in pieces, each valid until the next."""
+        buffer = memoryview(bytearray(min(info.nbytes, _PIECE)))
+        for offset in range(0, info.nbytes, _PIECE):
+            piece = buffer[: info.nbytes - offset]
+            self.read_into(info, offset, piece)
+            yield piece
 
     def copy(self, info: TensorInfo, writer: Appendable) -> None:
         """Append the bytes of a tensor to `writer`, inside the kernel where it can."""

@@ -108,8 +108,13 @@ def read(kind: type[T], value: Any, what: str) -> T:
 
     Raises E-MISSING and E-UNKNOWN for fields, E-JSON-SYNTAX for a value of another type, and what checks raise.
     """
+    return reader(kind)(value, what)
+
+
+def reader(kind: type[T]) -> Callable[[Any, str], T]:
+    """Return `read` for one kind, for many values."""
     form: Any = kind
-    return _reader(form, False)(value, what)  # type: ignore[no-any-return]
+    return _reader(form, False)  # type: ignore[no-any-return]
 
 
 def read_config(kind: type[T], value: Any) -> T:

@@ -46,10 +46,10 @@ class View:
 
     def matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Return (out, in) of the matrix seen in a parameter of `shape`. Raise E-SHAPE if the view does not apply."""
+        if self.text == "matrix" and len(shape) == 2:
+            return shape[0], shape[1]
         match = _VIEW.fullmatch(self.text)
         assert match is not None
-        if self.kind == "matrix" and len(shape) == 2:
-            return shape[0], shape[1]
         if self.kind == "transposed" and len(shape) == 2:
             return shape[1], shape[0]
         if self.kind == "rows" and len(shape) == 2 and int(match["start"]) < int(match["stop"]) <= shape[0]:

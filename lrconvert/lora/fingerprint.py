@@ -14,16 +14,15 @@ from lrconvert.lora.adapter import BaseFingerprint, Target
 def names_digest(targets: Iterable[Target]) -> str:
     """Return sha256 in hex over the sorted (name, stored shape) list of the targets' parameters. Raise E-NAME for a
     name that is no text."""
-    digest = hashlib.sha256()
+    parts = []
     for name, shape in sorted({(t.name, t.shape) for t in targets}):
         try:
             encoded = name.encode()
         except UnicodeEncodeError:
             raise TensorNameError(f"the target {name!r:.80} has half of a surrogate pair in its name") from None
-        digest.update(len(encoded).to_bytes(8, "little") + encoded + len(shape).to_bytes(8, "little"))
-        for n in shape:
-            digest.update(n.to_bytes(8, "little"))
-    return digest.hexdigest()
+        parts += [len(encoded).to_bytes(8, "little"), encoded]
+        parts += [n.to_bytes(8, "little") for n in (len(shape), *shape)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def fingerprint(targets: Iterable[Target]) -> BaseFingerprint:

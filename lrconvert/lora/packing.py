@@ -263,6 +263,16 @@ def coded_values(integers: Array) -> F32:
     return values
 
 
+@dataclass(frozen=True, eq=False)
+class CodedNumbers:
+    """The `coded_values` of integers (n,), made of a slice of them when it is taken: all at once leave the cache."""
+
+    integers: Array
+
+    def __getitem__(self, part: slice) -> F32:
+        return coded_values(self.integers[part])
+
+
 # --- choosing scales ------------------------------------------------------------------------------------------------
 
 

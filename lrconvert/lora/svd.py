@@ -8,12 +8,12 @@ update (out, in) is never formed: for a 4096 x 4096 target of rank 16 that is so
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lrconvert.core.dtypes import F64, Array
+from lrconvert.core.dtypes import F64, Array, Stored, decode
 from lrconvert.lora.adapter import LoraTarget
 
 if TYPE_CHECKING:
@@ -43,25 +43,26 @@ _MULTIPLICATIONS = 1 << 18  # OpenBLAS does as many on one thread; above, thread
 _LEAST_COLUMNS = 64
 
 
-def _parts(x: F64, size: int) -> list[slice]:
-    """Columns of x (..., m), so few at a time that each has its products with `size` numbers made on one thread."""
+def _parts(length: int, size: int) -> list[slice]:
+    """Cut a `length`, into parts so small that each has its products with `size` numbers made on one thread."""
     width = max(_LEAST_COLUMNS, _MULTIPLICATIONS // max(size, 1))
-    return [slice(start, start + width) for start in range(0, x.shape[-1], width)]
+    return [slice(start, start + width) for start in range(0, length, width)]
 
 
 def products(left: F64, right: F64) -> F64:
     """Return ``left @ right^T`` (..., j, k) of wide left (..., j, m) and right (..., k, m)."""
     total = np.zeros((*left.shape[:-1], right.shape[-2]))
-    for part in _parts(left, left.shape[-2] * right.shape[-2]):
-        some = left[..., part]
-        total += some @ (some.copy() if right is left else right[..., part]).mT  # numpy's way for squares is slower
+    for part in _parts(left.shape[-1], left.shape[-2] * right.shape[-2]):
+        columns = left[..., part]
+        other = columns.copy() if right is left else right[..., part]  # numpy's way for squares is slower
+        total += columns @ other.mT
     return total
 
 
 def product(matrix: F64, rows: F64) -> F64:
     """Return ``matrix @ rows`` (..., j, m) of matrix (..., j, k) and wide rows (..., k, m)."""
     result = np.empty((*matrix.shape[:-1], rows.shape[-1]))
-    for part in _parts(rows, matrix.shape[-2] * matrix.shape[-1]):
+    for part in _parts(rows.shape[-1], matrix.shape[-2] * matrix.shape[-1]):
         np.matmul(matrix, rows[..., part], out=result[..., part])
     return result
 
@@ -71,9 +72,9 @@ def _gram(rows: F64, matrix: F64 | None = None) -> F64:
     if matrix is None:
         return products(rows, rows)
     total = np.zeros((*rows.shape[:-1], rows.shape[-2]))
-    for part in _parts(rows, rows.shape[-2] ** 2):
-        some = matrix @ rows[..., part]
-        total += some @ some.mT
+    for part in _parts(rows.shape[-1], rows.shape[-2] ** 2):
+        turned = matrix @ rows[..., part]
+        total += turned @ turned.mT
     return total
 
 
@@ -110,21 +111,34 @@ def _householder(x: F64) -> tuple[F64, F64]:
 
 @dataclass(frozen=True, eq=False)
 class _Thin:
-    """A thin QR of rows (n, k, m), j = min(k, m): those of ``turn @ inner @ rows`` are orthonormal (n, j, m), and R^T
-    (n, k, j), of `root` R, times them is what was decomposed. Products with all rows are made when they are needed, a
-    few columns at a time: a pass over memory costs more."""
+    """A thin QR of rows (n, k, m), j = min(k, m): those of ``turn @ inner @ basis`` are orthonormal (n, j, m), and R^T
+    (n, k, j), of `root` R, times them is what was decomposed. The `basis` are the rows themselves, but for those of
+    `reflected` (n,) the result of reflections. It may be left out, and made again: the rest is small."""
 
-    rows: F64
+    basis: F64 | None
     inner: F64
     turn: F64
     root: F64
+    reflected: Array
 
-    def times(self, matrix: F64) -> F64:
-        """Return ``matrix @ orthonormal rows``, (n, i, m) for matrix (n, i, j)."""
+    def basis_of(self, rows: F64) -> F64:
+        """Return the basis of the rows that were decomposed; they are overwritten."""
+        if rows.shape[2] < rows.shape[1]:
+            return np.stack([_householder(one.T)[0].T for one in rows])
+        for n in np.flatnonzero(self.reflected):
+            rows[n] = _householder(rows[n].T)[0].T
+        return rows
+
+    def times(self, matrix: F64, basis: F64 | None = None) -> F64:
+        """Return ``matrix @ orthonormal rows``, (n, i, m) for matrix (n, i, j); of a `basis` that was left out, or that
+        has other columns: sums of the first ones. Products with all rows are made a few columns at a time: a pass over
+        memory costs more."""
+        basis = self.basis if basis is None else basis
+        assert basis is not None
         turned = matrix @ self.turn
-        product = np.empty((*turned.shape[:-1], self.rows.shape[-1]))
-        for part in _parts(self.rows, self.rows.shape[-2] ** 2):
-            np.matmul(turned, self.inner @ self.rows[..., part], out=product[..., part])
+        product = np.empty((*turned.shape[:-1], basis.shape[-1]))
+        for part in _parts(basis.shape[-1], basis.shape[-2] ** 2):
+            np.matmul(turned, self.inner @ basis[..., part], out=product[..., part])
         return product
 
 
@@ -136,15 +150,16 @@ def _thin(rows: F64) -> _Thin:
         pairs = [_householder(one.T) for one in rows]
         q, r = (np.stack(side) for side in zip(*pairs, strict=True))
         unit = np.broadcast_to(np.eye(m), (count, m, m))
-        return _Thin(q.mT, unit, unit, r)
+        return _Thin(q.mT, unit, unit, r, np.ones(count, bool))
     first, good = _roots(_gram(rows))
     inner = _inverse(first)
     second, better = _roots(_gram(rows, inner))
     turn, root = _inverse(second), second @ first
-    for n in np.flatnonzero(~(good & better)):
+    reflected = ~(good & better)
+    for n in np.flatnonzero(reflected):
         q, root[n] = _householder(rows[n].T)
         rows[n], inner[n], turn[n] = q.T, np.eye(k), np.eye(k)
-    return _Thin(rows, inner, turn, root)
+    return _Thin(rows, inner, turn, root, reflected)
 
 
 def factors_of(pairs: Sequence[LoraTarget]) -> tuple[F64, F64]:
@@ -190,13 +205,46 @@ def svd(pair: LoraTarget, moment: Moment | None = None) -> Factors:
 def svds(pairs: Sequence[LoraTarget]) -> Factors:
     """Return the same of targets of equal shapes and ranks (`stacks`), in the plain norm, with an axis more: U (n, out,
     k), s (n, k), Vt (n, k, in). Each has the bits that it has alone."""
+    whole, rows = _decomposed(pairs)
+    return Factors(rows.mT, whole.s, whole.a.times(whole.right))
+
+
+@dataclass(frozen=True, eq=False)
+class Decomposition:
+    """`svds` of some targets without the singular vectors, which are made of the targets when they are asked for: s (n,
+    k), and what is left (n, k, j) and right (n, k, j) of thin QRs of B^T and A."""
+
+    s: F64
+    left: F64
+    right: F64
+    a: _Thin
+    b: _Thin
+
+    @classmethod
+    def of(cls, pairs: Sequence[LoraTarget]) -> Decomposition:
+        """Decompose targets of equal shapes and ranks."""
+        whole, _ = _decomposed(pairs)
+        return replace(whole, a=replace(whole.a, basis=None), b=replace(whole.b, basis=None))
+
+    def vectors(
+        self, pairs: Sequence[LoraTarget], columns: Callable[[F64, str], F64] = lambda rows, role: rows
+    ) -> tuple[F64, F64]:
+        """Return Vt (n, k, in) and U^T (n, k, out), equal to those of `svds`; or what `columns`, linear, makes of rows
+        (n, k, length) and the role, "A" or "B"."""
+        a, b = factors_of(pairs)
+        one, two = columns(self.a.basis_of(a), "A"), columns(self.b.basis_of(b), "B")
+        return self.a.times(self.right, one), self.b.times(self.left, two)
+
+
+def _decomposed(pairs: Sequence[LoraTarget]) -> tuple[Decomposition, F64]:
+    """The decomposition with its bases, and U^T, whose signs are needed."""
     one, two = map(_thin, factors_of(pairs))
     scales = np.array([pair.scale for pair in pairs], np.float64)[:, None, None]
     u, s, vt = np.linalg.svd(scales * (two.root @ one.root.mT), full_matrices=False)
     rows = two.times(u.mT)
     sign = _signs(rows)
     rows *= sign
-    return Factors(rows.mT, s, one.times(vt * sign))
+    return Decomposition(s, u.mT * sign, vt * sign, one, two), rows
 
 
 def _signs(rows: F64) -> F64:
@@ -213,21 +261,41 @@ def _root(gram: F64) -> F64:
 
 def r_factors(rows: F64) -> F64:
     """Return the R (n, j, k) of thin QRs of rows^T, rows (n, k, m), j = min(k, m), up to the signs of their rows."""
-    if rows.shape[2] < rows.shape[1]:
-        return np.stack([_householder(one.T)[1] for one in rows])
-    roots, good = _roots(_gram(rows))
+    return _r_factors(lambda part: rows[..., part], *rows.shape[1:])
+
+
+def _r_factors(rows: Callable[[slice], F64], k: int, m: int) -> F64:
+    """The same of rows (n, k, m) that are made when they are needed, some columns at a time, for the cache."""
+    every = slice(None)
+    if m < k:
+        return np.stack([_householder(one.T)[1] for one in rows(every)])
+    gram = sum(products(columns, columns) for columns in map(rows, _parts(m, k * k)))
+    roots, good = _roots(np.asarray(gram))
     for n in np.flatnonzero(~good):
-        roots[n] = _householder(rows[n].T)[1]
+        roots[n] = _householder(rows(every)[n].T)[1]
     return roots
+
+
+def _rows_of(pairs: Sequence[LoraTarget], name: str) -> tuple[Callable[[slice], F64], int, int]:
+    """What gives columns of the rows of A or B^T (n, r, m), float64, and r and m."""
+    stored: list[Stored] = [getattr(pair, name) for pair in pairs]
+    arrays = [one.array.T if name == "b" else one.array for one in stored]
+
+    def columns(part: slice) -> F64:
+        return np.stack(
+            [decode(x[:, part], one.dtype) for x, one in zip(arrays, stored, strict=True)], dtype=np.float64
+        )
+
+    return columns, *arrays[0].shape
 
 
 def spectra(pairs: Sequence[LoraTarget]) -> list[F64]:
     """Return the `singular_values` of every target in the plain norm."""
     values: dict[int, F64] = {}
     for numbers in stacks(pairs):
-        some = [pairs[n] for n in numbers]
-        a, b = map(r_factors, factors_of(some))
-        scales = np.array([pair.scale for pair in some], np.float64)[:, None, None]
+        alike = [pairs[n] for n in numbers]
+        a, b = (_r_factors(*_rows_of(alike, name)) for name in "ab")
+        scales = np.array([pair.scale for pair in alike], np.float64)[:, None, None]
         values |= zip(numbers, np.linalg.svd(scales * (b @ a.mT), compute_uv=False), strict=True)
     return [values[n] for n in range(len(pairs))]
 
@@ -236,7 +304,7 @@ def singular_values(pair: LoraTarget, moment: Moment | None = None) -> F64:
     """Return the singular values of ``scale * B @ A``, descending, without forming U and Vt; see `svd`."""
     if moment is None:
         return spectra([pair])[0]
-    root = r_factors(factors_of([pair])[1])[0]
+    root = _r_factors(*_rows_of([pair], "b"))[0]
     return np.asarray(np.linalg.svd(pair.scale * (root @ _root(moment.gram(pair.A))), compute_uv=False), np.float64)
 
 

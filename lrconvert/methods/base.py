@@ -236,15 +236,15 @@ def all_methods() -> list[Method]:
 
 def values(method: Method, compact: CompactAdapter, xp: Any = np) -> dict[str, Any]:
     """The payload tensors of `compact` as numbers: codes as odd integers (int8, or int16 at 8 bits), halves as float32,
-    indices as int64, coded integers in sixteenths of a step, float32; numpy arrays, or torch tensors if `xp` is
-    torch."""
+    indices as int64, coded integers in sixteenths of a step, float32; numpy arrays, and what gives slices of one for
+    coded integers (`packing.CodedNumbers`), or torch tensors if `xp` is torch."""
     numbers: dict[str, Any] = {}
     for spec in method.specs(compact.config, compact.targets):
-        array = compact.tensors[spec.name]
+        array: Any = compact.tensors[spec.name]
         if spec.kind == "code":
             array = packing.odd_integers(array, spec.bits)
         elif spec.kind == "coded":
-            array = packing.coded_values(array)
+            array = packing.CodedNumbers(array) if xp is np else packing.coded_values(array)
         elif spec.kind == "index":
             array = array.astype(np.int64)
         numbers[spec.name] = array if xp is np else xp.from_numpy(np.ascontiguousarray(array))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import numpy as np
 import pytest
 from conftest import ADAPTERS
 
 from lrconvert import api
+from lrconvert.core import dtypes
 from lrconvert.core.dtypes import FLOATS, Stored, decode, round_to
+from lrconvert.lora import svd
 
 VALUES = [0.0, -0.0, 1.0, -2.5, 3e-5, -6e4, np.inf, -np.inf, np.nan]
 
@@ -25,16 +25,28 @@ def test_bits_say_what_numbers_say(dtype, value):
     assert Stored(dtype, stored.array[:0]).is_finite() and Stored(dtype, stored.array[:0]).is_zero()
 
 
+def test_bits_are_looked_at_to_the_end(monkeypatch):
+    """What is looked at in pieces is looked at whole."""
+    monkeypatch.setattr(dtypes, "_CHUNK", 4)
+    for dtype in sorted(FLOATS):
+        for n in range(11):
+            values = np.zeros((11, 1), np.float32)
+            values[n] = 1.0
+            assert not Stored(dtype, round_to(values, dtype)).is_zero()
+            values[n] = np.nan
+            assert not Stored(dtype, round_to(values, dtype)).is_finite()
+
+
 def test_inspecting_decodes_every_factor_once(monkeypatch):
     """What an adapter is takes each of its numbers once from bits to floats."""
     lora = api.load_lora(ADAPTERS / "llama-plain")
-    decoded: Counter[int] = Counter()
-    whole = Stored.decode
+    decoded: list[int] = []
 
-    def counting(stored: Stored):
-        decoded[stored.nbytes] += 1
-        return whole(stored)
+    def counting(array, dtype):
+        decoded.append(array.size)
+        return decode(array, dtype)
 
-    monkeypatch.setattr(Stored, "decode", counting)
+    for module in (dtypes, svd):
+        monkeypatch.setattr(module, "decode", counting)
     api.inspect(ADAPTERS / "llama-plain")
-    assert decoded == Counter(factor.nbytes for pair in lora.targets for factor in (pair.a, pair.b))
+    assert sum(decoded) == lora.numel

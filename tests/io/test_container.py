@@ -204,6 +204,19 @@ def test_no_special_files(tmp_path):
             container.ContainerFile(path)
 
 
+def test_pieces_of_a_tensor_are_its_bytes(tmp_path, monkeypatch):
+    """A tensor that is read in pieces, of which the last is shorter, is the one that is read at once."""
+    monkeypatch.setattr(container, "_PIECE", 7)
+    tensors = {"one": np.arange(7, dtype=np.uint8), "more": np.arange(5.0)}
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(safetensors.numpy.save(tensors))
+    with container.ContainerFile(path) as file:
+        for name, array in tensors.items():
+            pieces = [bytes(piece) for piece in file.chunks(file.by_name[name])]
+            assert b"".join(pieces) == bytes(file.read(file.by_name[name])) == array.tobytes()
+            assert file.load(file.by_name[name]).array.tobytes() == array.tobytes()
+
+
 def test_a_shrinking_file_is_an_error(tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(safetensors.numpy.save({"a": np.zeros(1000, np.float32)}))
@@ -211,6 +224,8 @@ def test_a_shrinking_file_is_an_error(tmp_path):
         os.truncate(path, 2000)
         with pytest.raises(errors.FileChangedError):
             file.read(file.by_name["a"])
+        with pytest.raises(errors.FileChangedError):
+            file.load(file.by_name["a"])
         with pytest.raises(errors.FileChangedError):
             file.check_unchanged()
 

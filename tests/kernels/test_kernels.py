@@ -15,6 +15,7 @@ from lrconvert.lora.coded import rans, stream
 from lrconvert.lora.coded.models import COUNT
 from lrconvert.methods.base import FitContext
 from lrconvert.methods.lowrank import rate, rounding
+from lrconvert.methods.lowrank.components import DEAD_ZONE, components
 
 pytest.importorskip("numba", reason="numba (the extra `fast`) is absent")
 pytestmark = pytest.mark.medium  # compiling takes some seconds where nothing is on disk yet
@@ -86,7 +87,7 @@ def test_broken_bytes_are_refused_with_the_same_word(seed, place, flip, cut):
 def test_rounding_is_the_same(both, factor):
     """Models and integers are equal; bits and shares up to the order of their sums."""
     lora = random_lora(((300, 200), (64, 900)), rank=12, seed=3)
-    parts = rounding.components(lora, (12, 12), FitContext(0, "cpu", lambda share, text: None, None, None))
+    parts = components(lora, (12, 12), FitContext(0, "cpu", lambda share, text: None, None, None))
     step = factor * parts.steps()[1] / 30
     plain, compiled = both(lambda: rounding.round_all(parts, step))
     np.testing.assert_array_equal(plain.models, compiled.models)
@@ -101,7 +102,7 @@ def test_rounded_integers_are_those_of_the_formula():
     edges = np.array([0.0, -0.0, 0.6, -0.6, 1.6, np.nextafter(1.6, 2), 31.6, 1e6, 1e9, -1e30], np.float64) * step
     rows = np.concatenate([edges, np.linspace(-3, 3, 1001)])[None].astype(np.float32)
     counts, sums = np.empty((1, 33), np.int64), np.empty((1, 4))
-    limits = np.array([1 / step, 1 - rounding.DEAD_ZONE, stream.LARGEST_INTEGER], np.float32)
+    limits = np.array([1 / step, 1 - DEAD_ZONE, stream.LARGEST_INTEGER], np.float32)
     codes = loops.round_rows(rows, limits, counts, sums)
     np.testing.assert_array_equal(codes, rounding.integers(rows, step))
     assert counts.sum() == rows.size and counts[0, 0] == (codes == 0).sum()

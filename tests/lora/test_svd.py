@@ -93,6 +93,9 @@ def test_a_target_has_the_same_bits_in_any_company():
             alone, own = svd.svd(pairs[n]), together.of(which)
             assert all(getattr(alone, name).tobytes() == getattr(own, name).tobytes() for name in ("U", "s", "Vt"))
             assert np.allclose(own.U * own.s @ own.Vt, dense(pairs[n]), rtol=0, atol=1e-6)
+        later = svd.Decomposition.of(alike := [pairs[n] for n in numbers])
+        for made, own in zip(later.vectors(alike), (together.Vt, together.U.mT), strict=True):
+            assert np.array_equal(made, own)
     assert sorted(seen) == list(range(len(pairs)))
     for pair, values in zip(pairs, svd.spectra(pairs), strict=True):
         assert values.tobytes() == svd.singular_values(pair).tobytes()

@@ -18,15 +18,12 @@ from lrconvert.lora.adapter import LoraAdapter, LoraTarget, Target
 from lrconvert.methods import base as methods
 from lrconvert.methods.base import FitContext
 from lrconvert.methods.lowrank import METHOD
+from lrconvert.methods.lowrank import components as rows
+from lrconvert.methods.lowrank.components import Components, StreamedComponents, components
 from lrconvert.methods.lowrank.form import factors
 from lrconvert.methods.lowrank.plan import LowRankOptions, chosen
-from lrconvert.methods.lowrank.rounding import (
-    LARGEST_INTEGER,
-    Components,
-    components,
-    integers,
-    round_all,
-)
+from lrconvert.methods.lowrank.rounding import LARGEST_INTEGER, integers, round_all
+from lrconvert.methods.nola import Config as NolaConfig
 
 
 def decaying(targets: int = 6, rank: int = 8, size: int = 256) -> LoraAdapter:
@@ -179,8 +176,44 @@ def test_chosen_components_fit_and_capture_most() -> None:
 def test_a_sample_stands_for_all() -> None:
     parts = components(decaying(size=2048), [8] * 6, FitContext())
     step = 0.2 * parts.steps()[1]
-    whole, some = (round_all(p, step).bits.sum() for p in (parts, parts.sampled(30_000)))
-    assert abs(some / whole - 1) < 0.1
+    whole, sample = (round_all(p, step).bits.sum() for p in (parts, parts.sampled(30_000)))
+    assert abs(sample / whole - 1) < 0.1
+
+
+@pytest.mark.parametrize("method", ["lowrank", "nola"])
+@pytest.mark.parametrize("options", [{"bits": 12}, {"bits": 2, "rank": 3}, {"target_size": 1500}])
+def test_rows_that_are_made_again_give_the_same_file(
+    method: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that are kept in memory and rows that are made at every look, on threads, lead to the same bytes: also of
+    targets whose factors are nearly dependent, that have fewer rows than their rank, and that are zero."""
+    lora = random_lora([(48, 64), (40, 130), (48, 64), (6, 32), (32, 48), (48, 64), (96, 66)], rank=8)
+    pairs = list(lora.targets)
+    for n, b in {2: np.ones((48, 8), np.float32), 4: np.zeros((32, 8), np.float32)}.items():
+        pairs[n] = replace(pairs[n], b=Stored("F32", b))
+    lora = replace(lora, targets=tuple(sorted(pairs, key=lambda pair: pair.target)))
+    kept = b"".join(file.encode(api.convert(lora, method, **options).compact))
+    limits = {"_IN_MEMORY": 1000, "_MOST_THREADS": 3}
+    for name, value in limits.items():
+        monkeypatch.setattr(rows, name, value)
+    assert isinstance(components(lora, [8] * len(pairs), FitContext()), StreamedComponents)
+    assert b"".join(file.encode(api.convert(lora, method, **options).compact)) == kept
+
+
+@pytest.mark.parametrize("method", ["lowrank", "nola"])
+def test_samples_are_of_the_same_rows(method: str) -> None:
+    """What is sampled of rows that are made at every look are some numbers of these rows."""
+    lora = random_lora([(512, 4096), (4096, 390)], rank=4)
+    coordinates = methods.get(method).coordinates(NolaConfig((4,), ((0, 0),), 0, seed=7))
+    stream = StreamedComponents.of(lora.targets, np.array([4, 3]), FitContext(), coordinates)
+    blocks: dict[int, Components] = {}
+    stream.each(lambda places, block: blocks.update({int(places[0]): block}))
+    for which, sides in enumerate(stream.sampled(2000).sides):
+        for side in sides:
+            whole = blocks[int(side.places[0])].sides[which][0].rows
+            picked = whole[:, :: min(stream.numel // 2000, whole.shape[1] // 32)]
+            assert side.rows.shape == picked.shape and side.every == whole.shape[1] / picked.shape[1]
+            np.testing.assert_allclose(side.rows, picked, rtol=1e-5, atol=1e-6 * np.abs(picked).max())
 
 
 def test_integers_round_with_a_dead_zone() -> None:
@@ -190,9 +223,9 @@ def test_integers_round_with_a_dead_zone() -> None:
 
 def test_components_are_numbered_anew() -> None:
     parts = components(decaying(targets=2), [8, 8], FitContext())
-    some = parts.only(np.array([1, 9]))
-    assert isinstance(some, Components) and some.owners.tolist() == [0, 1]
-    whole, part = round_all(parts, 0.1), round_all(some, 0.1)
+    chosen = parts.only(np.array([1, 9]))
+    assert isinstance(chosen, Components) and chosen.owners.tolist() == [0, 1]
+    whole, part = round_all(parts, 0.1), round_all(chosen, 0.1)
     assert np.array_equal(whole.models[[1, 9]], part.models)
     assert np.allclose(whole.bits[[1, 9]], part.bits)
 

@@ -235,30 +235,33 @@ def _targets(value: Any) -> tuple[Target, ...]:
         count += entries[-1].count() if isinstance(entries[-1], _Group) else 1
         if count > OWN.tensors:
             raise errors.LimitError(f"the file declares more than {OWN.tensors} targets")
-    targets = []
+    targets: list[Target] = []
     for entry in entries:
         if isinstance(entry, _Single):
-            targets.append(_target(entry.name, entry))
+            targets += _same([entry.name], entry)
             continue
         for member in entry.members:
-            for first, last in entry.pairs():
-                targets += [_target(f"{entry.prefix}{n}{member.suffix}", member) for n in range(first, last + 1)]
-    targets.sort()
+            numbers = [n for first, last in entry.pairs() for n in range(first, last + 1)]
+            targets += _same([f"{entry.prefix}{n}{member.suffix}" for n in numbers], member)
+    targets.sort(key=lambda target: (target.name, target.shape, target.view.text))
     if not targets:
         raise errors.MissingFieldError("the file has no targets")
     for one, two in pairwise(targets):
+        if one.name != two.name:
+            continue
         whole = {"matrix", "transposed", "conv"} & {one.view.kind, two.view.kind} or one.view.kind != two.view.kind
-        if one.name == two.name and (whole or one.shape != two.shape or one.view == two.view):
+        if whole or one.shape != two.shape or one.view == two.view:
             raise errors.IndexRangeError(f"the target {one.name!r} is declared twice")
     if group_targets(targets) != value:
         raise errors.CanonicalError("the target list is not grouped and sorted in the one canonical way")
     return tuple(targets)
 
 
-def _target(name: str, entry: _Single | _Member) -> Target:
-    view = View(entry.view)
+def _same(names: Sequence[str], entry: _Single | _Member) -> list[Target]:
+    """Targets that differ in their names alone."""
+    view, read = View(entry.view), fields.reader(_Name)
     view.matrix_shape(entry.shape)
-    return Target(fields.read(_Name, name, "the name of a target"), entry.shape, view)
+    return [Target(read(name, "the name of a target"), entry.shape, view) for name in names]
 
 
 def _extras(value: Any) -> tuple[ExtraTensor, ...]:

@@ -71,19 +71,20 @@ def decode(data: bytes, rows: Rows) -> Array:
     runs = runs_of(rows)
     symbols, end = rans.decode(data, runs)
     rest, at = np.frombuffer(data, np.uint8, len(data) - end, end), 0
-    which, numbers = runs.which, np.empty(runs.total, np.int32)
+    numbers = np.empty(runs.total, np.int32)
     has_shift = bool(shifts()[runs.models].any())
     for first in range(0, runs.total, _CHUNK):
         part = slice(first, first + _CHUNK)
         if not has_shift and int(symbols[part].max()) < ESCAPE:
             np.subtract(symbols[part], LARGEST, out=numbers[part], dtype=np.int32)
             continue
-        lengths = _low_lengths(symbols[part], which[part])
+        which = runs.which[part]
+        lengths = _low_lengths(symbols[part], which)
         until = at + int(lengths.sum(dtype=np.int64))
         if until > 8 * rest.size:
             raise CanonicalError(_BEYOND)
         bits = np.unpackbits(rest[at // 8 : (until + 7) // 8], bitorder="little")[at % 8 :]
-        numbers[part] = _numbers(symbols[part], which[part], _low_values(bits[: until - at], lengths))
+        numbers[part] = _numbers(symbols[part], which, _low_values(bits[: until - at], lengths))
         at = until
     if (at + 7) // 8 != rest.size:
         raise CanonicalError(_BEYOND)
@@ -138,19 +139,19 @@ def _low_lengths(symbols: Array, which: Array) -> Array:
 
 def _low_bits(numbers: Array, lengths: Array) -> Array:
     """The lowest bits of numbers, as many of each as `lengths` says, one after the other, uint8."""
-    some = np.flatnonzero(lengths)
-    counts = lengths[some].astype(np.int64)
+    longer = np.flatnonzero(lengths)
+    counts = lengths[longer].astype(np.int64)
     places = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.asarray(np.repeat(numbers[some], counts) >> places & 1, np.uint8)
+    return np.asarray(np.repeat(numbers[longer], counts) >> places & 1, np.uint8)
 
 
 def _low_values(bits: Array, lengths: Array) -> Array:
     """Invert `_low_bits`: non-negative int32, 0 where there are no bits."""
     values = np.zeros(len(lengths), np.int32)
-    some = np.flatnonzero(lengths)
-    if some.size:
-        counts = lengths[some].astype(np.int64)
+    longer = np.flatnonzero(lengths)
+    if longer.size:
+        counts = lengths[longer].astype(np.int64)
         starts = np.cumsum(counts) - counts
         places = np.arange(bits.size, dtype=np.int32) - np.repeat(starts, counts).astype(np.int32)
-        values[some] = np.add.reduceat(bits.astype(np.int32) << places, starts)
+        values[longer] = np.add.reduceat(bits.astype(np.int32) << places, starts)
     return values

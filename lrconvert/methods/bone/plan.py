@@ -244,8 +244,8 @@ class Plan:
         points: dict[int, list[_Point]] = {}
         for (shape, rank, *_), places in alike.items():
             count = max(1, _AT_ONCE // (rank * sum(shape)))
-            for some in (places[n : n + count] for n in range(0, len(places), count)):
-                points |= zip(some, self._points([self.lora.targets[t] for t in some], ranks[some[0]]), strict=True)
+            for group in (places[n : n + count] for n in range(0, len(places), count)):
+                points |= zip(group, self._points([self.lora.targets[t] for t in group], ranks[group[0]]), strict=True)
         return [points[t] for t in range(len(ranks))]
 
     def _points(self, pairs: Sequence[LoraTarget], ranks: Mapping[bool, Sequence[int]]) -> list[list[_Point]]:

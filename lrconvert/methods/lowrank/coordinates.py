@@ -30,5 +30,9 @@ class Coordinates:
         are kept."""
         np.multiply(scales, rows, out=out, casting="same_kind")
 
+    def sampled(self, rows: F64, stride: int, role: str) -> F64:
+        """Return of the numbers that `fill` makes of rows (..., length) every one in `stride`, with its units."""
+        return np.ascontiguousarray(rows[..., ::stride])
+
 
 PLAIN = Coordinates()

@@ -17,9 +17,10 @@ from lrconvert.lora import svd
 from lrconvert.lora.adapter import LoraAdapter, Target
 from lrconvert.lora.coded import stream
 from lrconvert.methods.base import Budget, FitContext
+from lrconvert.methods.lowrank.components import AnyComponents, Components, components
 from lrconvert.methods.lowrank.coordinates import PLAIN, Coordinates
 from lrconvert.methods.lowrank.form import Config, Quantizer, starts
-from lrconvert.methods.lowrank.rounding import SIDE_BITS, Components, Rounded, components, integers, round_all
+from lrconvert.methods.lowrank.rounding import SIDE_BITS, Rounded, integers, round_all
 from lrconvert.methods.shared.options import check_range, within
 
 DEFAULT_BITS, MOST_BITS = 12.0, 15.0
@@ -72,7 +73,7 @@ def make_plan(
     return search.within(budget)
 
 
-def chosen(parts: Components, rounded: Rounded, bits: float) -> Array:
+def chosen(parts: AnyComponents, rounded: Rounded, bits: float) -> Array:
     """Return the components (n,) that capture most in some `bits`: those with most energy per bit, while they fit."""
     worth, cost = parts.energy * rounded.share, rounded.bits + SIDE_BITS
     order = np.argsort(-worth / cost, kind="stable")
@@ -91,7 +92,7 @@ class _Search:
     """The search for the step of an adapter's components."""
 
     targets: tuple[Target, ...]
-    parts: Components
+    parts: AnyComponents
 
     def at_bits(self, bits: float) -> Config:
         """Return the Config at an average of `bits` for the numbers of all components."""
@@ -101,7 +102,7 @@ class _Search:
         places = np.flatnonzero(self.parts.energy * rounded.share > _PRICE * step**2 * (rounded.bits + SIDE_BITS))
         if not places.size:
             return self._smallest()
-        return self._exact(self._config(rounded.only(places), places, step))
+        return self._exact(self._config(rounded.only(places), places, step), self.parts.only(places))
 
     def within(self, budget: Budget) -> Config:
         """Return the Config of the best file within a budget. Raise E-BUDGET.
@@ -120,10 +121,10 @@ class _Search:
         slope = -parts.numel / 16  # of the bytes over the step's logarithm, before two steps tell
         last: tuple[float, int] | None = None
         for _ in range(_PASSES if places.size else 0):
-            config = self._config(round_all(parts, step), places, step)
+            config = self._config(round_all(parts, step, exact=True), places, step)
             size = budget.size(config)
             if size <= budget.limit:
-                config = self._exact(config)
+                config = replace(config, length=self._length(config, self._codes(parts, step)))
                 size = budget.size(config)
             if size <= budget.limit and config.length >= best.length:
                 best = config
@@ -136,7 +137,8 @@ class _Search:
             missing = budget.limit * (1 - _ROOM / 2) - size
             wanted = step * math.exp(max(-1.0, min(1.0, missing / slope)))
             step = wanted if low < wanted < high else math.sqrt(low * high)
-        return best
+        assert best.quantizer is not None
+        return best if best.quantizer.codes is not None else self._exact(best, parts)
 
     def _best_step(self, bits: float) -> float:
         """The step at which the components that fit in `bits` capture most, on a sample."""
@@ -159,10 +161,8 @@ class _Search:
 
     def _smallest(self) -> Config:
         """The Config of one component, the one with most energy per number, at the coarsest step at which it pays."""
-        lengths = np.zeros(len(self.parts.energy))
-        for side in (*self.parts.sides[0], *self.parts.sides[1]):
-            lengths[side.places] += side.rows.shape[1]
-        place = int(np.argmax(self.parts.energy / lengths))
+        lengths = np.array([sum(target.matrix_shape) for target in self.targets], np.float64)
+        place = int(np.argmax(self.parts.energy / lengths[self.parts.owners]))
         one = self.parts.only(np.array([place]))
         low, high = one.steps()
 
@@ -171,7 +171,7 @@ class _Search:
             return bool((one.energy * rounded.share < _PRICE * step**2 * (rounded.bits + SIDE_BITS)).any())
 
         step = 1 / _bisect(lambda inverse: unpaid(1 / inverse), 0, 1 / high, 1 / low)
-        return self._exact(self._config(round_all(one, step), np.array([place]), step))
+        return self._exact(self._config(round_all(one, step), np.array([place]), step), one)
 
     def _config(self, rounded: Rounded, places: Array, step: float) -> Config:
         """The Config of the components `places`, all those of `rounded`, with about the length that their bits lead
@@ -183,26 +183,32 @@ class _Search:
         length = math.ceil(float(rounded.bits.sum()) / 8 * _CODER) + 4
         return Config(tuple(counts.tolist()), tuple(map(tuple, rounded.models.tolist())), length, quantizer)
 
-    def _exact(self, config: Config) -> Config:
-        """The Config with the coded integers, and their length."""
+    def _exact(self, config: Config, parts: AnyComponents) -> Config:
+        """The Config of `parts` with the coded integers, and their length."""
         assert config.quantizer is not None
-        firsts = np.searchsorted(self.parts.owners, np.arange(len(self.targets)))
-        places = [int(first) + n for first, row in zip(firsts, config.quantizer.kept, strict=True) for n in row]
-        codes = _in_order(self.parts, np.array(places), config.quantizer.step)
-        length = len(stream.encode(codes, starts(config, self.targets).rows))
-        return replace(config, length=length, quantizer=replace(config.quantizer, codes=codes))
+        codes = self._codes(parts, config.quantizer.step)
+        quantizer = replace(config.quantizer, codes=codes)
+        return replace(config, length=self._length(config, codes), quantizer=quantizer)
 
+    def _length(self, config: Config, codes: Array) -> int:
+        return len(stream.encode(codes, starts(config, self.targets).rows))
 
-def _in_order(parts: Components, places: Array, step: float) -> Array:
-    """The coded integers of the components `places`, in the order of a file: the A row, then the B row of each."""
-    rows: list[list[Array]] = [[], []]
-    for number, sides in enumerate(parts.sides):
-        row_of: dict[int, Array] = {}
-        for side in sides:
-            chosen = np.flatnonzero(np.isin(side.places, places))
-            row_of |= dict(zip(side.places[chosen].tolist(), integers(side.rows[chosen], step), strict=True))
-        rows[number] = [row_of[place] for place in places.tolist()]
-    return np.concatenate([row for pair in zip(*rows, strict=True) for row in pair])
+    def _codes(self, parts: AnyComponents, step: float) -> Array:
+        """The coded integers of components in the order of a file: the A row, then the B row of each."""
+        lengths = np.array([target.matrix_shape for target in self.targets], np.int64)[parts.owners]
+        stops = np.cumsum(lengths.sum(axis=1))
+        codes = np.empty(stops[-1], np.int32)
+        firsts = np.stack([stops - lengths.sum(axis=1), stops - lengths[:, 0]], axis=1)
+
+        def fill(places: Array, block: Components) -> None:
+            for which, sides in enumerate(block.sides):
+                for side in (part for whole in sides for part in whole.slices()):
+                    numbers = integers(side.rows, step)
+                    for first, row in zip(firsts[places[side.places], which].tolist(), numbers, strict=True):
+                        codes[first : first + len(row)] = row
+
+        parts.each(fill)
+        return codes
 
 
 def _bisect(falling: Callable[[float], float], wanted: float, low: float, high: float) -> float:

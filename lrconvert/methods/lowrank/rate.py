@@ -23,7 +23,8 @@ from lrconvert.lora.coded.choice import CLASSES, best_models, bits_of_classes
 from lrconvert.lora.coded.models import LARGEST, shifts
 from lrconvert.lora.coded.stream import LARGEST_INTEGER
 from lrconvert.methods.lowrank import rounding
-from lrconvert.methods.lowrank.rounding import DEAD_ZONE, SIDE_BITS
+from lrconvert.methods.lowrank.components import DEAD_ZONE
+from lrconvert.methods.lowrank.rounding import SIDE_BITS
 
 _CELL = 1 - DEAD_ZONE  # a number of this much less than an integer is rounded to it
 _EDGE, _OFFSET = 1.1, 0.1  # where the slope of a number becomes that between integers, and by how much it then shifts

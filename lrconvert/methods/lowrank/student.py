@@ -31,9 +31,10 @@ from lrconvert.lora.coded.stream import LARGEST_INTEGER
 from lrconvert.lora.trainable import Rates, TrainableAdapter, nearest_factors, unit_of
 from lrconvert.methods.base import Budget
 from lrconvert.methods.lowrank import form, rate
+from lrconvert.methods.lowrank.components import DEAD_ZONE
 from lrconvert.methods.lowrank.coordinates import Coordinates
 from lrconvert.methods.lowrank.form import Config, starts
-from lrconvert.methods.lowrank.rounding import DEAD_ZONE, SIDE_BITS
+from lrconvert.methods.lowrank.rounding import SIDE_BITS
 
 _LATENTS = 0.06  # of a step: the largest move of a number in a step of the optimizer,
 _FINE = 0.02  # or this share of the numbers' own size, where they are many steps large; less for a file that lacks less

@@ -17,6 +17,7 @@ from lrconvert.core.dtypes import F32, F64
 from lrconvert.lora import prng
 from lrconvert.lora.coded.stream import LARGEST_INTEGER
 from lrconvert.lora.prng import hadamard
+from lrconvert.lora.svd import products
 from lrconvert.methods.lowrank.coordinates import Coordinates
 
 _EXACT = 1 << 53  # integers below it add up exactly in float64
@@ -52,8 +53,16 @@ class Rotation(Coordinates):
         numbers = scales * rows
         numbers *= signs_of(self.seed, role, length)
         sums = hadamard.of_integers(numbers)  # of other numbers they are not exact, and as good as any
-        factors = 2.0 ** _power(length) / hadamard.squares(length) * self.unit(length)
-        np.multiply(sums, factors, out=out, casting="same_kind")
+        np.multiply(sums, self._factors(length), out=out, casting="same_kind")
+
+    def sampled(self, rows: F64, stride: int, role: str) -> F64:
+        length = rows.shape[-1]
+        factors = np.broadcast_to(self._factors(length), length)[::stride]
+        return products(rows, _every(self.seed, role, length, stride)) * factors
+
+    def _factors(self, length: int) -> F64:
+        """What sums of a transform are multiplied with for numbers in units in which all lengths are kept."""
+        return np.asarray(2.0 ** _power(length) / hadamard.squares(length) * self.unit(length), np.float64)
 
     def _signs(self, role: str, like: Any, xp: Any) -> Any:
         signs = signs_of(self.seed, role, like.shape[1])
@@ -70,6 +79,15 @@ def signs_of(seed: int, role: str, length: int) -> F32:
     """Return the seeded signs of a basis, float32 (length,)."""
     drawn = prng.values(prng.Stream(seed, f"nola/{role}/{length}/signs"), "sign", (0,), 0, length, "float32")[0]
     return np.asarray(drawn, np.float32)
+
+
+@lru_cache(maxsize=2)
+def _every(seed: int, role: str, length: int, stride: int) -> F64:
+    """Every vector in `stride` of a basis, float64 (n, length), which a transform multiplies rows with."""
+    picked = np.arange(0, length, stride)
+    units = np.zeros((len(picked), length))
+    units[np.arange(len(picked)), picked] = 1
+    return np.asarray(hadamard.of_integers(units) * signs_of(seed, role, length), np.float64)
 
 
 def _power(length: int) -> int:

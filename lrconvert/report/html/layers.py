@@ -36,20 +36,20 @@ def layer_map(targets: Sequence[TargetFidelity], measures: Sequence[Measure]) ->
 
     The other numbers and the parts of one name (slices, experts) make kinds of their own as long as the map is narrow.
     """
-    cells = _by_layer(targets, pooled=False)
+    cells = by_layer(targets, pooled=False)
     if len({kind for _, kind in cells}) > _COLUMNS:
-        cells = _by_layer(targets, pooled=True)
+        cells = by_layer(targets, pooled=True)
     others = [_cell([t], measures) for t in cells.pop((-1, ""), [])]
     kinds = sorted({kind for _, kind in cells})
     rows = [
         (layer, [_cell(cells[layer, kind], measures) if (layer, kind) in cells else None for kind in kinds])
         for layer in sorted({layer for layer, _ in cells})
     ]
-    return LayerMap(list(zip(kinds, _labels(kinds), strict=True)), rows, others)
+    return LayerMap(list(zip(kinds, kind_labels(kinds), strict=True)), rows, others)
 
 
-def _by_layer(targets: Sequence[TargetFidelity], pooled: bool) -> dict[tuple[int, str], list[TargetFidelity]]:
-    """Targets by (layer, kind); those whose names have no number are at (-1, "")."""
+def by_layer(targets: Sequence[TargetFidelity], pooled: bool) -> dict[tuple[int, str], list[TargetFidelity]]:
+    """Return the targets by (layer, kind); those whose names have no number are at (-1, "")."""
     cells: dict[tuple[int, str], list[TargetFidelity]] = {}
     count: dict[str, int] = {}
     for target in targets:
@@ -64,8 +64,8 @@ def _by_layer(targets: Sequence[TargetFidelity], pooled: bool) -> dict[tuple[int
     return cells
 
 
-def _labels(kinds: Sequence[str]) -> list[str]:
-    """Kinds without what all of them begin with, and without the last `weight`."""
+def kind_labels(kinds: Sequence[str]) -> list[str]:
+    """Return the kinds without what all of them begin with, and without the last `weight`."""
     split = [[part for part in kind.split(".") if part not in ("*", "")] or [kind] for kind in kinds]
     split = [parts[:-1] if parts[-1] == "weight" and len(parts) > 1 else parts for parts in split]
     shared = 0

@@ -12,11 +12,25 @@ from lrconvert.formats.fidelity import Fidelity, TargetFidelity
 
 @dataclass(frozen=True)
 class File:
-    """One compared file: its number on the page from 1, its name, and what was measured."""
+    """One compared file: its number on the page from 1, its name, what was measured, the number of its colour, and the
+    day it was written, if that is known."""
 
     number: int
     name: str
     kept: Fidelity
+    colour: int = 0
+    date: str = ""
+
+    @property
+    def closed(self) -> float | None:
+        """The share of the distance to the LoRA's answers that is closed; None where answers were not measured."""
+        answers = self.kept.answers
+        return None if answers is None or not math.isfinite(answers.closed) else answers.closed
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of `closed`, where it was measured."""
+        return None if self.closed is None or self.kept.answers is None else self.kept.answers.interval
 
 
 @dataclass(frozen=True)
@@ -56,6 +70,13 @@ def percent(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "-"
     return f"{min(100 * value, 99.99) if value < 1 else 100 * value:.2f}"
+
+
+def tenths(value: float | None) -> str:
+    """Return percent with one decimal and its sign, by the same rule, for sentences."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{min(100 * value, 99.9) if value < 1 else 100 * value:.1f} %"
 
 
 def brief(value: float | None) -> str:

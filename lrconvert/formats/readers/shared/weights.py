@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -100,11 +100,12 @@ class Weights:
 
     def read(self, info: TensorInfo) -> bytes | bytearray:
         """Return the bytes of one of `tensors`, as a safetensors file would hold them."""
-        return self.read_stored(self._stored_as[info.name])
+        return self._by_path[info.file].read(self._stored_as[info.name])
 
-    def read_stored(self, info: TensorInfo) -> bytes | bytearray:
-        """Return the bytes of one of `stored`."""
-        return self._by_path[info.file].read(info)
+    def pieces_of_stored(self, info: TensorInfo) -> Iterable[bytes | bytearray | memoryview]:
+        """Return the bytes of one of `stored` in pieces, each valid until the next."""
+        file = self._by_path[info.file]
+        return file.chunks(info) if isinstance(file, ContainerFile) else [file.read(info)]
 
     def load(self, info: TensorInfo) -> Stored:
         """Return one of `tensors` with its stored bits."""
@@ -221,7 +222,7 @@ def load_finite_extra(name: str, info: TensorInfo, weights: Weights, use: Use) -
 def source_digest(weights: Weights) -> str:
     """Return the sha256 over all tensors of the file, in hex. Raises E-IO-CHANGED if the file changed meanwhile."""
     digest = combined_digest(
-        (info.name, tensor_digest(info.name, info.dtype, info.shape, [weights.read_stored(info)]))
+        (info.name, tensor_digest(info.name, info.dtype, info.shape, weights.pieces_of_stored(info)))
         for info in weights.stored
     )
     weights.check_unchanged()
