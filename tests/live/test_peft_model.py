@@ -1,4 +1,4 @@
-"""`peft_model`: any adapter as one of PEFT's on a live model computes what our own attach does, and is PEFT's in full."""
+"""`peft_model`: any adapter as one of PEFT's on a live model computes what our own attach does, and is PEFT's."""
 
 from __future__ import annotations
 
