@@ -11,6 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
 
+from lrconvert.core.errors import UnknownLayoutError
 from lrconvert.core.options import names, refuse_unknown
 from lrconvert.formats import loading
 from lrconvert.formats.lrc import file
@@ -36,7 +37,13 @@ def compact_of(item: AnyCompact) -> CompactAdapter:
     """Return a compact adapter: as it is, of the result of a verb, or read from an lrconvert file."""
     if isinstance(item, CompactAdapter):
         return item
-    return file.read(Path(item)) if isinstance(item, (str, PathLike)) else item.compact
+    if not isinstance(item, (str, PathLike)):
+        return item.compact
+    path = Path(item)
+    if path.is_dir():
+        fix = "convert it first, or give the LoRA where a LoRA is asked for"
+        raise UnknownLayoutError("is a folder, not an lrconvert file", fix=fix, path=path)
+    return file.read(path)
 
 
 def silent(fraction: float, text: str) -> None:
