@@ -24,11 +24,12 @@ class Options(Extension):
                 lambda found: f"\n```pycon\n{found[0].rstrip()}\n```\n", obj.docstring.value
             )
 
-    def on_class_instance(self, *, cls: Class, **_: Any) -> None:
+    def on_class_members(self, *, cls: Class, **_: Any) -> None:
         for member in cls.members.values():
             if isinstance(member, Attribute) and str(member.value).startswith("option("):
                 call = ast.parse(str(member.value), mode="eval").body
                 assert isinstance(call, ast.Call)
                 default, text = call.args[:2]
+                written = text.value if isinstance(text, ast.Constant) else ast.unparse(text)[2:-1]  # f'...'
                 member.value = ast.unparse(default)
-                member.docstring = Docstring(str(ast.literal_eval(text)), parent=member)
+                member.docstring = Docstring(str(written), parent=member)

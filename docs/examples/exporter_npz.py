@@ -12,22 +12,22 @@ import numpy as np
 
 from lrconvert.core.errors import ExportError
 from lrconvert.formats.exporters.base import Exporter, ExportOptions, Files
-from lrconvert.formats.exporters.shared.plain import module_of, pairs, refuse_extras
-from lrconvert.lora.adapter import CompactAdapter
+from lrconvert.formats.exporters.shared.plain import factors, module_of, refuse_extras, unscaled
+from lrconvert.lora.adapter import Adapter
 
 _LAYOUT = "a file of arrays"
 
 
-def files(compact: CompactAdapter, options: ExportOptions) -> Files:
-    """Return the files of the folder by name: a pure function, others write them. Raises E-EXPORT, naming it, for what
-    the layout cannot express."""
-    refuse_extras(compact, _LAYOUT)
-    if options.dtype != "F32":
+def files(adapter: Adapter, options: ExportOptions) -> Files:
+    """Return the files of the folder by name, of a compact adapter or a LoRA: a pure function, others write them.
+    Raises E-EXPORT, naming it, for what the layout cannot express."""
+    refuse_extras(adapter, _LAYOUT)
+    if options.dtype not in (None, "F32"):
         raise ExportError(f"{_LAYOUT} holds F32, not {options.dtype}", fix="leave --dtype out")
     arrays = {}
-    for pair in pairs(compact, options):  # one rank for all, the scale baked in
+    for pair in factors(adapter, options, unscaled).pairs:  # one rank for all, scales multiplied into B
         module_of(pair.target, _LAYOUT)  # refuses slices, experts and bare parameters
-        arrays |= {f"{pair.target.name}.A": pair.a, f"{pair.target.name}.B": pair.b}
+        arrays |= {f"{pair.target.name}.A": pair.a, f"{pair.target.name}.B": pair.b.astype(np.float32)}
     content = io.BytesIO()
     np.savez(content, **arrays)
     return {"factors.npz": [content.getvalue()]}

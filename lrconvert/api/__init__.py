@@ -9,7 +9,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lrconvert.api.adapters import check, inspect, load, load_all, load_lora, read, upgrade, validate, write
+    from lrconvert.api.adapters import (
+        check,
+        download,
+        inspect,
+        load,
+        load_all,
+        load_lora,
+        read,
+        upgrade,
+        validate,
+        write,
+    )
     from lrconvert.api.batch.run import Batch, BatchOptions, allocate_many, compress_many, convert_many
     from lrconvert.api.comparing import compare, load_statistics, statistics
     from lrconvert.api.conversions import allocate, compress, convert, refine
@@ -42,6 +53,7 @@ if TYPE_CHECKING:
         FingerprintError,
         HeaderLengthError,
         HeaderTextError,
+        HubError,
         IndexRangeError,
         JsonDepthError,
         JsonDuplicateError,
@@ -128,6 +140,7 @@ __all__ = [
     "FingerprintError",
     "HeaderLengthError",
     "HeaderTextError",
+    "HubError",
     "IndexRangeError",
     "InputStatistics",
     "JsonDepthError",
@@ -189,6 +202,7 @@ __all__ = [
     "convert_many",
     "detach",
     "disabled",
+    "download",
     "export",
     "inspect",
     "load",
@@ -210,7 +224,7 @@ __all__ = [
 ]
 
 _HOMES = {  # the modules, and what they give
-    "api.adapters": "check inspect load load_all load_lora read upgrade validate write",
+    "api.adapters": "check download inspect load load_all load_lora read upgrade validate write",
     "api.batch.run": "Batch BatchOptions allocate_many compress_many convert_many",
     "api.comparing": "compare load_statistics statistics",
     "api.conversions": "allocate compress convert refine",
@@ -221,7 +235,7 @@ _HOMES = {  # the modules, and what they give
     "convert.rank_allocation": "Allocation",
     "convert.options": "AllocateOptions CompressOptions ConvertOptions",
     "core.errors": (
-        "LrcError FileKindError FileChangedError FileReadError FileWriteError "
+        "LrcError HubError FileKindError FileChangedError FileReadError FileWriteError "
         "DurabilityError LockedError UnfinishedError OutputExistsError OutputPathError "
         "DiskSpaceError HeaderLengthError HeaderTextError JsonDuplicateError JsonNumberError "
         "JsonDepthError JsonSyntaxError OffsetError CoverageError ShapeError "

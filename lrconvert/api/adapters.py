@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrconvert.api.shared import (
@@ -25,6 +26,7 @@ from lrconvert.formats import fidelity, loading
 from lrconvert.formats.lrc import file, validation
 from lrconvert.formats.lrc.validation import Validation
 from lrconvert.formats.readers.shared.options import ReadOptions
+from lrconvert.io import hub_transfer
 from lrconvert.io.durable import check_output
 from lrconvert.lora import statistics_file
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
@@ -123,6 +125,16 @@ def inspect(path: AnyAdapter, *, base: AnyPath | None = None, **reading: Any) ->
             return fidelity.inspect_statistics(statistics_file.read(where), where.stat().st_size)
     adapter = adapter_of(path, options, "path")
     return fidelity.inspect_lora(adapter) if isinstance(adapter, LoraAdapter) else fidelity.inspect_compact(adapter)
+
+
+def download(name: str, *, part: hub_transfer.Part = "adapter", allow_pickle: bool = False) -> Path:
+    """Download what lrconvert reads of the hub id `name` (``org/name``, ``org/name@revision``) into the local Hugging
+    Face cache, and return its folder there; every verb takes the id from then on. Nothing else downloads anything.
+
+    `part`: an "adapter", a "base" with its weights, or its "config" alone. Raises E-HUB, also if HF_HUB_OFFLINE is set,
+    E-OPTION for what is no hub id, and what reading the cache raises.
+    """
+    return hub_transfer.download(name, part, pickles=allow_pickle)
 
 
 def validate(path: AnyPath, *, base: AnyPath | None = None) -> Validation:

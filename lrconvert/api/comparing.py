@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -28,6 +29,7 @@ from lrconvert.core.options import described, take
 from lrconvert.formats import fidelity as fidelity_report
 from lrconvert.formats import loading
 from lrconvert.formats.fidelity import Fidelity
+from lrconvert.formats.lrc.file import is_lrconvert
 from lrconvert.live.options import CompareOptions, StatisticsOptions
 from lrconvert.lora import statistics_file
 from lrconvert.lora.adapter import LoraAdapter
@@ -73,10 +75,11 @@ def compare(
     chosen = take(CompareOptions, options, more, "compare")
     refuse_rest(more, "compare", CompareOptions)
     input_statistics = None if statistics is None else load_statistics(statistics)
-    lora = lora_of(source, reading, "source")
-    compacts, rows = [], []
     several = isinstance(files, Sequence) and not isinstance(files, str)
     items: Sequence[AnyCompact] = files if several else [files]  # type: ignore[assignment,list-item]
+    _check_order(source, items)
+    lora = lora_of(source, reading, "source")
+    compacts, rows = [], []
     for item in items:
         try:
             compacts.append(compact_of(item, "files"))
@@ -92,6 +95,16 @@ def compare(
 
     measured = measuring.measured(lora, compacts, model, data, chosen, progress)
     return [measured.added_to(fidelity, n) for n, fidelity in enumerate(rows)]
+
+
+def _check_order(source: AnyLora, items: Sequence[AnyCompact]) -> None:
+    """Raise E-OPTION if the source is an lrconvert file, and what is measured against it is none."""
+    if not isinstance(source, (str, PathLike)) or not is_lrconvert(Path(source)):
+        return
+    other = next((i for i in items if isinstance(i, (str, PathLike)) and not is_lrconvert(Path(i))), None)
+    if other is not None:
+        what = f"is an lrconvert file, and {os.fspath(other)} is none: they are the wrong way round"
+        raise OptionError(what, fix="give the LoRA first, and then the files that came from it", path=source)
 
 
 def statistics(

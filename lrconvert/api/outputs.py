@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from numbers import Real
@@ -11,12 +12,10 @@ from typing import Any
 
 from lrconvert.api.shared import (
     AnyAdapter,
-    AnyCompact,
     AnyLora,
     AnyPath,
     Progress,
     adapter_of,
-    compact_of,
     located,
     lora_of,
     output_of,
@@ -25,16 +24,19 @@ from lrconvert.api.shared import (
     silent,
     take_reading,
 )
-from lrconvert.core.errors import ArgumentError, LrcError
+from lrconvert.core.errors import ArgumentError, LrcError, OptionError
 from lrconvert.core.options import described, take
 from lrconvert.formats import fidelity as fidelity_report
 from lrconvert.formats import loading
 from lrconvert.formats.compat import base as consumers
 from lrconvert.formats.exporters import base as exporters
-from lrconvert.formats.exporters.base import Exported, Exporter, ExportOptions
+from lrconvert.formats.exporters.base import Exported, Exporter, ExportOptions, Folder
+from lrconvert.formats.exporters.shared import spelled_names
+from lrconvert.formats.fidelity import Fidelity
 from lrconvert.formats.readers.shared.options import ReadOptions
-from lrconvert.io import hub
+from lrconvert.io import hub, hub_transfer
 from lrconvert.io.durable import atomic_directory, check_output
+from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 from lrconvert.merge import MergeReport, Recovery, Scaled, UnmergeReport, VerifyReport
 from lrconvert.merge import merge as merge_models
 from lrconvert.merge import recover as recover_model
@@ -44,9 +46,9 @@ from lrconvert.merge.options import MergeOptions, UnmergeOptions
 
 
 def export(
-    adapter: AnyCompact,
-    out: AnyPath,
-    to: str,
+    adapter: AnyAdapter,
+    out: AnyPath | None = None,
+    to: str | None = None,
     *,
     source: AnyLora | None = None,
     base: AnyPath | None = None,
@@ -55,50 +57,92 @@ def export(
 ) -> Exported:
     """Write `adapter` as a folder that other tools load: `to` is "peft-lora", "kohya", "gguf" or another exporter's id.
 
-    `more` are single fields of `ExportOptions`, and `allow_pickle`, `layout` and `alpha` as in `load`, for the source.
-    All modules get one rank, the largest or `pad_rank`, unless `keep_ranks`. `base` (its config.json is enough)
-    decides the names, which programs compare as a whole, and is needed for "gguf"; `keep_names` keeps those of the
-    source. `source` (the LoRA it came from) adds the error table to the model card. With `overwrite` a folder that an
-    export wrote is replaced, no other. Returns the names of the files written, and notes: also what `check` finds for
-    the programs that load the layout. Raises E-EXPORT for what the target format cannot express, E-OPTION for a rank
-    that does not do, E-OUT-EXISTS, E-OUT-PATH.
+    `adapter` is a compact adapter, the result of a verb, a LoRA, or the path or hub id of any of these. A LoRA keeps
+    its factors bit for bit, and its alpha where the layout states one. `more` are single fields of `ExportOptions`, and
+    `allow_pickle`, `layout` and `alpha` as in `load`. All modules get one rank, the largest or `pad_rank`, unless
+    `keep_ranks`. `base` (its config.json is enough) decides the names, which programs compare as a whole, and is needed
+    for "gguf"; `keep_names` keeps those of the source. `source` (the LoRA that a compact adapter came from) adds the
+    error table to the model card. With `overwrite` a folder that an export wrote is replaced, no other. With
+    `push_to_hub` the folder is uploaded; `out` may be left out then. Returns the names of the files written, and notes:
+    also what `check` finds for the programs that load the layout. Raises E-EXPORT for what the target format cannot
+    express, E-OPTION for a rank that does not do, E-HUB, E-OUT-EXISTS, E-OUT-PATH.
 
     >>> from lrconvert import convert
     >>> small = convert("my-adapter", "lowrank", target_size=6000)
     >>> export(small, "for-servers", to="peft-lora").files
     ('README.md', 'adapter_config.json', 'adapter_model.safetensors', 'lrconvert.json')
     """
+    if not isinstance(to, str):
+        raise ArgumentError(f"to is {described(to)}; the name of a layout was expected", fix=", ".join(exporters.ids()))
     exporter = exporters.get(to)
     reading = take_reading(more, base)
     options = take(ExportOptions, None, more, "export")
     refuse_rest(more, "export", ExportOptions)
-    compact, notes = exporters.public(compact_of(adapter), options.base_model_id)
-    if source is None:
-        loading.refuse_options(reading)
-        fidelity = None
-    else:
-        fidelity = fidelity_report.fidelity_on(lora_of(source, reading, "source"), compact, None, reading.base)
-    target = output_of(out)
-    check_output(target, overwrite, directory=True)
-    exporters.check_replaceable(target)
+    _check_places(out, options, overwrite)
+    loaded, fidelity = _to_export(adapter, source, reading)
+    named, spelled = spelled_names.resolved(loaded)
+    public, notes = exporters.public(named, options.base_model_id)
     config = None if reading.base is None else exporters.base_config(reading.base)
-    made = exporter.folder(compact, replace(options, base_config=config), fidelity)
-    with atomic_directory(target, overwrite=overwrite) as folder:
+    made = exporter.folder(public, replace(options, base_config=config), fidelity)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "export" if out is None else Path(out)
+        _write(folder, made, overwrite)
+        findings = tuple(_findings(folder, exporter, made.consumers, reading))
+        url = ""
+        if options.push_to_hub is not None:
+            again = "try again" if out is None else hub_transfer.by_hand(folder, options.push_to_hub)
+            url = hub_transfer.upload(folder, list(made.files), options.push_to_hub, options.private, again)
+    return Exported(tuple(sorted(made.files)), (*loaded.warnings, *spelled, *notes, *made.notes, *findings), url)
+
+
+def _to_export(
+    adapter: AnyAdapter, source: AnyLora | None, reading: ReadOptions
+) -> tuple[LoraAdapter | CompactAdapter, Fidelity | None]:
+    """Return the adapter, and what it keeps of its source if one is given. Raises E-OPTION for a LoRA with a source."""
+    named = [item for item in (adapter, source) if isinstance(item, (str, PathLike))]
+    if not named:
+        loading.refuse_options(reading)
+    read = iter(loading.load_all([path_of(path, "adapter") for path in named], reading))
+    loaded = next(read) if isinstance(adapter, (str, PathLike)) else adapter_of(adapter, ReadOptions())
+    if source is None:
+        return loaded, None
+    if isinstance(loaded, LoraAdapter):
+        raise OptionError(
+            "a source is for compact adapters, and this is a LoRA, of which nothing is lost", fix="leave it out"
+        )
+    lora = lora_of(next(read) if isinstance(source, (str, PathLike)) else source, ReadOptions(), "source")
+    return loaded, fidelity_report.fidelity_on(lora, loaded, None, reading.base)
+
+
+def _write(out: Path, made: Folder, overwrite: bool) -> None:
+    with atomic_directory(out, overwrite=overwrite) as folder:
         for name, chunks in made.files.items():
             with folder.create(name) as handle:
                 for chunk in chunks:
                     handle.write(chunk)
-    return Exported(tuple(sorted(made.files)), (*notes, *made.notes, *_findings(target, exporter, reading)))
 
 
-def _findings(folder: Path, exporter: Exporter, reading: ReadOptions) -> Iterator[str]:
+def _check_places(out: AnyPath | None, options: ExportOptions, overwrite: bool) -> None:
+    """Raise, before any work, E-OUT-EXISTS and E-OUT-PATH for the folder, E-OPTION and E-HUB for the repository."""
+    if out is None and options.push_to_hub is None:
+        raise OptionError("there is no folder to write", fix="name one, or a repository of the hub to push to")
+    if options.private and options.push_to_hub is None:
+        raise OptionError("private is for what is pushed to the hub", fix="name a repository, or leave it out")
+    if options.push_to_hub is not None:
+        hub_transfer.check_repository(options.push_to_hub)
+    if out is not None:
+        check_output(output_of(out), overwrite, directory=True)
+        exporters.check_replaceable(Path(out))
+
+
+def _findings(folder: Path, exporter: Exporter, programs: Sequence[str] | None, reading: ReadOptions) -> Iterator[str]:
     """Yield what the programs that load the layout would do with what was written, a note each."""
-    if not exporter.consumers:
+    if not programs:
         return
     is_known = reading.base is not None and (reading.base / "config.json").is_file()
     options = ReadOptions(base=reading.base if is_known else None)
     try:
-        findings = consumers.check(folder / exporter.weights, exporter.consumers, options, {})
+        findings = consumers.check(folder / exporter.weights, programs, options, {})
     except LrcError as error:  # of the base: what was written is complete
         yield f"what programs make of it was not checked: {error}"
         return

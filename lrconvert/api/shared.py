@@ -12,7 +12,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
-from lrconvert.core.errors import ArgumentError, OptionError
+from lrconvert.core.errors import ArgumentError, OptionError, UnknownLayoutError
 from lrconvert.core.options import described, make, names, refuse_unknown
 from lrconvert.core.wording import either
 from lrconvert.formats import loading
@@ -93,7 +93,7 @@ def lora_of(item: object, reading: ReadOptions, name: str = "lora") -> LoraAdapt
 
 def compact_of(item: object, name: str = "adapter") -> CompactAdapter:
     """Return a compact adapter: as it is, of the result of a verb, or read: an lrconvert file, or a folder of a compact
-    layout. Raises E-ARGUMENT for a LoRA, and what reading raises."""
+    layout. Raises E-ARGUMENT and E-LAYOUT for a LoRA, and what reading raises."""
     if isinstance(item, CompactAdapter):
         return item
     if isinstance(compact := getattr(item, "compact", None), CompactAdapter):
@@ -106,8 +106,9 @@ def compact_of(item: object, name: str = "adapter") -> CompactAdapter:
         return file.read(where)
     loaded = loading.load(where, ReadOptions())
     if isinstance(loaded, LoraAdapter):
-        command = f"make it compact first: {either('lrconvert.convert(...)', '`lrconvert compress`')}"
-        raise ArgumentError(f"{name} is a LoRA; a compact adapter was expected", fix=command, path=where)
+        first = either("lrconvert.convert(...)", "`lrconvert compress`")
+        fix = f"make it compact first, with {first}, or give it where a LoRA is asked for"
+        raise UnknownLayoutError("is a LoRA, not a compact adapter", fix=fix, path=where)
     return loaded
 
 

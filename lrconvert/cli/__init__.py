@@ -5,12 +5,14 @@ Exit 0 done, 1 refused or failed (one line: code, file, what, what to do), 2 usa
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import io
 import sys
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from lrconvert.cli.printing import say
 from lrconvert.core import registry
@@ -22,7 +24,7 @@ __all__ = ["cli", "main"]
 
 # Name, where the command is bound, and its line in the help: before the converters, and after them.
 _FIRST = {
-    "inspect": ("inspecting:inspect", "Show what an adapter is: targets, ranks, spectrum, bytes."),
+    "inspect": ("inspecting:inspect", "Show what adapters are: targets, ranks, spectrum, bytes."),
     "validate": ("validating:validate", "Check lrconvert files and input statistics."),
     "upgrade": ("validating:upgrade", "Write an lrconvert FILE in the newest version of the format."),
     "compare": ("measuring:compare", "Measure lrconvert FILES against the LoRA they came from."),
@@ -32,12 +34,13 @@ _FIRST = {
 _LAST = {
     "lora-to-alora": ("converting:allocate", "Give every module the rank it deserves under one budget."),
     "refine": ("refining:refine", "Train FILE for a short while to answer as its LoRA does."),
-    "export": ("adapters:export", "Write an lrconvert FILE as a folder that other tools load."),
+    "export": ("adapters:export", "Write any adapter as a folder that other tools load."),
     "check": ("adapters:check", "Say what a server would refuse or get wrong in an adapter."),
     "merge-into-base": ("merging:merge_into_base", "Bake ADAPTERs into a copy of the model folder BASE."),
     "unmerge": ("merging:unmerge", "Undo the last merge of the model folder MERGED."),
     "verify": ("merging:verify", "Confirm that MERGED is BASE with the ADAPTERs merged in."),
     "recover": ("merging:recover", "Bring PATH, in which a merge was broken off, to its old state or the new one."),
+    "completion": ("completion:completion", "Print the script with which a shell completes commands."),
     "demo": ("demo:demo", "Run the whole pipeline on the bundled model and LoRA."),
 }
 _ALIASES = {"merge": "merge-into-base"}
@@ -66,11 +69,47 @@ class _Commands(click.Group):
 
         return method_command(name)
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command that is called; for a name that is none, say which is meant."""
+        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            raise click.UsageError(_no_command(args[0], self.list_commands(ctx)), ctx)
+        return super().resolve_command(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Return the commands that begin so, without loading them, and the options."""
+        about = {name: text for name, (_, text) in (_FIRST | _LAST).items()} | _of_methods()
+        named = [CompletionItem(name, help=text) for name, text in about.items() if name.startswith(incomplete)]
+        return [*named, *click.Command.shell_complete(self, ctx, incomplete)]
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without loading them."""
         about = {name: text for name, (_, text) in (_FIRST | _LAST).items()} | _of_methods()
         with formatter.section("Commands"):
             formatter.write_dl([(name, about[name]) for name in self.list_commands(ctx)])
+
+
+_MEANT = {  # words of other tools, and the command that does it here
+    **dict.fromkeys(("convert", "shrink", "quantize", "resize", "lora-to"), "compress"),
+    **dict.fromkeys(("info", "show", "ls"), "inspect"),
+    **dict.fromkeys(("push", "upload"), "export"),
+    **dict.fromkeys(("eval", "evaluate", "diff"), "compare"),
+}
+
+
+def _no_command(name: str, names: list[str]) -> str:
+    """What to say of a command that there is not."""
+    if name in _MEANT:
+        meant = f"`lrconvert {_MEANT[name]}` is meant"
+        if _MEANT[name] == "compress":
+            forms = ", ".join(_of_methods())
+            meant = f"`lrconvert compress` takes the best form, and one form each: {forms}"
+        return f"there is no command {name!r}: {meant}"
+    known = [*names, *_ALIASES]
+    near = [one for one in known if one.startswith(name)] or difflib.get_close_matches(name, [*known, *_MEANT], 2)
+    meant = dict.fromkeys(_MEANT.get(one, one) for one in near)
+    return f"there is no command {name!r}" + (f": {' or '.join(meant)}?" if meant else "; `lrconvert -h` lists all")
 
 
 def _of_methods() -> dict[str, str]:

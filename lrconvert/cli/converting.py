@@ -43,7 +43,7 @@ def _command(
     plan = click.Option(["--dry-run"], is_flag=True, help="Print the plan and the exact size; write nothing.")
     common = flags.of(ConvertOptions, skip=[*skip, *(str(option.name) for option in own)])
     params: list[click.Parameter] = [
-        click.Argument(["sources"], metavar="SOURCE...", nargs=-1, required=True, type=flags.PATH),
+        click.Argument(["sources"], metavar="SOURCE...", nargs=-1, required=True, type=flags.ADAPTER),
         click.Option(["-o", "--output"], type=flags.PATH, help=_MANY),
         batch.jobs_option(),
         batch.html_option(),
@@ -55,7 +55,7 @@ def _command(
         flags.QUIET,
         flags.AS_JSON,
     ]
-    return click.Command(name, params=params, callback=run, help=about, short_help=about)
+    return flags.command(name, *params, help=about)(run)
 
 
 def method_command(name: str) -> click.Command:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
-from collections.abc import Callable, Collection, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
+from click.shell_completion import CompletionItem
 
+from lrconvert.cli.printing import say
 from lrconvert.core.byte_sizes import byte_count
 from lrconvert.core.errors import OptionError
+
+Part = Literal["adapter", "base", "config"]  # of a repository, as `hub_transfer.download` takes it
 
 
 class ByteSize(click.ParamType):  # type: ignore[type-arg,unused-ignore]
@@ -28,11 +33,51 @@ class ByteSize(click.ParamType):  # type: ignore[type-arg,unused-ignore]
             self.fail(f"{error.what}; {error.fix}", param, ctx)
 
 
+class HubPath(click.Path):
+    """A path, or a hub id; `part` is what of a repository is needed for it where it is downloaded."""
+
+    def __init__(self, part: Part) -> None:
+        super().__init__(path_type=Path)
+        self.part = part
+
+    def id_of(self, value: Any) -> str:
+        """Return the hub id that a value names, if it is one."""
+        return str(value)
+
+
+class ScaledPath(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """An adapter with a scale or without: ``ADAPTER`` or ``ADAPTER=SCALE``."""
+
+    name = "adapter"
+    part: Part = "adapter"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        if isinstance(value, tuple):
+            return value
+        path, equals, number = str(value).rpartition("=")
+        if not equals or Path(value).exists():
+            return str(value), 1.0
+        try:
+            return path, float(number)
+        except ValueError:
+            self.fail(f"{value!r}: what follows the last '=' is not a scale", param, ctx)
+
+    def id_of(self, value: tuple[str, float]) -> str:
+        return value[0]
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return PATH.shell_complete(ctx, param, incomplete)
+
+
 AS_JSON = click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object instead of text.")
 OVERWRITE = click.Option(["--overwrite"], is_flag=True, help="Replace the output if it exists.")
 QUIET = click.Option(["-q", "--quiet"], is_flag=True, help="No progress bar, no report.")
 VERBOSE = click.Option(["-v", "--verbose"], is_flag=True, help="One line per target.")
 PATH = click.Path(path_type=Path)
+ADAPTER, BASE, CONFIG = HubPath("adapter"), HubPath("base"), HubPath("config")
+DOWNLOAD = click.Option(
+    ["--download"], is_flag=True, help="Fetch hub ids (org/name, org/name@revision) that are not here from the hub."
+)
 DATA_HELP = "Texts: .txt (running text) or .jsonl (`text`; `prompt` and `completion`; `text` and `label`); repeatable."
 
 
@@ -40,8 +85,8 @@ def output(help: str, required: bool = True) -> click.Option:
     return click.Option(["-o", "--output"], required=required, type=PATH, help=help)
 
 
-def base(help: str, required: bool = False) -> click.Option:
-    return click.Option(["--base"], required=required, type=PATH, help=help)
+def base(help: str, required: bool = False, config_only: bool = False) -> click.Option:
+    return click.Option(["--base"], required=required, type=CONFIG if config_only else BASE, help=help)
 
 
 def data(help: str = DATA_HELP, required: bool = False) -> click.Option:
@@ -49,12 +94,55 @@ def data(help: str = DATA_HELP, required: bool = False) -> click.Option:
 
 
 def command(name: str, *params: click.Parameter, help: str = "") -> Callable[[Callable[..., None]], click.Command]:
-    """Make a command of a function, whose docstring is the help where none is given."""
+    """Make a command of a function, whose docstring is the help where none is given. One that takes adapters or a base
+    has `--download`."""
+    from_hub = [param for param in params if isinstance(param.type, (HubPath, ScaledPath))]
 
     def made(callback: Callable[..., None]) -> click.Command:
-        return click.Command(name, params=list(params), callback=callback, help=help or callback.__doc__)
+        run = _downloading(callback, from_hub) if from_hub else callback
+        every = [*params, DOWNLOAD] if from_hub else list(params)
+        return click.Command(name, params=every, callback=run, help=help or callback.__doc__)
 
     return made
+
+
+def _downloading(callback: Callable[..., None], params: Collection[click.Parameter]) -> Callable[..., None]:
+    """Return a callback that first fetches the hub ids among its arguments, if `--download` is given."""
+
+    @functools.wraps(callback)
+    def run(download: bool, **given: Any) -> None:
+        if download:
+            _download(params, given)
+        callback(**given)
+
+    return run
+
+
+def _download(params: Collection[click.Parameter], given: Mapping[str, Any]) -> None:
+    from lrconvert.io import hub, hub_transfer
+
+    wanted: dict[str, Part] = {}
+    for param in params:
+        assert isinstance(param.type, (HubPath, ScaledPath)) and param.name is not None
+        value = given[param.name]
+        several = param.multiple if isinstance(param, click.Option) else param.nargs != 1
+        for item in value if several else [value]:
+            name = "" if item is None else param.type.id_of(item)
+            if name and hub.parse(name) is not None and not Path(name).exists():
+                wanted.setdefault(name, param.type.part)
+    if not wanted:
+        raise OptionError("--download is for hub ids (org/name), and there is none", fix="leave it out")
+    for name, part in wanted.items():
+        report = _silent if given.get("quiet") else _say_on_stderr
+        hub_transfer.download(name, part, pickles=bool(given.get("allow_pickle")), report=report)
+
+
+def _say_on_stderr(line: str) -> None:
+    say(line, err=True)
+
+
+def _silent(line: str) -> None:
+    """Print nothing."""
 
 
 # --- options declared in dataclasses --------------------------------------------------------------------------------
@@ -97,6 +185,8 @@ def _type(field: dataclasses.Field[Any], hint: Any) -> Any:
     kind, choices, least = (field.metadata.get(key) for key in ("kind", "choices", "least"))
     if kind == "size":
         return ByteSize()
+    if kind == "path" and field.name in ("base", "from_base"):
+        return BASE
     if kind in ("path", "paths"):
         return PATH
     if kind == "device":

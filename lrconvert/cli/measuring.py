@@ -16,10 +16,10 @@ from lrconvert.live.options import CompareOptions, StatisticsOptions
 
 @flags.command(
     "statistics",
-    click.Argument(["base"], type=flags.PATH),
+    click.Argument(["base"], type=flags.BASE),
     flags.data(required=True),
     flags.output("The file to write."),
-    click.Option(["--adapter"], type=flags.PATH, help="Only the inputs of this adapter's targets."),
+    click.Option(["--adapter"], type=flags.ADAPTER, help="Only the inputs of this adapter's targets."),
     *flags.of(StatisticsOptions),
     *flags.reading(),
     flags.OVERWRITE,
@@ -47,7 +47,7 @@ def statistics(base: Path, data: tuple[Path, ...], output: Path, adapter: Path |
 
 @flags.command(
     "compare",
-    click.Argument(["source"], type=flags.PATH),
+    click.Argument(["source"], type=flags.ADAPTER),
     click.Argument(["files"], nargs=-1, required=True, type=flags.PATH),
     click.Option(
         ["--statistics"], type=flags.PATH, help="Input statistics: adds the captured energy of the layers' outputs."

@@ -17,31 +17,23 @@ from lrconvert.merge.options import MergeOptions, UnmergeOptions
 from lrconvert.merge.plan.updates import Scaled
 
 
-def _weighted(texts: Sequence[str], base: Path, reading: Mapping[str, Any]) -> list[Scaled]:
-    """Load the adapters that ``path`` or ``path=scale`` mean."""
+def _weighted(named: Sequence[tuple[str, float]], base: Path, reading: Mapping[str, Any]) -> list[Scaled]:
+    """Load adapters, each a path and its scale."""
     from lrconvert import api
     from lrconvert.io import hub
 
-    named = [_scaled(text) for text in texts]
     adapters = api.load_all([name for name, _ in named], base=base, **reading)
     return [Scaled(adapter, scale, hub.hint(name)) for adapter, (name, scale) in zip(adapters, named, strict=True)]
 
 
-def _scaled(text: str) -> tuple[str, float]:
-    """Return the path and the scale of ``path`` or ``path=scale``."""
-    name, equals, number = text.rpartition("=")
-    if not equals or Path(text).exists():
-        return text, 1.0
-    try:
-        return name, float(number)
-    except ValueError:
-        raise click.UsageError(f"{text!r}: what follows the last '=' is not a scale") from None
+def _spelled(name: str, scale: float) -> str:
+    return name if scale == 1 else f"{name}={scale:g}"
 
 
 @flags.command(
     "merge-into-base",
-    click.Argument(["base"], type=flags.PATH),
-    click.Argument(["adapters"], nargs=-1, required=True, metavar="ADAPTER[=SCALE]..."),
+    click.Argument(["base"], type=flags.BASE),
+    click.Argument(["adapters"], nargs=-1, required=True, type=flags.ScaledPath(), metavar="ADAPTER[=SCALE]..."),
     flags.output("The model folder to write.", required=False),
     *flags.of(MergeOptions),
     *flags.reading(),
@@ -50,7 +42,7 @@ def _scaled(text: str) -> tuple[str, float]:
     flags.VERBOSE,
     flags.AS_JSON,
 )
-def merge_into_base(base: Path, adapters: tuple[str, ...], output: Path | None, **given: Any) -> None:
+def merge_into_base(base: Path, adapters: tuple[tuple[str, float], ...], output: Path | None, **given: Any) -> None:
     """Bake one or more ADAPTERs (lrconvert files, LoRA folders) into a copy of the model folder BASE.
 
     Their sum, each times its SCALE, is added to the weights and rounded once, correctly. `unmerge` takes it out again.
@@ -59,13 +51,15 @@ def merge_into_base(base: Path, adapters: tuple[str, ...], output: Path | None, 
     from lrconvert.report.merging import merge_json, merge_text
 
     quiet, verbose, as_json = given.pop("quiet"), given.pop("verbose"), given.pop("as_json")
-    if (output is None) != given["in_place"]:
-        raise click.UsageError("give --output, or --in-place")
+    if output is None and not given["in_place"]:
+        raise click.UsageError("where to? -o FOLDER writes a new model folder, --in-place changes BASE itself")
+    if output is not None and given["in_place"]:
+        raise click.UsageError("--in-place changes BASE itself, and -o writes a new folder: give one of them")
     with progress_bar("merge", quiet or as_json) as progress:
         scaled = _weighted(adapters, base, flags.chosen(given, ReadOptions))
         report = api.merge(base, scaled, output, progress=progress, **flags.chosen(given, MergeOptions))
     if as_json:
-        named = {"base": str(base), "adapters": list(adapters), "output": str(output or base)}
+        named = {"base": str(base), "adapters": [_spelled(*one) for one in adapters], "output": str(output or base)}
         emit({**named, **merge_json(report)})
         return
     if not quiet:
@@ -106,6 +100,7 @@ def unmerge(merged: Path, output: Path | None, quiet: bool, as_json: bool, **giv
         ["--adapter", "adapters"],
         required=True,
         multiple=True,
+        type=flags.ScaledPath(),
         metavar="ADAPTER[=SCALE]",
         help="As merged; repeatable.",
     ),
@@ -114,7 +109,7 @@ def unmerge(merged: Path, output: Path | None, quiet: bool, as_json: bool, **giv
     flags.QUIET,
     flags.AS_JSON,
 )
-def verify(merged: Path, base: Path, adapters: tuple[str, ...], dequantize: bool, **given: Any) -> None:
+def verify(merged: Path, base: Path, adapters: tuple[tuple[str, float], ...], dequantize: bool, **given: Any) -> None:
     """Confirm that MERGED is BASE with the ADAPTERs merged in: computes it again and compares every bit."""
     from lrconvert import api
     from lrconvert.report.merging import verification_text
@@ -133,9 +128,9 @@ def verify(merged: Path, base: Path, adapters: tuple[str, ...], dequantize: bool
 
 @flags.command("recover", click.Argument(["path"], type=flags.PATH), flags.QUIET, flags.AS_JSON)
 def recover(path: Path, quiet: bool, as_json: bool) -> None:
-    """Bring flags.PATH, in which a merge or unmerge was broken off, to its old state or the new one.
+    """Bring PATH, in which a merge or unmerge was broken off, to its old state or the new one.
 
-    Also removes what killed runs have left of an output flags.PATH beside it.
+    Also removes what killed runs have left of an output PATH beside it.
     """
     from lrconvert import api
     from lrconvert.report.merging import recovery_text

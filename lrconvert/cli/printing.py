@@ -16,6 +16,7 @@ from lrconvert.core.errors import printable
 
 SCHEMA_VERSION = 1
 _LINE_SECONDS = 30  # between lines of progress
+_REPOSITORIES = ("--base-model-id", "--push-to-hub")
 _LONGEST = 10  # characters of an escaped one: \\U0010ffff
 
 
@@ -90,5 +91,7 @@ def command_line() -> str:
 
     context = click.get_current_context(silent=True)
     given = None if context is None else context.find_root().obj
-    words = [hub.hint(w) if "/" in w else w for w in (sys.argv[1:] if given is None else given)]
+    typed = sys.argv[1:] if given is None else list(given)
+    named = zip(["", *typed], typed, strict=False)  # the word before each: what names a repository is no path
+    words = [hub.hint(w) if "/" in w and option not in _REPOSITORIES else w for option, w in named]
     return shlex.join(["lrconvert", *words])

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     "refine",
     click.Argument(["file"], type=flags.PATH),
     flags.base("Base model folder or hub id.", required=True),
-    click.Option(["--teacher"], type=flags.PATH, required=True, help="The LoRA that FILE was made from."),
+    click.Option(["--teacher"], type=flags.ADAPTER, required=True, help="The LoRA that FILE was made from."),
     flags.data(f"{flags.DATA_HELP} Without it a decoder's teacher writes texts of its own."),
     flags.output("The file to write."),
     *flags.of(Settings, RunOptions),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from lrconvert.cli import flags
 from lrconvert.cli.printing import emit, say
-from lrconvert.core.errors import EXIT_REFUSED, printable
+from lrconvert.core.errors import EXIT_REFUSED, UnknownLayoutError, printable
 
 
 @flags.command(
@@ -19,27 +20,52 @@ from lrconvert.core.errors import EXIT_REFUSED, printable
     flags.AS_JSON,
 )
 def validate(files: tuple[Path, ...], base: Path | None, as_json: bool) -> None:
-    """Check lrconvert files and input statistics; prints every finding and exits 1 if there is any."""
+    """Check lrconvert files and input statistics, and all in the folders that are given; prints every finding and exits
+    1 if there is any. Of several it shows a table."""
     from lrconvert.formats.lrc import validation
+    from lrconvert.report import checks
 
     if base is not None:
         from lrconvert.io import hub
 
         base = hub.locate(base)
-    results = [validation.validate(path, base) for path in files]
+    results = [validation.validate(path, base) for path in _inside(files)]
+    ok = all(result.ok for result in results)
     if as_json:
-        emit({"ok": all(r.ok for r in results), "files": [{**dataclasses.asdict(r), "ok": r.ok} for r in results]})
+        rows = [{**dataclasses.asdict(result), "ok": result.ok} for result in results]
+        emit({"ok": ok, "files": rows, "totals": checks.validation_totals(results)})
     else:
         for result in results:
             for finding in result.findings:
                 say(f"{printable(finding.message, 2000)} [{finding.level}]")
-            if result.ok:
-                facts = result.summary
-                what = "inputs" if facts["method"] == "statistics" else "targets"
-                size = f"{facts['targets']} {what}, {facts['bytes']:,} bytes"
-                say(f"ok: {printable(str(result.path))}: {facts['method']}, {size}")
-    if not all(r.ok for r in results):
+        if len(results) > 1:
+            say(checks.validation_text(results))
+        elif ok:
+            (result,), facts = results, results[0].summary
+            what = "inputs" if facts["method"] == "statistics" else "targets"
+            size = f"{facts['targets']} {what}, {facts['bytes']:,} bytes"
+            say(f"ok: {printable(str(result.path))}: {facts['method']}, {size}")
+    if not ok:
         raise click.exceptions.Exit(EXIT_REFUSED)
+
+
+def _inside(sources: Sequence[Path]) -> list[Path]:
+    """The files that are meant: those of ours in a folder. Raises E-LAYOUT for a folder without any."""
+    from lrconvert.formats.lrc import file
+    from lrconvert.lora import statistics_file
+
+    meant: list[Path] = []
+    for source in sources:
+        if not source.is_dir():
+            meant.append(source)
+            continue
+        every = sorted(path for path in source.rglob("*") if path.is_file() and not path.is_symlink())
+        own = [p for p in every if p.suffix == ".lrc" or file.is_lrconvert(p) or statistics_file.is_statistics(p)]
+        if not own:
+            fix = "`lrconvert inspect` shows adapters of other tools"
+            raise UnknownLayoutError("holds no lrconvert file and no input statistics", fix=fix, path=source)
+        meant += own
+    return meant
 
 
 @flags.command(

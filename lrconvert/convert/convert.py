@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -183,7 +184,10 @@ def convert_prepared(
     try:
         fitted, config = plan(budgets.with_room(skeleton))
     except BudgetError:
-        fitted, config = plan(skeleton)  # a size at the limit: a refinement then adds no note
+        try:
+            fitted, config = plan(skeleton)  # a size at the limit: a refinement then adds no note
+        except BudgetError as error:
+            raise _with_ratio(error, source.source_bytes) from None
     planned = replace(skeleton, config=config)
     sizes = file.sizes(planned)
     file.check(planned)  # before the work: a file that could not be written is not worth fitting
@@ -270,6 +274,15 @@ def _on_base(
             baked = baked_dora(lora, checkpoint, bake_dora)
             lora, notes = baked.lora, (baked.note,)
         yield lora, BaseWeights(lora, checkpoint, checkpoint.content_digest(known_content)), notes
+
+
+def _with_ratio(error: BudgetError, source_bytes: int) -> BudgetError:
+    """The error with the largest ratio that can be reached beside the smallest size."""
+    if not error.smallest:
+        return error
+    ratio = f"{math.floor(10 * source_bytes / error.smallest) / 10:g}"
+    fix = f"ask for at most {ratio} times smaller, or for {error.smallest:,} bytes"
+    return BudgetError(f"{error.what}, {ratio} times smaller", fix=fix, smallest=error.smallest)
 
 
 def _dora_note() -> str:

@@ -276,7 +276,11 @@ class MergeOverflowError(LrcError, code="E-OVERFLOW"):
 
 
 class BudgetError(LrcError, code="E-BUDGET"):
-    """The requested size cannot be reached; the message names the smallest size that can."""
+    """The requested size cannot be reached; the message names the smallest size that can, `smallest` in bytes."""
+
+    def __init__(self, what: str, *, fix: str = "", path: str | PathLike[str] | None = None, smallest: int = 0) -> None:
+        super().__init__(what, fix=fix, path=path)
+        self.smallest = smallest
 
 
 class ArgumentError(LrcError, TypeError, code="E-ARGUMENT"):
@@ -289,6 +293,10 @@ class OptionError(LrcError, code="E-OPTION"):
 
 class ExportError(LrcError, code="E-EXPORT"):
     """The target format cannot express this adapter."""
+
+
+class HubError(LrcError, code="E-HUB"):
+    """The Hugging Face Hub refused, could not be reached, or is switched off by HF_HUB_OFFLINE."""
 
 
 class WorkerError(LrcError, code="E-WORKER"):

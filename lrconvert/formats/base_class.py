@@ -6,13 +6,13 @@ file was made, it notes how they become those of the class; where it is given fo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 from lrconvert.core.wording import spelled
 from lrconvert.lora import class_names
-from lrconvert.lora.adapter import CompactAdapter, ExtraTensor, LoraAdapter, Provenance
+from lrconvert.lora.adapter import Adapter, CompactAdapter, ExtraTensor, LoraAdapter, Provenance
 from lrconvert.lora.class_names import Renaming
 
 NAMES = "class_names"  # the field of the provenance with a renaming
@@ -34,36 +34,36 @@ def noted(lora: LoraAdapter, config: Mapping[str, Any], stored: Collection[str] 
     return replace(lora, provenance=replace(lora.provenance, fields=fields))
 
 
-def renamed(compact: CompactAdapter, config: Mapping[str, Any] | None) -> tuple[CompactAdapter, tuple[str, ...]]:
-    """Return `compact` with the names of the class of its base, and notes for the user: the base with this config.json,
+def renamed(adapter: Adapter, config: Mapping[str, Any] | None) -> tuple[Adapter, tuple[str, ...]]:
+    """Return `adapter` with the names of the class of its base, and notes for the user: the base with this config.json,
     or that which it was made with."""
-    names = [target.name for target in compact.targets]
-    every = {*names, *(extra.name for extra in compact.extras)}
-    text = compact.provenance.fields.get(NAMES, "")
+    names = [target.name for target in adapter.shapes()]
+    every = {*names, *(extra.name for extra in adapter.extras)}
+    text = adapter.provenance.fields.get(NAMES, "")
     notes: tuple[str, ...] = ()
     if config is not None:
-        found = class_names.renaming(compact.targets, config, compact.provenance.task_type)
+        found = class_names.renaming(adapter.shapes(), config, adapter.provenance.task_type)
         if found.title:  # extra tensors, heads above all, may be of no class
             also = [name for name in every if name not in names]
-            found = replace(found, new={**found.new, **_beside(also, found, config, compact.provenance.task_type)})
+            found = replace(found, new={**found.new, **_beside(also, found, config, adapter.provenance.task_type)})
         if found.lost:
             what = f"{len(found.lost)} targets are no parameters of {found.title} and keep their names"
             notes = (f"{what}, {found.lost[0]!r:.120} for one",)
     elif text:
         found = Renaming("its base", {name: class_names.from_text(text, name) for name in every})
     else:
-        if not compact.base.content:
+        if isinstance(adapter, CompactAdapter) and not adapter.base.content:  # of a LoRA its reader says it
             notes = (
                 "names were not checked: no base was given, and programs find modules by their whole names; "
                 f"{spelled('base', ...)} does it, its config.json is enough",
             )
-        return compact, notes
+        return adapter, notes
     changed = next((name for name in names if found(name) != name), None)
     if changed is None:
-        return compact, notes
+        return adapter, notes
     keep = spelled("keep_names", True)
     note = f"names are those of {found.title}: {changed!r:.120} is {found(changed)!r:.120} ({keep} keeps them)"
-    return _with_names(compact, found), (note, *notes)
+    return _with_names(adapter, found), (note, *notes)
 
 
 def _beside(names: Collection[str], found: Renaming, config: Mapping[str, Any], task: str) -> dict[str, str]:
@@ -73,11 +73,21 @@ def _beside(names: Collection[str], found: Renaming, config: Mapping[str, Any], 
     return {name: new for name, new in every.items() if new is not None}
 
 
-def _with_names(compact: CompactAdapter, found: Renaming) -> CompactAdapter:
+def renamed_by(adapter: Adapter, rename: Callable[[str], str]) -> Adapter:
+    """Return `adapter` with the names of its targets and extra tensors changed."""
+    every = [*(target.name for target in adapter.shapes()), *(extra.name for extra in adapter.extras)]
+    return _with_names(adapter, Renaming("", {name: rename(name) for name in every}))
+
+
+def _with_names(adapter: Adapter, found: Renaming) -> Adapter:
     """The adapter under other names, in the same order."""
-    targets = tuple(replace(target, name=found(target.name)) for target in compact.targets)
-    extras = tuple(_extra(extra, found) for extra in compact.extras)
-    return replace(compact, targets=targets, extras=extras, provenance=_provenance(compact.provenance, found))
+    extras = tuple(_extra(extra, found) for extra in adapter.extras)
+    shapes = [replace(target, name=found(target.name)) for target in adapter.shapes()]
+    named = replace(adapter, extras=extras, provenance=_provenance(adapter.provenance, found))
+    if isinstance(named, CompactAdapter):
+        return replace(named, targets=tuple(shapes))
+    pairs = zip(named.targets, shapes, strict=True)
+    return replace(named, targets=tuple(replace(pair, target=shape) for pair, shape in pairs))
 
 
 def _extra(extra: ExtraTensor, found: Renaming) -> ExtraTensor:

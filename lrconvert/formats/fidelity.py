@@ -208,7 +208,7 @@ def fidelity(
     fields = compact.provenance.fields
     refined = fields.get("refined_steps", "0") != "0" or fields.get("refined_layerwise") == "yes"
     return Fidelity(
-        every, compact.method, lora.half_bytes, size.payload, size.overhead, size.extras, is_refined=refined
+        every, methods.form(compact)[0], lora.half_bytes, size.payload, size.overhead, size.extras, is_refined=refined
     )
 
 
@@ -293,6 +293,7 @@ def inspect_lora(lora: LoraAdapter) -> dict[str, Any]:
             by_dtype[factor.dtype] += factor.nbytes
     return {
         "kind": "lora",
+        "layout": lora.provenance.fields.get("source_format", ""),
         "targets": rows,
         "parameters": lora.numel,
         "bytes_by_dtype": dict(sorted(by_dtype.items())),
@@ -320,7 +321,7 @@ def inspect_statistics(statistics: InputStatistics, nbytes: int) -> dict[str, An
 
 def inspect_compact(compact: CompactAdapter) -> dict[str, Any]:
     """Return the facts of an lrconvert file as JSON values."""
-    method = methods.get(compact.method)
+    method, (form, title) = methods.get(compact.method), methods.form(compact)
     size = file.sizes(compact)
     if methods.needs_base(compact):
         ranks = method.ranks(compact.config, compact.targets)
@@ -329,7 +330,13 @@ def inspect_compact(compact: CompactAdapter) -> dict[str, Any]:
         rows = [{**_target_row(t), "rank": a.shape[0], "norm": _norm(a, b)} for t, a, b in methods.expand_all(compact)]
     return {
         "kind": "lrconvert",
-        "method": {"id": method.id, "version": method.version, "config": method.header(compact.config)},
+        "method": {
+            "id": method.id,
+            "version": method.version,
+            "form": form,
+            "title": title,
+            "config": method.header(compact.config),
+        },
         "targets": rows,
         "bytes": {"total": size.total, "payload": size.payload, "overhead": size.overhead, "extras": size.extras},
         "base": {"names": compact.base.names, "content": compact.base.content},

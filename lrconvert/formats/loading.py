@@ -16,7 +16,7 @@ from lrconvert.formats import fidelity, model_card
 from lrconvert.formats.lrc import file
 from lrconvert.formats.readers import base as readers
 from lrconvert.formats.readers.shared.options import ReadOptions
-from lrconvert.io import hub
+from lrconvert.io import hub, mistaken
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 
 AnyPath = str | PathLike[str]
@@ -39,6 +39,8 @@ def load(path: AnyPath, reading: ReadOptions) -> Adapter:
 def load_all(paths: Sequence[AnyPath], reading: ReadOptions) -> list[Adapter]:
     """Load several adapters. Raises E-OPTION for a layout or an alpha where every file is an lrconvert file."""
     places = [hub.locate(path) for path in paths]
+    for place in places if reading.base is not None else ():
+        mistaken.check_order(reading.base, place)
     ours = [place.is_file() and file.is_lrconvert(place) for place in places]
     if all(ours):
         refuse_options(reading, places[0] if places else None)

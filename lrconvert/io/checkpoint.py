@@ -15,6 +15,7 @@ from lrconvert.core import errors
 from lrconvert.core.dtypes import FLOATS
 from lrconvert.core.limits import MAX_INDEX_BYTES, MAX_SHARDS
 from lrconvert.core.wording import spelled, verb
+from lrconvert.io import mistaken
 from lrconvert.io.container import ContainerFile, TensorInfo, combined_digest, read_json, tensor_digest
 
 PIPELINE_NAME = "model_index.json"  # of a diffusers pipeline
@@ -248,6 +249,7 @@ def _single_file(root: Path) -> ContainerFile:
         if pickles:
             fix = "save it again with save_pretrained(..., safe_serialization=True)"
             raise errors.PickleError(f"the base is stored as pickles ({pickles[0]})", fix=fix, path=root)
+        mistaken.check_base(root)
         raise errors.FileKindError(f"holds neither {SINGLE_NAME} nor {INDEX_NAME}", path=root)
     if not contained(root, single):
         raise errors.ShardPathError("the file is a link that leaves its folder", path=single)

@@ -1,4 +1,5 @@
-"""Hub ids (``org/name``, ``org/name@revision``) in the local Hugging Face cache. Nothing is ever downloaded.
+"""Hub ids (``org/name``, ``org/name@revision``) in the local Hugging Face cache. Nothing is downloaded here:
+`hub_transfer` does that, where it is asked for.
 
     CACHE/models--org--name/refs/BRANCH            the commit that a branch or tag stands for
     CACHE/models--org--name/snapshots/COMMIT/FILE  a link to ../../blobs/DIGEST, or a file
@@ -20,6 +21,7 @@ from pathlib import Path, PurePosixPath
 
 from lrconvert.core.errors import FileKindError, FileReadError, LrcError, OutputPathError, ShardPathError
 from lrconvert.core.limits import MAX_INDEX_BYTES
+from lrconvert.core.wording import either
 from lrconvert.io.container import read_json, read_small
 
 AnyPath = str | os.PathLike[str]
@@ -51,7 +53,8 @@ class HubId:
     @property
     def advice(self) -> str:
         revision = "" if self.revision == "main" else f" --revision {shlex.quote(self.revision)}"
-        return f"hf download {self.name}{revision}"
+        called = either(f"lrconvert.download({self.name!r})", "--download")
+        return f"{called}, or hf download {self.name}{revision}"
 
 
 def cache() -> Path:

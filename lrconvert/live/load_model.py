@@ -14,6 +14,7 @@ from torch import nn
 from lrconvert.core.devices import resolved, torch_device
 from lrconvert.core.errors import BaseError, DataError, DependencyError
 from lrconvert.core.wording import either
+from lrconvert.io import mistaken
 from lrconvert.lora import renamings
 
 
@@ -25,6 +26,7 @@ def load_model(base: Path, device: str = "cpu", *, four_bit: bool = False) -> nn
 
     device = resolved(device)
     torch_device(device)
+    mistaken.check_base(base)
     if four_bit and importlib.util.find_spec("bitsandbytes") is None:
         raise DependencyError("4-bit bases need bitsandbytes", fix="pip install 'lrconvert[gpu]'")
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]

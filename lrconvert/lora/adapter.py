@@ -200,5 +200,11 @@ class CompactAdapter:
     base: BaseFingerprint = BaseFingerprint("")
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
+    def shapes(self) -> tuple[Target, ...]:
+        return self.targets
+
     def __repr__(self) -> str:
         return f"<CompactAdapter: {self.method}, {len(self.targets)} targets>"
+
+
+Adapter = LoraAdapter | CompactAdapter

@@ -86,13 +86,15 @@ class Difference:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """The answer of a verification: every tensor of a merge was computed again and compared with the model's."""
+    """The answer of a verification: every tensor of a merge was computed again and compared with the model's. `hint`:
+    what the record of the merge says beside what was asked, where they differ."""
 
     tensors: int
     recomputed: int
     nbytes: int
     differences: tuple[Difference, ...]
     warnings: tuple[str, ...] = ()
+    hint: str = ""
 
     @property
     def ok(self) -> bool:

@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from lrconvert.core.dtypes import STORAGE, Array
+from lrconvert.core.errors import LrcError
+from lrconvert.core.limits import MAX_INDEX_BYTES
 from lrconvert.io.checkpoint import Checkpoint, open_checkpoint
-from lrconvert.io.container import TensorInfo
+from lrconvert.io.container import TensorInfo, read_small
 from lrconvert.merge.arithmetic.rounding import bits
 from lrconvert.merge.compute import Computer, read_rows, workspace_for
 from lrconvert.merge.hashing import CHUNK, chunks
@@ -22,6 +24,8 @@ from lrconvert.merge.plan.plan import Output, Plan, named, plan
 from lrconvert.merge.plan.updates import Adapter, Scaled
 from lrconvert.merge.quantized_base import open_base
 from lrconvert.merge.report import Difference, VerifyReport
+from lrconvert.merge.undo.open_record import RECORD_NAME, latest, numbered
+from lrconvert.merge.undo.record import parse
 
 
 def verify(
@@ -64,7 +68,26 @@ def verify(
         for file in (*checkpoint.files, *model.files):
             file.check_unchanged()
     warnings = tuple(w for item in inputs for w in getattr(item.adapter, "warnings", ()))
-    return VerifyReport(len(outputs), recomputed, total, tuple(differences), warnings)
+    hint = _hint(merged, base, inputs) if differences else ""
+    return VerifyReport(len(outputs), recomputed, total, tuple(differences), warnings, hint)
+
+
+def _hint(merged: Path, base: Path, inputs: Sequence[Scaled]) -> str:
+    """Return what the record in `merged` says that was merged, if that is not what was given; "" without a record."""
+    try:
+        if not numbered(merged):
+            wrong_way = bool(numbered(base))
+            return "the base has the record of a merge, and the model has none: exchange them" if wrong_way else ""
+        recorded = parse(read_small(latest(merged) / RECORD_NAME, MAX_INDEX_BYTES)).adapters
+    except (LrcError, OSError):  # a hint is no part of the answer
+        return ""
+    made = [(entry.source, entry.scale) for entry in recorded]
+    if made == [(item.adapter.provenance.source, item.scale) for item in inputs]:
+        return ""
+    named = ", ".join(f"{entry.name or 'an adapter'} at scale {entry.scale:g}" for entry in recorded)
+    same = [source for source, _ in made] == [item.adapter.provenance.source for item in inputs]
+    given = f", not at {', '.join(f'{item.scale:g}' for item in inputs)}" if same else ", not of what was given"
+    return f"its record says that it is the merge of {named}{given}"
 
 
 def _structure(planned: Plan, model: Checkpoint) -> Iterator[Difference]:

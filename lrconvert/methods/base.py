@@ -154,6 +154,10 @@ class Method(ABC):
         its Config."""
         return replace(compact, tensors=self.fit(lora, compact.config, context))
 
+    def form(self, config: Any) -> tuple[str, str]:
+        """Return the name and the title of the form that `config` is of: those of the method, if it has one form."""
+        return self.id, self.title
+
     def notes(self, config: Any, targets: Sequence[Target]) -> tuple[str, ...]:
         """Return facts that a user should know of this configuration, a line each: a bound that it cannot exceed,
         say."""
@@ -249,6 +253,11 @@ def values(method: Method, compact: CompactAdapter, xp: Any = np) -> dict[str, A
             array = array.astype(np.int64)
         numbers[spec.name] = array if xp is np else xp.from_numpy(np.ascontiguousarray(array))
     return numbers
+
+
+def form(compact: CompactAdapter) -> tuple[str, str]:
+    """Return the name and the title of the form that an adapter is of."""
+    return get(compact.method).form(compact.config)
 
 
 def needs_base(adapter: LoraAdapter | CompactAdapter) -> bool:

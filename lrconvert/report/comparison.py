@@ -9,9 +9,8 @@ from typing import Any
 
 from lrconvert.core.errors import printable
 from lrconvert.formats.fidelity import Answers, Fidelity, TargetFidelity
-from lrconvert.report.tables import percent, picked, share, table
+from lrconvert.report.tables import WIDTH, percent, picked, share, shortened, table
 
-_ROWS = 12  # targets shown without --verbose
 # What was captured: in the weight norm, of the outputs under statistics, of the outputs on data.
 CAPTURED = {"captured": "captured", "output_captured": "of outputs", "data_captured": "on the data"}
 
@@ -43,7 +42,7 @@ def fidelity_json(fidelity: Fidelity) -> dict[str, Any]:
 
 
 def comparison_text(files: Sequence[tuple[str, Fidelity]], verbose: bool) -> str:
-    """Return the files, each a name and what it keeps, as tables: sizes, answers, and the worst targets or all."""
+    """Return the files, each a name and what it keeps, as tables: sizes, answers, and with `verbose` every target."""
     shown = [name for name in CAPTURED if any(getattr(f, name) is not None for _, f in files)]
     rows = [
         [printable(name), f.method, f"{f.adapter_bytes:,}", f"{f.overhead_bytes:,}", f"{f.extras_bytes:,}",
@@ -54,7 +53,7 @@ def comparison_text(files: Sequence[tuple[str, Fidelity]], verbose: bool) -> str
         "file",
         "method",
         "bytes",
-        "of it overhead",
+        "overhead",
         "extras",
         "ratio",
         "dropped",
@@ -64,11 +63,20 @@ def comparison_text(files: Sequence[tuple[str, Fidelity]], verbose: bool) -> str
     if answers := [(name, f.answers) for name, f in files if f.answers is not None]:
         parts.append(_answers(answers))
     for name, f in files:
-        notes = "".join(f"note: {printable(note, 1000)}\n" for note in f.notes)
-        parts.append(f"{printable(name)}\n{notes}{fidelity_table(f, len(f.targets) if verbose else _ROWS)}")
-        if not verbose and len(f.targets) > _ROWS:
-            parts[-1] += f"\n... and {len(f.targets) - _ROWS} more (-v shows all)"
+        if verbose:
+            parts.append(f"{printable(name)}\n{fidelity_table(f, len(f.targets))}")
+    if worst := [_worst(name, f) for name, f in files if not verbose]:
+        parts.append("\n".join(["worst target of each file (-v shows all)", *worst]))
+    if notes := [f"{printable(name)}: {printable(note, 1000)}" for name, f in files for note in f.notes]:
+        parts.append("\n".join(notes))
     return "\n\n".join(parts)
+
+
+def _worst(name: str, fidelity: Fidelity) -> str:
+    """The target of which the least is kept, on a line."""
+    target = min(fidelity.targets, key=worst_first)
+    line = f"  {share(target.captured)}  {printable(name)}: "
+    return f"{line}{shortened(printable(target.name), max(WIDTH - len(line), 40))}"
 
 
 def _answers(files: Sequence[tuple[str, Answers]]) -> str:

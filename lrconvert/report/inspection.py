@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lrconvert.core.errors import printable
 from lrconvert.formats.fidelity import inspect_statistics
-from lrconvert.methods import base as methods
-from lrconvert.report.tables import count_bytes, listed, span, table
+from lrconvert.report.tables import count_bytes, listed, relative, shortened, span, table
 
 if TYPE_CHECKING:
     from lrconvert.lora.input_statistics import InputStatistics
@@ -19,7 +18,7 @@ def inspection_text(path: str, facts: dict[str, Any]) -> str:
     if facts["kind"] == "statistics":
         return f"{_statistics(path, facts)}\nbase contents: {facts['base'] or 'not recorded'}"
     rows, method = facts["targets"], facts.get("method")
-    kind = f"lrconvert file, {methods.get(method['id']).title}" if method else "LoRA"
+    kind = f"lrconvert file, {method['title']}" if method else "LoRA"
     lines = [f"{printable(path)}: {kind}, {len(rows)} targets"]
     if facts["base_model"]:
         lines.append(f"base model (a hint, never opened): {printable(facts['base_model'])}")
@@ -27,7 +26,7 @@ def inspection_text(path: str, facts: dict[str, Any]) -> str:
         size = facts["bytes"]
         parts = ", ".join(f"{part} {size[part]:,}" for part in ("payload", "overhead", "extras"))
         lines.append(f"{size['total']:,} bytes: {parts}")
-        lines.append(f"method {method['id']} version {method['version']}: {listed(method['config'])}")
+        lines.append(f"method {method['form']} version {method['version']}: {listed(method['config'])}")
         lines.append(f"base contents: {facts['base']['content'] or 'not recorded'}")
     else:
         stored = ", ".join(f"{count_bytes(n)} {dtype}" for dtype, n in facts["bytes_by_dtype"].items())
@@ -58,6 +57,63 @@ def _target_table(kind: str, rows: Sequence[dict[str, Any]]) -> str:
             cells += [span(m["spectrum"][share] for m in members) for share in ("90", "99", "99.9")]
         body.append(cells)
     return table(head, body)
+
+
+_BASE_WIDTH = 24
+
+
+def inspections_text(facts: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """Return one row for each adapter, its name and what `api.inspect` says of it, or its ``error``, and the sums."""
+    above, names = relative([name for name, _ in facts])
+    rows = [_row(name, one) for name, (_, one) in zip(names, facts, strict=True)]
+    totals = inspection_totals([one for _, one in facts])
+    refused = f", {totals['refused']} refused" if totals["refused"] else ""
+    end = [
+        f"{totals['adapters']} adapters{refused}",
+        "",
+        f"{totals['targets']:,}",
+        "",
+        "",
+        "",
+        f"{totals['bytes']:,}",
+        "",
+    ]
+    head = ["adapter", "form", "targets", "rank", "99 %", "dtype", "bytes", "base model"]
+    return above + table(head, [*rows, end])
+
+
+def inspection_totals(facts: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Return how many adapters were looked at and refused, and the sums of their targets and bytes."""
+    read = [one for one in facts if "error" not in one]
+    return {
+        "adapters": len(facts),
+        "refused": len(facts) - len(read),
+        "targets": sum(len(one.get("targets", ())) for one in read),
+        "bytes": sum(map(_bytes, read)),
+    }
+
+
+def _bytes(facts: Mapping[str, Any]) -> int:
+    """The bytes of a file of ours, or of the factors of a LoRA."""
+    if facts["kind"] == "statistics":
+        return int(facts["bytes"])
+    return int(facts["bytes"]["total"] if facts["kind"] == "lrconvert" else sum(facts["bytes_by_dtype"].values()))
+
+
+def _row(name: str, facts: Mapping[str, Any]) -> list[str]:
+    """The cells of an adapter."""
+    name = printable(name)
+    if "error" in facts:
+        return [name, facts["error"]["code"], *["-"] * 6]
+    nbytes = f"{_bytes(facts):,}"
+    if facts["kind"] == "statistics":
+        return [name, "statistics", "-", "-", "-", "-", nbytes, "-"]
+    targets, is_lora = facts["targets"], facts["kind"] == "lora"
+    form = "LoRA" if is_lora else facts["method"]["form"]
+    needed = span(target["spectrum"]["99"] for target in targets) if is_lora else "-"
+    dtypes = "/".join(facts["bytes_by_dtype"]) if is_lora else "-"
+    base = shortened(printable(facts["base_model"]), _BASE_WIDTH) or "-"
+    return [name, form, f"{len(targets):,}", span(t["rank"] for t in targets), needed, dtypes, nbytes, base]
 
 
 def statistics_json(statistics: InputStatistics, nbytes: int) -> dict[str, Any]:

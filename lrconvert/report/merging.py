@@ -129,4 +129,5 @@ def verification_text(merged: str, report: VerifyReport) -> str:
     lines += [f"  {printable(d.name)} {printable(d.what)}" for d in shown]
     if len(shown) < len(report.differences):
         lines.append(f"  ... and {len(report.differences) - len(shown)} more")
+    lines += [f"note      {printable(report.hint, 1000)}"] if report.hint else []
     return "\n".join(lines)

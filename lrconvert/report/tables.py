@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from lrconvert.core.errors import printable
 
 
 def count_bytes(n: int) -> str:
@@ -14,12 +17,37 @@ def count_bytes(n: int) -> str:
     return f"{n:,} B"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Return columns padded to fit, the first left-aligned, the others right-aligned."""
+WIDTH = 100  # of tables
+_LEAST = 16  # of names that are shortened
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]], width: int = WIDTH) -> str:
+    """Return columns padded to fit, the first left-aligned, the others right-aligned. Where they would be wider than
+    `width`, the names in the first are shortened in the middle."""
     cells = [[str(cell) for cell in row] for row in [head, *rows]]
-    first, *widths = (max(map(len, column)) for column in zip(*cells, strict=True))
-    lines = ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)]).rstrip() for row in cells]
+    longest, *widths = (max(map(len, column)) for column in zip(*cells, strict=True))
+    first = max(min(longest, width - sum(widths) - 2 * len(widths)), min(longest, _LEAST))
+    named = [[shortened(row[0], first).ljust(first), *map(str.rjust, row[1:], widths)] for row in cells]
+    lines = ["  ".join(row).rstrip() for row in named]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def shortened(name: str, width: int) -> str:
+    """Return a name of at most `width` characters: of a longer one the middle is left out."""
+    if len(name) <= width:
+        return name
+    start = (width - 1) // 2
+    return f"{name[:start]}…{name[len(name) - (width - 1 - start) :]}"
+
+
+def relative(paths: Sequence[str]) -> tuple[str, list[str]]:
+    """Return a line that names the folder which all `paths` are in, or "", and the paths from there."""
+    parents = [posixpath.dirname(path) for path in paths]
+    mixed = len({path.startswith("/") for path in paths}) > 1
+    common = "" if mixed else posixpath.commonpath(parents)
+    if not common or common == "/":
+        return "", list(paths)
+    return f"in {printable(common)}:\n", [posixpath.relpath(path, common) for path in paths]
 
 
 def picked(value: Any, *names: str) -> dict[str, Any]:

@@ -177,7 +177,9 @@ def test_merge_verify_undo(kind: str, shards: int, tmp_path: Path) -> None:
 def test_refusals_name_the_method(tmp_path: Path) -> None:
     for kind, bits in (("nf4", 4), ("int8", 8)):
         base, _ = base_of(tmp_path / kind, kind)
-        with pytest.raises(QuantizedBaseError, match=rf"bytes {bits} bit\. Use the unquantized parent.*dequantize="):
+        with pytest.raises(
+            QuantizedBaseError, match=rf"bytes {bits} bit\. Use the unquantized parent.*dequantize=True"
+        ):
             merge(base, [adapter()], tmp_path / "out")
     for n, method in enumerate(("gptq", "awq", "hqq", "compressed-tensors", "fp8")):
         other = save_base(tmp_path / str(n), [{}], {"quantization_config": {"quant_method": method}})

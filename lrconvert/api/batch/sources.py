@@ -16,7 +16,7 @@ import numpy as np
 from lrconvert.core.errors import FileReadError, OptionError, OutputPathError, UnknownLayoutError
 from lrconvert.formats.readers import base as readers
 from lrconvert.formats.readers.shared.folders import CONFIG_NAME
-from lrconvert.io import hub
+from lrconvert.io import hub, mistaken
 
 AnyPath = str | os.PathLike[str]
 SUFFIX = ".lrc"
@@ -46,7 +46,8 @@ class Job:
 
 def is_adapter(path: Path) -> bool:
     """Return true if `path` itself is an adapter, and no folder of adapters."""
-    if path.is_file() or (path / CONFIG_NAME).exists():  # whatever it says, some reader takes it, or refuses it by name
+    # Whatever it says, some reader takes it, or refuses it by name; and so with the folder of a model.
+    if path.is_file() or (path / CONFIG_NAME).exists() or mistaken.is_model(path):
         return True
     return any(reader.recognises(path) for reader in readers.all_readers())
 

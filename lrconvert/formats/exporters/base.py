@@ -19,11 +19,11 @@ from lrconvert.core.wording import spelled
 from lrconvert.formats import base_class
 from lrconvert.formats.exporters.shared.files import json_file
 from lrconvert.formats.fidelity import Fidelity
-from lrconvert.formats.model_card import model_card, sidecar
-from lrconvert.io import hub
+from lrconvert.formats.model_card import CARD, Written, model_card, sidecar
+from lrconvert.io import hub, mistaken
 from lrconvert.io.checkpoint import PIPELINE_NAME
 from lrconvert.io.container import read_json
-from lrconvert.lora.adapter import CompactAdapter
+from lrconvert.lora.adapter import Adapter
 
 Files = Mapping[str, Iterable[bytes]]
 
@@ -39,11 +39,15 @@ class ExportOptions:
         "Pad with zeros to this rank; without it to the largest. vLLM's --max-lora-rank has few values.",
         least=1,
     )
-    dtype: str = option("F32", "Of the factors.", choices=("F32", "F16", "BF16"))
+    dtype: str | None = option(
+        None, "Of the factors; without it F32, and of a LoRA its own.", choices=("F32", "F16", "BF16")
+    )
     keep_names: bool = option(
         False, "Keep the source's names, for a model loaded in another class (AutoModel) than the base's."
     )
     base_model_id: str | None = option(None, "How the output names the base: org/name, or org/name@revision.")
+    push_to_hub: str | None = option(None, "Upload the folder to this repository (org/name) of the Hugging Face Hub.")
+    private: bool = option(False, "With --push-to-hub: a repository that is made for it is private.")
     command: str = ""
     base_config: Mapping[str, Any] | None = None
 
@@ -54,7 +58,7 @@ class ExportOptions:
         if self.keep_ranks:
             raise OptionError("one rank for all and their own ranks exclude each other", fix="leave one out")
         if self.pad_rank < top:
-            fix = "give that or more, or convert again with fewer ranks"
+            fix = "give that or more, or convert it with fewer ranks"
             raise OptionError(f"{spelled('pad_rank')} is {self.pad_rank}, and the adapter has a rank of {top}", fix=fix)
         return self.pad_rank
 
@@ -62,6 +66,7 @@ class ExportOptions:
 def base_config(root: Path) -> Mapping[str, Any]:
     """Return the config.json of a model folder, of a diffusers pipeline that of its UNet or transformer. Raises
     E-IO-KIND and what reading raises."""
+    mistaken.check_base(root)
     path = root / "config.json"
     if not path.exists() and (root / PIPELINE_NAME).is_file():
         parts = [root / name / "config.json" for name in ("unet", "transformer")]
@@ -90,39 +95,46 @@ def check_replaceable(out: Path) -> None:
 
 @dataclass(frozen=True)
 class Folder:
-    """The files of an export, and notes for the user, a line each."""
+    """Files, notes for the user, a line each, and the `consumers` that load them where these are not all of the
+    layout's."""
 
     files: Files
     notes: tuple[str, ...] = ()
+    consumers: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Exporter:
     """One output layout.
 
-    `title` says what it is in the help of `--to`. `files(compact, options)` maps file names to their bytes in pieces,
-    and raises E-EXPORT for what the layout cannot express. `kind` and `library` are what the model card calls the
-    adapter, and the library that loads it. `consumers` are the ids of the programs that load it, which `check` asks
-    about what was written: the folder, or the file `weights` in it. `own_names`: modules are called as the layout has
-    them, not as the base's class.
+    `title` says what it is in the help of `--to`. `files(adapter, options)` maps file names to their bytes in pieces,
+    with notes or without, and raises E-EXPORT for what the layout cannot express. `kind` and `library` are what the
+    model card calls the adapter, and the library that loads it; `usage` is the code that does, with {adapter}, {base}
+    and {auto_class} in it. `consumers` are the ids of the programs that load it, which `check` asks about what was
+    written: the folder, or the file `weights` in it. `own_names`: modules are called as the layout has them, not as
+    the base's class.
     """
 
     id: str
     title: str
-    files: Callable[[CompactAdapter, ExportOptions], Files]
+    files: Callable[[Adapter, ExportOptions], Files | Folder]
     kind: str
     library: str = ""
+    usage: str = ""
     consumers: tuple[str, ...] = ()
     weights: str = ""
     own_names: bool = False
 
-    def folder(self, compact: CompactAdapter, options: ExportOptions, fidelity: Fidelity | None) -> Folder:
+    def folder(self, adapter: Adapter, options: ExportOptions, fidelity: Fidelity | None) -> Folder:
         """Return the files with a model card, and with ``lrconvert.json`` unless the layout has one of its own."""
         keep = self.own_names or options.keep_names
-        named, notes = (compact, ()) if keep else base_class.renamed(compact, options.base_config)
-        files = self.files(named, options)
-        card = model_card(compact, self.kind, options.command, fidelity, self.library)
-        return Folder({"README.md": [card], _SIDECAR: json_file(sidecar(compact)), **files}, notes)
+        named, notes = (adapter, ()) if keep else base_class.renamed(adapter, options.base_config)
+        made = self.files(named, options)
+        made = made if isinstance(made, Folder) else Folder(made)
+        about = Written(self.kind, self.library, self.usage, options.push_to_hub or "", options.command, made.notes)
+        card = model_card(adapter, about, fidelity)
+        every = {CARD: [card], _SIDECAR: json_file(sidecar(adapter)), **made.files}
+        return Folder(every, (*notes, *made.notes), self.consumers if made.consumers is None else made.consumers)
 
 
 def ids() -> list[str]:
@@ -140,25 +152,26 @@ def get(exporter_id: str) -> Exporter:
 
 @dataclass(frozen=True)
 class Exported:
-    """The names of the files that were written, and notes for the user, a line each."""
+    """The names of the files that were written, notes for the user, a line each, and where they were uploaded to."""
 
     files: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    url: str = ""
 
 
-def public(compact: CompactAdapter, base_model_id: str | None) -> tuple[CompactAdapter, tuple[str, ...]]:
-    """Return `compact` as it may be given to others, and notes: the base named by `base_model_id` (``org/name``,
+def public(adapter: Adapter, base_model_id: str | None) -> tuple[Adapter, tuple[str, ...]]:
+    """Return `adapter` as it may be given to others, and notes: the base named by `base_model_id` (``org/name``,
     ``org/name@revision``) if there is one, else without the folders of a path. Raises E-OPTION for what is no name."""
-    provenance = compact.provenance
+    provenance = adapter.provenance
     if base_model_id is not None:
         name, _, revision = base_model_id.partition("@")
         if not name or not base_model_id.isprintable():
             raise OptionError(f"{base_model_id!r:.80} does not name a base model", fix="write org/name")
         notes = (f"the base is named by a private path, {name!r:.80}",) if hub.is_private(name) else ()
-        return replace(compact, provenance=replace(provenance, base_model=name, revision=revision)), notes
+        return replace(adapter, provenance=replace(provenance, base_model=name, revision=revision)), notes
     if not hub.is_private(provenance.base_model):
-        return compact, ()
+        return adapter, ()
     short = hub.last_part(provenance.base_model)
     names_it = f"{spelled('base_model_id', ...)} names it"
     note = f"the base was named by a private path, of which {short!r:.80} is kept; {names_it}"
-    return replace(compact, provenance=replace(provenance, base_model=short)), (note,)
+    return replace(adapter, provenance=replace(provenance, base_model=short)), (note,)

@@ -11,28 +11,30 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 
-from lrconvert.formats.exporters.base import Exporter, ExportOptions, Files
-from lrconvert.formats.exporters.shared.diffusion import placed
+from lrconvert.formats.exporters.base import Exporter, ExportOptions, Folder
+from lrconvert.formats.exporters.shared.diffusion import PIPELINE, placed
 from lrconvert.formats.exporters.shared.files import entry, weights_file
-from lrconvert.formats.exporters.shared.plain import pairs, refuse_extras, unfolded
-from lrconvert.lora.adapter import CompactAdapter
+from lrconvert.formats.exporters.shared.plain import factors, refuse_extras, unfolded, unscaled
+from lrconvert.lora.adapter import Adapter
 
+_NAME = "pytorch_lora_weights.safetensors"
 _LAYOUT = "diffusers' layout"
 
 
-def files(compact: CompactAdapter, options: ExportOptions) -> Files:
+def files(adapter: Adapter, options: ExportOptions) -> Folder:
     """Return the file of weights. Raises E-EXPORT for what diffusers has no name for."""
-    refuse_extras(compact, _LAYOUT)
+    refuse_extras(adapter, _LAYOUT)
     tensors = []
     ranks: dict[str, dict[str, int]] = {}
-    for pair in pairs(compact, options):
+    made = factors(adapter, options, unscaled)
+    for pair in made.pairs:
         component, module = placed(pair.target, _LAYOUT)
         ranks.setdefault(component, {})[module] = pair.rank
         down, up = unfolded(pair, _LAYOUT)
-        tensors.append(entry(f"{component}.{module}.lora_A.weight", options.dtype, down))
-        tensors.append(entry(f"{component}.{module}.lora_B.weight", options.dtype, up))
+        tensors.append(entry(f"{component}.{module}.lora_A.weight", made.dtype, down))
+        tensors.append(entry(f"{component}.{module}.lora_B.weight", made.dtype, up))
     notes = {"lora_adapter_metadata": _settings(ranks)} if options.keep_ranks else {}
-    return {"pytorch_lora_weights.safetensors": weights_file(tensors, compact, **notes)}
+    return Folder({_NAME: weights_file(tensors, adapter, **notes)}, made.notes)
 
 
 def _settings(ranks: Mapping[str, Mapping[str, int]]) -> str:
@@ -59,5 +61,6 @@ EXPORTER = Exporter(
     files,
     kind="diffusers LoRA",
     library="diffusers",
+    usage=PIPELINE.replace("{file}", _NAME),
     own_names=True,
 )

@@ -1,6 +1,6 @@
 """GGUF LoRA for llama.cpp (``--lora adapter.gguf``): what its convert_lora_to_gguf.py writes, from the base's config
-alone. Tensors ``blk.<n>.<layer>.weight.lora_a`` (r, in) and ``.lora_b`` (out, r); alpha = r, so that the scale is 1
-(with own ranks alpha = 0, which means 1 for any rank).
+alone. Tensors ``blk.<n>.<layer>.weight.lora_a`` (r, in) and ``.lora_b`` (out, r); the scale is
+alpha / r (with own ranks alpha = 0, which means 1 for any rank).
 
 Names are those of `lrconvert.formats.gguf_names`. Two things are unlike transformers: some families' rows of queries
 and keys are in another order, and the A of a token embedding is transposed. GPT-2 is right here; llama.cpp's
@@ -17,12 +17,20 @@ from lrconvert.core.dtypes import Array
 from lrconvert.core.errors import ExportError
 from lrconvert.core.wording import spelled
 from lrconvert.formats import gguf_names
-from lrconvert.formats.exporters.base import Exporter, ExportOptions, Files
+from lrconvert.formats.exporters.base import Exporter, ExportOptions, Folder
 from lrconvert.formats.exporters.shared.files import stored
-from lrconvert.formats.exporters.shared.plain import Pair, exclude, module_of, pairs, refuse_extras
+from lrconvert.formats.exporters.shared.plain import (
+    Pair,
+    alpha_of,
+    exclude,
+    factors,
+    module_of,
+    refuse_extras,
+    unscaled,
+)
 from lrconvert.formats.gguf_names import Family
 from lrconvert.formats.model_card import origin
-from lrconvert.lora.adapter import CompactAdapter, Target
+from lrconvert.lora.adapter import Adapter, Target
 from lrconvert.lora.base_names import ties_embeddings
 
 _NAME = "adapter.gguf"
@@ -31,19 +39,21 @@ _TYPES = {"F32": 0, "F16": 1, "BF16": 30}
 _UINT32, _FLOAT32, _STRING = 4, 6, 8  # kinds of metadata
 
 
-def files(compact: CompactAdapter, options: ExportOptions) -> Files:
+def files(adapter: Adapter, options: ExportOptions) -> Folder:
     """Return the GGUF file. Raises E-EXPORT for what llama.cpp has no name for or a family that is not known here,
     E-CONFIG for a base's config without what is needed."""
-    refuse_extras(compact, "GGUF")
+    refuse_extras(adapter, "GGUF")
     family, config = _family(options.base_config)
     tensors: dict[str, Array] = {}
-    for pair in pairs(compact, options):
+    made = factors(adapter, options, unscaled if options.keep_ranks else None)
+    for pair in made.pairs:
         name = _name(pair.target, family, config)
         tensors[f"{name}.weight.lora_a"] = pair.a.T if name == "token_embd" else pair.a
         tensors[f"{name}.weight.lora_b"] = _in_order(pair, name, family, config)
         rank = pair.rank
-    metadata = _metadata(compact, family.id, 0.0 if options.keep_ranks else float(rank))
-    return {_NAME: _gguf(metadata, sorted(tensors.items()), options.dtype)}
+    alpha = 0.0 if options.keep_ranks else float(alpha_of(made.scale, rank))
+    metadata = _metadata(adapter, family.id, alpha)
+    return Folder({_NAME: _gguf(metadata, sorted(tensors.items()), made.dtype)}, made.notes)
 
 
 def _family(config: Mapping[str, Any] | None) -> tuple[Family, Mapping[str, Any]]:
@@ -81,8 +91,8 @@ def _in_order(pair: Pair, name: str, family: Family, config: Mapping[str, Any]) 
 _Value = str | int | float
 
 
-def _metadata(compact: CompactAdapter, family: str, alpha: float) -> dict[str, _Value]:
-    fields, base = compact.provenance.fields, compact.provenance.base_model
+def _metadata(adapter: Adapter, family: str, alpha: float) -> dict[str, _Value]:
+    fields, base = adapter.provenance.fields, adapter.provenance.base_model
     licence = {key: fields[key] for key in ("license", "license_name", "license_link") if fields.get(key)}
     return {
         "general.architecture": family,
@@ -92,7 +102,7 @@ def _metadata(compact: CompactAdapter, family: str, alpha: float) -> dict[str, _
         "adapter.lora.alpha": alpha,
         **{f"general.{key.replace('_', '.')}": text for key, text in licence.items()},
         **({"general.base_model.count": 1, "general.base_model.0.name": base} if base else {}),
-        **{key.replace("_", ".", 1): text for key, text in origin(compact).items()},
+        **{key.replace("_", ".", 1): text for key, text in origin(adapter).items()},
     }
 
 
@@ -135,6 +145,7 @@ EXPORTER = Exporter(
     "a GGUF LoRA for llama.cpp",
     files,
     kind="GGUF LoRA",
+    usage="sh\nllama-cli -m BASE.gguf --lora adapter.gguf",
     consumers=("llamacpp",),
     weights=_NAME,
 )

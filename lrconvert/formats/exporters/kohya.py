@@ -1,6 +1,6 @@
 """kohya (sd-scripts, and the user interfaces that follow it): ``lora_unet_<module>.lora_down.weight`` (r, in),
 ``.lora_up.weight`` (out, r) and ``.alpha``, the dots of the module's name as underscores; ``lora_te_``, or
-``lora_te1_`` and ``lora_te2_``, for text encoders. alpha = r, so that the scale is 1. With own ranks every alpha
+``lora_te1_`` and ``lora_te2_``, for text encoders. The scale is alpha / r. With own ranks every alpha
 is 1 and lora_up is multiplied by its rank instead: diffusers 0.42 scales wrongly where alphas differ.
 
 The UNet's modules have diffusers' names (``lora_unet_down_blocks_...``), as sd-scripts has them for Stable Diffusion 1
@@ -18,21 +18,23 @@ import numpy as np
 
 from lrconvert.core.errors import ExportError
 from lrconvert.formats import unet_names
-from lrconvert.formats.exporters.base import Exporter, ExportOptions, Files
-from lrconvert.formats.exporters.shared.diffusion import TRANSFORMER, UNET, placed
+from lrconvert.formats.exporters.base import Exporter, ExportOptions, Folder
+from lrconvert.formats.exporters.shared.diffusion import PIPELINE, TRANSFORMER, UNET, placed
 from lrconvert.formats.exporters.shared.files import entry, weights_file
-from lrconvert.formats.exporters.shared.plain import Pair, exclude, pairs, refuse_extras, unfolded
-from lrconvert.lora.adapter import CompactAdapter, Target
+from lrconvert.formats.exporters.shared.plain import Pair, alpha_of, exclude, factors, refuse_extras, unfolded
+from lrconvert.lora.adapter import Adapter, Target
 
+_NAME = "lora.safetensors"
 _LAYOUT = "kohya's layout"
 _CONTEXT = (".attn2.to_k", ".attn2.to_v")
 _SDXL_CONTEXT = 2048
 
 
-def files(compact: CompactAdapter, options: ExportOptions) -> Files:
+def files(adapter: Adapter, options: ExportOptions) -> Folder:
     """Return the file of weights. Raises E-EXPORT for what the layout has no name for."""
-    refuse_extras(compact, _LAYOUT)
-    layers = [(*placed(pair.target, _LAYOUT), pair) for pair in pairs(compact, options)]
+    refuse_extras(adapter, _LAYOUT)
+    made = factors(adapter, options, _of_alpha_one if options.keep_ranks else None)
+    layers = [(*placed(pair.target, _LAYOUT), pair) for pair in made.pairs]
     components = {component for component, _, _ in layers}
     originals = _originals(layers, options)
     tensors, owners = [], dict[str, str]()
@@ -45,15 +47,18 @@ def files(compact: CompactAdapter, options: ExportOptions) -> Files:
             raise ExportError(what, fix=exclude())
         owners[name] = pair.target.name
         down, up = unfolded(pair, _LAYOUT)
-        alpha = 1 if options.keep_ranks else pair.rank
-        tensors.append(entry(f"{name}.lora_down.weight", options.dtype, down))
-        tensors.append(entry(f"{name}.lora_up.weight", options.dtype, up.astype(np.float64) * (pair.rank / alpha)))
-        tensors.append(entry(f"{name}.alpha", "F32", np.full((), alpha, np.float32)))
+        tensors.append(entry(f"{name}.lora_down.weight", made.dtype, down))
+        tensors.append(entry(f"{name}.lora_up.weight", made.dtype, up))
+        tensors.append(entry(f"{name}.alpha", "F32", np.full((), alpha_of(pair.scale, pair.rank), np.float32)))
     ranks = {pair.rank for _, _, pair in layers}
     dim = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
-    alphas = "1" if options.keep_ranks else dim
-    notes = {"ss_network_module": "networks.lora", "ss_network_dim": dim, "ss_network_alpha": alphas}
-    return {"lora.safetensors": weights_file(tensors, compact, **notes)}
+    alphas = sorted({float(alpha_of(pair.scale, pair.rank)) for _, _, pair in layers})
+    notes = {"ss_network_module": "networks.lora", "ss_network_dim": dim, "ss_network_alpha": f"{alphas[0]:g}"}
+    return Folder({_NAME: weights_file(tensors, adapter, **notes)}, made.notes)
+
+
+def _of_alpha_one(pair: Pair) -> float:
+    return 1 / pair.rank
 
 
 def _originals(layers: Sequence[tuple[str, str, Pair]], options: ExportOptions) -> Mapping[str, str] | None:
@@ -88,5 +93,6 @@ EXPORTER = Exporter(
     files,
     kind="kohya LoRA",
     library="diffusers",
+    usage=PIPELINE.replace("{file}", _NAME),
     own_names=True,
 )

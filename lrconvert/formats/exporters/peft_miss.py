@@ -13,14 +13,14 @@ import numpy as np
 
 from lrconvert.core.dtypes import Array, round_to
 from lrconvert.core.errors import ExportError
-from lrconvert.core.wording import spelled
 from lrconvert.formats.exporters.base import Exporter, ExportOptions, Files
 from lrconvert.formats.exporters.shared import peft
 from lrconvert.formats.exporters.shared.files import json_file
 from lrconvert.formats.exporters.shared.peft_extras import place
+from lrconvert.formats.exporters.shared.plain import exclude
 from lrconvert.formats.model_card import sidecar
 from lrconvert.formats.readers.peft.names import PREFIX
-from lrconvert.lora.adapter import CompactAdapter, Target
+from lrconvert.lora.adapter import Adapter, CompactAdapter, Target
 from lrconvert.methods import base as methods
 from lrconvert.methods.bone import METHOD
 from lrconvert.methods.bone.bat import blocks_of
@@ -43,9 +43,7 @@ def _blocks(compact: CompactAdapter, config: Config) -> dict[str, tuple[Target, 
             shape = max(config.ranks), config.columns(which, target)
             if config.variant == "bat" and math.gcd(*target.matrix_shape) % shape[0]:
                 what = f"PEFT would put a Bat of rank {shape[0]} on {target.name!r} {target.matrix_shape}, too"
-                raise ExportError(
-                    f"{what}, which it does not divide", fix=f"convert again with {spelled('exclude', ...)} for it"
-                )
+                raise ExportError(f"{what}, which it does not divide", fix=exclude())
             blocks[_linear(target)] = target, np.zeros(shape, np.float32)
     return blocks
 
@@ -54,9 +52,9 @@ def _linear(target: Target) -> str:
     return peft.linear_module(target, _LAYOUT, target.view.kind == "matrix")
 
 
-def files(compact: CompactAdapter, options: ExportOptions) -> Files:
+def files(adapter: Adapter, options: ExportOptions) -> Files:
     """Return the configuration, the blocks, and the shapes of layers. Raises E-EXPORT for what PEFT cannot express."""
-    peft.check_method(compact, "bone")
+    compact = peft.of_method(adapter, "bone", _LAYOUT)
     config: Config = compact.config
     features = {
         "shards along outputs": any(config.turned),
@@ -66,10 +64,11 @@ def files(compact: CompactAdapter, options: ExportOptions) -> Files:
     blocks = _blocks(compact, config)
     placed = place(compact, blocks.keys(), "MiSS_only")
     tensors = list(placed.entries)
+    dtype = options.dtype or "F32"
     for module, (_, block) in blocks.items():
         stored = blocks_of(block) if config.variant == "bat" else block
-        data = round_to(np.ascontiguousarray(stored), options.dtype).tobytes()
-        tensors.append((f"{PREFIX}{module}.miss_block", options.dtype, stored.shape, data))
+        data = round_to(np.ascontiguousarray(stored), dtype).tobytes()
+        tensors.append((f"{PREFIX}{module}.miss_block", dtype, stored.shape, data))
     settings = {
         **peft.base_settings(compact, list(blocks)),
         **placed.config,
@@ -87,4 +86,6 @@ def files(compact: CompactAdapter, options: ExportOptions) -> Files:
     return {**peft.folder(compact, settings, tensors), "lrconvert.json": json_file(notes)}
 
 
-EXPORTER = Exporter("peft-miss", "a PEFT MiSS folder", files, kind="MiSS", library="peft", consumers=("peft",))
+EXPORTER = Exporter(
+    "peft-miss", "a PEFT MiSS folder", files, kind="MiSS", library="peft", usage=peft.USAGE, consumers=("peft",)
+)

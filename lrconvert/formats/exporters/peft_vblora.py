@@ -19,7 +19,7 @@ from lrconvert.formats.exporters.shared import peft
 from lrconvert.formats.exporters.shared.files import Entry
 from lrconvert.formats.exporters.shared.peft_extras import place
 from lrconvert.formats.readers.peft.names import PREFIX
-from lrconvert.lora.adapter import CompactAdapter, Target
+from lrconvert.lora.adapter import Adapter, CompactAdapter, Target
 from lrconvert.methods import base as methods
 from lrconvert.methods.vblora.form import Config, Form
 
@@ -57,10 +57,10 @@ def _weights(compact: CompactAdapter, form: Form) -> Array:
     return np.concatenate([first, small[:, :-1]], axis=1).astype(np.float32)
 
 
-def files(compact: CompactAdapter, options: ExportOptions) -> Files:
+def files(adapter: Adapter, options: ExportOptions) -> Files:
     """Return the configuration, the bank and the codes. Raises E-EXPORT for what PEFT cannot express, and for another
     `--dtype`."""
-    peft.check_method(compact, "vblora")
+    compact = peft.of_method(adapter, "vblora", _LAYOUT)
     config: Config = compact.config
     features = {
         "gains": config.form.gains,
@@ -69,7 +69,7 @@ def files(compact: CompactAdapter, options: ExportOptions) -> Files:
         "targets of different ranks": len(set(config.ranks)) > 1,
     }
     peft.check_form(compact, _LAYOUT, features, "vblora")
-    if options.dtype != "F32":
+    if options.dtype not in (None, "F32"):
         raise ExportError("PEFT cannot load a VB-LoRA file below fp32", fix=f"leave {spelled('dtype')} out")
     form, rank = config.form, config.ranks[0]
     modules = [_linear(compact, target) for target in compact.targets]
@@ -110,4 +110,6 @@ def _codes(compact: CompactAdapter, modules: list[str], form: Form, rank: int) -
                 yield f"{PREFIX}{module}.vblora_logits_{half}_topk_{suffix}", dtype, block.shape, block.tobytes()
 
 
-EXPORTER = Exporter("peft-vblora", "a PEFT VB-LoRA folder, top-k weights", files, kind="VB-LoRA", library="peft")
+EXPORTER = Exporter(
+    "peft-vblora", "a PEFT VB-LoRA folder, top-k weights", files, kind="VB-LoRA", library="peft", usage=peft.USAGE
+)

@@ -12,6 +12,7 @@ from lrconvert.core.errors import FingerprintError, LrcError
 from lrconvert.formats.lrc import file
 from lrconvert.io.checkpoint import open_checkpoint
 from lrconvert.lora.adapter import CompactAdapter
+from lrconvert.methods import base as methods
 
 LEVELS = ("structure", "semantics", "values", "base")
 
@@ -62,7 +63,7 @@ def validate(path: Path, base: Path | None = None) -> Validation:
             report("base", error.at(path))
     summary = {}
     if compact is not None:
-        summary = {"method": compact.method, "targets": len(compact.targets), "bytes": path.stat().st_size}
+        summary = {"method": methods.form(compact)[0], "targets": len(compact.targets), "bytes": path.stat().st_size}
     return Validation(str(path), tuple(findings), summary)
 
 

@@ -24,6 +24,7 @@ from lrconvert.core.wording import spelled
 from lrconvert.formats.readers.shared import folders, kinds
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.formats.readers.shared.weights import open_weights
+from lrconvert.io import mistaken
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 
 _FOLDER = "lrconvert.formats.readers"
@@ -80,14 +81,17 @@ def load(path: Path, options: ReadOptions | None = None) -> LoraAdapter | Compac
             return _read(reader, path, options)
     single = folders.only_file(path)
     if single is not None:
-        return _load_file(single, options)
+        try:
+            return _load_file(single, options)
+        except UnknownLayoutError:
+            raise (_unknown(path) if mistaken.is_model(path) else _unknown(single)) from None
     inner = folders.inner_folders(path)
     if len(inner) == 1:
         adapter = load(inner[0], options)
         if isinstance(adapter, CompactAdapter):
             return adapter
         return replace(adapter, warnings=(*adapter.warnings, f"read from the folder {inner[0].name!r:.80} inside"))
-    several = inner or folders.weight_files(path)
+    several = [] if mistaken.is_model(path) else inner or folders.weight_files(path)
     if several:
         names = ", ".join(repr(entry.name) for entry in several)
         raise ConfigError(f"the folder holds {len(several)} adapters: {names:.400}", fix="give one of them", path=path)
@@ -136,6 +140,9 @@ def _load_file(path: Path, options: ReadOptions) -> LoraAdapter | CompactAdapter
     raise _unknown(path)
 
 
-def _unknown(path: Path) -> UnknownLayoutError:
+def _unknown(path: Path) -> LrcError:
+    mistake = mistaken.for_adapter(path)
+    if mistake is not None:
+        return mistake
     titles = "; ".join(reader.title for reader in all_readers())
     return UnknownLayoutError("no known adapter layout", fix=f"known: {titles}", path=path)

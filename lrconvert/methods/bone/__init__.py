@@ -151,6 +151,11 @@ class Bone(Method):
             tiles = xp.from_numpy(tiles).to(block.device, block.dtype)
         return (block, tiles.T) if config.turned[which] else (tiles, block.T)
 
+    def form(self, config: Config) -> tuple[str, str]:
+        return (
+            ("bat", "Bat: one block times the base's own blocks") if config.variant == "bat" else super().form(config)
+        )
+
     def needs_base(self, config: Config) -> bool:
         return config.variant == "bat"
 

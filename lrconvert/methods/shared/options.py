@@ -32,5 +32,6 @@ def within(budget: Budget, smallest: Config) -> Config:
     """Return `smallest`, the config of the smallest possible file. Raise E-BUDGET if even that file is too large."""
     size = budget.size(smallest)
     if size > budget.limit:
-        raise BudgetError(f"{budget.limit} bytes cannot be reached; the smallest possible file has {size} bytes")
+        what = f"{budget.limit} bytes cannot be reached; the smallest possible file has {size} bytes"
+        raise BudgetError(what, smallest=size)
     return smallest

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from lrconvert.core.errors import DataError, FileReadError
 from lrconvert.report.html.labels import SIZE, Box, Label, boxed
@@ -145,7 +146,7 @@ def read_curves(path: Path) -> list[Curve]:
         event = _event(line)
         if event.get("event") == "start" and _is_number(event.get("base")) and event["base"] > 0:
             runs.append([(0, 1 - event["before"] / event["base"])] if _is_number(event.get("before")) else [])
-        elif event.get("event") == "held-out" and runs and _is_number(event.get("closed")):
+        elif event.get("event") == "held-out" and runs and all(map(_is_number, map(event.get, ("step", "closed")))):
             runs[-1].append((int(event["step"]), float(event["closed"])))
     if not runs:
         raise DataError("is no log of a refinement", fix="give a file that refine --log wrote", path=path)
@@ -153,7 +154,7 @@ def read_curves(path: Path) -> list[Curve]:
     return [Curve(name, tuple(points)) for name, points in zip(names, runs, strict=True) if points]
 
 
-def _event(line: str) -> dict[str, float]:
+def _event(line: str) -> dict[str, Any]:
     try:
         event = json.loads(line)
     except ValueError:  # the last line of a run that was broken off

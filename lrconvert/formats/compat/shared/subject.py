@@ -18,6 +18,7 @@ from lrconvert.formats.readers import base as readers
 from lrconvert.formats.readers.gguf.file import GgufFile
 from lrconvert.formats.readers.peft.patterns import check_work, compile_pattern
 from lrconvert.formats.readers.shared.options import ReadOptions
+from lrconvert.io import mistaken
 from lrconvert.io.checkpoint import INDEX_NAME, SINGLE_NAME, open_checkpoint
 from lrconvert.io.container import ContainerFile, TensorInfo, read_json
 
@@ -220,10 +221,14 @@ def _layout_by_names(subject: Subject) -> str | None:
 
 
 def _subject_at(path: Path, base: dict[str, Any]) -> Subject:
+    if mistaken.is_model(path):
+        raise mistaken.for_adapter(path) or AssertionError
     if path.is_dir():
         return _subject_in_folder(path, base)
     if not path.exists():
         raise UnknownLayoutError("there is no such file or folder", path=path)
+    if (mistake := mistaken.for_adapter(path)) is not None and not path.name.endswith(".safetensors"):
+        raise mistake
     if file.is_lrconvert(path):
         return Subject("lrconvert", **base)
     if path.name in (PEFT_WEIGHTS, MLX_WEIGHTS, *PEFT_PICKLES) and (path.parent / CONFIG_NAME).exists():
@@ -263,6 +268,7 @@ def _subject_in_folder(path: Path, base: dict[str, Any]) -> Subject:
 
 
 def _base_facts(base: Path) -> dict[str, Any]:
+    mistaken.check_base(base)
     config = read_json(base / "config.json")
     modules: frozenset[str] = frozenset()
     # A quantized base stores other tensors under other names.

@@ -14,7 +14,7 @@ from lrconvert.formats.exporters.shared.peft import is_embedding
 from lrconvert.formats.exporters.shared.plain import Pair, module_of, unfolded
 from lrconvert.formats.readers.peft.experts import ORDER
 from lrconvert.formats.readers.peft.names import BASE_LAYER, PREFIX
-from lrconvert.lora.adapter import CompactAdapter, Target
+from lrconvert.lora.adapter import Adapter, Target
 
 _EXPERTS = ("expert", "expert_transposed")
 
@@ -30,15 +30,15 @@ class Layer:
     factors: dict[str, Array]
 
 
-def is_parameter(compact: CompactAdapter, target: Target) -> bool:
+def is_parameter(adapter: Adapter, target: Target) -> bool:
     """Return True for what PEFT adapts as a parameter: a stack of experts, what the source named so, and whatever is no
     module's weight."""
-    listed = [n for n in compact.provenance.fields.get("target_parameters", "").split(",") if n]
+    listed = [n for n in adapter.provenance.fields.get("target_parameters", "").split(",") if n]
     alone = not target.name.endswith(".weight") or any(f".{target.name}".endswith(f".{n}") for n in listed)
     return target.view.kind in _EXPERTS or (target.view.kind == "matrix" and alone)
 
 
-def adapted_layers(compact: CompactAdapter, pairs: Iterable[Pair], rank: Callable[[int], int]) -> list[Layer]:
+def adapted_layers(adapter: Adapter, pairs: Iterable[Pair], rank: Callable[[int], int]) -> list[Layer]:
     """Return every target with its factors as PEFT stores them, padded with zeros to ``rank(their own rank)``.
 
     Raises E-EXPORT for slices of fused layers and convolutions in groups.
@@ -46,10 +46,10 @@ def adapted_layers(compact: CompactAdapter, pairs: Iterable[Pair], rank: Callabl
     layers: list[Layer] = []
     parameters: dict[str, list[Pair]] = {}
     for pair in pairs:
-        if is_parameter(compact, pair.target):
+        if is_parameter(adapter, pair.target):
             parameters.setdefault(pair.target.name, []).append(pair)
         else:
-            layers.append(_layer(pair.padded(rank(pair.rank)), is_embedding(compact, pair.target)))
+            layers.append(_layer(pair.padded(rank(pair.rank)), is_embedding(adapter, pair.target)))
     return [*layers, *_wrapped(parameters, rank)]
 
 

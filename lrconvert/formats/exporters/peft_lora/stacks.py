@@ -14,12 +14,12 @@ from lrconvert.core.wording import spelled
 from lrconvert.formats.exporters.shared.plain import Pair
 from lrconvert.formats.readers.peft.experts import says_transposed
 from lrconvert.lora import class_names
-from lrconvert.lora.adapter import CompactAdapter, View
+from lrconvert.lora.adapter import Adapter, View
 
 _KINDS = {"expert": False, "expert_transposed": True}
 
 
-def as_peft_stacks(compact: CompactAdapter, pairs: Iterable[Pair], config: Mapping[str, Any] | None) -> list[Pair]:
+def as_peft_stacks(adapter: Adapter, pairs: Iterable[Pair], config: Mapping[str, Any] | None) -> list[Pair]:
     """Return the pairs, those of experts as today's PEFT reads them of the base with this config.json, or of that which
     the file notes.
 
@@ -31,7 +31,7 @@ def as_peft_stacks(compact: CompactAdapter, pairs: Iterable[Pair], config: Mappi
     stacks = {pair.target.name for pair in listed if pair.target.view.kind in _KINDS}
     if not stacks:
         return listed
-    base_class = compact.provenance.fields.get("base_model_class", "")
+    base_class = adapter.provenance.fields.get("base_model_class", "")
     known = next(iter(class_names.classes(config)), None) if config is not None else None
     if known is not None:
         transposed = {name: name in known.transposed for name in stacks}

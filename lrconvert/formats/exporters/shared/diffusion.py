@@ -5,10 +5,16 @@ from __future__ import annotations
 import re
 
 from lrconvert.core.errors import ExportError
+from lrconvert.formats.base_class import renamed_by as renamed
 from lrconvert.formats.exporters.shared.plain import module_of
-from lrconvert.lora.adapter import Target
+from lrconvert.lora.adapter import Adapter, Target
 
 UNET, TRANSFORMER = "unet", "transformer"
+PIPELINE = """python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{base}")
+pipeline.load_lora_weights("{adapter}", weight_name="{file}")"""
 # The first module of a name inside a component, as diffusers calls them.
 _UNET = re.compile(
     r"(?:conv_in|conv_out|time_embedding|add_embedding|class_embedding|encoder_hid_proj|down_blocks|mid_block"
@@ -43,6 +49,20 @@ def placed(target: Target, layout: str) -> tuple[str, str]:
         f"{target.name!r:.120} is no layer of a UNet, a text encoder or a diffusion transformer that {layout} names",
         fix="export to peft-lora; names of diffusion models begin with unet., transformer. or text_encoder.",
     )
+
+
+def of_one_model(adapter: Adapter, layout: str) -> tuple[Adapter, str]:
+    """Return an adapter of a pipeline's only adapted model with the names inside that model, and the model's name; what
+    is of no pipeline as it is, and "". Raises E-EXPORT for an adapter of several models."""
+    parts = {target.name.partition(".")[::2] for target in adapter.shapes()}
+    models = {first for first, rest in parts if first in _ROOTS and _ROOTS[first].match(rest)}
+    if not models:
+        return adapter, ""
+    if len({first for first, _ in parts}) > 1:
+        what = f"the adapter changes {', '.join(sorted(first for first in {first for first, _ in parts}))}"
+        raise ExportError(f"{what}; {layout} is for one model", fix="export to diffusers or kohya")
+    model = models.pop()
+    return renamed(adapter, lambda name: name.removeprefix(f"{model}.")), model
 
 
 def _with_text_model(component: str, module: str) -> str:

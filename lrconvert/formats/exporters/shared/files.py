@@ -13,7 +13,7 @@ from lrconvert.core.errors import ExportError
 from lrconvert.core.wording import spelled
 from lrconvert.formats.model_card import origin
 from lrconvert.io.container import encode_header
-from lrconvert.lora.adapter import CompactAdapter
+from lrconvert.lora.adapter import Adapter
 
 Entry = tuple[str, str, tuple[int, ...], bytes]  # name, dtype, shape, data
 
@@ -23,11 +23,11 @@ def json_file(value: Any) -> list[bytes]:
     return [(json.dumps(value, indent=2, sort_keys=True) + "\n").encode()]
 
 
-def weights_file(tensors: Iterable[Entry], compact: CompactAdapter, **notes: str) -> Iterator[bytes]:
+def weights_file(tensors: Iterable[Entry], adapter: Adapter, **notes: str) -> Iterator[bytes]:
     """Yield a safetensors file of sorted tensors in pieces; its metadata are `notes`, and where the factors come
     from."""
     entries = sorted(tensors)
-    metadata = {"format": "pt", **origin(compact), **notes}
+    metadata = {"format": "pt", **origin(adapter), **notes}
     yield encode_header([(name, dtype, shape) for name, dtype, shape, _ in entries], metadata)
     for *_, data in entries:
         yield data

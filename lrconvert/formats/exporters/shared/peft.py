@@ -11,19 +11,25 @@ from lrconvert.core.wording import either, spelled
 from lrconvert.formats.exporters.base import Files
 from lrconvert.formats.exporters.shared.files import Entry, json_file, weights_file
 from lrconvert.formats.exporters.shared.plain import module_of
-from lrconvert.lora.adapter import CompactAdapter, Target
+from lrconvert.lora.adapter import Adapter, CompactAdapter, LoraAdapter, Target
 
+USAGE = """python
+from peft import PeftModel
+from transformers import {auto_class}
+
+base = {auto_class}.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "{adapter}")"""
 _EMBEDDING = re.compile(r"embed|^wte$|^wpe$")
 
 
-def folder(compact: CompactAdapter, settings: dict[str, Any], tensors: Iterable[Entry]) -> Files:
+def folder(adapter: Adapter, settings: dict[str, Any], tensors: Iterable[Entry]) -> Files:
     """Return the two files of a PEFT folder."""
-    return {"adapter_config.json": json_file(settings), "adapter_model.safetensors": weights_file(tensors, compact)}
+    return {"adapter_config.json": json_file(settings), "adapter_model.safetensors": weights_file(tensors, adapter)}
 
 
-def base_settings(compact: CompactAdapter, modules: Sequence[str]) -> dict[str, Any]:
+def base_settings(adapter: Adapter, modules: Sequence[str]) -> dict[str, Any]:
     """Return the fields that every PEFT configuration has."""
-    provenance = compact.provenance
+    provenance = adapter.provenance
     return {
         "base_model_name_or_path": provenance.base_model or None,
         "revision": provenance.revision or None,
@@ -41,33 +47,41 @@ def endings(name: str) -> Iterator[str]:
     return (".".join(parts[n:]) for n in range(1, len(parts)))
 
 
-def is_embedding(compact: CompactAdapter, target: Target) -> bool:
+def is_embedding(adapter: Adapter, target: Target) -> bool:
     """Return True for an embedding: the source says so, or its name does; stored transposed may be a Conv1D too."""
     module = target.name.removesuffix(".weight")
-    listed = module in compact.provenance.fields.get("embeddings", "").split(",")
+    listed = module in adapter.provenance.fields.get("embeddings", "").split(",")
     return target.view.kind == "transposed" and (listed or _EMBEDDING.search(module.rpartition(".")[2]) is not None)
 
 
 # --- compact forms --------------------------------------------------------------------------------------------------
 
 
-def check_method(compact: CompactAdapter, method: str) -> None:
-    """Raise E-EXPORT for an adapter of another method."""
-    if compact.method != method:
-        raise ExportError(f"the file holds a {compact.method} adapter, not {method}", fix="export it to peft-lora")
+def of_method(adapter: Adapter, method: str, layout: str) -> CompactAdapter:
+    """Return the adapter if it is of this method. Raises E-EXPORT for any other."""
+    if isinstance(adapter, LoraAdapter):
+        fix = f"convert it with {_compatible(method)}, or export to peft-lora"
+        raise ExportError(f"{layout} is a form of its own, and this is a plain LoRA", fix=fix)
+    if adapter.method != method:
+        raise ExportError(f"the file holds a {adapter.method} adapter, not {method}", fix="export it to peft-lora")
+    return adapter
 
 
-def check_form(compact: CompactAdapter, layout: str, features: Mapping[str, bool], method: str) -> None:
+def _compatible(method: str) -> str:
+    """How a form that PEFT has is made."""
+    return either(f"convert(..., {method!r}, peft_compatible=True)", f"`lora-to-{method} --peft-compatible`")
+
+
+def check_form(adapter: Adapter, layout: str, features: Mapping[str, bool], method: str) -> None:
     """Raise E-EXPORT for parts of an update beside the form, and for `features` that it has and `layout` has not;
     `method` makes one without."""
-    beside = [e.name for e in compact.extras if e.use != "replace"]
+    beside = [e.name for e in adapter.extras if e.use != "replace"]
     if beside:
         what = f"{layout} has no place for a part of the update: {beside[0]!r}"
         raise ExportError(what, fix="export to peft-lora")
     present = [feature for feature, is_present in features.items() if is_present]
     if present:
-        again = either(f"convert(..., {method!r}, peft_compatible=True)", f"`lora-to-{method} --peft-compatible`")
-        fix = f"convert again with {again}, or export to peft-lora"
+        fix = f"convert again with {_compatible(method)}, or export to peft-lora"
         raise ExportError(f"{layout} has no {', no '.join(present)}", fix=fix)
 
 
@@ -76,6 +90,6 @@ def linear_module(target: Target, layout: str, is_linear: bool) -> str:
     if not is_linear:
         raise ExportError(
             f"{target.name!r} ({target.view.text}) is no linear layer; {layout} has these only",
-            fix=f"export to peft-lora, or convert again with {spelled('exclude', ...)} for these targets",
+            fix=f"export to peft-lora, or convert it with {spelled('exclude', ...)} for these targets",
         )
     return module_of(target, layout)

@@ -13,7 +13,7 @@ from lrconvert.core.errors import ExportError
 from lrconvert.formats.exporters.shared.files import Entry
 from lrconvert.formats.exporters.shared.plain import exclude
 from lrconvert.formats.readers.peft.names import BASE_LAYER, PREFIX
-from lrconvert.lora.adapter import CompactAdapter, ExtraTensor
+from lrconvert.lora.adapter import Adapter, ExtraTensor
 
 # Parts of an update beside its factors, as PEFT calls them.
 _PARTS = {
@@ -31,17 +31,17 @@ class Placed:
     config: dict[str, Any] = field(default_factory=dict)
 
 
-def place(compact: CompactAdapter, adapted: Collection[str], only: str = "lora_only") -> Placed:
-    """Return the extras of `compact` under PEFT's names. `adapted` are the modules that have an update, `only` is what
+def place(adapter: Adapter, adapted: Collection[str], only: str = "lora_only") -> Placed:
+    """Return the extras of `adapter` under PEFT's names. `adapted` are the modules that have an update, `only` is what
     PEFT's option `bias` calls their biases. Raises E-EXPORT for what has no place."""
-    _check_owners(compact.extras, adapted)
-    whole = [e for e in compact.extras if e.use == "replace"]
+    _check_owners(adapter.extras, adapted)
+    whole = [e for e in adapter.extras if e.use == "replace"]
     biases = [e for e in whole if _is_bias(e, whole)]
     kept = [e for e in whole if e not in biases and f"{BASE_LAYER}." not in e.name]
     entries = [(PREFIX + e.name, e.dtype, e.shape, e.data) for e in whole if e not in biases]
     entries += [(PREFIX + _bias_name(e, adapted), e.dtype, e.shape, e.data) for e in biases]
-    entries += list(_parts(compact.extras))
-    saved = saved_modules(compact, kept)
+    entries += list(_parts(adapter.extras))
+    saved = saved_modules(adapter, kept)
     both = next((module for module in sorted(adapted) if _placed(module, saved)), "")
     if both:
         raise ExportError(
@@ -52,7 +52,7 @@ def place(compact: CompactAdapter, adapted: Collection[str], only: str = "lora_o
     if biases:
         own = all(owner(e.name) in adapted for e in biases)
         config["bias"] = only if own else "all"
-    rows = [e for e in compact.extras if e.use == "row_indices"]
+    rows = [e for e in adapter.extras if e.use == "row_indices"]
     if rows:
         config["trainable_token_indices"] = {
             owner(e.name): np.frombuffer(e.data, STORAGE[e.dtype]).tolist() for e in rows
@@ -98,13 +98,13 @@ def _bias_name(extra: ExtraTensor, adapted: Collection[str]) -> str:
     return f"{module}{BASE_LAYER if module in adapted else ''}.bias"
 
 
-def saved_modules(compact: CompactAdapter, extras: Iterable[ExtraTensor]) -> list[str]:
+def saved_modules(adapter: Adapter, extras: Iterable[ExtraTensor]) -> list[str]:
     """Return the modules_to_save that place these extras: the source's own list if it does, else the extras'
     modules."""
     owners = sorted({e.name.rpartition(".")[0] for e in extras})
     if "" in owners:
         raise ExportError("an extra tensor belongs to no module, PEFT cannot place it")
-    listed = [m for m in compact.provenance.fields.get("modules_to_save", "").split(",") if m]
+    listed = [m for m in adapter.provenance.fields.get("modules_to_save", "").split(",") if m]
     return listed if owners and all(_placed(owner, listed) for owner in owners) else owners
 
 

@@ -17,6 +17,7 @@ from lrconvert.core.errors import BaseError, DependencyError, FileKindError
 from lrconvert.core.limits import MAX_INDEX_BYTES
 from lrconvert.core.wording import spelled
 from lrconvert.formats.readers.shared.options import ReadOptions
+from lrconvert.io import mistaken
 from lrconvert.io.checkpoint import INDEX_NAME, PIPELINE_NAME, SINGLE_NAME, open_checkpoint
 from lrconvert.io.container import ContainerFile, read_json
 from lrconvert.lora import renamings
@@ -139,6 +140,7 @@ def base_component(options: ReadOptions, names: Sequence[str] = ()) -> Component
 def base_names(root: Path) -> BaseNames:
     """Return the models in a folder, by headers and configurations. Raises E-IO-KIND, E-BASE and the errors of broken
     files."""
+    mistaken.check_base(root)
     if not root.is_dir():
         raise FileKindError("is not a model folder", fix="give the folder that holds config.json", path=root)
     if not (root / PIPELINE_NAME).is_file():
