@@ -28,7 +28,7 @@ from lrconvert.core.errors import ArgumentError, LrcError, OptionError
 from lrconvert.core.options import described, take
 from lrconvert.formats import fidelity as fidelity_report
 from lrconvert.formats import loading
-from lrconvert.formats.fidelity import Fidelity
+from lrconvert.formats.fidelity import Comparison
 from lrconvert.formats.lrc.file import is_lrconvert
 from lrconvert.live.options import CompareOptions, StatisticsOptions
 from lrconvert.lora import statistics_file
@@ -50,7 +50,7 @@ def compare(
     data: AnyPath | Sequence[AnyPath] | Iterable[Mapping[str, Any]] | None = None,
     progress: Progress | None = None,
     **more: Any,
-) -> list[Fidelity]:
+) -> Comparison:
     """Measure lrconvert files, compact adapters or results of verbs, one or several, against the LoRA they came from:
     captured energy per target and in total, bytes, ratio.
 
@@ -88,13 +88,13 @@ def compare(
             raise (error.at(item) if isinstance(item, (str, PathLike)) else error) from None
     named = not isinstance(source, LoraAdapter)  # the base may have been for names alone
     if data is None and (base is None or named or any(methods.needs_base(compact) for compact in compacts)):
-        return rows
+        return Comparison(rows)
     if model is None or data is None:
         raise OptionError("base and data go together", fix="give both")
     from lrconvert.live import statistics as measuring
 
     measured = measuring.measured(lora, compacts, model, data, chosen, progress)
-    return [measured.added_to(fidelity, n) for n, fidelity in enumerate(rows)]
+    return Comparison(measured.added_to(fidelity, n) for n, fidelity in enumerate(rows))
 
 
 def _check_order(source: AnyLora, items: Sequence[AnyCompact]) -> None:

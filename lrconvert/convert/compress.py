@@ -16,6 +16,7 @@ from lrconvert.convert.convert import Conversion, PreparedSource, Progress, conv
 from lrconvert.convert.options import CompressOptions, ConvertOptions
 from lrconvert.convert.strength import strength_without_data
 from lrconvert.core.errors import BudgetError, LrcError, OptionError
+from lrconvert.core.notebook import html_table
 from lrconvert.core.wording import spelled
 from lrconvert.formats.fidelity import Answers, Fidelity
 from lrconvert.io.checkpoint import KnownContent, is_without_weights, open_checkpoint
@@ -88,6 +89,22 @@ class Compression:
 
     def __repr__(self) -> str:
         return f"<Compression: the best of {len(self.candidates)} is {self.chosen!r}>"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: a row for each form, the winner's marked."""
+        rows: list[tuple[object, ...]] = []
+        for number, candidate in enumerate(self.candidates):
+            made, chosen = candidate.conversion, "chosen" if number == self.winner else ""
+            if made is None or made.fidelity is None:
+                rows.append((candidate.method, "", "", "" if candidate.refused is None else candidate.refused.what, ""))
+                continue
+            closed = "" if candidate.after is None else f"{candidate.after.closed:.1%}"
+            size = f"{made.sizes.adapter:,}"
+            rows.append((candidate.method, size, f"{candidate.captured:.4f}", closed, chosen))
+        chosen_size = f"{self.chosen.sizes.adapter:,} bytes, {self.chosen.ratio:.1f} times smaller"
+        caption = f"Compression: {self.chosen.compact.method}, {chosen_size}"
+        head = ("form", "bytes", "captured", "of the answers' distance closed", "")
+        return html_table(caption, head, rows, [*([self.note] if self.note else []), *self.chosen.notes])
 
     @property
     def compact(self) -> CompactAdapter:

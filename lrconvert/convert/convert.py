@@ -17,6 +17,7 @@ from lrconvert.core import dtypes
 from lrconvert.core.devices import resolved, torch_device
 from lrconvert.core.errors import BudgetError, EmptyAdapterError, FingerprintError, OptionError
 from lrconvert.core.limits import OWN
+from lrconvert.core.notebook import html_table
 from lrconvert.core.options import make
 from lrconvert.core.wording import spelled
 from lrconvert.formats import base_class, config_shapes
@@ -57,6 +58,13 @@ class Conversion:
         kept = "" if self.fidelity is None else f", captured {self.fidelity.captured:.4f}"
         size = f"{self.sizes.adapter:,} bytes, {self.ratio:.1f} times smaller"
         return f"<{type(self).__name__}: {self.compact.method}, {size}{kept}>"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        kept = "not fitted" if self.fidelity is None else f"{self.fidelity.captured:.4f}"
+        row = (self.compact.method, f"{self.sizes.adapter:,}", f"{self.ratio:.1f}", kept, len(self.dropped))
+        head = ("form", "bytes", "times smaller", "captured", "modules dropped")
+        return html_table(type(self).__name__, head, [row], [*self.warnings, *self.notes])
 
     @property
     def ratio(self) -> float:

@@ -13,6 +13,7 @@ import numpy as np
 
 from lrconvert.core.dtypes import Array, Stored
 from lrconvert.core.errors import BaseError, EmptyAdapterError, OptionError
+from lrconvert.core.notebook import html_table
 from lrconvert.core.wording import spelled, verb
 from lrconvert.formats.lrc import file
 from lrconvert.io.checkpoint import open_checkpoint
@@ -110,6 +111,10 @@ class Fidelity:
     def __repr__(self) -> str:
         return f"<Fidelity: {self.method}, captured {self.captured:.4f}, {self.adapter_bytes:,} bytes>"
 
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        return Comparison([self])._repr_html_()
+
     @property
     def captured(self) -> float:
         """1 - sum of squared errors / sum of squared norms, over all targets; 0 of a LoRA that changes nothing."""
@@ -164,6 +169,30 @@ class Fidelity:
     def ratio(self) -> float:
         """Source factors at 16 bit over our bytes, extras counted on neither side."""
         return self.source_bytes / self.adapter_bytes
+
+
+class Comparison(list[Fidelity]):
+    """The rows of a comparison, one for each file: a list that a notebook shows as a table."""
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        has_answers = any(row.answers is not None for row in self)
+        head = ["form", "bytes", "times smaller", "captured", "modules dropped"]
+        rows = []
+        for row in self:
+            cells = [row.method, f"{row.adapter_bytes:,}", f"{row.source_bytes / max(1, row.adapter_bytes):.1f}"]
+            cells += [f"{row.captured:.4f}", str(len(row.dropped))]
+            if has_answers:
+                answers = row.answers
+                agreement = answers.agreement if answers is not None else None
+                cells += ["" if answers is None else f"{answers.distance:.4g}"]
+                cells += ["" if answers is None else f"{answers.closed:.1%}"]
+                cells += ["" if agreement is None else f"{agreement:.1%}"]
+            rows.append(cells)
+        if has_answers:
+            head += ["distance from the LoRA", "closed", "agreement"]
+        notes = dict.fromkeys(f"{row.method}: {note}" for row in self for note in (*row.notes, *row.warnings))
+        return html_table("Comparison with the LoRA", head, rows, notes)
 
 
 def dropped_note(names: Sequence[str], count: int) -> str:

@@ -38,6 +38,10 @@ class AttachedAdapter(nn.Module):
                 self._register_factors(n, a, b, dtype)
         self.requires_grad_(trainable)
 
+    def extra_repr(self) -> str:
+        form = "LoRA" if self._form is None else self._form.method
+        return f"{form}, {len(self._own_scales)} targets, scale {self.scale:g}"
+
     def _register_factors(self, n: int, a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
         self.register_parameter(f"A_{n}", nn.Parameter(a.to(dtype)))
         self.register_parameter(f"B_{n}", nn.Parameter(b.to(dtype)))

@@ -45,6 +45,11 @@ class MergeReport:
     can_undo: bool = False
     already_done: bool = False
 
+    def __repr__(self) -> str:
+        done = "dry run" if self.dry_run else "already done" if self.already_done else f"{self.stats.changed:,} changed"
+        undo = "can be undone" if self.can_undo else "without an undo record"
+        return f"<MergeReport: {len(self.tensors)} tensors, {self.total_bytes:,} bytes, {done}, {undo}>"
+
     @property
     def stats(self) -> MergeStats:
         """Elements of all tensors, how many changed, rounding errors."""
@@ -69,6 +74,10 @@ class UnmergeReport:
     verified: bool
     warnings: tuple[str, ...] = ()
     already_done: bool = False
+
+    def __repr__(self) -> str:
+        verified = "verified" if self.verified else "not verified"
+        return f"<UnmergeReport: {len(self.restored)} tensors restored, {verified}, {self.remaining} merges left>"
 
     @property
     def total_bytes(self) -> int:
@@ -95,6 +104,10 @@ class VerifyReport:
     differences: tuple[Difference, ...]
     warnings: tuple[str, ...] = ()
     hint: str = ""
+
+    def __repr__(self) -> str:
+        found = "equal to the bit" if self.ok else f"{len(self.differences)} differ"
+        return f"<VerifyReport: {self.tensors} tensors, {self.recomputed} computed again, {found}>"
 
     @property
     def ok(self) -> bool:

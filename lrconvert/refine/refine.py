@@ -11,6 +11,7 @@ from torch import nn
 
 from lrconvert.core.devices import resolved
 from lrconvert.core.errors import FingerprintError, OptionError, OutputExistsError
+from lrconvert.core.notebook import html_table
 from lrconvert.core.wording import spelled
 from lrconvert.formats import fidelity
 from lrconvert.formats.fidelity import Answers
@@ -39,6 +40,21 @@ class Refinement(RefineResult):
     leads: bool
     sizes: file.Sizes
     source_bytes: int
+
+    def __repr__(self) -> str:
+        size = f"{self.sizes.adapter:,} bytes, {self.ratio:.1f} times smaller"
+        closed = f"{self.before.closed:.1%} to {self.after.closed:.1%} of the distance closed"
+        return f"<Refinement: {self.compact.method}, {size}, {closed}>"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the answers before and after."""
+        rows = []
+        for name, answers in (("before", self.before), ("after", self.after)):
+            agreement = "" if answers.agreement is None else f"{answers.agreement:.1%}"
+            rows.append((name, f"{answers.distance:.4g}", f"{answers.closed:.1%}", agreement))
+        caption = f"Refinement: {self.compact.method}, {self.sizes.adapter:,} bytes, {self.steps} steps"
+        head = ("", f"{self.before.kind} from the LoRA", "closed", "agreement")
+        return html_table(caption, head, rows, self.warnings)
 
     @property
     def ratio(self) -> float:

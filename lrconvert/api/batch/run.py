@@ -63,6 +63,10 @@ class Batch:
     counts: Mapping[State, int]
     notes: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{count} {state}" for state, count in sorted(self.counts.items()))
+        return f"<Batch: {counts or 'no adapters'}>"
+
     @property
     def ok(self) -> bool:
         return not self.count("failed")

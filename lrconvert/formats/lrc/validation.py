@@ -34,6 +34,10 @@ class Validation:
     findings: tuple[Finding, ...]
     summary: dict[str, Any]
 
+    def __repr__(self) -> str:
+        found = "valid" if self.ok else "; ".join(finding.code for finding in self.findings)
+        return f"<Validation: {Path(self.path).name}, {found}>"
+
     @property
     def ok(self) -> bool:
         return not self.findings
