@@ -1,4 +1,4 @@
-"""The command line and Python have the same defaults: what a command passes on of itself is what the verb takes anyway."""
+"""The command line and Python have the same defaults: a command adds nothing to what the verb takes anyway."""
 
 from __future__ import annotations
 
@@ -80,9 +80,7 @@ def test_a_command_adds_no_default_of_its_own(command: str, tmp_path: Path, monk
             strange = {key: v for key, v in value.items() if key not in given and v not in default_of(key)}
             assert strange == {}
         elif parameter.default is not parameter.empty and name not in given | {"progress"}:
-            assert value == parameter.default, (
-                f"{command} passes {name}={value!r}, and the default is {parameter.default}"
-            )
+            assert value == parameter.default, f"{command} passes {name}={value!r}, not {parameter.default!r}"
 
 
 def test_every_command_is_looked_at() -> None:

@@ -1,4 +1,4 @@
-"""Python as people expect it: wrong arguments are refused in one line of ours, names are found, results show themselves."""
+"""Python as people expect it: wrong arguments are refused in one line, names are found, results show themselves."""
 
 from __future__ import annotations
 
