@@ -298,7 +298,7 @@ class ContainerFile(OpenFile):
     def load(self, info: TensorInfo) -> Stored:
         """Read a tensor with its stored bits."""
         buffer = np.empty(info.nbytes, np.uint8)  # not filled with zeros first, as a bytearray is
-        self.read_into(info, 0, memoryview(buffer))
+        self.read_into(info, 0, buffer.data)
         return Stored(info.dtype, buffer.view(STORAGE[info.dtype]).reshape(info.shape))
 
     def chunks(self, info: TensorInfo) -> Iterator[memoryview]:
