@@ -43,6 +43,16 @@ SMALLER = (
 )
 
 
+UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "block_out_channels": [320, 640, 1280, 1280],
+    "cross_attention_dim": 768,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "layers_per_block": 2,
+}
+
+
 def blocks(page: str, *languages: str) -> list[tuple[str, str]]:
     return [(language, text) for language, text in BLOCK.findall(page) if language in languages]
 
@@ -54,14 +64,14 @@ def commands(block: str) -> list[str]:
 
 
 def kohya_file() -> bytes:
+    """A LoRA on two layers of a UNet."""
     rng = np.random.default_rng(0)
-    modules = [
-        "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
-        "mid_block.attentions.0.transformer_blocks.0.ff.net.2",
-    ]
+    block = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
     pairs = [
-        layouts.Known(name, *(rng.standard_normal(shape).astype("<f4") for shape in ((4, 64), (64, 4))), alpha=4.0)
-        for name in modules
+        layouts.Known(
+            f"{block}.{name}", *(rng.standard_normal(shape).astype("<f4") for shape in ((4, 320), (320, 4))), alpha=4.0
+        )
+        for name in ("to_q", "to_v")
     ]
     (data,) = layouts.kohya(pairs).values()
     return data
@@ -77,6 +87,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(ADAPTERS / "bert-classifier", tmp_path / "my-classifier")
     shutil.copytree(BASES / "tiny-bert", tmp_path / "encoder")
     (tmp_path / "style.safetensors").write_bytes(kohya_file())
+    (tmp_path / "pipeline" / "unet").mkdir(parents=True)
+    (tmp_path / "pipeline" / "unet" / "config.json").write_text(json.dumps(UNET))
     for name in ("texts", "other-texts"):
         lines = (json.dumps({"text": f"{name} {n}: a line."}) for n in range(9))
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))

@@ -34,8 +34,14 @@ the system message. **Defaults of lrconvert are tuned on E2E and TREC only; SST-
 Run: `python benchmarks/evidence.py --base BASE`{held}, one thread; this page: `--render`.
 {machine}, shared with other work. Commits of the package: {commits}.
 
-Aims on the test tasks, lower bounds of the refined: {aims}.
-A cell that is in no table was not run; nothing is said of it.
+A cell that is in no table was not run; nothing is said of it. With "(40 texts)" beside it a row was measured on so many.
+
+## Aims
+
+Low rank, refined by half of the LoRA's own steps: the lower bounds of the intervals on the test tasks beside what was
+aimed at.
+
+{aims}
 """
 
 
@@ -60,12 +66,24 @@ def page(done: Rows, encoder: str = "Not run.") -> str:
         * bool(held),
         machine="; ".join(sorted({row["machine"] for row in shown.values()})) or "Nothing was run",
         commits=", ".join(sorted({f"`{row['commit']}`" for row in shown.values()})) or "none",
-        aims="; ".join(
-            f"{kl} % of the KL and {gain} % of the gain at {share:g} %" for share, (kl, gain) in AIMS.items()
-        ),
+        aims=_aims(shown),
     )
     sections = [part for name in TASKS for part in _section(name, shown)]
     return "\n".join([head, *sections, _ENCODER, encoder]).rstrip() + "\n"
+
+
+def _aims(shown: Rows) -> str:
+    """Return the table of lower bounds, of KL closed and of the gain, beside the aims."""
+    names = [name for name, task in TASKS.items() if task.purpose == "test"]
+    rows = []
+    for share, aims in AIMS.items():
+        row = [f"{share:g} %"]
+        for measure, aim in zip(("closed", "gain"), aims, strict=True):
+            cells_of = [shown.get(f"{name}, {share:g}%, lowrank, refined", {}) for name in names]
+            row += [f"{aim}%", *(f"{cell[measure][1]:.1%}" if measure in cell else "not run" for cell in cells_of)]
+        rows.append(row)
+    short = [_short(name) for name in names]
+    return cells.markdown(["size", "KL closed, aim", *short, "gain, aim", *short], rows)
 
 
 def _short(name: str) -> str:
@@ -100,17 +118,17 @@ def _section(name: str, done: Rows) -> list[str]:
     title = f"## {task.title} ({'for testing' if task.purpose == 'test' else 'for tuning'})\n"
     if not own:
         return [title, "Not run.\n"]
-    measured = next((row for row in own if "closed" in row), None)
-    about = ""
+    measured = max((row for row in own if "closed" in row), key=lambda row: row["texts"], default=None)
+    about, texts = "", 0
     if measured is not None:
-        base, goal, _ = measured["scores"]
+        (base, goal, _), texts = measured["scores"], measured["texts"]
         about = (
             f"{measured['texts']} texts held out, {measured['items']:,} tokens of answers; {task.score_name} of the "
             f"base {_score(task.score_name, base)}, with the LoRA {_score(task.score_name, goal)}; the base's first "
             f"choice is the LoRA's at {measured['base_agreement']:.1%}, their KL is {measured['base_kl']:.3f} nats.\n"
         )
     head = ["size, form", "bytes", "bits a component", "KL closed", "agreement", task.score_name, "gain"]
-    return [title, about, cells.markdown(head, [_row(task.score_name, row) for row in own]) + "\n"]
+    return [title, about, cells.markdown(head, [_row(task.score_name, row, texts) for row in own]) + "\n"]
 
 
 def _place(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -118,7 +136,7 @@ def _place(row: dict[str, Any]) -> tuple[Any, ...]:
     return (-setting["share"], setting["mode"] != "refit", -row.get("closed", [-9.0])[0], setting["seed"])
 
 
-def _row(score_name: str, row: dict[str, Any]) -> list[str]:
+def _row(score_name: str, row: dict[str, Any], texts: int) -> list[str]:
     setting = row["setting"]
     steps = f" with {setting['steps']} steps" if setting["mode"] == "refined" else ""
     seed = f", seed {setting['seed']}" if setting["seed"] else ""
@@ -126,6 +144,8 @@ def _row(score_name: str, row: dict[str, Any]) -> list[str]:
     title = f"{setting['share']:g} %, {setting['form']}{strength}, {setting['mode']}{steps}{seed}"
     if "closed" not in row:
         return [title, "too small", "", "", "", "", ""]
+    if row["texts"] != texts:
+        title += f" ({row['texts']} texts)"
     closed, gain = (_interval(row[name]) for name in ("closed", "gain"))
     shown = [f"{row['bytes']:,}", f"{row['bits_per_component']:.1f}", closed, f"{row['agreement'][0]:.1%}"]
     return [title, *shown, _score(score_name, row["scores"][2]), gain]

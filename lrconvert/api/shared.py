@@ -6,6 +6,7 @@ target_ratio=50)`` is ``convert(lora, "lowrank", ConvertOptions(target_ratio=50)
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, MutableMapping
 from difflib import get_close_matches
 from os import PathLike, fspath
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 from lrconvert.core.errors import ArgumentError, OptionError, UnknownLayoutError
+from lrconvert.core.notices import Notice
 from lrconvert.core.options import described, make, names, refuse_unknown
 from lrconvert.core.wording import either
 from lrconvert.formats import loading
@@ -148,7 +150,10 @@ def _other(value: object, name: str, expected: str, fix: str = "") -> ArgumentEr
 
 
 def silent(fraction: float, text: str) -> None:
-    """Report nothing: the progress callback of a caller who wants none."""
+    """Report nothing: the progress callback of a caller who wants none. What data had to leave out is a Python warning
+    there."""
+    if isinstance(text, Notice) and text.is_warning:
+        warnings.warn(text, stacklevel=2)
 
 
 def take_reading(keywords: MutableMapping[str, Any], base: Any = None) -> ReadOptions:

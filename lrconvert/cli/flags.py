@@ -78,7 +78,10 @@ ADAPTER, BASE, CONFIG = HubPath("adapter"), HubPath("base"), HubPath("config")
 DOWNLOAD = click.Option(
     ["--download"], is_flag=True, help="Fetch hub ids (org/name, org/name@revision) that are not here from the hub."
 )
-DATA_HELP = "Texts: .txt (running text) or .jsonl (`text`; `prompt` and `completion`; `text` and `label`); repeatable."
+DATA_HELP = (
+    "What trainers take: .txt, .jsonl, .json, .csv, .tsv, .parquet, a folder, or a data set in the Hugging Face cache; "
+    "rows of `messages`, `prompt` and `completion`, Alpaca, ShareGPT, or `text` (docs/guides/data.md). Repeatable."
+)
 
 
 def output(help: str, required: bool = True) -> click.Option:

@@ -37,8 +37,8 @@ def about(source: Path, files: Sequence[Path], given: Mapping[str, Any], logs: S
     from lrconvert.lora import svd
     from lrconvert.report import html
 
-    base, data = given.get("base"), given.get("data") or ()
-    lora = api.load_lora(source, base=base, **given["reading"])
+    base, data = given["reading"].get("base"), given.get("data") or ()
+    lora = api.load_lora(source, **given["reading"])
     spectra = [
         (pair.target.name, tuple(map(float, values)))
         for pair, values in zip(lora.targets, svd.spectra(lora.targets), strict=True)

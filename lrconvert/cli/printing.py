@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from lrconvert.core.errors import printable
+from lrconvert.core.notices import Notice
 
 SCHEMA_VERSION = 1
 _LINE_SECONDS = 30  # between lines of progress
@@ -48,7 +49,7 @@ def warn(warnings: Iterable[str]) -> None:
 def progress_bar(title: str, quiet: bool) -> Iterator[Callable[[float, str], None]]:
     """A progress callback drawn by tqdm on stderr; without a terminal a line every half minute; silent when quiet."""
     if quiet:
-        yield lambda fraction, text: None
+        yield lambda fraction, text: _notice(text, warnings_only=True)
         return
     if not sys.stderr.isatty():
         yield _progress_lines(title)
@@ -58,6 +59,10 @@ def progress_bar(title: str, quiet: bool) -> Iterator[Callable[[float, str], Non
     with tqdm(total=100, desc=title, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
 
         def update(fraction: float, text: str) -> None:
+            if isinstance(text, Notice):
+                bar.clear()
+                _notice(text)
+                return
             bar.set_postfix_str(printable(text)[-40:], refresh=False)
             bar.update(min(int(100 * fraction), 100) - bar.n)
 
@@ -70,6 +75,9 @@ def _progress_lines(title: str) -> Callable[[float, str], None]:
 
     def update(fraction: float, text: str) -> None:
         nonlocal last
+        if isinstance(text, Notice):
+            _notice(text)
+            return
         now = time.monotonic()
         if now - last < _LINE_SECONDS:
             return
@@ -78,6 +86,16 @@ def _progress_lines(title: str) -> Callable[[float, str], None]:
         say(f"{title}: {fraction:.0%} after {_duration(now - start)}{left}; {printable(text)}", err=True)
 
     return update
+
+
+def _notice(text: str, warnings_only: bool = False) -> None:
+    """Print a notice, as a warning if it is one where nothing else is printed."""
+    if not isinstance(text, Notice):
+        return
+    if not warnings_only:
+        say(printable(text, 2000), err=True)
+    elif text.is_warning:
+        warn([text])
 
 
 def _duration(seconds: float) -> str:

@@ -51,21 +51,22 @@ def validate(files: tuple[Path, ...], base: Path | None, as_json: bool) -> None:
 
 def _inside(sources: Sequence[Path]) -> list[Path]:
     """The files that are meant: those of ours in a folder. Raises E-LAYOUT for a folder without any."""
-    from lrconvert.formats.lrc import file
-    from lrconvert.lora import statistics_file
-
     meant: list[Path] = []
     for source in sources:
-        if not source.is_dir():
-            meant.append(source)
-            continue
-        every = sorted(path for path in source.rglob("*") if path.is_file() and not path.is_symlink())
-        own = [p for p in every if p.suffix == ".lrc" or file.is_lrconvert(p) or statistics_file.is_statistics(p)]
+        own = _own(source) if source.is_dir() else [source]
         if not own:
             fix = "`lrconvert inspect` shows adapters of other tools"
             raise UnknownLayoutError("holds no lrconvert file and no input statistics", fix=fix, path=source)
         meant += own
     return meant
+
+
+def _own(folder: Path) -> list[Path]:
+    from lrconvert.formats.lrc import file
+    from lrconvert.lora import statistics_file  # not loaded for what is most often validated
+
+    every = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return [p for p in every if p.suffix == ".lrc" or file.is_lrconvert(p) or statistics_file.is_statistics(p)]
 
 
 @flags.command(

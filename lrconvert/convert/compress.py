@@ -254,7 +254,9 @@ def _winner(candidates: Sequence[Candidate], min_captured: float | None) -> int:
         if not any(isinstance(error, BudgetError) for error in errors):
             raise errors[0]
         reasons = [f"{c.method}: {c.refused.what}" for c in candidates if c.refused is not None]
-        raise BudgetError(f"no form can be that small: {'; '.join(reasons)}")
+        small = [error for error in errors if isinstance(error, BudgetError) and error.smallest]
+        fix = min(small, key=lambda error: error.smallest).fix if small else ""
+        raise BudgetError(f"no form can be that small: {'; '.join(reasons)}", fix=fix)
     return max(made, key=lambda n: (candidates[n].score, -candidates[n].nbytes))
 
 

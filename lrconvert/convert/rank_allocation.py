@@ -318,6 +318,7 @@ def allocate(
         from lrconvert.convert import ablation
         from lrconvert.live import statistics
         from lrconvert.live.load_model import load_model
+        from lrconvert.live.texts import Packing
 
         assert data is not None
         live = model
@@ -326,7 +327,8 @@ def allocate(
             progress(0.0, "loading the base")
             live = load_model(options.base, options.device)
         texts = allocate_options
-        batches = statistics.batches(live, options.base, data, texts.length, texts.batch_tokens, texts.max_tokens)
+        packing = Packing("", texts.length, texts.batch_tokens, texts.max_tokens, answers=True)
+        batches = statistics.batches(live, options.base, data, packing, progress)
         return ablation.on_trial(live, whole, batches)
 
     def choosing(share: float, text: str) -> None:

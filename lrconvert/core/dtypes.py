@@ -6,7 +6,7 @@ stored array keeps its bits (`Stored`), decodes exactly, and `round_to` rounds o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -86,10 +86,10 @@ class Stored:
         """Return true if all numbers of a float dtype are zero, by their bits."""
         return not any((part & 0x7FFF if self.dtype == "BF16" else part).any() for part in self._parts())
 
-    def _parts(self) -> Iterator[Array]:
-        """Yield the numbers some at a time, so that what is made of them stays in the cache."""
+    def _parts(self) -> Sequence[Array]:
+        """The numbers some at a time, so that what is made of them stays in the cache."""
         flat = self.array.reshape(-1)
-        return (flat[start : start + _CHUNK] for start in range(0, flat.size, _CHUNK))
+        return [flat[start : start + _CHUNK] for start in range(0, flat.size, _CHUNK)]
 
     def __eq__(self, other: object) -> bool:
         return (

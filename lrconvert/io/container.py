@@ -298,12 +298,15 @@ class ContainerFile(OpenFile):
     def load(self, info: TensorInfo) -> Stored:
         """Read a tensor with its stored bits."""
         buffer = np.empty(info.nbytes, np.uint8)  # not filled with zeros first, as a bytearray is
-        self.read_into(info, 0, memoryview(buffer))
+        self.read_into(info, 0, buffer.data)
         return Stored(info.dtype, buffer.view(STORAGE[info.dtype]).reshape(info.shape))
 
     def chunks(self, info: TensorInfo) -> Iterator[memoryview]:
         """Yield the bytes of a tensor in pieces, each valid until the next."""
-        buffer = memoryview(bytearray(min(info.nbytes, _PIECE)))
+        if info.nbytes <= _PIECE:
+            yield memoryview(self.read(info))
+            return
+        buffer = memoryview(bytearray(_PIECE))
         for offset in range(0, info.nbytes, _PIECE):
             piece = buffer[: info.nbytes - offset]
             self.read_into(info, offset, piece)
@@ -333,11 +336,8 @@ def carries(path: Path, key: str, limits: Limits = FOREIGN) -> bool:
 def tensor_hasher(name: str, dtype: str, shape: Sequence[int]) -> hashlib._Hash:
     """Return a sha256 that has seen name, dtype and shape (each after its length, 8 bytes little endian) and
     is to be given the raw bytes of the tensor."""
-    digest = hashlib.sha256()
-    for part in (name.encode(), dtype.encode(), b"".join(n.to_bytes(8, "little") for n in shape)):
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    return digest
+    parts = name.encode(), dtype.encode(), b"".join(n.to_bytes(8, "little") for n in shape)
+    return hashlib.sha256(b"".join(len(part).to_bytes(8, "little") + part for part in parts))
 
 
 def tensor_digest(name: str, dtype: str, shape: Sequence[int], chunks: Iterable[bytes | bytearray | memoryview]) -> str:

@@ -114,7 +114,7 @@ def read(kind: type[T], value: Any, what: str) -> T:
 def reader(kind: type[T]) -> Callable[[Any, str], T]:
     """Return `read` for one kind, for many values."""
     form: Any = kind
-    return _reader(form, False)  # type: ignore[no-any-return]
+    return _reader(form, False)
 
 
 def read_config(kind: type[T], value: Any) -> T:

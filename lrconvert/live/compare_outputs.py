@@ -24,7 +24,8 @@ from lrconvert.live.adapted_layer import AdaptedLayer, dense_update, dense_weigh
 from lrconvert.live.answers import AnswerSums, Outputs, answer_of, masked_rows
 from lrconvert.live.attached_adapter import Update
 from lrconvert.live.layer_inputs import Batch, masks_of, on_device, rows_of, token_count
-from lrconvert.live.load_model import evaluating, is_encoder_decoder
+from lrconvert.live.load_model import evaluating, is_encoder_decoder, kind_of
+from lrconvert.live.texts import IGNORED
 from lrconvert.live.watch import first_input
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 from lrconvert.methods import base as methods
@@ -94,11 +95,28 @@ def measure(
 
 
 def _outputs(model: nn.Module, batch: Batch) -> Outputs:
-    value, are_logits = answer_of(model(**batch))
+    counted = _answered(model, batch)
+    # A decoder's own loss is not needed; an encoder-decoder reads what it is to write from its labels.
+    given = batch if counted is None else {name: value for name, value in batch.items() if name != "labels"}
+    value, are_logits = answer_of(model(**given))
     mask = batch.get("attention_mask")
     if is_encoder_decoder(model) and batch.get("labels") is not None:
-        mask = batch["labels"] != -100
-    return Outputs(masked_rows(value, (mask,)), are_logits)
+        mask = batch["labels"] != IGNORED
+    return Outputs(masked_rows(value, (mask if counted is None else counted,)), are_logits)
+
+
+def _answered(model: nn.Module, batch: Batch) -> Tensor | None:
+    """The places of a decoder whose next token counts, (batch, length), as `refine` has them; None if its labels leave
+    out no real token, or there are none."""
+    labels, ids, mask = (batch.get(name) for name in ("labels", "input_ids", "attention_mask"))
+    if labels is None or ids is None or labels.shape != ids.shape or kind_of(model) != "decoder":
+        return None
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    if not bool((real & (labels == IGNORED)).any()):
+        return None
+    counted = torch.zeros_like(real)
+    counted[:, :-1] = (labels[:, 1:] != IGNORED) & real[:, 1:]
+    return counted
 
 
 # --- layers ---------------------------------------------------------------------------------------------------------

@@ -103,6 +103,12 @@ def families_of(model: nn.Module) -> tuple[str, ...]:
     return tuple(dict.fromkeys(renamings.families(config.to_dict() if hasattr(config, "to_dict") else {})))
 
 
+def classes_of(model: nn.Module) -> dict[str, int]:
+    """Return the numbers of the classes that a model's configuration names (`label2id`)."""
+    config: Any = getattr(model, "config", None)
+    return {str(name): int(n) for name, n in (getattr(config, "label2id", None) or {}).items()}
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model in evaluation mode; afterwards the modules that were in training mode are so again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def statistics(
         with open_checkpoint(where, quantized=True) as checkpoint:
             content = checkpoint.content_digest()
     model = load_model.load_model(base, options.device) if isinstance(base, Path) else base
-    inputs = batches(model, where, data, options.length, options.batch_tokens, options.max_tokens)
+    inputs = batches(model, where, data, _packing(options), progress)
     measured = collect_statistics.collect(
         model,
         inputs,
@@ -73,7 +74,7 @@ def measured(
     progress(0.0, "loading the base")
     where = base if isinstance(base, Path) else None
     model = load_model.load_model(base, options.device) if isinstance(base, Path) else base
-    inputs = batches(model, where, data, options.length, options.batch_tokens, options.max_tokens)
+    inputs = batches(model, where, data, _packing(options, answers=True), progress)
     return compare_outputs.measure(model, lora, compacts, inputs, _counting(inputs, progress))
 
 
@@ -90,22 +91,24 @@ def _counting(batches: Any, progress: Progress) -> Callable[[int], None]:
     return count
 
 
-def are_paths(data: Any) -> bool:
-    """Return whether data is a sequence of paths, not of model inputs."""
-    return isinstance(data, Sequence) and bool(data) and all(isinstance(path, (str, PathLike)) for path in data)
+def _packing(options: StatisticsOptions | CompareOptions, answers: bool = False) -> texts.Packing:
+    return texts.Packing("", options.length, options.batch_tokens, options.max_tokens, answers)
 
 
 def batches(
-    model: nn.Module, base: Path | None, data: Data, length: int, batch_tokens: int, max_tokens: int
+    model: nn.Module, base: Path | None, data: Data, packing: texts.Packing, progress: Progress
 ) -> list[dict[str, Any]] | Iterable[Mapping[str, Any]]:
-    """Return the model inputs of `data`: files are read with the base's own tokenizer. Raises E-DATA."""
-    paths: Any = [data] if isinstance(data, (str, PathLike)) else data
-    if not are_paths(paths):
-        return paths  # type: ignore[no-any-return]
+    """Return the model inputs of `data`: texts are read with the base's own tokenizer, and put into the form of
+    `packing` but for the kind of the model and what it can read. `progress` is told what was read. Raises E-DATA."""
+    written, model_inputs = texts.open_texts(data)
+    if written is None:
+        return model_inputs  # type: ignore[no-any-return]
     tokenizer = load_model.tokenizer_of(model, base)
-    length = load_model.longest_input(model, tokenizer, length)
-    packing = texts.Packing(load_model.kind_of(model), length, batch_tokens, max_tokens)
-    return texts.batches(texts.read([Path(path) for path in paths]), tokenizer, packing)
+    length = load_model.longest_input(model, tokenizer, packing.length)
+    packing = replace(packing, kind=load_model.kind_of(model), length=length)
+    packed = texts.batches(written.texts, tokenizer, packing, written.tally)
+    progress(0.0, written.tally.notice())
+    return packed
 
 
 def wanted(

@@ -1,8 +1,8 @@
 """Data of a refinement: texts or model inputs, split into a part to train on and one that is held out.
 
 A decoder reads running text in blocks of equal length; examples are batched with others of about their length, so that
-little is padding. Of prompt and completion only the completion counts. Which batches come when is a pure function of
-the seed and the epoch, so that a run can be resumed anywhere.
+little is padding. Of prompt and completion only the completion counts, of a conversation the assistant's turns. Which
+batches come when is a pure function of the seed and the epoch, so that a run can be resumed anywhere.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from lrconvert.core.errors import DataError
 from lrconvert.core.wording import spelled
 from lrconvert.live.layer_inputs import add_digest
-from lrconvert.live.texts import IGNORED, Example, Text, cut, padded, tokenize
+from lrconvert.live.texts import IGNORED, Conversation, Example, Tally, Text, cut, padded, tokenize
 from lrconvert.refine.losses import Batch
 
 _HELD_OUT_SHARE = 0.1
@@ -31,13 +32,12 @@ _WINDOW = 16  # batches whose examples are sorted by length together
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """Examples of one `kind` of model, or batches of `model_inputs`. `left_out`: texts with nothing to learn from."""
+    """Examples of one `kind` of model, or batches of `model_inputs`."""
 
     kind: str
     examples: tuple[Example, ...] = ()
     model_inputs: tuple[Mapping[str, Any], ...] = ()
     pad: int = 0
-    left_out: int = 0
 
     def __len__(self) -> int:
         return len(self.examples) or len(self.model_inputs)
@@ -94,6 +94,8 @@ class Pool:
             label = -1 if example.label is None else example.label
             head = (len(example.ids), example.prompt, len(example.target), label)
             hasher.update(np.array([*head, *example.ids, *example.target], "<i8").tobytes())
+            if example.answers:
+                hasher.update(np.array([-2, len(example.answers), *chain(*example.answers)], "<i8").tobytes())
         for batch in self.model_inputs:
             add_digest(hasher, batch)
         return hasher.hexdigest()
@@ -105,8 +107,8 @@ def _padded(examples: Sequence[Example], kind: str, pad: int) -> dict[str, Tenso
         batch["attention_mask"] = padded([[1] * len(e.ids) for e in examples], 0)
     if kind == "encoder-decoder":
         batch["labels"] = padded([e.target for e in examples], IGNORED)
-    elif kind == "decoder" and any(e.prompt for e in examples):
-        batch["labels"] = padded([[*[IGNORED] * e.prompt, *e.ids[e.prompt :]] for e in examples], IGNORED)
+    elif kind == "decoder" and any(e.is_masked for e in examples):
+        batch["labels"] = padded([e.labels for e in examples], IGNORED)
     elif kind == "encoder" and any(e.label is not None for e in examples):
         batch["labels"] = torch.tensor([IGNORED if e.label is None else e.label for e in examples])
     return batch
@@ -136,18 +138,22 @@ def as_batch(kind: str, model_inputs: Mapping[str, Any]) -> Batch:
 
 
 def tokenized(
-    texts: Iterable[Text], tokenizer: Any, kind: str, length: int, max_tokens: int, classes: Mapping[str, int]
+    texts: Iterable[Text | Conversation],
+    tokenizer: Any,
+    kind: str,
+    length: int,
+    max_tokens: int,
+    classes: Mapping[str, int],
+    tally: Tally | None = None,
 ) -> Pool:
     """Return texts in tokens; `classes` numbers the labels. Texts whose prompt leaves no room for what follows it are
-    left out, and counted. Raises E-DATA if there is none."""
-    running, single = tokenize(texts, tokenizer, kind, length, max_tokens, classes)
+    left out, and counted in `tally`. Raises E-DATA if there is none."""
+    running, kept = tokenize(texts, tokenizer, kind, length, max_tokens, classes, tally, answers_only=True)
     blocks = [tuple(running[at : at + length]) for at in range(0, len(running), length)]
-    kept = [example for example in single if len(example.ids) > example.prompt]
     kept += [Example(block) for block in blocks if len(block) > 1]
     if not kept:
         raise DataError("the data has no token to learn from", fix=f"is every text longer than {spelled('length')}?")
-    left_out = sum(len(example.ids) <= example.prompt for example in single)
-    return Pool(kind, tuple(kept), pad=tokenizer.pad_token_id or 0, left_out=left_out)
+    return Pool(kind, tuple(kept), pad=tokenizer.pad_token_id or 0)
 
 
 # --- splitting ------------------------------------------------------------------------------------------------------
@@ -155,20 +161,11 @@ def tokenized(
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """The data to train on, the data that is held out, the digest of both, and the number of texts left out."""
+    """The data to train on, the data that is held out, and the digest of both."""
 
     train: Pool
     held_out: Pool
     digest: str
-    left_out: int = 0
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """A warning if texts were left out."""
-        if not self.left_out:
-            return ()
-        texts = f"{self.left_out} of {self.left_out + len(self.train) + len(self.held_out)} texts"
-        return (f"{texts} have a prompt as long as {spelled('length')} and were left out: give a larger one",)
 
 
 def split(pool: Pool, seed: int, path: Path | None = None) -> Split:
@@ -195,4 +192,4 @@ def split(pool: Pool, seed: int, path: Path | None = None) -> Split:
         tokens += sum(len(pool.examples[n].ids) for n in order[at]) if pool.examples else 0
         at += 1
     train = sorted(n for group in order[at:] for n in group)
-    return Split(pool.subset(train), pool.subset(sorted(held_out)), pool.digest(), pool.left_out)
+    return Split(pool.subset(train), pool.subset(sorted(held_out)), pool.digest())

@@ -117,7 +117,7 @@ def refinement(
     done = replace(
         result,
         compact=compact,
-        warnings=(*warnings, *session.split.warnings, *result.warnings, *note_warnings(compact)),
+        warnings=(*warnings, *result.warnings, *note_warnings(compact)),
     )
     return Refinement(
         **vars(done),

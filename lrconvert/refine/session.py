@@ -3,10 +3,9 @@ distance of the base without updates from the teacher's answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from lrconvert.core.errors import DataError, OptionError
 from lrconvert.core.wording import spelled
 from lrconvert.live import attach, load_model, texts, zero_point
 from lrconvert.live.answers import AnswerSums
-from lrconvert.live.statistics import are_paths
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 from lrconvert.refine import self_generated_data
 from lrconvert.refine.attached_student import NAME
@@ -72,8 +70,8 @@ def open_session(
     model = load_model.load_model(base, run.device, four_bit=run.load_in_4bit) if isinstance(base, Path) else base
     adapters = {TEACHER: teacher, ZERO: zero_point.without_updates(teacher, student)}
     with _prepared(model, adapters, settings, processes or Processes()) as teacher_model:
-        source = next(iter(_paths(data) or ()), None)
-        parts = split(_pool(teacher_model, where, data, settings, progress), settings.seed, source)
+        pool, source = _pool(teacher_model, where, data, settings, progress)
+        parts = split(pool, settings.seed, source)
         if settings.task_loss and _is_unlabelled(parts.train):
             what = "the task's loss needs labels, and the data has none"
             raise DataError(what, fix=f"give labels, or leave out {spelled('task_loss')}", path=source)
@@ -142,16 +140,18 @@ def _set_gradient_checkpointing(model: nn.Module, on: bool) -> None:
 # --- data -----------------------------------------------------------------------------------------------------------
 
 
-def _pool(teacher_model: TeacherModel, base: Path | None, data: Any, settings: Settings, progress: Progress) -> Pool:
-    """All the data. Raises E-DATA."""
+def _pool(
+    teacher_model: TeacherModel, base: Path | None, data: Any, settings: Settings, progress: Progress
+) -> tuple[Pool, Path | None]:
+    """All the data, and the file that it begins in. Raises E-DATA."""
     model = teacher_model.model
     kind = load_model.kind_of(model)
-    paths = _paths(data)
-    if data is not None and paths is None:
-        batches = tuple(dict(batch) for batch in data)
+    written, model_inputs = texts.open_texts(data)
+    if written is None and data is not None:
+        batches = tuple(dict(batch) for batch in model_inputs)
         if not batches:
             raise DataError("the data is empty")
-        return Pool(kind, model_inputs=batches)
+        return Pool(kind, model_inputs=batches), None
     if data is None and kind != "decoder":
         raise DataError(
             f"an {kind} cannot write texts of its own",
@@ -159,11 +159,12 @@ def _pool(teacher_model: TeacherModel, base: Path | None, data: Any, settings: S
         )
     tokenizer = load_model.tokenizer_of(model, base)
     length = load_model.longest_input(model, tokenizer, settings.length)
-    if paths is not None:
-        config: Any = getattr(model, "config", None)
-        classes = {str(name): int(n) for name, n in (getattr(config, "label2id", None) or {}).items()}
-        read = _labelled(paths, classes) if settings.task_loss and kind == "encoder" else texts.read(paths)
-        return tokenized(read, tokenizer, kind, length, settings.max_tokens, classes)
+    if written is not None:
+        classes = load_model.classes_of(model)
+        read = _labelled(written.texts, classes) if settings.task_loss and kind == "encoder" else written.texts
+        pool = tokenized(read, tokenizer, kind, length, settings.max_tokens, classes, written.tally)
+        progress(0.0, written.tally.notice())
+        return pool, written.path
     teacher_model.activate(TEACHER)
     with teacher_model.computing():
         rows = self_generated_data.sample(
@@ -175,27 +176,24 @@ def _pool(teacher_model: TeacherModel, base: Path | None, data: Any, settings: S
             seed=settings.seed,
             progress=progress,
         )
-    return Pool(kind, tuple(rows), pad=tokenizer.pad_token_id or 0)
+    return Pool(kind, tuple(rows), pad=tokenizer.pad_token_id or 0), None
 
 
-def _paths(data: Any) -> list[Path] | None:
-    """The files that `data` names; None if it is something else."""
-    paths: Any = [data] if isinstance(data, (str, PathLike)) else data
-    return [Path(path) for path in paths] if paths is not None and are_paths(paths) else None
+_Example = texts.Text | texts.Conversation
 
 
-def _labelled(paths: Sequence[Path], classes: Mapping[str, int]) -> Iterator[texts.Text]:
-    """Yield the texts of files. Raises E-DATA at a label that is no class of the model."""
-    for path in paths:
-        for text in texts.read([path]):
-            if text.label is not None and texts.class_of(text.label, classes) is None:
-                known = ", ".join(list(classes)[:8]) + (", ..." if len(classes) > 8 else "")
-                raise DataError(
-                    f"the label {text.label!r:.60} is no class of the model, which knows {known or 'none'}",
-                    fix=f"spell labels as the base's config.json does (label2id), or leave out {spelled('task_loss')}",
-                    path=path,
-                )
-            yield text
+def _labelled(read: Iterable[_Example], classes: Mapping[str, int]) -> Iterator[_Example]:
+    """Yield texts. Raises E-DATA at a label that is no class of the model."""
+    for text in read:
+        label = text.label if isinstance(text, texts.Text) else None
+        if label is not None and texts.class_of(label, classes) is None:
+            known = ", ".join(list(classes)[:8]) + (", ..." if len(classes) > 8 else "")
+            raise DataError(
+                f"the label {label!r:.60} is no class of the model, which knows {known or 'none'}",
+                fix=f"spell labels as the base's config.json does (label2id), or leave out {spelled('task_loss')}",
+                path=None if text.place is None else text.place.path,
+            )
+        yield text
 
 
 def _is_unlabelled(pool: Pool) -> bool:

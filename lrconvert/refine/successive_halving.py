@@ -198,6 +198,6 @@ class _SuccessiveHalving:
             compact=compact,
             sizes=file.sizes(compact),
             fidelity=fidelity.fidelity_on(teacher, compact, self.statistics, session.base),
-            warnings=(*conversion.warnings, *session.split.warnings, *result.warnings, *note_warnings(compact)),
+            warnings=(*conversion.warnings, *result.warnings, *note_warnings(compact)),
         )
         return replace(candidate, conversion=refined, before=result.before, after=result.after, steps=result.steps)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from lrconvert.core.errors import printable
-from lrconvert.formats.compat.base import Consumer, Finding
-from lrconvert.formats.lrc.validation import Validation
 from lrconvert.report.tables import relative, table
+
+if TYPE_CHECKING:
+    from lrconvert.formats.compat.base import Consumer, Finding
+    from lrconvert.formats.lrc.validation import Validation
+
+    Checked = tuple[str, Sequence[Finding] | str]  # an adapter, and what was found, or the code of its refusal
 
 _SHOWN = 3  # adapters named beside what was found in several
 
@@ -37,7 +42,6 @@ def validation_totals(results: Sequence[Validation]) -> dict[str, int]:
     }
 
 
-Checked = tuple[str, Sequence[Finding] | str]  # an adapter, and what was found, or the code with which it was refused
 _WORST = ("refuses", "wrong", "warns")
 
 

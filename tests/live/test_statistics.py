@@ -25,7 +25,6 @@ from lrconvert.cli import cli
 from lrconvert.core.errors import DataError, FingerprintError, LrcError, StatisticsError, ValueRangeError
 from lrconvert.io.durable import discard
 from lrconvert.io.strictjson import dump_canonical
-from lrconvert.live import load_model, texts
 from lrconvert.live.collect_statistics import collect
 from lrconvert.live.collector import Collector, Settings
 from lrconvert.live.layer_inputs import patches
@@ -436,60 +435,9 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         statistics_file.read(ADAPTERS / "llama-plain" / "adapter_model.safetensors")
 
 
-# --- texts ----------------------------------------------------------------------------------------------------------
-
-
 def lines(path: Path, *rows: Any) -> Path:
-    path.write_text("\n".join(json.dumps(row) if not isinstance(row, str) else row for row in rows))
+    path.write_text("\n".join(map(json.dumps, rows)))
     return path
-
-
-def test_files_of_texts(tmp_path: Path) -> None:
-    file = lines(tmp_path / "a.jsonl", {"text": "one", "label": 3}, {"prompt": "p", "completion": "c", "id": 1}, "")
-    assert list(texts.read([file])) == [texts.Text("one", label="3"), texts.Text("c", prompt="p")]
-    (tmp_path / "b.txt").write_text("one\n\ntwo\n")
-    assert [t.completion for t in texts.read([tmp_path / "b.txt"])] == ["one\n", "two\n"]
-    wrong = {
-        "no JSON": ("x.jsonl", "{", "line 1 is not JSON"),
-        "no text": ("x.jsonl", '{"a": 1}', "line 1 has neither `text` nor"),
-        "no string": ("x.jsonl", '{"text": 1}', "line 1 holds a text that is no string"),
-        "a list": ("x.jsonl", "[1]", "line 1 has neither"),
-        "kind": ("x.csv", "a,b", "is of no known kind"),
-        "empty": ("x.txt", "\n\n", "holds no text"),
-    }
-    for name, text, why in wrong.values():
-        (tmp_path / name).write_text(text)
-        with pytest.raises(DataError, match=why):
-            list(texts.read([tmp_path / name]))
-    (tmp_path / "x.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match="is not UTF-8"):
-        list(texts.read([tmp_path / "x.txt"]))
-    with pytest.raises(DataError, match="cannot be read"):
-        list(texts.read([tmp_path / "absent.txt"]))
-
-
-def test_batches(tmp_path: Path) -> None:
-    tokenizer = load_model.load_tokenizer(LLAMA)
-    running = [texts.Text(f"line {n}\n", running=True) for n in range(30)]
-    packing = texts.Packing("decoder", length=16, batch_tokens=32)
-    batches = texts.batches(running, tokenizer, packing)
-    stream = torch.cat([b["input_ids"].reshape(-1) for b in batches]).tolist()
-    whole = []
-    for t in running:
-        whole += tokenizer(t.completion, add_special_tokens=not whole)["input_ids"]
-    assert stream == whole and all("attention_mask" not in b for b in batches)
-    assert all(b["input_ids"].shape == (2, 16) for b in batches[:-2])
-    examples = [texts.Text("x" * n, prompt="ab") for n in (3, 9, 1, 5, 20)]
-    for kind in ("decoder", "encoder", "encoder-decoder"):
-        batches = texts.batches(examples, tokenizer, texts.Packing(kind, length=12, batch_tokens=24))
-        assert sum(len(b["input_ids"]) for b in batches) == 5
-        assert max(b["input_ids"].numel() for b in batches) <= 24
-        assert ("labels" in batches[0]) == (kind == "encoder-decoder")
-        assert all(b["attention_mask"].sum(1).diff().ge(0).all() for b in batches)
-    few = texts.batches(running, tokenizer, texts.Packing("decoder", 16, 32, max_tokens=20))
-    assert sum(b["input_ids"].numel() for b in few) < 40
-    with pytest.raises(DataError, match="the data has no token"):
-        texts.batches([], tokenizer, packing)
 
 
 # --- commands -------------------------------------------------------------------------------------------------------
@@ -550,7 +498,7 @@ def test_the_same_bytes_twice(tmp_path: Path) -> None:
 
 def test_bases_without_a_tokenizer(tmp_path: Path) -> None:
     text = lines(tmp_path / "t.jsonl", {"text": "one"})
-    with pytest.raises(DataError, match="Give batches of model inputs through the Python API"):
+    with pytest.raises(DataError, match="Give batches of model inputs"):
         api.statistics(BASES / "tiny-vit", text)
 
 

@@ -193,9 +193,8 @@ def test_rows_that_are_made_again_give_the_same_file(
         pairs[n] = replace(pairs[n], b=Stored("F32", b))
     lora = replace(lora, targets=tuple(sorted(pairs, key=lambda pair: pair.target)))
     kept = b"".join(file.encode(api.convert(lora, method, **options).compact))
-    limits = {"_IN_MEMORY": 1000, "_MOST_THREADS": 3}
-    for name, value in limits.items():
-        monkeypatch.setattr(rows, name, value)
+    monkeypatch.setattr(rows, "_IN_MEMORY", 1000)
+    monkeypatch.setattr(rows, "_threads", lambda: 3)
     assert isinstance(components(lora, [8] * len(pairs), FitContext()), StreamedComponents)
     assert b"".join(file.encode(api.convert(lora, method, **options).compact)) == kept
 

@@ -154,18 +154,6 @@ def test_words_are_computed_for_the_places_that_count(model: Any) -> None:
     torch.testing.assert_close(*gradients)
 
 
-def test_texts_without_room_for_their_completion_are_counted() -> None:
-    """A prompt that fills the length leaves nothing to learn from; the text is left out with a word."""
-    tokenizer = load_model.load_tokenizer(LLAMA)
-    rows = [texts.Text(" and so on", prompt="the words"), texts.Text(" it", prompt="many words " * 40)]
-    pool = data.tokenized([*rows, texts.Text(" or so", prompt="some words")], tokenizer, "decoder", 64, 0, {})
-    assert len(pool) == 2 and pool.left_out == 1
-    (warning,) = data.split(pool, 0).warnings
-    assert "1 of 3 texts" in warning and "as long as length" in warning
-    whole = data.tokenized(rows[:1] * 2, tokenizer, "decoder", 64, 0, {})
-    assert not whole.left_out
-
-
 def test_an_epoch_is_every_text_once() -> None:
     draw = np.random.default_rng(0)
     rows = tuple(data.Example(tuple(range(n))) for n in draw.integers(2, 30, 200))

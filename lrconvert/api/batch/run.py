@@ -262,8 +262,18 @@ def _inputs(options: Mapping[str, Any]) -> tuple[dict[str, str], KnownContent | 
         if key == "base":
             digests[key], content = request.of_base(hub.locate(paths[0]))
         else:
-            digests[key] = " ".join(request.of_file(Path(path)) for path in paths)
+            files = [Path(path) for path in paths] if key == "statistics" else _data_files(paths)
+            digests[key] = " ".join(request.of_file(path) for path in files)
     return digests, content
+
+
+def _data_files(paths: Sequence[Any]) -> Sequence[Path]:
+    """The files of texts, folders and data sets in the cache. Plain files are told apart without loading torch."""
+    if all(Path(path).is_file() for path in paths):
+        return [Path(path) for path in paths]
+    from lrconvert.live.texts import sources
+
+    return sources.find(paths).files
 
 
 def _plain(key: str, value: Any) -> Any:

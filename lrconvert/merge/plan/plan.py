@@ -19,7 +19,7 @@ from lrconvert.io.container import ContainerFile, TensorInfo, encode_header, rea
 from lrconvert.lora import base_names, quantized_layers
 from lrconvert.lora.adapter import ExtraTensor, LoraAdapter, Target
 from lrconvert.merge.plan import extra_tensors, load_check, resized
-from lrconvert.merge.plan.extra_tensors import Placement
+from lrconvert.merge.plan.placement import Placement
 from lrconvert.merge.plan.resized import Settled
 from lrconvert.merge.plan.updates import (
     Adapter,
