@@ -22,7 +22,7 @@ from lrconvert.methods import base as methods
 PACKAGE = ROOT / "lrconvert"
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 # Of other programs: of servers, of their converters, of the hub's own command.
-THEIRS = {"--max-lora-rank", "--revision", "--lora", "--model", "--adapter-path", "--prompt"}
+THEIRS = {"--max-lora-rank", "--revision", "--repo-type", "--lora", "--model", "--adapter-path", "--prompt"}
 COMMANDS_SPEAK = ("cli", "report", "demo", "testing")  # what only a command prints
 
 
