@@ -1,9 +1,21 @@
 """lrconvert makes LoRA adapters 10 to 200 times smaller, with the loss measured.
 
     import lrconvert
-    lora = lrconvert.load_lora("my-adapter")
-    result = lrconvert.convert(lora, "vblora", target_ratio=50)
-    lrconvert.write(result.compact, "my-adapter.lrc")
+    small = lrconvert.compress("my-adapter", target_ratio=50)
+    lrconvert.write(small, "my-adapter.lrc")
+
+The verbs; `help(lrconvert.compress)` and so on say what each takes and gives:
+
+    read           load, load_lora, load_all, read, load_statistics, download
+    look           inspect, validate, check, compare
+    make smaller   compress, convert, allocate; compress_many, convert_many, allocate_many
+    win back       statistics, refine
+    write          write, upgrade, export
+    use            attach, detach, set_active, disabled, peft_model
+    bake in        merge, verify, unmerge, recover
+
+An adapter is a path, a hub id in the local cache, an adapter in memory, or the result of a verb. Every error is an
+`LrcError` with a stable code; its subclasses are attributes of this package, such as `lrconvert.BudgetError`.
 
 Importing this package is cheap: its names are those of `lrconvert.api`, which is loaded at first use; torch and
 transformers are loaded only by what computes with them.
@@ -24,6 +36,7 @@ if TYPE_CHECKING:
     from lrconvert.api import convert as convert  # a type checker would take the folder of that name
     from lrconvert.api import merge as merge
     from lrconvert.api import refine as refine
+    from lrconvert.core.errors import *  # noqa: F403
 
 
 _FOLDERS_OF_VERBS = ("convert", "merge", "refine")
@@ -35,14 +48,20 @@ def _api() -> ModuleType:
 
 def __getattr__(name: str) -> Any:
     is_folder = Path(__file__).with_name(name).is_dir() and name not in _FOLDERS_OF_VERBS
-    if is_folder or (name.startswith("__") and name != "__all__") or name not in ("__all__", *_api().__all__):
+    is_private = name.startswith("_") and name != "__all__"
+    if is_folder or is_private or name not in {"__all__", *_names()}:
         raise AttributeError(f"module 'lrconvert' has no attribute {name!r}")
     return getattr(_api(), name)
 
 
 def __dir__() -> list[str]:
-    """Return the verbs, and the types that they take and give."""
-    return sorted({*(name for name in globals() if name.startswith("__")), *_api().__all__})
+    """Return the verbs, the types that they take and give, and the errors."""
+    return sorted({*(name for name in globals() if name.startswith("__")), *_names()})
+
+
+def _names() -> set[str]:
+    api = _api()
+    return {*api.__all__, *(name for name in dir(api) if name.endswith("Error"))}
 
 
 class _Package(ModuleType):

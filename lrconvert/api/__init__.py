@@ -30,68 +30,8 @@ if TYPE_CHECKING:
     from lrconvert.convert.convert import Conversion
     from lrconvert.convert.options import AllocateOptions, CompressOptions, ConvertOptions
     from lrconvert.convert.rank_allocation import Allocation
-    from lrconvert.core.errors import (
-        ArgumentError,
-        AttachError,
-        BaseError,
-        BudgetError,
-        CanonicalError,
-        ConfigError,
-        CoverageError,
-        DataError,
-        DependencyError,
-        DigestError,
-        DiskSpaceError,
-        DtypeError,
-        DurabilityError,
-        EmptyAdapterError,
-        ExportError,
-        FileChangedError,
-        FileKindError,
-        FileReadError,
-        FileWriteError,
-        FingerprintError,
-        HeaderLengthError,
-        HeaderTextError,
-        HubError,
-        IndexRangeError,
-        JsonDepthError,
-        JsonDuplicateError,
-        JsonNumberError,
-        JsonSyntaxError,
-        LimitError,
-        LockedError,
-        LrcError,
-        MergeOverflowError,
-        MissingFieldError,
-        NoEffectError,
-        NotLoraError,
-        OffsetError,
-        OptionError,
-        OrientationError,
-        OutputExistsError,
-        OutputPathError,
-        PairError,
-        PatternError,
-        PickleError,
-        PlacementError,
-        QuantizedBaseError,
-        ShapeError,
-        ShardIndexError,
-        ShardPathError,
-        StatisticsError,
-        TensorNameError,
-        TensorUnknownError,
-        UndoError,
-        UndoOrderError,
-        UnfinishedError,
-        UnknownFieldError,
-        UnknownLayoutError,
-        UnsupportedLoraError,
-        ValueRangeError,
-        VersionError,
-        WorkerError,
-    )
+    from lrconvert.core.errors import *  # noqa: F403
+    from lrconvert.core.errors import LrcError
     from lrconvert.formats.compat.base import Finding
     from lrconvert.formats.exporters.base import Exported, ExportOptions
     from lrconvert.formats.fidelity import Fidelity
@@ -106,91 +46,32 @@ if TYPE_CHECKING:
 __all__ = [
     "AllocateOptions",
     "Allocation",
-    "ArgumentError",
-    "AttachError",
-    "BaseError",
     "Batch",
     "BatchOptions",
-    "BudgetError",
-    "CanonicalError",
     "CompactAdapter",
     "CompareOptions",
     "CompressOptions",
     "Compression",
-    "ConfigError",
     "Conversion",
     "ConvertOptions",
-    "CoverageError",
-    "DataError",
-    "DependencyError",
-    "DigestError",
-    "DiskSpaceError",
-    "DtypeError",
-    "DurabilityError",
-    "EmptyAdapterError",
-    "ExportError",
     "ExportOptions",
     "Exported",
     "Fidelity",
-    "FileChangedError",
-    "FileKindError",
-    "FileReadError",
-    "FileWriteError",
     "Finding",
-    "FingerprintError",
-    "HeaderLengthError",
-    "HeaderTextError",
-    "HubError",
-    "IndexRangeError",
     "InputStatistics",
-    "JsonDepthError",
-    "JsonDuplicateError",
-    "JsonNumberError",
-    "JsonSyntaxError",
-    "LimitError",
-    "LockedError",
     "LoraAdapter",
     "LrcError",
     "MergeOptions",
-    "MergeOverflowError",
     "MergeReport",
-    "MissingFieldError",
-    "NoEffectError",
-    "NotLoraError",
-    "OffsetError",
-    "OptionError",
-    "OrientationError",
-    "OutputExistsError",
-    "OutputPathError",
-    "PairError",
-    "PatternError",
-    "PickleError",
-    "PlacementError",
-    "QuantizedBaseError",
     "Recovery",
     "RunOptions",
     "Scaled",
     "Settings",
-    "ShapeError",
-    "ShardIndexError",
-    "ShardPathError",
-    "StatisticsError",
     "StatisticsOptions",
-    "TensorNameError",
-    "TensorUnknownError",
-    "UndoError",
-    "UndoOrderError",
-    "UnfinishedError",
-    "UnknownFieldError",
-    "UnknownLayoutError",
     "UnmergeOptions",
     "UnmergeReport",
-    "UnsupportedLoraError",
     "Validation",
-    "ValueRangeError",
     "VerifyReport",
-    "VersionError",
-    "WorkerError",
     "allocate",
     "allocate_many",
     "attach",
@@ -234,20 +115,7 @@ _HOMES = {  # the modules, and what they give
     "convert.convert": "Conversion",
     "convert.rank_allocation": "Allocation",
     "convert.options": "AllocateOptions CompressOptions ConvertOptions",
-    "core.errors": (
-        "LrcError HubError FileKindError FileChangedError FileReadError FileWriteError "
-        "DurabilityError LockedError UnfinishedError OutputExistsError OutputPathError "
-        "DiskSpaceError HeaderLengthError HeaderTextError JsonDuplicateError JsonNumberError "
-        "JsonDepthError JsonSyntaxError OffsetError CoverageError ShapeError "
-        "DtypeError TensorNameError LimitError ShardPathError ShardIndexError "
-        "PickleError VersionError UnknownFieldError MissingFieldError CanonicalError "
-        "DigestError ValueRangeError IndexRangeError UnknownLayoutError NotLoraError "
-        "UnsupportedLoraError ConfigError PatternError PairError EmptyAdapterError "
-        "TensorUnknownError BaseError OrientationError FingerprintError QuantizedBaseError "
-        "PlacementError NoEffectError AttachError UndoError UndoOrderError "
-        "StatisticsError DataError MergeOverflowError BudgetError ArgumentError "
-        "OptionError ExportError WorkerError DependencyError"
-    ),
+    "core.errors": "LrcError",
     "formats.compat.base": "Finding",
     "formats.exporters.base": "ExportOptions Exported",
     "formats.fidelity": "Fidelity",
@@ -263,11 +131,20 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.s
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
+    if name in _HOME_OF:
+        value = getattr(importlib.import_module(f"lrconvert.{_HOME_OF[name]}"), name)
+    elif name in (known := _errors()):
+        value = known[name]
+    else:
         raise AttributeError(f"module 'lrconvert.api' has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"lrconvert.{_HOME_OF[name]}"), name)
+    globals()[name] = value
     return value
 
 
+def _errors() -> dict[str, type[Any]]:
+    """Return the errors by their names: attributes here, though `import *` and `help` leave them out."""
+    return {kind.__name__: kind for kind in importlib.import_module("lrconvert.core.errors").all_errors()}
+
+
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_errors()})
