@@ -17,7 +17,7 @@ from lrconvert.core.errors import ArgumentError, OptionError, UnknownLayoutError
 from lrconvert.core.notices import Notice
 from lrconvert.core.options import described, make, names, refuse_unknown
 from lrconvert.core.wording import either
-from lrconvert.formats import loading
+from lrconvert.formats import fidelity, loading
 from lrconvert.formats.lrc import file
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.io import hub
@@ -90,7 +90,8 @@ def adapter_of(item: object, reading: ReadOptions, name: str = "adapter") -> Lor
 
 def lora_of(item: object, reading: ReadOptions, name: str = "lora") -> LoraAdapter:
     """Return a LoRA: as it is, or read; a compact adapter, and that of a result, is expanded, with a warning."""
-    return loading.lora(adapter_of(item, reading, name), ReadOptions())
+    loaded = adapter_of(item, reading, name)
+    return loaded if isinstance(loaded, LoraAdapter) else fidelity.expanded(loaded)
 
 
 def compact_of(item: object, name: str = "adapter") -> CompactAdapter:
