@@ -53,9 +53,9 @@ def peft_model(model: nn.Module, adapter: Adapter, name: str, trainable: bool) -
 
 def _in_memory(adapter: Adapter, model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the settings and the tensors of the adapter as PEFT stores them, every module with its own rank."""
-    config = getattr(model, "config", None)
-    to_dict = getattr(config, "to_dict", None)
-    base = to_dict() if to_dict is not None else None
+    to_dict = getattr(getattr(model, "config", None), "to_dict", None)
+    # As it is in a config.json: of other types than JSON's, and of keys that are numbers, a text.
+    base = None if to_dict is None else json.loads(json.dumps(to_dict(), default=str))
     named, _ = base_class.renamed(adapter, base)
     exporter = _exporter(named)
     files = exporter.files(named, ExportOptions(keep_ranks=exporter is PEFT_LORA, base_config=base))
