@@ -56,6 +56,7 @@ class SBoRA(Method):
     commands = (Command("lora-to-sbora", "Keep a few input columns (FA) or output rows (FB) of every update."),)
     Options = SBoRAOptions
     searches = ({},)
+    fit_seconds = 0.14
     uses = ("statistics",)
     examples = (
         {"variant": "fa", "rank": 5},
