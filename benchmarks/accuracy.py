@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import cells
+import forms
 import intervals
 import numpy as np
 import teachers
@@ -35,13 +36,7 @@ BATCH_TOKENS = {
     "sst2": 768,
     "e2e": 1024,
 }  # 32 questions or sentences, 12 descriptions: the teachers' batches
-FORMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "lowrank": ("lowrank", {}),
-    "vblora": ("vblora", {}),
-    "nola": ("nola", {}),
-    "sbora": ("sbora", {}),
-    "bone": ("bone", {"shard": "auto"}),
-}
+FORMS = {name: forms.FORMS[name] for name in ("lowrank", "vblora", "nola", "sbora", "bone")}
 MODES = ("refit", "refined", "from scratch")
 VIT_SHARE = 8.0  # a LoRA of 1,024 numbers
 VIT_FORMS = ("lowrank", "vblora", "nola")

@@ -21,17 +21,10 @@ from typing import Any
 
 import cells
 import numpy as np
+from decoders import LLAMA_8B
 
 LAYERS, RANK = 32, 16
-SHAPES = {
-    "self_attn.q_proj": (4096, 4096),
-    "self_attn.k_proj": (1024, 4096),
-    "self_attn.v_proj": (1024, 4096),
-    "self_attn.o_proj": (4096, 4096),
-    "mlp.gate_proj": (14336, 4096),
-    "mlp.up_proj": (14336, 4096),
-    "mlp.down_proj": (4096, 14336),
-}
+SHAPES = LLAMA_8B.matrices
 CELLS = {
     "lowrank rank 4": ["lora-to-lowrank", "--rank", "4"],
     "lowrank 1.6 %": ["lora-to-lowrank", "--target-ratio", "62.5"],

@@ -2,7 +2,7 @@
 
     python benchmarks/evidence.py --base BASE                         trains the LoRAs that are missing, measures cells
     python benchmarks/evidence.py --base BASE --only "sst2, 1.6.*lowrank"   some cells
-    python benchmarks/evidence.py --render                            writes docs/evidence.md, picture and README's table
+    python benchmarks/evidence.py --render                            writes docs/evidence.md, its picture, README.md
 
 BASE is SmolLM2-135M-Instruct as a Hugging Face folder (the script for it is among the project's shared assets). LoRAs,
 refits and the teacher's answers are kept in ``--folder``; what is there is not made again, and a refinement that was

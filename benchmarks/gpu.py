@@ -26,30 +26,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import cells
 import numpy as np
 import refining
+from decoders import LLAMA_1B, LLAMA_3B, LLAMA_8B, Decoder
 
 DEVICES = ("cuda", "cpu")
-SHAPES: dict[str, dict[str, Any]] = {
-    "1b": {
-        "config": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 128256},
-        "heads": (32, 8),
-        "batch": (4, 512),
-    },
-    "3b": {
-        "config": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "vocab_size": 128256},
-        "heads": (24, 8),
-        "batch": (4, 512),
-    },
-    "8b": {
-        "config": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256},
-        "heads": (32, 8),
-        "batch": (4, 512),
-    },
-    "tiny": {
-        "config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 96},
-        "heads": (4, 2),
-        "batch": (2, 12),
-    },
-}
+SHAPES = {"1b": LLAMA_1B, "3b": LLAMA_3B, "8b": LLAMA_8B, "tiny": Decoder(32, 64, 2, 96, (4, 2))}
 SMALLEST = "1b"
 TASKS = ("statistics", "refine PEFT LoRA", "refine lowrank", "refine vblora", "vblora fit", "nola expansion")
 _RATIO = 62.5  # of the fits: 1.6 % of the LoRA
@@ -70,19 +50,11 @@ def _lora(shape: str) -> Any:
     """A random LoRA of a shape, with a decaying spectrum."""
     from lrconvert.lora.adapter import LoraAdapter, LoraTarget, Stored, Target
 
-    config, (heads, groups) = SHAPES[shape]["config"], SHAPES[shape]["heads"]
-    width, middle = config["hidden_size"], config["intermediate_size"]
-    narrow = width * groups // heads
-    layer = {
-        **{f"self_attn.{name}_proj": (width, width) for name in "qo"},
-        **{f"self_attn.{name}_proj": (narrow, width) for name in "kv"},
-        **{f"mlp.{name}_proj": (middle, width) for name in ("gate", "up")},
-        "mlp.down_proj": (width, middle),
-    }
+    decoder = SHAPES[shape]
     rng, pairs = np.random.default_rng(0), []
     decay = 0.8 ** np.arange(refining.RANK, dtype=np.float32)[:, None]
-    for n in range(config["num_hidden_layers"]):
-        for name, (out, inner) in layer.items():
+    for n in range(decoder.layers):
+        for name, (out, inner) in decoder.matrices.items():
             a = rng.standard_normal((refining.RANK, inner), np.float32) * decay
             b = rng.standard_normal((out, refining.RANK), np.float32) * np.float32(0.01)
             target = Target(f"model.layers.{n}.{name}.weight", (out, inner))
@@ -120,7 +92,8 @@ def _expansion(shape: str, device: str) -> dict[str, Any]:
 
 def measured(task: str, shape: str, device: str) -> dict[str, Any]:
     """Measure a cell in this process."""
-    refining.MODELS[shape] = {**SHAPES[shape], "device": device, "answers": 0}
+    batch = (2, 12) if shape == "tiny" else (4, 512)
+    refining.MODELS[shape] = refining.Model(SHAPES[shape], batch, device=device)
     if task == "statistics":
         return _statistics(shape, device)
     if task == "vblora fit":

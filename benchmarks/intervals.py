@@ -1,4 +1,4 @@
-"""Paired bootstrap intervals of shares: both sums of a share are over the same texts, drawn again together."""
+"""Paired bootstrap intervals, `lrconvert.live.intervals`, rounded for tables."""
 
 from __future__ import annotations
 
@@ -6,32 +6,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-SAMPLES = 1000
-
-
-def draws(texts: int) -> np.ndarray:
-    """Return how often each text is in each sample, (samples, texts). The same for equal counts, so that what is
-    measured of several adapters is paired."""
-    return np.random.default_rng(0).multinomial(texts, np.full(texts, 1 / texts), SAMPLES).astype(np.float64)
+from lrconvert.live import intervals
 
 
 def interval(value: Callable[[np.ndarray], np.ndarray], texts: int) -> list[float]:
-    """Return a value and its 95 % interval, of the samples where it is finite; zeros if it is nowhere. `value` takes
-    weights of texts (samples, texts) and gives (samples,)."""
-    values = np.concatenate([value(np.ones((1, texts))), value(draws(texts))])
-    samples = values[1:][np.isfinite(values[1:])]
-    if not len(samples) or not np.isfinite(values[0]):
-        return [0.0, 0.0, 0.0]
-    low, high = np.quantile(samples, [0.025, 0.975])
-    return [round(float(x), 4) for x in (values[0], low, high)]
+    """Return a value and its 95 % interval."""
+    return [round(x, 4) for x in intervals.interval(value, texts)]
 
 
 def share(over: np.ndarray, under: np.ndarray, *, one_minus: bool = False) -> list[float]:
     """Return the sum of `over` (texts,) as a share of that of `under`, or what is missing to 1, with its interval."""
-
-    def value(weights: np.ndarray) -> np.ndarray:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            shares = (weights @ over) / (weights @ under)
-        return 1 - shares if one_minus else shares
-
-    return interval(value, len(over))
+    return [round(x, 4) for x in intervals.share(over, under, one_minus=one_minus)]

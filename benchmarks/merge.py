@@ -33,12 +33,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import cells
 import numpy as np
+from decoders import LLAMA_8B
 
 sys.path.insert(0, str(cells.ROOT / "tests"))
 
@@ -49,17 +50,9 @@ from lrconvert.io.checkpoint import open_checkpoint
 from lrconvert.io.container import encode_header
 
 PEERS = cells.ROOT / "tests" / "peers"
-HIDDEN, INNER, KV, VOCABULARY, RANK = 4096, 14336, 1024, 128256, 16
+HIDDEN, VOCABULARY, RANK = LLAMA_8B.hidden, LLAMA_8B.words, 16
+SHAPES = LLAMA_8B.matrices
 SHA256 = "cp, sync, OpenSSL's sha256 of both"
-SHAPES = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (KV, HIDDEN),
-    "self_attn.v_proj": (KV, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (INNER, HIDDEN),
-    "mlp.up_proj": (INNER, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INNER),
-}
 SHARD_BYTES = 2_000_000_000
 RUNS, SHORT = 3, 60.0  # runs of a command that takes less than so many seconds
 QUIET = 0.15  # cores that others may use while a command is timed
@@ -132,15 +125,9 @@ def make_base(folder: Path, size: Size) -> None:
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "dtype": "bfloat16",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
-        "num_hidden_layers": size.layers,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
+        **replace(LLAMA_8B, layers=size.layers, words=size.vocabulary).config,
         "head_dim": 128,
         "rms_norm_eps": 1e-05,
-        "tie_word_embeddings": False,
-        "vocab_size": size.vocabulary,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 

@@ -20,6 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,28 +29,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import cells
 import numpy as np
+from decoders import Decoder
 
-MODELS: dict[str, dict[str, Any]] = {
-    "cpu": {
-        "device": "cpu",
-        "config": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "vocab_size": 8000},
-        "heads": (8, 4),
-        "batch": (4, 256),
-        "answers": 0,
-    },
-    "135m": {
-        "device": "cpu",
-        "config": {
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 30,
-            "vocab_size": 49152,
-            "tie_word_embeddings": True,
-        },
-        "heads": (9, 3),
-        "batch": (8, 64),
-        "answers": 4,
-    },
+
+@dataclass(frozen=True)
+class Model:
+    """A model to train on: its decoder, the rows and tokens of a batch, how many of the last `answers` count (0: all),
+    and where it computes."""
+
+    decoder: Decoder
+    batch: tuple[int, int]
+    answers: int = 0
+    device: str = "cpu"
+
+
+MODELS = {
+    "cpu": Model(Decoder(512, 1408, 8, 8000, (8, 4)), (4, 256)),
+    "135m": Model(Decoder(576, 1536, 30, 49152, (9, 3), tied=True), (8, 64), answers=4),
 }
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "lowrank": ("lowrank", {}),
@@ -67,11 +63,9 @@ def _model(name: str) -> Any:
     import torch
     import transformers
 
-    shape = MODELS[name]
-    heads, groups = shape["heads"]
-    config = transformers.LlamaConfig(num_attention_heads=heads, num_key_value_heads=groups, **shape["config"])
+    config = transformers.LlamaConfig(**MODELS[name].decoder.config)
     torch.manual_seed(0)
-    with torch.device(shape["device"]):
+    with torch.device(MODELS[name].device):
         kind = torch.float32 if name == "cpu" else torch.bfloat16
         return transformers.AutoModelForCausalLM.from_config(config, dtype=kind).eval()
 
@@ -82,13 +76,12 @@ def _batches(name: str) -> list[dict[str, Any]]:
 
     model = MODELS[name]
     draw = torch.Generator().manual_seed(0)
-    size, answers = model["config"]["vocab_size"], model["answers"]
     made = []
     for _ in range(_EPOCH + 1):
-        batch = {"input_ids": torch.randint(0, size, model["batch"], generator=draw)}
-        if answers:
+        batch = {"input_ids": torch.randint(0, model.decoder.words, model.batch, generator=draw)}
+        if model.answers:
             batch["labels"] = batch["input_ids"].clone()
-            batch["labels"][:, :-answers] = -100
+            batch["labels"][:, : -model.answers] = -100
         made.append(batch)
     return made
 
@@ -122,8 +115,8 @@ def plain(name: str) -> dict[str, Any]:
     both.set_adapter("student")
     trained = [p for p in both.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=1e-4)
-    device, times = MODELS[name]["device"], []
-    answers = MODELS[name]["answers"]
+    device, times = MODELS[name].device, []
+    answers = MODELS[name].answers
     places = slice(-answers - 1, -1) if answers else slice(None)
     for batch in batches:
         start = _now(device)
@@ -150,7 +143,7 @@ def ours(name: str, form: str) -> dict[str, Any]:
         _teacher(model, Path(kept))
         lora = api.load_lora(Path(kept))
     method, options = FORMS[form]
-    device = MODELS[name]["device"]
+    device = MODELS[name].device
     compact = api.convert(lora, method, target_ratio=100 / SHARE, device=device, **options).compact
     ends: list[float] = []
 
@@ -179,12 +172,12 @@ def _row(name: str, times: list[float], first: list[float]) -> dict[str, Any]:
 
     model = MODELS[name]
     seconds = float(np.median(first))
-    if model["device"] == "cuda":
+    if model.device == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) << 10
-    tokens = model["batch"][0] * model["batch"][1]
-    gpu = {"gpu": torch.cuda.get_device_name()} if model["device"] == "cuda" else {}
+    tokens = model.batch[0] * model.batch[1]
+    gpu = {"gpu": torch.cuda.get_device_name()} if model.device == "cuda" else {}
     return {"seconds": round(seconds, 4), "tokens_per_second": round(tokens / seconds), "peak_bytes": peak, **gpu}
 
 

@@ -25,7 +25,7 @@ def gpu() -> Iterator[Any]:
         yield module
     finally:
         sys.path.remove(str(ROOT / "benchmarks"))
-        for name in ("gpu", "refining", "cells"):
+        for name in ("gpu", "refining", "decoders", "cells"):
             sys.modules.pop(name, None)
 
 

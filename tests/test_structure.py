@@ -168,7 +168,7 @@ LIGHT = {
     "validate": CLI.format(["validate", str(ROOT / "fixtures" / "golden" / "v1" / "lowrank" / "0.lrc")]),
     "inspect": CLI.format(["inspect", str(ROOT / "fixtures" / "adapters" / "llama-plain")]),
     "lora-to-lowrank": CLI.format(
-        ["lora-to-lowrank", str(ROOT / "fixtures" / "adapters" / "llama-plain"), "--dry-run"]
+        ["lora-to-lowrank", str(ROOT / "fixtures" / "adapters" / "llama-plain"), "--bits", "12", "--dry-run"]
     ),
     "check": CLI.format(["check", str(ROOT / "fixtures" / "adapters" / "llama-dora"), "--for", "all"]),
     "methods": "from lrconvert.methods import base\nbase.all_methods()",

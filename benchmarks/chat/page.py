@@ -34,7 +34,7 @@ the system message. **Defaults of lrconvert are tuned on E2E and TREC only; SST-
 Run: `python benchmarks/evidence.py --base BASE`{held}, one thread; this page: `--render`.
 {machine}, shared with other work. Commits of the package: {commits}.
 
-A cell that is in no table was not run; nothing is said of it. With "(40 texts)" beside it a row was measured on so many.
+A cell that is in no table was not run; nothing is said of it. "(40 texts)": a row on fewer than the others.
 
 ## Aims
 

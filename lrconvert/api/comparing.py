@@ -119,11 +119,12 @@ def statistics(
 ) -> InputStatistics:
     """Measure the second moments E[x x^T] of the inputs of a base's layers, the metric for fits and for `compare`.
 
-    `base`: a model folder, hub id, or live model. `data`: files of texts (``.txt``, ``.jsonl``), or any iterable of
-    model inputs (dicts of tensors; the way for vision models). All layers, or those of `adapter`, or those that
-    `include` and `exclude` choose. With `out` the statistics are written there, and unfinished work beside it: the same
-    call goes on with it. `more` are single fields of `StatisticsOptions`, and `allow_pickle`, `layout` and `alpha` as
-    in `load`, for the adapter. Raises E-DATA, E-STATS, E-BASE, E-VALUE, E-OUT-*.
+    `base`: a model folder, hub id, or live model. `data`: what trainers take (files, folders, names of data sets in the
+    local cache, rows of text such as a `datasets.Dataset`), or any iterable of model inputs (dicts of tensors; the way
+    for vision models). All layers, or those of `adapter`, or those that `include` and `exclude` choose. With `out` the
+    statistics are written there, and unfinished work beside it: the same call goes on with it. `more` are single fields
+    of `StatisticsOptions`, and `allow_pickle`, `layout` and `alpha` as in `load`, for the adapter. Raises E-DATA,
+    E-STATS, E-BASE, E-VALUE, E-OUT-*.
     """
     progress = progress or silent
     from lrconvert.live import statistics as measuring

@@ -29,7 +29,7 @@ from lrconvert.convert.compress import Compression
 from lrconvert.convert.convert import Conversion
 from lrconvert.convert.options import AllocateOptions, CompressOptions, ConvertOptions
 from lrconvert.convert.rank_allocation import Allocation
-from lrconvert.core.errors import ArgumentError, AttachError, BaseError, DataError, OptionError
+from lrconvert.core.errors import ArgumentError, AttachError, BaseError, BudgetError, DataError, OptionError
 from lrconvert.core.options import described, make, take
 from lrconvert.formats.lrc import file
 from lrconvert.io.checkpoint import KnownContent
@@ -97,7 +97,8 @@ def compress(
     **more: Any,
 ) -> Compression:
     """Try all forms and take the best under a size or ratio (50 if nothing is asked for), or the smallest that keeps a
-    share; `chosen` of the result is the winner's conversion.
+    share or loses no more than `max_loss`; `chosen` of the result is the winner's conversion, `verdict` whether to ship
+    it, and why.
 
     `more` are single fields of `ConvertOptions` and `CompressOptions`. With a base the best is what answers most as the
     LoRA does on held-out data: all forms are fitted under the moments of its inputs and in the plain norm, whichever
@@ -117,11 +118,14 @@ def compress(
     loaded, settled = _taken(lora, options, more, "compress")
     request = take(CompressOptions, None, more, "compress")
     refuse_rest(more, "compress", ConvertOptions, CompressOptions)
-    by_default = settled.target_size is settled.target_ratio is request.min_captured is None
-    if by_default:
+    is_sized = ranking.check_request(settled, request)
+    if not is_sized or request.loss_bound:  # the size from which a loss is searched
         settled = replace(settled, target_ratio=DEFAULT_RATIO)
-    done = _compressed(loaded, settled, request, base_content, progress)
-    return replace(done, by_default=by_default)
+    try:
+        done = _compressed(loaded, settled, request, base_content, progress)
+    except BudgetError as error:
+        raise error if is_sized else conversion.default_too_small(error) from None
+    return replace(done, by_default=not is_sized)
 
 
 def _taken(
@@ -160,9 +164,15 @@ def _compressed(
         return replace(chosen, note=note)
 
     def refit(
-        lora: LoraAdapter, measured: InputStatistics | None, candidate: ranking.Candidate, strength: float
+        lora: LoraAdapter,
+        measured: InputStatistics | None,
+        candidate: ranking.Candidate,
+        strength: float,
+        nbytes: int | None,
     ) -> ranking.Candidate:
         under = replace(settled, statistics=measured, strength=(settled.strength or 1.0) * strength)
+        if nbytes is not None:
+            under = replace(under, target_size=nbytes, target_ratio=None)
         return ranking.refitted(lora, under, candidate, base_content=base_content, progress=silent)
 
     reason = ranking.no_answers(settled, request)
@@ -174,7 +184,7 @@ def _compressed(
     settings = Settings(
         length=request.length, batch_tokens=request.batch_tokens, max_tokens=request.max_tokens, seed=settled.seed
     )
-    rules = successive_halving.Rules(request.budget_minutes, request.steps, settled.device)
+    rules = successive_halving.Rules(request.budget_minutes, request.steps, settled.device, request.loss_bound)
     try:
         return successive_halving.compress(
             lora,
@@ -187,7 +197,7 @@ def _compressed(
             progress=progress,
         )
     except (AttachError, BaseError, DataError) as error:  # no such model, or nothing to learn
-        if request.rank_by == "answers" or request.data is not None:
+        if request.rank_by == "answers" or request.data is not None or request.loss_bound:
             raise
         return by_fit(ranking.RANKED_BY_FIT.format(error.what))
 

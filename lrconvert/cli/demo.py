@@ -1,124 +1,130 @@
-"""`lrconvert demo`: every command of the main job on the bundled pair, then what it did to the model's answers."""
+"""`lrconvert demo`: the commands of the main job on the bundled pair, and what they did to the model's answers."""
 
 from __future__ import annotations
 
-import json
+import io
 import shlex
-import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 
 from lrconvert.cli import flags
 from lrconvert.cli.printing import say
 from lrconvert.core.errors import printable
-from lrconvert.io.durable import check_output, make_folder
-from lrconvert.report.tables import table
+from lrconvert.io.durable import atomic_directory, atomic_file, check_output, make_folder
 
 HERE = Path(__file__).resolve().parent.parent / "demo"
-RATIO, STEPS = 30, 100
-_HELD_OUT = 100  # texts
+FOLDER = Path("lrconvert-demo")
+REFINED, LOG = "refined.lrc", "refine.jsonl"
+STEPS = 100
+_COLUMNS = 96
+_TEXTS = ("train.jsonl", "heldout.jsonl")
 
 
-@flags.command("demo", flags.output("Keep the files in this new folder.", required=False))
+@dataclass(frozen=True)
+class Step:
+    """A command: its words, where names of the folder's files are paths, and how many lines of its output are shown."""
+
+    words: tuple[str | Path, ...]
+    lines: int
+
+
+@flags.command(
+    "demo",
+    flags.output(f"The folder for all files.  [default: ./{FOLDER}]", required=False),
+    click.Option(["--full"], is_flag=True, help="Refine here, which takes minutes; else a refined file is bundled."),
+    flags.OVERWRITE,
+)
 @click.pass_context
-def demo(context: click.Context, output: Path | None) -> None:
-    """Run the whole pipeline on the bundled model and LoRA, and print what it measures."""
-    run(context.find_root().command, output, say)
+def demo(context: click.Context, output: Path | None, full: bool, overwrite: bool) -> None:
+    """Run the main commands on a bundled model and LoRA, print what it did to the answers, and keep all files."""
+    run(context.find_root().command, output or FOLDER, full=full, overwrite=overwrite, echo=say)
 
 
-def run(cli: click.Command, output: Path | None, echo: Callable[[str], None]) -> None:
-    """Run the pipeline, printing each command of the group `cli` as a user would type it and what it answers.
+def run(cli: click.Command, folder: Path, *, full: bool, overwrite: bool, echo: Callable[[str], None]) -> None:
+    """Run the commands of the group `cli` in `folder`, printing each as a user would type it there, and what it
+    answers."""
+    check_output(folder, overwrite, directory=True)
+    make_folder(folder)
+    _unpack(folder, full, overwrite)
+    made = "is made here" if full else f"is bundled; it is small.lrc after {STEPS} steps of `refine`"
+    echo(f"A tiny LLaMA, and a LoRA that sorts support tickets. All is in {printable(str(folder))}/")
+    echo(f"{REFINED} {made}. ... marks an output that is cut.")
+    with _one_thread():
+        for step in _steps(folder, full):
+            writes = "-o" in step.words or "--html" in step.words
+            words = [*step.words, *(["--overwrite"] if overwrite and writes else [])]
+            typed = [str(w.relative_to(folder)) if isinstance(w, Path) else w for w in words]
+            echo(f"\n{_command(typed)}")
+            answer = io.StringIO()
+            with redirect_stdout(answer):
+                cli.main(args=[str(w) for w in words], standalone_mode=False, obj=typed)
+            lines = [line for line in answer.getvalue().replace(f"{folder}/", "").splitlines() if line.strip()]
+            echo("\n".join(lines[: step.lines]) + (" ..." if len(lines) > step.lines else ""))
+        from lrconvert.cli.demo_answers import answers
 
-    The files go to `output` (a new folder), or to a temporary one that is removed at the end.
-    """
-    with ExitStack() as stack:
-        if output is None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lrconvert-demo-")))
-        else:
-            check_output(output, overwrite=False)
-            make_folder(output)
-            folder = output
-
-        def step(*words: str | Path) -> None:
-            shown = [_short(w, folder) for w in words]
-            echo(f"\n$ lrconvert {printable(shlex.join(shown), 2000)}")
-            cli.main(args=[str(w) for w in words], standalone_mode=False)
-
-        base, adapter = HERE / "base", HERE / "adapter"
-        vblora, lowrank, refined = (folder / f"{name}.lrc" for name in ("vblora", "lowrank", "refined"))
-        train, seen = HERE / "train.jsonl", folder / "base.stats"
-        step("inspect", adapter)
-        step("statistics", base, "--data", train, "-o", seen)
-        made = "--target-ratio", str(RATIO), "--base", base, "--statistics", seen
-        step("lora-to-vblora", adapter, "-o", vblora, *made)
-        step("lora-to-lowrank", adapter, "-o", lowrank, *made)
-        step("validate", vblora, lowrank, "--base", base)
-        step("compare", adapter, vblora, lowrank, "--statistics", seen)
-        taught = "--base", base, "--teacher", adapter, "--data", train
-        step("refine", vblora, *taught, "-o", refined, "--steps", str(STEPS))
-        step("export", refined, "-o", folder / "exported", "--to", "peft-lora", "--source", adapter)
-        merged = {"base": base}
-        files = {"lowrank": lowrank, "vblora": vblora, "refined": refined}
-        for name, source in {"LoRA": adapter, **files}.items():
-            step("merge-into-base", base, source, "-o", folder / f"merged-{name}")
-            merged[name] = folder / f"merged-{name}"
-        echo(f"\nWhat the models answer, on {_HELD_OUT} texts that none of them was trained on:\n")
-        echo(answers(merged, adapter_bytes={"LoRA": _factor_bytes(adapter), **files}))
-        echo(
-            "\nlowrank and vblora are fits alone, by what flows into the layers; low rank is the baseline to beat at "
-            f"equal bytes. refined is vblora after {STEPS} steps of learning to answer as the LoRA does."
-        )
-        if output is not None:
-            echo(f"\nThe files are in {printable(str(output))}")
+        files = {name: folder / name for name in ("small.lrc", REFINED)}
+        echo(f"\n{answers(folder / 'base', folder / 'adapter', files, folder / 'heldout.jsonl')}")
+    echo(_next(folder))
 
 
-def _short(word: str | Path, folder: Path) -> str:
-    """A word as a user standing in `folder` would type it."""
-    if isinstance(word, str):
-        return word
-    return str(word.relative_to(folder)) if word.is_relative_to(folder) else f"demo/{word.name}"
+def _steps(folder: Path, full: bool) -> Iterator[Step]:
+    base, adapter, small, refined = (folder / name for name in ("base", "adapter", "small.lrc", REFINED))
+    merged, restored, held_out = (folder / name for name in ("merged", "restored", "heldout.jsonl"))
+    yield Step(("inspect", adapter), 2)
+    yield Step(("compress", adapter, "-o", small), 8)
+    if full:
+        words = "refine", small, "--base", base, "--teacher", adapter, "--data", folder / "train.jsonl", "-o", refined
+        yield Step((*words, "--steps", str(STEPS), "--log", folder / LOG), 7)
+    measured = "--base", base, "--data", held_out, "--log", folder / LOG, "--html", folder / "report.html"
+    yield Step(("compare", adapter, small, refined, *measured), 9)
+    yield Step(("merge-into-base", base, refined, "-o", merged), 1)
+    yield Step(("verify", merged, "--base", base, "--adapter", refined), 1)
+    yield Step(("unmerge", merged, "-o", restored), 3)
 
 
-def _factor_bytes(adapter: Path) -> int:
-    from lrconvert import api
-
-    return api.load_lora(adapter).half_bytes
-
-
-def answers(models: dict[str, Path], adapter_bytes: dict[str, Any]) -> str:
-    """A table: held-out loss (nats per token), token accuracy, and agreement with the LoRA's own answers."""
-    texts = [json.loads(line)["text"] for line in (HERE / "heldout.jsonl").read_text().splitlines()[:_HELD_OUT]]
-    measured = {name: _measure(path, texts) for name, path in models.items()}
-    teacher = measured["LoRA"][2]
-    rows = []
-    for name, (loss, accuracy, picks) in measured.items():
-        size = adapter_bytes.get(name)
-        shown = size.stat().st_size if isinstance(size, Path) else size
-        agreement = sum(a == b for a, b in zip(picks, teacher, strict=True)) / len(teacher)
-        rows.append([name, f"{shown:,}" if shown else "-", f"{loss:.3f}", f"{accuracy:.1%}", f"{agreement:.1%}"])
-    return table(["model", "adapter bytes", "loss", "token accuracy", "agrees with the LoRA"], rows)
+def _unpack(folder: Path, full: bool, overwrite: bool) -> None:
+    """Put the bundled pair, its texts, and the refined file into the folder."""
+    for name in ("base", "adapter"):
+        with atomic_directory(folder / name, overwrite=overwrite) as stage:
+            for file in sorted((HERE / name).iterdir()):
+                stage.copy_file(file, file.name)
+    for name in _TEXTS if full else (*_TEXTS, REFINED, LOG):
+        with atomic_file(folder / name, overwrite=overwrite) as out:
+            out.write((HERE / name).read_bytes())
 
 
-def _measure(model_path: Path, texts: Sequence[str]) -> tuple[float, float, list[int]]:
-    """(mean loss, accuracy, predicted tokens) of next-token prediction on `texts`."""
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch compute on one thread: for a model this small, threads that wait for each other take longer."""
     import torch
-    import transformers
 
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model_path)
-    model = transformers.AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-    model.train(False)
-    losses, hits, picks = [], [], []
-    with torch.no_grad():
-        for text in texts:
-            ids = tokenizer(text, return_tensors="pt").input_ids
-            logits = model(ids).logits[0, :-1]
-            losses.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
-            best = logits.argmax(-1)
-            hits.append(best == ids[0, 1:])
-            picks += best.tolist()
-    return torch.cat(losses).mean().item(), torch.cat(hits).float().mean().item(), picks
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _command(words: Sequence[str]) -> str:
+    """A command as one types it, on as many lines as it needs."""
+    lines = ["$ lrconvert"]
+    for word in map(shlex.quote, words):
+        lines = (
+            [*lines, f"    {word}"] if len(lines[-1]) + len(word) > _COLUMNS else [*lines[:-1], f"{lines[-1]} {word}"]
+        )
+    return " \\\n".join(printable(line, 2000) for line in lines)
+
+
+def _next(folder: Path) -> str:
+    place = printable(str(folder))
+    return f"""
+Next
+  open {place}/report.html                     the comparison as a page: plots, layers, every target
+  lrconvert compress YOUR-LORA -o small.lrc    yours; --base and --data rank by answers and refine
+  lrconvert export small.lrc -o out --to peft-lora    for programs that know no lrconvert file
+  lrconvert demo --full -o demo-full           the same, with the refinement done here (minutes)"""

@@ -13,7 +13,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from lrconvert.cli.printing import say
-from lrconvert.core.byte_sizes import byte_count
+from lrconvert.core.byte_sizes import byte_count, share
 from lrconvert.core.errors import OptionError
 
 Part = Literal["adapter", "base", "config"]  # of a repository, as `hub_transfer.download` takes it
@@ -29,6 +29,20 @@ class ByteSize(click.ParamType):  # type: ignore[type-arg,unused-ignore]
             return value
         try:
             return byte_count(str(value))
+        except OptionError as error:
+            self.fail(f"{error.what}; {error.fix}", param, ctx)
+
+
+class Share(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A share such as 5% or 0.05."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        try:
+            return share(str(value))
         except OptionError as error:
             self.fail(f"{error.what}; {error.fix}", param, ctx)
 
@@ -188,6 +202,8 @@ def _type(field: dataclasses.Field[Any], hint: Any) -> Any:
     kind, choices, least = (field.metadata.get(key) for key in ("kind", "choices", "least"))
     if kind == "size":
         return ByteSize()
+    if kind == "share":
+        return Share()
     if kind == "path" and field.name in ("base", "from_base"):
         return BASE
     if kind in ("path", "paths"):

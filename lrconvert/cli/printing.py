@@ -16,7 +16,7 @@ from lrconvert.core.errors import printable
 from lrconvert.core.notices import Notice
 
 SCHEMA_VERSION = 1
-_LINE_SECONDS = 30  # between lines of progress
+_FIRST_SECONDS, _LINE_SECONDS = 5, 30  # before the first line of progress, and between lines
 _REPOSITORIES = ("--base-model-id", "--push-to-hub")
 _LONGEST = 10  # characters of an escaped one: \\U0010ffff
 
@@ -47,7 +47,8 @@ def warn(warnings: Iterable[str]) -> None:
 
 @contextmanager
 def progress_bar(title: str, quiet: bool) -> Iterator[Callable[[float, str], None]]:
-    """A progress callback drawn by tqdm on stderr; without a terminal a line every half minute; silent when quiet."""
+    """A progress callback drawn by tqdm on stderr; without a terminal a line after some seconds, with a first estimate,
+    and then every half minute; silent when quiet."""
     if quiet:
         yield lambda fraction, text: _notice(text, warnings_only=True)
         return
@@ -71,17 +72,18 @@ def progress_bar(title: str, quiet: bool) -> Iterator[Callable[[float, str], Non
 
 def _progress_lines(title: str) -> Callable[[float, str], None]:
     """A progress callback that prints how much is done, and how long the rest will take at that speed."""
-    start = last = time.monotonic()
+    start = time.monotonic()
+    following = start + _FIRST_SECONDS
 
     def update(fraction: float, text: str) -> None:
-        nonlocal last
+        nonlocal following
         if isinstance(text, Notice):
             _notice(text)
             return
         now = time.monotonic()
-        if now - last < _LINE_SECONDS:
+        if now < following:
             return
-        last = now
+        following = now + _LINE_SECONDS
         left = f", {_duration((now - start) * (1 / fraction - 1))} left" if fraction > 0 else ""
         say(f"{title}: {fraction:.0%} after {_duration(now - start)}{left}; {printable(text)}", err=True)
 

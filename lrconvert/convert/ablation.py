@@ -13,6 +13,8 @@ backward passes for all components instead of two forward passes for each.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -52,6 +54,8 @@ class Trial:
     full: list[Tensor]  # and with all gates open
     questions: list[_Question]
     items: int
+    seconds: float = 0.0  # of a forward pass over all questions
+    left_out: int = 0  # questions, for want of time
     _known: dict[bytes, float] = field(default_factory=dict)
 
     def score(self, gates: Array) -> float:
@@ -117,10 +121,13 @@ def _not_finite(what: str) -> DataError:
 
 
 @contextmanager
-def on_trial(model: nn.Module, lora: LoraAdapter, batches: Iterable[Batch]) -> Iterator[Trial]:
+def on_trial(
+    model: nn.Module, lora: LoraAdapter, batches: Iterable[Batch], seconds: float = math.inf
+) -> Iterator[Trial]:
     """While the context lasts `lora` is on the model with its components behind gates, all open at first. Afterwards
-    the model is as it was. What the LoRA carries besides (heads, biases, magnitudes) is there at all gates, and so are
-    adapters that are active on the model already.
+    the model is as it was. Of the batches as many are used as a forward pass over them takes `seconds`. What the LoRA
+    carries besides (heads, biases, magnitudes) is there at all gates, and so are adapters that are active on the model
+    already.
 
     Raises E-DATA for data without an answer or a model without logits, E-ATTACH, E-BASE, E-PLACE.
     """
@@ -139,12 +146,19 @@ def on_trial(model: nn.Module, lora: LoraAdapter, batches: Iterable[Batch]) -> I
             b.requires_grad_(False)
             rows.append(a)
         moved = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
+        questions: list[_Question] = []
+        start = time.monotonic()
         with torch.no_grad():
-            questions = [_question(model, batch) for batch in moved]
+            for batch in moved:
+                if questions and time.monotonic() - start > seconds:
+                    break
+                questions.append(_question(model, batch))
+        taken = time.monotonic() - start
         items = sum(int((q.answers != _IGNORED).sum()) for q in questions)
         if items == 0:
             raise DataError("there is no answer to score", fix="is the data empty?")
-        yield Trial(model, rows, [row.detach().clone() for row in rows], questions, items)
+        full = [row.detach().clone() for row in rows]
+        yield Trial(model, rows, full, questions, items, taken, len(moved) - len(questions))
     finally:
         attach.detach(model, _NAME)
         for parameter in trained:

@@ -15,9 +15,10 @@ from typing import Any
 from lrconvert.convert.convert import Conversion, PreparedSource, Progress, convert_prepared, prepare_source
 from lrconvert.convert.options import CompressOptions, ConvertOptions
 from lrconvert.convert.strength import strength_without_data
+from lrconvert.convert.verdict import Judged, LossBound, Verdict, from_answers, from_weights
 from lrconvert.core.errors import BudgetError, LrcError, OptionError
 from lrconvert.core.notebook import html_table
-from lrconvert.core.wording import spelled
+from lrconvert.core.wording import either, spelled
 from lrconvert.formats.fidelity import Answers, Fidelity
 from lrconvert.io.checkpoint import KnownContent, is_without_weights, open_checkpoint
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
@@ -25,6 +26,8 @@ from lrconvert.methods import base as methods
 
 _STEPS = 5  # bisections of a size, in its logarithm: to 3 % of the bytes
 RANKED_BY_FIT = "Ranked by what fits keep, not by answers: {}."
+_MINUTES, _SEARCH_MINUTES = 1.0, 10.0  # for all fits, and where each form is fitted at many sizes
+_SEARCH_FITS = 12  # so many, about
 _FIRST = "lowrank"  # the cheapest fit; the others then only have to beat it
 
 
@@ -79,13 +82,17 @@ class Compression:
     """The candidates, in the order they were tried, and the winner among it. `note`: why answers did not rank it, if
     they were expected to. `stronger`: the winner at the strength by which it is chosen without data
     (`lrconvert.convert.strength`), if that is not 1; the candidates are nearest fits then. `by_default`: no size was
-    asked for."""
+    asked for. `left_out`: what was not tried, a line each. `judged`: the winner's answers, measured where there were
+    base and data; `bound` is what they were to keep."""
 
     candidates: tuple[Candidate, ...]
     winner: int
     note: str = ""
     stronger: Candidate | None = None
     by_default: bool = False
+    left_out: tuple[str, ...] = ()
+    judged: Judged | None = None
+    bound: LossBound | None = None
 
     def __repr__(self) -> str:
         return f"<Compression: the best of {len(self.candidates)} is {self.chosen!r}>"
@@ -117,6 +124,22 @@ class Compression:
         assert conversion is not None
         return conversion
 
+    @property
+    def nearest(self) -> Conversion:
+        """The winner as it was ranked: without `stronger`, at the strength of the LoRA."""
+        conversion = self.candidates[self.winner].conversion
+        assert conversion is not None
+        return conversion
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether to ship the file, why, and what to try where not."""
+        if self.judged is not None:
+            return from_answers(self.judged, self.bound, self.chosen.ratio)
+        fidelity = self.nearest.fidelity
+        assert fidelity is not None
+        return from_weights(self.compact.method, fidelity, self.chosen.ratio)
+
 
 def no_answers(options: ConvertOptions, compress_options: CompressOptions) -> str | None:
     """Return why forms are not ranked by what the model answers; None if they are. Raises E-OPTION where that was asked
@@ -126,7 +149,7 @@ def no_answers(options: ConvertOptions, compress_options: CompressOptions) -> st
         raise OptionError(
             "data is for ranking by answers, which needs the base", fix=f"give it with {spelled('base', ...)}"
         )
-    if rank_by == "fit":
+    if rank_by == "fit" and compress_options.loss_bound is None:
         return ""
     if base is None:
         reason = "answers need the base"
@@ -140,6 +163,8 @@ def no_answers(options: ConvertOptions, compress_options: CompressOptions) -> st
         reason = f"only a decoder with its tokenizer can write texts of its own: give {spelled('data', ...)}"
     else:
         return None
+    if compress_options.loss_bound is not None:
+        raise OptionError(f"{spelled('max_loss')} and {spelled('max_accuracy_loss')} are of answers, and here {reason}")
     if rank_by == "answers" or has_data:
         raise OptionError(f"answers cannot rank forms here: {reason}")
     return "" if base is None else RANKED_BY_FIT.format(reason)
@@ -163,19 +188,7 @@ def compress(
 ) -> Compression:
     """Fit every form under `options`, and choose by what the fits keep; see `lrconvert.api.compress`."""
     wanted = compress_options.min_captured
-    requests = [value for value in (options.target_size, options.target_ratio, wanted) if value is not None]
-    if len(requests) != 1:
-        raise OptionError(
-            f"give one of {spelled('target_size')}, {spelled('target_ratio')} and {spelled('min_captured')}"
-        )
-    if wanted is not None and not 0 < wanted <= 1:
-        raise OptionError(f"{spelled('min_captured')} is {wanted}; a share above 0, at most 1, is allowed")
-    if wanted is not None and options.strength is not None:
-        raise OptionError(
-            f"{spelled('min_captured')} measures the nearest fit, which {spelled('strength')} leaves",
-            fix="give one of them",
-        )
-    plans = list(_plans(compress_options.forms))
+    plans, left_out = _affordable(list(_plans(compress_options.forms)), lora, options, compress_options)
     candidates: list[Candidate] = []
     with prepare_source(lora, options, base_content) as source:
         for n, (method, method_options) in enumerate(plans):
@@ -189,7 +202,57 @@ def compress(
             else:
                 bound = min((c.nbytes for c in candidates if _meets(c, wanted)), default=None)
                 candidates.append(trial.smallest(wanted, bound))
-    return Compression(tuple(candidates), _winner(candidates, wanted))
+    return Compression(tuple(candidates), _winner(candidates, wanted), left_out=left_out)
+
+
+def check_request(options: ConvertOptions, compress_options: CompressOptions) -> bool:
+    """Return whether something says how small the file is to be. Raises E-OPTION for more than one such request, and
+    for numbers that make no sense."""
+    wanted, bound = compress_options.min_captured, compress_options.loss_bound
+    sizes = [options.target_size, options.target_ratio, wanted, bound]
+    if sum(value is not None for value in sizes) > 1:
+        one = ", ".join(map(spelled, ("target_size", "target_ratio", "min_captured")))
+        raise OptionError(f"give one of {one} and {spelled('max_loss')}")
+    if wanted is not None and not 0 < wanted <= 1:
+        raise OptionError(f"{spelled('min_captured')} is {wanted}; a share above 0, at most 1, is allowed")
+    if wanted is not None and options.strength is not None:
+        what = f"{spelled('min_captured')} measures the nearest fit, which {spelled('strength')} leaves"
+        raise OptionError(what, fix="give one of them")
+    if bound is not None:
+        bound.check()
+    return any(value is not None for value in sizes)
+
+
+def _affordable(
+    plans: list[tuple[str, Mapping[str, Any]]],
+    lora: LoraAdapter,
+    options: ConvertOptions,
+    compress_options: CompressOptions,
+) -> tuple[list[tuple[str, Mapping[str, Any]]], tuple[str, ...]]:
+    """Return the plans that there is time for, by what fits take on one core, and what is left out, a line each.
+
+    The first form is always tried, and so are forms that were asked for by name, unless minutes were given. With a base
+    for answers the fits are the smaller part of the work."""
+    searched = compress_options.min_captured is not None
+    minutes = compress_options.budget_minutes or (_SEARCH_MINUTES if searched else _MINUTES)
+    is_bounded = options.base is None and (compress_options.budget_minutes is not None or not compress_options.forms)
+    numbers = lora.numel / 1e6
+    kept: list[tuple[str, Mapping[str, Any]]] = []
+    left_out: list[str] = []
+    seconds = 0.0
+    for plan in sorted(plans, key=lambda plan: (plan[0] != _FIRST, methods.get(plan[0]).fit_seconds)):
+        cost = numbers * methods.get(plan[0]).fit_seconds * (_SEARCH_FITS if searched else 1)
+        if is_bounded and kept and seconds + cost > 60 * minutes:
+            named = either(f"forms={[plan[0]]}", f"--methods {plan[0]}")
+            left_out.append(f"{plan[0]} (about {_span(cost)} more; {named} tries it)")
+            continue
+        seconds += cost
+        kept.append(plan)
+    return [plan for plan in plans if plan in kept], tuple(left_out)
+
+
+def _span(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def with_strength(

@@ -195,7 +195,8 @@ def convert_prepared(
         try:
             fitted, config = plan(skeleton)  # a size at the limit: a refinement then adds no note
         except BudgetError as error:
-            raise _with_ratio(error, source.source_bytes) from None
+            named = _with_ratio(error, source.source_bytes)
+            raise default_too_small(named) if default else named from None
     planned = replace(skeleton, config=config)
     sizes = file.sizes(planned)
     file.check(planned)  # before the work: a file that could not be written is not worth fitting
@@ -205,6 +206,13 @@ def convert_prepared(
     fidelity = measure_fidelity(lora, compact, statistics, weights)
     compact = _with_captured(compact, fidelity.captured)
     return Conversion(compact, sizes, source.source_bytes, fidelity, warnings, by_default=default)
+
+
+def default_too_small(error: BudgetError) -> BudgetError:
+    """Return the error of a size that cannot be reached where nobody asked for one."""
+    what = f"no size was asked for, and {methods.DEFAULT_RATIO} times smaller is too small here: {error.what}"
+    fix = error.fix or f"ask for one: {spelled('target_size')} or {spelled('target_ratio')}"
+    return BudgetError(what, fix=fix, smallest=error.smallest)
 
 
 def _times(lora: LoraAdapter, strength: float | None) -> LoraAdapter:

@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
+from lrconvert.convert.verdict import LossBound
 from lrconvert.core.devices import resolved
 from lrconvert.core.options import option
 from lrconvert.io import hub
@@ -92,12 +93,22 @@ class CompressOptions:
     """Options of `compress`: the request to the winner, and the ranking.
 
     `min_captured` asks for the smallest file that keeps this share: of the outputs' energy under statistics, else of
-    the weights'. `forms` are the ids of the methods to try; all that join `compress` without. `data` (files as in
-    `refine`) and the budgets are for ranking by answers.
+    the weights'. `max_loss` asks for the smallest that leaves at most this share of the distance between base and LoRA
+    open, `max_accuracy_loss` for one that loses at most this share of all texts in accuracy; on held-out data, with the
+    whole 95 % interval. `forms` are the ids of the methods to try; all that join `compress` without. `data` (files as
+    in `refine`) and the budgets are for ranking by answers.
     """
 
     min_captured: float | None = option(
         None, "The smallest file that keeps this share: of outputs with --statistics, else of weights."
+    )
+    max_loss: float | None = option(
+        None,
+        "With --base: the smallest file that leaves at most this share of the KL between base and LoRA open, e.g. 5%.",
+        kind="share",
+    )
+    max_accuracy_loss: float | None = option(
+        None, "With --base and labelled --data: at most this much accuracy lost, e.g. 1% of all texts.", kind="share"
     )
     forms: tuple[str, ...] = ()
     data: tuple[Path, ...] | None = option(
@@ -110,11 +121,20 @@ class CompressOptions:
         "What the model answers after a short refinement, or what fits keep; auto: answers, with --base.",
         choices=RANKINGS,
     )
-    budget_minutes: float | None = option(None, "Time for ranking by answers, instead of a number of steps.")
+    budget_minutes: float | None = option(
+        None,
+        "Time for ranking by answers, instead of steps that take at most 30; without a base for all fits, else 1.",
+    )
     steps: int = option(0, "Refine the winner by so many more.", least=0)
     length: int = option(512, "Tokens of a text.", least=2)
     batch_tokens: int = option(1024, "Tokens of a batch.", least=1)
     max_tokens: int = option(0, "Tokens of --data; 0: all.", least=0)
+
+    @property
+    def loss_bound(self) -> LossBound | None:
+        """The bound on what answers may lose; None if there is none."""
+        is_bounded = self.max_loss is not None or self.max_accuracy_loss is not None
+        return LossBound(self.max_loss, self.max_accuracy_loss) if is_bounded else None
 
 
 @dataclass(frozen=True)
@@ -122,7 +142,8 @@ class AllocateOptions:
     """Options of `allocate` (ALoRA): one budget of `total_rank` components, or the size or ratio of the conversion.
 
     With a base and `data` (files, or batches of model inputs) components are scored by ablation, in `rounds` of
-    pruning; in each the `exact` components next to the cut are ablated, two forward passes each."""
+    pruning; in each the `exact` components next to the cut are ablated, two forward passes each. `budget_minutes` bound
+    that: where they are too few, fewer texts and components are measured, and a warning says so."""
 
     total_rank: int | None = option(None, "Keep this many components over all modules.", least=1)
     bits: float | None = option(None, "With --total-rank: average bits per number, as in `lora-to-lowrank`.", least=0)
@@ -135,4 +156,5 @@ class AllocateOptions:
     exact: int = option(
         EXACT, "Components next to the cut that are ablated in each round, two forward passes each.", least=0
     )
+    budget_minutes: float = option(10.0, "With --data: the most that scoring may take.")
     batch_tokens: int = 1024

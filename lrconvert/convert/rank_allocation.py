@@ -10,6 +10,7 @@ that a budget only says where one order is cut. What is kept is then coded, with
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
     from lrconvert.convert.ablation import Trial
 
 _NOTHING = 1e-12  # of a target's largest singular value: what is smaller is no component but rounding
+_BACKWARD = 3  # forward passes that slopes take as long as
+_EXACT = 3  # passes of an ablation: with all others, without it, and alone
+_LEAST_EXACT = 4  # ablations of a round that time is kept for
 _SHARE = 0.9  # of the progress: choosing on data; the rest is the fit
 
 
@@ -152,6 +156,7 @@ class Choice:
     kept: Array
     ablated: int = 0
     items: int = 0
+    cut: str = ""  # what was left out for want of time
 
 
 def by_energy(cut: Cut) -> Choice:
@@ -159,6 +164,37 @@ def by_energy(cut: Cut) -> Choice:
     order = cut.parts.order(cut.parts.energy)
     candidates = order[cut.parts.energy[order] > 0]
     return Choice(cut.first(candidates if len(candidates) else order[:1], cut.limit))  # all zero: it still makes a file
+
+
+@dataclass(frozen=True)
+class Time:
+    """The `minutes` that an ablation in `rounds` may take, and how its passes over the data share them."""
+
+    minutes: float
+    rounds: int
+
+    @classmethod
+    def of(cls, options: AllocateOptions) -> Time:
+        """Return the time that `options` give."""
+        return cls(options.budget_minutes, options.rounds)
+
+    @property
+    def _slopes(self) -> int:
+        return 1 + _BACKWARD * (self.rounds + 1)
+
+    @property
+    def of_a_pass(self) -> float:
+        """The seconds of one forward pass over the data at most."""
+        return 60 * self.minutes / (self._slopes + _EXACT * self.rounds * _LEAST_EXACT)
+
+    def exact(self, wanted: int, seconds: float) -> int:
+        """Return how many of the `wanted` ablations in each round there is time for, a pass taking `seconds`."""
+        left = 60 * self.minutes - self._slopes * seconds
+        return min(wanted, max(0, int(left / (_EXACT * self.rounds * max(seconds, 1e-9)))))
+
+    def needed(self, exact: int, seconds: float) -> float:
+        """Return the minutes that all of it takes."""
+        return (self._slopes + _EXACT * self.rounds * exact) * seconds / 60
 
 
 def by_ablation(
@@ -273,7 +309,7 @@ class Chooser:
             self.choice = by_energy(cut)
         else:
             with self.trial(whole) as trial:
-                self.choice = by_ablation(cut, trial, self.options.rounds, self.options.exact, self.progress)
+                self.choice = self._by_ablation(cut, trial)
         fitted = reduced(whole, parts, self.choice.kept)
         try:
             return fitted, form.plan(fitted, given, budget, context)
@@ -282,6 +318,19 @@ class Chooser:
                 raise
             return lora, coded
 
+    def _by_ablation(self, cut: Cut, trial: Trial) -> Choice:
+        """Choose by ablation, of as many texts and components as there is time for."""
+        options, limit = self.options, Time.of(self.options)
+        exact = limit.exact(options.exact, trial.seconds)
+        self.progress(0.0, f"{limit.needed(exact, trial.seconds):.1f} minutes by estimate")
+        choice = by_ablation(cut, trial, options.rounds, exact, self.progress)
+        if exact == options.exact and not trial.left_out:
+            return choice
+        used, count = len(trial.questions), len(trial.questions) + trial.left_out
+        what = f"{used} of {count} batches of texts and {exact} of {options.exact} ablations a round were used"
+        more = f"within {limit.minutes:g} minutes; {spelled('budget_minutes')} gives more"
+        return replace(choice, cut=f"{what}, to stay {more}")
+
     def allocation(self, done: Conversion, scores: str) -> Allocation:
         """Return the choice, with the conversion that it led to."""
         assert self.source is not None and self.choice is not None
@@ -289,6 +338,8 @@ class Chooser:
         kept = sum(ranks(done.compact.config, done.compact.targets))
         if asked is not None and kept < asked:
             warnings += (f"{kept} of the {asked} components asked for are kept: there are no more that coding leaves",)
+        if self.choice.cut:
+            warnings += (self.choice.cut,)
         return Allocation(
             **{**vars(done), "warnings": warnings},
             modules=modules(self.source, done.compact),
@@ -329,7 +380,7 @@ def allocate(
         texts = allocate_options
         packing = Packing("", texts.length, texts.batch_tokens, texts.max_tokens, answers=True)
         batches = statistics.batches(live, options.base, data, packing, progress)
-        return ablation.on_trial(live, whole, batches)
+        return ablation.on_trial(live, whole, batches, Time.of(texts).of_a_pass)
 
     def choosing(share: float, text: str) -> None:
         progress(_SHARE * share, text)
@@ -357,7 +408,7 @@ def converted(
         lora,
         lowrank.METHOD.id,
         replace(options, seed=0),
-        {"bits": chooser.options.bits},
+        {} if chooser.options.total_rank is None else {"bits": chooser.options.bits},  # none: the default ratio
         dry_run=dry_run,
         base_content=base_content,
         progress=progress,
@@ -366,9 +417,15 @@ def converted(
 
 
 def check(options: ConvertOptions, allocate_options: AllocateOptions) -> None:
-    """Raise E-OPTION unless exactly one budget is given."""
+    """Raise E-OPTION for more than one budget."""
     budgets = (allocate_options.total_rank, options.target_size, options.target_ratio)
-    if sum(budget is not None for budget in budgets) != 1:
+    if sum(budget is not None for budget in budgets) > 1:
         raise OptionError(
             f"give one of {spelled('total_rank')}, {spelled('target_size')} and {spelled('target_ratio')}"
+        )
+    if not 0 < allocate_options.budget_minutes < math.inf:
+        raise OptionError(f"{spelled('budget_minutes')} is {allocate_options.budget_minutes:g}; it must be above 0")
+    if allocate_options.bits is not None and not any(budgets):
+        raise OptionError(
+            f"{spelled('bits')} goes with {spelled('total_rank')}", fix=f"give that too, or leave out {spelled('bits')}"
         )

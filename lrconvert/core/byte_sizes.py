@@ -1,4 +1,4 @@
-"""Sizes in bytes, as people write them."""
+"""Sizes in bytes and shares, as people write them."""
 
 from __future__ import annotations
 
@@ -15,3 +15,12 @@ def byte_count(text: str) -> int:
         return int(float(number) * _UNITS[plain[len(number) :].strip()])
     except (ValueError, KeyError, OverflowError):
         raise OptionError(f"{text!r:.80} is not a size", fix="write 200KB, 1.5MiB or 4096") from None
+
+
+def share(text: str) -> float:
+    """Return the number of a share such as 5% or 0.05. Raises E-OPTION."""
+    plain = text.strip()
+    try:
+        return float(plain.removesuffix("%")) / (100 if plain.endswith("%") else 1)
+    except ValueError:
+        raise OptionError(f"{text!r:.80} is not a share", fix="write 5% or 0.05") from None

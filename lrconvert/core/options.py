@@ -23,7 +23,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar
 
-from lrconvert.core.byte_sizes import byte_count
+from lrconvert.core.byte_sizes import byte_count, share
 from lrconvert.core.errors import ArgumentError, OptionError
 from lrconvert.core.wording import spelled
 
@@ -36,8 +36,8 @@ def option(
     """Declare a field that a user may set.
 
     `help` is one sentence for the command line; a field without this function is no option there. `choices` and `least`
-    bound the value. `kind` "size" takes texts such as 200KB, "path" and "paths" read paths. `flag` is the name of
-    the option where it is not the field's own, ``--no-undo`` of a field ``undo``.
+    bound the value. `kind` "size" takes texts such as 200KB, "share" such as 5%, "path" and "paths" read paths. `flag`
+    is the name of the option where it is not the field's own, ``--no-undo`` of a field ``undo``.
     """
     return field(
         default=default, metadata={"help": help, "choices": choices, "least": least, "kind": kind, "flag": flag}
@@ -67,6 +67,8 @@ def _checked(entry: Field[Any], value: Any, hint: Any, owner: str) -> Any:
     name = spelled(entry.name, flag=metadata.get("flag", ""))
     if metadata.get("kind") == "size" and isinstance(value, str):
         value = byte_count(value)
+    if metadata.get("kind") == "share" and isinstance(value, str):
+        value = share(value)
     if choices := metadata.get("choices"):
         if value is None and type(None) in _members(hint):
             return value

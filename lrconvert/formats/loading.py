@@ -39,8 +39,9 @@ def load(path: AnyPath, reading: ReadOptions) -> Adapter:
 def load_all(paths: Sequence[AnyPath], reading: ReadOptions) -> list[Adapter]:
     """Load several adapters. Raises E-OPTION for a layout or an alpha where every file is an lrconvert file."""
     places = [hub.locate(path) for path in paths]
-    for place in places if reading.base is not None else ():
-        mistaken.check_order(reading.base, place)
+    if reading.base is not None:
+        for place in places:
+            mistaken.check_order(reading.base, place)
     ours = [place.is_file() and file.is_lrconvert(place) for place in places]
     if all(ours):
         refuse_options(reading, places[0] if places else None)

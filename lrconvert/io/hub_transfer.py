@@ -92,7 +92,10 @@ _AS = {"adapter": "an adapter", "base": "a base (weights in safetensors)", "conf
 
 
 def _wanted(names: Collection[str], part: Part, pickles: bool) -> list[str]:
-    """The files of a repository that are read."""
+    """The files of a repository that are read; none of a model, however large, where an adapter is asked for."""
+    is_model = not {"config.json", "model_index.json"}.isdisjoint(names) and "adapter_config.json" not in names
+    if part == "adapter" and is_model:
+        return []
     if "model_index.json" in names:  # a pipeline: names of modules are all that is asked of it
         return [name for name in names if name == "model_index.json" or re.fullmatch(r"[^/]+/config\.json", name)]
     if part == "config":

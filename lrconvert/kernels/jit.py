@@ -6,6 +6,8 @@ it out where numba is and there is enough to do. Machine code is kept on disk, w
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -24,6 +26,8 @@ def load(name: str, seconds: float, *, exact: bool = False) -> Any:
     loaded = exact and "numba" in sys.modules
     if (seconds < _LOADING and not loaded) or find_spec("numba") is None:
         return None
+    if "numba" not in sys.modules:
+        atexit.register(gc.freeze)  # a last search for garbage in all that numba has loaded would take 0.2 s
     return import_module(f"lrconvert.kernels.{name}")
 
 

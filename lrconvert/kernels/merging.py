@@ -39,17 +39,17 @@ def add(
     opened = guessed = changed = zeros = 0
     for i in range(n):
         row, change, code = stored[i, first:last], sums[i], codes[i, first:last]
-        some = _round(row, change, 1.0, limits, f, code, open_)
+        has_open = _round(row, change, 1.0, limits, f, code, open_)
         if small >= 0:
             if _count_small(change, small):
-                some = True
+                has_open = True
                 for j in range(m):
                     if abs(change[j]) <= small:
                         open_[j] |= change[j] != 0
                         zeros += not open_[j]
             changed += _count_different(row, code)
             _to_errors(f, code)
-        if some:
+        if has_open:
             for j in range(m):
                 if open_[j]:
                     places[0, opened] = i * m + j
@@ -76,15 +76,15 @@ def _round(row: Array, change: F64, sign: float, limits: Array, f: F32, code: Ar
     least, count = limits
     for j in range(len(f)):
         f[j] = np.float64(np.uint32(np.uint32(row[j]) << np.uint32(16)).view(np.float32)) + sign * change[j]
-    some = np.uint8(0)
+    any_open = np.uint8(0)
     for j in range(len(f)):
         word = np.uint32(np.float32(f[j]).view(np.uint32) + np.uint32(0x8001))
         high = np.uint16(word >> np.uint32(16))
         is_open = (np.uint16(word) <= np.uint16(2)) | (np.uint16((high & _SIZE) - least) >= count)
         code[j] = high
         open_[j] = is_open
-        some |= np.uint8(is_open)
-    return bool(some != 0)
+        any_open |= np.uint8(is_open)
+    return bool(any_open != 0)
 
 
 @compiled()
@@ -134,17 +134,17 @@ def compare(base: Array, predicted: Array, merged: Array, mask: int, steps: Arra
     for start in range(0, len(base), _CHUNK):
         stop = start + _CHUNK
         own, guess, goal = base[start:stop], predicted[start:stop], merged[start:stop]
-        some = np.uint8(0)
+        any_stray = np.uint8(0)
         for j in range(len(own)):
             lower = (guess[j] & mask) < (goal[j] & mask)
             step[j] = _ordered(own[j]) - _ordered(guess[j])
             is_lower[j] = lower
             is_stray[j] = (own[j] != guess[j]) & (not lower)
-            some |= is_stray[j]
+            any_stray |= is_stray[j]
         for j in range(len(own)):  # one in ten: a branch would be guessed wrong too often
             steps[chosen] = step[j]
             chosen += is_lower[j]
-        if some:
+        if any_stray:
             for j in range(len(own)):
                 if is_stray[j]:
                     if stray == len(strays):

@@ -44,6 +44,17 @@ def masked_rows(value: Tensor, masks: Iterable[Any]) -> Tensor:
     return value.reshape(-1, value.shape[-1])
 
 
+def row_distances(teacher: Tensor, student: Tensor, are_logits: bool) -> tuple[Tensor, Tensor]:
+    """Return of each row (items, n), float32, how far the student's answer is from the teacher's (items,), KL in nats
+    or relative squared error, and whether the first choices are the same (items,), false of hidden states."""
+    if are_logits:
+        agreed = teacher.argmax(-1) == student.argmax(-1)
+        p, q = teacher.log_softmax(-1), student.log_softmax(-1)
+        return (p.exp() * (p - q)).sum(-1), agreed
+    error = (teacher - student).square().sum(-1) / teacher.square().sum(-1).clamp(min=TINY)
+    return error, torch.zeros_like(error, dtype=torch.bool)
+
+
 @dataclass
 class AnswerSums:
     """Sums over items: distance of the answers, equal first choices, squared errors of hidden states by layer."""
@@ -63,13 +74,9 @@ class AnswerSums:
         step = max(1, _CHUNK // max(1, teacher.rows.shape[-1]))
         for start in range(0, len(teacher.rows), step):
             p, q = (outputs.rows[start : start + step].float() for outputs in (teacher, student))
-            if teacher.are_logits:
-                self.agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
-                p, q = p.log_softmax(-1), q.log_softmax(-1)
-                self.distance += float((p.exp() * (p - q)).sum(-1).double().sum())
-            else:
-                error = (p - q).square().sum(-1) / p.square().sum(-1).clamp(min=TINY)
-                self.distance += float(error.double().sum())
+            distance, agreed = row_distances(p, q, teacher.are_logits)
+            self.agreed += int(agreed.sum())
+            self.distance += float(distance.double().sum())
         errors = [
             float((one.float() - other.float()).square().sum(-1).double().sum())
             for one, other in zip(teacher.hidden, student.hidden, strict=True)

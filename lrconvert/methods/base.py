@@ -90,7 +90,8 @@ class Method(ABC):
     examples: ClassVar[tuple[Mapping[str, Any], ...]]  # option sets that the law tests and golden files run over
     searches: ClassVar[tuple[Mapping[str, Any], ...]] = ()  # option sets that `compress` tries; none: it passes by
     uses: ClassVar[tuple[str, ...]] = ("statistics",)  # which of seed, device and statistics mean something to its fit
-    default_ratio: ClassVar[int | None] = DEFAULT_RATIO  # --target-ratio when no size is asked for; None: no budget
+    fit_seconds: ClassVar[float] = 0.1  # of one core, of a fit to a million numbers, about
+    default_ratio: ClassVar[int | None] = DEFAULT_RATIO  # when no size is asked for; None: its size is no choice
 
     # --- what the file holds ---
 

@@ -59,7 +59,7 @@ class TeacherModel:
         """Return the context in which forward passes are made: in bf16 with `autocast`. What is measured is what the
         model answers; `training` may differ from it in rounding."""
         # Layers that are computed again on the way back are so without a mode.
-        is_again = getattr(self.model, "is_gradient_checkpointing", False)
+        is_again = training and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
         attention = _FloatAttention() if training and not is_again else nullcontext()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast), attention:
             yield

@@ -112,7 +112,8 @@ def allocate(
 
         def trial(whole: LoraAdapter) -> AbstractContextManager[Trial]:
             session.teacher_model.activate()
-            return ablation.on_trial(session.teacher_model.model, whole, batches)
+            seconds = rank_allocation.Time.of(allocate_options).of_a_pass
+            return ablation.on_trial(session.teacher_model.model, whole, batches, seconds)
 
         chooser = Chooser(allocate_options, trial, part(progress, 0.0, _CHOOSING))
         conversion = rank_allocation.converted(

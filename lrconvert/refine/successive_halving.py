@@ -12,40 +12,38 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lrconvert.convert.compress import Candidate, Compression
+from lrconvert.convert.verdict import LossBound
 from lrconvert.core.errors import OptionError
 from lrconvert.core.wording import spelled
 from lrconvert.formats import fidelity
 from lrconvert.formats.lrc import file
-from lrconvert.live import attach
-from lrconvert.live.answers import AnswerSums
-from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
+from lrconvert.lora.adapter import LoraAdapter
 from lrconvert.lora.input_statistics import InputStatistics
-from lrconvert.refine import layerwise
-from lrconvert.refine.attached_student import NAME
+from lrconvert.refine import answered_fits, judging, layerwise, smallest_file, time_limits
 from lrconvert.refine.refine import note_warnings, with_provenance
 from lrconvert.refine.run import RefineResult, RefineRun
 from lrconvert.refine.session import Progress, RefineSession, open_session, part
 from lrconvert.refine.settings import RunOptions, Settings
 
 STEPS = 32  # of the first round; every further one has twice as many
+MINUTES = 30.0  # for the rounds at most, where no minutes are given
 _MORE = 8  # times as many steps at most where minutes decide
-_OPENING, _FITS = 0.05, 0.3  # of the progress: what is behind then
-OUTPUTS, WEIGHTS = "outputs", "weights"  # the norms of a fit: with input statistics, and without
-
-_STRONGER = 1.25  # times the strength that was tried before
-_STRONGEST = 4.0
+_OPENING, _FITS, _ANSWERS, _ROUNDS = 0.08, 0.12, 0.22, 0.97  # of the progress: what is behind then
 
 Fit = Callable[[LoraAdapter, InputStatistics | None, Progress], Compression]
-Refit = Callable[[LoraAdapter, InputStatistics | None, Candidate, float], Candidate]  # of one form, at a strength
+# One form anew, at a strength, and of a size where one is given.
+Refit = Callable[[LoraAdapter, InputStatistics | None, Candidate, float, int | None], Candidate]
 
 
 @dataclass(frozen=True)
 class Rules:
-    """`minutes` for the rounds, or as many steps as stated; `steps` of refinement for the winner afterwards."""
+    """`minutes` for the rounds, or as many steps as stated, if they take no longer than `MINUTES`; `steps` of
+    refinement for the winner afterwards. With a `bound` the winner is the smallest file that keeps it."""
 
     minutes: float | None = None
     steps: int = 0
     device: str = "cpu"
+    bound: LossBound | None = None
 
     def check(self) -> None:
         """Raise E-OPTION for numbers that make no sense."""
@@ -68,68 +66,66 @@ def compress(
 ) -> Compression:
     """Fit all forms, under `statistics` or those of the LoRA's own inputs on `data` and without any, whichever brings
     answers nearer, at the strength that does, and rank them by what the model answers with them; see
-    `lrconvert.api.compress`. `fits` are the ways to fit all of them, and one anew. The winner is refined, and says
-    so."""
-    fit, refit = fits
+    `lrconvert.api.compress`. `fits` are the ways to fit all of them, and one anew. The winner is refined, and says so;
+    its answers are measured on texts that were set aside before."""
     rules.check()
     settings.check()
     opening, fitting = part(progress, 0.0, _OPENING), part(progress, _OPENING, _FITS)
-    with open_session(base, lora, data, settings, RunOptions(device=rules.device), progress=opening) as session:
+    with open_session(base, lora, data, settings, RunOptions(device=rules.device), progress=opening) as whole:
+        session, fresh = judging.set_aside(whole, settings.seed)
         fitting(0.0, "inputs of the layers")
         inputs = statistics or layerwise.teacher_statistics(session, lora, settings)
-        by_outputs = fit(lora, inputs, part(fitting, 0.0, 0.5))
-        by_weights = fit(lora, None, part(fitting, 0.5, 1.0))
-        pairs = zip(by_outputs.candidates, by_weights.candidates, strict=True)
-        nearer = (_nearer(session, *pair) for pair in pairs)
-        strong = (
-            _strengthened(session, one, lambda one, s: refit(lora, inputs if one.norm == OUTPUTS else None, one, s))
-            for one in nearer
-        )
-        compression = replace(by_outputs, candidates=tuple(strong))
-        return _SuccessiveHalving(session, compression, inputs, settings, part(progress, _FITS, 1.0)).run(rules)
+        by_outputs = fits[0](lora, inputs, part(fitting, 0.0, 0.5))
+        by_weights = fits[0](lora, None, part(fitting, 0.5, 1.0))
+        forms = [c for c in by_outputs.candidates if c.conversion is not None]
+        session, cut = time_limits.cut_choosing(session, len(forms), rules.minutes or MINUTES)
+        fitter = _Fitter(session, lora, inputs, fits[1])
+        pairs = list(zip(by_outputs.candidates, by_weights.candidates, strict=True))
+        strong = []
+        for n, pair in enumerate(pairs):
+            part(progress, _FITS, _ANSWERS)(n / len(pairs), f"answers of {pair[0].method}")
+            strong.append(fitter.nearest(*pair))
+        fitted = replace(by_outputs, candidates=tuple(strong), left_out=(*by_outputs.left_out, *cut))
+        ranking = part(progress, _ANSWERS, _ROUNDS)
+        winner = None
+        if rules.bound is not None:
+            end = time.monotonic() + 60 * (rules.minutes or MINUTES)
+            search = smallest_file.Search(session, rules.bound, settings.batch_tokens, fitter.sized, end)
+            fitted = search.run(fitted, lora.half_bytes, part(ranking, 0.0, 0.8 if rules.steps else 1.0))
+            ranking, winner = part(ranking, 0.8, 1.0), fitted.winner
+        done = _SuccessiveHalving(session, fitted, inputs, settings, ranking).run(rules, winner)
+        progress(_ROUNDS, "measuring the winner")
+        pool, is_fresh = (session.split.held_out, False) if fresh is None else (fresh, True)
+        tokens, by_lora = settings.batch_tokens, data is None
+        judged = judging.judge(session, pool, done.compact, tokens, is_fresh=is_fresh, by_lora=by_lora)
+        return replace(done, judged=judged, bound=rules.bound)
 
 
-def _nearer(session: RefineSession, by_outputs: Candidate, by_weights: Candidate) -> Candidate:
-    """The fit of a form whose answers on held-out data are nearer to the LoRA's; the first where both are as near."""
-    one, two = _distance(session, by_outputs), _distance(session, by_weights)
-    if one is None or two is None:
-        norm, chosen, other = (WEIGHTS, by_weights, None) if one is None else (OUTPUTS, by_outputs, None)
-    elif one.mean <= two.mean:
-        norm, chosen, other = OUTPUTS, by_outputs, two
-    else:
-        norm, chosen, other = WEIGHTS, by_weights, one
-    return replace(chosen, norm=norm, other=None if other is None else other.answers(session.base_distance))
+@dataclass(frozen=True, eq=False)
+class _Fitter:
+    """Fits of single forms under a session, `inputs` being its statistics."""
 
+    session: RefineSession
+    lora: LoraAdapter
+    inputs: InputStatistics | None
+    refit: Refit
 
-def _distance(session: RefineSession, candidate: Candidate, scale: float = 1.0) -> AnswerSums | None:
-    """The distance of the answers with a fit, its updates times `scale`, from the LoRA's; None if there is none."""
-    if candidate.conversion is None:
-        return None
-    adapters: dict[str, CompactAdapter | LoraAdapter] = {NAME: candidate.conversion.compact}
-    with attach.temporarily(session.teacher_model.model, adapters, scale=scale):
-        return session.evaluator.sums((NAME,))
+    def nearest(self, by_outputs: Candidate, by_weights: Candidate) -> Candidate:
+        """Return the fit whose answers are nearer, at the strength at which they are nearest."""
+        return self._strengthened(answered_fits.nearer(self.session, by_outputs, by_weights), None)
 
+    def sized(self, candidate: Candidate, nbytes: int) -> Candidate:
+        """Return the form fitted to another size, at its own strength there; refused if it cannot have that size."""
+        plain = replace(candidate, strength=1.0, plain=None, other=None)
+        again = replace(self._refit(plain, 1.0, nbytes), norm=candidate.norm)
+        return self._strengthened(again, nbytes)
 
-def _strengthened(
-    session: RefineSession, candidate: Candidate, refit: Callable[[Candidate, float], Candidate]
-) -> Candidate:
-    """A candidate, fitted anew at the strength at which its answers are nearest to the LoRA's."""
-    plain = _distance(session, candidate)
-    if plain is None:
-        return candidate
-    best, nearest = 1.0, plain.mean
-    while best * _STRONGER <= _STRONGEST:
-        stronger = _distance(session, candidate, best * _STRONGER)
-        assert stronger is not None
-        if not stronger.mean < nearest:
-            break
-        best, nearest = best * _STRONGER, stronger.mean
-    again = candidate if best == 1 else refit(candidate, best)
-    distance = None if again is candidate else _distance(session, again)
-    if distance is None or not distance.mean < plain.mean:
-        return candidate
-    measured = plain.answers(session.base_distance)
-    return replace(again, norm=candidate.norm, other=candidate.other, strength=best, plain=measured)
+    def _strengthened(self, candidate: Candidate, nbytes: int | None) -> Candidate:
+        return answered_fits.strengthened(self.session, candidate, lambda one, s: self._refit(one, s, nbytes))
+
+    def _refit(self, candidate: Candidate, strength: float, nbytes: int | None) -> Candidate:
+        inputs = self.inputs if candidate.norm == answered_fits.OUTPUTS else None
+        return self.refit(self.lora, inputs, candidate, strength, nbytes)
 
 
 @dataclass(eq=False)
@@ -141,15 +137,22 @@ class _SuccessiveHalving:
     progress: Progress
     _results: dict[int, RefineResult] = field(default_factory=dict)  # by the number of a candidate, over all rounds
 
-    def run(self, rules: Rules) -> Compression:
-        """Return all candidates as they are after the rounds, and the winner."""
+    def run(self, rules: Rules, winner: int | None = None) -> Compression:
+        """Return all candidates as they are after the rounds, and the winner; with a `winner` there are no rounds."""
         alive = [n for n, c in enumerate(self.fitted.candidates) if c.conversion is not None]
-        rounds = max(1, (len(alive) - 1).bit_length())
+        rounds = max(1, (len(alive) - 1).bit_length()) if winner is None else 0
+        alive = alive if winner is None else [winner]
         parts = rounds + (rules.steps > 0)
-        end = time.monotonic() + 60 * (rules.minutes or 0)
+        minutes = rules.minutes
+        cut: tuple[str, ...] = ()
+        if minutes is None and rounds:
+            minutes, cut = time_limits.minutes_of_rounds(
+                self.session, [STEPS << n for n in range(rounds)], len(alive), MINUTES
+            )
+        end = time.monotonic() + 60 * (minutes or 0)
         for n in range(rounds):
             settings = replace(self.settings, layerwise=False, end_to_end=True, minutes=None, steps=STEPS << n)
-            if rules.minutes is not None:
+            if minutes is not None:
                 each = max(0.01, (end - time.monotonic()) / 60 / (rounds - n) / len(alive))
                 settings = replace(settings, minutes=each, steps=settings.steps * _MORE)
             settings = replace(settings, eval_every=settings.steps)
@@ -157,11 +160,12 @@ class _SuccessiveHalving:
                 start = (n + place / len(alive)) / parts
                 self._refine(number, settings, start, 1 / len(alive) / parts)
             alive = sorted(alive, key=self._rank)[: (len(alive) + 1) // 2]
-        winner = alive[0]
+        best = alive[0]
         if rules.steps:
-            self._refine(winner, replace(self.settings, layerwise=False, steps=rules.steps), rounds / parts, 1 / parts)
+            self._refine(best, replace(self.settings, layerwise=False, steps=rules.steps), rounds / parts, 1 / parts)
         ranked = [self._refined(n, candidate) for n, candidate in enumerate(self.fitted.candidates)]
-        return replace(self.fitted, candidates=tuple(ranked), winner=winner)
+        left_out = (*self.fitted.left_out, *cut)
+        return replace(self.fitted, candidates=tuple(ranked), winner=best, left_out=left_out)
 
     def _refine(self, number: int, settings: Settings, start: float, share: float) -> None:
         """Train a candidate further, with rates of its own that rise and fall."""

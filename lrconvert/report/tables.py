@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import posixpath
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lrconvert.core.errors import printable
+
+_NAME = 10  # characters of the name of a fact
 
 
 def count_bytes(n: int) -> str:
@@ -75,3 +78,13 @@ def share(value: float | None) -> str:
 def percent(value: float | None) -> str:
     """Return a share in percent."""
     return "-" if value is None else f"{value:.1%}"
+
+
+def filled(text: str, indent: str = "") -> str:
+    """Return text in lines of a terminal's width, all but the first after `indent`."""
+    return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def fact(name: str, text: str) -> str:
+    """Return a fact with its name in front, in lines of a terminal's width."""
+    return filled(f"{name.ljust(_NAME)}{text}" if name else f"{' ' * _NAME}{text}", " " * _NAME)

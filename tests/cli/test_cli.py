@@ -65,10 +65,11 @@ def test_refusals_are_one_line_and_leave_nothing(case, tmp_path):
 
 def test_an_existing_output_is_kept_unless_told(tmp_path):
     (tmp_path / "x.lrc").write_text("precious")
-    done = lrconvert("lora-to-lowrank", SOURCE, "-o", "x.lrc", cwd=tmp_path)
+    done = lrconvert("lora-to-lowrank", SOURCE, "-o", "x.lrc", "--bits", "12", cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.startswith("E-OUT-EXISTS")
     assert (tmp_path / "x.lrc").read_text() == "precious"
-    assert lrconvert("lora-to-lowrank", SOURCE, "-o", "x.lrc", "--overwrite", cwd=tmp_path).returncode == 0
+    small = "--bits", "12"
+    assert lrconvert("lora-to-lowrank", SOURCE, "-o", "x.lrc", *small, "--overwrite", cwd=tmp_path).returncode == 0
     assert lrconvert("validate", "x.lrc", "--base", BASES / "tiny-llama", cwd=tmp_path).returncode == 0
 
 
@@ -79,7 +80,7 @@ def test_usage_errors_exit_2(tmp_path):
 
 
 def test_validate_finds_another_base(tmp_path):
-    lrconvert("lora-to-lowrank", SOURCE, "-o", "x.lrc", "--base", BASES / "tiny-llama", cwd=tmp_path)
+    lrconvert("lora-to-lowrank", SOURCE, "-o", "x.lrc", "--bits", "12", "--base", BASES / "tiny-llama", cwd=tmp_path)
     assert lrconvert("validate", "x.lrc", "--base", BASES / "tiny-llama", cwd=tmp_path).returncode == 0
     found = json.loads(
         lrconvert("validate", "x.lrc", "--base", BASES / "tiny-llama-bf16", "--json", cwd=tmp_path).stdout
@@ -93,8 +94,9 @@ def test_sizes(text, size):
 
 
 def test_progress_without_a_terminal_is_a_line_every_half_minute(monkeypatch, capsys):
-    """What is done, and how long the rest takes at that speed; nothing when quiet, and nothing in less time."""
-    clock = iter([0.0, 10.0, 31.0, 40.0, 61.0, 300.0])
+    """What is done, and how long the rest takes at that speed: at first after some seconds; nothing when quiet, and
+    nothing of what ends before."""
+    clock = iter([0.0, 3.0, 10.0, 31.0, 61.0, 300.0])
     monkeypatch.setattr(printing, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with printing.progress_bar("refine", quiet=False) as update:
         for fraction, text in ((0.1, "a"), (0.25, "b"), (0.3, "c"), (0.0, "d"), (0.5, "e")):
@@ -102,7 +104,7 @@ def test_progress_without_a_terminal_is_a_line_every_half_minute(monkeypatch, ca
     with printing.progress_bar("refine", quiet=True) as update:
         update(0.9, "f")
     lines = [
-        "refine: 25% after 31 s, 93 s left; b",
+        "refine: 25% after 10 s, 30 s left; b",
         "refine: 0% after 61 s; d",
         "refine: 50% after 5 min, 5 min left; e",
     ]

@@ -370,7 +370,7 @@ def test_any_set_of_components_is_kept_exactly(lora: LoraAdapter, statistics: An
         form, fitted = methods.get("lowrank"), rank_allocation.reduced(pairs, parts, kept)
         config = form.plan(fitted, form.Options(bits=13), None, context)
         tensors = form.fit(fitted, config, context)
-        compact = replace(api.convert(lora, "lowrank", dry_run=True).compact, config=config, tensors=tensors)
+        compact = replace(api.convert(lora, "lowrank", bits=12, dry_run=True).compact, config=config, tensors=tensors)
         found = fidelity.fidelity(lora, compact, known)
         assert [t.rank_after for t in found.targets] == list(config.counts) and config.counts[7] == 0
         for t, pair in enumerate(lora.targets):
@@ -387,8 +387,9 @@ def test_any_set_of_components_is_kept_exactly(lora: LoraAdapter, statistics: An
 
 def test_options_that_say_nothing(lora: LoraAdapter) -> None:
     for given, message in (
-        ({}, "give one of total_rank, target_size and target_ratio"),
-        ({"total_rank": 3, "target_size": 9000}, "give one of total_rank"),
+        ({"total_rank": 3, "target_size": 9000}, "give one of total_rank, target_size and target_ratio"),
+        ({"bits": 4}, "bits goes with total_rank"),
+        ({"budget_minutes": 0.0}, "budget_minutes is 0"),
         ({"total_rank": 3, "bits": 16}, "bits is 16; above 0, at most 15"),
         ({"target_size": 9000, "bits": 5}, "bits and a size both say"),
         ({"total_rank": 0}, "total_rank is 0"),
@@ -400,6 +401,25 @@ def test_options_that_say_nothing(lora: LoraAdapter) -> None:
             allocate(lora, **given)
     with pytest.raises(DataError):
         allocate(lora, total_rank=3, base=DEMO / "base", data=[DEMO / "absent.txt"])
+
+
+def test_time_is_shared_between_slopes_and_ablations() -> None:
+    """All that is wanted if there is time; never more than the minutes, and fewer texts before no ablation at all."""
+    limit = rank_allocation.Time(10.0, 8)
+    assert limit.exact(16, 0.1) == 16 and limit.needed(16, 0.1) < 10
+    for seconds in (1.0, 2.0, limit.of_a_pass):
+        exact = limit.exact(16, seconds)
+        assert 4 <= exact <= 16 and limit.needed(exact, seconds) <= 10.001
+        assert exact == 16 or limit.needed(exact + 1, seconds) > 10
+    assert limit.exact(16, 1e6) == 0
+
+
+def test_too_little_time_is_said(lora: LoraAdapter) -> None:
+    """Of the texts and of the ablations what there is time for is used; the file is made, and a warning says so."""
+    asked: dict[str, Any] = {"base": DEMO / "base", "data": [DEMO / "heldout.jsonl"], "max_tokens": TOKENS}
+    done = allocate(lora, total_rank=300, rounds=1, exact=4, budget_minutes=1e-6, dry_run=True, **asked)
+    (cut,) = (line for line in done.warnings if "budget_minutes" in line)
+    assert "batches of texts and 0 of 4 ablations a round were used" in cut and done.ablated == 0
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

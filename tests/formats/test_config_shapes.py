@@ -34,9 +34,9 @@ def test_a_unet_of_another_width_is_another_model(tmp_path: Path, prefix: str) -
     (folder / "config.json").write_text(json.dumps(UNET | {"cross_attention_dim": 48}))
     if prefix:
         (base / "model_index.json").write_text("{}")
-    api.convert(lora_of(prefix + KEY, 32, 48), "lowrank", base=base)
+    api.convert(lora_of(prefix + KEY, 32, 48), "lowrank", bits=12, base=base)
     with pytest.raises(BaseError, match=rf"{KEY}' is \[32, 40\] \(out, in\) in the adapter, \[32, 48\] by the config"):
-        api.convert(lora_of(prefix + KEY, 32, 40), "lowrank", base=base)
+        api.convert(lora_of(prefix + KEY, 32, 40), "lowrank", bits=12, base=base)
 
 
 def test_a_class_of_another_width_is_another_model(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_a_class_of_another_width_is_another_model(tmp_path: Path) -> None:
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32, **sizes}
     (tmp_path / "config.json").write_text(json.dumps(config))
     name = "model.layers.0.mlp.up_proj.weight"
-    api.convert(lora_of(name, 24, 16), "lowrank", base=tmp_path)
+    api.convert(lora_of(name, 24, 16), "lowrank", bits=12, base=tmp_path)
     with pytest.raises(BaseError, match=r"\[24, 18\] \(out, in\) in the adapter, \[24, 16\] by the configuration"):
-        api.convert(lora_of(name, 24, 18), "lowrank", base=tmp_path)
-    api.convert(lora_of("something.else.weight", 3, 5), "lowrank", base=tmp_path)
+        api.convert(lora_of(name, 24, 18), "lowrank", bits=12, base=tmp_path)
+    api.convert(lora_of("something.else.weight", 3, 5), "lowrank", bits=12, base=tmp_path)

@@ -463,7 +463,7 @@ def test_a_conversion_that_cannot_be_written_is_refused_before_the_fit(monkeypat
     lora = replace(random_lora(), extras=(ExtraTensor("conv", "U8", (1, 1, 1, 1, 2), b"ab"),))
     for dry_run in (True, False):
         with pytest.raises(errors.ShapeError):
-            api.convert(lora, "lowrank", dry_run=dry_run)
+            api.convert(lora, "lowrank", bits=12, dry_run=dry_run)
 
 
 def test_notes_of_the_source_are_brought_into_form(tmp_path):
@@ -725,7 +725,7 @@ def test_a_compact_file_is_a_source_of_the_second_generation(tmp_path):
     file.write(first, tmp_path / "x.lrc")
     lora = api.load_lora(tmp_path / "x.lrc")
     assert "compact adapter" in lora.warnings[0] and lora.extras == first.extras
-    again = api.convert(lora, "lowrank")
+    again = api.convert(lora, "lowrank", bits=12)
     assert again.fidelity.captured > 1 - 1e-5 and again.warnings == lora.warnings
 
 
@@ -735,5 +735,5 @@ def test_leaving_out_a_target_leaves_out_what_belongs_to_it():
     extras = [ExtraTensor(n, "F32", (1,), bytes(4), "magnitude") for n in names]
     extras += [ExtraTensor(n.replace("weight", "bias"), "F32", (1,), bytes(4), "add") for n in names]
     lora = replace(lora, extras=tuple(sorted(extras, key=lambda e: (e.name, e.use))))
-    kept = api.convert(lora, "lowrank", exclude=[names[0]]).compact.extras
+    kept = api.convert(lora, "lowrank", bits=12, exclude=[names[0]]).compact.extras
     assert {e.name for e in kept} == {names[1], names[1].replace("weight", "bias")}

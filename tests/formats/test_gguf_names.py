@@ -168,7 +168,7 @@ def test_models_with_eyes(tmp_path: Path) -> None:
     """The decoder's level has one of two names in transformers, which llama.cpp leaves out; the eyes are refused."""
     base = base_of("Qwen2_5_VLForConditionalGeneration", tmp_path / "base")
     pair = one_target(Target("model.visual.blocks.0.attn.qkv.weight", (8, 8)), 2)
-    seen = api.convert(LoraAdapter((pair,)), "lowrank").compact
+    seen = api.convert(LoraAdapter((pair,)), "lowrank", bits=12).compact
     with pytest.raises(errors.ExportError, match="takes no LoRA on"):
         api.export(seen, tmp_path / "out", to="gguf", base=base)
     family = FAMILIES["Gemma3ForConditionalGeneration"]

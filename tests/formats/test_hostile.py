@@ -244,7 +244,7 @@ def test_the_command_line_says_it_in_one_line(
     words = {
         "container": ["inspect", place],
         "lrconvert": ["validate", place],
-        "lora": ["lora-to-lowrank", place, "-o", tmp_path / "x.lrc"],
+        "lora": ["lora-to-lowrank", place, "-o", tmp_path / "x.lrc", "--bits", "12"],
         "base": ["merge", place, hostile_files / "H28-names-of-code", "-o", tmp_path / "out"],
         "merge": ["merge", place / "base", place / "adapter", "-o", tmp_path / "out"],
     }[case.reads]
@@ -559,7 +559,7 @@ def test_nothing_goes_out(
     with watched() as seen:
         for words in (
             ["inspect", adapter],
-            ["lora-to-lowrank", adapter, "-o", lrc, "--base", model],
+            ["lora-to-lowrank", adapter, "-o", lrc, "--bits", "12", "--base", model],
             ["validate", lrc, "--base", model],
             ["inspect", lrc],
             ["inspect", hostile_files / "H28-hints.lrc"],
@@ -718,7 +718,9 @@ def test_leftovers_are_in_nobodys_way(tmp_path: Path) -> None:
 # --- H35, H36 -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", [["inspect"], ["inspect", "--json"], ["lora-to-lowrank", "--dry-run", "-v"]])
+@pytest.mark.parametrize(
+    "words", [["inspect"], ["inspect", "--json"], ["lora-to-lowrank", "--bits", "12", "--dry-run", "-v"]]
+)
 def test_nothing_moves_the_cursor(words: list[str], hostile_files: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Names, hints and patterns full of escapes: what is printed has none."""
     assert run_cli(words[0], hostile_files / "H35-escapes", *words[1:]) == 0

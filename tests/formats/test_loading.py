@@ -98,7 +98,7 @@ def test_statistics_export_and_check(raw: Path, tmp_path: Path) -> None:
     (measured,) = api.load_statistics(tmp_path / "s").inputs  # of the adapter's one target, and of no other
     assert f"{MODULE}.weight" in measured.names and measured.tokens
     out = tmp_path / "x.lrc"
-    run("lora-to-lowrank", raw, "-o", out, "-q", "--alpha", 6, "--base", BASE)
+    run("lora-to-lowrank", raw, "-o", out, "-q", "--bits", 12, "--alpha", 6, "--base", BASE)
     run("export", out, "-o", tmp_path / "peft", "--to", "peft-lora", "--source", raw, "--alpha", 6, "--from", "raw")
     assert "captured" in (tmp_path / "peft" / "README.md").read_text()
     with pytest.raises(errors.OptionError, match="none is read"):

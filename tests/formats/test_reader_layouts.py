@@ -170,7 +170,7 @@ def test_options_of_the_commands(tmp_path, capsys):
     folder = put(tmp_path / "x", layouts.raw([known("model.layers.0.self_attn.q_proj", 64, 48)]))
     out = tmp_path / "x.lrc"
     options = ["--from", "raw", "--alpha", "8"]
-    cli.cli(["lora-to-lowrank", str(folder), "-o", str(out), "-q", *options], standalone_mode=False)
+    cli.cli(["lora-to-lowrank", str(folder), "-o", str(out), "-q", "--bits", "12", *options], standalone_mode=False)
     assert api.read(out).targets[0].name == "model.layers.0.self_attn.q_proj.weight"
     capsys.readouterr()
     cli.cli(["compare", str(folder), str(out), "--json", *options], standalone_mode=False)
@@ -484,6 +484,6 @@ def test_a_conversion_with_the_configuration_of_the_base_alone(tmp_path):
     folder = put(tmp_path / "x", layouts.kohya([known(f"{ATTENTION}.to_q", 320, 320)]))
     base = put(tmp_path / "base", {"config.json": json.dumps(UNET).encode()})
     lora = api.load_lora(folder, base=base)
-    done = api.convert(lora, "lowrank", base=base)
+    done = api.convert(lora, "lowrank", bits=12, base=base)
     assert done.compact.base.content == "" and any("names alone" in line for line in done.warnings)
     assert done.compact.targets[0].name == f"{ATTENTION}.to_q.weight"

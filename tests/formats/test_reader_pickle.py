@@ -234,11 +234,11 @@ def test_every_command_that_reads_an_adapter_takes_the_option(folder, tmp_path):
         command = [sys.executable, "-m", "lrconvert.cli", *map(str, words)]
         return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
 
-    assert run("lora-to-lowrank", plain, "-o", "x.lrc").returncode == 0
+    assert run("lora-to-lowrank", plain, "-o", "x.lrc", "--bits", 12).returncode == 0
     commands = [
         ("inspect", folder, "--json"),
         ("compare", folder, "x.lrc", "--json"),
-        ("lora-to-lowrank", folder, "-o", "y.lrc", "--overwrite"),
+        ("lora-to-lowrank", folder, "-o", "y.lrc", "--bits", 12, "--overwrite"),
         ("merge", base, folder, "-o", "out", "--dry-run"),
         ("export", "x.lrc", "-o", "exported", "--to", "peft-lora", "--source", folder, "--overwrite"),
     ]
@@ -255,7 +255,7 @@ def test_the_api_takes_the_option(folder):
         with pytest.raises(errors.PickleError):
             verb(folder)
         assert verb(folder, allow_pickle=True)
-    compact = api.convert(api.load_lora(folder, allow_pickle=True), "lowrank").compact
+    compact = api.convert(api.load_lora(folder, allow_pickle=True), "lowrank", bits=12).compact
     assert api.compare(folder, [compact], allow_pickle=True)[0].captured > 0.999
 
 

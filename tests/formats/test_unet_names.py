@@ -296,7 +296,7 @@ def names_in(folder: Path) -> set[str]:
 
 def test_sdxl_names_of_sd_scripts(tmp_path: Path) -> None:
     """As sd-scripts' own UNet of SDXL is called; told by the width of its texts or by the base, and read again."""
-    compact = api.convert(of_names(list(EXPECTED)), "lowrank").compact
+    compact = api.convert(of_names(list(EXPECTED)), "lowrank", bits=12).compact
     api.export(compact, tmp_path / "without", to="kohya")
     assert names_in(tmp_path / "without") == set(EXPECTED.values())
     base = put(tmp_path / "pipeline", {"model_index.json": b"{}"})
@@ -312,7 +312,9 @@ def test_sdxl_names_of_sd_scripts(tmp_path: Path) -> None:
     wanted = {target.name: b @ a for target, a, b in methods.expand_all(compact)}
     for pair in again.targets:
         np.testing.assert_allclose(dense(pair), wanted[pair.target.name], rtol=1e-5, atol=1e-7)
-    text_only = api.convert(of_names([k for k in EXPECTED if k.startswith("text_encoder.")]), "lowrank").compact
+    text_only = api.convert(
+        of_names([k for k in EXPECTED if k.startswith("text_encoder.")]), "lowrank", bits=12
+    ).compact
     for known, prefix in ((base, "lora_te1_"), (None, "lora_te_")):
         out = tmp_path / prefix
         api.export(text_only, out, to="kohya", base=known)
@@ -324,10 +326,10 @@ def test_names_stay_diffusers_for_other_unets(tmp_path: Path) -> None:
     expected = {f"lora_{name.replace('.', '_')}" for name in names}
     small = put(tmp_path / "sd1", {"config.json": json.dumps(SD1).encode()})
     for n, (context, base) in enumerate(((768, None), (1280, None), (768, small), (2048, small))):
-        compact = api.convert(of_names(names, context), "lowrank").compact
+        compact = api.convert(of_names(names, context), "lowrank", bits=12).compact
         api.export(compact, tmp_path / str(n), to="kohya", base=base)
         assert names_in(tmp_path / str(n)) == expected
-    odd = api.convert(of_names([*names, "unet.class_embedding.linear_1"]), "lowrank").compact
+    odd = api.convert(of_names([*names, "unet.class_embedding.linear_1"]), "lowrank", bits=12).compact
     with pytest.raises(errors.ExportError, match="has no name in the code"):
         api.export(odd, tmp_path / "odd", to="kohya")
     empty = put(tmp_path / "empty", {"model_index.json": b"{}"})

@@ -288,8 +288,8 @@ def test_a_cache_that_cannot_be_read(adapter, monkeypatch):
 
 def test_every_verb_takes_ids(adapter, base, tmp_path):
     lora = api.load_lora(ADAPTER)
-    done = api.convert(lora, "lowrank", base=BASE)
-    plain = api.convert(api.load_lora(ADAPTERS / "llama-plain"), "lowrank", base=BASES / "tiny-llama")
+    done = api.convert(lora, "lowrank", bits=12, base=BASE)
+    plain = api.convert(api.load_lora(ADAPTERS / "llama-plain"), "lowrank", bits=12, base=BASES / "tiny-llama")
     api.write(done.compact, "x.lrc")
     api.write(plain.compact, "y.lrc")
     assert Path("x.lrc").read_bytes() == Path("y.lrc").read_bytes()
@@ -309,7 +309,7 @@ def test_every_verb_takes_ids(adapter, base, tmp_path):
 
 @pytest.mark.medium
 def test_commands_take_ids_and_show_them(cache, adapter, base):
-    words = ["lora-to-lowrank", ADAPTER, "-o", "x.lrc", "--base", f"{BASE}@main", "--json"]
+    words = ["lora-to-lowrank", ADAPTER, "-o", "x.lrc", "--bits", "12", "--base", f"{BASE}@main", "--json"]
     done = run(*words)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["source"] == ADAPTER
@@ -338,7 +338,7 @@ def test_refusals_are_one_line(adapter):
 
 def test_nothing_is_written_into_the_cache(cache, adapter, base):
     before = sorted(cache.rglob("*"))
-    compact = api.convert(api.load_lora(ADAPTER), "lowrank").compact
+    compact = api.convert(api.load_lora(ADAPTER), "lowrank", bits=12).compact
     api.write(compact, "x.lrc")
     Path("alias").symlink_to(cache)
     for out in (adapter / "out", cache / "out", cache / "new" / "out", Path("alias/out")):
@@ -350,7 +350,7 @@ def test_nothing_is_written_into_the_cache(cache, adapter, base):
         ):
             with pytest.raises(errors.OutputPathError):
                 write()
-        done = run("lora-to-lowrank", ADAPTER, "-o", out)
+        done = run("lora-to-lowrank", ADAPTER, "-o", out, "--bits", "12")
         assert done.returncode == 1 and "E-OUT-PATH" in done.stderr and "cache" in done.stderr
     for change in (
         lambda: api.merge(base, ADAPTER, in_place=True),

@@ -167,6 +167,7 @@ def test_files_that_are_wanted() -> None:
     assert wanted(base, "base", False) == ["config.json", "model.safetensors", "tokenizer.model"]
     assert wanted(base, "config", False) == ["config.json"]
     assert wanted(["config.json", "pytorch_model.bin"], "base", False) == []
+    assert wanted(base, "adapter", False) == [] and wanted(["model_index.json"], "adapter", False) == []
     pipeline = ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
     assert wanted(pipeline, "base", False) == ["model_index.json", "unet/config.json"]
     assert wanted(["a.bin", "adapter_config.json"], "adapter", False) == ["adapter_config.json"]

@@ -15,8 +15,9 @@ from lrconvert.kernels import jit
 SMALL = """
 import sys
 from lrconvert.cli import cli
-for words in (["--help"], ["inspect", source], ["lora-to-lowrank", source, "-o", file], ["lora-to-vblora", source, "-o",
-              other, "--target-ratio", "8"], ["validate", file], ["inspect", other]):
+bits = "--bits", "12"
+for words in (["--help"], ["inspect", source], ["lora-to-lowrank", source, "-o", file, *bits],
+              ["lora-to-vblora", source, "-o", other, "--target-ratio", "8"], ["validate", file], ["inspect", other]):
     try:
         cli.main(args=words, standalone_mode=False)
     except SystemExit as end:

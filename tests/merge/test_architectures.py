@@ -244,7 +244,7 @@ def test_layers_that_are_not_quantized_merge(method: str, tmp_path: Path) -> Non
         assert load_all_quantized(base) == before
     experts = {"target_parameters": ["mlp.experts.down_proj"], "target_modules": ["q_proj"]}
     adapted(architecture, tmp_path / "base", tmp_path / "experts", **experts)
-    made = api.convert(api.load_lora(tmp_path / "experts"), "lowrank", base=base)
+    made = api.convert(api.load_lora(tmp_path / "experts"), "lowrank", bits=12, base=base)
     assert {t.shape for t in made.compact.targets if "experts" in t.name} == {(4, 24, 16)}
     with pytest.raises(QuantizedBaseError, match=f"down_proj.* stored quantized, by {method}. Use the unquantized"):
         api.merge(base, tmp_path / "experts", tmp_path / "never")

@@ -353,19 +353,3 @@ def test_finished_statistics_stay_until_they_are_put_away(measuring: Write, plac
     assert fields["batches"] == BATCHES
     measuring(place / "out", False)
     assert (place / "out").read_bytes() == (place / "wanted").read_bytes()
-
-
-@pytest.mark.slow
-def test_a_demo_on_a_full_disk(place: Path) -> None:
-    """It stops with one line; what is there is whole."""
-    with (
-        faults.installed(faults.Faulty(45, errno.ENOSPC, persistent=True)),
-        pytest.raises(LrcError, match="E-IO-WRITE"),
-    ):
-        cli.main(["demo", "-o", str(place / "demo")], standalone_mode=False)
-    files = [p for p in (place / "demo").iterdir() if not p.name.startswith(".")]
-    assert files
-    for path in files:
-        assert path.suffix == ".stats" or api.validate(path).ok
-        if path.suffix == ".stats":
-            assert api.load_statistics(path).tokens

@@ -196,7 +196,7 @@ def test_baked_dora_of_full_rank_is_the_dora(name: str, tmp_path: Path) -> None:
 def test_baking_needs_a_base_and_a_dora(tmp_path: Path) -> None:
     lora = api.load_lora(ADAPTERS / "llama-dora")
     with pytest.raises(LrcError, match="base="):
-        api.convert(lora, "lowrank", bake_dora=4)
+        api.convert(lora, "lowrank", bits=12, bake_dora=4)
     plain = api.load_lora(ADAPTERS / "llama-plain")
     with pytest.raises(LrcError, match="no DoRA magnitudes"):
-        api.convert(plain, "lowrank", bake_dora=4, base=BASES / "tiny-llama")
+        api.convert(plain, "lowrank", bits=12, bake_dora=4, base=BASES / "tiny-llama")

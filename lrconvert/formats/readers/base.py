@@ -6,7 +6,7 @@ file name alone, and accounts for every tensor: converted, carried as an extra, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from lrconvert.io import mistaken
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 
 _FOLDER = "lrconvert.formats.readers"
+_MOST = "peft"  # is what most adapters are
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,13 @@ def all_readers() -> list[Reader]:
     return [registry.load(_FOLDER, layout, "READER") for layout in ids()]
 
 
+def _in_turn() -> Iterator[Reader]:
+    """Yield all readers, imported one after the other. Most adapters are PEFT's; the order means nothing else, since no
+    two know one file."""
+    for layout in sorted(ids(), key=lambda layout: layout != _MOST):
+        yield registry.load(_FOLDER, layout, "READER")
+
+
 def load(path: Path, options: ReadOptions | None = None) -> LoraAdapter | CompactAdapter:
     """Read the adapter at `path` (a folder or a file) with the reader that its content calls for, or `options` name.
 
@@ -76,7 +84,7 @@ def load(path: Path, options: ReadOptions | None = None) -> LoraAdapter | Compac
     options = options or ReadOptions()
     if options.layout is not None:
         return _read(named(options.layout), folders.only_file(path) or path, options)
-    for reader in all_readers():
+    for reader in _in_turn():
         if reader.recognises(path):
             return _read(reader, path, options)
     single = folders.only_file(path)
@@ -118,7 +126,7 @@ def _read(reader: Reader, path: Path, options: ReadOptions) -> LoraAdapter | Com
 
 def _load_file(path: Path, options: ReadOptions) -> LoraAdapter | CompactAdapter:
     """Read a file of weights by its content, or by the names of its tensors."""
-    for reader in all_readers():
+    for reader in _in_turn():
         if reader.recognises(path):
             return _read(reader, path, options)
     try:

@@ -59,6 +59,7 @@ class Bone(Method):
     )
     Options = BoneOptions
     searches = ({},)
+    fit_seconds = 0.015
     uses = ("statistics",)
     examples = (
         {"rank": 7},

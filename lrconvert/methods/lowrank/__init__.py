@@ -56,6 +56,7 @@ class LowRank(Method):
     commands = (Command("lora-to-lowrank", "Cut the rank and code the factors: the baseline of every other form."),)
     Options = LowRankOptions
     searches = ({},)
+    fit_seconds = 0.08
     uses: ClassVar[tuple[str, ...]] = ("statistics",)
     examples = (
         {"bits": 12},
@@ -65,7 +66,6 @@ class LowRank(Method):
         {"target_size": 2000},
         {"target_size": 1800, "rank": 2},
     )
-    default_ratio: ClassVar[int | None] = None
     Head: ClassVar[type[Header]] = Header
 
     def coordinates(self, config: Any) -> Coordinates:

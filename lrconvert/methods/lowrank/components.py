@@ -29,7 +29,8 @@ _IN_MEMORY = 1 << 25  # numbers of rows that are kept, 128 MiB; more are made ag
 _LEAST_SAMPLED = 32  # numbers of a row
 _MOST_THREADS = 4
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Work = Callable[[Array, "Components"], None]  # on components in memory, whose numbers among all are the places (n,)
 
 

@@ -164,7 +164,7 @@ class _Search:
         lengths = np.array([sum(target.matrix_shape) for target in self.targets], np.float64)
         place = int(np.argmax(self.parts.energy / lengths[self.parts.owners]))
         one = self.parts.only(np.array([place]))
-        low, high = one.steps()
+        low, high = one.sampled(one.numel).steps()
 
         def unpaid(step: float) -> bool:
             rounded = round_all(one, step)

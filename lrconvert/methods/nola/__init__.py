@@ -65,7 +65,7 @@ class Nola(lowrank.LowRank):
     commands = (Command("lora-to-nola", "Sum seeded bases, and store only coded coefficients (NOLA)."),)
     Options = NolaOptions
     uses = ("seed", "statistics")
-    default_ratio = 50
+    fit_seconds = 0.055
     examples = (
         {"bits": 12},
         {"bits": 5, "rank": 3},

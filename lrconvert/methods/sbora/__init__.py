@@ -56,6 +56,7 @@ class SBoRA(Method):
     commands = (Command("lora-to-sbora", "Keep a few input columns (FA) or output rows (FB) of every update."),)
     Options = SBoRAOptions
     searches = ({},)
+    fit_seconds = 0.14
     uses = ("statistics",)
     examples = (
         {"variant": "fa", "rank": 5},
@@ -169,10 +170,10 @@ def _fitted(
             yield n, fit_under(lora.targets[n], own, metric, config.by_rows[n])
         return
     for by_rows in (False, True):
-        some = [n for n in widths if config.by_rows[n] == by_rows]
-        if some:
-            lines = fit_lines([lora.targets[n] for n in some], [widths[n] for n in some], by_rows)
-            yield from zip(some, lines, strict=True)
+        alike = [n for n in widths if config.by_rows[n] == by_rows]
+        if alike:
+            lines = fit_lines([lora.targets[n] for n in alike], [widths[n] for n in alike], by_rows)
+            yield from zip(alike, lines, strict=True)
 
 
 METHOD = SBoRA()

@@ -39,8 +39,8 @@ def both_sides(pairs: Sequence[LoraTarget]) -> dict[bool, tuple[F64, F64]]:
 def largest(energies: F64, count: int) -> Array:
     """Return the places of the `count` largest, largest first; of equals the first."""
     if 0 < count < len(energies):
-        some = np.flatnonzero(energies >= np.partition(energies, -count)[-count])
-        return np.asarray(some[np.argsort(-energies[some], kind="stable")[:count]])
+        at_least = np.flatnonzero(energies >= np.partition(energies, -count)[-count])
+        return np.asarray(at_least[np.argsort(-energies[at_least], kind="stable")[:count]])
     return np.argsort(-energies, kind="stable")[:count]
 
 

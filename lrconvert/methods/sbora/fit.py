@@ -45,7 +45,7 @@ def fit_lines(pairs: Sequence[LoraTarget], widths: Sequence[Sequence[int]], by_r
     of each target as `widths` has, those that hold most at the first. All of a width are quantized together."""
     sides = both_sides(pairs)[by_rows]
     places = [largest(own, len(row)) for own, row in zip(line_energies(*sides), widths, strict=True)]
-    chosen = [svd.product(one[:, some].T, two) for some, one, two in zip(places, *sides, strict=True)]
+    chosen = [svd.product(one[:, columns].T, two) for columns, one, two in zip(places, *sides, strict=True)]
     lines = np.concatenate(chosen)
     owners, where = np.repeat(np.arange(len(pairs)), [len(row) for row in widths]), np.concatenate(places)
     parts: list[dict[int, Lines]] = [{} for _ in pairs]
@@ -54,8 +54,8 @@ def fit_lines(pairs: Sequence[LoraTarget], widths: Sequence[Sequence[int]], by_r
         which, own = where[mask], owners[mask]
         ends = np.searchsorted(own, np.arange(len(pairs) + 1))
         for n in np.unique(own).tolist():
-            some = slice(ends[n], ends[n + 1])
-            parts[n][q] = Lines(which[some], codes[some], scales[some])
+            own_lines = slice(ends[n], ends[n + 1])
+            parts[n][q] = Lines(which[own_lines], codes[own_lines], scales[own_lines])
     return parts
 
 

@@ -68,6 +68,7 @@ class VBLora(Method):
     commands = (Command("lora-to-vblora", "Code all factors with one shared bank of short vectors (VB-LoRA)."),)
     Options = VBLoraOptions
     searches = ({},)
+    fit_seconds = 0.45
     uses = ("seed", "device", "statistics")
     examples = (
         {"vector_length": 4, "num_vectors": 64, "passes": 3},

@@ -10,6 +10,7 @@ from lrconvert.report.tables import count_bytes
 
 CLOSED = 0.9  # of the distance between base and LoRA: what the lower end of the interval must reach
 KEPT = 0.5  # of the weights' energy, where no answers were measured
+_LITTLE = 1.1  # times as large is no reason to take the worse of two
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ def verdict(files: Sequence[File]) -> Verdict | None:
 
 
 def _by_answers(files: Sequence[File]) -> Verdict:
-    """The smallest file that surely closes enough, else the one that closes most."""
+    """The smallest file that surely closes enough, or a better one of about its size; else the one that closes most."""
     enough = [f for f in files if _low(f) >= CLOSED]
-    best = min(enough, key=lambda f: f.kept.adapter_bytes) if enough else max(files, key=_low)
+    best = max(_smallest(enough) or files, key=_low)
     answers = best.kept.answers
     assert answers is not None
     interval = f" ({tenths(best.interval[0])} to {tenths(best.interval[1])})" if best.interval else ""
@@ -56,9 +57,15 @@ def _by_answers(files: Sequence[File]) -> Verdict:
 
 def _by_weights(files: Sequence[File]) -> Verdict:
     enough = [f for f in files if f.kept.captured >= KEPT]
-    best = min(enough, key=lambda f: f.kept.adapter_bytes) if enough else max(files, key=lambda f: f.kept.captured)
+    best = max(_smallest(enough) or files, key=lambda f: f.kept.captured)
     kept = f"It keeps {tenths(best.kept.captured)} of the energy of the weights. Answers were not measured."
     return Verdict(best, bool(enough), (_size(best), kept), "Measure the answers: --base with --data.")
+
+
+def _smallest(files: Sequence[File]) -> list[File]:
+    """The smallest of the files, and those that are little larger."""
+    most = _LITTLE * min((f.kept.adapter_bytes for f in files), default=0)
+    return [f for f in files if f.kept.adapter_bytes <= most]
 
 
 def _low(file: File) -> float:
