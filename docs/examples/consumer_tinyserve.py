@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lrconvert.core.options import option
 from lrconvert.formats.compat.base import Consumer, Finding, verdicts
-from lrconvert.formats.compat.shared.rules import BAKE, not_a_peft_folder, rescaled
+from lrconvert.formats.compat.shared.rules import bake, not_a_peft_folder, rescaled
 from lrconvert.formats.compat.shared.subject import Subject
 
 VERSION = "1.0.0"
@@ -37,7 +37,7 @@ def examine(subject: Subject, options: TinyserveOptions) -> Iterator[Finding]:
         yield refuses("rank", f"{large[0]!r:.120} has a rank above {options.max_rank}", "start it with more", LOAD)
     alpha, rank = subject.number("lora_alpha", 8), subject.number("r", 8)
     if alpha and rank and (modules := rescaled(subject, lambda module, stored: alpha / rank)):
-        yield wrong("scale", f"one scale for all: {modules}", BAKE, LOAD)
+        yield wrong("scale", f"one scale for all: {modules}", bake(), LOAD)
     if subject.flag("use_dora"):
         yield wrong("dora", "the magnitudes of DoRA are passed by", "convert it with --bake-dora", LOAD)
 

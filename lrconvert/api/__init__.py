@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from lrconvert.convert.convert import Conversion
     from lrconvert.convert.options import AllocateOptions, CompressOptions, ConvertOptions
     from lrconvert.convert.rank_allocation import Allocation
-    from lrconvert.core.errors import *  # noqa: F403
     from lrconvert.core.errors import LrcError
     from lrconvert.formats.compat.base import Finding
     from lrconvert.formats.exporters.base import Exported, ExportOptions
