@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lrconvert.core.errors import DataError
 from lrconvert.formats.fidelity import Answers
+from lrconvert.live import intervals
 
 _CHUNK = 1 << 24  # logits that are compared at once
 TINY = 1e-30
+FEWEST = 20  # texts: a bootstrap over fewer says little
 
 
 @dataclass(frozen=True, eq=False)
 class Outputs:
     """Answers of a model at the places that count: `rows` (items, classes) of logits, or of hidden states where a
-    model has no logits; the hidden states of all layers, (tokens, width) each, if they were asked for."""
+    model has no logits; the hidden states of all layers, (tokens, width) each, if they were asked for; the number of
+    the text of each row (items,), in its batch, where intervals are."""
 
     rows: Tensor
     are_logits: bool
     hidden: tuple[Tensor, ...] = ()
+    texts: Tensor | None = None
 
 
 def answer_of(output: Any) -> tuple[Tensor, bool]:
@@ -57,7 +62,8 @@ def row_distances(teacher: Tensor, student: Tensor, are_logits: bool) -> tuple[T
 
 @dataclass
 class AnswerSums:
-    """Sums over items: distance of the answers, equal first choices, squared errors of hidden states by layer."""
+    """Sums over items: distance of the answers, equal first choices, squared errors of hidden states by layer; and the
+    distance of each text, where the teacher's outputs say which is whose."""
 
     items: int = 0
     distance: float = 0.0
@@ -65,6 +71,7 @@ class AnswerSums:
     tokens: int = 0
     hidden: list[float] | None = None
     are_logits: bool = True
+    of_texts: list[float] = field(default_factory=list)
 
     @torch.no_grad()
     def add(self, teacher: Outputs, student: Outputs) -> None:
@@ -72,11 +79,16 @@ class AnswerSums:
         self.items += len(teacher.rows)
         self.are_logits = teacher.are_logits
         step = max(1, _CHUNK // max(1, teacher.rows.shape[-1]))
+        count = 0 if teacher.texts is None or not len(teacher.rows) else int(teacher.texts.max()) + 1
+        by_text = torch.zeros(count, dtype=torch.float64)
         for start in range(0, len(teacher.rows), step):
             p, q = (outputs.rows[start : start + step].float() for outputs in (teacher, student))
             distance, agreed = row_distances(p, q, teacher.are_logits)
             self.agreed += int(agreed.sum())
             self.distance += float(distance.double().sum())
+            if teacher.texts is not None:
+                by_text.index_add_(0, teacher.texts[start : start + step].cpu(), distance.double().cpu())
+        self.of_texts += by_text.tolist()
         errors = [
             float((one.float() - other.float()).square().sum(-1).double().sum())
             for one, other in zip(teacher.hidden, student.hidden, strict=True)
@@ -103,4 +115,10 @@ class AnswerSums:
         """Return these answers beside those of the base without updates."""
         agreement = (self.agreement, base.agreement) if self.are_logits else (None, None)
         kind = "KL" if self.are_logits else "hidden states"
-        return Answers(kind, self.items, self.mean, base.mean, *agreement)
+        return Answers(kind, self.items, self.mean, base.mean, *agreement, self._interval(base))
+
+    def _interval(self, base: AnswerSums) -> tuple[float, float] | None:
+        """The 95 % interval of the share that is closed; None where too few texts would say it."""
+        if len(self.of_texts) < FEWEST or not base.distance:
+            return None
+        return intervals.share(np.array(self.of_texts), np.array(base.of_texts), one_minus=True)[1:]

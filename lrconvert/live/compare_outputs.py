@@ -102,7 +102,14 @@ def _outputs(model: nn.Module, batch: Batch) -> Outputs:
     mask = batch.get("attention_mask")
     if is_encoder_decoder(model) and batch.get("labels") is not None:
         mask = batch["labels"] != IGNORED
-    return Outputs(masked_rows(value, (mask if counted is None else counted,)), are_logits)
+    counts = mask if counted is None else counted
+    return Outputs(masked_rows(value, (counts,)), are_logits, texts=_texts_of(value, counts))
+
+
+def _texts_of(value: Tensor, mask: Any) -> Tensor:
+    """The number in its batch of the text that each row of `masked_rows` is of: `value` is (texts, ..., n)."""
+    numbers = torch.arange(len(value), device=value.device)
+    return masked_rows(numbers.reshape(-1, *[1] * (value.dim() - 1)).expand(*value.shape[:-1], 1), (mask,)).flatten()
 
 
 def _answered(model: nn.Module, batch: Batch) -> Tensor | None:

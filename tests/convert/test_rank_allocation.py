@@ -18,6 +18,7 @@ from models import auto
 
 import lrconvert
 from lrconvert import api
+from lrconvert.api.shared import silent
 from lrconvert.cli import cli
 from lrconvert.convert import ablation, rank_allocation
 from lrconvert.convert.rank_allocation import Allocation, Components
@@ -27,6 +28,7 @@ from lrconvert.formats import fidelity
 from lrconvert.live import statistics as gathering
 from lrconvert.live.collect_statistics import collect
 from lrconvert.live.load_model import load_model
+from lrconvert.live.texts import Packing
 from lrconvert.lora import svd
 from lrconvert.lora.adapter import LoraAdapter
 from lrconvert.methods import base as methods
@@ -54,14 +56,14 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def batches(model: Any) -> list[dict[str, Any]]:
-    found = gathering.batches(model, DEMO / "base", DEMO / "heldout.jsonl", 512, 256, TOKENS)
+    found = gathering.batches(model, DEMO / "base", DEMO / "heldout.jsonl", Packing("", 512, 256, TOKENS), silent)
     assert isinstance(found, list) and len(found) > 1
     return found
 
 
 @pytest.fixture(scope="module")
 def statistics(model: Any) -> Any:
-    texts = gathering.batches(model, DEMO / "base", DEMO / "train.jsonl", 512, 1024, 4000)
+    texts = gathering.batches(model, DEMO / "base", DEMO / "train.jsonl", Packing("", 512, 1024, 4000), silent)
     return collect(model, texts)
 
 

@@ -181,9 +181,9 @@ def verdict_of(*files: tuple[str, Fidelity]) -> str:
 
 
 def test_the_verdict_is_the_smallest_file_that_is_surely_good_enough():
-    good, better, unsure = answered(0.95, 9000), answered(0.99, 20000), answered(0.91, 5000)
+    good, better, unsure = answered(0.975, 9000), answered(0.999, 20000), answered(0.96, 5000)
     said = verdict_of(("better", better), ("good", good), ("unsure", unsure))
-    assert said.startswith("Ship good") and "95.0 % (93.0 % to 97.0 %)" in said and "111 times smaller" in said
+    assert said.startswith("Ship good") and "97.5 % (95.5 % to 99.5 %)" in said and "111 times smaller" in said
     said = verdict_of(("fit", good), ("refined", answered(0.999, 9003, refined=True)))
     assert said.startswith("Ship refined")  # three bytes are no reason to take the worse
     said = verdict_of(("unsure", unsure), ("bad", answered(0.4, 4000)))

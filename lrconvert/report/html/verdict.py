@@ -1,15 +1,14 @@
-"""The verdict at the head of the page: the file to take, and why."""
+"""The verdict at the head of the page: the file to take, and why, by the bounds of `compress`'s own."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lrconvert.convert.verdict import CLOSED, KEPT
 from lrconvert.report.html.measures import File, tenths, times
 from lrconvert.report.tables import count_bytes
 
-CLOSED = 0.9  # of the distance between base and LoRA: what the lower end of the interval must reach
-KEPT = 0.5  # of the weights' energy, where no answers were measured
 _LITTLE = 1.1  # times as large is no reason to take the worse of two
 
 
