@@ -14,7 +14,7 @@ from torch import nn
 
 from lrconvert.core.errors import AttachError, DependencyError, ExportError
 from lrconvert.formats import base_class
-from lrconvert.formats.exporters.base import Exporter, ExportOptions
+from lrconvert.formats.exporters.base import Exporter, ExportOptions, Folder
 from lrconvert.formats.exporters.peft_lora import EXPORTER as PEFT_LORA
 from lrconvert.formats.exporters.peft_miss import EXPORTER as PEFT_MISS
 from lrconvert.live.attached_adapter import Adapter
@@ -58,7 +58,8 @@ def _in_memory(adapter: Adapter, model: nn.Module) -> tuple[dict[str, Any], dict
     base = None if to_dict is None else json.loads(json.dumps(to_dict(), default=str))
     named, _ = base_class.renamed(adapter, base)
     exporter = _exporter(named)
-    files = exporter.files(named, ExportOptions(keep_ranks=exporter is PEFT_LORA, base_config=base))
+    made = exporter.files(named, ExportOptions(keep_ranks=exporter is PEFT_LORA, base_config=base))
+    files = made.files if isinstance(made, Folder) else made
     content = {file: b"".join(pieces) for file, pieces in files.items()}
     settings: dict[str, Any] = json.loads(content["adapter_config.json"])
     return settings, safetensors.torch.load(content["adapter_model.safetensors"])
