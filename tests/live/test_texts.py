@@ -272,6 +272,13 @@ def test_rows_in_memory() -> None:
     for data in (batches, iter(batches)):
         opened, rest = texts.open_texts(data)
         assert opened is None and len(list(rest)) == 2
+    shuffled = torch.utils.data.DataLoader(torch.arange(50), shuffle=True)
+    torch.manual_seed(0)
+    wanted = [int(batch) for batch in shuffled]
+    torch.manual_seed(0)
+    assert [int(batch) for batch in texts.open_texts(shuffled)[1]] == wanted
+    with pytest.raises(DataError, match="one split of a data set"):
+        texts.open_texts({"train": given})
 
 
 # --- tokens ---------------------------------------------------------------------------------------------------------

@@ -35,16 +35,26 @@ def open_texts(data: Any) -> tuple[TextData | None, Any]:
         chosen = sources.find(paths)
         tally = Tally(files=chosen.files, notes=chosen.notes)
         return TextData(read(chosen.files, tally), tally, chosen.files[0]), None
-    if isinstance(data, Iterator):
-        first = next(data, None)
-        data = data if first is None else chain([first], data)
-    else:
-        first = next(iter(data), None) if isinstance(data, Iterable) else None
+    if isinstance(data, Mapping):
+        raise DataError("the data is one dictionary", fix="give rows or batches in a list, or one split of a data set")
+    first, data = _looked_at(data)
     if not layouts.is_text_row(first):
         return None, data
     tally = Tally()
     counted = (Row(number, fields) for number, fields in enumerate(data, 1))
     return TextData(_of_rows(counted, None, "row", tally), tally), None
+
+
+def _looked_at(data: Any) -> tuple[Any, Any]:
+    """The first item of data, and all of it. A loader that shuffles begins once: to begin again would be another
+    order."""
+    if isinstance(data, Sequence) or (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+        return (data[0] if len(data) else None), data
+    if not isinstance(data, Iterable):
+        return None, data
+    rest = iter(data)
+    first = next(rest, None)
+    return first, rest if first is None else chain([first], rest)
 
 
 def are_paths(data: Any) -> bool:
