@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shlex
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -20,16 +21,18 @@ HERE = Path(__file__).resolve().parent.parent / "demo"
 FOLDER = Path("lrconvert-demo")
 REFINED, LOG = "refined.lrc", "refine.jsonl"
 STEPS = 100
-_COLUMNS = 96
+_COLUMNS = 98
 _TEXTS = ("train.jsonl", "heldout.jsonl")
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command: its words, where names of the folder's files are paths, and how many lines of its output are shown."""
+    """A command: its words, where names of the folder's files are paths, and how many lines of its output are shown,
+    from the first on; and whether the last one is."""
 
     words: tuple[str | Path, ...]
-    lines: int
+    first: int
+    ends: bool = False
 
 
 @flags.command(
@@ -62,8 +65,7 @@ def run(cli: click.Command, folder: Path, *, full: bool, overwrite: bool, echo: 
             answer = io.StringIO()
             with redirect_stdout(answer):
                 cli.main(args=[str(w) for w in words], standalone_mode=False, obj=typed)
-            lines = [line for line in answer.getvalue().replace(f"{folder}/", "").splitlines() if line.strip()]
-            echo("\n".join(lines[: step.lines]) + (" ..." if len(lines) > step.lines else ""))
+            echo(_cut(answer.getvalue().replace(f"{folder}/", ""), step.first, step.ends))
         from lrconvert.cli.demo_answers import answers
 
         files = {name: folder / name for name in ("small.lrc", REFINED)}
@@ -75,7 +77,7 @@ def _steps(folder: Path, full: bool) -> Iterator[Step]:
     base, adapter, small, refined = (folder / name for name in ("base", "adapter", "small.lrc", REFINED))
     merged, restored, held_out = (folder / name for name in ("merged", "restored", "heldout.jsonl"))
     yield Step(("inspect", adapter), 2)
-    yield Step(("compress", adapter, "-o", small), 8)
+    yield Step(("compress", adapter, "-o", small), 8, ends=True)
     if full:
         words = "refine", small, "--base", base, "--teacher", adapter, "--data", folder / "train.jsonl", "-o", refined
         yield Step((*words, "--steps", str(STEPS), "--log", folder / LOG), 7)
@@ -83,7 +85,7 @@ def _steps(folder: Path, full: bool) -> Iterator[Step]:
     yield Step(("compare", adapter, small, refined, *measured), 9)
     yield Step(("merge-into-base", base, refined, "-o", merged), 1)
     yield Step(("verify", merged, "--base", base, "--adapter", refined), 1)
-    yield Step(("unmerge", merged, "-o", restored), 3)
+    yield Step(("unmerge", merged, "-o", restored), 0, ends=True)
 
 
 def _unpack(folder: Path, full: bool, overwrite: bool) -> None:
@@ -110,12 +112,28 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _cut(text: str, first: int, ends: bool) -> str:
+    """The first lines of a text, and the last one if asked for with those that it goes on in, wrapped; three dots stand
+    where some are left out."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    at = len(lines)
+    while ends and at > first and (at == len(lines) or lines[at].startswith(" ")):
+        at -= 1
+    start, end = lines[:first], lines[at:]
+    if len(start) + len(end) < len(lines) and start:
+        start[-1] += " ..."
+    wrapped = (textwrap.wrap(line, _COLUMNS) if len(line) > _COLUMNS else [line] for line in [*start, *end])
+    return "\n".join(piece for pieces in wrapped for piece in pieces)
+
+
 def _command(words: Sequence[str]) -> str:
     """A command as one types it, on as many lines as it needs."""
     lines = ["$ lrconvert"]
     for word in map(shlex.quote, words):
         lines = (
-            [*lines, f"    {word}"] if len(lines[-1]) + len(word) > _COLUMNS else [*lines[:-1], f"{lines[-1]} {word}"]
+            [*lines, f"    {word}"]
+            if len(lines[-1]) + len(word) > _COLUMNS - 2
+            else [*lines[:-1], f"{lines[-1]} {word}"]
         )
     return " \\\n".join(printable(line, 2000) for line in lines)
 
@@ -126,5 +144,4 @@ def _next(folder: Path) -> str:
 Next
   open {place}/report.html                     the comparison as a page: plots, layers, every target
   lrconvert compress YOUR-LORA -o small.lrc    yours; --base and --data rank by answers and refine
-  lrconvert export small.lrc -o out --to peft-lora    for programs that know no lrconvert file
-  lrconvert demo --full -o demo-full           the same, with the refinement done here (minutes)"""
+  lrconvert export small.lrc -o out --to peft-lora    for programs that know no lrconvert file"""
