@@ -134,6 +134,8 @@ def download(name: str, *, part: hub_transfer.Part = "adapter", allow_pickle: bo
     `part`: an "adapter", a "base" with its weights, or its "config" alone. Raises E-HUB, also if HF_HUB_OFFLINE is set,
     E-OPTION for what is no hub id, and what reading the cache raises.
     """
+    if not isinstance(name, str):
+        raise ArgumentError(f"name is {described(name)}; a hub id was expected")
     return hub_transfer.download(name, part, pickles=allow_pickle)
 
 

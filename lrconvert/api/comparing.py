@@ -15,17 +15,19 @@ from lrconvert.api.shared import (
     AnyPath,
     Progress,
     adapter_of,
+    check_data,
     compact_of,
     located,
     lora_of,
     model_or_folder,
     output_of,
+    path_of,
     refuse_rest,
     silent,
     take_reading,
 )
-from lrconvert.core.errors import ArgumentError, LrcError, OptionError
-from lrconvert.core.options import described, take
+from lrconvert.core.errors import LrcError, OptionError
+from lrconvert.core.options import take
 from lrconvert.formats import fidelity as fidelity_report
 from lrconvert.formats import loading
 from lrconvert.formats.fidelity import Comparison
@@ -77,6 +79,9 @@ def compare(
     input_statistics = None if statistics is None else load_statistics(statistics)
     several = isinstance(files, Sequence) and not isinstance(files, str)
     items: Sequence[AnyCompact] = files if several else [files]  # type: ignore[assignment,list-item]
+    for item in (source, *items):
+        if isinstance(item, (str, PathLike)):
+            path_of(item, "source" if item is source else "files")
     _check_order(source, items)
     lora = lora_of(source, reading, "source")
     compacts, rows = [], []
@@ -135,8 +140,7 @@ def statistics(
     refuse_rest(more, "statistics", StatisticsOptions)
     if adapter is None:
         loading.refuse_options(reading)
-    if not isinstance(data, Iterable) and not isinstance(data, PathLike):
-        raise ArgumentError(f"data is {described(data)}; files of texts, or batches of model inputs, were expected")
+    check_data(data)
     return measuring.statistics(
         model,
         data,

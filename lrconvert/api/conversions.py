@@ -13,6 +13,7 @@ from lrconvert.api.shared import (
     AnyLora,
     AnyPath,
     Progress,
+    check_data,
     compact_of,
     lora_of,
     method_of,
@@ -282,8 +283,8 @@ def refine(
     model = model_or_folder(base)
     where = model if isinstance(model, Path) else None
     reading = take_reading(more, where)
-    if data is not None and not isinstance(data, (Iterable, PathLike)):
-        raise ArgumentError(f"data is {described(data)}; files of texts, or batches of model inputs, were expected")
+    if data is not None:
+        check_data(data)
     run = take(RunOptions, None, more, "refine")
     chosen = take(Settings, settings, more, "refine")
     refuse_rest(more, "refine", Settings, RunOptions)

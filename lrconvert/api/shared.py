@@ -7,7 +7,7 @@ target_ratio=50)`` is ``convert(lora, "lowrank", ConvertOptions(target_ratio=50)
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from difflib import get_close_matches
 from os import PathLike, fspath
 from pathlib import Path
@@ -113,6 +113,18 @@ def compact_of(item: object, name: str = "adapter") -> CompactAdapter:
         fix = f"make it compact first, with {first}, or give it where a LoRA is asked for"
         raise UnknownLayoutError("is a LoRA, not a compact adapter", fix=fix, path=where)
     return loaded
+
+
+def check_data(data: object) -> None:
+    """Raise E-ARGUMENT unless `data` are files of texts, or batches of model inputs, of which a list is looked into."""
+    expected = "files of texts, or batches of model inputs, were expected"
+    if not _is_path(data) and (isinstance(data, (bytes, Mapping)) or not isinstance(data, Iterable)):
+        raise ArgumentError(f"data is {described(data)}; {expected}")
+    if _is_path(data):
+        path_of(data, "data")
+    for item in data if isinstance(data, (list, tuple)) else ():
+        if not _is_path(item) and not hasattr(item, "items"):
+            raise ArgumentError(f"data holds {described(item)}; {expected}")
 
 
 def method_of(name: object) -> tuple[str, dict[str, Any]]:

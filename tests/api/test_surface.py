@@ -43,8 +43,8 @@ def test_nonsense_is_refused_in_our_words(verb: str, made: Any, tmp_path: Path) 
     names = [p.name for p in parameters if p.default is p.empty]
     for name in names:
         for nonsense in NONSENSE:
-            if (name, nonsense) == ("name", ""):
-                continue
+            if (name, nonsense) == ("out", None) and verb == "convert_many":
+                continue  # a dry run has no output
             arguments = {**{other: right[other] for other in names}, name: nonsense}
             if verb == "convert_many":
                 arguments["dry_run"] = True

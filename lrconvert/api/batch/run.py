@@ -179,7 +179,7 @@ def _planned(
     """The folder of the outputs, None where none is written, and the adapters. Raises what `convert_many` raises."""
     if batch.dry_run and work.verb == "compress":
         raise OptionError("compress has no dry run", fix="leave it out")
-    if not isinstance(sources, (str, os.PathLike, Iterable)):
+    if isinstance(sources, Mapping) or not isinstance(sources, (str, os.PathLike, Iterable)):
         raise ArgumentError(f"sources is {described(sources)}; paths of adapters, or of folders of them, were expected")
     listed = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     for source in listed:
