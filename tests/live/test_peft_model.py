@@ -79,7 +79,6 @@ def test_bat_is_pefts_own() -> None:
         ("tiny-llama", "llama-dora"),
         ("tiny-llama", "llama-lmhead"),
         ("tiny-llama", "llama-patterns"),
-        ("tiny-bert", "bert-classifier"),
     ],
 )
 def test_parts_beside_the_factors(base: str, adapter: str) -> None:
