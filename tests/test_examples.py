@@ -120,8 +120,13 @@ def run_cell(source: str, names: dict[str, Any]) -> str:
     return out.getvalue().strip()
 
 
-@pytest.mark.medium
-@pytest.mark.parametrize("page", [name for name, text in PAGES.items() if blocks(text, *RUN)])
+SLOWER = {"docs/guides/choosing.md": pytest.mark.slow}  # it searches, and refines several forms
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, marks=SLOWER.get(p, pytest.mark.medium)) for p, text in PAGES.items() if blocks(text, *RUN)],
+)
 def test_examples_run(page: str, folder: Path) -> None:
     names: dict[str, Any] = {"__name__": "example"}
     for language, block in blocks(PAGES[page], *RUN):

@@ -53,9 +53,9 @@ def run(cli: click.Command, folder: Path, *, full: bool, overwrite: bool, echo: 
     check_output(folder, overwrite, directory=True)
     make_folder(folder)
     _unpack(folder, full, overwrite)
-    made = "is made here" if full else f"is bundled; it is small.lrc after {STEPS} steps of `refine`"
+    made = "is made here" if full else f"is bundled: small.lrc after {STEPS} steps of `refine`"
     echo(f"A tiny LLaMA, and a LoRA that sorts support tickets. All is in {printable(str(folder))}/")
-    echo(f"{REFINED} {made}. ... marks an output that is cut.")
+    echo(f"{REFINED} {made}. Dots mark outputs that are cut.")
     with _one_thread():
         for step in _steps(folder, full):
             writes = "-o" in step.words or "--html" in step.words

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -201,14 +201,6 @@ def parse_header(text: bytes, data_bytes: int, limits: Limits, file: Path) -> tu
     return metadata, tensors
 
 
-class Appendable(Protocol):
-    """A target that tensors are copied to."""
-
-    def write(self, data: bytes | bytearray | memoryview) -> int: ...
-
-    def copy(self, source: int, offset: int, nbytes: int) -> None: ...
-
-
 class OpenFile:
     """A regular file that is open for reading, whatever its format: a context manager. Raises E-IO-KIND, E-IO-READ."""
 
@@ -311,10 +303,6 @@ class ContainerFile(OpenFile):
             piece = buffer[: info.nbytes - offset]
             self.read_into(info, offset, piece)
             yield piece
-
-    def copy(self, info: TensorInfo, writer: Appendable) -> None:
-        """Append the bytes of a tensor to `writer`, inside the kernel where it can."""
-        writer.copy(self._descriptor, info.start, info.nbytes)
 
     def fileno(self) -> int:
         """Return the open descriptor, for copies inside the kernel."""

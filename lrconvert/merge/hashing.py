@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -47,6 +47,16 @@ def emit(file: Writer, data: Array | bytes, digest: Digest) -> None:
         piece = view[start : start + CHUNK]
         digest.update(piece)
         file.write(piece)
+
+
+def copy_hashed(
+    source: Checkpoint | ContainerFile, info: TensorInfo, file: Writer, digests: Collection[Digest]
+) -> None:
+    """Append a stored tensor to a file and hash it, read once: inside the kernel alone it would take a second time."""
+    for data in chunks(source, info):
+        for digest in digests:
+            digest.update(data)
+        file.write(data)
 
 
 def hash_file(digest: Digest, path: Path, start: int = 0, stop: int | None = None) -> None:

@@ -23,8 +23,7 @@ from lrconvert.core.limits import FOREIGN, MAX_DIM
 from lrconvert.core.wording import spelled
 from lrconvert.io import fields, strictjson
 from lrconvert.io.checkpoint import BITSANDBYTES, Checkpoint, open_checkpoint, quantization_name, quantized_base
-from lrconvert.io.container import Appendable, ContainerFile, TensorInfo, encode_header
-from lrconvert.merge.hashing import chunks
+from lrconvert.io.container import ContainerFile, TensorInfo, encode_header
 
 DTYPE = "BF16"
 _CHUNK = 1 << 18  # elements that are computed at a time: they stay in the cache
@@ -132,10 +131,6 @@ class DequantizedFile(ContainerFile):
 
     def read_into(self, info: TensorInfo, offset: int, view: memoryview) -> None:
         view[:] = self.read(info, offset, len(view))
-
-    def copy(self, info: TensorInfo, writer: Appendable) -> None:
-        for data in chunks(self, info):
-            writer.write(data)
 
     def fileno(self) -> int:
         raise NotImplementedError("the bytes of this file are not those on the disk")

@@ -79,9 +79,6 @@ class Nowhere:
         self.position += memoryview(data).nbytes
         return memoryview(data).nbytes
 
-    def copy(self, source: int, offset: int, nbytes: int) -> None:
-        self.position += nbytes
-
     def __enter__(self) -> Nowhere:
         return self
 

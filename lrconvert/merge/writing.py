@@ -23,7 +23,7 @@ from lrconvert.merge.arithmetic.stats import MergeStats
 from lrconvert.merge.arithmetic.workspace import Workspace
 from lrconvert.merge.background_writer import BackgroundWriter
 from lrconvert.merge.compute import Block, Computer
-from lrconvert.merge.hashing import chunks, emit, file_digest, hash_file, stored_digest
+from lrconvert.merge.hashing import chunks, copy_hashed, emit, file_digest, hash_file, stored_digest
 from lrconvert.merge.journal import Done, Journal, Patch
 from lrconvert.merge.plan.plan import RECORDS, Output, Plan, Shard, base_texts
 from lrconvert.merge.plan.updates import Scaled
@@ -313,11 +313,8 @@ class Merger:
         """Write a tensor as it is."""
         info = tensor.output.source
         assert info is not None
-        for data in chunks(self.plan.checkpoint, info):
-            tensor.after.update(data)
-            if tensor.before is not None:
-                tensor.before.update(data)
-        self.plan.checkpoint.file_of(info).copy(info, file)
+        digests = [tensor.after] if tensor.before is None else [tensor.after, tensor.before]
+        copy_hashed(self.plan.checkpoint, info, file, digests)
 
     def _bring(self, tensor: _Tensor, file: Writer) -> None:
         """Write a tensor as the adapter brings it."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lrconvert.core import dtypes
 from lrconvert.core.dtypes import Stored, decode, round_to
 from lrconvert.core.errors import DtypeError
-from lrconvert.merge.arithmetic.exact import round_fraction
+from lrconvert.merge.arithmetic.rational import round_fraction
 
 HALVES = ("BF16", "F16")
 

@@ -19,8 +19,9 @@ from hypothesis.extra import numpy as hnp
 
 from lrconvert.core.dtypes import F64, FLOATS, STORAGE, Array, decode, round_to
 from lrconvert.core.errors import DtypeError, LimitError, MergeOverflowError, ShapeError, ValueRangeError
-from lrconvert.merge.arithmetic import exact
-from lrconvert.merge.arithmetic.exact import Term, Update, round_fraction
+from lrconvert.merge.arithmetic import exact, rational
+from lrconvert.merge.arithmetic.exact import Term, Update
+from lrconvert.merge.arithmetic.rational import round_fraction
 from lrconvert.merge.arithmetic.rounding import bits
 from lrconvert.merge.arithmetic.stats import MergeStats
 from lrconvert.merge.arithmetic.workspace import Product, Workspace, multiply
@@ -134,7 +135,7 @@ def test_just_beyond_a_tie(dtype: str) -> None:
 
 def exact_values(dtype: str) -> st.SearchStrategy[int]:
     """Bit patterns of finite values, structured ones often."""
-    mantissa, _, infinity = exact._FORMATS[dtype]
+    mantissa, _, infinity = rational.FORMATS[dtype]
     magnitude = st.one_of(
         st.integers(0, infinity - 1),
         st.sampled_from([0, 1, 2, 1 << mantissa, (1 << mantissa) - 1, (1 << mantissa) + 1]),
@@ -174,9 +175,9 @@ def problems(draw: st.DrawFn, dtype: str) -> tuple[Array, list[Term]]:
 @pytest.mark.medium
 def test_anything(dtype: str, data: st.DataObject) -> None:
     stored, terms = data.draw(problems(dtype))
-    infinity = exact._FORMATS[dtype][2]
+    infinity = rational.FORMATS[dtype][2]
     expected = slow(stored, dtype, terms)
-    if ((bits(expected) & (exact._sign_bit(dtype) - 1)) >= infinity).any():
+    if ((bits(expected) & (rational.sign_bit(dtype) - 1)) >= infinity).any():
         with pytest.raises(MergeOverflowError):
             Update(terms).add(stored, dtype)
     else:
@@ -220,7 +221,7 @@ def test_what_is_not_finite_stays_or_is_refused(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ("F32", "F16", "BF16"))  # no update can reach half a unit of the largest float64
 def test_overflow(dtype: str) -> None:
     """The largest value may be rounded to, half a unit above it is too much."""
-    mantissa, _, infinity = exact._FORMATS[dtype]
+    mantissa, _, infinity = rational.FORMATS[dtype]
     largest = np.array([[infinity - 1]], f"<u{STORAGE[dtype].itemsize}").view(STORAGE[dtype])
     value = float(decode(largest, dtype)[0, 0])
     half_unit = value / (2 ** (mantissa + 1) - 1) / 2

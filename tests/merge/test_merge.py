@@ -25,7 +25,7 @@ from lrconvert.io.container import ContainerFile, encode_header
 from lrconvert.lora import base_names
 from lrconvert.lora.adapter import LoraAdapter, Target, View
 from lrconvert.merge import MergeReport, compute
-from lrconvert.merge.arithmetic import exact
+from lrconvert.merge.arithmetic import exact, rational
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -82,7 +82,7 @@ def test_every_element_is_the_nearest(tmp_path: Path, dtype: str) -> None:
         update = exact.Update([exact.Term(pair.scale, pair.B, pair.A)])
         w, merged = before[pair.target.name].decode(), after[pair.target.name].array
         for row, col in np.ndindex(*w.shape):
-            goal = exact.round_fraction(Fraction(float(w[row, col])) + update.exact(row, col), dtype)
+            goal = rational.round_fraction(Fraction(float(w[row, col])) + update.exact(row, col), dtype)
             assert merged.view(f"u{merged.dtype.itemsize}")[row, col] == goal
     assert report.stats.elements == 12 * 16 + 16 * 20 + 9 * 5
     assert report.stats.changed + report.stats.unmoved == report.stats.elements

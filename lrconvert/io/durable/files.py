@@ -35,8 +35,6 @@ class Writer(Protocol):
 
     def write(self, data: Buffer) -> int: ...
 
-    def copy(self, source: int, offset: int, nbytes: int) -> None: ...
-
 
 class File:
     """A file that is appended to: a new one, or with `keep` one that is there, cut off after so many bytes. It has the

@@ -45,26 +45,20 @@ from lrconvert.core.errors import DtypeError, LimitError, LrcError, MergeOverflo
 from lrconvert.core.limits import MAX_RATIONAL
 from lrconvert.merge.arithmetic.error_free import Sum, certain, product_error, to_odd, two_sum
 from lrconvert.merge.arithmetic.filter import FilterBlock, Filtered, gamma, run
+from lrconvert.merge.arithmetic.rational import FORMATS, round_fraction, sign_bit
 from lrconvert.merge.arithmetic.rounding import bits
 from lrconvert.merge.arithmetic.stats import MergeStats
 from lrconvert.merge.arithmetic.workspace import BLOCK, WIDTH, Mask, Workspace
 
 _U = 2.0**-53
 _FACTOR = 1 << 20  # float64 numbers of one factor of a block
+_KEPT = 1 << 21  # numbers of right factors that are kept in float64 between blocks
 _GATHER = 1 << 14  # elements of one pass of the stages that look at few
 _AT_ONCE = 8  # such passes before it is counted what needed rational numbers
 
 # Products of factors and scales within these powers of two neither overflow nor lose bits to underflow in float64.
 _FACTOR_RANGE = (2.0**-400, 2.0**400)
 _SCALE_RANGE = (2.0**-100, 2.0**100)
-
-# (bits of the mantissa, smallest exponent of a normal number, code of infinity)
-_FORMATS = {
-    "F64": (52, -1022, 0x7FF << 52),
-    "F32": (23, -126, 0xFF << 23),
-    "F16": (10, -14, 0x1F << 10),
-    "BF16": (7, -126, 0xFF << 7),
-}
 
 
 # --- what goes in and what comes out --------------------------------------------------------------------------------
@@ -103,6 +97,7 @@ class Update:
             self._live_cols |= term.right.any(axis=0)
         self._wide = any(t.left.dtype == np.float64 or t.right.dtype == np.float64 for t in kept)
         self._negated: Update | None = None
+        self._columns: dict[tuple[int, int], F64] = {}
 
     @property
     def is_zero(self) -> bool:
@@ -157,6 +152,15 @@ class Update:
             if guess is not None:
                 guess[window] = job.guess
         return out, guess if is_predicted else None, replace(stats, elements=stored.size)
+
+    def columns(self, live: Index, first: int, width: int) -> F64:
+        """Return the right factors in the columns from place `first` of `live` on; kept unless they are large."""
+        columns = self._columns.get((first, width))
+        if columns is None:
+            columns = _right(self, live[first : first + width])
+            if columns.shape[0] * live.size <= _KEPT:
+                self._columns[first, width] = columns
+        return columns
 
     def negated(self) -> Update:
         """Return the update that takes this one out again."""
@@ -257,7 +261,7 @@ class _Job:
 
         def filtered(place: tuple[int, int]) -> Filtered:
             part = slice(place[0], place[0] + height)
-            left, right = _factors(self.update, rows[part], cols[place[1] : place[1] + width])
+            left, right = _left(self.update, rows[part]), self.update.columns(cols, place[1], width)
             guess = None if self.guess is None else self.guess[part]
             block = FilterBlock(left, right, self.dtype, self.stored[part], self.out[part], guess, place[1])
             done = run(block, self.workspace, measure)
@@ -278,10 +282,14 @@ class _Job:
         )
 
 
-def _factors(update: Update, rows: Index, cols: Index) -> tuple[F64, F64]:
-    """Return those rows of the left and columns of the right factors of all terms, scales multiplied in on the left."""
-    left = np.concatenate([t.left[rows].astype(np.float64) * t.scale for t in update.terms], axis=1)
-    return left, np.concatenate([t.right[:, cols] for t in update.terms]).astype(np.float64)
+def _left(update: Update, rows: Index) -> F64:
+    """Return those rows of the left factors of all terms, with the scales multiplied in."""
+    return np.concatenate([t.left[rows].astype(np.float64) * t.scale for t in update.terms], axis=1)
+
+
+def _right(update: Update, cols: Index) -> F64:
+    """Return those columns of the right factors of all terms."""
+    return np.concatenate([t.right[:, cols] for t in update.terms]).astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -321,7 +329,7 @@ class _Open:
         what happened to them, and which are left."""
         place = np.divmod(index, self.cols.size)
         stored = base[place]
-        left, right = _factors(self.update, self.rows[place[0]], self.cols[place[1]])
+        left, right = _left(self.update, self.rows[place[0]]), _right(self.update, self.cols[place[1]])
         change = np.einsum("nk,kn->n", left, right)
         slack = gamma(left.shape[1]) * np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=0)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -412,7 +420,7 @@ class _Open:
         if exact == Fraction(w):
             return stored, 0.0, True
         code = round_fraction(exact, self.dtype)
-        if code & ~_sign_bit(self.dtype) >= _FORMATS[self.dtype][2]:
+        if code & ~sign_bit(self.dtype) >= FORMATS[self.dtype][2]:
             raise _overflow(self.dtype, row, col)
         kind = STORAGE[self.dtype]
         element = np.array([code], f"<u{kind.itemsize}").view(kind)
@@ -425,27 +433,3 @@ def _overflow(dtype: str, row: int, col: int) -> LrcError:
         f"element [{row}, {col}] would be beyond the range of {dtype}",
         fix="merge into a base of a wider dtype, or check the adapter's scale",
     )
-
-
-# --- stage 3: rational numbers --------------------------------------------------------------------------------------
-
-
-def _sign_bit(dtype: str) -> int:
-    return 1 << (8 * STORAGE[dtype].itemsize - 1)
-
-
-def round_fraction(x: Fraction, dtype: str) -> int:
-    """Return the bits, as an integer, of the value of `dtype` nearest to `x`, ties to even; or infinity."""
-    mantissa, smallest, infinity = _FORMATS[dtype]
-    sign = _sign_bit(dtype) if x < 0 else 0
-    x = abs(x)
-    if x == 0:
-        return 0
-    exponent = x.numerator.bit_length() - x.denominator.bit_length()
-    if x < Fraction(2) ** exponent:
-        exponent -= 1
-    exponent = max(exponent, smallest)
-    units = round(x / Fraction(2) ** (exponent - mantissa))  # Python rounds fractions half to even
-    # A normal number's units include its leading one, which is the lowest bit of the exponent field.
-    code = ((exponent - smallest) << mantissa) + units
-    return sign | min(code, infinity)

@@ -6,14 +6,13 @@ restored.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from lrconvert.core.limits import FOREIGN, MAX_INDEX_BYTES
 from lrconvert.io.checkpoint import INDEX_NAME, Checkpoint
-from lrconvert.io.container import Appendable, ContainerFile, TensorInfo, parse_header, read_json
+from lrconvert.io.container import ContainerFile, TensorInfo, parse_header, read_json
 from lrconvert.io.durable import Buffer
 from lrconvert.merge.arithmetic.workspace import Workspace
 from lrconvert.merge.in_place.commit import Commit
@@ -73,9 +72,6 @@ class _Merged(ContainerFile):
     def read_into(self, info: TensorInfo, offset: int, view: memoryview) -> None:
         view[:] = self.read(info, offset, len(view))
 
-    def copy(self, info: TensorInfo, writer: Appendable) -> None:
-        writer.write(self.read(info))
-
     def check_unchanged(self) -> None:
         """Do nothing: the file is gone, as it should be."""
 
@@ -90,6 +86,3 @@ class _Memory:
         self.data += data
         self.position = len(self.data)
         return memoryview(data).nbytes
-
-    def copy(self, source: int, offset: int, nbytes: int) -> None:
-        self.write(os.pread(source, nbytes, offset))

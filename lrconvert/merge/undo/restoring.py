@@ -22,7 +22,7 @@ from lrconvert.merge import compute
 from lrconvert.merge.arithmetic.exact import Update
 from lrconvert.merge.arithmetic.workspace import Workspace, loops_for
 from lrconvert.merge.background_writer import BackgroundWriter
-from lrconvert.merge.hashing import Digest, chunks, emit
+from lrconvert.merge.hashing import Digest, chunks, copy_hashed, emit
 from lrconvert.merge.plan.updates import cuts, segment
 from lrconvert.merge.undo import residual
 from lrconvert.merge.undo.open_record import OpenRecord
@@ -90,7 +90,7 @@ class Restorer:
         after = tensor_hasher(info.name, info.dtype, info.shape)
         hasher = self.writer
         if tensor.codes and tensor.codes[0].mode == STORED:
-            self.writer.submit(_read, self.checkpoint, info, {after})
+            self.writer.submit(_read, self.checkpoint, info, after)
             self._from_codes(tensor, file, before)
         elif (tensor.dtype, tensor.shape) != (info.dtype, info.shape):
             raise UndoError(f"the tensor {info.name!r} has another dtype or shape than the merge gave it")
@@ -103,7 +103,7 @@ class Restorer:
         else:
             if tensor.name == tensor.output:
                 before = after
-            self.writer.submit(_copy, self.checkpoint, info, file, {before, after})
+            self.writer.submit(copy_hashed, self.checkpoint, info, file, {before, after})
         hasher.submit(_compare, after, tensor.after, f"{tensor.output!r} was changed since the merge")
         return before
 
@@ -187,17 +187,10 @@ def _unmasked(present: Array, data: bytes) -> Array:
     return residual.decode_xor(data, present.reshape(-1)).reshape(present.shape)
 
 
-def _read(checkpoint: Checkpoint, info: TensorInfo, digests: set[Digest]) -> None:
+def _read(checkpoint: Checkpoint, info: TensorInfo, digest: Digest) -> None:
     """Hash a stored tensor."""
     for data in chunks(checkpoint, info):
-        for digest in digests:
-            digest.update(data)
-
-
-def _copy(checkpoint: Checkpoint, info: TensorInfo, file: Writer, digests: set[Digest]) -> None:
-    """Copy a tensor that the merge did not change, and hash it."""
-    _read(checkpoint, info, digests)
-    checkpoint.file_of(info).copy(info, file)
+        digest.update(data)
 
 
 def _compare(digest: Digest, expected: str, what: str) -> None:
