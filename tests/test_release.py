@@ -36,9 +36,7 @@ def test_frozen_golden_files_stay() -> None:
     assert len(frozen) > 100 and {name.split("/")[0] for name in frozen} >= {"v1", "v2"}
     for name, digest in frozen.items():
         assert (root / name).is_file(), f"{name} is gone: files that people have are read forever"
-        assert sha256((root / name).read_bytes()) == digest, (
-            f"{name} was changed: that needs a new version"
-        )
+        assert sha256((root / name).read_bytes()) == digest, f"{name} was changed: that needs a new version"
 
 
 def test_a_release_freezes_every_golden_file() -> None:

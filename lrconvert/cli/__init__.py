@@ -101,11 +101,11 @@ _MEANT = {  # words of other tools, and the command that does it here
 def _no_command(name: str, names: list[str]) -> str:
     """What to say of a command that there is not."""
     if name in _MEANT:
-        meant = f"`lrconvert {_MEANT[name]}` is meant"
+        advice = f"`lrconvert {_MEANT[name]}` is meant"
         if _MEANT[name] == "compress":
             forms = ", ".join(_of_methods())
-            meant = f"`lrconvert compress` takes the best form, and one form each: {forms}"
-        return f"there is no command {name!r}: {meant}"
+            advice = f"`lrconvert compress` takes the best form, and one form each: {forms}"
+        return f"there is no command {name!r}: {advice}"
     known = [*names, *_ALIASES]
     near = [one for one in known if one.startswith(name)] or difflib.get_close_matches(name, [*known, *_MEANT], 2)
     meant = dict.fromkeys(_MEANT.get(one, one) for one in near)

@@ -42,15 +42,15 @@ def inspect(sources: tuple[Path, ...], base: Path | None, as_json: bool, **given
     with progress_bar("inspect", as_json) as progress:
         looked = several.of_each(named, lambda path: api.inspect(path, base=base, **options), progress)
     errors = [error for _, error in looked if isinstance(error, LrcError)]
-    facts = [(n, several.refusal(f) if isinstance(f, LrcError) else f) for n, f in looked]
+    shown = [(n, several.refusal(f) if isinstance(f, LrcError) else f) for n, f in looked]
     if as_json:
-        totals = inspection.inspection_totals([one for _, one in facts])
-        emit({"sources": [{"path": name, **one} for name, one in facts], "totals": totals})
+        totals = inspection.inspection_totals([one for _, one in shown])
+        emit({"sources": [{"path": name, **one} for name, one in shown], "totals": totals})
     else:
-        for name, one in facts:
+        for name, one in shown:
             warn(f"{name}: {line}" for line in one.get("warnings", ()))
         for error in errors:
             say(str(error), err=True)
-        say(inspection.inspections_text(facts))
+        say(inspection.inspections_text(shown))
     if errors:
         raise click.exceptions.Exit(EXIT_REFUSED)

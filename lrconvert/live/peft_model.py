@@ -35,13 +35,12 @@ def peft_model(model: nn.Module, adapter: Adapter, name: str, trainable: bool) -
     settings, tensors = _in_memory(adapter, model)
     peft_type = settings.pop("peft_type")
     config = peft.get_peft_config({"peft_type": peft_type, **settings, "inference_mode": not trainable})
-    is_peft = isinstance(model, peft.PeftModel)
-    if is_peft and name in model.peft_config:
+    wrapped: PeftModel | None = model if isinstance(model, peft.PeftModel) else None
+    if wrapped is not None and name in wrapped.peft_config:
         raise AttachError(f"the name {name!r:.80} is taken", fix="give another name")
     try:
-        if is_peft:
-            model.add_adapter(name, config)
-            wrapped = model
+        if wrapped is not None:
+            wrapped.add_adapter(name, config)
         else:
             wrapped = peft.get_peft_model(model, config, adapter_name=name)
     except (TypeError, ValueError) as error:
@@ -74,7 +73,7 @@ def _load(wrapped: PeftModel, name: str, tensors: dict[str, Any]) -> None:
     """Put the tensors into the adapter that PEFT has made; all of both sides are used, or E-EXPORT says which not."""
     import peft
 
-    loaded = peft.set_peft_model_state_dict(wrapped, tensors, adapter_name=name)
+    loaded: Any = peft.set_peft_model_state_dict(wrapped, tensors, adapter_name=name)
     lacking = [key for key in loaded.missing_keys if f".{name}." in key or key.endswith(f".{name}")]
     for what, keys in (("has no place for", loaded.unexpected_keys), ("got no values for", lacking)):
         if keys:

@@ -20,7 +20,7 @@ from lrconvert.io.durable import PLAN_NAME, Work, Writer, install, locked, requi
 from lrconvert.merge.arithmetic.workspace import Workspace
 from lrconvert.merge.background_writer import BackgroundWriter
 from lrconvert.merge.compute import Computer, workspace_for
-from lrconvert.merge.hashing import Digest, emit
+from lrconvert.merge.hashing import Digest, copy_hashed, emit
 from lrconvert.merge.in_place.commit import Commit, open_commit, recover
 from lrconvert.merge.in_place.first_pass import InPlaceSink
 from lrconvert.merge.in_place.model_folder import BETWEEN, CLEAN, DONE, MERGE, CommitPlan, ModelFolder, State, is_ours
@@ -190,7 +190,7 @@ def _write_shard(computer: Computer, shard: Shard, file: Writer, digests: Mappin
         for output in shard.outputs:
             if output.is_copy:
                 assert output.source is not None
-                writer.submit(computer.plan.checkpoint.file_of(output.source).copy, output.source, file)
+                writer.submit(copy_hashed, computer.plan.checkpoint, output.source, file, ())
                 continue
             digest = tensor_hasher(output.name, output.dtype, output.shape)
             parts = (b.after for b in computer.blocks(output)) if output.is_touched else (output.data or b"",)
