@@ -113,9 +113,9 @@ class AnswerSums:
 
     def answers(self, base: AnswerSums) -> Answers:
         """Return these answers beside those of the base without updates."""
-        agreement = (self.agreement, base.agreement) if self.are_logits else (None, None)
+        own, of_base = (self.agreement, base.agreement) if self.are_logits else (None, None)
         kind = "KL" if self.are_logits else "hidden states"
-        return Answers(kind, self.items, self.mean, base.mean, *agreement, self._interval(base))
+        return Answers(kind, self.items, self.mean, base.mean, own, of_base, self._interval(base))
 
     def _interval(self, base: AnswerSums) -> tuple[float, float] | None:
         """The 95 % interval of the share that is closed; None where too few texts would say it."""
