@@ -15,7 +15,8 @@ from lrconvert.core.wording import spelled
 from lrconvert.formats.fidelity import Fidelity
 
 CLOSED = 0.95  # of the distance between base and LoRA: what the lower end of the interval must reach
-KEPT = 0.6  # of the weights' energy, where no answers were measured
+KEPT = 0.8  # of the weights' energy, where no answers were measured
+_CLOSED_BY_KEPT = 0.9  # of the distance, at least, by all files that kept as much and whose answers were measured
 FEWEST = 20  # texts: a bootstrap over fewer says little
 POINT = 0.01  # of accuracy, beyond which a loss that is no chance counts
 
@@ -109,9 +110,9 @@ def from_weights(method: str, fidelity: Fidelity, ratio: float) -> Verdict:
         return Verdict(False, what, f"{_with_data()}, which measure that")
     share = f"it keeps {kept:.0%} of the energy of the weights"
     if kept >= KEPT:
-        measured = f"files that kept as much closed over {CLOSED:.0%} of the distance to the LoRA's answers"
+        measured = f"files that kept as much closed over {_CLOSED_BY_KEPT:.0%} of the distance to the LoRA's answers"
         return Verdict(True, f"{share}, and where answers were measured, {measured}")
-    why = f"{share}, and below {KEPT:.0%} it may answer more like the base"
+    why = f"{share}, and below {KEPT:.0%} that does not say how it answers"
     return Verdict(False, why, f"{_larger(ratio)}, or {_with_data()}, which measure and refine it")
 
 

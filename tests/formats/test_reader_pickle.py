@@ -195,7 +195,7 @@ def test_pickles_that_are_refused(case, folder):
     with pytest.raises(error, match=text) as caught:
         load(folder, ALLOWED)
     assert "adapter_model.bin" in str(caught.value) and len(str(caught.value).splitlines()) == 1
-    with pytest.raises(errors.PickleError, match="allow-pickle"):
+    with pytest.raises(errors.PickleError, match="allow_pickle"):
         load(folder)
 
 
