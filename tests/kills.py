@@ -30,6 +30,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import click
 from conftest import ADAPTERS, BASES
 from crashes import whole
 
@@ -40,6 +41,7 @@ from lrconvert.core import errors
 from lrconvert.testing import faults
 
 Run = Callable[[Path], Any]
+ONE_FILE = ("compress", "convert", "allocate", "upgrade")  # commands that write one, in one step
 _HANGS = 90  # seconds
 
 
@@ -150,6 +152,16 @@ class Mortal(faults.Quick):
     def __init__(self, at: int = 0) -> None:
         self.at, self.made = at, 0
 
+    def die(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Interrupted(Mortal):
+    """A disk whose user presses Ctrl-C before call number `at`."""
+
+    def die(self) -> None:
+        raise KeyboardInterrupt
+
 
 def _mortal(name: str) -> Any:
     real = getattr(faults.Quick, name)
@@ -157,7 +169,7 @@ def _mortal(name: str) -> Any:
     def call(self: Mortal, *arguments: Any) -> Any:
         self.made += 1
         if self.made == self.at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            self.die()
         return real(self, *arguments)
 
     return call
@@ -219,16 +231,35 @@ class Kills:
                 return f"{name}: ended with {status}"
             if recovers:
                 self._recover(command, work)
-            problem = self._repeat(command, work)
-            self._recover(command, work)
-            found = _content(work)
-            if name in ("refine", "statistics") and found.get("out"):
-                found.pop("out.partial", None)  # `recover` names unfinished work, and never deletes it
-            if not problem and found != self.wanted[name]:
-                differing = {k for k in found.keys() | self.wanted[name] if found.get(k) != self.wanted[name].get(k)}
-                problem = f"other bytes, or others' names: {sorted(differing)[:5]}"
+            problem = self._done_again(command, work)
         how = f"after {after:.3f} s" if by_time else f"before call {at} of {self.calls[name]}"
         return f"{name}, killed {how}, recovers={recovers}: {problem}" if problem else ""
+
+    def interrupt(self, name: str, at: int) -> str:
+        """Interrupt a command before a call that changes the disk, and repeat it; return what is wrong then, or "".
+        What writes one file leaves nothing, or the whole of it."""
+        command = self.commands[name]
+        with self.work(command) as work:
+            with suppress(KeyboardInterrupt, click.Abort), faults.installed(Interrupted(at)):
+                command.run(work)
+            left = _content(work)
+            if name in ONE_FILE and left not in ({}, self.wanted[name]):
+                return f"{name}, interrupted before call {at} of {self.calls[name]}: left {sorted(left)[:5]}"
+            problem = self._done_again(command, work)
+        return f"{name}, interrupted before call {at} of {self.calls[name]}: {problem}" if problem else ""
+
+    def _done_again(self, command: Command, work: Path) -> str:
+        """Repeat a command; return what is wrong with what is there then."""
+        wanted = self.wanted[command.name]
+        problem = self._repeat(command, work)
+        self._recover(command, work)
+        found = _content(work)
+        if command.name in ("refine", "statistics") and found.get("out"):
+            found.pop("out.partial", None)  # `recover` names unfinished work, and never deletes it
+        if not problem and found != wanted:
+            differing = {k for k in found.keys() | wanted if found.get(k) != wanted.get(k)}
+            problem = f"other bytes, or others' names: {sorted(differing)[:5]}"
+        return problem
 
     def _run_and_kill(self, command: Command, work: Path, at: int, after: float, with_workers: bool) -> int:
         child = os.fork()

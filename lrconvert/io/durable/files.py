@@ -247,7 +247,12 @@ def atomic_file(path: StrPath, *, overwrite: bool) -> Iterator[Writer]:
         with suppress(OSError):
             remove(temporary)
         raise
-    delete_leftover(temporary, path)  # its name, where the commit was a link
+    try:
+        delete_leftover(temporary, path)  # its name, where the commit was a link
+    except KeyboardInterrupt:
+        with suppress(OSError):
+            remove(temporary)
+        raise
     confirm(path)
 
 
