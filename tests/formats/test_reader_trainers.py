@@ -167,7 +167,7 @@ def test_advice_for_square_factors_of_lora_vit_reads_them(tmp_path):
     rng = np.random.default_rng(3)
     halves = {half: rng.standard_normal((4, 4)).astype("<f4") for half in "ab"}
     named = {f"w_{half}_{n:03d}": value for half, value in halves.items() for n in range(2)}
-    refused("E-ORIENT", stored(tmp_path / "x", named), "with the rank as --alpha")
+    refused("E-ORIENT", stored(tmp_path / "x", named), "with the rank as alpha")
     renamed = {f"blocks.0.q.lora_{half.upper()}": value for half, value in halves.items()}
     (pair,) = load(stored(tmp_path / "y", renamed), ReadOptions(alpha=4.0)).targets
     np.testing.assert_allclose(dense(pair), halves["b"].astype(float) @ halves["a"].astype(float), rtol=1e-12)

@@ -92,7 +92,9 @@ def load(path: Path, options: ReadOptions | None = None) -> LoraAdapter | Compac
         try:
             return _load_file(single, options)
         except UnknownLayoutError:
-            raise (_unknown(path) if mistaken.is_model(path) else _unknown(single)) from None
+            if mistaken.is_model(path):
+                raise _unknown(path) from None
+            raise
     inner = folders.inner_folders(path)
     if len(inner) == 1:
         adapter = load(inner[0], options)
