@@ -70,7 +70,7 @@ def test_all_files_of_the_package_are_packed() -> None:
     """Whatever is no Python lies under one of the patterns; .ci/release.py compares the wheel itself."""
     package = ROOT / "lrconvert"
     packed = {path for pattern in SETTINGS["package-data"]["lrconvert"] for path in package.glob(pattern)}
-    others = {p for p in package.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    others = {p for p in package.rglob("*") if p.is_file() and p.suffix != ".py" and "__pycache__" not in p.parts}
     assert others - packed == set() and any("model.safetensors" in path.name for path in packed)
 
 

@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent.parent / "demo"
 FOLDER = Path("lrconvert-demo")
 REFINED, LOG = "refined.lrc", "refine.jsonl"
 STEPS = 100
-_COLUMNS = 98
+_COLUMNS = 100
 _TEXTS = ("train.jsonl", "heldout.jsonl")
 
 
@@ -140,8 +140,10 @@ def _command(words: Sequence[str]) -> str:
 
 def _next(folder: Path) -> str:
     place = printable(str(folder))
-    return f"""
-Next
-  open {place}/report.html                     the comparison as a page: plots, layers, every target
-  lrconvert compress YOUR-LORA -o small.lrc    yours; --base and --data rank by answers and refine
-  lrconvert export small.lrc -o out --to peft-lora    for programs that know no lrconvert file"""
+    rows = (
+        (f"open {place}/report.html", "the comparison as a page: plots, layers, every target"),
+        ("lrconvert compress YOUR-LORA -o small.lrc", "yours; --base and --data rank by answers and refine"),
+        ("lrconvert export small.lrc -o out --to peft-lora", "for programs that know no lrconvert file"),
+    )
+    width = max(len(command) for command, _ in rows)
+    return "\n".join(["\nNext", *(f"  {command.ljust(width)}  {why}" for command, why in rows)])

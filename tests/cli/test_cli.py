@@ -50,7 +50,7 @@ REFUSED = {
     "other base": (["lora-to-lowrank", SOURCE, "-o", "x.lrc", "--base", str(BASES / "tiny-bert")], "E-BASE"),
     "merge of another model's adapter": (["merge", str(BASES / "tiny-bert"), SOURCE, "-o", "out"], "E-BASE"),
     "validate a text": (["validate", __file__], "E-HDR"),
-    "export of a folder": (["export", SOURCE, "-o", "out", "--to", "peft-lora"], "E-IO-KIND"),
+    "export of a model": (["export", str(BASES / "tiny-llama"), "-o", "out", "--to", "peft-lora"], "E-LAYOUT"),
 }
 
 

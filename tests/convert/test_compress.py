@@ -350,4 +350,4 @@ def test_the_command_ranks_by_answers(tmp_path, monkeypatch):
         : len(rows)
     ]
     strengths = {row["method"]: f"{row.get('strength', 1):.3g}" for row in rows}
-    assert len(shown) == len(rows) and all(strengths[r[-9]] == r[-5] for r in shown)
+    assert len(shown) == len(rows) and all(strengths[r[-10]] == r[-5] for r in shown)

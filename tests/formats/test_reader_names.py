@@ -145,7 +145,7 @@ def test_a_sharded_adapter_is_the_whole_one(tmp_path: Path) -> None:
     assert load(tmp_path / "x") == whole
     assert load(tmp_path / "x" / "adapter_model.safetensors.index.json") == whole
     sharded(tmp_path / "y", "bin")
-    with pytest.raises(errors.PickleError, match="allow-pickle"):
+    with pytest.raises(errors.PickleError, match="allow_pickle"):
         load(tmp_path / "y")
     assert load(tmp_path / "y", ReadOptions(allow_pickle=True)) == whole
 

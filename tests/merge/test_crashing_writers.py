@@ -116,6 +116,7 @@ def by_command(*words: str) -> Callable[[Path], Write]:
 def of_many(folder: Path) -> Write:
     """One job of a batch, as a process of its own does it."""
     fixed: dict[str, Any] = {"method": "lowrank", "verb": "convert", "loading": {}, "inputs": {}, "verbose": False}
+    fixed["is_command"] = False
     fixed["base_content"] = None
 
     def run(out: Path, overwrite: bool) -> None:

@@ -368,7 +368,7 @@ def test_between_two_states_nothing_reads_it(act: str, scenes: dict[str, Scene],
         lambda: verify(model, scene.base, [scene.adapter]),
         lambda: verify(scene.merged, model, [scene.adapter]),
     ):
-        with pytest.raises(errors.UnfinishedError, match=r"E-UNFINISHED: .*lrconvert recover"):
+        with pytest.raises(errors.UnfinishedError, match=r"E-UNFINISHED: .*lrconvert.recover"):
             verb()
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     assert recover(model).state == ("old" if act == "merge" else "new")
