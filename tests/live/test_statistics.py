@@ -431,7 +431,7 @@ def test_hostile_manifests(case: str, stored: Path, tmp_path: Path) -> None:
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(LrcError, match="Give a file that lrconvert.statistics wrote"):
+    with pytest.raises(LrcError, match=r"Give a file that lrconvert\.statistics wrote"):
         statistics_file.read(ADAPTERS / "llama-plain" / "adapter_model.safetensors")
 
 
