@@ -141,8 +141,8 @@ def _command(words: Sequence[str]) -> str:
 def _next(folder: Path) -> str:
     place = printable(str(folder))
     rows = (
-        (f"open {place}/report.html", "the comparison as a page: plots, layers, every target"),
-        ("lrconvert compress YOUR-LORA -o small.lrc", "yours; --base and --data rank by answers and refine"),
+        (f"open {place}/report.html", "the comparison as a page, with plots"),
+        ("lrconvert compress YOUR-LORA -o small.lrc", "yours; with --base and --data by answers"),
         ("lrconvert export small.lrc -o out --to peft-lora", "for programs that know no lrconvert file"),
     )
     width = max(len(command) for command, _ in rows)
