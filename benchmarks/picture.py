@@ -31,7 +31,8 @@ WAYS = {
 }
 SHARES = (0.2, 0.4, 0.8, 1.6, 4.0)
 CLOSED = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
-PANEL, GAP, LEFT, TOP, HEIGHT = 270, 24, 66, 128, 300
+PANEL, GAP, LEFT, TOP, HEIGHT = 270, 24, 66, 148, 300
+IN_A_ROW, COLUMN = 4, 226  # of the legend
 _LIMIT = 0.9995  # what is nearer to the LoRA is drawn here
 
 # On a dark page the ink is light; the colours of the lines are read on both.
@@ -102,11 +103,11 @@ def draw(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def legend(ways: Iterable[str]) -> list[str]:
-    parts, x = [], float(LEFT)
-    for way in ways:
+    parts = []
+    for n, way in enumerate(ways):
         words, colour, kind = WAYS[way]
-        parts += [f'<g class="way">{marked(kind, x + 5, 52, colour)}</g>', text(x + 16, 56, words, size=13)]
-        x += 40 + 6.9 * len(words)
+        x, y = LEFT + COLUMN * (n % IN_A_ROW), 52 + 20 * (n // IN_A_ROW)
+        parts += [f'<g class="way">{marked(kind, x + 5, y, colour)}</g>', text(x + 16, y + 4, words, size=13)]
     return parts
 
 
