@@ -151,7 +151,7 @@ def _is_path(value: object) -> bool:
 
 
 def _is_model(value: object) -> TypeGuard[nn.Module]:
-    """Whether a value is a torch module; torch is not loaded to find that out."""
+    """Say whether a value is a torch module; torch is not loaded to find that out."""
     return any(kind.__module__.startswith("torch.nn") and kind.__name__ == "Module" for kind in type(value).__mro__)
 
 

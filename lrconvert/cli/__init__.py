@@ -99,7 +99,7 @@ _MEANT = {  # words of other tools, and the command that does it here
 
 
 def _no_command(name: str, names: list[str]) -> str:
-    """What to say of a command that there is not."""
+    """Return the words about a command that does not exist."""
     if name in _MEANT:
         advice = f"`lrconvert {_MEANT[name]}` is meant"
         if _MEANT[name] == "compress":

@@ -6,7 +6,7 @@ import io
 import shlex
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import click
 
 from lrconvert.cli import flags
 from lrconvert.cli.printing import say
+from lrconvert.core.devices import one_thread
 from lrconvert.core.errors import printable
 from lrconvert.io.durable import atomic_directory, atomic_file, check_output, make_folder
 
@@ -56,7 +57,7 @@ def run(cli: click.Command, folder: Path, *, full: bool, overwrite: bool, echo: 
     made = "is made here" if full else f"is bundled: small.lrc after {STEPS} steps of `refine`"
     echo(f"A tiny LLaMA, and a LoRA that sorts support tickets. All is in {printable(str(folder))}/")
     echo(f"{REFINED} {made}. Dots mark outputs that are cut.")
-    with _one_thread():
+    with one_thread():
         for step in _steps(folder, full):
             writes = "-o" in step.words or "--html" in step.words
             words = [*step.words, *(["--overwrite"] if overwrite and writes else [])]
@@ -97,19 +98,6 @@ def _unpack(folder: Path, full: bool, overwrite: bool) -> None:
     for name in _TEXTS if full else (*_TEXTS, REFINED, LOG):
         with atomic_file(folder / name, overwrite=overwrite) as out:
             out.write((HERE / name).read_bytes())
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let torch compute on one thread: for a model this small, threads that wait for each other take longer."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _cut(text: str, first: int, ends: bool) -> str:

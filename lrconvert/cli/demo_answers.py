@@ -113,7 +113,7 @@ def _measured(model: nn.Module, asked: Asked) -> Answered:
 
 
 def _written(model: nn.Module, tokenizer: Any, prompt: str) -> str:
-    """What a model writes after a prompt, always the likeliest token, as one line."""
+    """Return the text that a model writes after a prompt, always the likeliest token, as one line."""
     ids = torch.tensor([tokenizer(prompt)["input_ids"]])
     start = ids.shape[1]
     while ids.shape[1] < start + _LONGEST:

@@ -133,7 +133,7 @@ class Compression:
 
     @property
     def verdict(self) -> Verdict:
-        """Whether to ship the file, why, and what to try where not."""
+        """The verdict: ship the file or not, why, and what to try where not."""
         if self.judged is not None:
             return from_answers(self.judged, self.bound, self.chosen.ratio)
         fidelity = self.nearest.fidelity

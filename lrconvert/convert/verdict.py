@@ -93,7 +93,7 @@ class LossBound:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether to `ship` a file, why, and what to try where it is not to be shipped."""
+    """A verdict: to `ship` a file or not, why, and what to try where it is not to be shipped."""
 
     ship: bool
     because: str

@@ -97,8 +97,8 @@ def sidecar(adapter: Adapter) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Written:
-    """What an export wrote: the `kind` of adapter, the `library` that loads it and the code that does (`usage`), the
-    hub id of the folder if it has one, the `command` that they ran, and notes."""
+    """An export as it was written: the `kind` of adapter, the `library` that loads it and the code that does (`usage`),
+    the hub id of the folder if it has one, the `command` that they ran, and notes."""
 
     kind: str
     library: str = "peft"
@@ -191,7 +191,7 @@ def _usage(adapter: Adapter, written: Written) -> list[str]:
 
 
 def _measured(compact: CompactAdapter) -> list[str]:
-    """What refinement measured on held-out data, as the file notes it."""
+    """Answers that refinement measured on held-out data, as the file notes it."""
     fields = compact.provenance.fields
     after, before = (_ANSWERS.fullmatch(fields.get(f"refined_{when}", "")) for when in ("after", "before"))
     if after is None:

@@ -277,7 +277,7 @@ def _r_factors(rows: Callable[[slice], F64], k: int, m: int) -> F64:
 
 
 def _rows_of(pairs: Sequence[LoraTarget], name: str) -> tuple[Callable[[slice], F64], int, int]:
-    """What gives columns of the rows of A or B^T (n, r, m), float64, and r and m."""
+    """A function that gives columns of the rows of A or B^T (n, r, m), float64, and r and m."""
     stored: list[Stored] = [getattr(pair, name) for pair in pairs]
     arrays = [one.array.T if name == "b" else one.array for one in stored]
 

@@ -1,4 +1,4 @@
-"""What a file answers, text by text, beside base and LoRA, with intervals: the numbers of `compress`'s verdict.
+"""Answers of a file, text by text, beside those of base and LoRA, with intervals: the numbers of `compress`'s verdict.
 
 Texts that chose a form or a strength flatter it. So a part of what would be trained on is set aside first, where there
 is enough of it, and measures the winner alone. Intervals are of paired bootstrap samples of texts.
@@ -124,7 +124,7 @@ class _Sums:
 
 
 def _task(rows: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-    """How well rows (items, classes) answer the task: each (items,), zero where there is no label."""
+    """Return scores of rows (items, classes) on the task: each (items,), zero where there is no label."""
     if labels is None:
         nothing = torch.zeros(len(rows), device=rows.device)
         return dict.fromkeys(("labelled", "loss", "correct"), nothing)

@@ -115,7 +115,7 @@ class Search:
         return self.bound.is_met(trial.judged, surely=True)
 
     def _worth(self, trial: _Trial) -> float:
-        """What ranks trials: accuracy where only that is bounded, else what is closed."""
+        """The measure that ranks trials: accuracy where only that is bounded, else what is closed."""
         judged = trial.judged
         if self.bound.left_open is None and judged.accuracy is not None:
             return judged.accuracy.change.value

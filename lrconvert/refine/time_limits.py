@@ -1,4 +1,4 @@
-"""How long the parts of a ranking by answers would take, and what is left out where that is too long.
+"""Estimates of the time that the parts of a ranking by answers take, and what is left out where that is too long.
 
 Nothing changes where there is time enough, so that results do not depend on the machine then.
 """

@@ -1,4 +1,4 @@
-"""What was found in several adapters: the tables of `validate` and `check`."""
+"""Several adapters: the tables of `validate` and `check`."""
 
 from __future__ import annotations
 

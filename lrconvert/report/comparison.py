@@ -1,4 +1,4 @@
-"""What files keep of their LoRA: what `compare` prints."""
+"""The report of `compare`: the share of their LoRA that files keep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was tried, and what won: what `compress` prints."""
+"""The report of `compress`: all that was tried, and what won."""
 
 from __future__ import annotations
 

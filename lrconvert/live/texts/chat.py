@@ -54,7 +54,7 @@ class ChatTemplate:
 
     @cached_property
     def _marks_answers(self) -> bool:
-        """Whether the template says itself what the assistant writes. Raises E-DATA without a template."""
+        """Say whether the template tells itself what the assistant writes. Raises E-DATA without a template."""
         named: Any = getattr(self.tokenizer, "chat_template", None)
         if not named:
             raise DataError(

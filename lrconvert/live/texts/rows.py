@@ -96,7 +96,7 @@ def _elements(handle: TextIO, path: Path) -> Iterator[Any]:
 
 
 class _Buffer:
-    """What is in memory of a JSON text, and how far it has been read."""
+    """The part of a JSON text that is in memory, and how far it has been read."""
 
     def __init__(self, handle: TextIO, path: Path) -> None:
         self.handle, self.path = handle, path

@@ -29,12 +29,12 @@ class Example:
 
     @property
     def is_masked(self) -> bool:
-        """Whether some of the tokens do not count."""
+        """True if some of the tokens do not count."""
         return bool(self.prompt or self.answers)
 
     @property
     def has_answer(self) -> bool:
-        """Whether any of the tokens counts."""
+        """True if any of the tokens counts."""
         return len(self.ids) > self.prompt
 
     @property

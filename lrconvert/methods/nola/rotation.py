@@ -61,7 +61,7 @@ class Rotation(Coordinates):
         return products(rows, _every(self.seed, role, length, stride)) * factors
 
     def _factors(self, length: int) -> F64:
-        """What sums of a transform are multiplied with for numbers in units in which all lengths are kept."""
+        """The factor of sums of a transform for numbers in units in which all lengths are kept."""
         return np.asarray(2.0 ** _power(length) / hadamard.squares(length) * self.unit(length), np.float64)
 
     def _signs(self, role: str, like: Any, xp: Any) -> Any:

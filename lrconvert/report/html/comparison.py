@@ -18,7 +18,7 @@ _COLOURS = 8
 
 @dataclass(frozen=True)
 class About:
-    """Where the numbers of a page come from: base, data, versions and command as text, `dates` of the files in their
+    """The sources of the numbers of a page: base, data, versions and command as text, `dates` of the files in their
     order, the singular values of the LoRA by target, and the refinements whose logs were given."""
 
     base: str = ""

@@ -76,14 +76,14 @@ def fleet_page(title: str, adapters: Sequence[Adapter], command: str = "", versi
 
 
 def _kept(adapter: Adapter) -> float | None:
-    """What counts of an adapter: answers if they were measured, else weights."""
+    """Return the share that counts of an adapter: of answers if they were measured, else weights."""
     share = adapter.captured if adapter.closed is None else adapter.closed
     return None if share is None or not math.isfinite(share) else share
 
 
 def _counts(shares: Sequence[float]) -> tuple[list[int], int, int]:
-    """How many shares are in each bin, the percent at which the first begins, and the percent that a bin is wide. The
-    first takes those below zero."""
+    """Return the number of shares in each bin, the percent at which the first begins, and the percent that a bin is
+    wide. The first takes those below zero."""
     lowest = min(max(100 * min(shares), 0.0), 99.0)
     width = next(w for w in (1, 2, 5) if w == 5 or lowest >= 100 - w * _BINS)
     first = int(lowest // width) * width

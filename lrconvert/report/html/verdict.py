@@ -14,7 +14,7 @@ _LITTLE = 1.1  # times as large is no reason to take the worse of two
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether to ship the file, why, and what to try otherwise; all of it sentences."""
+    """A verdict: ship the file or not, why, and what to try otherwise; all of it sentences."""
 
     file: File
     ship: bool
@@ -68,7 +68,7 @@ def _smallest(files: Sequence[File]) -> list[File]:
 
 
 def _low(file: File) -> float:
-    """What a file closes at least, as far as one knows."""
+    """Return the share that a file closes at least, as far as one knows."""
     assert file.closed is not None
     return file.closed if file.interval is None else file.interval[0]
 

@@ -68,7 +68,7 @@ def of_method(adapter: Adapter, method: str, layout: str) -> CompactAdapter:
 
 
 def _compatible(method: str) -> str:
-    """How a form that PEFT has is made."""
+    """The making of a form that PEFT has."""
     return either(f"convert(..., {method!r}, peft_compatible=True)", f"`lora-to-{method} --peft-compatible`")
 
 

@@ -48,8 +48,8 @@ class Pair:
 
 @dataclass(frozen=True)
 class Factors:
-    """What a file holds: pairs whose scale it states, `scale` where it is one for all, the `dtype` that keeps them, and
-    notes for the user, a line each."""
+    """The content of a file: pairs whose scale it states, `scale` where it is one for all, the `dtype` that keeps
+    them, and notes for the user, a line each."""
 
     pairs: list[Pair]
     scale: float
