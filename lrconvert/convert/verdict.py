@@ -1,6 +1,6 @@
 """The verdict on a file that `compress` made: ship it or not, why, and what to try. Pure rules on what was measured.
 
-docs/guides/shrinking.md states them, with what they rest on. With answers the file must surely close most of the
+docs/guides/choosing.md states them, with what they rest on. With answers the file must surely close most of the
 distance between base and LoRA, on texts that chose nothing. Without, what it keeps of the weights must be as much as in
 files whose answers were measured.
 """
