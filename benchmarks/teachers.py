@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,13 +157,20 @@ def _classifier(teacher: Teacher, train: list[Row], test: list[Row], more: list[
             ]
         return float(torch.cat(hits).mean())
 
+    task, _, rank = teacher.name.partition("-r")
+    if rank:  # ranks share the base of the plain teacher, and differ in the LoRA alone
+        made = get(task)
+        if isinstance(made, str):
+            raise RuntimeError(made)
+        shutil.copytree(made.base, teacher.base, dirs_exist_ok=True)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(made.base)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("classifier"))
-    _train(model, _batches(train, 32, 600), lambda rows: model(**fed(rows)).loss, 5e-3, 600)
+    if not rank:
+        _train(model, _batches(train, 32, 600), lambda rows: model(**fed(rows)).loss, 5e-3, 600)
+        model.save_pretrained(teacher.base)
+        tokenizer.save_pretrained(teacher.base)
     before = accuracy(model)
-    model.save_pretrained(teacher.base)
-    tokenizer.save_pretrained(teacher.base)
-    task, _, rank = teacher.name.partition("-r")
     config = peft.LoraConfig(
         r=int(rank or 8), lora_alpha=2 * int(rank or 8), target_modules=["query", "key", "value", "dense"]
     )
@@ -175,8 +183,6 @@ def _classifier(teacher: Teacher, train: list[Row], test: list[Row], more: list[
 
 
 def _e2e(teacher: Teacher) -> dict[str, float]:
-    import shutil
-
     import peft
     import torch
     import transformers
