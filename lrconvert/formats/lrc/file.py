@@ -76,7 +76,7 @@ def sizer(compact: CompactAdapter) -> Callable[[Any], Sizes]:
     def of(config: Any) -> Sizes:
         specs = _all_specs(compact.method, config, compact.targets)
         payload = sum(s.nbytes for s in specs)
-        entry = len(packed.pack(manifests.method_entry(compact.method, config, _no_exponents(specs))))
+        entry = len(packed.spell(manifests.method_entry(compact.method, config, _no_exponents(specs))))
         totals = []
         for frame, data in frames:
             _check_manifest(frame + entry)

@@ -12,6 +12,7 @@ from lrconvert.lora.coded.stream import WIDE
 
 CLASSES = LARGEST + 2  # the magnitudes 0 to LARGEST, and all larger ones
 _NEAR = 2  # wide models to either side of the one of the same deviation that are tried
+_CHUNK = 1 << 18  # numbers that are shifted at once
 
 
 def best_models(codes: Array, counts: F64 | None = None, squares: F64 | None = None) -> tuple[Array, F64]:
@@ -26,15 +27,25 @@ def best_models(codes: Array, counts: F64 | None = None, squares: F64 | None = N
     sizes = np.sqrt(squares / codes.shape[1])
     middle = np.rint(4 * np.log2(np.maximum(sizes, 1)) + 10).astype(np.int64)
     wide = np.flatnonzero(middle > narrow[-1] - _NEAR)
-    for offset in range(-_NEAR, _NEAR + 1):
-        tried = np.clip(middle + offset, narrow[-1] + 1, COUNT - 1)
-        for model in np.unique(tried[wide]):
-            rows = wide[tried[wide] == model]
-            high = codes[rows] >> shifts()[model]
-            length = _histograms(np.where(high < 0, -1 - high, high)) @ bits_of_classes()[:, model]
-            better = length < shortest[rows]
-            best[rows[better]], shortest[rows[better]] = model, length[better]
+    some = max(1, _CHUNK // codes.shape[1])
+    for rows in (wide[first : first + some] for first in range(0, len(wide), some)):
+        tried = np.clip(middle[rows, None] + np.arange(-_NEAR, _NEAR + 1), narrow[-1] + 1, COUNT - 1)
+        lengths = _wide_lengths(codes[rows], tried)
+        at = np.arange(len(rows)), lengths.argmin(axis=1)
+        better = lengths[at] < shortest[rows]
+        best[rows[better]], shortest[rows[better]] = tried[at][better], lengths[at][better]
     return best, shortest
+
+
+def _wide_lengths(codes: Array, tried: Array) -> F64:
+    """Return the bits of rows of integers (n, d) under the rising wide models `tried` (n, m), so few that they leave
+    out one number of low bits, or two."""
+    left_out = shifts()[tried]
+    high = codes[:, None] >> left_out[:, [0, -1], None]
+    counts = _histograms(np.where(high < 0, -1 - high, high).reshape(-1, codes.shape[1])).reshape(len(codes), 2, -1)
+    of_model = counts[np.arange(len(codes))[:, None], (left_out != left_out[:, :1]).astype(np.intp)]
+    lengths: F64 = np.einsum("nmc,nmc->nm", of_model, bits_of_classes().T[tried])
+    return lengths
 
 
 def _histograms(classes: Array) -> F64:

@@ -55,14 +55,18 @@ class Runs:
     def lanes(self) -> int:
         """How many lanes code them: a power of two, from 1 to 4096; 0 for none. It is the largest with 2^16 symbols, or
         2^11 that the models expect not to be zero, for each lane."""
-        others = sum(
-            n * (TOTAL - int(model.frequencies[LARGEST])) for n, model in zip(self.counts, models(), strict=True)
-        )
+        others = sum(n * other for n, other in zip(self.counts, _others(), strict=True) if n)
         wanted = max(self.total // _SYMBOLS_PER_LANE, others // (_OTHERS_PER_LANE * TOTAL), 1)
         return min(1 << wanted.bit_length() - 1, _MOST_LANES) if self.total else 0
 
 
 # --- to bytes -------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def _others() -> list[int]:
+    """The frequency of what is not zero, of every model."""
+    return [TOTAL - int(model.frequencies[LARGEST]) for model in models()]
 
 
 @lru_cache(maxsize=1)
