@@ -47,6 +47,11 @@ _TASKS = {
 }
 
 
+def auto_class(task_type: str) -> str:
+    """Return the class of transformers that loads a base for a task of PEFT; "" if none is known."""
+    return _TASKS[task_type].auto_class if task_type in _TASKS else ""
+
+
 def licence(folder: Path) -> dict[str, str]:
     """Return what the card in a folder says of the licence: ``license``, ``license_name``, ``license_link``, those it
     has. Several licences are joined with commas. Empty without a card that can be read, or without front matter."""

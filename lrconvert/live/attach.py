@@ -25,6 +25,7 @@ from lrconvert.live.adapted_stack import AdaptedParameter
 from lrconvert.live.attached_adapter import Adapter, AttachedAdapter, Update, targets_of
 from lrconvert.live.layer_inputs import is_known_layer
 from lrconvert.live.live_parameters import CHILD, LiveParameters, Slot
+from lrconvert.live.task_class import advice
 from lrconvert.lora.adapter import ExtraTensor, Target
 
 _STATE = "_lrconvert"  # the attribute of a model that holds its `Attachments`
@@ -62,7 +63,7 @@ def attach(
             source.to(parameters[places[0][0]].tensor.device)
         state.adapters[name] = source
         setattr(model, _STATE, state)
-        state.install_extras(name, adapter.extras, parameters)
+        state.install_extras(name, adapter, parameters)
         state.install_updates(name, places, adapter.extras, parameters)
     except BaseException:
         if name in state.adapters:
@@ -301,10 +302,11 @@ class Attachments:
 
     # --- extra tensors ---
 
-    def install_extras(self, name: str, extras: Sequence[ExtraTensor], parameters: LiveParameters) -> None:
+    def install_extras(self, name: str, adapter: Adapter, parameters: LiveParameters) -> None:
         """Install heads and trained token rows. Raises E-PLACE for what the model has no place for."""
-        indices = {e.name: e for e in extras if e.use == "row_indices"}
-        places = [(extra, _place_of(extra, parameters)) for extra in extras if extra.use in ("replace", "rows")]
+        indices = {e.name: e for e in adapter.extras if e.use == "row_indices"}
+        placed = [extra for extra in adapter.extras if extra.use in ("replace", "rows")]
+        places = [(extra, _place_of(extra, adapter, parameters)) for extra in placed]
         own = {path for _, path in places}
         self.replaced[name] = []
         for extra, path in places:
@@ -316,7 +318,9 @@ class Attachments:
                     self._wrap(taker.removesuffix(".weight")).rows.append(TokenRows(name, index, value))
                 continue
             if value.shape != tensor.shape:
-                raise PlacementError(f"{extra.name!r} is {list(value.shape)}, {list(tensor.shape)} in the model")
+                raise PlacementError(
+                    f"{extra.name!r} is {list(value.shape)}, {list(tensor.shape)} in the model", fix=advice(adapter)
+                )
             value = value.to(tensor.dtype)
             if isinstance(tensor, nn.Parameter):
                 value = nn.Parameter(value, requires_grad=False)
@@ -360,13 +364,11 @@ class Attachments:
         return [path, *(p for p in others if p not in own and is_known_layer(parameters[p].layer))]
 
 
-def _place_of(extra: ExtraTensor, parameters: LiveParameters) -> str:
+def _place_of(extra: ExtraTensor, adapter: Adapter, parameters: LiveParameters) -> str:
     """The parameter that an extra tensor belongs to. Raises E-PLACE."""
     path = parameters.index.find(extra.name.replace(".base_layer.", ".").replace("base_layer.", ""))
     if path is None:
-        raise PlacementError(
-            f"the model has no {extra.name!r}", fix="load it with the class of the adapter's task, as AutoModelFor..."
-        )
+        raise PlacementError(f"the model has no {extra.name!r}", fix=advice(adapter))
     return path
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def assert_equal(one: Any, other: Any) -> None:
     assert (one - other).abs().max() <= BOUND * other.abs().max()
 
 
+@cache
 def compact(base: str, adapter: str, form: str) -> Any:
     lora = lrconvert.load_lora(ADAPTERS / adapter, base=BASES / base)
     if form == "bat":
@@ -128,6 +130,82 @@ def test_it_is_pefts_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert_equal(answers(model.merge_and_unload()), one)
 
 
+IDS = [[5, 17, 3, 44, 8, 21], [9, 2, 31, 7, 60, 11]]
+
+
+def trained(model: Any, rows: list[dict[str, Any]], out: Path) -> Path:
+    """Two steps of transformers' Trainer; returns the folder that it saves."""
+    arguments = transformers.TrainingArguments(
+        **{"output_dir": str(out), "max_steps": 2, "save_steps": 2, "per_device_train_batch_size": 2},
+        **{"learning_rate": 1e-2, "report_to": [], "disable_tqdm": True, "use_cpu": True, "save_only_model": True},
+    )
+    transformers.Trainer(model, arguments, train_dataset=rows).train()
+    model.eval()
+    return out / "checkpoint-2"
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("form", [*FORMS, "bat"])
+def test_trainer_trains_every_form(form: str, tmp_path: Path) -> None:
+    """transformers' Trainer, whose accelerate comes with PEFT, takes the model as one of PEFT's. Two steps move numbers
+    of the adapter alone. PEFT and lrconvert load what is saved, with the same answers. A second file stands beside it,
+    `set_adapter` chooses one, and `merge_and_unload` leaves a plain model with these answers."""
+    made = compact(*UNTIED, form)
+    model = lrconvert.peft_model(model_of("tiny-llama"), made)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    saved = trained(model, [{"input_ids": row, "labels": row} for row in IDS] * 2, tmp_path)
+    moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert moved and all(".default" in name for name in moved)
+    after = answers(model)
+
+    assert_equal(answers(peft.PeftModel.from_pretrained(model_of("tiny-llama"), saved)), after)
+    again = model_of("tiny-llama")
+    lrconvert.attach(again, saved, base=BASES / "tiny-llama")
+    assert_equal(answers(again), after)
+
+    lrconvert.peft_model(model, made, "untrained")
+    untrained = answers(model)
+    model.set_adapter("default")
+    assert torch.equal(answers(model), after) and (untrained - after).abs().max() > BOUND
+    merged = model.merge_and_unload()
+    assert type(merged).__name__ == "LlamaForCausalLM"
+    assert_equal(answers(merged), after)
+
+
+@pytest.mark.medium
+def test_trainer_trains_a_head(tmp_path: Path) -> None:
+    """A classifier's head is in the model, is trained with the adapter, and is saved with it."""
+    made = lrconvert.convert(ADAPTERS / "bert-classifier", "lowrank", rank=2, base=BASES / "tiny-bert")
+    load = transformers.AutoModelForSequenceClassification.from_pretrained
+    model = lrconvert.peft_model(load(BASES / "tiny-bert", num_labels=3), made)
+    head = next(
+        value for name, value in model.named_parameters() if name.endswith("classifier.modules_to_save.default.weight")
+    )
+    before = head.clone()
+    saved = trained(model, [{"input_ids": row, "labels": n} for n, row in enumerate(IDS)] * 2, tmp_path)
+    assert not torch.equal(head, before)
+    again = peft.PeftModel.from_pretrained(load(BASES / "tiny-bert", num_labels=3), saved).eval()
+    assert_equal(answers(again), answers(model))
+
+
+@pytest.mark.parametrize(
+    ("base", "kind", "adapter", "message"),
+    [
+        ("tiny-bert", "AutoModel", "bert-classifier", r"BertModel has no .*ForSequenceClassification.*num_labels=3"),
+        ("tiny-bert", "AutoModelForSequenceClassification", "bert-classifier", r"is \[3\], \[2\] in .*num_labels=3"),
+        ("tiny-llama", "AutoModel", "llama-plain", r"LlamaModel has no .*nor 13 other .*AutoModelForCausalLM"),
+        ("tiny-gpt2", "AutoModelForCausalLM", "llama-plain", r"GPT2LMHeadModel has no .*the adapter's own base"),
+    ],
+)
+def test_a_model_without_a_place_is_left_as_it_is(base: str, kind: str, adapter: str, message: str) -> None:
+    """The error names the call of transformers that loads a base with all places; the model is not touched."""
+    model = getattr(transformers, kind).from_pretrained(BASES / base)
+    before = list(model.state_dict())
+    with pytest.raises(AttachError, match=message):
+        lrconvert.peft_model(model, ADAPTERS / adapter)
+    assert list(model.state_dict()) == before
+
+
 def test_frozen_on_demand() -> None:
     model = lrconvert.peft_model(model_of("tiny-llama"), compact(*UNTIED, "lowrank"), trainable=False)
     assert not [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -138,6 +216,13 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     made = compact(*UNTIED, "lowrank")
     with pytest.raises(ArgumentError, match="model is"):
         lrconvert.peft_model(BASES / "tiny-llama", made)  # type: ignore[arg-type]
+    for name in ("", "a.b"):
+        with pytest.raises(AttachError, match="without dots"):
+            lrconvert.peft_model(model_of("tiny-llama"), made, name)
+    model = model_of("tiny-llama")
+    lrconvert.attach(model, made)
+    with pytest.raises(AttachError, match=r"lrconvert.detach\(model\)"):
+        lrconvert.peft_model(model, made)
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(DependencyError, match=r"E-DEPENDENCY: PEFT is not installed\. Pip install 'lrconvert\[peft\]'"):
         lrconvert.peft_model(model_of("tiny-llama"), made)
