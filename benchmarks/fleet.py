@@ -10,13 +10,20 @@ output is there, with the journal of the folder and without it.
 
 Of `MANY` tiny adapters (two files each, links to the same ones) the conversions cost nothing: a stand-in copies one
 output, and what is left is the work of the parent. Its peak memory is measured, and its processor time.
+
+`CONVERTED` tiny adapters (rank 4 on two layers of two blocks, 64 wide; links to 64 different ones) are converted in
+earnest by two processes, with a line of JSON for each, and passed by in a second run. The parent's peak memory is read
+when so many lines have come as `MARKS` says. This takes half an hour of processor time and 1.5 GB of the disk.
 """
 
 from __future__ import annotations
 
 import os
 import resource
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -30,6 +37,9 @@ from lrconvert.api.batch import journal
 COUNT = 64
 MANY = (2_000, 20_000, 100_000)
 METHODS = ("lowrank", "nola", "sbora", "bone")
+CONVERTED = 100_000
+MARKS = (1_000, 10_000, 50_000, 100_000)
+_DIFFERENT = 64
 _LINKS = 20_000  # of one file; a file system allows some 65,000
 PARENT = """
 from pathlib import Path
@@ -87,11 +97,50 @@ def many(count: int) -> dict[str, Any]:
         return {**made, "again_seconds": again["cpu_seconds"], "again_peak_mib": again["peak_mib"]}
 
 
+def converted(count: int) -> dict[str, Any]:
+    """The parent's peak memory as so many tiny adapters are converted, and as they are passed by; the processor
+    seconds of all processes, of the parent alone, and by the clock."""
+    layers = dict.fromkeys(("self_attn.q_proj", "self_attn.v_proj"), (64, 64))
+    with tempfile.TemporaryDirectory() as scratch:
+        root, out = Path(scratch) / "in", Path(scratch) / "out"
+        first = [batch.adapter(Path(scratch) / f"first-{n}", n, 4, 2, layers) for n in range(_DIFFERENT)]
+        for number in range(count):
+            folder = root / f"adapter-{number:06}"
+            folder.mkdir(parents=True)
+            for file in first[number % _DIFFERENT].iterdir():
+                os.link(file, folder / file.name)
+        words = ["lora-to-bone", root, "-o", out, "--rank", "2", "--bits", "16", "--jobs", "2", "--json"]
+        made, again = watched(words), watched(words)
+        return {**made, **{f"again_{name}": value for name, value in again.items()}}
+
+
+def watched(words: list[Any]) -> dict[str, Any]:
+    """Run a command that prints a line for each adapter: `peaks`, MiB of the command itself after so many lines."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    peaks, parent, lines = {}, 0.0, 0
+    with subprocess.Popen(
+        [sys.executable, "-m", "lrconvert.cli", *map(str, words)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        for lines, _ in enumerate(process.stdout, 1):
+            if lines in MARKS:
+                proc = Path(f"/proc/{process.pid}")
+                peaks[f"{lines:,}"] = int(proc.joinpath("status").read_text().split("VmHWM:")[1].split()[0]) // 1024
+                ticks = proc.joinpath("stat").read_text().rpartition(")")[2].split()[11:13]
+                parent = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+    if process.returncode:
+        raise SystemExit(f"the batch ended with status {process.returncode} after {lines} lines")
+    after, clock = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - start
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"peaks": peaks, "cpu_seconds": round(used, 2), "parent_seconds": parent, "clock_seconds": round(clock, 1)}
+
+
 def all_cells() -> Iterator[cells.Cell]:
     for method in METHODS:
         yield method, partial(convert, method)
     for count in MANY:
         yield f"{count:,}", partial(many, count)
+    yield f"{CONVERTED:,} converted", partial(converted, CONVERTED)
 
 
 def table() -> str:
