@@ -76,6 +76,8 @@ def compare(
     reading = take_reading(more, where)
     chosen = take(CompareOptions, options, more, "compare")
     refuse_rest(more, "compare", CompareOptions)
+    if data is not None:
+        check_data(data)
     input_statistics = None if statistics is None else load_statistics(statistics)
     several = isinstance(files, Sequence) and not isinstance(files, str)
     items: Sequence[AnyCompact] = files if several else [files]  # type: ignore[assignment,list-item]

@@ -119,6 +119,8 @@ def compress(
     loaded, settled = _taken(lora, options, more, "compress")
     request = take(CompressOptions, None, more, "compress")
     refuse_rest(more, "compress", ConvertOptions, CompressOptions)
+    for name in request.forms:
+        method_of(name)
     is_sized = ranking.check_request(settled, request)
     if not is_sized or request.loss_bound:  # the size from which a loss is searched
         settled = replace(settled, target_ratio=DEFAULT_RATIO)

@@ -73,7 +73,8 @@ def export(
     ('README.md', 'adapter_config.json', 'adapter_model.safetensors', 'lrconvert.json')
     """
     if not isinstance(to, str):
-        raise ArgumentError(f"to is {described(to)}; the name of a layout was expected", fix=", ".join(exporters.ids()))
+        known = f"known: {', '.join(exporters.ids())}"
+        raise ArgumentError(f"to is {described(to)}; the name of a layout was expected", fix=known)
     exporter = exporters.get(to)
     reading = take_reading(more, base)
     options = take(ExportOptions, None, more, "export")
@@ -203,9 +204,9 @@ def _loaded(adapters: Mergeable | Sequence[Mergeable], reading: ReadOptions) -> 
     paths = [item.adapter for item in scaled if isinstance(item.adapter, (str, PathLike))]
     read = iter(loading.load_all([path_of(path, "adapters") for path in paths], reading))
     return [
-        replace(item, adapter=next(read), name=item.name or hub.hint(item.adapter))
+        replace(item, adapter=next(read), scale=float(item.scale), name=item.name or hub.hint(item.adapter))
         if isinstance(item.adapter, (str, PathLike))
-        else replace(item, adapter=adapter_of(item.adapter, ReadOptions(), "adapters"))
+        else replace(item, adapter=adapter_of(item.adapter, ReadOptions(), "adapters"), scale=float(item.scale))
         for item in scaled
     ]
 

@@ -164,7 +164,8 @@ def no_answers(options: ConvertOptions, compress_options: CompressOptions) -> st
     else:
         return None
     if compress_options.loss_bound is not None:
-        raise OptionError(f"{spelled('max_loss')} and {spelled('max_accuracy_loss')} are of answers, and here {reason}")
+        bounds = f"{spelled('max_loss')} and {spelled('max_accuracy_loss')}"
+        raise OptionError(f"{bounds} are bounds on what answers lose, which cannot be measured here: {reason}")
     if rank_by == "answers" or has_data:
         raise OptionError(f"answers cannot rank forms here: {reason}")
     return "" if base is None else RANKED_BY_FIT.format(reason)

@@ -49,8 +49,9 @@ def torch_device(name: str) -> torch.device:
         device = torch.device(name)
         works = torch.ones(1, dtype=torch.float64, device=device).item() == 1
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:  # a build without CUDA asserts
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        what = f"the device {name!r:.40} cannot be used here: {reason[0]:.200}"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = "torch has no such device" if "device type at start of device string" in reason else reason
+        what = f"the device {name!r:.40} cannot be used here: {reason:.200}"
         raise OptionError(what, fix=f"choose {spelled('device', 'cpu')}") from None
     if not works:
         raise OptionError(f"the device {name!r:.40} does not compute", fix=f"choose {spelled('device', 'cpu')}")

@@ -176,4 +176,6 @@ def described(value: object) -> str:
     if isinstance(value, Real):
         return f"{value!r:.40}"
     name = type(value).__name__
+    if name == "bytes":
+        return "bytes"
     return f"{'an' if name[:1] in 'AEIOUaeiou' else 'a'} {name:.40}"

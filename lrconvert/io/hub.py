@@ -108,7 +108,7 @@ def locate(path: AnyPath) -> Path:
                 return Path(path)
             raise FileKindError(
                 "there is no such file or folder, and no such model in the Hugging Face cache",
-                fix=f"if it is a model: {hub_id.advice}",
+                fix=f"if it is on the hub: {hub_id.advice}",
             )
         snapshot = hub_id.repository / "snapshots" / _commit(hub_id)
         _check_links(hub_id, snapshot)

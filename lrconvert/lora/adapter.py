@@ -96,6 +96,9 @@ class LoraTarget:
     b: Stored
     scale: float
 
+    def __repr__(self) -> str:
+        return f"<LoraTarget: {self.target.name}, {self.target.shape}, rank {self.rank}>"
+
     @property
     def rank(self) -> int:
         return self.a.shape[0]
@@ -130,7 +133,7 @@ class ExtraTensor:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    data: bytes
+    data: bytes = field(repr=False)
     use: Use = "replace"
 
 

@@ -115,6 +115,9 @@ class InputStatistics:
     tokens: int = 0
     families: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"<InputStatistics: {len(self.inputs)} inputs, {self.tokens:,} tokens>"
+
     @cached_property
     def _places(self) -> Mapping[tuple[str, int | None], int]:
         return {(name, entry.expert): n for n, entry in enumerate(self.inputs) for name in entry.names}

@@ -10,12 +10,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import ADAPTERS, BASES
 
 import lrconvert
 from lrconvert.core.errors import LrcError, all_errors
 from lrconvert.core.notebook import html_table
+from lrconvert.lora.input_statistics import InputStatistics
 
 PLAIN, BASE = ADAPTERS / "llama-plain", BASES / "tiny-llama"
 VERBS = sorted(name for name in lrconvert.__all__ if inspect.isfunction(getattr(lrconvert, name)))
@@ -68,6 +70,11 @@ def test_nonsense_is_refused_in_our_words(verb: str, made: Any, tmp_path: Path) 
         (lambda: lrconvert.load(PLAIN, allow_pickle="no"), lrconvert.OptionError, "takes True or False"),
         (lambda: lrconvert.merge(BASE, (PLAIN, 0.5), "x"), lrconvert.ArgumentError, r"Scaled\(adapter, 0.5\)"),
         (lambda: lrconvert.attach(BASE, PLAIN), lrconvert.ArgumentError, "from_pretrained"),
+        (lambda: lrconvert.compress(PLAIN, forms="lowrnk"), lrconvert.OptionError, "is it 'lowrank'"),
+        (lambda: lrconvert.load_lora(PLAIN.parent), lrconvert.ConfigError, "convert_many or compress_many"),
+        (lambda: lrconvert.compare(PLAIN, [], base=BASE, data=["a text"]), lrconvert.DataError, r"\{'text': \.\.\.\}"),
+        (lambda: lrconvert.compare(PLAIN, [], base=BASE, data=5), lrconvert.ArgumentError, "data is 5; files of texts"),
+        (lambda: lrconvert.export(PLAIN, "x", to=None), lrconvert.ArgumentError, "known: diffusers, "),  # type: ignore[arg-type]
     ],
 )
 def test_what_is_probably_meant_is_said(call: Callable[[], Any], error: type[LrcError], message: str) -> None:
@@ -83,7 +90,9 @@ def test_one_text_is_a_list_of_one() -> None:
 
 def test_weighed_adapters_are_paths_or_results(made: Any, tmp_path: Path) -> None:
     lrconvert.write(made, tmp_path / "x.lrc")
-    scaled = [lrconvert.Scaled(item, 0.5) for item in (made, made.compact, tmp_path / "x.lrc")]
+    halves = (0.5, np.float32(0.5), np.float64(0.5))
+    items = (made, made.compact, tmp_path / "x.lrc")
+    scaled = [lrconvert.Scaled(item, half) for item, half in zip(items, halves, strict=True)]
     for number, item in enumerate(scaled):
         lrconvert.merge(BASE, item, tmp_path / str(number))
     assert lrconvert.verify(tmp_path / "0", BASE, scaled[2]).ok and lrconvert.verify(tmp_path / "2", BASE, scaled[0]).ok
@@ -116,6 +125,11 @@ def test_results_print_themselves_briefly(made: Any, tmp_path: Path) -> None:
         lrconvert.unmerge(tmp_path / "merged", tmp_path / "again"),
         lrconvert.validate(tmp_path / "x.lrc"),
         lrconvert.convert_many([PLAIN], tmp_path / "many", "lowrank", dry_run=True, target_size=6000, jobs=1),
+        lrconvert.export(made, tmp_path / "folder", to="peft-lora"),
+        lrconvert.recover(BASE),
+        lrconvert.check(PLAIN, "mlx")[0],
+        lrconvert.load_lora(PLAIN).targets[0],
+        InputStatistics((), lambda n: None),  # type: ignore[arg-type, return-value]
     ]
     for item in shown:
         assert repr(item).startswith(f"<{type(item).__name__}: ") and len(repr(item)) < 160, repr(item)
@@ -144,7 +158,8 @@ def test_notebooks_show_tables(made: Any) -> None:
     """Results and comparisons are small tables of HTML without anything external, and every text in them is escaped."""
     best = lrconvert.compress(PLAIN, forms=["lowrank", "sbora"], target_size=6000)
     compared = lrconvert.compare(PLAIN, [made, best])
-    for item in (made, best, compared, compared[0], lrconvert.allocate(PLAIN, total_rank=9)):
+    batch = lrconvert.convert_many([PLAIN], "unwritten", "lowrank", dry_run=True, target_size=6000, jobs=1)
+    for item in (made, best, compared, compared[0], lrconvert.allocate(PLAIN, total_rank=9), batch):
         text = item._repr_html_()
         assert set(Page(text).seen) <= {"table", "caption", "tr", "th", "td", "div"} and len(text) < 4000
     assert isinstance(compared, list) and "<td>5,983</td>" in compared._repr_html_()

@@ -200,7 +200,7 @@ def test_minutes_end_it(tmp_path, monkeypatch):
         ({"base": LLAMA, "rank_by": "answers", "bake_dora": 2}, "baked DoRA"),
         ({"base": BASES / "tiny-bert", "rank_by": "answers"}, "give data="),
         ({"rank_by": "luck"}, "auto, answers, fit"),
-        ({"max_loss": 0.05, "target_size": None}, "max_loss and max_accuracy_loss are of answers, .*the base"),
+        ({"max_loss": 0.05, "target_size": None}, "max_loss and max_accuracy_loss are bounds on what answers lose, .*the base"),
         ({"base": LLAMA, "max_loss": "5", "target_size": None}, "max_loss is 5; a share above 0"),
         ({"base": LLAMA, "max_loss": "little", "target_size": None}, "'little' is not a share"),
         ({"base": LLAMA, "budget_minutes": 0.0}, "budget_minutes is 0.0"),

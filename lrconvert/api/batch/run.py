@@ -18,6 +18,7 @@ from lrconvert.api.batch.sources import AnyPath, Job, Plan, plan
 from lrconvert.api.shared import method_of, output_of, path_of, take_reading
 from lrconvert.core import devices
 from lrconvert.core.errors import ArgumentError, OptionError, OutputPathError
+from lrconvert.core.notebook import html_table
 from lrconvert.core.options import described, make, option, take
 from lrconvert.core.wording import is_on_command_line
 from lrconvert.formats.lrc import file
@@ -66,6 +67,14 @@ class Batch:
     def __repr__(self) -> str:
         counts = ", ".join(f"{count} {state}" for state, count in sorted(self.counts.items()))
         return f"<Batch: {counts or 'no adapters'}>"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: a row for each adapter, failures first."""
+        rows = [
+            (one.source, one.state, *("" if v is None else v for v in (one.nbytes, one.captured)), one.code)
+            for one in sorted(self.outcomes, key=lambda one: one.state != "failed")
+        ]
+        return html_table(repr(self)[1:-1], ("adapter", "", "bytes", "captured", "error"), rows, self.notes)
 
     @property
     def ok(self) -> bool:

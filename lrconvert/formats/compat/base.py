@@ -37,6 +37,9 @@ class Finding:
     fix: str
     source: str
 
+    def __repr__(self) -> str:
+        return f"<Finding: {self.consumer} {self.severity}: {printable(self.what, 80)}>"
+
     def __str__(self) -> str:
         advice = printable(self.fix[0].upper() + self.fix[1:], 600)
         return f"{self.severity}: {self.consumer} {self.version}: {printable(self.what, 600)}. {advice}."

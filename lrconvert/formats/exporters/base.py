@@ -158,6 +158,10 @@ class Exported:
     notes: tuple[str, ...] = ()
     url: str = ""
 
+    def __repr__(self) -> str:
+        shown = ", ".join(self.files[:3]) + (f" and {len(self.files) - 3} more" if len(self.files) > 3 else "")
+        return f"<Exported: {shown:.120}>"
+
 
 def public(adapter: Adapter, base_model_id: str | None) -> tuple[Adapter, tuple[str, ...]]:
     """Return `adapter` as it may be given to others, and notes: the base named by `base_model_id` (``org/name``,

@@ -20,7 +20,7 @@ from lrconvert.core.errors import (
     OptionError,
     UnknownLayoutError,
 )
-from lrconvert.core.wording import spelled
+from lrconvert.core.wording import either, spelled
 from lrconvert.formats.readers.shared import folders, kinds
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.formats.readers.shared.weights import open_weights
@@ -104,7 +104,8 @@ def load(path: Path, options: ReadOptions | None = None) -> LoraAdapter | Compac
     several = [] if mistaken.is_model(path) else inner or folders.weight_files(path)
     if several:
         names = ", ".join(repr(entry.name) for entry in several)
-        raise ConfigError(f"the folder holds {len(several)} adapters: {names:.400}", fix="give one of them", path=path)
+        fix = f"give one of them{either(', or all to lrconvert.convert_many or compress_many', '')}"
+        raise ConfigError(f"the folder holds {len(several)} adapters: {names:.400}", fix=fix, path=path)
     if not path.exists():
         raise UnknownLayoutError("there is no such file or folder", path=path)
     raise _unknown(path)

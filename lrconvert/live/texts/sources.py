@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lrconvert.core.errors import DataError, LrcError, printable
+from lrconvert.core.wording import either
 from lrconvert.io import hub
 from lrconvert.live.texts import rows
 
@@ -105,7 +106,8 @@ def _of_name(item: str) -> Sources:
     match = _NAME.fullmatch(item)
     hub_id = hub.parse(match["id"]) if match else None
     if match is None or hub_id is None:
-        raise DataError("is no file, and no name of a data set", path=item)
+        fix = either("give texts themselves as rows: data=[{'text': ...}, ...]", "")
+        raise DataError("is no file, and no name of a data set", fix=fix, path=item)
     config, split = match["config"] or "", match["split"] or ""
     try:
         prepared = _prepared(hub_id.name, config)

@@ -26,6 +26,10 @@ class Recovery:
     removed: tuple[str, ...]
     unfinished: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        gone, work = f", {len(self.removed)} leftovers removed", f", {len(self.unfinished)} unfinished"
+        return f"<Recovery: {self.state}{gone if self.removed else ''}{work if self.unfinished else ''}>"
+
 
 def recover(path: Path) -> Recovery:
     """Finish or take back what was broken off at `path`, a model folder or any output, and remove what killed runs have
