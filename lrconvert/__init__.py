@@ -11,6 +11,7 @@ The verbs; `help(lrconvert.compress)` and so on say what each takes and gives:
     make smaller   compress, convert, allocate; compress_many, convert_many, allocate_many
     win back       statistics, refine
     write          write, upgrade, export
+    serve          expanded
     use            attach, detach, set_active, disabled, peft_model
     bake in        merge, verify, unmerge, recover
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lrconvert.api.batch.run import Batch, BatchOptions, allocate_many, compress_many, convert_many
     from lrconvert.api.comparing import compare, load_statistics, statistics
     from lrconvert.api.conversions import allocate, compress, convert, refine
+    from lrconvert.api.expanding import ExpandOptions, expanded
     from lrconvert.api.live import attach, detach, disabled, peft_model, set_active
     from lrconvert.api.outputs import export, merge, recover, unmerge, verify
     from lrconvert.convert.compress import Compression
@@ -53,6 +54,7 @@ __all__ = [
     "Compression",
     "Conversion",
     "ConvertOptions",
+    "ExpandOptions",
     "ExportOptions",
     "Exported",
     "Fidelity",
@@ -83,6 +85,7 @@ __all__ = [
     "detach",
     "disabled",
     "download",
+    "expanded",
     "export",
     "inspect",
     "load",
@@ -108,6 +111,7 @@ _HOMES = {  # the modules, and what they give
     "api.batch.run": "Batch BatchOptions allocate_many compress_many convert_many",
     "api.comparing": "compare load_statistics statistics",
     "api.conversions": "allocate compress convert refine",
+    "api.expanding": "ExpandOptions expanded",
     "api.live": "attach detach disabled peft_model set_active",
     "api.outputs": "export merge recover unmerge verify",
     "convert.compress": "Compression",

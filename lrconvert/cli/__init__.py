@@ -35,6 +35,7 @@ _LAST = {
     "lora-to-alora": ("converting:allocate", "Give every module the rank it deserves under one budget."),
     "refine": ("refining:refine", "Train FILE for a short while to answer as its LoRA does."),
     "export": ("adapters:export", "Write any adapter as a folder that other tools load."),
+    "expand": ("expanding:expand", "Print the folder in which a server finds FILE, expanded once."),
     "check": ("adapters:check", "Say what a server would refuse or get wrong in an adapter."),
     "merge-into-base": ("merging:merge_into_base", "Bake ADAPTERs into a copy of the model folder BASE."),
     "unmerge": ("merging:unmerge", "Undo the last merge of the model folder MERGED."),
@@ -94,6 +95,7 @@ _MEANT = {  # words of other tools, and the command that does it here
     **dict.fromkeys(("convert", "shrink", "quantize", "resize", "lora-to"), "compress"),
     **dict.fromkeys(("info", "show", "ls"), "inspect"),
     **dict.fromkeys(("push", "upload"), "export"),
+    **dict.fromkeys(("expanded", "serve", "decompress"), "expand"),
     **dict.fromkeys(("eval", "evaluate", "diff"), "compare"),
 }
 

@@ -15,6 +15,7 @@ from lrconvert.core.dtypes import Array, Stored
 from lrconvert.core.errors import BaseError, EmptyAdapterError, OptionError
 from lrconvert.core.notebook import html_table
 from lrconvert.core.wording import spelled, verb
+from lrconvert.formats.expansions.ranks import needed, vllm_rank
 from lrconvert.formats.lrc import file
 from lrconvert.io.checkpoint import open_checkpoint
 from lrconvert.lora import svd
@@ -309,8 +310,8 @@ _SHARES = {"90": 0.9, "99": 0.99, "99.9": 0.999}  # of a spectrum's energy
 
 def inspect_lora(lora: LoraAdapter) -> dict[str, Any]:
     """Return the facts of a LoRA as JSON values."""
-    rows = []
-    for pair, s in zip(lora.targets, svd.spectra(lora.targets), strict=True):
+    rows, spectra = [], svd.spectra(lora.targets)
+    for pair, s in zip(lora.targets, spectra, strict=True):
         row = _target_row(pair.target) | {"rank": pair.rank, "scale": pair.scale, "dtype": pair.a.dtype}
         row["norm"] = math.sqrt(np.add.reduce(s * s))
         row["spectrum"] = dict(zip(_SHARES, svd.energy_ranks(s, tuple(_SHARES.values())), strict=True))
@@ -327,6 +328,7 @@ def inspect_lora(lora: LoraAdapter) -> dict[str, Any]:
         "parameters": lora.numel,
         "bytes_by_dtype": dict(sorted(by_dtype.items())),
         "bytes_at_16_bit": lora.half_bytes,
+        "serving": _serving(spectra, max((pair.rank for pair in lora.targets), default=0)),
         **_common(lora.extras, lora.provenance.base_model, lora.provenance.task_type),
         "warnings": list(lora.warnings),
     }
@@ -352,11 +354,13 @@ def inspect_compact(compact: CompactAdapter) -> dict[str, Any]:
     """Return the facts of an lrconvert file as JSON values."""
     method, (form, title) = methods.get(compact.method), methods.form(compact)
     size = file.sizes(compact)
-    if methods.needs_base(compact):
-        ranks = method.ranks(compact.config, compact.targets)
-        rows = [{**_target_row(t), "rank": r, "norm": None} for t, r in zip(compact.targets, ranks, strict=True)]
-    else:
-        rows = [{**_target_row(t), "rank": a.shape[0], "norm": _norm(a, b)} for t, a, b in methods.expand_all(compact)]
+    ranks, serving = method.ranks(compact.config, compact.targets), None
+    norms: list[float | None] = [None] * len(ranks)
+    if not methods.needs_base(compact):
+        spectra = _spectra(compact)
+        norms = [math.sqrt(np.add.reduce(s * s)) for s in spectra]
+        serving = _serving(spectra, max(ranks, default=0))
+    rows = [{**_target_row(t), "rank": r, "norm": n} for t, r, n in zip(compact.targets, ranks, norms, strict=True)]
     return {
         "kind": "lrconvert",
         "method": {
@@ -369,16 +373,27 @@ def inspect_compact(compact: CompactAdapter) -> dict[str, Any]:
         "targets": rows,
         "bytes": {"total": size.total, "payload": size.payload, "overhead": size.overhead, "extras": size.extras},
         "base": {"names": compact.base.names, "content": compact.base.content},
+        "serving": serving,
         "source": compact.provenance.source,
         **_common(compact.extras, compact.provenance.base_model, compact.provenance.task_type),
         "warnings": [*compact.warnings, *([_NO_NORM] if methods.needs_base(compact) else [])],
     }
 
 
-def _norm(a: Array, b: Array) -> float:
-    """||b @ a|| in the Frobenius norm, by Gram matrices."""
-    left, right = b.astype(np.float64), a.astype(np.float64)
-    return float(np.sqrt(max(np.sum((left.T @ left) * (right @ right.T)), 0.0)))
+def _spectra(compact: CompactAdapter) -> list[Array]:
+    """The singular values of the updates of a compact adapter that has factors."""
+    pairs = [
+        LoraTarget(target, Stored("F32", a), Stored("F32", b), 1.0) for target, a, b in methods.expand_all(compact)
+    ]
+    updated = [pair for pair in pairs if pair.rank]
+    values = iter(svd.spectra(updated))
+    return [next(values) if pair.rank else np.zeros(0) for pair in pairs]
+
+
+def _serving(spectra: Sequence[Array], rank: int) -> dict[str, Any] | None:
+    """What rank a server needs, as JSON values; None if nothing is updated."""
+    need = needed(spectra, rank)
+    return None if need is None else vars(need) | {"vllm_max_lora_rank": vllm_rank(need.stored) or None}
 
 
 def _target_row(target: Target) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lrconvert.core.errors import printable
+from lrconvert.formats.expansions.ranks import vllm_rank
 from lrconvert.formats.fidelity import inspect_statistics
 from lrconvert.report.tables import count_bytes, listed, relative, shortened, span, table
 
@@ -31,11 +32,29 @@ def inspection_text(path: str, facts: dict[str, Any]) -> str:
     else:
         stored = ", ".join(f"{count_bytes(n)} {dtype}" for dtype, n in facts["bytes_by_dtype"].items())
         lines.append(f"{facts['parameters']:,} numbers: {stored}; {facts['bytes_at_16_bit']:,} bytes at 16 bit")
+    if facts["serving"]:
+        lines.append(_serving(facts["serving"], bool(method)))
     if facts["extras"]:
         total = sum(e["bytes"] for e in facts["extras"])
         names = ", ".join(printable(e["name"]) for e in facts["extras"][:4])
         lines.append(f"{len(facts['extras'])} extra tensors carried along, {total:,} bytes: {names}")
     return "\n".join([*lines, "", _target_table(facts["kind"], rows)])
+
+
+def _serving(needed: Mapping[str, Any], is_compact: bool) -> str:
+    """What rank a server needs, and whether a smaller one that vLLM has room for does."""
+    vllm = needed["vllm_max_lora_rank"]
+    line = (
+        f"a server needs rank {needed['stored']} (vLLM: {f'--max-lora-rank {vllm}' if vllm else 'has none as large'})"
+    )
+    if needed["exact"] < needed["stored"] and vllm_rank(needed["exact"]) != vllm:
+        rank, loss = needed["exact"], "nothing"
+    elif vllm_rank(needed["close"]) != vllm:
+        rank, loss = needed["close"], f"{needed['error']:.1g} of the update's norm"
+    else:
+        return line
+    how = f": `lrconvert expand --max-rank {rank}`" if is_compact else ""
+    return f"{line}; {rank} loses {loss}{how}"
 
 
 def _target_table(kind: str, rows: Sequence[dict[str, Any]]) -> str:

@@ -58,6 +58,9 @@ class Remote(Quick):
     def lock(self, descriptor: int) -> None:
         raise OSError(self.error, os.strerror(self.error))
 
+    def lock_file(self, descriptor: int, shared: bool, wait: bool) -> None:
+        self.lock(descriptor)
+
     def fsync(self, descriptor: int) -> None:
         if stat.S_ISDIR(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))

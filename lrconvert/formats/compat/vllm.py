@@ -10,6 +10,7 @@ from lrconvert.formats.compat.base import Consumer, Finding, verdicts
 from lrconvert.formats.compat.shared import rules, whole_names
 from lrconvert.formats.compat.shared.rules import EXPAND, ServerOptions, check_base, right_base, words
 from lrconvert.formats.compat.shared.subject import PEFT_PREFIX, Subject, example, leaf
+from lrconvert.formats.expansions.ranks import VLLM_RANKS as RANKS
 
 VERSION = "0.33.0"
 refuses, wrong, warns = verdicts("vllm", VERSION)
@@ -19,7 +20,6 @@ MODEL = "vllm/lora/lora_model.py LoRAModel"
 LOAD = f"{MODEL}.from_local_checkpoint"
 NAMES = "vllm/lora/utils.py parse_fine_tuned_lora_name"
 MODULES = "vllm/lora/utils.py get_supported_lora_modules"
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py MaxLoRARanks
 HEADS = ("classifier", "score")  # PEFTHelper._validate_features
 MERGE = "merge it into the base and serve that"
 

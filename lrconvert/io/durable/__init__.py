@@ -3,7 +3,8 @@
 Everything is built beside its destination under a hidden name, synced to the disk, and put in place by one rename. Two
 kinds of failure are told apart: E-IO-WRITE (nothing was committed) and E-IO-SYNC (the new state is in place, but the
 system did not confirm that it would survive a power loss). `system` the calls themselves, `checks` before any work,
-`files` and `folders` that appear whole, `work` that a later run can go on with, and locks.
+`files` and `folders` that appear whole, `work` that a later run can go on with, and locks; `waiting` locks that are
+waited for.
 """
 
 from lrconvert.io.durable.checks import StrPath, check_output, check_own, require_space
@@ -22,6 +23,7 @@ from lrconvert.io.durable.files import (
 )
 from lrconvert.io.durable.folders import StagedDirectory, atomic_directory, make_folder, remove_empty
 from lrconvert.io.durable.system import Buffer
+from lrconvert.io.durable.waiting import FileLock, file_lock
 from lrconvert.io.durable.work import (
     CONTENT,
     LINES_NAME,
@@ -43,6 +45,7 @@ __all__ = [
     "PLAN_NAME",
     "Buffer",
     "File",
+    "FileLock",
     "StagedDirectory",
     "StrPath",
     "Work",
@@ -57,6 +60,7 @@ __all__ = [
     "delete_leftover",
     "discard",
     "end_work",
+    "file_lock",
     "give_to_owner",
     "install",
     "leftovers",

@@ -127,6 +127,14 @@ class System:
         """Take the lock of an open file or folder without waiting; it ends with the descriptor, or the process."""
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
+    def lock_file(self, descriptor: int, shared: bool, wait: bool) -> None:
+        """Take the lock of an open file, alone or `shared`; BlockingIOError if it has to `wait` and may not."""
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+
+    def touch(self, descriptor: int) -> None:
+        """Set the time of an open file to now."""
+        os.utime(descriptor)
+
 
 def _renameat2() -> Callable[..., int] | None:
     try:
