@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lrconvert.core import errors
+from lrconvert.core import errors, registry
 from lrconvert.core.dtypes import FLOATS
 from lrconvert.core.limits import MAX_INDEX_BYTES, MAX_SHARDS
 from lrconvert.core.wording import spelled, verb
@@ -26,6 +26,8 @@ READY_NAME = "ready.json"  # in it from the first changed byte to the last
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SHARED_BLOB = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}")
 BITSANDBYTES = "bitsandbytes"
+METHODS = "lrconvert.io.quantized"  # a file for each method of storing quantized weights
+QUANTIZATION = "quantization_config"
 _UNNAMED = "a method that is not named"
 _COPY_BYTES = 1 << 22
 
@@ -41,13 +43,15 @@ class KnownContent:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A model folder: `config` (config.json, or {}), the open shards in order, and all tensors by name."""
+    """A model folder: `config` (config.json, or {}), the open shards in order, and all tensors by name. `outdated` are
+    other files that describe the stored weights, where this checkpoint has them in another form."""
 
     root: Path
     config: dict[str, Any]
     files: tuple[ContainerFile, ...]
     index_path: Path | None
     index: dict[str, Any] = field(default_factory=dict)
+    outdated: frozenset[str] = frozenset()
 
     @property
     def is_derived(self) -> bool:
@@ -151,12 +155,23 @@ def _present(path: Path) -> bool:
     return path.is_symlink() or path.exists()
 
 
+def _settings(config: Mapping[str, Any]) -> Any:
+    """What a configuration, or its part for the language model, says of quantization; None if nothing."""
+    text = config.get("text_config")
+    return config.get(QUANTIZATION) or (text.get(QUANTIZATION) if isinstance(text, dict) else None)
+
+
+def quantization_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a configuration says of how its weights are quantized; {} if nothing."""
+    settings = _settings(config)
+    return settings if isinstance(settings, dict) else {}
+
+
 def quantization_name(config: Mapping[str, Any]) -> str:
     """Return how a configuration says that its weights are quantized (``bitsandbytes 4 bit``, ``gptq``), or ""."""
-    settings = config.get("quantization_config")
-    if not settings:
+    if not _settings(config):
         return ""
-    table = settings if isinstance(settings, dict) else {}
+    table = quantization_settings(config)
     bits = next((f" {n} bit" for n in (4, 8) if table.get(f"load_in_{n}bit")), "")
     method = table.get("quant_method") or (BITSANDBYTES if bits else None)
     if method == BITSANDBYTES:
@@ -164,11 +179,17 @@ def quantization_name(config: Mapping[str, Any]) -> str:
     return method if isinstance(method, str) else _UNNAMED
 
 
+def dequantizer(config: Mapping[str, Any]) -> str:
+    """Return the module of the folder ``quantized`` that reads what a configuration names, or ""."""
+    name = quantization_name(config).partition(" ")[0].replace("-", "_")
+    return name if name in registry.names(METHODS) else ""
+
+
 def quantized_base(config: Mapping[str, Any], root: Path, what: str = "") -> errors.QuantizedBaseError:
     """Return the error for a quantized base, by the name of how it is, or for `what` of it."""
     name = quantization_name(config)
     advice = "use the unquantized parent of this checkpoint"
-    if name.startswith(BITSANDBYTES):
+    if dequantizer(config):
         allow = spelled("dequantize", True)
         advice += f", so that the error of quantizing stays out; or pass {allow} to merge into what it stands for"
     return errors.QuantizedBaseError(f"{what}the base is stored quantized, by {name:.60}", fix=advice, path=root)
@@ -218,7 +239,10 @@ def open_checkpoint(path: str | os.PathLike[str], *, quantized: bool = False) ->
     checkpoint = _opened(root, config)
     if quantization_name(config) and all(info.dtype in FLOATS for info in checkpoint.tensors.values()):
         checkpoint.__exit__(None, None, None)
-        raise quantized_base(config, root, "none of its tensors shows it, but ")
+        what = "none of its tensors shows it, but the base is stored quantized"
+        name = quantization_name(config)
+        fix = "use the unquantized parent of this checkpoint"
+        raise errors.QuantizedBaseError(f"{what}, by {name:.60}", fix=fix, path=root)
     return checkpoint
 
 

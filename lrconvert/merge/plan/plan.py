@@ -454,7 +454,8 @@ def other_files(checkpoint: Checkpoint) -> tuple[dict[str, Path], tuple[str, ...
             path, shown = Path(folder) / name, (place / name).as_posix()
             if shown in weights or shown == UNDONE:
                 continue
-            kept = place.parts[:1] == (RECORDS,) or not name.lower().endswith(_OTHER_WEIGHTS)
+            is_weight = name.lower().endswith(_OTHER_WEIGHTS) or shown in checkpoint.outdated
+            kept = place.parts[:1] == (RECORDS,) or not is_weight
             if path.is_file() and contained(root, path) and kept:
                 copies[shown] = path
             else:

@@ -1,0 +1,1 @@
+"""Parts that several methods of storing quantized weights share."""
