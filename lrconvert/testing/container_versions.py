@@ -1,16 +1,17 @@
-"""Files of every container version. The first is written here alone, to test that it is read."""
+"""Files of every container version. The older ones are written here alone, to test that they are read."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from lrconvert.formats.lrc import file
+from lrconvert.formats.lrc import file, one_tensor
 from lrconvert.formats.lrc import manifest as manifests
 from lrconvert.lora import packing
 from lrconvert.lora.adapter import CompactAdapter
 from lrconvert.methods import base as methods
-from lrconvert.testing.raw_files import V1, RawFile
+from lrconvert.testing.raw_files import V1, OneTensor, RawFile
 
+VERSIONS = (1, *one_tensor.VERSIONS)
 _BYTES = {"F32": 4, "F16": 2, "U8": 1}
 
 
@@ -36,17 +37,23 @@ def raw_version_1(compact: CompactAdapter) -> V1:
     return raw
 
 
-def may_be_version_1(compact: CompactAdapter) -> bool:
-    """Return true if the first container version can hold an adapter: it has no coded tensors."""
+def versions(compact: CompactAdapter) -> tuple[int, ...]:
+    """Return the container versions that can hold an adapter: coded tensors are not of the first."""
     specs = methods.get(compact.method).specs(compact.config, compact.targets)
-    return all(spec.kind != "coded" for spec in specs)
+    return VERSIONS[any(spec.kind == "coded" for spec in specs) :]
 
 
 def encoded(compact: CompactAdapter, version: int) -> bytes:
     """Return the bytes of the file of an adapter in a container version."""
-    return raw_version_1(compact).file() if version == 1 else b"".join(file.encode(compact))
+    if version == 1:
+        return raw_version_1(compact).file()
+    raw = RawFile.of(b"".join(file.encode(compact)))
+    assert isinstance(raw, OneTensor)
+    raw.version = version
+    return raw.sign().file()
 
 
 def version_of(data: bytes) -> int:
     """Return the container version of a file."""
-    return 1 if isinstance(RawFile.of(data), V1) else 2
+    raw = RawFile.of(data)
+    return raw.version if isinstance(raw, OneTensor) else 1

@@ -17,7 +17,7 @@ from lrconvert.lora.base_weights import BLOCK, BaseWeights
 from lrconvert.lora.fingerprint import fingerprint
 from lrconvert.methods import base as methods
 from lrconvert.testing import lazy
-from lrconvert.testing.container_versions import encoded, may_be_version_1
+from lrconvert.testing.container_versions import encoded, versions
 from lrconvert.testing.raw_files import RawFile
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def lrconvert_files(method: str | None = None) -> SearchStrategy[bytes]:
             extras=tuple(extras),
             provenance=notes,
         )
-        return encoded(dressed, draw(st.sampled_from((2, 2, 1) if may_be_version_1(dressed) else (2,))))
+        return encoded(dressed, draw(st.sampled_from(versions(dressed))))
 
     return files()
 

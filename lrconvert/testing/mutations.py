@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lrconvert.core.dtypes import STORAGE
 from lrconvert.testing import json_trees, lazy
 from lrconvert.testing.json_trees import Literal, Members, Node, Path
-from lrconvert.testing.raw_files import V1, V2, RawFile, header_and_data, spelled, with_header
+from lrconvert.testing.raw_files import V1, OneTensor, RawFile, header_and_data, spelled, with_header
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy
@@ -186,7 +186,7 @@ def _manifest_mutations(file: bytes) -> SearchStrategy[Mutation]:
             if spelled(value) == text:  # not for what is misspelled
                 raw.manifest = value
                 text = raw.sign_content().spelled()
-        if text is mutation.data and isinstance(raw, V2):  # has no packed form
+        if text is mutation.data and isinstance(raw, OneTensor):  # has no packed form
             return Mutation("cut", "the end", file[:-1])
         try:
             return Mutation(mutation.kind, f"manifest: {mutation.where}", raw.file(text))

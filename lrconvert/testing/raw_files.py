@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lrconvert.formats.lrc import packed
+from lrconvert.formats.lrc import one_tensor, packed, shortened
 
 
 def header_and_data(file: bytes) -> tuple[bytes, bytes]:
@@ -37,7 +37,7 @@ def tensor_digest(name: str, dtype: str, shape: Sequence[int], data: bytes) -> s
 
 class RawFile:
     """An lrconvert file in pieces that may be changed at will. `tensors` are (dtype, shape, data) in file order; of
-    container version 2 its extras, and the payload."""
+    container version 2 and later its extras, and the payload."""
 
     manifest: Any
     tensors: dict[str, tuple[str, list[int], bytes]]
@@ -47,7 +47,7 @@ class RawFile:
         """Take a file apart."""
         text, data = header_and_data(file)
         header = json.loads(text)
-        kind = V2 if "lrconvert" in header else V1
+        kind = OneTensor if "lrconvert" in header else V1
         metadata = header.pop("__metadata__", {})
         entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
         cut = {n: (e["dtype"], e["shape"], data[slice(*e["data_offsets"])]) for n, e in entries}
@@ -103,18 +103,20 @@ class V1(RawFile):
 
 
 @dataclass
-class V2(RawFile):
-    """A file of container version 2. `digest` is the one stated, or empty for the right one."""
+class OneTensor(RawFile):
+    """A file of container version 2 or later. `digest` is the one stated, or empty for the right one."""
 
     manifest: Any
     tensors: dict[str, tuple[str, list[int], bytes]]
     digest: bytes
-    version: int = 2
+    version: int
 
     @classmethod
-    def from_tensors(cls, metadata: dict[str, str], tensors: dict[str, tuple[str, list[int], bytes]]) -> V2:
+    def from_tensors(cls, metadata: dict[str, str], tensors: dict[str, tuple[str, list[int], bytes]]) -> OneTensor:
         *_, data = tensors["lrconvert"]
-        manifest, end = packed.unpack(data, 33, 1 << 20)
+        if data[0] not in one_tensor.VERSIONS:
+            raise ValueError(f"no container version {data[0]}")
+        manifest, end = one_tensor.unpack(data, 33, data[0])
         payload = data[end:]
         return cls(manifest, {**tensors, "lrconvert": ("U8", [len(payload)], payload)}, data[1:33], data[0])
 
@@ -125,7 +127,12 @@ class V2(RawFile):
     sign_content = sign
 
     def spelled(self) -> bytes:
-        return packed.spell(self.manifest)
+        if self.version == 2:
+            return packed.spell(self.manifest)
+        method, others = {}, self.manifest
+        if isinstance(others, dict):
+            method, others = others.get("method", {}), {k: v for k, v in others.items() if k != "method"}
+        return packed.spell(method, tables=True) + shortened.shorten(packed.spell(others, tables=True))
 
     def file(self, manifest: bytes | None = None) -> bytes:
         body = (self.spelled() if manifest is None else manifest) + self.tensors["lrconvert"][2]

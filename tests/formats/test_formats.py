@@ -29,7 +29,7 @@ from conftest import ADAPTERS, FIXTURES, ROOT, random_lora
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import wanted_base
-from second_readers.container import open_file, packed, value_at, words
+from second_readers.container import manifest_of_3, open_file, packed, packed_3, value_at, words
 from second_readers.parts import list_targets, out_in
 
 from lrconvert.core import errors, limits
@@ -51,13 +51,15 @@ from lrconvert.methods.nola import Config as NolaConfig
 from lrconvert.methods.nola import v1 as nola_v1
 from lrconvert.methods.sbora import form as sbora
 from lrconvert.methods.vblora import form as vblora
-from lrconvert.testing.container_versions import encoded, may_be_version_1
+from lrconvert.testing.container_versions import VERSIONS, encoded, versions
 from lrconvert.testing.raw_files import RawFile
 
 FORMATS = ROOT / "formats"
 PAGES = sorted(FORMATS.rglob("*.md"))
-SPECS = {version: FORMATS / f"lrconvert-v{version}.md" for version in (1, 2)}
-SCHEMAS = {version: json.loads((FORMATS / f"manifest-v{version}.schema.json").read_text()) for version in (1, 2)}
+SPECS = {version: FORMATS / f"lrconvert-v{version}.md" for version in VERSIONS}
+SCHEMAS = {  # version 3 has the manifest of version 2
+    version: json.loads((FORMATS / f"manifest-v{min(version, 2)}.schema.json").read_text()) for version in VERSIONS
+}
 CASES = [(m.id, n) for m in methods.all_methods() for n in range(len(m.examples))]
 
 
@@ -155,7 +157,7 @@ def made(method: str, example: int) -> CompactAdapter:
     return _FILES[key]
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize(("method", "example"), CASES)
 def test_two_readers_agree(method, example, version):
     compact = made(method, example)
@@ -181,7 +183,7 @@ def test_two_readers_agree_on_golden_files(path):
 def test_two_readers_agree_on_adapters(name):
     lora = load(ADAPTERS / name)
     compact = fitted(methods.get("lowrank"), lora, {"target_ratio": 10})
-    check_second_reader(encoded(compact, 2), compact)
+    check_second_reader(encoded(compact, VERSIONS[-1]), compact)
 
 
 # Configs and numbers drawn at random: what no fit would make, but a file may hold.
@@ -358,7 +360,7 @@ def tidied(rng: np.random.Generator, form: Any, tensors: dict[str, np.ndarray]) 
 @pytest.mark.parametrize("method", DRAWN)
 def test_two_readers_agree_on_drawn_files(method, seed, tmp_path):
     compact = drawn(method, seed)
-    data = encoded(compact, 1 + seed % 2 if may_be_version_1(compact) else 2)
+    data = encoded(compact, versions(compact)[seed % len(versions(compact))])
     (tmp_path / "x.lrc").write_bytes(data)
     check_second_reader(data, file.read(tmp_path / "x.lrc"))
 
@@ -395,7 +397,7 @@ def test_two_readers_agree_on_targets(items, random):
         for spec in lowrank_v1.METHOD.specs(config, targets)
     }
     compact = CompactAdapter("lowrank.v1", config, targets, tensors, base=fingerprint(targets))
-    check_second_reader(encoded(compact, 2), compact)
+    check_second_reader(encoded(compact, VERSIONS[-1]), compact)
 
 
 # --- the worked example ---------------------------------------------------------------------------------------------
@@ -449,10 +451,11 @@ def example_text(version: int) -> str:
     meant = f"\n\nThe factors that a reader MUST obtain:\n\n```json\n{{\n{lines}\n}}\n```\n"
     if version == 1:
         return f"{whole}{begins}{shown}The tensors, at their offsets after the header:\n\n{table}{meant}"
-    stored = packed(manifest).hex(" ")
+    stored = packed(manifest) if version == 2 else packed_3(manifest)
     return (
-        f"{whole}{begins}{shown}Packed, {len(packed(manifest))} bytes:\n\n"
-        f"```hex\n{_wrap(stored, 96)}\n```\n\nThe other data, at their offsets after the header:\n\n{table}{meant}"
+        f"{whole}{begins}{shown}Packed, {len(stored)} bytes:\n\n"
+        f"```hex\n{_wrap(stored.hex(' '), 96)}\n```\n\n"
+        f"The other data, at their offsets after the header:\n\n{table}{meant}"
     )
 
 
@@ -495,7 +498,8 @@ def test_the_worked_example_decodes_from_the_page_alone(version, tmp_path):
     manifest, tensors = open_file(data)
     assert manifest == shown
     for dump in re.findall(r"```hex\n(.*?)```", page, re.DOTALL):
-        assert value_at(bytes.fromhex(dump), 0) == (manifest, len(bytes.fromhex(dump)))
+        read = manifest_of_3 if version == 3 else value_at
+        assert read(bytes.fromhex(dump), 0) == (manifest, len(bytes.fromhex(dump)))
     expanded = SECOND["lowrank"].expand(manifest, tensors)
     for (name, shape, view), (a, b) in zip(list_targets(manifest), expanded, strict=True):
         assert factors[name] == {"A": a.tolist(), "B": b.tolist()}
@@ -507,11 +511,11 @@ def test_the_worked_example_decodes_from_the_page_alone(version, tmp_path):
 # --- rules of the payload -------------------------------------------------------------------------------------------
 
 
-def damaged(name: str, change: Callable[[bytearray], None], exponents: str = "", version: int = 2) -> bytes:
+def damaged(name: str, change: Callable[[bytearray], None], exponents: str = "", version: int = VERSIONS[-1]) -> bytes:
     """The worked example with other bytes in a tensor, or other exponents, all digests made right."""
     raw = RawFile.of(encoded(example(), version))
     where, begin, end = name, 0, None
-    if version == 2:  # where all tensors stand in one
+    if version > 1:  # where all tensors stand in one
         specs = lowrank_v1.METHOD.layout_specs(raw.manifest["method"]["config"], example().targets)
         for spec in (*specs, *lowrank_v1.METHOD.specs(example().config, example().targets)):
             where, begin, end = "lrconvert", end or 0, (end or 0) + spec.nbytes
@@ -546,12 +550,12 @@ PAYLOADS = {
 }
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", VERSIONS)
 def test_the_undamaged_example_is_sound(version):
     assert damaged("half", lambda data: None, version=version) == encoded(example(), version)
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("case", PAYLOADS)
 def test_payload_rules(case, version, tmp_path):
     name, change, exponents, code = PAYLOADS[case]
@@ -571,7 +575,7 @@ def test_messages_do_not_move_the_cursor():
 VALIDATORS = {version: jsonschema.Draft202012Validator(schema) for version, schema in SCHEMAS.items()}
 
 
-def manifest_of(compact: CompactAdapter, version: int = 2) -> dict[str, Any]:
+def manifest_of(compact: CompactAdapter, version: int = VERSIONS[-1]) -> dict[str, Any]:
     return open_file(encoded(compact, version))[0]
 
 

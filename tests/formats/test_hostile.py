@@ -149,7 +149,7 @@ def check_bounded(seen: Seen, size: int) -> None:
 # --- the cases of fixtures/hostile.py -------------------------------------------------------------------------------
 
 # Of every path and its bytes. If a case was added or meant to change, put the new digest here; if not, this is a fault.
-MADE = "78949d304010f561b570c80f2003c4c3906d7500762a2d695f7fe5fd7d43886e"
+MADE = "68e4e576bf2d16acabeb1f81264950d04832285a7b9963315e56c130d53eaed0"
 
 
 def test_the_same_files_are_made_everywhere(hostile_files: Path):

@@ -46,7 +46,7 @@ from lrconvert.merge.in_place.recover import recover
 from lrconvert.merge.signed_json import sign
 from lrconvert.testing import faults, layouts
 from lrconvert.testing.json_trees import spell, tree
-from lrconvert.testing.raw_files import V2, RawFile
+from lrconvert.testing.raw_files import OneTensor, RawFile
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -103,7 +103,7 @@ def _misspelled(mutator: Mutator, files: Folder, other: Folder) -> Folder:
     if mutator.random.random() < 0.3:
         with contextlib.suppress(Exception):  # nothing that can be signed
             raw = RawFile.of(files["x.lrc"])
-            if isinstance(raw, V2):
+            if isinstance(raw, OneTensor):
                 return {"x.lrc": raw.sign().file(mutator.bytes(raw.spelled()))}
     return _signed("x.lrc", "lrconvert")(mutator, files, other)
 

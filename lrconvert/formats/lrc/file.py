@@ -1,8 +1,8 @@
 """The lrconvert file: written in the newest container version, read in any.
 
-Normative text: ``formats/lrconvert-v2.md`` and ``formats/lrconvert-v1.md``. The same content always gives the same
-bytes, and a reader accepts no other spelling. `examine` is the one reading path: `read` stops at its first finding,
-`validate` collects them all.
+Normative text: ``formats/lrconvert-v3.md``; of older versions ``-v2.md`` and ``-v1.md``. The same content always gives
+the same bytes, and a reader accepts no other spelling. `examine` is the one reading path: `read` stops at its first
+finding, `validate` collects them all.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from lrconvert.core.errors import LrcError
 from lrconvert.core.limits import MAX_EXPAND_BYTES, MAX_INT, OWN
 from lrconvert.core.wording import spelled
 from lrconvert.formats.lrc import manifest as manifests
-from lrconvert.formats.lrc import packed, v2
+from lrconvert.formats.lrc import one_tensor
 from lrconvert.formats.lrc.contents import Contents
-from lrconvert.formats.lrc.manifest import MANIFEST_BYTES, Manifest
+from lrconvert.formats.lrc.manifest import Manifest
 from lrconvert.formats.lrc.v1 import METADATA_KEY, V1
 from lrconvert.io import fields
 from lrconvert.io.container import ContainerFile, parse_header
@@ -68,20 +68,19 @@ def sizes(compact: CompactAdapter) -> Sizes:
 def sizer(compact: CompactAdapter) -> Callable[[Any], Sizes]:
     """Return `sizes` of `compact` with another config: what all configs share is spelled once, which a search over
     them, on many targets, would spend most of its time on."""
-    empty = len(packed.pack({}))
     extras = [len(extra.data) for extra in compact.extras]
     forms = [(compact, extras), (replace(compact, extras=()), [])][: 2 if extras else 1]
-    frames = [(len(packed.pack(manifests.frame(adapter))) - empty, data) for adapter, data in forms]
+    frames = [(len(one_tensor.packed_others(manifests.frame(adapter))), data) for adapter, data in forms]
 
     def of(config: Any) -> Sizes:
         specs = _all_specs(compact.method, config, compact.targets)
         payload = sum(s.nbytes for s in specs)
-        entry = len(packed.spell(manifests.method_entry(compact.method, config, _no_exponents(specs))))
-        totals = []
-        for frame, data in frames:
-            _check_manifest(frame + entry)
-            nbytes = frame + entry + payload
-            totals.append(len(v2.header(nbytes, data)) + v2.LEAD_BYTES + nbytes + sum(data))
+        entry = manifests.method_entry(compact.method, config, _no_exponents(specs))
+        more = one_tensor.method_bytes(entry) + payload
+        totals = [
+            len(one_tensor.header(frame + more, data)) + one_tensor.LEAD_BYTES + frame + more + sum(data)
+            for frame, data in frames
+        ]
         return Sizes(totals[0], payload, totals[0] - totals[-1])
 
     return of
@@ -90,17 +89,6 @@ def sizer(compact: CompactAdapter) -> Callable[[Any], Sizes]:
 def _no_exponents(specs: Sequence[TensorSpec]) -> str:
     """Exponents as long as they will be."""
     return "00" * sum(s.kind == "half" for s in specs)
-
-
-def _packed_manifest(compact: CompactAdapter, exponents: str) -> bytes:
-    manifest = packed.pack(manifests.build(compact, exponents))
-    _check_manifest(len(manifest))
-    return manifest
-
-
-def _check_manifest(nbytes: int) -> None:
-    if nbytes > MANIFEST_BYTES:
-        raise errors.LimitError(f"the manifest has {nbytes} bytes; at most {MANIFEST_BYTES} are allowed")
 
 
 # --- what is stored ---------------------------------------------------------------------------------------------------
@@ -139,13 +127,14 @@ def encode(compact: CompactAdapter) -> Iterator[bytes]:
         if spec.kind == "half":
             exponents += (exponent & 0xFF).to_bytes(1, "little").hex()
     method.check(compact.config, compact.targets, compact.tensors)
-    yield from v2.encode(_packed_manifest(compact, exponents), payload, [extra.data for extra in compact.extras])
+    extras = [extra.data for extra in compact.extras]
+    yield from one_tensor.encode(manifests.build(compact, exponents), payload, extras)
 
 
 def check(compact: CompactAdapter) -> None:
     """Raise what a reader would raise for the file of `compact`, all but the contents of its payload tensors, which
     need not be fitted yet. The reader's own functions decide, and what they read must be what was written."""
-    manifest, _ = packed.unpack(_packed_manifest(compact, ""), 0, MANIFEST_BYTES)
+    manifest, _ = one_tensor.unpack(one_tensor.pack(manifests.build(compact, "")), 0)
     parsed = {key: parse(manifest[key]) for key, parse in manifests.SECTIONS.items()}
     if parsed["targets"] != tuple(compact.targets):
         raise errors.CanonicalError("the targets are not sorted")
@@ -157,8 +146,8 @@ def check(compact: CompactAdapter) -> None:
     _check_config(compact, manifest["method"]["config"])
     specs = _all_specs(compact.method, compact.config, compact.targets)
     extras = [len(extra.data) for extra in compact.extras]
-    nbytes = len(_packed_manifest(compact, _no_exponents(specs))) + sum(s.nbytes for s in specs)
-    header, data_bytes = v2.header(nbytes, extras), v2.LEAD_BYTES + nbytes + sum(extras)
+    nbytes = len(one_tensor.pack(manifests.build(compact, _no_exponents(specs)))) + sum(s.nbytes for s in specs)
+    header, data_bytes = one_tensor.header(nbytes, extras), one_tensor.LEAD_BYTES + nbytes + sum(extras)
     if len(header) + data_bytes > OWN.file_bytes:
         raise errors.LimitError(
             f"the file would have {len(header) + data_bytes} bytes; at most {OWN.file_bytes} are allowed"
@@ -210,7 +199,7 @@ def is_lrconvert(path: Path) -> bool:
     """Return true if `path` is a safetensors file that carries our manifest (valid or not)."""
     try:
         with ContainerFile(path) as file:
-            return METADATA_KEY in file.metadata or v2.TENSOR in file.by_name
+            return METADATA_KEY in file.metadata or one_tensor.TENSOR in file.by_name
     except LrcError:
         return False
 
@@ -285,7 +274,8 @@ def _examine(file: ContainerFile, report: Report) -> CompactAdapter | None:
 
 
 def _opened(file: ContainerFile) -> Contents:
-    return v2.V2(file) if v2.TENSOR in file.by_name and METADATA_KEY not in file.metadata else V1(file)
+    is_one = one_tensor.TENSOR in file.by_name and METADATA_KEY not in file.metadata
+    return one_tensor.OneTensor(file) if is_one else V1(file)
 
 
 def _extra(contents: Contents, number: int, declared: ExtraTensor) -> ExtraTensor:

@@ -1,13 +1,16 @@
 """JSON values in few bytes, each with one spelling: what the manifest is stored as. Normative text:
-``formats/lrconvert-v2.md``, section 3.
+``formats/lrconvert-v2.md``, section 3; for tables ``formats/lrconvert-v3.md``, section 3.
 
 A value begins with a head: three bits of kind, and a number in five bits, continued in bytes of seven bits if it is 31
-or more (the prefixed integers of RFC 7541). Frequent texts are one head; frequent parts of names are one byte.
+or more (the prefixed integers of RFC 7541). Frequent texts are one head; frequent parts of names are one byte. With
+`tables`, as from container version 3 on, a list of objects that have the same keys holds the keys once, and then column
+after column.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from lrconvert.core import errors
@@ -15,6 +18,7 @@ from lrconvert.core.limits import OWN
 from lrconvert.io import strictjson
 
 INTEGER, NEGATIVE, TEXT, HEXADECIMAL, LIST, OBJECT, WORD, BOOLEAN = range(8)
+TABLE = BOOLEAN  # of two rows or more: no boolean has such a number
 
 # Texts that are a value or a key by themselves, by number. The first 31 take one byte.
 WORDS = tuple(
@@ -54,20 +58,20 @@ _MOST_DIGITS = 8  # of seven bits, behind a head: 2^53 has as many
 # --- out ------------------------------------------------------------------------------------------------------------
 
 
-def pack(value: Any) -> bytes:
+def pack(value: Any, *, tables: bool = False) -> bytes:
     """Return the one spelling of a JSON value. Raises E-CANON or E-JSON-NUM for what canonical JSON cannot hold."""
     strictjson.dump_canonical(value)
-    return spell(value)
+    return spell(value, tables=tables)
 
 
-def spell(value: Any) -> bytes:
+def spell(value: Any, *, tables: bool = False) -> bytes:
     """Return what `pack` does, without its checks."""
     out = bytearray()
-    _pack(value, out)
+    _pack(value, out, tables)
     return bytes(out)
 
 
-def _pack(value: Any, out: bytearray) -> None:
+def _pack(value: Any, out: bytearray, tables: bool) -> None:
     if isinstance(value, bool):
         out += _head(BOOLEAN, int(value))
     elif isinstance(value, int):
@@ -78,11 +82,24 @@ def _pack(value: Any, out: bytearray) -> None:
         out += _head(OBJECT, len(value))
         for key in sorted(value):
             out += _text(key)
-            _pack(value[key], out)
+            _pack(value[key], out, tables)
+    elif tables and _is_table(value):
+        out += _head(TABLE, len(value)) + _head(OBJECT, len(value[0]))
+        for key in sorted(value[0]):
+            out += _text(key)
+            for row in value:
+                _pack(row[key], out, tables)
     else:
         out += _head(LIST, len(value))
         for item in value:
-            _pack(item, out)
+            _pack(item, out, tables)
+
+
+def _is_table(items: list[Any]) -> bool:
+    """Return whether items are two objects or more with the same keys, and at least one."""
+    if len(items) < 2 or not all(isinstance(item, dict) for item in items):
+        return False
+    return bool(items[0]) and all(item.keys() == items[0].keys() for item in items)
 
 
 def _head(kind: int, number: int) -> bytes:
@@ -108,23 +125,24 @@ def _text(text: str) -> bytes:
 # --- in -------------------------------------------------------------------------------------------------------------
 
 
-def unpack(data: bytes, start: int, limit: int) -> tuple[Any, int]:
+def unpack(data: bytes, start: int, limit: int, *, tables: bool = False) -> tuple[Any, int]:
     """Return the value that is packed in `data` from byte `start` on, and where it ends. It may take `limit` bytes, and
     its texts as many.
 
     Raises E-JSON-SYNTAX (no such value, or `data` ends in it), E-JSON-NUM, E-JSON-DEPTH, E-JSON-DUP, E-HDR-TEXT (not
     UTF-8), E-LIMIT, E-CANON for any but the one spelling.
     """
-    reader = _Reader(data, start, limit)
+    reader = _Reader(data, start, limit, tables)
     value = reader.value(OWN.json_depth)
-    if pack(value) != data[start : reader.at]:
+    if pack(value, tables=tables) != data[start : reader.at]:
         raise errors.CanonicalError("the manifest is not in its one spelling (sorted keys, shortest forms)")
     return value, reader.at
 
 
 class _Reader:
-    def __init__(self, data: bytes, start: int, limit: int) -> None:
+    def __init__(self, data: bytes, start: int, limit: int, tables: bool) -> None:
         self._data = data
+        self._tables = tables
         self._limit = limit
         self._stop = start + limit
         self._texts = 0
@@ -138,7 +156,7 @@ class _Reader:
             return -1 - number
         if kind in (TEXT, HEXADECIMAL, WORD):
             return self._text(kind, number)
-        if kind == BOOLEAN:
+        if kind == BOOLEAN and (number < 2 or not self._tables):
             if number > 1:
                 raise errors.JsonSyntaxError(f"the manifest has the unknown constant {number} before byte {self.at}")
             return bool(number)
@@ -146,13 +164,32 @@ class _Reader:
             raise errors.JsonDepthError(f"the manifest is nested more than {OWN.json_depth} levels deep")
         if kind == LIST:
             return [self.value(depth - 1) for _ in range(number)]
+        if kind == TABLE:
+            return self._table(number, depth - 1)
         members: dict[str, Any] = {}
         for _ in range(number):
-            key = self._text(*self._head())
-            if key in members:
-                raise errors.JsonDuplicateError(f"the key {key!r:.80} appears twice in one object of the manifest")
+            key = self._key(members)
             members[key] = self.value(depth - 1)
         return members
+
+    def _table(self, count: int, depth: int) -> list[dict[str, Any]]:
+        """`count` rows, which are not believed before the first column is there."""
+        kind, number = self._head()
+        if kind != OBJECT or number == 0:
+            raise errors.JsonSyntaxError(f"a table of the manifest before byte {self.at} has no keys")
+        if depth == 0:
+            raise errors.JsonDepthError(f"the manifest is nested more than {OWN.json_depth} levels deep")
+        columns: dict[str, list[Any]] = {}
+        for _ in range(number):
+            key = self._key(columns)
+            columns[key] = [self.value(depth - 1) for _ in range(count)]
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    def _key(self, others: Mapping[str, Any]) -> str:
+        key = self._text(*self._head())
+        if key in others:
+            raise errors.JsonDuplicateError(f"the key {key!r:.80} appears twice in one object of the manifest")
+        return key
 
     def _take(self, count: int) -> bytes:
         if self.at + count > self._stop:
