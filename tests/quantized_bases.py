@@ -118,9 +118,9 @@ def fp8_experts() -> Made:
     return Made(tensors, {name: values}, {"quant_method": "fp8", "weight_block_size": [16, 16]})
 
 
-def fp4_experts() -> Made:
+def fp4_experts(shape: tuple[int, ...] = (24, 40)) -> Made:
     """Experts of four bits in a checkpoint of eight bits."""
-    made = fp8()
+    made = fp8(shape)
     name = "model.layers.0.mlp.experts.0.w1"
     codes = np.random.default_rng(3).integers(0, 16, (8, 64)).astype(np.uint8)
     stored, scale = powers((8, 2), "F8_E8M0", 4)

@@ -20,6 +20,7 @@ HERE = Path(__file__).resolve().parent
 ENVS = HERE / ".envs"
 LIMIT = 180  # seconds for one peer; they take 1 to 15
 MERGERS = ("axolotl", "mergekit")  # peers that merge, or take merges apart; the others load adapters
+OF_BASES = ("compressedtensors",)  # peers that read quantized bases
 OF_EXPORTS = ("diffusers", "loralib")  # those of the others that load our exports only: `check` knows nothing of them
 # What is kept of a large distribution (patterns of member names); a peer without an entry is installed as it is.
 KEEP = {
@@ -39,7 +40,7 @@ def peers() -> list[str]:
 
 
 def loaders() -> list[str]:
-    return [peer for peer in peers() if peer not in (*MERGERS, *OF_EXPORTS)]
+    return [peer for peer in peers() if peer not in (*MERGERS, *OF_BASES, *OF_EXPORTS)]
 
 
 def requirements(peer: str) -> list[str]:
