@@ -15,6 +15,7 @@ from lrconvert.api.shared import (
     Progress,
     check_data,
     compact_of,
+    located,
     lora_of,
     method_of,
     model_or_folder,
@@ -26,14 +27,24 @@ from lrconvert.api.shared import (
 from lrconvert.convert import compress as ranking
 from lrconvert.convert import convert as conversion
 from lrconvert.convert import rank_allocation
-from lrconvert.convert.compress import Compression
+from lrconvert.convert.compress import Compression, Keep
 from lrconvert.convert.convert import Conversion
 from lrconvert.convert.options import AllocateOptions, CompressOptions, ConvertOptions
 from lrconvert.convert.rank_allocation import Allocation
-from lrconvert.core.errors import ArgumentError, AttachError, BaseError, BudgetError, DataError, OptionError
+from lrconvert.core.errors import (
+    ArgumentError,
+    AttachError,
+    BaseError,
+    BudgetError,
+    DataError,
+    OptionError,
+    OutputExistsError,
+    StatisticsError,
+)
 from lrconvert.core.options import described, make, take
+from lrconvert.core.wording import spelled
 from lrconvert.formats.lrc import file
-from lrconvert.io.checkpoint import KnownContent
+from lrconvert.io.checkpoint import KnownContent, open_checkpoint
 from lrconvert.io.durable import check_output, delete_leftover, partial_path
 from lrconvert.lora.adapter import LoraAdapter
 from lrconvert.lora.input_statistics import InputStatistics
@@ -93,6 +104,8 @@ def compress(
     lora: AnyLora,
     options: ConvertOptions | None = None,
     *,
+    out: AnyPath | None = None,
+    overwrite: bool = False,
     base_content: KnownContent | None = None,
     progress: Progress | None = None,
     **more: Any,
@@ -109,8 +122,11 @@ def compress(
     then fitted anew at the strength that its captured share asks for (`stronger`), unless `strength` or `min_captured`
     is given.
 
-    Raises E-BUDGET, saying what would do, if nothing meets the request, E-OPTION, what `convert` raises, and ranking by
-    answers what `refine` raises.
+    With `out` it is written there. What a ranking by answers, which takes minutes, has measured is kept beside it then,
+    as ``<out>.partial``, until it ends, and `resume` goes on with that: the result is that of a run without a pause.
+
+    Raises E-BUDGET, saying what would do, if nothing meets the request, E-OPTION, E-OUT-*, what `convert` raises, and
+    ranking by answers what `refine` raises, E-STATS for unfinished work of something else.
 
     >>> compress("my-adapter", min_captured=0.8, forms=["lowrank", "sbora"]).chosen.compact.method
     'lowrank'
@@ -124,11 +140,44 @@ def compress(
     is_sized = ranking.check_request(settled, request)
     if not is_sized or request.loss_bound:  # the size from which a loss is searched
         settled = replace(settled, target_ratio=DEFAULT_RATIO)
+    target, kept = _output(out, overwrite, (lora, settled.base), request)
     try:
-        done = _compressed(loaded, settled, request, base_content, progress)
+        done = _compressed(loaded, settled, request, base_content, progress, kept)
     except BudgetError as error:
         raise error if is_sized else conversion.default_too_small(error) from None
-    return replace(done, by_default=not is_sized)
+    done = replace(done, by_default=not is_sized)
+    if target is not None and kept is not None:
+        file.write(done.compact, target, overwrite=overwrite)
+        delete_leftover(kept, target)
+    return done
+
+
+def _output(
+    out: AnyPath | None, overwrite: bool, inputs: Sequence[object], request: CompressOptions
+) -> tuple[Path | None, Path | None]:
+    """Return where the result goes, and the unfinished work beside it; None without an output. Raises E-OPTION,
+    E-OUT-*."""
+    if out is None:
+        if request.resume:
+            what = "resume goes on with unfinished work, which lies beside the output"
+            raise OptionError(what, fix=f"name the output with {spelled('out', ..., '--output')}")
+        return None, None
+    target = output_of(out)
+    places = [located(item, "input") for item in inputs if isinstance(item, (str, PathLike))]
+    check_output(target, overwrite, inputs=[file for place in places for file in _files_of(place)])
+    kept = partial_path(target)
+    if kept.exists() and not request.resume:
+        raise OutputExistsError(
+            "is unfinished work for this output",
+            fix=f"pass {spelled('resume', True)} to go on with it, or remove it",
+            path=kept,
+        )
+    return target, kept
+
+
+def _files_of(place: Path) -> list[Path]:
+    """What of an input must not be replaced: of a folder not the compact files in it, which are earlier outputs."""
+    return [path for path in place.iterdir() if path.suffix != ".lrc"] if place.is_dir() else [place]
 
 
 def _taken(
@@ -146,12 +195,16 @@ def _compressed(
     request: CompressOptions,
     base_content: KnownContent | None,
     progress: Progress,
+    kept: Path | None,
 ) -> Compression:
-    """Compress under `settled` options that say how small, by answers where they can rank the forms, else by fits."""
+    """Compress under `settled` options that say how small, by answers where they can rank the forms, else by fits; what
+    answers take long for is in the file `kept`, if that is given."""
 
-    def fit(lora: LoraAdapter, measured: InputStatistics | None, progress: Progress) -> Compression:
+    def fit(
+        lora: LoraAdapter, measured: InputStatistics | None, progress: Progress, keep: Keep = ranking.compute
+    ) -> Compression:
         under = replace(settled, statistics=measured)
-        return ranking.compress(lora, under, request, base_content=base_content, progress=progress)
+        return ranking.compress(lora, under, request, base_content=base_content, progress=progress, keep=keep)
 
     def by_fit(note: str) -> Compression:
         ranked = fit(lora, settled.input_statistics, lambda done, text: progress(_RANKED * done, text))
@@ -180,29 +233,54 @@ def _compressed(
 
     reason = ranking.no_answers(settled, request)
     if reason is not None or settled.base is None:
+        if kept is not None and kept.exists():
+            what = "is unfinished work of a ranking by answers, which this is not"
+            raise StatisticsError(what, fix="give what it was begun with, or remove it", path=kept)
         return by_fit(reason or "")
     from lrconvert.refine import successive_halving
+    from lrconvert.refine.kept_work import KeptWork
     from lrconvert.refine.settings import Settings
+
+    if base_content is None:  # it is read once for all fits
+        with open_checkpoint(settled.base, quantized=True) as checkpoint:
+            base_content = checkpoint.known_content()
 
     settings = Settings(
         length=request.length, batch_tokens=request.batch_tokens, max_tokens=request.max_tokens, seed=settled.seed
     )
     rules = successive_halving.Rules(request.budget_minutes, request.steps, settled.device, request.loss_bound)
+    work = KeptWork.opened(kept, _depends_on(settled, request, base_content), lora)
     try:
         return successive_halving.compress(
             lora,
-            (fit, refit),
+            successive_halving.Fits(fit, refit, settled.input_statistics),
             settled.base,
             request.data,
             settings,
             rules,
-            statistics=settled.input_statistics,
+            work=work,
             progress=progress,
         )
     except (AttachError, BaseError, DataError) as error:  # no such model, or nothing to learn
+        work.end()
         if request.rank_by == "answers" or request.data is not None or request.loss_bound:
             raise
         return by_fit(ranking.RANKED_BY_FIT.format(error.what))
+    except BudgetError:  # there is nothing to go on with
+        work.end()
+        raise
+
+
+def _depends_on(settled: ConvertOptions, request: CompressOptions, base: KnownContent) -> dict[str, str]:
+    """What a compression by answers depends on beside the LoRA and the data."""
+    measured = settled.input_statistics
+    about = {"base": base.digest}
+    about["statistics"] = "" if measured is None else repr((measured.content, measured.data, measured.tokens))
+    elsewhere = ("base", "statistics", "data", "resume")
+    for name, value in (*vars(settled).items(), *vars(request).items()):
+        if name not in elsewhere:
+            about[name] = repr(value)
+    return about
 
 
 def allocate(

@@ -14,7 +14,7 @@ import click
 
 from lrconvert.api.batch.run import Work
 from lrconvert.cli import batch, flags
-from lrconvert.cli.printing import emit, progress_bar, say, warn
+from lrconvert.cli.printing import emit, progress_bar, say, unfinished_is_said, warn
 from lrconvert.cli.request import Request
 from lrconvert.convert.options import AllocateOptions, CompressOptions, ConvertOptions
 from lrconvert.methods import base as methods
@@ -34,6 +34,7 @@ class Result:
     conversion: Conversion
     json: Mapping[str, Any]
     text: str
+    is_written: bool = False
 
 
 def _command(
@@ -94,7 +95,7 @@ def _one(
     with progress_bar(title, request.quiet or request.as_json) as progress:
         result = convert(lora, progress)
     output = None if request.dry_run else request.output
-    if output is not None:
+    if output is not None and not result.is_written:
         api.write(result.conversion.compact, output, overwrite=request.overwrite)
     if request.as_json:
         shown = None if output is None and request.dry_run else str(output)
@@ -157,11 +158,13 @@ def _compress(*, methods: str | None, **given: Any) -> None:
         from lrconvert import api
         from lrconvert.report.compression import compression_json, compression_text
 
-        done = api.compress(lora, progress=progress, **options)
+        out, overwrite = request.output, request.overwrite
+        done = api.compress(lora, out=out, overwrite=overwrite, progress=progress, **options)
         text = compression_text(str(request.sources[0]), str(request.output), done)
-        return Result(done.chosen, compression_json(done), text)
+        return Result(done.chosen, compression_json(done), text, is_written=True)
 
-    _one(request, "compress", options, compress)
+    with unfinished_is_said(request.output):
+        _one(request, "compress", options, compress)
 
 
 # --- lora-to-alora --------------------------------------------------------------------------------------------------

@@ -8,12 +8,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
 
 from lrconvert.core.errors import printable
 from lrconvert.core.notices import Notice
+from lrconvert.io.durable import partial_path
 
 SCHEMA_VERSION = 1
 _FIRST_SECONDS, _LINE_SECONDS = 5, 30  # before the first line of progress, and between lines
@@ -98,6 +100,17 @@ def _notice(text: str, warnings_only: bool = False) -> None:
         say(printable(text, 2000), err=True)
     elif text.is_warning:
         warn([text])
+
+
+@contextmanager
+def unfinished_is_said(output: Path | None) -> Iterator[None]:
+    """Say, after Ctrl-C, that unfinished work lies beside an output, if it does."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if output is not None and (kept := partial_path(output)).exists():
+            say(f"{printable(str(kept))} has what was done: the same command goes on with --resume", err=True)
+        raise
 
 
 def _duration(seconds: float) -> str:

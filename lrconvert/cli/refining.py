@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lrconvert.cli import flags
-from lrconvert.cli.printing import emit, progress_bar, say, warn
+from lrconvert.cli.printing import emit, progress_bar, say, unfinished_is_said, warn
 from lrconvert.core.errors import printable
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.refine.settings import RunOptions, Settings
@@ -36,7 +36,7 @@ def refine(file: Path, base: Path, teacher: Path, data: tuple[Path, ...], output
     from lrconvert import api
 
     quiet, as_json, strict = given.pop("quiet"), given.pop("as_json"), given.pop("strict")
-    with progress_bar("refine", quiet or as_json) as progress:
+    with unfinished_is_said(output), progress_bar("refine", quiet or as_json) as progress:
         done = api.refine(
             file,
             teacher,

@@ -7,8 +7,9 @@ answers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,14 @@ def _writes(base: Path) -> bool:
     return first.endswith(("ForCausalLM", "LMHeadModel")) and any(base.glob("tokenizer*"))
 
 
+Keep = Callable[[str, Callable[[], Candidate]], Candidate]
+
+
+def compute(name: str, candidate: Callable[[], Candidate]) -> Candidate:
+    """Return a candidate where none are kept: the `Keep` of what is never resumed."""
+    return candidate()
+
+
 def compress(
     lora: LoraAdapter,
     options: ConvertOptions,
@@ -186,8 +195,10 @@ def compress(
     *,
     base_content: KnownContent | None = None,
     progress: Progress,
+    keep: Keep = compute,
 ) -> Compression:
-    """Fit every form under `options`, and choose by what the fits keep; see `lrconvert.api.compress`."""
+    """Fit every form under `options`, and choose by what the fits keep; see `lrconvert.api.compress`. `keep` returns
+    the candidate that is kept under a name, or computes and keeps it."""
     wanted = compress_options.min_captured
     plans, left_out = _affordable(list(_plans(compress_options.forms)), lora, options, compress_options)
     candidates: list[Candidate] = []
@@ -199,7 +210,7 @@ def compress(
 
             trial = _Trial(source, method, method_options, advance)
             if wanted is None:
-                candidates.append(trial.at(options))
+                candidates.append(keep(f"{n} {method}", partial(trial.at, options)))
             else:
                 bound = min((c.nbytes for c in candidates if _meets(c, wanted)), default=None)
                 candidates.append(trial.smallest(wanted, bound))

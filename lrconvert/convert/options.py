@@ -96,7 +96,7 @@ class CompressOptions:
     the weights'. `max_loss` asks for the smallest that leaves at most this share of the distance between base and LoRA
     open, `max_accuracy_loss` for one that loses at most this share of all texts in accuracy; on held-out data, with the
     whole 95 % interval. `forms` are the ids of the methods to try; all that join `compress` without. `data` (files as
-    in `refine`) and the budgets are for ranking by answers.
+    in `refine`) and the budgets are for ranking by answers, and `resume` goes on with one that was broken off.
     """
 
     min_captured: float | None = option(
@@ -129,6 +129,7 @@ class CompressOptions:
     length: int = option(512, "Tokens of a text.", least=2)
     batch_tokens: int = option(1024, "Tokens of a batch.", least=1)
     max_tokens: int = option(0, "Tokens of --data; 0: all.", least=0)
+    resume: bool = option(False, "With --base: go on with what was broken off, kept beside the output.")
 
     @property
     def loss_bound(self) -> LossBound | None:

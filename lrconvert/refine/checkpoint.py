@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -46,6 +46,32 @@ class State:
     begun: float = 0.0
     layerwise: int = 0
     arrays: dict[str, Array] = field(default_factory=dict, repr=False)  # points, the best payload
+
+
+class Store(Protocol):
+    """Where the states of one refinement are kept, which `about` identifies."""
+
+    def read(self, about: Mapping[str, Any]) -> State | None:
+        """Return the last state, None if there is none. Raises E-STATS if it is of another run."""
+
+    def write(self, about: Mapping[str, Any], state: State) -> None:
+        """Keep a state in the place of the last one."""
+
+
+@dataclass(frozen=True)
+class FileStore:
+    """States in a file of their own; without `resume` one that is there is not read."""
+
+    path: Path
+    resume: bool
+
+    def read(self, about: Mapping[str, Any]) -> State | None:
+        """Return the state in the file. Raises E-STATS, and what a damaged file raises."""
+        return read(self.path, about) if self.resume and self.path.exists() else None
+
+    def write(self, about: Mapping[str, Any], state: State) -> None:
+        """Write the file anew. Raises E-IO-*."""
+        write(self.path, about, state)
 
 
 def write(path: Path, about: Mapping[str, Any], state: State) -> None:

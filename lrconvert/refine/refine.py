@@ -21,6 +21,7 @@ from lrconvert.live.zero_point import differences
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 from lrconvert.methods import base as methods
 from lrconvert.refine import distributed, layerwise
+from lrconvert.refine.checkpoint import FileStore
 from lrconvert.refine.run import RefineResult, RefineRun
 from lrconvert.refine.session import Progress, RefineSession, open_session, part
 from lrconvert.refine.settings import RunOptions, Settings
@@ -103,7 +104,8 @@ def refine(
             progress=part(quiet, 0.0, _OPENING),
         ) as session:
             log = None if run.log is None else Path(run.log)
-            student = RefineRun(session, compact, settings, partial, run.resume, log)
+            store = None if partial is None else FileStore(partial, run.resume)
+            student = RefineRun(session, compact, settings, store, log)
             result = student.run(part(quiet, _OPENING, 1.0))
             warnings = (*teacher.warnings, *_source_warnings(compact, teacher), *differences(teacher, compact))
             return refinement(session, result, settings.seed, time.monotonic() - started, warnings)

@@ -48,15 +48,14 @@ def _to_the_end(trainer: Trainer, write: WriteState, progress: Progress) -> Trai
 
 @dataclass(eq=False)
 class RefineRun:
-    """One refinement of `compact`; `run` it once. Checkpoints are written to `partial`, if that is given, and resumed
-    from with `resume`. `train` is the second stage: it takes the trainer, a writer of checkpoints, and progress, and
-    returns the trainer whose best and state are the outcome."""
+    """One refinement of `compact`; `run` it once. Checkpoints are put into `store`, if that is given, and it goes on
+    from the one that is there. `train` is the second stage: it takes the trainer, a writer of checkpoints, and
+    progress, and returns the trainer whose best and state are the outcome."""
 
     session: RefineSession
     compact: CompactAdapter
     settings: Settings
-    partial: Path | None = None
-    resume: bool = False
+    store: checkpoint.Store | None = None
     log_to: Path | None = None
     train: Callable[[Trainer, WriteState, Progress], Trainer] = _to_the_end
 
@@ -75,7 +74,7 @@ class RefineRun:
         trainer = Trainer(session.teacher_model, student, session.split.train, session.evaluator, base, settings, log)
         before = self._measured(trainer, self.compact)
         log("start", {"base": base.mean, "before": before.mean, "items": base.items, "settings": asdict(settings)})
-        state = self._read_checkpoint()
+        state = None if self.store is None else self.store.read(self._about())
         if state is None:
             self._first_stage(trainer, before, part(progress, 0.0, _FIRST_STAGE))
         else:
@@ -134,14 +133,9 @@ class RefineRun:
             "processes": self.session.teacher_model.processes.size,
         }
 
-    def _read_checkpoint(self) -> checkpoint.State | None:
-        if self.partial is None or not self.partial.exists() or not self.resume:
-            return None
-        return checkpoint.read(self.partial, self._about())
-
     def _write_checkpoint(self, state: checkpoint.State) -> None:
-        if self.partial is not None and self.session.teacher_model.processes.is_first:
-            checkpoint.write(self.partial, self._about(), state)
+        if self.store is not None and self.session.teacher_model.processes.is_first:
+            self.store.write(self._about(), state)
 
 
 def _warnings(state: checkpoint.State) -> Iterator[str]:

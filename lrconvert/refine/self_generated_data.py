@@ -3,17 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from lrconvert.core.dtypes import Array
 from lrconvert.core.errors import DataError
 from lrconvert.core.wording import spelled
 from lrconvert.live.texts import Example
 
 _TRIES = 3  # times the wanted number of rounds before it is enough that there are some texts
 _LEAST = 4
+
+
+@dataclass(frozen=True)
+class Written:
+    """Texts that are written so far, in so many `rounds`, and the state of the random numbers, (n,) bytes."""
+
+    texts: tuple[tuple[int, ...], ...]
+    rounds: int
+    generator: Array
+
+
+class Store(Protocol):
+    """Where what is written so far is kept now and then."""
+
+    def read(self) -> Any:
+        """Return the last `Written`, None if there is none."""
+
+    def write(self, state: Callable[[], Any]) -> None:
+        """Keep the `Written` that `state` gives, if it is time."""
+
+
+@dataclass(frozen=True)
+class OwnTexts:
+    """In the place of data: texts that the teacher writes. `keep` returns those that are kept, or what it is given
+    computes; `store` keeps them on the way."""
+
+    keep: Callable[[Callable[[], Any]], Any]
+    store: Store
 
 
 @torch.no_grad()
@@ -26,16 +57,25 @@ def sample(
     batch_tokens: int,
     seed: int,
     progress: Callable[[float, str], None],
+    store: Store | None = None,
 ) -> list[Example]:
     """Return about `tokens` tokens of texts, each at most `length` long and none twice, sampled from the model as it
-    is. The first token is the one that begins texts, or any one where there is none. Raises E-DATA if hardly a text
-    differs from another."""
+    is. The first token is the one that begins texts, or any one where there is none. With a `store` it goes on from
+    what is kept there. Raises E-DATA if hardly a text differs from another."""
     device = next(iter(model.parameters())).device
     generator = torch.Generator(device=device).manual_seed(seed)
     count = max(1, min(64, batch_tokens // length))
     texts: dict[tuple[int, ...], None] = {}
-    done, rounds = 0, max(1, tokens // (count * length))
-    for number in range(1, _TRIES * rounds + 1):
+    done, first, rounds = 0, 1, max(1, tokens // (count * length))
+    if store is not None and (written := store.read()) is not None:
+        texts, first = dict.fromkeys(written.texts), written.rounds + 1
+        done = sum(map(len, texts))
+        generator.set_state(torch.from_numpy(written.generator))
+
+    def state(number: int) -> Written:
+        return Written(tuple(texts), number, generator.get_state().numpy())
+
+    for number in range(first, _TRIES * rounds + 1):
         for ids in _sampled(model, tokenizer, count, length, generator):
             if len(ids) > 1 and ids not in texts:
                 texts[ids] = None
@@ -43,6 +83,8 @@ def sample(
         progress(min(1.0, done / tokens), f"{len(texts)} texts of the teacher's own")
         if done >= tokens or (number >= rounds and done >= tokens // 2):
             break
+        if store is not None:
+            store.write(partial(state, number))
     if len(texts) < _LEAST:
         raise DataError(
             f"the teacher wrote {len(texts)} different texts, too few to learn from",

@@ -21,6 +21,7 @@ from lrconvert.refine.attached_student import NAME
 from lrconvert.refine.data import Pool, Split, split, tokenized
 from lrconvert.refine.distributed import Processes
 from lrconvert.refine.evaluation import TEACHER, ZERO, Evaluator, TeacherModel
+from lrconvert.refine.self_generated_data import OwnTexts
 from lrconvert.refine.settings import RunOptions, Settings
 
 Progress = Callable[[float, str], None]
@@ -63,8 +64,8 @@ def open_session(
     student: CompactAdapter | None = None,
     progress: Progress,
 ) -> Iterator[RefineSession]:
-    """Open a session on `data` (as in `refine`), for one `student` or for all that carry the teacher's heads;
-    afterwards the model is as it was. Raises E-BASE, E-DATA, E-OPTION."""
+    """Open a session on `data` (as in `refine`, or `OwnTexts`), for one `student` or for all that carry the teacher's
+    heads; afterwards the model is as it was. Raises E-BASE, E-DATA, E-OPTION."""
     progress(0.0, "loading the base")
     where = base if isinstance(base, Path) else None
     model = load_model.load_model(base, run.device, four_bit=run.load_in_4bit) if isinstance(base, Path) else base
@@ -121,15 +122,15 @@ def _prepared(
 def _set_gradient_checkpointing(model: nn.Module, on: bool) -> None:
     """Compute layers again on the way back, or not. They have to believe that they train; what is in them, dropout for
     one, does not."""
-    switch: Any = getattr(model, f"gradient_checkpointing_{'enable' if on else 'disable'}", None)
-    if switch is None:
+    verb = "enable" if on else "disable"
+    names = ("activation", "gradient")  # the second is the older one, and warns where the first is
+    named = next((name for name in names if hasattr(model, f"{name}_checkpointing_{verb}")), None)
+    if named is None:
         raise OptionError(
             "the model has no gradient checkpointing", fix=f"leave out {spelled('gradient_checkpointing', True)}"
         )
-    if on:
-        switch(gradient_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        switch()
+    switch: Any = getattr(model, f"{named}_checkpointing_{verb}")
+    switch(**({f"{named}_checkpointing_kwargs": {"use_reentrant": False}} if on else {}))
     for module in model.modules():
         if on and getattr(module, "gradient_checkpointing", False):
             module.training = True
@@ -146,6 +147,8 @@ def _pool(
     """All the data, and the file that it begins in. Raises E-DATA."""
     model = teacher_model.model
     kind = load_model.kind_of(model)
+    own = data if isinstance(data, OwnTexts) else None
+    data = None if own is not None else data
     written, model_inputs = texts.open_texts(data)
     if written is None and data is not None:
         batches = tuple(dict(batch) for batch in model_inputs)
@@ -166,16 +169,21 @@ def _pool(
         progress(0.0, written.tally.notice())
         return pool, written.path
     teacher_model.activate(TEACHER)
-    with teacher_model.computing():
-        rows = self_generated_data.sample(
-            model,
-            tokenizer,
-            length=length,
-            tokens=min(settings.own_tokens, settings.max_tokens or settings.own_tokens),
-            batch_tokens=settings.batch_tokens,
-            seed=settings.seed,
-            progress=progress,
-        )
+
+    def write() -> list[texts.Example]:
+        with teacher_model.computing():
+            return self_generated_data.sample(
+                model,
+                tokenizer,
+                length=length,
+                tokens=min(settings.own_tokens, settings.max_tokens or settings.own_tokens),
+                batch_tokens=settings.batch_tokens,
+                seed=settings.seed,
+                progress=progress,
+                store=None if own is None else own.store,
+            )
+
+    rows = write() if own is None else own.keep(write)
     return Pool(kind, tuple(rows), pad=tokenizer.pad_token_id or 0), None
 
 

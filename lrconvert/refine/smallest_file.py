@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 from lrconvert.convert.compress import Candidate, Compression
 from lrconvert.convert.verdict import Interval, Judged, LossBound
@@ -18,9 +20,11 @@ from lrconvert.core.errors import BudgetError, DataError
 from lrconvert.core.wording import spelled
 from lrconvert.formats.fidelity import Answers
 from lrconvert.refine import judging
+from lrconvert.refine.kept_work import KeptWork
 from lrconvert.refine.session import Progress, RefineSession
 
 _FINE = 1.05  # between the smallest size that does and the largest that does not
+PIECES = "search, "  # begins the names of what is kept
 _TRIALS = 12  # about as many sizes are tried, for the progress
 
 Sized = Callable[[Candidate, int], Candidate]
@@ -34,13 +38,15 @@ class _Trial:
 
 @dataclass(frozen=True, eq=False)
 class Search:
-    """A search under `bound`; `sized` fits a form to a size. It ends at the time `end` with what it has."""
+    """A search under `bound`; `sized` fits a form to a size. It ends at the time `end` with what it has; what it has
+    tried is kept in `work`."""
 
     session: RefineSession
     bound: LossBound
     batch_tokens: int
     sized: Sized
     end: float
+    work: KeptWork = field(default_factory=KeptWork)
 
     def run(self, fitted: Compression, most: int, progress: Progress) -> Compression:
         """Return `fitted` with the smallest file in the place of its form, the winner. `most` is the largest size.
@@ -48,7 +54,7 @@ class Search:
         Raises E-BUDGET, naming the least loss that was reached, if nothing is within the bound; E-DATA for a bound on
         accuracy where no text has a class."""
         made = {n: c for n, c in enumerate(fitted.candidates) if c.conversion is not None}
-        trials = {n: self._measured(candidate) for n, candidate in made.items()}
+        trials = {n: self._kept(f"at first {n}", partial(self._measured, candidate)) for n, candidate in made.items()}
         winner = max(trials, key=lambda n: self._worth(trials[n]))
         if self.bound.accuracy is not None and trials[winner].judged.accuracy is None:
             raise DataError(
@@ -61,8 +67,12 @@ class Search:
             nonlocal count
             count += 1
             progress(min(0.95, count / _TRIALS), f"{fitted.candidates[winner].method} at {nbytes:,} bytes")
-            candidate = self.sized(fitted.candidates[winner], nbytes)
-            return None if candidate.conversion is None else self._measured(candidate)
+
+            def trial() -> _Trial | None:
+                candidate = self.sized(fitted.candidates[winner], nbytes)
+                return None if candidate.conversion is None else self._measured(candidate)
+
+            return self._kept(f"size {nbytes}", trial)
 
         best = self._smallest(trials[winner], at, most)
         candidates = list(fitted.candidates)
@@ -104,6 +114,16 @@ class Search:
             else:
                 floor = middle
         return best
+
+    def _kept(self, name: str, compute: Callable[[], Any]) -> Any:
+        """A trial as it is kept, or as it is computed."""
+
+        def pair() -> tuple[Candidate, Judged] | None:
+            trial = compute()
+            return None if trial is None else (trial.candidate, trial.judged)
+
+        kept = self.work.piece(f"{PIECES}{name}", pair)
+        return None if kept is None else _Trial(*kept)
 
     def _measured(self, candidate: Candidate) -> _Trial:
         assert candidate.conversion is not None

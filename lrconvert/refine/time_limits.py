@@ -28,15 +28,20 @@ def _seconds_of_a_batch(session: RefineSession) -> float:
     return time.monotonic() - start
 
 
-def cut_choosing(session: RefineSession, forms: int, minutes: float) -> tuple[RefineSession, tuple[str, ...]]:
-    """Return the session with as many held-out batches as a quarter of the `minutes` has time for, and a line that says
-    so; the same session if it has time for all."""
-    batches = session.evaluator.batches
+def stride_of_choosing(session: RefineSession, forms: int, minutes: float) -> int:
+    """Return n where a quarter of the `minutes` has time for every nth held-out batch; 1 if it has for all."""
     seconds = _seconds_of_a_batch(session)
     most = max(1, int(_CHOOSING * 60 * minutes / max(1e-9, seconds * forms * _PASSES)))
-    if most >= len(batches):
+    return math.ceil(len(session.evaluator.batches) / most)
+
+
+def cut_choosing(session: RefineSession, stride: int, minutes: float) -> tuple[RefineSession, tuple[str, ...]]:
+    """Return the session with every held-out batch of that `stride`, and a line that says so; the same session if these
+    are all."""
+    batches = session.evaluator.batches
+    if stride <= 1:
         return session, ()
-    evaluator = Evaluator(session.teacher_model, batches[:: math.ceil(len(batches) / most)], session.evaluator.shared)
+    evaluator = Evaluator(session.teacher_model, batches[::stride], session.evaluator.shared)
     base = evaluator.sums((ZERO,), hidden=bool(session.base_distance.hidden))
     what = f"{len(batches) - len(evaluator.batches)} of {len(batches)} held-out batches ({_more(minutes)})"
     return replace(session, evaluator=evaluator, base_distance=base), (what,)

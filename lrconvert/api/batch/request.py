@@ -36,7 +36,7 @@ from lrconvert.refine.settings import Settings
 
 FIELD = "request"
 _CONTENTS = ("base", "statistics", "data")  # options that stand for contents: their digests are among the inputs
-_PLACES = ("device",)
+_PLACES = ("device", "resume")
 # Nanoseconds after which a change has another time: of the system's clock, and where times are whole seconds.
 _TICK, _COARSE_TICK = 50_000_000, 2_000_000_000
 

@@ -20,7 +20,7 @@ from lrconvert.core import devices
 from lrconvert.core.errors import ArgumentError, OptionError, OutputPathError
 from lrconvert.core.notebook import html_table
 from lrconvert.core.options import described, make, option, take
-from lrconvert.core.wording import is_on_command_line
+from lrconvert.core.wording import is_on_command_line, spelled
 from lrconvert.formats.lrc import file
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.io import hub
@@ -188,6 +188,9 @@ def _planned(
     """The folder of the outputs, None where none is written, and the adapters. Raises what `convert_many` raises."""
     if batch.dry_run and work.verb == "compress":
         raise OptionError("compress has no dry run", fix="leave it out")
+    if work.options.get("resume"):
+        what = f"{spelled('resume', True)} is for one adapter: a batch passes by what is finished"
+        raise OptionError(what, fix="leave it out and give the same command again")
     if isinstance(sources, Mapping) or not isinstance(sources, (str, os.PathLike, Iterable)):
         raise ArgumentError(f"sources is {described(sources)}; paths of adapters, or of folders of them, were expected")
     listed = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
