@@ -70,9 +70,8 @@ def run(request: Request, work: Work, title: str) -> None:
         from lrconvert.cli import pages
         from lrconvert.report.html import fleet_page
 
-        text = fleet_page(
-            f"{len(shown.adapters):,} adapters", shown.adapters, command_line(), pages.versions(torch=False)
-        )
+        title = f"{len(shown.adapters):,} adapter{'' if len(shown.adapters) == 1 else 's'} made smaller"
+        text = fleet_page(title, shown.adapters, command_line(), pages.versions(torch=False))
         pages.write_page(request.html, text, request.overwrite)
     if not batch.ok:
         raise click.exceptions.Exit(EXIT_REFUSED)

@@ -328,10 +328,16 @@ def _winner(candidates: Sequence[Candidate], min_captured: float | None) -> int:
         errors = [c.refused for c in candidates if c.refused is not None]
         if not any(isinstance(error, BudgetError) for error in errors):
             raise errors[0]
-        reasons = [f"{c.method}: {c.refused.what}" for c in candidates if c.refused is not None]
-        small = [error for error in errors if isinstance(error, BudgetError) and error.smallest]
-        fix = min(small, key=lambda error: error.smallest).fix if small else ""
-        raise BudgetError(f"no form can be that small: {'; '.join(reasons)}", fix=fix)
+        small = [
+            (c.refused.smallest, c.method, c.refused.fix)
+            for c in candidates
+            if isinstance(c.refused, BudgetError) and c.refused.smallest
+        ]
+        if not small:
+            reasons = [f"{c.method}: {c.refused.what}" for c in candidates if c.refused is not None]
+            raise BudgetError(f"no form can be that small: {'; '.join(reasons)}")
+        smallest, method, fix = min(small)
+        raise BudgetError(f"no form can be that small; the smallest possible is {method}", fix=fix, smallest=smallest)
     return max(made, key=lambda n: (candidates[n].score, -candidates[n].nbytes))
 
 

@@ -180,7 +180,7 @@ def curve_plot(curves: Sequence[Curve]) -> Lines | None:
 def _lines(title: str, across: str, series: Sequence[_Series], percent: bool) -> Lines:
     xs = [x for s in series for x, _ in s.points]
     ys = [y for s in series for _, y in s.points]
-    low = 0.0 if not percent else max(min(0.0, *ys), -1.0)
+    low = _floor(min(ys)) if percent else 0.0
     high = 1.0 if percent else max(*ys, 1.0)
     left, right = min(xs), max(max(xs), min(xs) + 1)
 
@@ -199,6 +199,11 @@ def _lines(title: str, across: str, series: Sequence[_Series], percent: bool) ->
     grid = [(place(left, y)[1], f"{100 * y:.0f}" if percent else f"{y:g}") for y in steps]
     ticks = [(place(x, low)[0], f"{x:,.0f}") for x in _steps(left, right, 4) if x == int(x)]
     return Lines(title, across, grid, ticks, lines)
+
+
+def _floor(lowest: float) -> float:
+    """Return where the axis of shares begins: at zero, or at -1, or nearer to shares that are all high."""
+    return -1.0 if lowest < -0.5 else max((edge for edge in (-0.5, 0.0, 0.5, 0.8, 0.9) if edge <= lowest), default=-1.0)
 
 
 def _stacked(ends: Sequence[tuple[float, str]]) -> list[Label]:

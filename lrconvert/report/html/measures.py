@@ -76,7 +76,8 @@ def tenths(value: float | None) -> str:
     """Return percent with one decimal and its sign, by the same rule, for sentences."""
     if value is None or not math.isfinite(value):
         return "-"
-    return f"{min(100 * value, 99.9) if value < 1 else 100 * value:.1f} %"
+    percent = min(100 * value, 99.9) if value < 1 else 100 * value
+    return f"{round(percent, 1) + 0.0:.1f} %"  # never -0.0
 
 
 def brief(value: float | None) -> str:
