@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import ADAPTERS, ASSETS, BASES, asset
 from peers import oracle
-from peers.cases import MLX_CASES, PEFT_CASES, PREFIX, Case, numbers, plain, renamed
+from peers.cases import GGUF_CASES, MLX_CASES, PEFT_CASES, PREFIX, Case, numbers, plain, renamed
 
 import lrconvert
 from lrconvert.cli import cli
@@ -44,6 +44,14 @@ def everywhere(case: Case, expected: dict[str, set[str]]) -> dict[str, set[str]]
     """The table says nothing of consumers that the layout is not for."""
     others = ("mlx",) if case in PEFT_CASES else PEFT_READERS
     return {**each(others, "refuses:layout"), **expected}
+
+
+@pytest.mark.parametrize("name", GGUF_CASES)
+def test_what_is_said_of_a_gguf_file(name: str, tmp_path: Path) -> None:
+    """llama.cpp itself is asked in test_llamacpp_runtime.py."""
+    path = GGUF_CASES[name].write(tmp_path / "adapter.gguf")
+    findings = lrconvert.check(path, ("llamacpp",), base=BASES / "tiny-llama")
+    assert {f"{f.severity}:{f.rule}" for f in findings} == set(GGUF_CASES[name].expected.split()), findings
 
 
 # --- the table ------------------------------------------------------------------------------------------------------

@@ -406,3 +406,46 @@ def _gpt2(*modules: tuple[str, int, int]) -> Adapter:
     for name, out, inner in modules:
         adapter.tensors |= factors(f"transformer.h.0.attn.{name}", out, inner, 8)
     return adapter
+
+
+# --- GGUF files -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GgufCase:
+    """A GGUF file of an adapter of the tiny Llama, and what `check` says of it with the base, "severity:rule" or "".
+    `tensors` come beside one pair on q_proj, `fields` in place of those of a LoRA."""
+
+    expected: str = ""
+    tensors: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    fields: Mapping[str, str | float] = field(default_factory=dict)
+
+    def write(self, path: Path) -> Path:
+        from lrconvert.formats.exporters import gguf
+
+        q_proj = gguf_pair("blk.0.attn_q", (4, HIDDEN), (HIDDEN, 4))
+        values = {name: numbers(*shape) / 8 for name, shape in sorted((*q_proj, *self.tensors))}
+        own = {"general.architecture": "llama", "general.type": "adapter", "adapter.type": "lora"}
+        fields = {"adapter.lora.alpha": 8.0, **own, **self.fields}
+        path.write_bytes(b"".join(gguf._gguf(fields, list(values.items()), "F32")))
+        return path
+
+
+def gguf_pair(module: str, a: tuple[int, int], b: tuple[int, int]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return (f"{module}.weight.lora_a", a), (f"{module}.weight.lora_b", b)
+
+
+GGUF_CASES = {
+    "clean": GgufCase("", gguf_pair("blk.1.ffn_up", (3, HIDDEN), (INNER, 3))),
+    "alpha-zero": GgufCase("", fields={"adapter.lora.alpha": 0.0}),
+    "norm": GgufCase("wrong:norms", (("blk.0.attn_norm.weight", (HIDDEN,)),)),
+    "model": GgufCase("refuses:kind", fields={"general.type": "model"}),
+    "other-kind": GgufCase("refuses:kind", fields={"adapter.type": "prompt"}),
+    "other-architecture": GgufCase("refuses:model", fields={"general.architecture": "qwen2"}),
+    "half-a-pair": GgufCase("refuses:pair", gguf_pair("blk.1.ffn_up", (3, HIDDEN), (INNER, 3))[:1]),
+    "bias": GgufCase("refuses:names", (("blk.0.attn_q.bias", (HIDDEN,)),)),
+    "other-base": GgufCase("refuses:modules", gguf_pair("blk.7.ffn_up", (3, HIDDEN), (INNER, 3))),
+    "narrower-base": GgufCase("refuses:shape", gguf_pair("blk.1.ffn_up", (3, HIDDEN - 16), (INNER, 3))),
+    "turned": GgufCase("refuses:shape", gguf_pair("blk.1.ffn_down", (INNER, 3), (3, HIDDEN))),
+    "ranks-at-odds": GgufCase("refuses:shape", gguf_pair("blk.1.ffn_up", (3, HIDDEN), (INNER, 5))),
+}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import runpy
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -30,7 +31,10 @@ WHOLE = {"token_embd": "model.embed_tokens", "output": "lm_head"}
 
 
 def load(folder: Path, base: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """`options`: ``outtype`` of the converter; ``out``, an .npz for tensors; ``written``, a file to read instead."""
+    """`options`: ``outtype`` of the converter; ``out``, an .npz for tensors; ``written``, a file to read instead;
+    ``kept``, a file for what the converter wrote; ``as_base``, a file to convert `folder`, a base, to."""
+    if "as_base" in options:
+        return _convert_base(folder, Path(options["as_base"]), options["outtype"])
     if "written" in options:
         return _read(Path(options["written"]), options)
     with tempfile.TemporaryDirectory() as scratch:
@@ -44,7 +48,33 @@ def load(folder: Path, base: dict[str, Any], options: dict[str, Any]) -> dict[st
                 raise RuntimeError(f"the converter ended with {end.code}") from None
         finally:
             logging.getLogger().handlers.clear()
+        if "kept" in options:
+            shutil.copy(out, options["kept"])
         return _read(out, options)
+
+
+def _convert_base(folder: Path, out: Path, outtype: str) -> dict[str, Any]:
+    """Convert a base as ``convert_hf_to_gguf.py`` does, with a vocabulary of made-up words: it takes tokenizers that it
+    knows by a digest, which those of tiny models are not."""
+    from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
+
+    kind = get_model_class(get_model_architecture(ModelBase.load_hparams(folder, False), ModelType.TEXT))
+
+    class Base(kind):  # type: ignore[misc,valid-type]
+        model_arch = kind.model_arch
+
+        def set_vocab(self) -> None:
+            count, writer = self.hparams["vocab_size"], self.gguf_writer
+            writer.add_tokenizer_model("gpt2")
+            writer.add_tokenizer_pre("gpt-2")
+            writer.add_token_list([f"w{number}." for number in range(count)])
+            writer.add_token_types([gguf.TokenType.NORMAL] * count)
+            writer.add_token_merges(["w 0"])
+            writer.add_eos_token_id(0)
+
+    types = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
+    Base(folder, gguf.LlamaFileType[types[outtype]], out).write()
+    return {"bytes": out.stat().st_size}
 
 
 def _read(path: Path, options: dict[str, Any]) -> dict[str, Any]:

@@ -46,7 +46,8 @@ def norm(scale: float, b: Any, a: Any) -> float:
 
 def serve(load: Callable[[Path, dict[str, Any], dict[str, Any]], dict[str, Any]]) -> None:
     """Answer a list of [folder, options] on stdin with one list on the last line of stdout."""
-    config = json.loads((base() / "config.json").read_text())
+    settings = base() / "config.json"
+    config = json.loads(settings.read_text()) if settings.exists() else {}
     answers = []
     with contextlib.redirect_stdout(sys.stderr):
         for folder, options in json.loads(sys.stdin.read()):

@@ -3,11 +3,13 @@ lora_alpha; the runtime multiplies by alpha / rank of each stored pair. Nearly a
 
 from __future__ import annotations
 
+import math
 import ntpath
 import posixpath
 import re
 from collections.abc import Iterator
 
+from lrconvert.formats import gguf_names
 from lrconvert.formats.compat.base import Consumer, Finding, NoOptions, verdicts
 from lrconvert.formats.compat.shared import rules, whole_names
 from lrconvert.formats.compat.shared.rules import EXPAND, bake, check_base, right_base, words
@@ -42,8 +44,7 @@ _CONV1D = ("c_attn", "c_proj", "c_fc", "c_fc2")
 
 def examine(subject: Subject, options: NoOptions) -> Iterator[Finding]:
     if subject.foreign == "gguf":  # what the converter makes: the runtime loads it as it is
-        stored = [info.name for info in subject.tensors]
-        yield from _tied(subject, [n for n in stored if n.startswith(("token_embd.", "output.")) and ".lora_a" in n])
+        yield from _file(subject)
         return
     if (problem := rules.not_a_peft_folder(subject)) is not None:
         yield refuses("layout", *problem, CONVERTER)
@@ -63,6 +64,63 @@ def examine(subject: Subject, options: NoOptions) -> Iterator[Finding]:
     yield from whole_names.wrappers(subject, refuses, "which are refused", TENSORS)
     yield from _conv1d(subject)
     yield from _base(subject)
+
+
+# --- a GGUF file -----------------------------------------------------------------------------------------------------
+
+_FACTORS = (".lora_a", ".lora_b")
+_INPUTS = re.compile(r"blk\.\d+\.(attn_(q|k|v|qkv)|ffn_(up|gate))\.weight")  # layers that read the hidden state
+
+
+def _file(subject: Subject) -> Iterator[Finding]:
+    kind = subject.config.get("general.type"), subject.config.get("adapter.type")
+    if kind != ("adapter", "lora"):
+        shown = f"general.type is {kind[0]!r:.40} and adapter.type {kind[1]!r:.40}"
+        yield refuses("kind", f"the file is no LoRA: {shown}", "give the adapter's file", RUNTIME)
+        return
+    halves: dict[str, dict[str, tuple[int, ...]]] = {}
+    for info in subject.tensors:
+        if info.name.endswith(_FACTORS):
+            halves.setdefault(info.name[:-7], {})[info.name[-1]] = info.shape
+    if not halves:
+        yield wrong("names", "the file holds no LoRA factors", "is this a LoRA?", RUNTIME)
+    rest = [info.name for info in subject.tensors if not info.name.endswith(_FACTORS)]
+    norms = [name for name in rest if name.endswith("_norm.weight")]
+    yield from wrong.of("norms", norms, "trained norms are left out when loading", MERGE, RUNTIME)
+    unknown = [name for name in rest if name not in norms]
+    yield from refuses.of("names", unknown, "tensors other than LoRA factors are refused", MERGE, RUNTIME)
+    lone = [name for name, both in halves.items() if len(both) < 2]
+    yield from refuses.of(
+        "pair", lone, "a factor without the other half is refused", "convert the adapter again", RUNTIME
+    )
+    pairs = {name: (both["a"], both["b"]) for name, both in halves.items() if len(both) == 2}
+    odd = [name for name, (a, b) in pairs.items() if "token_embd" not in name and a[-2:-1] != b[-1:]]
+    yield from refuses.of(
+        "shape", odd, "factors that are no (r, in) and (out, r) are refused", "convert it again", RUNTIME
+    )
+    yield from _tied(subject, [name for name in halves if name.startswith(("token_embd.", "output."))])
+    yield from _on_base(subject, pairs)
+
+
+def _on_base(subject: Subject, pairs: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> Iterator[Finding]:
+    """Yield what does not fit the base that is given; of a family that is not known here nothing is said."""
+    family = gguf_names.family_of(subject.base or {})
+    if family is None:
+        return
+    own = subject.config.get("general.architecture")
+    if own != family.id:
+        what = f"the adapter is for the architecture {own!r:.40}, the base is a {family.id!r}"
+        yield refuses("model", what, right_base(), RUNTIME)
+    blocks = subject.base_number("num_hidden_layers") or subject.base_number("n_layer") or math.inf
+    absent = [name for name in pairs if name.startswith("blk.") and int(name.split(".")[1]) >= blocks]
+    yield from refuses.of("modules", absent, f"{len(absent)} layers are not in the base", right_base(), RUNTIME)
+    width = subject.base_number("hidden_size") or subject.base_number("n_embd")
+    wide = [name for name, (a, _) in pairs.items() if width and _INPUTS.fullmatch(name) and a[-1] != width]
+    what = f"{len(wide)} layers do not read the base's {width} numbers"
+    yield from refuses.of("shape", wide, what, right_base(), RUNTIME)
+
+
+# --- a PEFT folder ---------------------------------------------------------------------------------------------------
 
 
 def _other_kind(subject: Subject) -> Finding:

@@ -55,6 +55,7 @@ class Pair:
 class Subject:
     """An adapter before any weight is read.
 
+    `config` is its adapter_config.json, or the fields of a GGUF file.
     `weights` names the file that `tensors` are from, or "". `pickle` names a pickle that holds the weights instead; it
     is not opened. `foreign` is the reader of the layout where it is another tool's, "" for PEFT's, mlx-lm's and names
     that may be anybody's. `base` is the base's config.json, None if no base was given; `base_modules` are the modules
@@ -198,7 +199,7 @@ def look(path: Path, options: ReadOptions | None = None) -> Subject:
         layout = _GGUF
     if layout == _GGUF and path.is_file():
         with GgufFile(path) as opened:
-            subject = Subject("bare", tensors=opened.tensors, weights=path.name, **base)
+            subject = Subject("bare", opened.fields, opened.tensors, weights=path.name, **base)
     else:
         subject = _subject_at(path, base)
     if subject.layout == "lrconvert":
