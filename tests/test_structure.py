@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "lrconvert"
-RULE = "core < kernels < io < lora < methods < formats < merge < live < convert < refine < report < api < cli"
+RULE = "core < kernels < io < lora < methods < formats < merge < live < convert < refine < report < api < serving < cli"
 FOLDERS = RULE.split(" < ")
 ABOVE = ("demo", "testing", "__main__", "__init__")  # may import any folder; no folder imports them
 FLAT = {"__init__.py", "__main__.py", "py.typed"}

@@ -88,6 +88,23 @@ def download(
     return hub.locate(name)
 
 
+def fetch_file(name: str, path: str, revision: str = "main") -> Path | None:
+    """Return one file of a repository in the local cache, fetched if it is not there or is another by now; None if the
+    repository has none at that path. With HF_HUB_OFFLINE only the cache is looked at. Raises E-HUB."""
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    with _errors(name, "is it spelled right, and may you read it (`hf auth login`)?"):
+        try:
+            return Path(hf_hub_download(name, path, revision=revision, library_name="lrconvert"))
+        except LocalEntryNotFoundError:
+            if constants.HF_HUB_OFFLINE:
+                return None
+            raise
+        except EntryNotFoundError:
+            return None
+
+
 _AS = {"adapter": "an adapter", "base": "a base (weights in safetensors)", "config": "a base's configuration"}
 
 
