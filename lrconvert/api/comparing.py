@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from lrconvert.core.errors import LrcError, OptionError
 from lrconvert.core.options import take
 from lrconvert.formats import fidelity as fidelity_report
 from lrconvert.formats import loading
-from lrconvert.formats.fidelity import Comparison
+from lrconvert.formats.fidelity import Comparison, Fidelity
 from lrconvert.formats.lrc.file import is_lrconvert
 from lrconvert.live.options import CompareOptions, StatisticsOptions
 from lrconvert.lora import statistics_file
@@ -90,7 +91,7 @@ def compare(
     for item in items:
         try:
             compacts.append(compact_of(item, "files"))
-            rows.append(fidelity_report.fidelity_on(lora, compacts[-1], input_statistics, where))
+            rows.append(_as_stored(fidelity_report.fidelity_on(lora, compacts[-1], input_statistics, where), item))
         except LrcError as error:
             raise (error.at(item) if isinstance(item, (str, PathLike)) else error) from None
     named = not isinstance(source, LoraAdapter)  # the base may have been for names alone
@@ -102,6 +103,14 @@ def compare(
 
     measured = measuring.measured(lora, compacts, model, data, chosen, progress)
     return Comparison(measured.added_to(fidelity, n) for n, fidelity in enumerate(rows))
+
+
+def _as_stored(row: Fidelity, item: object) -> Fidelity:
+    """Return a row with the bytes that its file has: an older lrconvert may have written it in more."""
+    where = located(item, "files") if isinstance(item, (str, PathLike)) else None
+    if where is None or not where.is_file():
+        return row
+    return replace(row, overhead_bytes=row.overhead_bytes + where.stat().st_size - row.total_bytes)
 
 
 def _check_order(source: AnyLora, items: Sequence[AnyCompact]) -> None:
