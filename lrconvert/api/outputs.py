@@ -248,14 +248,14 @@ def verify(
     adapters: Mergeable | Sequence[Mergeable],
     *,
     dequantize: bool = False,
+    component: str = "",
     progress: Progress | None = None,
     **more: Any,
 ) -> VerifyReport:
-    """Compute the merge of `base` and `adapters` again and compare every bit with `merged`. `dequantize` and `more`
-    (`allow_pickle`, `layout`, `alpha`) are those of `merge`."""
+    """Compute the merge of `base` and `adapters` again and compare every bit with `merged`. `dequantize`, `component`
+    and `more` (`allow_pickle`, `layout`, `alpha`) are those of `merge`."""
     progress = progress or silent
     inputs = _loaded(adapters, take_reading(more, base))
     refuse_rest(more, "verify", ReadOptions)
-    return verify_model(
-        located(merged, "merged"), located(base, "base"), inputs, dequantize=dequantize, progress=progress
-    )
+    models = located(merged, "merged"), located(base, "base")
+    return verify_model(*models, inputs, dequantize=dequantize, component=component, progress=progress)

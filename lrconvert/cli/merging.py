@@ -104,20 +104,21 @@ def unmerge(merged: Path, output: Path | None, quiet: bool, as_json: bool, **giv
         metavar="ADAPTER[=SCALE]",
         help="As merged; repeatable.",
     ),
-    *(option for option in flags.of(MergeOptions) if option.name == "dequantize"),
+    *(option for option in flags.of(MergeOptions) if option.name in ("dequantize", "component")),
     *flags.reading(),
     flags.QUIET,
     flags.AS_JSON,
 )
-def verify(merged: Path, base: Path, adapters: tuple[tuple[str, float], ...], dequantize: bool, **given: Any) -> None:
+def verify(merged: Path, base: Path, adapters: tuple[tuple[str, float], ...], **given: Any) -> None:
     """Confirm that MERGED is BASE with the ADAPTERs merged in: computes it again and compares every bit."""
     from lrconvert import api
     from lrconvert.report.merging import verification_text
 
     quiet, as_json = given.pop("quiet"), given.pop("as_json")
+    how = {name: given.pop(name) for name in ("dequantize", "component")}
     with progress_bar("verify", quiet or as_json) as progress:
         scaled = _weighted(adapters, base, flags.chosen(given, ReadOptions))
-        report = api.verify(merged, base, scaled, dequantize=dequantize, progress=progress)
+        report = api.verify(merged, base, scaled, progress=progress, **how)
     if as_json:
         emit({"merged": str(merged), "base": str(base), "ok": report.ok, **dataclasses.asdict(report)})
     elif not (quiet and report.ok):

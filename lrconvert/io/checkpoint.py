@@ -19,8 +19,6 @@ from lrconvert.io import mistaken
 from lrconvert.io.container import ContainerFile, TensorInfo, combined_digest, read_json, tensor_digest
 
 PIPELINE_NAME = "model_index.json"  # of a diffusers pipeline
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 JOURNAL = ".lrconvert/journal"  # of a model that is being changed in place
 READY_NAME = "ready.json"  # in it from the first changed byte to the last
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -30,6 +28,40 @@ METHODS = "lrconvert.io.quantized"  # a file for each method of storing quantize
 QUANTIZATION = "quantization_config"
 _UNNAMED = "a method that is not named"
 _COPY_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class WeightNames:
+    """How the weight files of a folder are named, as transformers and diffusers do it."""
+
+    stem: str = "model"
+    variant: str = ""
+
+    @property
+    def _dotted(self) -> str:
+        return f".{self.variant}" if self.variant else ""
+
+    @property
+    def single(self) -> str:
+        return f"{self.stem}{self._dotted}.safetensors"
+
+    @property
+    def index(self) -> str:
+        return f"{self.stem}.safetensors.index{self._dotted}.json"
+
+    def shard(self, number: int, count: int) -> str:
+        """Return the name of shard `number`, from 1 on, of `count`."""
+        return f"{self.stem}{self._dotted}-{number:05}-of-{count:05}.safetensors"
+
+    def are_in(self, root: Path) -> bool:
+        return _present(root / self.index) or _present(root / self.single)
+
+
+_STEMS = ("model", "diffusion_pytorch_model")
+_PLAIN = tuple(WeightNames(stem) for stem in _STEMS)
+_VARIANTS = tuple(WeightNames(stem, name) for name in ("fp16", "bf16", "fp32", "ema", "non_ema") for stem in _STEMS)
+INDEX_NAME, SINGLE_NAME = _PLAIN[0].index, _PLAIN[0].single
+INDEX_NAMES = tuple(names.index for names in (*_PLAIN, *_VARIANTS))
 
 
 @dataclass(frozen=True)
@@ -52,6 +84,7 @@ class Checkpoint:
     index_path: Path | None
     index: dict[str, Any] = field(default_factory=dict)
     outdated: frozenset[str] = frozenset()
+    names: WeightNames = _PLAIN[0]
 
     @property
     def is_derived(self) -> bool:
@@ -219,11 +252,23 @@ def is_without_weights(root: Path) -> bool:
     """Return true if a folder has the configuration of a model or a pipeline, and no file of a model's weights."""
     if not ((root / "config.json").is_file() or (root / PIPELINE_NAME).is_file()):
         return False
-    return not (_present(root / INDEX_NAME) or _present(root / SINGLE_NAME) or any(root.glob("pytorch_model*.bin")))
+    return not (any(names.are_in(root) for names in (*_PLAIN, *_VARIANTS)) or any(root.glob("pytorch_model*.bin")))
+
+
+def weight_names(root: Path, *more: Path) -> WeightNames:
+    """Return how the weight files in a folder, and in `more` that hold files of it, are named; a variant only where no
+    others are there. Raises E-IO-KIND for several variants."""
+    plain = next((names for names in _PLAIN if any(map(names.are_in, (root, *more)))), None)
+    variants = [names for names in _VARIANTS if any(map(names.are_in, (root, *more)))]
+    if plain is None and len(variants) > 1:
+        listed = " and ".join(f"{names.stem}.{names.variant}" for names in variants)
+        raise errors.FileKindError(f"holds {listed}", fix="leave the one that is meant in the folder", path=root)
+    return plain or (variants[0] if variants else _PLAIN[0])
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, quantized: bool = False) -> Checkpoint:
-    """Open a Hugging Face model folder (``model.safetensors``, or an index and its shards), headers only.
+    """Open a Hugging Face model folder (one weight file, or an index and its shards; of transformers, or a component of
+    a diffusers pipeline), headers only.
 
     With `quantized` also one that is stored quantized, its tensors as they are. Raises E-IO-KIND, E-PATH,
     E-INDEX-MAP, E-BASE-QUANT (a quantized checkpoint; with `quantized` one whose tensors do not bear that out),
@@ -248,9 +293,10 @@ def open_checkpoint(path: str | os.PathLike[str], *, quantized: bool = False) ->
 
 def _opened(root: Path, config: dict[str, Any]) -> Checkpoint:
     """The checkpoint in a folder with this configuration."""
-    index_path = root / INDEX_NAME
+    names = weight_names(root)
+    index_path = root / names.index
     if not _present(index_path):
-        return Checkpoint(root, config, (_single_file(root),), None)
+        return Checkpoint(root, config, (_single_file(root, names.single),), None, names=names)
     index = read_json(index_path, MAX_INDEX_BYTES)
     files: list[ContainerFile] = []
     try:
@@ -262,18 +308,21 @@ def _opened(root: Path, config: dict[str, Any]) -> Checkpoint:
         for file in files:
             file.close()
         raise
-    return Checkpoint(root, config, tuple(files), index_path, index)
+    return Checkpoint(root, config, tuple(files), index_path, index, names=names)
 
 
-def _single_file(root: Path) -> ContainerFile:
+def _single_file(root: Path, name: str) -> ContainerFile:
     """The one weight file of a folder without an index."""
-    single = root / SINGLE_NAME
+    single = root / name
     if not single.exists():
         pickles = sorted(p.name for p in root.glob("pytorch_model*.bin"))
         if pickles:
             fix = "save it again with save_pretrained(..., safe_serialization=True)"
             raise errors.PickleError(f"the base is stored as pickles ({pickles[0]})", fix=fix, path=root)
         mistaken.check_base(root)
+        if (root / PIPELINE_NAME).is_file():
+            fix = "give the folder of one of its models, such as unet or transformer"
+            raise errors.FileKindError("is a pipeline of several models", fix=fix, path=root)
         raise errors.FileKindError(f"holds neither {SINGLE_NAME} nor {INDEX_NAME}", path=root)
     if not contained(root, single):
         raise errors.ShardPathError("the file is a link that leaves its folder", path=single)

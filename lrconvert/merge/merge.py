@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lrconvert.core.errors import LrcError
+from lrconvert.core.errors import LrcError, OptionError
 from lrconvert.core.wording import spelled
 from lrconvert.io.checkpoint import open_checkpoint
 from lrconvert.io.durable import check_output, clean_up, require_space, work_directory
+from lrconvert.io.pipeline import is_pipeline
+from lrconvert.merge import pipeline
 from lrconvert.merge.in_place.merge import merge_in_place
 from lrconvert.merge.job import BROKEN_OFF, Job, check_replaceable
 from lrconvert.merge.options import MergeOptions
@@ -31,7 +33,7 @@ def merge(
     base: Path, adapters: Sequence[Adapter | Scaled], out: Path | None, options: MergeOptions, progress: Progress
 ) -> MergeReport:
     """Write the folder `out`: `base` with all `adapters` added in one sum and rounded once, and the record that undoes
-    it; or change the base itself.
+    it; or change the base itself. A diffusers pipeline gets a merge in each of its models that the adapters name.
 
     `progress(fraction, text)` is called as bytes are written. Raises E-BASE, E-ORIENT, E-FPR, E-PLACE, E-NO-EFFECT
     (nothing to merge, all updates zero, or no element moved), E-OVERFLOW, E-VALUE, E-BASE-QUANT, E-OPTION, E-OUT-*,
@@ -40,6 +42,20 @@ def merge(
     """
     options.check(out)
     inputs = [item if isinstance(item, Scaled) else Scaled(item) for item in adapters]
+    if is_pipeline(base):
+        return pipeline.merge(
+            base, inputs, out, options, progress, lambda *model: _merge_model(model[0], inputs, *model[1:])
+        )
+    if options.component:
+        what = f"{spelled('component', ...)} is for a pipeline, a folder with model_index.json"
+        raise OptionError(what, fix="leave it out, or give the pipeline's folder", path=base)
+    return _merge_model(base, inputs, out, options, progress)
+
+
+def _merge_model(
+    base: Path, inputs: Sequence[Scaled], out: Path | None, options: MergeOptions, progress: Progress
+) -> MergeReport:
+    """Merge into one model folder."""
     job = Job(inputs, options.undo, options.allow_no_op, progress)
     if options.in_place or out is None:
         return merge_in_place(base, job, resume=options.resume, dry_run=options.dry_run, again=options.again)

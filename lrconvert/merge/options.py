@@ -16,8 +16,9 @@ class MergeOptions:
 
     `in_place` changes the base itself. With `resume` work that is broken off stays, and the same merge goes on from
     there. Without `undo` the record holds digests only. `shard_bytes` bounds the weight files of the output; without it
-    they are cut as the base's. `dequantize` takes a base that bitsandbytes has quantized as bf16. A merge in place that
-    the model's records have already is not made a second time, but with `again`.
+    they are cut as the base's. `dequantize` takes a quantized base as bf16. `component` is the one model of a diffusers
+    pipeline to merge into; without it all that the adapters name are merged. A merge in place that the model's records
+    have already is not made a second time, but with `again`.
     """
 
     in_place: bool = option(False, "Change BASE itself, file by file; a crash is taken back by `recover`.")
@@ -29,7 +30,8 @@ class MergeOptions:
         None, "Largest weight file, as 5GB; default: cut as the base is.", kind="size", flag="--out-shard-size"
     )
     allow_no_op: bool = option(False, "Write a copy of the base even if the adapter changes nothing.")
-    dequantize: bool = option(False, "Take a base that bitsandbytes has quantized as bf16.")
+    dequantize: bool = option(False, "Take a quantized base (FP8, MXFP4, NVFP4, NF4, GPTQ, AWQ...) as bf16.")
+    component: str = option("", "Model of a diffusers pipeline, as unet; default: those that the adapters name.")
     overwrite: bool = False
 
     def check(self, out: Path | None) -> None:

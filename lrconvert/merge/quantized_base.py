@@ -217,6 +217,7 @@ def open_base(path: Path, *, dequantize: bool = False) -> Checkpoint:
         index_path=stored.index_path,
         index=_index(stored.index, files),
         outdated=_DESCRIPTIONS,
+        names=stored.names,
         stored=stored,
         weights=content.weights,
         left_out=content.left_out,

@@ -18,7 +18,9 @@ from lrconvert.merge.in_place.model_folder import BETWEEN, ModelFolder
 from lrconvert.merge.in_place.unmerge import undone_before, unmerge_in_place
 from lrconvert.merge.job import check_replaceable
 from lrconvert.merge.options import UnmergeOptions
-from lrconvert.merge.plan.plan import CONFIG_NAME, UNDONE, other_files
+from lrconvert.merge.pipeline import refuse_unmerge
+from lrconvert.merge.plan.other_files import UNDONE, other_files
+from lrconvert.merge.plan.plan import CONFIG_NAME
 from lrconvert.merge.report import UnmergeReport
 from lrconvert.merge.undo.checks import changed_files, check_own_record, check_undoable, undone
 from lrconvert.merge.undo.open_record import OpenRecord, latest, numbered
@@ -39,6 +41,7 @@ def unmerge(merged: Path, out: Path | None, options: UnmergeOptions, progress: P
     nothing is changed then. E-UNFINISHED: an unmerge in place was broken off; `recover` finishes it.
     """
     options.check(out)
+    refuse_unmerge(merged)
     number, from_base, overwrite = options.number, options.from_base, options.overwrite
     if options.in_place:
         return unmerge_in_place(merged, number, progress, resume=options.resume)

@@ -16,6 +16,8 @@ from lrconvert.core.errors import LrcError
 from lrconvert.core.limits import MAX_INDEX_BYTES
 from lrconvert.io.checkpoint import Checkpoint, open_checkpoint
 from lrconvert.io.container import TensorInfo, read_small
+from lrconvert.io.pipeline import is_pipeline
+from lrconvert.merge import pipeline
 from lrconvert.merge.arithmetic.rounding import bits
 from lrconvert.merge.compute import Computer, read_rows, workspace_for
 from lrconvert.merge.hashing import CHUNK, chunks
@@ -34,13 +36,31 @@ def verify(
     adapters: Sequence[Adapter | Scaled],
     *,
     dequantize: bool = False,
+    component: str = "",
     progress: Callable[[float, str], None] | None = None,
 ) -> VerifyReport:
     """Compare the tensors and the configuration of `merged` with what merging `adapters` into `base` gives, however
-    either is cut into files; `dequantize` as for `merge`. Reads all of both; writes nothing. Raises what a merge
-    raises before it writes.
+    either is cut into files; `dequantize` and `component` as for `merge`. Reads all of both; writes nothing. Raises
+    what a merge raises before it writes.
     """
     inputs = [item if isinstance(item, Scaled) else Scaled(item) for item in adapters]
+    if is_pipeline(base):
+
+        def one(model: Path, of: Path, is_merged: bool) -> VerifyReport:
+            return _verify_model(model, of, inputs if is_merged else [], dequantize, progress)
+
+        return pipeline.verify(merged, base, inputs, component, one)
+    return _verify_model(merged, base, inputs, dequantize, progress)
+
+
+def _verify_model(
+    merged: Path,
+    base: Path,
+    inputs: Sequence[Scaled],
+    dequantize: bool,
+    progress: Callable[[float, str], None] | None,
+) -> VerifyReport:
+    """Verify one model folder."""
     with (
         ExitStack() as stack,
         open_checkpoint(merged, quantized=True) as model,

@@ -25,7 +25,8 @@ from lrconvert.merge.background_writer import BackgroundWriter
 from lrconvert.merge.compute import Block, Computer
 from lrconvert.merge.hashing import chunks, copy_hashed, emit, file_digest, hash_file, stored_digest
 from lrconvert.merge.journal import Done, Journal, Patch
-from lrconvert.merge.plan.plan import RECORDS, Output, Plan, Shard, base_texts
+from lrconvert.merge.plan.other_files import RECORDS
+from lrconvert.merge.plan.plan import Output, Plan, Shard, base_texts
 from lrconvert.merge.plan.updates import Scaled
 from lrconvert.merge.signed_json import portable
 from lrconvert.merge.sinks import Sink

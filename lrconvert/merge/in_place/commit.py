@@ -27,7 +27,7 @@ from lrconvert.merge.in_place.model_folder import (
     ModelFolder,
 )
 from lrconvert.merge.in_place.patches import BASE, MERGED
-from lrconvert.merge.plan.plan import UNDONE
+from lrconvert.merge.plan.other_files import UNDONE
 from lrconvert.merge.undo.open_record import RECORD_NAME, OpenRecord
 from lrconvert.merge.undo.record import TEXTS
 from lrconvert.merge.undo.restoring import Restorer, workspace_for

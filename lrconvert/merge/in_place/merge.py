@@ -28,7 +28,8 @@ from lrconvert.merge.in_place.patches import MERGED
 from lrconvert.merge.in_place.reconstructed_base import reconstructed_base
 from lrconvert.merge.job import BROKEN_OFF, Job
 from lrconvert.merge.journal import Journal
-from lrconvert.merge.plan.plan import RECORDS, Plan, Shard, plan
+from lrconvert.merge.plan.other_files import RECORDS
+from lrconvert.merge.plan.plan import Plan, Shard, plan
 from lrconvert.merge.report import MergeReport
 from lrconvert.merge.undo import open_record, repeats
 from lrconvert.merge.undo.record import TEXTS

@@ -37,7 +37,7 @@ from lrconvert.io.durable import (
 )
 from lrconvert.io.fields import Hex, Whole
 from lrconvert.merge.journal import Patch, plan_text, read_signed
-from lrconvert.merge.plan.plan import RECORDS, UNDONE
+from lrconvert.merge.plan.other_files import RECORDS, UNDONE
 from lrconvert.merge.undo.open_record import RECORD_NAME, numbered
 from lrconvert.merge.undo.record import CODES_NAME, TEXTS, WEIGHT_NAME
 

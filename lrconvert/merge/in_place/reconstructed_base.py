@@ -11,11 +11,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from lrconvert.core.limits import FOREIGN, MAX_INDEX_BYTES
-from lrconvert.io.checkpoint import INDEX_NAME, Checkpoint
+from lrconvert.io.checkpoint import Checkpoint, weight_names
 from lrconvert.io.container import ContainerFile, TensorInfo, parse_header, read_json
 from lrconvert.io.durable import Buffer
 from lrconvert.merge.arithmetic.workspace import Workspace
 from lrconvert.merge.in_place.commit import Commit
+from lrconvert.merge.in_place.model_folder import OLD
 from lrconvert.merge.in_place.patches import MERGED
 from lrconvert.merge.plan.plan import CONFIG_NAME
 from lrconvert.merge.undo.open_record import OpenRecord
@@ -34,13 +35,15 @@ def reconstructed_base(commit: Commit) -> Iterator[Checkpoint]:
                 files.append(_Merged(path, commit.opened, number))
             else:
                 files.append(stack.enter_context(ContainerFile(path)))
-        config, index = folder.text(CONFIG_NAME), folder.text(INDEX_NAME)
+        names = weight_names(folder.model, folder.root / OLD)
+        config, index = folder.text(CONFIG_NAME), folder.text(names.index)
         yield Checkpoint(
             folder.model,
             read_json(config) if config.exists() else {},
             tuple(files),
             index if index.exists() else None,
             read_json(index, MAX_INDEX_BYTES) if index.exists() else {},
+            names=names,
         )
 
 

@@ -12,7 +12,7 @@ from lrconvert.io.container import ContainerFile
 from lrconvert.io.durable import check_own, clean_up, leftovers, locked, partial_path
 from lrconvert.merge.in_place import commit
 from lrconvert.merge.in_place.model_folder import ModelFolder
-from lrconvert.merge.plan.plan import RECORDS
+from lrconvert.merge.plan.other_files import RECORDS
 
 
 @dataclass(frozen=True)

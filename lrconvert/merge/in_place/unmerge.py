@@ -12,7 +12,7 @@ from pathlib import Path
 from lrconvert.core.dtypes import Array
 from lrconvert.core.errors import LrcError, UndoError, UndoOrderError
 from lrconvert.core.wording import spelled
-from lrconvert.io.checkpoint import INDEX_NAME, Checkpoint, open_checkpoint, unfinished
+from lrconvert.io.checkpoint import Checkpoint, open_checkpoint, unfinished
 from lrconvert.io.container import TensorInfo
 from lrconvert.io.durable import PLAN_NAME, Work, locked, require_space
 from lrconvert.merge.in_place.commit import Commit, open_commit, recover
@@ -32,7 +32,7 @@ from lrconvert.merge.in_place.model_folder import (
 )
 from lrconvert.merge.in_place.patches import Patches
 from lrconvert.merge.journal import plan_text
-from lrconvert.merge.plan.plan import UNDONE, other_files
+from lrconvert.merge.plan.other_files import UNDONE, other_files
 from lrconvert.merge.report import UnmergeReport
 from lrconvert.merge.sinks import Nowhere
 from lrconvert.merge.undo import repeats
@@ -184,5 +184,5 @@ def _restore(commit: Commit) -> UnmergeReport:
         sizes = {name: path.stat().st_size for name, path in copies.items() if not opened.holds(name)}
         sizes |= {file.path.name: file.size for file in checkpoint.files}
         if checkpoint.index_path is not None:
-            sizes[INDEX_NAME] = checkpoint.index_path.stat().st_size
+            sizes[checkpoint.names.index] = checkpoint.index_path.stat().st_size
         return undone(opened, sizes, changed_files(opened, copies))

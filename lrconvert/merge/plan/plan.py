@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,11 +13,12 @@ import numpy as np
 from lrconvert.core.dtypes import FLOATS, STORAGE, Array
 from lrconvert.core.errors import BaseError, FingerprintError, LrcError, OptionError, PlacementError, QuantizedBaseError
 from lrconvert.core.limits import MAX_INDEX_BYTES
-from lrconvert.io.checkpoint import INDEX_NAME, JOURNAL, SINGLE_NAME, Checkpoint, contained
+from lrconvert.io.checkpoint import Checkpoint
 from lrconvert.io.container import ContainerFile, TensorInfo, encode_header, read_small
 from lrconvert.lora import base_names, quantized_layers
 from lrconvert.lora.adapter import ExtraTensor, LoraAdapter, Target
 from lrconvert.merge.plan import extra_tensors, load_check, resized
+from lrconvert.merge.plan.other_files import other_files
 from lrconvert.merge.plan.placement import Placement
 from lrconvert.merge.plan.resized import Settled
 from lrconvert.merge.plan.updates import (
@@ -35,14 +35,7 @@ from lrconvert.merge.plan.whole_tensors import cast, no_place
 from lrconvert.methods import base as methods
 
 CONFIG_NAME = "config.json"
-RECORDS = ".lrconvert"
-UNDONE = f"{RECORDS}/undone.json"  # says which merge was undone last, where others are left
-# Weights in other formats would be those of the base, so they are left out; so are indexes of them.
-_OTHER_WEIGHTS = (
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ggml"),
-    *(".tflite", ".ot", ".npz", ".pkl", ".mlmodel", ".bin.index.json", ".h5.index.json", ".msgpack.index.json"),
-    ".safetensors.index.json",
-)
+ELSEWHERE = "which are not of this model and are left out"
 
 
 @dataclass(frozen=True)
@@ -167,12 +160,14 @@ def plan(inputs: Sequence[Scaled], checkpoint: Checkpoint, shard_bytes: int | No
         texts[CONFIG_NAME] = _config_text(checkpoint.config, placement.config)
     is_same = all(shard.has_header_of_base for shard in shards)
     if checkpoint.index_path is not None and is_same and not checkpoint.is_derived:
-        copies[INDEX_NAME] = checkpoint.index_path
+        copies[checkpoint.names.index] = checkpoint.index_path
     elif len(shards) > 1 or (checkpoint.index_path is not None and shard_bytes is None):
-        texts[INDEX_NAME] = _json(_index(checkpoint, shards), sort=True)
+        texts[checkpoint.names.index] = _json(_index(checkpoint, shards), sort=True)
     copies = {name: path for name, path in copies.items() if name not in texts}
     sources = tuple(Source(item.adapter) for item in inputs)
-    warnings = (warning,) if warning else ()
+    elsewhere = sorted({name.partition(".")[0] for each in settled for name in each.elsewhere})
+    said = (f"the adapters have parts for {', '.join(elsewhere)}, {ELSEWHERE}",) if elsewhere else ()
+    warnings = (*((warning,) if warning else ()), *said)
     return Plan(checkpoint, sources, placement, shards, texts, copies, left_out, _contents(adapters), warnings)
 
 
@@ -223,7 +218,7 @@ def _pieces(
     pieces: dict[str, list[Piece]] = {}
     index = base_names.NameIndex.of(checkpoint)
     for number, (item, each, adapter) in enumerate(zip(inputs, settled, resolved, strict=True)):
-        for name, piece in _pieces_of(number, item, (adapter, each.kept), index, checkpoint):
+        for name, piece in _pieces_of(number, item, replace(each, adapter=adapter), index, checkpoint):
             pieces.setdefault(name, []).append(piece)
     for name, group in pieces.items():
         if len({piece.cols for piece in group}) > 1:
@@ -240,17 +235,17 @@ def _pieces(
 def _pieces_of(
     number: int,
     item: Scaled,
-    resolved: tuple[Adapter, Sequence[int]],
+    resolved: Settled,
     index: base_names.NameIndex,
     checkpoint: Checkpoint,
 ) -> Iterator[tuple[str, Piece]]:
-    """Return the updates of adapter number `number`, with the names of their parameters in the base; `resolved` with
-    the numbers that its targets have in the adapter."""
+    """Return the updates of adapter number `number`, `resolved`, with the names of their parameters in the base."""
     is_base_dependent = methods.needs_base(item.adapter)
-    magnitudes = {e.name: e for e in item.adapter.extras if e.use == "magnitude"}
+    elsewhere = resolved.elsewhere
+    magnitudes = {e.name: e for e in item.adapter.extras if e.use == "magnitude" and e.name not in elsewhere}
     if magnitudes and item.scale != 1:
         raise OptionError("a DoRA adapter cannot be scaled: its magnitudes hold for the whole of its update")
-    for which, target in zip(resolved[1], targets_of(resolved[0]), strict=True):
+    for which, target in zip(resolved.kept, targets_of(resolved.adapter), strict=True):
         own = targets_of(item.adapter)[which]
         magnitude = magnitudes.pop(own.name, None)
         # Itself, the parts of an expert as the base stores them, or an expert's part of a stack.
@@ -273,7 +268,7 @@ def _pieces_of(
     for magnitude in magnitudes.values():
         raise no_place(magnitude, "the adapter has no update of this parameter")
     for which, extra in enumerate(item.adapter.extras):
-        if extra.use == "add":
+        if extra.use == "add" and extra.name not in elsewhere:
             name = index.find(extra.name)
             if name is None or checkpoint.tensors[name].shape != extra.shape:
                 what = "has no such bias" if name is None else f"has {list(checkpoint.tensors[name].shape)}"
@@ -342,12 +337,10 @@ def _shards(
     if shard_bytes is None:
         return tuple(_shard(file, outputs) for file, outputs in zip(checkpoint.files, groups, strict=True))
     packed = _packed([output for group in groups for output in group], shard_bytes)
-    names = [f"model-{n + 1:05}-of-{len(packed):05}.safetensors" for n in range(len(packed))]
+    count = len(packed)
+    names = [checkpoint.names.single if count == 1 else checkpoint.names.shard(n + 1, count) for n in range(count)]
     metadata = checkpoint.files[0].metadata
-    return tuple(
-        _written_anew(SINGLE_NAME if len(packed) == 1 else name, outputs, metadata)
-        for name, outputs in zip(names, packed, strict=True)
-    )
+    return tuple(_written_anew(name, outputs, metadata) for name, outputs in zip(names, packed, strict=True))
 
 
 def _new_outputs(
@@ -429,7 +422,7 @@ def base_texts(checkpoint: Checkpoint) -> dict[str, bytes]:
     """Return config.json and index of a base, as they are or as they would be."""
     if checkpoint.is_derived:
         texts = {CONFIG_NAME: _config_text(checkpoint.config, {})}
-        return texts | ({INDEX_NAME: _json(checkpoint.index, sort=True)} if checkpoint.index_path else {})
+        return texts | ({checkpoint.names.index: _json(checkpoint.index, sort=True)} if checkpoint.index_path else {})
     paths = [checkpoint.root / CONFIG_NAME, *([checkpoint.index_path] if checkpoint.index_path else [])]
     return {path.name: read_small(path, MAX_INDEX_BYTES) for path in paths if path.exists()}
 
@@ -437,27 +430,3 @@ def base_texts(checkpoint: Checkpoint) -> dict[str, bytes]:
 def _json(value: Any, *, sort: bool) -> bytes:
     """Return JSON as transformers writes it."""
     return (json.dumps(value, indent=2, sort_keys=sort) + "\n").encode()
-
-
-def other_files(checkpoint: Checkpoint) -> tuple[dict[str, Path], tuple[str, ...]]:
-    """Return the files of the base's folder beside its weights: those to copy (by name), and those left out (hidden
-    folders, files that are links out of the folder, weights in other formats)."""
-    root = checkpoint.root
-    weights = {file.path.name for file in checkpoint.files} | {INDEX_NAME}
-    copies, left_out = {}, []
-    for folder, folders, names in os.walk(root):
-        place = Path(folder).relative_to(root)
-        hidden = [name for name in folders if name.startswith(".") and (place / name).as_posix() != RECORDS]
-        left_out += [f"{(place / n).as_posix()}/" for n in folders if n in hidden or (Path(folder) / n).is_symlink()]
-        folders[:] = sorted(n for n in folders if n not in hidden and (place / n).as_posix() != JOURNAL)
-        for name in names:
-            path, shown = Path(folder) / name, (place / name).as_posix()
-            if shown in weights or shown == UNDONE:
-                continue
-            is_weight = name.lower().endswith(_OTHER_WEIGHTS) or shown in checkpoint.outdated
-            kept = place.parts[:1] == (RECORDS,) or not is_weight
-            if path.is_file() and contained(root, path) and kept:
-                copies[shown] = path
-            else:
-                left_out.append(shown)
-    return copies, tuple(sorted(left_out))

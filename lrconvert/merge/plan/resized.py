@@ -1,4 +1,6 @@
-"""LoRAs on embeddings that had more tokens than the base, or fewer: PEFT stores the resized weight beside the LoRA.
+"""Adapters as one model takes them: without parts for other models, and with resized embeddings.
+
+LoRAs on embeddings that had more tokens than the base, or fewer: PEFT stores the resized weight beside the LoRA.
 
 The merged model gets the resized embedding whole, as PEFT computes it: its weight, with the update added and rounded
 once to the dtype of the base.
@@ -11,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lrconvert.core.dtypes import FLOATS, STORAGE
+from lrconvert.io import pipeline
 from lrconvert.io.checkpoint import Checkpoint
 from lrconvert.io.container import TensorInfo
 from lrconvert.lora import base_names
@@ -25,18 +28,28 @@ _BASE_LAYER = "base_layer."
 
 @dataclass(frozen=True)
 class Settled:
-    """`adapter` without the targets of resized embeddings, which are whole tensors in it, `merged` by their names;
-    `kept` are the numbers of its targets in the adapter that was given."""
+    """`adapter` without the targets of resized embeddings, which are whole tensors in it, `merged` by their names, and
+    without what is `elsewhere`, in other models of a pipeline; `kept` are the numbers that its targets have in the
+    adapter that was given."""
 
     adapter: Adapter
     kept: tuple[int, ...]
     merged: frozenset[str] = frozenset()
+    elsewhere: frozenset[str] = frozenset()
 
 
 def settle(item: Scaled, checkpoint: Checkpoint) -> Settled:
-    """Return an adapter with its resized embeddings as whole tensors. Raises E-PLACE where that cannot be."""
+    """Return an adapter as this model takes it: resized embeddings as whole tensors, without parts for other models of
+    its pipeline. Raises E-PLACE where that cannot be."""
     adapter = item.adapter
     index = base_names.NameIndex.of(checkpoint)
+    others = pipeline.siblings(checkpoint.root)
+    if others:
+        named = (*targets_of(adapter), *adapter.extras)
+        first = {each.name for each in named if each.name.partition(".")[0] in others}
+        elsewhere = frozenset(name for name in first if index.find(name) is None)
+        if elsewhere:
+            return _without(adapter, elsewhere)
     resized: dict[str, tuple[ExtraTensor, TensorInfo]] = {}
     for extra in adapter.extras:
         if extra.use != "replace" or f".{_BASE_LAYER}" not in f".{extra.name}" or not extra.shape:
@@ -65,6 +78,18 @@ def settle(item: Scaled, checkpoint: Checkpoint) -> Settled:
     if isinstance(adapter, LoraAdapter):
         return Settled(replace(adapter, targets=tuple(adapter.targets[n] for n in kept), extras=extras), kept, merged)
     return Settled(replace(adapter, targets=tuple(targets[n] for n in kept), extras=extras), kept, merged)
+
+
+def _without(adapter: Adapter, elsewhere: frozenset[str]) -> Settled:
+    """Return an adapter without these targets and tensors."""
+    targets = targets_of(adapter)
+    kept = tuple(number for number, target in enumerate(targets) if target.name not in elsewhere)
+    extras = tuple(extra for extra in adapter.extras if extra.name not in elsewhere)
+    if isinstance(adapter, LoraAdapter):
+        pairs = tuple(adapter.targets[n] for n in kept)
+        return Settled(replace(adapter, targets=pairs, extras=extras), kept, elsewhere=elsewhere)
+    own = replace(adapter, targets=tuple(targets[n] for n in kept), extras=extras)
+    return Settled(own, kept, elsewhere=elsewhere)
 
 
 def _merged(name: str, extra: ExtraTensor, info: TensorInfo, scale: float, source: Source) -> ExtraTensor:

@@ -9,7 +9,7 @@ from lrconvert.core.errors import UndoError
 from lrconvert.core.wording import spelled
 from lrconvert.io.checkpoint import Checkpoint
 from lrconvert.merge.hashing import file_digest
-from lrconvert.merge.plan.plan import RECORDS
+from lrconvert.merge.plan.other_files import RECORDS
 from lrconvert.merge.report import UnmergeReport
 from lrconvert.merge.signed_json import portable
 from lrconvert.merge.undo.open_record import RECORD_NAME, OpenRecord

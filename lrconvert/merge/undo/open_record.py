@@ -17,7 +17,7 @@ from lrconvert.core.limits import FOREIGN, MAX_INDEX_BYTES
 from lrconvert.core.wording import spelled
 from lrconvert.io.container import TensorInfo, combined_digest, open_regular, parse_header, pread, read_small
 from lrconvert.merge.hashing import file_digest
-from lrconvert.merge.plan.plan import RECORDS
+from lrconvert.merge.plan.other_files import RECORDS
 from lrconvert.merge.plan.updates import Source
 from lrconvert.merge.undo import adapters, record
 from lrconvert.merge.undo.record import CODES_NAME

@@ -14,7 +14,7 @@ from typing import Annotated, NamedTuple
 from lrconvert.core.dtypes import itemsize
 from lrconvert.core.errors import MissingFieldError, UndoError, UnknownFieldError
 from lrconvert.io import fields
-from lrconvert.io.checkpoint import INDEX_NAME
+from lrconvert.io.checkpoint import INDEX_NAMES
 from lrconvert.io.fields import Hex, Whole
 from lrconvert.lora.adapter import USES, Use, View
 from lrconvert.merge.plan.plan import CONFIG_NAME
@@ -27,7 +27,7 @@ CODES_NAME = "undo.bin"
 RESIDUAL, XOR, STORED, UNCERTAIN = 0, 1, 2, 3
 PREDICTED = (RESIDUAL, UNCERTAIN)  # these start from what an update predicts
 CODE_ELEMENTS = 1 << 23  # of one code, unless a single row has more; bytes where they are stored
-TEXTS = (CONFIG_NAME, INDEX_NAME)
+TEXTS = (CONFIG_NAME, *INDEX_NAMES)
 
 WEIGHT_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,240}\.safetensors"
 _WEIGHTS = fields.matches(WEIGHT_NAME, "a plain name of a weight file", UndoError)

@@ -16,7 +16,7 @@ from lrconvert.io.checkpoint import Checkpoint
 from lrconvert.io.container import read_small
 from lrconvert.merge.hashing import stored_digest
 from lrconvert.merge.journal import plan_text, read_signed
-from lrconvert.merge.plan.plan import RECORDS, UNDONE
+from lrconvert.merge.plan.other_files import RECORDS, UNDONE
 from lrconvert.merge.plan.updates import Scaled
 from lrconvert.merge.report import MergeReport
 from lrconvert.merge.undo import adapters, record
