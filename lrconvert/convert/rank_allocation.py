@@ -376,7 +376,7 @@ def allocate(
         if live is None:
             assert options.base is not None
             progress(0.0, "loading the base")
-            live = load_model(options.base, options.device)
+            live = load_model(options.base, options.device, adapter=lora)
         texts = allocate_options
         packing = Packing("", texts.length, texts.batch_tokens, texts.max_tokens, answers=True)
         batches = statistics.batches(live, options.base, data, packing, progress)

@@ -12,32 +12,12 @@ from dataclasses import dataclass
 from lrconvert.convert.strength import FORMS
 from lrconvert.core.errors import OptionError
 from lrconvert.core.wording import spelled
-from lrconvert.formats.fidelity import Fidelity
+from lrconvert.formats.fidelity import FEWEST, Fidelity, Interval, Scores
 
 CLOSED = 0.95  # of the distance between base and LoRA: what the lower end of the interval must reach
 KEPT = 0.8  # of the weights' energy, where no answers were measured
 _CLOSED_BY_KEPT = 0.9  # of the distance, at least, by all files that kept as much and whose answers were measured
-FEWEST = 20  # texts: a bootstrap over fewer says little
 POINT = 0.01  # of accuracy, beyond which a loss that is no chance counts
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A number with its 95 % interval, from paired bootstrap samples of texts."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Scores:
-    """A score of base, LoRA and file on the same texts, and the file's less the LoRA's."""
-
-    base: Interval
-    lora: Interval
-    file: Interval
-    change: Interval
 
 
 @dataclass(frozen=True)
@@ -108,11 +88,11 @@ def from_weights(method: str, fidelity: Fidelity, ratio: float) -> Verdict:
     if method not in FORMS:
         what = f"what {method} keeps of the weights does not say how it answers"
         return Verdict(False, what, f"{_with_data()}, which measure that")
-    share = f"it keeps {kept:.0%} of the energy of the weights"
+    share = f"it keeps {kept:.0%} of the weights' energy"
     if kept >= KEPT:
         measured = f"files that kept as much closed over {_CLOSED_BY_KEPT:.0%} of the distance to the LoRA's answers"
         return Verdict(True, f"{share}, and where answers were measured, {measured}")
-    why = f"{share}, and below {KEPT:.0%} that does not say how it answers"
+    why = f"{share}, and below {KEPT:.0%} only answers can tell how good it is"
     return Verdict(False, why, f"{_larger(ratio)}, or {_with_data()}, which measure and refine it")
 
 

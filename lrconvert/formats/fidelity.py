@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from lrconvert.lora.base_weights import BaseWeights
 from lrconvert.lora.input_statistics import InputStatistics, Moment
 from lrconvert.methods import base as methods
 
+FEWEST = 20  # texts: a bootstrap over fewer says little
 _LITTLE = 0.5  # of the energy: less is no working copy of a LoRA, unless it is trained
 
 
@@ -71,11 +72,32 @@ def _total(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
 
 
 @dataclass(frozen=True)
+class Interval:
+    """A number with its 95 % interval, from paired bootstrap samples of texts."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A score of base, LoRA and file on the same texts, and the file's less the LoRA's."""
+
+    base: Interval
+    lora: Interval
+    file: Interval
+    change: Interval
+
+
+@dataclass(frozen=True)
 class Answers:
     """The distance of a model's answers from those of the LoRA, on data. `kind`: "KL" of the logits in nats per item,
     or the relative squared error of "hidden states" where a model has no logits. `agreement`: the share of items with
     the same first choice. `base_...`: the same of the base without updates; heads that both carry stay on it.
-    `interval`: the 95 % interval of `closed`, where enough texts were measured to say."""
+    `interval`: the 95 % interval of `closed`, and `intervals` those of the other measures by their names, where enough
+    texts were measured to say. `loss` (nats) where places have right answers, `accuracy` where these are classes.
+    """
 
     kind: str
     items: int
@@ -84,6 +106,9 @@ class Answers:
     agreement: float | None = None
     base_agreement: float | None = None
     interval: tuple[float, float] | None = None
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    loss: Scores | None = None
+    accuracy: Scores | None = None
 
     @property
     def closed(self) -> float:

@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lrconvert.core.errors import DataError
-from lrconvert.formats.fidelity import Answers
-from lrconvert.live import intervals
+from lrconvert.formats.fidelity import FEWEST, Answers
+from lrconvert.live.text_sums import TextSums, row_values, scores, share
 
 _CHUNK = 1 << 24  # logits that are compared at once
-TINY = 1e-30
-FEWEST = 20  # texts: a bootstrap over fewer says little
 
 
 @dataclass(frozen=True, eq=False)
 class Outputs:
     """Answers of a model at the places that count: `rows` (items, classes) of logits, or of hidden states where a
     model has no logits; the hidden states of all layers, (tokens, width) each, if they were asked for; the number of
-    the text of each row (items,), in its batch, where intervals are."""
+    the text of each row (items,), in its batch, where intervals are, and the right answers (items,), where rows have
+    some."""
 
     rows: Tensor
     are_logits: bool
     hidden: tuple[Tensor, ...] = ()
     texts: Tensor | None = None
+    labels: Tensor | None = None
 
 
 def answer_of(output: Any) -> tuple[Tensor, bool]:
@@ -49,21 +48,10 @@ def masked_rows(value: Tensor, masks: Iterable[Any]) -> Tensor:
     return value.reshape(-1, value.shape[-1])
 
 
-def row_distances(teacher: Tensor, student: Tensor, are_logits: bool) -> tuple[Tensor, Tensor]:
-    """Return of each row (items, n), float32, how far the student's answer is from the teacher's (items,), KL in nats
-    or relative squared error, and whether the first choices are the same (items,), false of hidden states."""
-    if are_logits:
-        agreed = teacher.argmax(-1) == student.argmax(-1)
-        p, q = teacher.log_softmax(-1), student.log_softmax(-1)
-        return (p.exp() * (p - q)).sum(-1), agreed
-    error = (teacher - student).square().sum(-1) / teacher.square().sum(-1).clamp(min=TINY)
-    return error, torch.zeros_like(error, dtype=torch.bool)
-
-
 @dataclass
 class AnswerSums:
-    """Sums over items: distance of the answers, equal first choices, squared errors of hidden states by layer; and the
-    distance of each text, where the teacher's outputs say which is whose."""
+    """Sums over items: distance of the answers, equal first choices, squared errors of hidden states by layer; and
+    those of each text, where the teacher's outputs say which is whose."""
 
     items: int = 0
     distance: float = 0.0
@@ -71,7 +59,8 @@ class AnswerSums:
     tokens: int = 0
     hidden: list[float] | None = None
     are_logits: bool = True
-    of_texts: list[float] = field(default_factory=list)
+    are_classes: bool = False
+    by_text: TextSums = field(default_factory=TextSums)
 
     @torch.no_grad()
     def add(self, teacher: Outputs, student: Outputs) -> None:
@@ -79,16 +68,19 @@ class AnswerSums:
         self.items += len(teacher.rows)
         self.are_logits = teacher.are_logits
         step = max(1, _CHUNK // max(1, teacher.rows.shape[-1]))
-        count = 0 if teacher.texts is None or not len(teacher.rows) else int(teacher.texts.max()) + 1
-        by_text = torch.zeros(count, dtype=torch.float64)
+        rows: dict[str, list[Tensor]] = {}
         for start in range(0, len(teacher.rows), step):
-            p, q = (outputs.rows[start : start + step].float() for outputs in (teacher, student))
-            distance, agreed = row_distances(p, q, teacher.are_logits)
-            self.agreed += int(agreed.sum())
-            self.distance += float(distance.double().sum())
-            if teacher.texts is not None:
-                by_text.index_add_(0, teacher.texts[start : start + step].cpu(), distance.double().cpu())
-        self.of_texts += by_text.tolist()
+            part = slice(start, start + step)
+            p, q = (outputs.rows[part].float() for outputs in (teacher, student))
+            labels = None if teacher.labels is None else teacher.labels[part]
+            values = row_values(p, q, teacher.are_logits, labels)
+            self.agreed += int(values["agreed"].sum())
+            self.distance += float(values["distance"].double().sum())
+            for name, value in values.items() if teacher.texts is not None else ():
+                rows.setdefault(name, []).append(value)
+        if teacher.texts is not None and rows:
+            count = int(teacher.texts.max()) + 1
+            self.by_text.add({name: torch.cat(pieces) for name, pieces in rows.items()}, teacher.texts, count)
         errors = [
             float((one.float() - other.float()).square().sum(-1).double().sum())
             for one, other in zip(teacher.hidden, student.hidden, strict=True)
@@ -111,14 +103,32 @@ class AnswerSums:
         """The mean squared error of each layer's hidden states."""
         return tuple(error / max(1, self.tokens) for error in self.hidden or ())
 
-    def answers(self, base: AnswerSums) -> Answers:
-        """Return these answers beside those of the base without updates."""
+    def answers(self, base: AnswerSums, lora: AnswerSums | None = None) -> Answers:
+        """Return these answers beside those of the base without updates; with the LoRA's own, where places have right
+        answers, the loss of all three, too, and their accuracy if `lora.are_classes`."""
         own, of_base = (self.agreement, base.agreement) if self.are_logits else (None, None)
         kind = "KL" if self.are_logits else "hidden states"
-        return Answers(kind, self.items, self.mean, base.mean, own, of_base, self._interval(base))
-
-    def _interval(self, base: AnswerSums) -> tuple[float, float] | None:
-        """The 95 % interval of the share that is closed; None where too few texts would say it."""
-        if len(self.of_texts) < FEWEST or not base.distance:
-            return None
-        return intervals.share(np.array(self.of_texts), np.array(base.of_texts), one_minus=True)[1:]
+        answers = Answers(kind, self.items, self.mean, base.mean, own, of_base)
+        if not len(self.by_text):
+            return answers
+        if lora is not None and self.are_logits and base.by_text.of("labelled").any():
+            three = base.by_text, lora.by_text, self.by_text
+            answers = replace(answers, loss=scores("loss", *three))
+            if lora.are_classes:
+                answers = replace(answers, accuracy=scores("correct", *three))
+        if len(self.by_text) < FEWEST:
+            return answers
+        measures = {
+            f"{of}{name}": share(sums.by_text.of(key), sums.by_text.of("items"))
+            for of, sums in (("", self), ("base_", base))
+            for name, key in (("distance", "distance"), ("agreement", "agreed"))
+            if key == "distance" or self.are_logits
+        }
+        closed = None
+        if base.distance:
+            closed = share(self.by_text.of("distance"), base.by_text.of("distance"), one_minus=True)
+        return replace(
+            answers,
+            interval=None if closed is None else (closed.low, closed.high),
+            intervals={name: (one.low, one.high) for name, one in measures.items()},
+        )

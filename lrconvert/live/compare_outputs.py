@@ -75,7 +75,8 @@ def measure(
     before = attach.active(model)
     with evaluating(model), attach.temporarily(model, {_TEACHER: teacher, **named, **bases}), torch.no_grad():
         targets = _target_inputs(model, teacher, named)
-        sums = {name: AnswerSums() for name in (*named, *bases)}
+        are_classes = kind_of(model) == "encoder"
+        sums = {name: AnswerSums(are_classes=are_classes) for name in (_TEACHER, *named, *bases)}
         for batch in batches:
             moved = on_device(batch, device)
             attach.set_active(model, (*before, _TEACHER))
@@ -83,27 +84,52 @@ def measure(
                 goal = _outputs(model, moved)
             for name, total in sums.items():
                 attach.set_active(model, (*before, name))
-                total.add(goal, _outputs(model, moved))
+                total.add(goal, goal if name == _TEACHER else _outputs(model, moved))
             progress(token_count(batch))
     if not all(total.items for total in sums.values()):
         raise DataError("there is no output to compare", fix="is the data empty?")
     errors = {target.which: target.errors() for target in targets}
     by_student = tuple({which: pairs[n] for which, pairs in errors.items()} for n in range(len(students)))
-    answers = [sums[name].answers(sums[zeros[zero.extras]]) for name, zero in zip(named, zero_of_each, strict=True)]
+    answers = [
+        sums[name].answers(sums[zeros[zero.extras]], sums[_TEACHER])
+        for name, zero in zip(named, zero_of_each, strict=True)
+    ]
     warnings = (zero_point.differences(teacher, student) for student in students)
     return Measured(tuple(answers), by_student, tuple(warnings))
 
 
 def _outputs(model: nn.Module, batch: Batch) -> Outputs:
     counted = _answered(model, batch)
-    # A decoder's own loss is not needed; an encoder-decoder reads what it is to write from its labels.
-    given = batch if counted is None else {name: value for name, value in batch.items() if name != "labels"}
+    # A model's own loss is not needed; an encoder-decoder reads what it is to write from its labels.
+    reads_labels = is_encoder_decoder(model)
+    given = batch if reads_labels else {name: value for name, value in batch.items() if name != "labels"}
     value, are_logits = answer_of(model(**given))
     mask = batch.get("attention_mask")
-    if is_encoder_decoder(model) and batch.get("labels") is not None:
+    if reads_labels and batch.get("labels") is not None:
         mask = batch["labels"] != IGNORED
     counts = mask if counted is None else counted
-    return Outputs(masked_rows(value, (counts,)), are_logits, texts=_texts_of(value, counts))
+    rows = masked_rows(value, (counts,))
+    labels = _right_answers(model, batch, value, counts) if are_logits else None
+    return Outputs(rows, are_logits, texts=_texts_of(value, counts), labels=labels)
+
+
+def _right_answers(model: nn.Module, batch: Batch, value: Tensor, counts: Any) -> Tensor | None:
+    """The right answer of each row of `masked_rows` (items,), IGNORED where there is none: the next token of a decoder,
+    what an encoder-decoder is to write, the class of a text or a token; None where the batch has none that fit."""
+    labels, ids = batch.get("labels"), batch.get("input_ids")
+    if kind_of(model) == "decoder":
+        source = ids if labels is None or ids is None or labels.shape != ids.shape else labels
+        mask = batch.get("attention_mask")
+        if source is None or source.shape != value.shape[:-1]:
+            return None
+        following = torch.full_like(source, IGNORED)
+        following[:, :-1] = source[:, 1:]
+        if mask is not None:
+            following[:, :-1][~mask[:, 1:].bool()] = IGNORED
+        labels = following
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != value.shape[:-1]:
+        return None
+    return masked_rows(labels[..., None], (counts,)).flatten()
 
 
 def _texts_of(value: Tensor, mask: Any) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,17 @@ from lrconvert.core.devices import resolved, torch_device
 from lrconvert.core.errors import BaseError, DataError, DependencyError
 from lrconvert.core.wording import either
 from lrconvert.io import mistaken
+from lrconvert.live import task_class
+from lrconvert.live.attached_adapter import Adapter
 from lrconvert.lora import renamings
+from lrconvert.lora.base_names import NameIndex
 
 
-def load_model(base: Path, device: str = "cpu", *, four_bit: bool = False) -> nn.Module:
+def load_model(base: Path, device: str = "cpu", *, four_bit: bool = False, adapter: Adapter | None = None) -> nn.Module:
     """Return the model of a base folder, in the dtype it is stored in, in evaluation mode; with `four_bit` its linear
-    layers are quantized to NF4. Raises E-BASE with what transformers says if it cannot load it, E-OPTION for a device
-    that the machine lacks, E-DEPENDENCY without bitsandbytes."""
+    layers are quantized to NF4. With an `adapter` of a task that carries a head, it has the class of that task, and as
+    many labels as that head. Raises E-BASE with what transformers says if it cannot load it, E-PLACE if that class
+    needs weights that neither has, E-OPTION for a device that the machine lacks, E-DEPENDENCY without bitsandbytes."""
     import transformers
 
     device = resolved(device)
@@ -35,19 +39,52 @@ def load_model(base: Path, device: str = "cpu", *, four_bit: bool = False) -> nn
         named = (getattr(config, "architectures", None) or [""])[0]
         kind: Any = getattr(transformers, named, transformers.AutoModel)
         options: dict[str, Any] = {"dtype": "auto"}
+        task = None if adapter is None else task_class.needed(adapter, config, named)
+        if task is not None:
+            kind = getattr(transformers, task.name)
+            options |= {"num_labels": task.labels, "ignore_mismatched_sizes": True, "output_loading_info": True}
         if four_bit:
             quantization: Any = transformers.BitsAndBytesConfig
             options["quantization_config"] = quantization(load_in_4bit=True, bnb_4bit_quant_type="nf4")
             options["device_map"] = {"": device}
-        model: nn.Module = kind.from_pretrained(base, local_files_only=True, **options)
+        with _quiet() if task is not None else nullcontext():  # the head that is made up here is not used
+            loaded = kind.from_pretrained(base, local_files_only=True, **options)
+        model: nn.Module = loaded if task is None else loaded[0]
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise BaseError(f"transformers cannot load the base: {_first_line(error)}", path=base) from None
+    if adapter is not None and task is not None:
+        info = loaded[1]
+        made_up = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
+        task_class.check(adapter, NameIndex(dict(model.state_dict()), families_of(model)), made_up, base)
+        if getattr(model.config, "pad_token_id", None) is None:  # by which a decoder finds the end of each text
+            model.config.pad_token_id = _pad_of(base)
     if not four_bit:
         return model.to(device).eval()
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # a layout for inference alone, and not of all widths
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 -- unknown to torch's stubs
     return model.eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' log."""
+    import transformers
+
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+
+
+def _pad_of(base: Path) -> int:
+    """The token that texts are padded with: that of the tokenizer, or 0."""
+    try:
+        return int(load_tokenizer(base).pad_token_id or 0)
+    except DataError:
+        return 0
 
 
 def load_tokenizer(base: Path) -> Any:

@@ -44,7 +44,7 @@ def statistics(
     if where is not None:
         with open_checkpoint(where, quantized=True) as checkpoint:
             content = checkpoint.content_digest()
-    model = load_model.load_model(base, options.device) if isinstance(base, Path) else base
+    model = load_model.load_model(base, options.device, adapter=adapter) if isinstance(base, Path) else base
     inputs = batches(model, where, data, _packing(options), progress)
     measured = collect_statistics.collect(
         model,
@@ -73,8 +73,9 @@ def measured(
     """Measure what the adapters do to the base's outputs on data; see `lrconvert.api.compare`."""
     progress(0.0, "loading the base")
     where = base if isinstance(base, Path) else None
-    model = load_model.load_model(base, options.device) if isinstance(base, Path) else base
-    inputs = batches(model, where, data, _packing(options, answers=True), progress)
+    model = load_model.load_model(base, options.device, adapter=lora) if isinstance(base, Path) else base
+    packing = replace(_packing(options, answers=True), labels=True)
+    inputs = batches(model, where, data, packing, progress)
     return compare_outputs.measure(model, lora, compacts, inputs, _counting(inputs, progress))
 
 
@@ -105,7 +106,9 @@ def batches(
         return model_inputs  # type: ignore[no-any-return]
     tokenizer = load_model.tokenizer_of(model, base)
     length = load_model.longest_input(model, tokenizer, packing.length)
-    packing = replace(packing, kind=load_model.kind_of(model), length=length)
+    kind = load_model.kind_of(model)
+    classes = load_model.classes_of(model) if packing.labels and kind == "encoder" else {}
+    packing = replace(packing, kind=kind, length=length, classes=classes)
     packed = texts.batches(written.texts, tokenizer, packing, written.tally)
     progress(0.0, written.tally.notice())
     return packed

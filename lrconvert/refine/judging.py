@@ -6,18 +6,17 @@ is enough of it, and measures the winner alone. Intervals are of paired bootstra
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lrconvert.convert.verdict import FEWEST, Interval, Judged, Scores
-from lrconvert.core.dtypes import F64
-from lrconvert.live import attach, intervals
-from lrconvert.live.answers import Outputs, row_distances
-from lrconvert.live.texts import IGNORED
+from lrconvert.convert.verdict import Judged
+from lrconvert.formats.fidelity import FEWEST
+from lrconvert.live import attach
+from lrconvert.live.answers import AnswerSums, Outputs
+from lrconvert.live.text_sums import TextSums, scores, share
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 from lrconvert.refine.attached_student import NAME
 from lrconvert.refine.data import Pool
@@ -26,7 +25,6 @@ from lrconvert.refine.losses import Batch
 from lrconvert.refine.session import RefineSession
 
 _MOST = 0.2  # of what is trained on, which may be set aside
-_CHUNK = 1 << 24  # logits that are compared at once
 
 
 def set_aside(session: RefineSession, seed: int) -> tuple[RefineSession, Pool | None]:
@@ -62,102 +60,52 @@ def judge(
     """Measure an adapter's answers on the texts of `pool` beside those of base and LoRA."""
     model = session.teacher_model.model
     with attach.temporarily(model, {NAME: adapter}), torch.no_grad():
-        sums = _sums(session, pool, batch_tokens)
-    base, ours, goal = sums[ZERO], sums[NAME], sums[TEACHER]
+        sums, is_logits = _sums(session, pool, batch_tokens)
+    base, ours, goal = (sums[name] for name in (ZERO, NAME, TEACHER))
     items = base.of("items")
-    is_logits = base.are_logits
-    agreements = [_interval(s.of("agreed"), items) if is_logits else None for s in (ours, base)]
+    agreements = [share(s.of("agreed"), items) if is_logits else None for s in (ours, base)]
     answered = base.of("labelled")
     has_answers = bool(answered.sum()) and is_logits and not by_lora
     is_class = has_answers and pool.kind == "encoder"
-
-    def scores(name: str) -> Scores:
-        of = [s.of(name) for s in (base, goal, ours)]
-        return Scores(*(_interval(values, answered) for values in (*of, of[2] - of[1])))
-
     return Judged(
         kind="KL" if is_logits else "hidden states",
         texts=len(items),
         items=int(items.sum()),
-        distance=_interval(ours.of("distance"), items),
-        base_distance=_interval(base.of("distance"), items),
-        closed=Interval(*intervals.share(ours.of("distance"), base.of("distance"), one_minus=True)),
+        distance=share(ours.of("distance"), items),
+        base_distance=share(base.of("distance"), items),
+        closed=share(ours.of("distance"), base.of("distance"), one_minus=True),
         agreement=agreements[0],
         base_agreement=agreements[1],
-        loss=scores("loss") if has_answers else None,
-        accuracy=scores("correct") if is_class else None,
+        loss=scores("loss", base, goal, ours) if has_answers else None,
+        accuracy=scores("correct", base, goal, ours) if is_class else None,
         is_fresh=is_fresh,
         by_lora=by_lora,
     )
 
 
-def _interval(over: F64, under: F64) -> Interval:
-    return Interval(*intervals.share(over, under))
-
-
-@dataclass
-class _Sums:
-    """Sums of one adapter over the places of each text, by what they are of, text after text."""
-
-    parts: dict[str, list[F64]] = field(default_factory=dict)
-    are_logits: bool = True
-
-    def of(self, name: str) -> F64:
-        """Return one sum of each text (texts,)."""
-        return np.concatenate(self.parts[name])
-
-    def add(self, goal: Outputs, ours: Outputs, labels: Tensor | None, owners: Tensor, texts: int) -> None:
-        """Count a batch of `texts`; `owners` (items,) says which of them each row of the answers is of."""
-        self.are_logits = goal.are_logits
-        rows: dict[str, list[Tensor]] = {}
-        step = max(1, _CHUNK // max(1, goal.rows.shape[-1]))
-        for start in range(0, len(goal.rows), step):
-            part = slice(start, start + step)
-            p, q = goal.rows[part].float(), ours.rows[part].float()
-            distance, agreed = row_distances(p, q, goal.are_logits)
-            values = {"items": torch.ones_like(distance), "distance": distance, "agreed": agreed}
-            for name, value in (values | _task(q, None if labels is None else labels[part])).items():
-                rows.setdefault(name, []).append(value.double())
-        for name, pieces in rows.items():
-            total = torch.zeros(texts, dtype=torch.float64, device=owners.device)
-            self.parts.setdefault(name, []).append(total.index_add_(0, owners, torch.cat(pieces)).cpu().numpy())
-
-
-def _task(rows: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-    """Return scores of rows (items, classes) on the task: each (items,), zero where there is no label."""
-    if labels is None:
-        nothing = torch.zeros(len(rows), device=rows.device)
-        return dict.fromkeys(("labelled", "loss", "correct"), nothing)
-    known = labels != IGNORED
-    loss = F.cross_entropy(rows, labels, reduction="none", ignore_index=IGNORED)
-    return {"labelled": known, "loss": loss, "correct": known & (rows.argmax(-1) == labels)}
-
-
-def _sums(session: RefineSession, pool: Pool, batch_tokens: int) -> dict[str, _Sums]:
-    """Run base, LoRA and file over a pool."""
-    teacher_model, sums = session.teacher_model, {name: _Sums() for name in (TEACHER, ZERO, NAME)}
+def _sums(session: RefineSession, pool: Pool, batch_tokens: int) -> tuple[dict[str, TextSums], bool]:
+    """Run base, LoRA and file over a pool; return the sums of each, and whether its answers are logits."""
+    teacher_model, sums = session.teacher_model, {name: AnswerSums() for name in (TEACHER, ZERO, NAME)}
     for numbers in pool.plan(0, -1, batch_tokens):
         batch = pool.batch(numbers).to(teacher_model.device)
         goal = teacher_model.teacher(batch, hidden=False)
-        owners, texts = _owners(batch, len(goal.rows))
-        labels = _labels(batch, goal)
+        goal = replace(goal, texts=_owners(batch, len(goal.rows)), labels=_labels(batch, goal))
         for name, total in sums.items():
             teacher_model.activate(name)
-            ours = goal if name == TEACHER else teacher_model.answers(batch, hidden=False)
-            total.add(goal, ours, labels, owners, texts)
-    return sums
+            total.add(goal, goal if name == TEACHER else teacher_model.answers(batch, hidden=False))
+    return {name: total.by_text for name, total in sums.items()}, sums[ZERO].are_logits
 
 
-def _owners(batch: Batch, items: int) -> tuple[Tensor, int]:
-    """Return which text of a batch each row of its answers is of (items,), and how many there are."""
+def _owners(batch: Batch, items: int) -> Tensor:
+    """Return which text of a batch each row of its answers is of (items,)."""
     texts, scored = batch.rows, batch.scored
     if scored is not None and scored.dim() == 2 and int(scored.sum()) == items and len(scored) == texts:
-        return scored.nonzero()[:, 0], texts
+        return scored.nonzero()[:, 0]
     each = items // texts if texts and items % texts == 0 else 0
     device = None if scored is None else scored.device
     if not each:
-        return torch.zeros(items, dtype=torch.long, device=device), 1
-    return torch.arange(texts, device=device).repeat_interleave(each), texts
+        return torch.zeros(items, dtype=torch.long, device=device)
+    return torch.arange(texts, device=device).repeat_interleave(each)
 
 
 def _labels(batch: Batch, goal: Outputs) -> Tensor | None:

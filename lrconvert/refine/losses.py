@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lrconvert.live.answers import TINY, Outputs, answer_of, masked_rows
+from lrconvert.live.answers import Outputs, answer_of, masked_rows
+from lrconvert.live.text_sums import TINY
 from lrconvert.live.texts import IGNORED
 
 TOP_K = 1024  # logits of a teacher that are compared one by one; what the rest holds is compared as one

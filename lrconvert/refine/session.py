@@ -68,7 +68,10 @@ def open_session(
     heads; afterwards the model is as it was. Raises E-BASE, E-DATA, E-OPTION."""
     progress(0.0, "loading the base")
     where = base if isinstance(base, Path) else None
-    model = load_model.load_model(base, run.device, four_bit=run.load_in_4bit) if isinstance(base, Path) else base
+    model = base
+    if isinstance(base, Path):
+        model = load_model.load_model(base, run.device, four_bit=run.load_in_4bit, adapter=teacher)
+    assert not isinstance(model, Path)
     adapters = {TEACHER: teacher, ZERO: zero_point.without_updates(teacher, student)}
     with _prepared(model, adapters, settings, processes or Processes()) as teacher_model:
         pool, source = _pool(teacher_model, where, data, settings, progress)

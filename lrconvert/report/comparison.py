@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from lrconvert.core.errors import printable
-from lrconvert.formats.fidelity import Answers, Fidelity, TargetFidelity
-from lrconvert.report.tables import WIDTH, percent, picked, share, shortened, table
+from lrconvert.formats.fidelity import FEWEST, Answers, Fidelity, Interval, Scores, TargetFidelity
+from lrconvert.report.tables import WIDTH, filled, percent, picked, share, shortened, table
 
 # What was captured: in the weight norm, of the outputs under statistics, of the outputs on data.
 CAPTURED = {"captured": "captured", "output_captured": "of outputs", "data_captured": "on the data"}
@@ -67,7 +67,7 @@ def comparison_text(files: Sequence[tuple[str, Fidelity]], verbose: bool) -> str
             parts.append(f"{printable(name)}\n{fidelity_table(f, len(f.targets))}")
     if worst := [_worst(name, f) for name, f in files if not verbose]:
         parts.append("\n".join(["worst target of each file (-v shows all)", *worst]))
-    if notes := [f"{printable(name)}: {printable(note, 1000)}" for name, f in files for note in f.notes]:
+    if notes := [filled(f"{printable(name)}: {printable(note, 1000)}", "  ") for name, f in files for note in f.notes]:
         parts.append("\n".join(notes))
     return "\n\n".join(parts)
 
@@ -81,15 +81,60 @@ def _worst(name: str, fidelity: Fidelity) -> str:
 
 def _answers(files: Sequence[tuple[str, Answers]]) -> str:
     """Show how far the models' answers are from the LoRA's, and before each file the base that it was measured from, if
-    that is another one than before: heads that a file carries are on its base, too."""
+    that is another one than before: heads that a file carries are on its base, too. Then what they are worth on the
+    task, where there are right answers."""
     first, rows, base = files[0][1], [], None
     for name, a in files:
         if base != (a.base_distance, a.base_agreement):
             base = a.base_distance, a.base_agreement
-            rows.append(["(no update)", f"{a.base_distance:.4g}", "0.0%", percent(a.base_agreement)])
-        rows.append([printable(name), f"{a.distance:.4g}", f"{a.closed:.1%}", percent(a.agreement)])
+            known = a.intervals
+            rows.append(
+                [
+                    "(no update)",
+                    _number(a.base_distance, known.get("base_distance")),
+                    "0.0%",
+                    _share(a.base_agreement, known.get("base_agreement")),
+                ]
+            )
+        closed = _share(a.closed, a.interval)
+        agreement = _share(a.agreement, a.intervals.get("agreement"))
+        rows.append([printable(name), _number(a.distance, a.intervals.get("distance")), closed, agreement])
     unit = "KL, nats" if first.kind == "KL" else "error of hidden states"
-    return table([f"answers on {first.items:,} items", unit, "of it closed", "agrees with the LoRA"], rows)
+    parts = [table([f"answers on {first.items:,} items", unit, "of it closed", "agrees with the LoRA"], rows)]
+    parts += [
+        _scored(title, [(name, one) for name, a in files if (one := getattr(a, which)) is not None], show)
+        for which, title, show in (("accuracy", "accuracy", _share), ("loss", "loss, nats", _number))
+        if any(getattr(a, which) is not None for _, a in files)
+    ]
+    has = any(a.intervals for _, a in files)
+    parts.append(BRACKETS if has else f"No intervals: they need at least {FEWEST} texts.")
+    return "\n\n".join(parts)
+
+
+BRACKETS = "In brackets the 95% interval, of bootstrap samples of the texts."
+
+
+def _scored(title: str, files: Sequence[tuple[str, Scores]], show: Callable[..., str]) -> str:
+    """Show a score of base, LoRA and every file, and how far each file's is from the LoRA's."""
+
+    def cell(one: Interval) -> str:
+        return show(one.value, (one.low, one.high))
+
+    rows = [["(no update)", cell(files[0][1].base), ""], ["LoRA", cell(files[0][1].lora), ""]]
+    rows += [[printable(name), cell(one.file), cell(one.change)] for name, one in files]
+    return table(["on the task", title, "less the LoRA's"], rows)
+
+
+def _number(value: float, interval: tuple[float, float] | None = None) -> str:
+    """A number, with its interval in brackets if there is one."""
+    return f"{value:.4g}" if interval is None else f"{value:#.3g} [{interval[0]:#.3g}, {interval[1]:#.3g}]"
+
+
+def _share(value: float | None, interval: tuple[float, float] | None = None) -> str:
+    """A share in percent, with its interval in brackets if there is one."""
+    if value is None or interval is None:
+        return percent(value)
+    return f"{value:.1%} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
 
 
 def fidelity_table(fidelity: Fidelity, rows: int) -> str:

@@ -26,19 +26,23 @@ def test_it_holds_the_share_and_narrows_with_more_texts():
     widths = []
     for texts in (20, 80, 320):
         file, base = sums(texts, 0.8), sums(texts, 0.0)
-        assert len(file.of_texts) == texts and sum(file.of_texts) == pytest.approx(file.distance)
+        assert len(file.by_text) == texts and sum(file.by_text.of("distance")) == pytest.approx(file.distance)
         answers = file.answers(base)
         low, high = answers.interval
         assert low < answers.closed < high < 1
+        for name, (least, most) in answers.intervals.items():  # of every measure there is one
+            assert least < getattr(answers, name) < most
+        assert set(answers.intervals) == {"distance", "base_distance", "agreement", "base_agreement"}
         widths.append(high - low)
     assert widths == sorted(widths, reverse=True)
 
 
 def test_few_texts_have_none():
-    assert sums(19, 0.8).answers(sums(19, 0.0)).interval is None
+    few = sums(19, 0.8).answers(sums(19, 0.0))
+    assert few.interval is None and not few.intervals
     alone = AnswerSums()
     alone.add(Outputs(torch.zeros(40, 3), True), Outputs(torch.ones(40, 3), True))  # whose rows are is not known
-    assert alone.of_texts == [] and alone.answers(alone).interval is None
+    assert not len(alone.by_text) and alone.answers(alone).interval is None
 
 
 @pytest.mark.parametrize("masked", (False, True))

@@ -49,9 +49,9 @@ def test_sums_of_texts_are_those_of_all(tmp_path: Path) -> None:
     with open_session(LLAMA, lora, words(tmp_path), settings, RunOptions(), progress=lambda s, t: None) as session:
         pool, model = session.split.held_out, session.teacher_model.model
         with attach.temporarily(model, {NAME: compact}), torch.no_grad():
-            sums = judging._sums(session, pool, 64)
+            sums, _ = judging._sums(session, pool, 64)
             whole = session.evaluator.sums((NAME,))
-            one = judging._sums(session, pool.subset([0]), 64)[NAME]
+            one = judging._sums(session, pool.subset([0]), 64)[0][NAME]
             session.teacher_model.activate(NAME)
             batch = pool.batch([0])
             logits = model(**batch.inputs).logits[0, :-1]

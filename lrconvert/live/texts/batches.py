@@ -3,8 +3,8 @@ is padding; examples are read one by one, shortest first, padded to the longest 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,13 +21,16 @@ from lrconvert.live.texts.tokens import IGNORED, Example, tokenize
 class Packing:
     """The form of batches: `kind` decoder, encoder, or encoder-decoder; tokens of a block (or at most of a text),
     of a batch, and at most of everything (0: no limit). With `answers` the batches of a decoder have `labels`, where
-    some of their tokens do not count, and texts of which none counts are left out."""
+    some of their tokens do not count, and texts of which none counts are left out; with `labels` too, those of
+    an encoder have the numbers of the `classes` of their texts."""
 
     kind: str
     length: int
     batch_tokens: int
     max_tokens: int = 0
     answers: bool = False
+    labels: bool = False
+    classes: Mapping[str, int] = field(default_factory=dict)
 
 
 def batches(
@@ -41,7 +44,7 @@ def batches(
         packing.kind,
         packing.length,
         packing.max_tokens,
-        {},
+        packing.classes,
         tally,
         answers_only=packing.answers,
     )
@@ -88,6 +91,8 @@ def _padded(examples: Sequence[Example], pad: int, answers: bool) -> dict[str, A
     if written[0]:
         widths = [max(map(len, rows)) for rows in (read, written)]
         batch["labels"] = padded(written, IGNORED, widths[1] + (widths[0] == widths[1]))  # known by its length
+    elif answers and any(e.label is not None for e in examples):
+        batch["labels"] = torch.tensor([IGNORED if e.label is None else e.label for e in examples])
     elif answers and any(e.is_masked for e in examples):
         batch["labels"] = padded([e.labels for e in examples], IGNORED)
     return batch
