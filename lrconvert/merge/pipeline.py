@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lrconvert.core.errors import OptionError, UndoError
+from lrconvert.core.errors import OptionError, OutputPathError, UndoError
 from lrconvert.core.wording import spelled
 from lrconvert.io import pipeline
 from lrconvert.io.checkpoint import contained
 from lrconvert.io.durable import atomic_directory, check_output, require_space
+from lrconvert.io.durable.files import hidden_sibling
 from lrconvert.merge.options import MergeOptions
 from lrconvert.merge.plan.other_files import is_weights
 from lrconvert.merge.plan.plan import ELSEWHERE
@@ -46,11 +47,15 @@ def merge(
         what = f"{spelled('resume', True)} does not go with a pipeline"
         raise OptionError(what, fix="give the folder of the model in it", path=base)
     check_output(out, options.overwrite, [base], directory=True)
-    if options.dry_run:
-        planned = [_named(name, one(base / name, out / name, inner, progress)) for name in names]
-        return _joined(planned, {}, ())
+    if out.is_dir() and any(out.iterdir()) and not pipeline.is_pipeline(out):
+        raise OutputPathError("is no pipeline, so it is not replaced", fix="choose another output", path=out)
     copies, left_out = _others(base, names)
     sizes = {name: path.stat().st_size for name, path in copies.items()}
+    whole = not options.component
+    if options.dry_run:
+        nowhere = hidden_sibling(out, "dry")
+        planned = [_named(name, one(base / name, nowhere, inner, progress)) for name in names]
+        return _joined(planned, sizes, left_out, whole)
     require_space(out, int(sum(sizes.values()) * _SPACE_MARGIN))
     reports = []
     with atomic_directory(out, overwrite=options.overwrite) as folder:
@@ -59,7 +64,7 @@ def merge(
             reports.append(_named(name, one(base / name, folder.root / name, inner, part)))
         for name, path in sorted(copies.items()):
             folder.copy_file(path, name)
-    return _joined(reports, sizes, left_out)
+    return _joined(reports, sizes, left_out, whole)
 
 
 def verify(merged: Path, base: Path, inputs: Sequence[Scaled], component: str, one: VerifyOne) -> VerifyReport:
@@ -114,7 +119,7 @@ def _part(progress: Progress, number: int, count: int) -> Progress:
     return lambda fraction, text: progress((number + fraction) / count, text)
 
 
-def _own(warnings: Iterator[str]) -> Iterator[str]:
+def _own(warnings: Iterable[str]) -> Iterator[str]:
     """Return warnings without those that parts for other models are left out: they are merged, too."""
     return (warning for warning in warnings if not warning.endswith(ELSEWHERE))
 
@@ -133,8 +138,12 @@ def _named(name: str, report: MergeReport) -> MergeReport:
     )
 
 
-def _joined(reports: Sequence[MergeReport], others: dict[str, int], left_out: tuple[str, ...]) -> MergeReport:
+def _joined(
+    reports: Sequence[MergeReport], others: dict[str, int], left_out: tuple[str, ...], whole: bool
+) -> MergeReport:
+    """Return the report of all models; `whole` where they are all that the adapters have parts for."""
     first = reports[0]
+    warnings = [warning for report in reports for warning in report.warnings]
     return replace(
         first,
         tensors=tuple(each for report in reports for each in report.tensors),
@@ -143,7 +152,7 @@ def _joined(reports: Sequence[MergeReport], others: dict[str, int], left_out: tu
         dropped=tuple(each for report in reports for each in report.dropped),
         files=tuple(sorted([*(each for report in reports for each in report.files), *others.items()])),
         left_out=tuple(sorted([*(each for report in reports for each in report.left_out), *left_out])),
-        warnings=tuple(dict.fromkeys(_own(w for report in reports for w in report.warnings))),
+        warnings=tuple(dict.fromkeys(_own(warnings) if whole else warnings)),
         record=", ".join(report.record for report in reports if report.record),
         record_bytes=sum(report.record_bytes for report in reports),
         touched_bytes=sum(report.touched_bytes for report in reports),
