@@ -9,31 +9,34 @@ import numpy as np
 
 from lrconvert.core.dtypes import F32, Array
 from lrconvert.kernels.jit import compiled
+from lrconvert.kernels.machine_code import Signature
 
+LOOPS = {"search": Signature(("f4 2", "f4 1", "f4 2", "f4 2", "i8 2", "f4 3", "f4 2", "i8 3"))}
 _BLOCK = 16  # scores that are looked at one by one only if one of them is good enough
 
 
 @compiled()
-def search(products: F32, squares: F32, gram: F32, gains: F32, beam: int, codes: Array) -> None:
+def search(
+    products: F32, squares: F32, table: F32, gains: F32, codes: Array, rows: F32, sums: F32, links: Array
+) -> None:
     """Fill `codes`, int64 (n, passes), with those that bring ``sum over passes p of g_p v`` near each sub-vector x.
 
-    `products` (n, h) are ``<x, v>``, `squares` (n,) ``<x, x>``, `gram` (h, h) the ``<u, v>`` of the bank, and `gains`
-    (n, passes) the g. From the `beam` best partial sums, each with error e and ``c[v] = <left, v>``, a pass takes the
-    best of all
+    `products` (n, h) are ``<x, v>``, `squares` (n,) ``<x, x>``, `gains` (n, passes) the g. `table` (h + 1, d) has the
+    ``<u, v>`` of the bank, its rows filled up with zeros to a multiple of 16, and last the ``<v, v>``, filled up with
+    infinity. From the `beam` best partial sums, each with error e and ``c[v] = <left, v>``, a pass takes the best of
+    all
 
-        e - 2 g c[v] + g^2 <v, v>;  then  c <- c - g gram[v]
+        e - 2 g c[v] + g^2 <v, v>;  then  c <- c - g table[v]
+
+    Scratch: `rows` (2, beam + 1, d) and `links`, int64 (2, passes, beam), of zeros, and `sums` (2, beam).
     """
     n, h = products.shape
-    depth, padded = codes.shape[1], (h + _BLOCK - 1) // _BLOCK * _BLOCK
-    table, diagonal = np.zeros((h, padded), np.float32), np.full(padded, np.float32(np.inf))
-    table[:, :h] = gram
-    for v in range(h):
-        diagonal[v] = gram[v, v]
-    left, after = np.zeros((beam, padded), np.float32), np.zeros((beam, padded), np.float32)
-    scores, errors, best = np.empty(padded, np.float32), np.empty(beam, np.float32), np.empty(beam, np.float32)
-    parent, chosen = np.zeros((depth, beam), np.int64), np.zeros((depth, beam), np.int64)
+    depth, beam, diagonal = codes.shape[1], sums.shape[1], table[h]
+    left, after, scores = rows[0, :beam], rows[1, :beam], rows[0, beam]
+    errors, best, parent, chosen = sums[0], sums[1], links[0], links[1]
     for i in range(n):
-        left[0, :h] = products[i]
+        for v in range(h):
+            left[0, v] = products[i, v]
         errors[0] = squares[i]
         count = 1
         for p in range(depth):

@@ -12,18 +12,35 @@ import numpy as np
 
 from lrconvert.core.dtypes import F32, F64, Array
 from lrconvert.kernels.jit import compiled
+from lrconvert.kernels.machine_code import Signature
 
-_CHUNK = 1 << 11  # elements of a flat array that are compared at a time
+LOOPS = {
+    "add": Signature(
+        ("u2 2", "i8", "f8 2", "u2 1", ("u2 2", "u2 2"), "u4 2", "f8 1", ("f4 1", "? 2")),
+        4,
+    ),
+    "compare": Signature(("u2 1", "u2 1", "u2 1", "i8", "u2 1", "u4 1", "u2 2"), 2),
+    "count_lower": Signature(("u2 1", "u2 1", "i8"), 1),
+    "restore": Signature(("u2 1", "u2 1", "i8", "u2 1", "u2 2")),
+}
+
 _TOP = np.uint16(0x8000)
 _SIZE = np.uint16(0x7FFF)  # all bits but the sign
 
 
 @compiled()
 def add(
-    stored: Array, first: int, sums: F64, limits: Array, codes: Array, guess: Array, places: Array, errors: F64
+    stored: Array,
+    first: int,
+    sums: F64,
+    limits: Array,
+    results: tuple[Array, Array],
+    places: Array,
+    errors: F64,
+    scratch: tuple[F32, Array],
 ) -> tuple[int, int, int, int]:
-    """Fill `codes`, the bits of M, and `guess`, those of P unless it has no rows, from `stored`, the bits of W, all
-    uint16 (n, cols), in the columns from `first` on, and `sums` (n, m), U:
+    """Fill the `results`, the bits of M, and those of P unless it has no rows, from `stored`, the bits of W, all uint16
+    (n, cols), in the columns from `first` on, and `sums` (n, m), U:
 
         M <- W + U;  P <- M - U        each rounded to float32, then half up to bfloat16
 
@@ -31,11 +48,12 @@ def add(
     open M go to ``places[0]``, of other elements whose P is open to ``places[1]``, both uint32. Returns how many there
     are of both, how many of the M that are not open differ from W, and how many of them have U = 0. The largest of
     their errors ``|f - M|``, f the float32, goes to ``errors[1]``, and the sum is added to ``errors[2]``. If `small` is
-    below 0, only places are of use.
+    below 0, only places are of use. `scratch` is for a row of f (m,) and of what is open, bool (2, m).
     """
     n, m = sums.shape
     small, last = errors[0], first + m
-    f, open_, unsure = np.empty(m, np.float32), np.empty(m, np.bool_), np.empty(m, np.bool_)
+    codes, guess = results
+    f, open_, unsure = scratch[0], scratch[1][0], scratch[1][1]
     opened = guessed = changed = zeros = 0
     for i in range(n):
         row, change, code = stored[i, first:last], sums[i], codes[i, first:last]
@@ -73,7 +91,7 @@ def _round(row: Array, change: F64, sign: float, limits: Array, f: F32, code: Ar
     """Fill `f` with ``W + sign U`` in float32, W given by its bits `row`, and `code` with the bits of f rounded half up
     to 16. Open, in `open_`, is where the lower 16 bits are at most one from a half, or all bits but the sign are not
     among the ``limits[1]`` from ``limits[0]`` on. Returns whether any is."""
-    least, count = limits
+    least, count = limits[0], limits[1]
     for j in range(len(f)):
         f[j] = np.float64(np.uint32(np.uint32(row[j]) << np.uint32(16)).view(np.float32)) + sign * change[j]
     any_open = np.uint8(0)
@@ -125,16 +143,19 @@ def _largest_and_sum(errors: F32) -> tuple[np.float32, np.float32]:
 
 
 @compiled()
-def compare(base: Array, predicted: Array, merged: Array, mask: int, steps: Array, strays: Array) -> tuple[int, int]:
+def compare(
+    base: Array, predicted: Array, merged: Array, mask: int, steps: Array, strays: Array, scratch: Array
+) -> tuple[int, int]:
     """Fill `steps`, uint16 (n,), with those from P to W where the exponent of P is below that of M, both bits under
     `mask`, and `strays`, uint32, with the places of the other P that are not W. All three are flat uint16 (n,). Returns
-    how many there are of both; stops with one more than `strays` holds."""
+    how many there are of both; stops with one more than `strays` holds. `scratch`, uint16 (3, m), is for m places at a
+    time."""
     chosen = stray = 0
-    step, is_lower, is_stray = np.empty(_CHUNK, np.uint16), np.empty(_CHUNK, np.uint8), np.empty(_CHUNK, np.uint8)
-    for start in range(0, len(base), _CHUNK):
-        stop = start + _CHUNK
+    step, is_lower, is_stray = scratch[0], scratch[1], scratch[2]
+    for start in range(0, len(base), len(step)):
+        stop = start + len(step)
         own, guess, goal = base[start:stop], predicted[start:stop], merged[start:stop]
-        any_stray = np.uint8(0)
+        any_stray = np.uint16(0)
         for j in range(len(own)):
             lower = (guess[j] & mask) < (goal[j] & mask)
             step[j] = _ordered(own[j]) - _ordered(guess[j])
@@ -164,12 +185,13 @@ def count_lower(predicted: Array, merged: Array, mask: int) -> np.int64:
 
 
 @compiled()
-def restore(predicted: Array, merged: Array, mask: int, steps: Array) -> None:
-    """Change P to W where its exponent is below that of M, by the `steps`, uint16, one more than there are of these."""
+def restore(predicted: Array, merged: Array, mask: int, steps: Array, scratch: Array) -> None:
+    """Change P to W where its exponent is below that of M, by the `steps`, uint16, one more than there are of these.
+    `scratch`, uint16 (2, m), is for m places at a time."""
     taken = 0
-    step, is_lower = np.empty(_CHUNK, np.uint16), np.empty(_CHUNK, np.uint16)
-    for start in range(0, len(predicted), _CHUNK):
-        guess, goal = predicted[start : start + _CHUNK], merged[start : start + _CHUNK]
+    step, is_lower = scratch[0], scratch[1]
+    for start in range(0, len(predicted), len(step)):
+        guess, goal = predicted[start : start + len(step)], merged[start : start + len(step)]
         for j in range(len(guess)):
             is_lower[j] = (guess[j] & mask) < (goal[j] & mask)
         for j in range(len(guess)):

@@ -9,19 +9,24 @@ import numpy as np
 
 from lrconvert.core.dtypes import Array
 from lrconvert.kernels.jit import compiled
+from lrconvert.kernels.machine_code import Signature
+
+LOOPS = {
+    "encode": Signature(("u1 1", "u1 1", "u4 1", "u4 1", "u4 1", "u2 1"), 1),
+    "decode": Signature(("u2 1", ("u1 1", "i8 1", "i8 1"), "u1 1", "u4 1", "u4 1", "u1 1"), 1),
+}
 
 
 @compiled()
-def encode(symbols: Array, which: Array, frequencies: Array, starts: Array, states: Array) -> Array:
-    """Return the words, uint16, first to last, of `symbols` under the models `which`, both uint8 (n,), and leave the
-    final `states`, uint32 (lanes,). With f and s of symbol i from the tables, at ``64 which + symbol``, and x the state
-    of lane ``i mod lanes``, from the last symbol to the first:
+def encode(symbols: Array, which: Array, frequencies: Array, starts: Array, states: Array, words: Array) -> int:
+    """Fill `words`, uint16 (n,), from the place on that is returned, with those of `symbols` under the models `which`,
+    both uint8 (n,), and leave the final `states`, uint32 (lanes,). With f and s of symbol i from the tables, at
+    ``64 which + symbol``, and x the state of lane ``i mod lanes``, from the last symbol to the first:
 
         x >= 2^16 f:  word <- x mod 2^16;  x <- x // 2^16
         x <- 2^16 (x // f) + x mod f + s
     """
     lanes, left = len(states), len(symbols)
-    words = np.empty(left, np.uint16)
     lane = (left - 1) % lanes
     for i in range(len(symbols) - 1, -1, -1):
         key = np.int64(which[i]) * 64 + symbols[i]
@@ -32,7 +37,7 @@ def encode(symbols: Array, which: Array, frequencies: Array, starts: Array, stat
             x >>= np.uint32(16)
         states[lane] = x + x // f * (np.uint32(65536) - f) + starts[key]
         lane = lane - 1 if lane else lanes - 1
-    return words[left:]
+    return left
 
 
 @compiled()

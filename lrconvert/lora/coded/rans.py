@@ -95,7 +95,8 @@ def encode(symbols: Array, runs: Runs) -> bytes:
         words = words[::-1]
     else:
         states = np.full(lanes, _START, np.uint32)
-        words = loops.encode(symbols, which, *_coding(), states)
+        room = np.empty(len(symbols), np.uint16)
+        words = room[loops.encode(symbols, which, *_coding(), states, room) :]
     return states.astype("<u4").tobytes() + words.astype("<u2").tobytes()
 
 

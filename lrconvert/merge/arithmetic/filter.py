@@ -108,13 +108,16 @@ def _run_loops(block: FilterBlock, work: Workspace, measure: bool) -> Filtered:
     height = max(1, TILE // width)
     limits, errors = _bf16_limits(noise), np.array([noise if measure else -1.0, 0.0, 0.0])
     places = buffers.long.view(np.uint32).reshape(2, -1)
+    scratch = buffers.single[:width], buffers.open[: 2 * width].reshape(2, width)
     opened, guessed = [_NONE], [_NONE]
     changed = zeros = 0
     for top in range(0, rows, height):
         part = slice(top, min(rows, top + height))
         sums = buffers.sums[: (part.stop - top) * width].reshape(-1, width)
         work.multiply(block.left[part], block.right, sums)
-        counts = work.loops.add(stored[part], block.first, sums, limits, out[part], guess[part], places, errors)
+        counts = work.loops.add(
+            stored[part], block.first, sums, limits, (out[part], guess[part]), places, errors, scratch
+        )
         for where, count, kept in zip(places, counts, (opened, guessed), strict=False):
             if count:
                 kept.append(where[:count].astype(np.intp) + top * width)

@@ -79,8 +79,13 @@ def _compare(base: Array, predicted: Array, merged: Array) -> tuple[Array, Array
 
 def _compare_compiled(base: Array, predicted: Array, merged: Array, loops: Any) -> tuple[Array, Array]:
     steps, strays = np.empty(base.size + 1, np.uint16), np.empty(base.size // _MOST_STRAYS + 1, np.uint32)
-    chosen, stray = loops.compare(*map(bits, (base, predicted, merged)), _mask(base), steps, strays)
+    chosen, stray = loops.compare(*map(bits, (base, predicted, merged)), _mask(base), steps, strays, _scratch(3))
     return steps[:chosen], strays[:stray].astype(np.intp)
+
+
+def _scratch(rows: int) -> Array:
+    """What compiled loops keep of the places that they look at together: in the cache of a core."""
+    return np.empty((rows, 1 << 11), np.uint16)
 
 
 def _suit(*sides: Array) -> bool:
@@ -120,7 +125,7 @@ def _restore_compiled(data: bytes, predicted: Array, merged: Array, stray: Array
     count = loops.count_lower(guess, goal, mask)
     steps = _decode_steps(data, count + stray.size, guess.dtype)
     restored = _unordered(_ordered(guess[stray]) + steps[count:])
-    loops.restore(guess, goal, mask, np.append(steps, guess.dtype.type(0)))
+    loops.restore(guess, goal, mask, np.append(steps, guess.dtype.type(0)), _scratch(2))
     guess[stray] = restored
     return predicted
 

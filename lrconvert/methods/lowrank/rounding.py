@@ -72,7 +72,8 @@ def _rounded_by(loops: Any, rows: F32, step: float) -> tuple[F64, Array, F64]:
     """The same by compiled `loops`."""
     counts, sums = np.empty((len(rows), CLASSES), np.int64), np.empty((len(rows), 4))
     limits = np.array([1 / step, 1 - DEAD_ZONE, LARGEST_INTEGER], np.float32)
-    codes = loops.round_rows(rows, limits, counts, sums)
+    codes = np.empty(rows.shape, np.int32)
+    loops.round_rows(rows, limits, counts, sums, codes, np.empty((4, CLASSES), np.int64))
     dots, sizes, squares, whole = sums.T
     return _share(dots, sizes * squares), *best_models(codes, counts.astype(np.float64), whole)
 

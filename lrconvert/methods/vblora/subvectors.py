@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 PAIR_LIMIT = 512  # vectors up to which k = 2 searches all pairs
+_LANES = 16  # a multiple of which the compiled search looks at
 CHUNK = 1 << 20  # numbers in one block of scores; more falls out of the cache
 _NEAR = 4  # k = 2 in training and above PAIR_LIMIT: near vectors that are tried as the heavier one, with all partners
 _GRAM_LIMIT = 4096  # vectors up to which all their mutual distances are kept (64 MB)
@@ -258,8 +259,20 @@ def _best_sums(x: Tensor, bank: Tensor, gains: Tensor, beam: int, counted: Tenso
 def _best_sums_by(loops: Any, x: Tensor, bank: Tensor, gains: Tensor, beam: int) -> Tensor:
     """The same by compiled `loops`, on the products of vectors alone."""
     codes = torch.empty(gains.shape, dtype=torch.int64)
-    numbers = (x @ bank.T, (x * x).sum(1), bank @ bank.T, gains.contiguous())
-    loops.search(*(part.numpy() for part in numbers), beam, codes.numpy())
+    h, depth = len(bank), gains.shape[1]
+    width = -(-h // _LANES) * _LANES
+    gram = bank @ bank.T
+    table = torch.zeros((h + 1, width))
+    table[:h, :h] = gram
+    table[h] = torch.inf
+    table[h, :h] = gram.diagonal()
+    scratch = (
+        torch.zeros((2, beam + 1, width)),
+        torch.empty((2, beam)),
+        torch.zeros((2, depth, beam), dtype=torch.int64),
+    )
+    numbers = (x @ bank.T, (x * x).sum(1), table, gains.contiguous(), codes, *scratch)
+    loops.search(*(part.numpy() for part in numbers))
     return codes
 
 
