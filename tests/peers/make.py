@@ -21,12 +21,21 @@ ENVS = HERE / ".envs"
 LIMIT = 180  # seconds for one peer; they take 1 to 15
 MERGERS = ("axolotl", "mergekit")  # peers that merge, or take merges apart; the others load adapters
 OF_BASES = ("compressedtensors",)  # peers that read quantized bases
-OF_EXPORTS = ("diffusers", "loralib", "xllamacpp")  # those of the others that load our exports only
+OF_EXPORTS = ("diffusers", "dynamo", "loralib", "xllamacpp")  # those of the others that load our exports only
 # What is kept of a large distribution (patterns of member names); a peer without an entry is installed as it is.
 KEEP = {
     "axolotl": ("axolotl/cli/utils/lora_merge.py",),
-    "vllm": ("vllm/lora/*.py", "vllm/config/lora.py", "vllm/model_executor/models/*.py"),
-    "sglang": ("sglang/srt/lora/*.py", "sglang/srt/layers/utils/*.py"),
+    "dynamo": ("dynamo/common/__init__.py", "dynamo/common/lora/*.py", "dynamo/common/utils/env.py"),
+    "vllm": (
+        *("vllm/lora/*.py", "vllm/config/lora.py", "vllm/model_executor/models/*.py"),
+        *("vllm/plugins/*.py", "vllm/envs.py", "vllm/exceptions.py", "vllm/utils/counter.py"),
+        *("vllm/entrypoints/openai/models/*.py", "vllm/entrypoints/serve/engine/*.py"),
+        *("vllm/entrypoints/serve/lora/*.py", "vllm/entrypoints/serve/exception_handling/*.py"),
+    ),
+    "sglang": (
+        *("sglang/srt/lora/*.py", "sglang/srt/layers/utils/*.py"),
+        *("sglang/srt/managers/io_struct.py", "sglang/srt/entrypoints/http_server.py"),
+    ),
     "llamacpp": (
         "*/vendor/llama.cpp/convert_lora_to_gguf.py",
         "*/vendor/llama.cpp/conversion/*.py",
@@ -90,7 +99,10 @@ def make(peer: str) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             # Its own source only: what pip needs to look into it would be built from source, too, for minutes.
             source = ("--no-binary", "llama-cpp-python") if peer == "llamacpp" else ("--only-binary", ":all:")
-            _pip("download", "--dest", scratch, *source, *requirements(peer))
+            *beside, own = requirements(peer)
+            if beside:
+                _pip("install", "--target", str(folder / "lib"), *beside)
+            _pip("download", "--dest", scratch, *source, own)
             (archive,) = Path(scratch).iterdir()
             for name, data in _members(archive):
                 if ".." not in Path(name).parts and any(fnmatch.fnmatch(name, pattern) for pattern in keep):
