@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import shlex
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -28,18 +29,19 @@ _TEXTS = ("train.jsonl", "heldout.jsonl")
 
 @dataclass(frozen=True)
 class Step:
-    """A command: its words, where names of the folder's files are paths, and how many lines of its output are shown,
-    from the first on; and whether the last one is."""
+    """A command: its words, where names of the folder's files are paths, and what is shown of its output: so many of
+    the first lines, the facts that begin with one of `facts`, and the last one if it `ends` with it."""
 
     words: tuple[str | Path, ...]
     first: int
     ends: bool = False
+    facts: tuple[str, ...] = ()
 
 
 @flags.command(
     "demo",
     flags.output(f"The folder for all files.  [default: ./{FOLDER}]", required=False),
-    click.Option(["--full"], is_flag=True, help="Refine here, which takes minutes; else a refined file is bundled."),
+    click.Option(["--full"], is_flag=True, help="Refine here, half a minute more; else a refined file is bundled."),
     flags.OVERWRITE,
 )
 @click.pass_context
@@ -54,19 +56,20 @@ def run(cli: click.Command, folder: Path, *, full: bool, overwrite: bool, echo: 
     check_output(folder, overwrite, directory=True)
     make_folder(folder)
     _unpack(folder, full, overwrite)
-    made = "is made here" if full else f"is bundled: small.lrc after {STEPS} steps of `refine`"
+    bundled = "" if full else f" {REFINED} is bundled: small.lrc after {STEPS} steps of `refine`."
     echo(f"A tiny LLaMA, and a LoRA that sorts support tickets. All is in {printable(str(folder))}/")
-    echo(f"{REFINED} {made}. Dots mark outputs that are cut.")
+    echo(f"[...] marks where an output is cut.{bundled}")
     with one_thread():
         for step in _steps(folder, full):
             writes = "-o" in step.words or "--html" in step.words
             words = [*step.words, *(["--overwrite"] if overwrite and writes else [])]
             typed = [str(w.relative_to(folder)) if isinstance(w, Path) else w for w in words]
-            echo(f"\n{_command(typed)}")
+            goes_on = step.words[0] in ("verify", "unmerge")
+            echo(_command(typed) if goes_on else f"\n{_command(typed)}")
             answer = io.StringIO()
             with redirect_stdout(answer):
                 cli.main(args=[str(w) for w in words], standalone_mode=False, obj=typed)
-            echo(_cut(answer.getvalue().replace(f"{folder}/", ""), step.first, step.ends))
+            echo(_cut(answer.getvalue().replace(f"{folder}/", ""), step))
         from lrconvert.cli.demo_answers import answers
 
         files = {name: folder / name for name in ("small.lrc", REFINED)}
@@ -78,7 +81,7 @@ def _steps(folder: Path, full: bool) -> Iterator[Step]:
     base, adapter, small, refined = (folder / name for name in ("base", "adapter", "small.lrc", REFINED))
     merged, restored, held_out = (folder / name for name in ("merged", "restored", "heldout.jsonl"))
     yield Step(("inspect", adapter), 2)
-    yield Step(("compress", adapter, "-o", small), 8, ends=True)
+    yield Step(("compress", adapter, "-o", small), 8, ends=True, facts=("note      written at",))
     if full:
         words = "refine", small, "--base", base, "--teacher", adapter, "--data", folder / "train.jsonl", "-o", refined
         yield Step((*words, "--steps", str(STEPS), "--log", folder / LOG), 7)
@@ -100,18 +103,23 @@ def _unpack(folder: Path, full: bool, overwrite: bool) -> None:
             out.write((HERE / name).read_bytes())
 
 
-def _cut(text: str, first: int, ends: bool) -> str:
-    """The first lines of a text, and the last one if asked for with those that it goes on in, wrapped; three dots stand
-    where some are left out."""
+def _cut(text: str, step: Step) -> str:
+    """Return what a step shows of an output, wrapped; [...] stands where lines are left out. A fact goes on in lines
+    that begin with spaces."""
     lines = [line for line in text.splitlines() if line.strip()]
-    at = len(lines)
-    while ends and at > first and (at == len(lines) or lines[at].startswith(" ")):
-        at -= 1
-    start, end = lines[:first], lines[at:]
-    if len(start) + len(end) < len(lines) and start:
-        start[-1] += " ..."
-    wrapped = (textwrap.wrap(line, _COLUMNS) if len(line) > _COLUMNS else [line] for line in [*start, *end])
-    return "\n".join(piece for pieces in wrapped for piece in pieces)
+    facts: list[list[str]] = []
+    for line in lines[step.first :]:
+        if line.startswith(" ") and facts:
+            facts[-1].append(line)
+        else:
+            facts.append([line])
+    last = len(facts) - 1 if step.ends else None
+    shown = [fact for n, fact in enumerate(facts) if n == last or fact[0].startswith(step.facts or ("\0",))]
+    start = lines[: step.first]
+    if len(shown) < len(facts) and start:
+        start[-1] += " [...]"
+    kept = itertools.chain(start, *shown)
+    return "\n".join(line if len(line) <= _COLUMNS else textwrap.fill(line, _COLUMNS) for line in kept)
 
 
 def _command(words: Sequence[str]) -> str:
@@ -130,8 +138,8 @@ def _next(folder: Path) -> str:
     place = printable(str(folder))
     rows = (
         (f"open {place}/report.html", "the comparison as a page, with plots"),
-        ("lrconvert compress YOUR-LORA -o small.lrc", "yours; with --base and --data by answers"),
-        ("lrconvert export small.lrc -o out --to peft-lora", "for programs that know no lrconvert file"),
+        ("lrconvert compress YOUR-LORA -o small.lrc", "yours; add --base and --data to measure answers"),
+        ("lrconvert export small.lrc -o out --to peft-lora", "for programs that do not read .lrc files"),
     )
     width = max(len(command) for command, _ in rows)
     return "\n".join(["\nNext", *(f"  {command.ljust(width)}  {why}" for command, why in rows)])

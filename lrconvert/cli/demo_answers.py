@@ -77,11 +77,11 @@ def answers(base: Path, lora: Path, files: Mapping[str, Path], held_out: Path) -
         for name, m in measured.items()
     ]
     head = ["", "bytes", "times smaller", "loss", "agrees with the LoRA", "answers right"]
-    title = f"Answers to {len(goal.right)} tickets that nothing was trained on; right is every word of an answer:"
-    example = "The first that not all get right" if any(differ) else "The first, which all get right"
+    title = f"Answers to {len(goal.right)} tickets that nothing was trained on. An answer is right if every word is:"
+    example = "The first ticket that one of the files gets wrong" if any(differ) else "The first ticket"
     shown = [f"{name:<11} {text}" for name, text in written.items()]
     ticket = textwrap.fill(printable(f"{example}: {asked.prompts[which].strip()}", 1000), 100)
-    return "\n".join([title, table(head, rows), "", ticket, *shown])
+    return "\n".join([title, table(head, rows), ticket, *shown])
 
 
 def _tokens(path: Path, tokenizer: Any) -> Asked:

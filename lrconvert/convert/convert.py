@@ -180,11 +180,11 @@ def convert_prepared(
         torch_device(device)  # what is not there is refused before the work
     context = FitContext(options.seed, device, progress, statistics, weights)
 
-    def plan(skeleton: CompactAdapter) -> tuple[LoraAdapter, Any]:
+    def plan(skeleton: CompactAdapter, limit: int | None = budget_bytes) -> tuple[LoraAdapter, Any]:
         budget = None
-        if budget_bytes is not None:
+        if limit is not None:
             sizes = file.sizer(skeleton)
-            budget = Budget(budget_bytes, lambda config: sizes(config).adapter)
+            budget = Budget(limit, lambda config: sizes(config).adapter)
         return (
             (wanted, form.plan(wanted, chosen, budget, context)) if choose is None else choose(wanted, budget, context)
         )
@@ -195,7 +195,7 @@ def convert_prepared(
         try:
             fitted, config = plan(skeleton)  # a size at the limit: a refinement then adds no note
         except BudgetError as error:
-            named = _with_ratio(error, source.source_bytes)
+            named = _with_ratio(_reachable(error, skeleton, plan), source.source_bytes)
             raise default_too_small(named) if default else named from None
     planned = replace(skeleton, config=config)
     sizes = file.sizes(planned)
@@ -290,6 +290,24 @@ def _on_base(
             baked = baked_dora(lora, checkpoint, bake_dora)
             lora, notes = baked.lora, (baked.note,)
         yield lora, BaseWeights(lora, checkpoint, checkpoint.content_digest(known_content)), notes
+
+
+def _reachable(
+    error: BudgetError, skeleton: CompactAdapter, plan: Callable[[CompactAdapter, int], object]
+) -> BudgetError:
+    """The error with the smallest size that is met if it is asked for: a file states the size that was asked for."""
+    smallest = error.smallest
+    while smallest:
+        fields = {**skeleton.provenance.fields, budgets.FIELD: budgets.text(smallest)}
+        try:
+            plan(replace(skeleton, provenance=replace(skeleton.provenance, fields=fields)), smallest)
+            break
+        except BudgetError as larger:
+            if larger.smallest <= smallest:
+                return error
+            smallest = larger.smallest
+    what = error.what.replace(f"{error.smallest} bytes", f"{smallest} bytes")
+    return BudgetError(what, fix=error.fix, smallest=smallest)
 
 
 def _with_ratio(error: BudgetError, source_bytes: int) -> BudgetError:

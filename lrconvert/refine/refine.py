@@ -178,8 +178,8 @@ def note_warnings(compact: CompactAdapter) -> tuple[str, ...]:
     missing = [name for name in _NOTE if name != "teacher" and f"{_PREFIX}{name}" not in compact.provenance.fields]
     if not missing:
         return ()
-    limit = f"{budgets.stated(compact):,} bytes that were asked for"
-    return (f"the file's note of the refinement leaves out {', '.join(missing)}: the {limit} have no room for it",)
+    limit = f"{budgets.stated(compact):,} bytes asked for"
+    return (f"the file does not record {', '.join(missing)} of its refinement: no room in the {limit}",)
 
 
 def _with_fields(compact: CompactAdapter, fields: dict[str, str]) -> CompactAdapter:

@@ -131,8 +131,8 @@ def _stronger(done: Compression) -> Iterator[str]:
         return
     assert done.chosen.fidelity is not None
     yield (
-        f"written at {done.stronger.strength:.2f} times the LoRA's strength, at which small files answer nearer; as "
-        f"written it captures {max(done.chosen.fidelity.captured, 0):.1%}; --strength 1 writes the nearest fit"
+        f"written at {done.stronger.strength:.2f} times the LoRA's strength, which brings the answers of small files "
+        f"nearer and captures {max(done.chosen.fidelity.captured, 0):.1%}; --strength 1 writes the nearest fit"
     )
 
 

@@ -23,7 +23,7 @@ def size_line(size: Sizes, ratio: float, source_bytes: int) -> str:
     """Return the size of a file beside that of its source as a line of text."""
     return (
         f"size      {size.adapter:,} bytes = payload {size.payload:,} + overhead {size.overhead:,}; "
-        f"{ratio:.1f} times smaller than {source_bytes:,} bytes at 16 bit"
+        f"{ratio:.1f} times smaller than {source_bytes:,} at 16 bit"
     )
 
 

@@ -21,8 +21,6 @@ def inspection_text(path: str, facts: dict[str, Any]) -> str:
     rows, method = facts["targets"], facts.get("method")
     kind = f"lrconvert file, {method['title']}" if method else "LoRA"
     lines = [f"{printable(path)}: {kind}, {len(rows)} targets"]
-    if facts["base_model"]:
-        lines.append(f"base model (a hint, never opened): {printable(facts['base_model'])}")
     if method:
         size = facts["bytes"]
         parts = ", ".join(f"{part} {size[part]:,}" for part in ("payload", "overhead", "extras"))
@@ -32,6 +30,8 @@ def inspection_text(path: str, facts: dict[str, Any]) -> str:
     else:
         stored = ", ".join(f"{count_bytes(n)} {dtype}" for dtype, n in facts["bytes_by_dtype"].items())
         lines.append(f"{facts['parameters']:,} numbers: {stored}; {facts['bytes_at_16_bit']:,} bytes at 16 bit")
+    if facts["base_model"]:
+        lines.append(f"base model (a hint, never opened): {printable(facts['base_model'])}")
     if facts["serving"]:
         lines.append(_serving(facts["serving"], bool(method)))
     if facts["extras"]:
@@ -58,7 +58,8 @@ def _serving(needed: Mapping[str, Any], is_compact: bool) -> str:
 
 
 def _target_table(kind: str, rows: Sequence[dict[str, Any]]) -> str:
-    """One row per group of targets whose names differ in numbers only: the spectrum as a range over the group."""
+    """One row per group of targets whose names differ in numbers only: the spectrum as a range over the group. What all
+    names begin and end with is said once."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         pattern = ".".join("*" if part.isdigit() else part for part in row["name"].split("."))
@@ -67,15 +68,31 @@ def _target_table(kind: str, rows: Sequence[dict[str, Any]]) -> str:
     if kind == "lora":
         head += ["scale", "dtype", "rank for 90 %", "99 %", "99.9 %"]
     body = []
-    for (pattern, shape), members in groups.items():
-        cells = [printable(pattern), len(members), shape, span(m["rank"] for m in members)]
+    above, names = _parted([printable(pattern) for pattern, _ in groups])
+    for name, ((_, shape), members) in zip(names, groups.items(), strict=True):
+        cells = [name, len(members), shape, span(m["rank"] for m in members)]
         norms = [m["norm"] for m in members if m["norm"] is not None]
         cells.append(span(norms, "{:.3g}") if norms else "-")
         if kind == "lora":
             cells += [span((m["scale"] for m in members), "{:g}"), "/".join(sorted({m["dtype"] for m in members}))]
             cells += [span(m["spectrum"][share] for m in members) for share in ("90", "99", "99.9")]
         body.append(cells)
-    return table(head, body)
+    return above + table(head, body)
+
+
+def _parted(names: Sequence[str]) -> tuple[str, list[str]]:
+    """Return a line that says which segments all names begin and end with, or "", and the rest of each name."""
+    parts = [name.split(".") for name in names]
+    most = min(map(len, parts), default=1) - 1
+    if len({*names}) < 2:
+        return "", list(names)
+    first = next((n for n in range(most) if len({part[n] for part in parts}) > 1), most)
+    last = next((n for n in range(most - first) if len({part[-1 - n] for part in parts}) > 1), most - first)
+    start, end = ".".join(parts[0][:first]), ".".join(parts[0][len(parts[0]) - last :])
+    if not first and not last:
+        return "", list(names)
+    said = " and ".join([f"begin with {start}."] * bool(first) + [f"end with .{end}"] * bool(last))
+    return f"all names {said}\n", [".".join(part[first : len(part) - last]) for part in parts]
 
 
 _BASE_WIDTH = 24

@@ -164,7 +164,7 @@ MISTAKES = {
     "too small a ratio": (
         ("lora-to-lowrank", PLAIN, "-o", "x", "--target-ratio", "100000"),
         "E-BUDGET",
-        r"360 bytes, 95\.2 times smaller. Ask for at most 95\.2 times",
+        r"\d+ bytes, ([\d.]+) times smaller. Ask for at most \1 times",
     ),
 }
 

@@ -241,9 +241,9 @@ def test_never_worse_and_written_as_measured(
     # The size that was asked for holds, with the note of the refinement; what of that had no room is named.
     assert done.ratio >= 12 and file.sizes(written) == done.sizes
     missing = [n for n in ("after", "before", "layerwise", "seed", "data") if f"refined_{n}" not in fields]
-    assert [line for line in done.warnings if "leaves out" in line] == [
-        f"the file's note of the refinement leaves out {', '.join(missing)}: the {lora.half_bytes // 12:,} bytes "
-        "that were asked for have no room for it"
+    assert [line for line in done.warnings if "does not record" in line] == [
+        f"the file does not record {', '.join(missing)} of its refinement: "
+        f"no room in the {lora.half_bytes // 12:,} bytes asked for"
     ]
     again = api.refine(written, lora, model, batches, **FEW)
     assert again.ratio >= 12
@@ -257,7 +257,7 @@ def test_the_smallest_size_holds_too(lora: LoraAdapter, model: Any, batches: Any
     compact = api.convert(lora, "lowrank", target_size=smallest).compact
     assert file.sizes(compact).adapter <= smallest
     done = api.refine(compact, lora, model, batches, end_to_end=False)
-    assert done.sizes.adapter <= smallest and any("leaves out steps, after" in line for line in done.warnings)
+    assert done.sizes.adapter <= smallest and any("does not record steps, after" in line for line in done.warnings)
 
 
 def test_the_note_is_whole_without_a_budget(lora: LoraAdapter, model: Any, small: CompactAdapter, batches: Any) -> None:
