@@ -41,7 +41,7 @@ def is_meant(request: Request) -> bool:
 
 def run(request: Request, work: Work, title: str) -> None:
     """Convert, print the table, or with --json a line for each adapter as it is done, the counts last; exit 1 if any
-    adapter failed."""
+    adapter failed. What is not to be shipped has not failed."""
     from lrconvert.formats import loading
 
     if request.output is None and not request.dry_run:
@@ -49,7 +49,7 @@ def run(request: Request, work: Work, title: str) -> None:
     if request.html is not None:
         check_output(request.html, request.overwrite)
     reading = loading.options(base=work.options.get("base"), **request.reading)
-    shown = _Shown(request, work.method)
+    shown = _Shown(request, work)
     with _progress(title, request.quiet or request.as_json) as on_done:
         batch = run_batch(
             work,
@@ -84,8 +84,8 @@ class _Shown:
     """The output of a batch: of an adapter no more is kept than the line that it has in the table, until that is
     printed; with an HTML page, the row that it has there."""
 
-    def __init__(self, request: Request, method: str) -> None:
-        self._request, self._method = request, method
+    def __init__(self, request: Request, work: Work) -> None:
+        self._request, self._method, self._has_verdicts = request, work.method, work.verb == "compress"
         self.adapters: list[Adapter] = []
         self._rows: list[list[str]] = []
         self._warnings: list[str] = []
@@ -103,16 +103,19 @@ class _Shown:
         self._messages += [(outcome.source, outcome.message)] if outcome.message else []
         if not self._request.quiet:
             say(f"{outcome.text}\n\n" if outcome.text else "", nl=False)
-            self._rows.append(_row(outcome))
+            self._rows.append(_row(outcome, self._has_verdicts))
         if max(len(self._rows), len(self._warnings), len(self._messages)) >= _ROWS:
             self._show()
 
     def end(self, batch: Batch) -> None:
         warn(batch.notes)
         if self._request.as_json:
-            emit_line({"ok": batch.ok, **_counts(batch)})
+            verdicts = {"do_not_ship": batch.do_not_ship} if self._has_verdicts else {}
+            emit_line({"ok": batch.ok, **_counts(batch), **verdicts})
             return
         counts = ", ".join(f"{count} {state}" for state, count in _counts(batch).items())
+        if batch.do_not_ship:
+            counts += f"; do not ship {batch.do_not_ship} of them (-v says why, and what to try)"
         self._show(f"\n\n{counts}")
 
     def _show(self, after: str = "") -> None:
@@ -121,7 +124,8 @@ class _Shown:
 
         warn(sorted(self._warnings))
         if not self._request.quiet:
-            head = ["adapter", "state", "bytes", "ratio", "captured", "dropped", "error"]
+            verdict = ["verdict"] if self._has_verdicts else []
+            head = ["adapter", "state", "bytes", "ratio", "captured", "dropped", *verdict, "error"]
             say(f"{table(head, sorted(self._rows))}{after}")
         for _, message in sorted(self._messages):
             say(message, err=True)
@@ -147,13 +151,14 @@ def _json(outcome: Outcome, dry_run: bool) -> dict[str, Any]:
         "captured": outcome.captured,
         "ratio": outcome.ratio,
         "dropped": outcome.dropped,
+        **({"verdict": outcome.verdict} if outcome.verdict else {}),
     }
     if outcome.code:
         value["error"] = {"code": outcome.code, "message": outcome.message}
     return value | ({"report": dict(outcome.report)} if outcome.report else {})
 
 
-def _row(outcome: Outcome) -> list[str]:
+def _row(outcome: Outcome, has_verdicts: bool) -> list[str]:
     """The row of an adapter in the table."""
     return [
         printable(outcome.source),
@@ -162,5 +167,6 @@ def _row(outcome: Outcome) -> list[str]:
         "" if outcome.ratio is None else f"{outcome.ratio:.1f}",
         "" if outcome.captured is None else f"{outcome.captured:.4f}",
         "" if outcome.dropped is None else str(outcome.dropped),
+        *([outcome.verdict] if has_verdicts else []),
         outcome.code,
     ]

@@ -134,7 +134,10 @@ def _check_paths(request: Request) -> Path:
 
 def compress_command() -> click.Command:
     """Make `compress`: the converters' options, and what is asked of the winner."""
-    about = "Try every form under a size, a ratio (50 by default) or a share to keep; print all, write the best."
+    about = (
+        "Try every form under a size, a ratio (50 by default) or a share to keep; print all, write the best, and say "
+        "whether to ship it. The exit status is 0 whatever that verdict is, and 1 where nothing was written."
+    )
     forms = "Forms to try, with commas between; default: all but Bat. For instance lowrank,vblora."
     base = "Base model folder or hub id: its answers rank the forms; settles orientations, records its digest."
     own = [
@@ -142,7 +145,7 @@ def compress_command() -> click.Command:
         *flags.of(CompressOptions),
         *flags.of(ConvertOptions, skip={field.name for field in fields(ConvertOptions)} - {"base"}, base=base),
     ]
-    return _command("compress", about, own, _compress, skip=("dry_run", "verbose"))
+    return _command("compress", about, own, _compress, skip=("dry_run",))
 
 
 def _compress(*, methods: str | None, **given: Any) -> None:
@@ -160,7 +163,7 @@ def _compress(*, methods: str | None, **given: Any) -> None:
 
         out, overwrite = request.output, request.overwrite
         done = api.compress(lora, out=out, overwrite=overwrite, progress=progress, **options)
-        text = compression_text(str(request.sources[0]), str(request.output), done)
+        text = compression_text(str(request.sources[0]), str(request.output), done, request.verbose)
         return Result(done.chosen, compression_json(done), text, is_written=True)
 
     with unfinished_is_said(request.output):

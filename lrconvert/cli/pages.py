@@ -78,6 +78,7 @@ def converted(outcome: Outcome, method: str) -> Adapter:
         outcome.ratio,
         outcome.captured,
         dropped=outcome.dropped,
+        verdict=outcome.verdict,
         failure=outcome.message,
     )
 

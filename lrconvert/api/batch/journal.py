@@ -9,6 +9,7 @@ lines of a merge's journal are:
     source    the state of the adapter's files: a digest of their names, sizes, times and inodes (`request.state`)
     output    the state of the output
     adapter, total, captured  what is shown of it: bytes without extra tensors, of the file; the captured share
+    verdict   of `compress`: "ship" or "do not ship"
 
 An output is known if all three digests are those of today; of several lines of a name the last holds. What is not known
 is checked in full. So the journal may be lost or deleted at any time, and is synced to the disk at the end alone.
@@ -29,10 +30,11 @@ import numpy as np
 from lrconvert.core.errors import FileReadError, FileWriteError, LrcError, OutputPathError
 from lrconvert.io import fields
 from lrconvert.io.durable import File, atomic_file, locked, make_folder, remove_empty
-from lrconvert.io.fields import Whole, matches
+from lrconvert.io.fields import Whole, matches, one_of
 from lrconvert.merge.signed_json import HexFloat, portable, sign, verify
 
 NAME = ".lrconvert-batch.jsonl"
+SHIP, DO_NOT_SHIP = "ship", "do not ship"
 _LINE_BYTES = 1 << 16
 _SPARE = 1000  # lines that are not worth writing the journal anew
 _State = Annotated[str, matches("[0-9a-f]{32}", "32 hexadecimal digits")]
@@ -49,6 +51,7 @@ class Line:
     adapter: Whole
     total: Whole
     captured: HexFloat | None = None
+    verdict: Annotated[str, one_of(("", SHIP, DO_NOT_SHIP))] = ""
 
 
 class Journal:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lrconvert.api.batch import journal, pool, request
-from lrconvert.api.batch.journal import Journal, Line
+from lrconvert.api.batch.journal import DO_NOT_SHIP, Journal, Line
 from lrconvert.api.batch.sources import AnyPath, Job, Plan, plan
 from lrconvert.api.shared import method_of, output_of, path_of, take_reading
 from lrconvert.core import devices
@@ -34,8 +34,9 @@ OnDone = Callable[[int, int], None]
 @dataclass(frozen=True)
 class Outcome:
     """The outcome of one adapter. `nbytes` (without extra tensors), `total_bytes`, `captured`, `ratio` and how many
-    modules were `dropped` are None where they are not known; `code` and `message` say why it failed; `report` is the
-    JSON object of one conversion."""
+    modules were `dropped` are None where they are not known; `verdict`, of `compress` alone, is "ship", "do not ship",
+    or "" where it is not known; `code` and `message` say why it failed; `report` is the JSON object of one
+    conversion."""
 
     source: str
     output: str
@@ -45,6 +46,7 @@ class Outcome:
     captured: float | None = None
     ratio: float | None = None
     dropped: int | None = None
+    verdict: str = ""
     warnings: tuple[str, ...] = ()
     code: str = ""
     message: str = ""
@@ -57,12 +59,13 @@ OnOutcome = Callable[[Outcome], None]
 
 @dataclass(frozen=True)
 class Batch:
-    """The outcomes in the order of the sources, none if `BatchOptions.on_outcome` took them; how many of each state;
-    `notes` on the journal, where it could not be used."""
+    """The outcomes in the order of the sources, none if `BatchOptions.on_outcome` took them; how many of each state,
+    and how many `compress` says not to ship; `notes` on the journal, where it could not be used."""
 
     outcomes: tuple[Outcome, ...]
     counts: Mapping[State, int]
     notes: tuple[str, ...] = ()
+    do_not_ship: int = 0
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{count} {state}" for state, count in sorted(self.counts.items()))
@@ -128,7 +131,7 @@ def convert_many(sources: AnyPath | Sequence[AnyPath], out: AnyPath, method: str
 
 
 def compress_many(sources: AnyPath | Sequence[AnyPath], out: AnyPath, **more: Any) -> Batch:
-    """Compress many adapters, as `compress` does; see `convert_many`."""
+    """Compress many adapters, as `compress` does; see `convert_many`. Each outcome has a `verdict`."""
     return _many("compress", "", sources, out, more)
 
 
@@ -215,6 +218,7 @@ class _Tally:
     settings: Callable[[int], str]
     outcomes: dict[int, Outcome] = field(default_factory=dict)
     counts: Counter[State] = field(default_factory=Counter)
+    do_not_ship: int = 0
 
     def knows(self, number: int) -> bool:
         """Take an adapter as passed by, and return true, if the journal says that its output is finished."""
@@ -229,7 +233,7 @@ class _Tally:
         if (line.source, line.output) != (source.digest, request.state([job.output], job.output.parent).digest):
             return False
         sizes = {"adapter": line.adapter, "total": line.total}
-        self.add(number, {"state": "skipped", "bytes": sizes, "captured": line.captured})
+        self.add(number, {"state": "skipped", "bytes": sizes, "captured": line.captured, "verdict": line.verdict})
         return True
 
     def add(self, number: int, answer: pool.Answer) -> None:
@@ -237,6 +241,7 @@ class _Tally:
         job = self.jobs[number]
         outcome = _outcome(job, answer)
         self.counts[outcome.state] += 1
+        self.do_not_ship += outcome.verdict == DO_NOT_SHIP
         if self.options.on_outcome is None:
             self.outcomes[number] = outcome
         else:
@@ -245,11 +250,13 @@ class _Tally:
         if self.journal is not None and "states" in answer:
             source, output = answer["states"]
             sizes = answer["bytes"]["adapter"], answer["bytes"]["total"]
-            self.journal.add(Line(job.name, self.settings(number), source, output, *sizes, answer["stated"]))
+            stated = answer["stated"], answer.get("verdict", "")
+            self.journal.add(Line(job.name, self.settings(number), source, output, *sizes, *stated))
 
     def batch(self) -> Batch:
         notes = () if self.journal is None else tuple(self.journal.notes)
-        return Batch(tuple(self.outcomes[number] for number in sorted(self.outcomes)), self.counts, notes)
+        outcomes = tuple(self.outcomes[number] for number in sorted(self.outcomes))
+        return Batch(outcomes, self.counts, notes, self.do_not_ship)
 
 
 def _processes(options: Mapping[str, Any]) -> int:
@@ -334,6 +341,7 @@ def _outcome(job: Job, answer: pool.Answer) -> Outcome:
         captured=answer.get("captured"),
         ratio=answer.get("ratio"),
         dropped=answer.get("dropped"),
+        verdict=answer.get("verdict", ""),
         warnings=tuple(answer.get("warnings", ())),
         code=answer.get("code", ""),
         message=answer.get("message", ""),

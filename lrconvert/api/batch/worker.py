@@ -23,6 +23,8 @@ from typing import Any
 
 from lrconvert import api
 from lrconvert.api.batch import request
+from lrconvert.api.batch.journal import DO_NOT_SHIP, SHIP
+from lrconvert.convert.compress import Compression
 from lrconvert.convert.convert import Conversion
 from lrconvert.core.errors import LrcError, OutputExistsError, WorkerError
 from lrconvert.core.wording import on_command_line, spelled
@@ -31,6 +33,7 @@ from lrconvert.io.checkpoint import KnownContent
 from lrconvert.io.durable import check_output, make_folder
 from lrconvert.kernels import jit
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
+from lrconvert.report.compression import verdict_json, verdict_text
 from lrconvert.report.conversion import conversion_json, conversion_text, sizes_json
 
 # Processor seconds after which loading the compiled loops of the entropy coder costs little beside what was done: they
@@ -79,7 +82,8 @@ def _work(job: Mapping[str, Any]) -> dict[str, Any]:
         options["base_content"] = KnownContent(
             base_content["digest"], tuple(tuple(file) for file in base_content["files"])
         )
-    done = _convert(job, lora, options, dry_run=output is None)
+    result = _convert(job, lora, options, dry_run=output is None)
+    done = result.chosen if isinstance(result, Compression) else result
     if output is not None:
         make_folder(output.parent)  # not before there is something to put into it
         try:
@@ -89,21 +93,28 @@ def _work(job: Mapping[str, Any]) -> dict[str, Any]:
                 raise
             return _passed_by(finished)  # a worker of a batch that was killed was still at it
     answer: dict[str, Any] = {"state": "done", "report": conversion_json(done)}
+    if isinstance(result, Compression):
+        answer["verdict"] = SHIP if result.verdict.ship else DO_NOT_SHIP
+        answer["report"]["verdict"] = verdict_json(result.verdict)
     if output is not None:
         answer |= {**_states(before, path, output), "stated": _captured(done.compact)}
     if job["verbose"]:
         answer["text"] = conversion_text(str(path), job["output"], done, True)
+        if output is not None and isinstance(result, Compression):
+            answer["text"] += f"\n\n{verdict_text(output.name, result)}"
     captured = None if done.fidelity is None else done.fidelity.captured
     losses = {"warnings": [*done.warnings, *done.notes], "dropped": len(done.dropped)}
     return {**answer, **_numbers(done.sizes, captured, done.ratio), **losses}
 
 
-def _convert(job: Mapping[str, Any], lora: LoraAdapter, options: dict[str, Any], dry_run: bool) -> Conversion:
+def _convert(
+    job: Mapping[str, Any], lora: LoraAdapter, options: dict[str, Any], dry_run: bool
+) -> Conversion | Compression:
     if job["verb"] == "convert":
         return api.convert(lora, job["method"], dry_run=dry_run, **options)
     if job["verb"] == "allocate":
         return api.allocate(lora, dry_run=dry_run, **options)
-    return api.compress(lora, **options).chosen
+    return api.compress(lora, **options)
 
 
 def _marked(lora: LoraAdapter, wanted: str) -> LoraAdapter:

@@ -13,13 +13,15 @@ from lrconvert.report.html.templates import rendered
 _ROWS = 5000  # of the table; a browser takes no more with ease
 _FAILED = 200
 _BINS = 20
+DO_NOT_SHIP = "do not ship"
 WIDTH, HEIGHT = 900, 250
 AREA = Box(60, 16, 880, 200)
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter of a fleet. Numbers are None where they are not known; `failure` says in a line why there is none."""
+    """An adapter of a fleet. Numbers are None where they are not known; `verdict` is "ship", "do not ship" or "";
+    `failure` says in a line why there is none."""
 
     name: str
     state: str = "done"
@@ -29,6 +31,7 @@ class Adapter:
     captured: float | None = None
     closed: float | None = None
     dropped: int | None = None
+    verdict: str = ""
     failure: str = ""
 
 
@@ -64,6 +67,8 @@ def fleet_page(title: str, adapters: Sequence[Adapter], command: str = "", versi
         total=total,
         source=round(sum((a.nbytes or 0) * (a.ratio or 0) for a in sized)),
         by_answers=by_answers,
+        has_verdicts=any(a.verdict for a in adapters),
+        not_shipped=sum(a.verdict == DO_NOT_SHIP for a in adapters),
         what="of the distance to the LoRA's answers that is closed"
         if by_answers
         else "of the weights' energy that is captured",
