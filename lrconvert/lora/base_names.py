@@ -133,6 +133,8 @@ def _square_view(name: str, siblings: set[View], config: Mapping[str, Any]) -> V
     """The view of a square parameter: from the family, where its other targets bear that out; else from the class of
     the base, or from what all non-square targets agree on. Raises E-ORIENT."""
     family = _family(config)
+    if "_diffusers_version" in config and not siblings - {MATRIX}:
+        return MATRIX  # no model of diffusers has Conv1D
     if family in CONV1D_FAMILIES:
         return MATRIX if name.split(".")[-2] in _LINEAR_IN_CONV1D else TRANSPOSED
     is_alike = (CONV1D_FAMILIES | _MIXED_FAMILIES).isdisjoint(renamings.families(config))  # in all its parts

@@ -235,6 +235,20 @@ def test_what_is_refused(tmp_path: Path) -> None:
         unmerge(base)
 
 
+def test_square_weights(tmp_path: Path) -> None:
+    """LoRAs of attention alone have nothing but square weights, which diffusers stores (out, in)."""
+    shapes = {"attn.to_q.weight": (16, 16), "attn.to_k.weight": (16, 16)}
+    config = {"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.42.1"}
+    base = model(tmp_path / "base", shapes, config=config)
+    adapter = lora(shapes)
+    merge(base, [adapter], tmp_path / "out")
+    before, after = load_all(base), load_all(tmp_path / "out")
+    for pair in adapter.targets:
+        update = pair.scale * pair.b.decode().astype(np.float64) @ pair.a.decode()
+        name = pair.target.name
+        assert np.abs(after[name].decode() - before[name].decode() - update).max() <= 2.0**-13
+
+
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     base = pipeline(tmp_path / "base")
     report = merge(base, [both()], tmp_path / "out", dry_run=True)

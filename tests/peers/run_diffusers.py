@@ -3,6 +3,7 @@ its classes; what a file adds to each weight is written to the .npz of ``options
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -112,9 +113,33 @@ def walk(config: dict[str, Any]) -> list[tuple[str, list[int]]]:
     ]
 
 
+def saved(folder: Path, options: dict[str, Any]) -> None:
+    """Save a tiny pipeline in half precision; with ``options["fuse"]`` the one of that folder, with a LoRA fused."""
+    classes = {"sd": stable_diffusion, "sdxl": stable_diffusion_xl, "flux": flux}
+    if "fuse" not in options:
+        torch.manual_seed(0)
+        pipeline = classes[options["save"]]().to(torch.float16)
+    else:
+        parts = json.loads((Path(options["fuse"]) / "model_index.json").read_text())
+        absent = {name: None for name, part in parts.items() if part == [None, None]}
+        how = {"torch_dtype": torch.float16, "variant": options.get("variant"), **absent}
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(options["fuse"], **how)
+    if "file" in options:
+        pipeline = pipeline.to(torch.float32)
+        pipeline.load_lora_weights(str(Path(options["file"]).parent), weight_name=Path(options["file"]).name)
+        models = [name for name in ("unet", "transformer", "text_encoder") if getattr(pipeline, name, None) is not None]
+        pipeline.fuse_lora(components=models)
+        pipeline.unload_lora_weights()
+        pipeline = pipeline.to(torch.float16)
+    pipeline.save_pretrained(folder, variant=options.get("variant"), max_shard_size=options.get("shard", "10GB"))
+
+
 def load(folder: Path, base: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     if "unet" in options:
         return {"walk": walk(options["unet"])}
+    if "save" in options:
+        saved(folder, options)
+        return {}
     pipeline = {"sd": stable_diffusion, "sdxl": stable_diffusion_xl, "flux": flux}[options["model"]]()
     messages = _Messages()
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
