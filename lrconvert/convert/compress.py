@@ -139,7 +139,7 @@ class Compression:
             return from_answers(self.judged, self.bound, self.chosen.ratio)
         fidelity = self.nearest.fidelity
         assert fidelity is not None
-        return from_weights(self.compact.method, fidelity, self.chosen.ratio)
+        return from_weights(self.compact.method, fidelity)
 
 
 def no_answers(options: ConvertOptions, compress_options: CompressOptions) -> str | None:

@@ -7,6 +7,7 @@ files whose answers were measured.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from lrconvert.convert.strength import FORMS
@@ -80,7 +81,7 @@ class Verdict:
     advice: str = ""
 
 
-def from_weights(method: str, fidelity: Fidelity, ratio: float) -> Verdict:
+def from_weights(method: str, fidelity: Fidelity) -> Verdict:
     """Return the verdict where only weights were compared."""
     kept = fidelity.captured
     if not any(target.energy for target in fidelity.targets):
@@ -88,12 +89,13 @@ def from_weights(method: str, fidelity: Fidelity, ratio: float) -> Verdict:
     if method not in FORMS:
         what = f"what {method} keeps of the weights does not say how it answers"
         return Verdict(False, what, f"{_with_data()}, which measure that")
-    share = f"it keeps {kept:.0%} of the weights' energy"
+    share = f"it keeps {math.floor(1000 * kept) / 10:g}% of the weights' energy"  # 79.96 is below 80
     if kept >= KEPT:
         measured = f"files that kept as much closed over {_CLOSED_BY_KEPT:.0%} of the distance to the LoRA's answers"
         return Verdict(True, f"{share}, and where answers were measured, {measured}")
     why = f"{share}, and below {KEPT:.0%} only answers can tell how good it is"
-    return Verdict(False, why, f"{_larger(ratio)}, or {_with_data()}, which measure and refine it")
+    enough = f"{spelled('min_captured', KEPT)}, the smallest file that keeps so much"
+    return Verdict(False, why, f"{enough}, or {_with_data()}, which measure and refine a small one")
 
 
 def from_answers(judged: Judged, bound: LossBound | None, ratio: float) -> Verdict:
