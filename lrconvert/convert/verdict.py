@@ -7,7 +7,6 @@ files whose answers were measured.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from lrconvert.convert.strength import FORMS
@@ -89,7 +88,8 @@ def from_weights(method: str, fidelity: Fidelity) -> Verdict:
     if method not in FORMS:
         what = f"what {method} keeps of the weights does not say how it answers"
         return Verdict(False, what, f"{_with_data()}, which measure that")
-    share = f"it keeps {math.floor(1000 * kept) / 10:g}% of the weights' energy"  # 79.96 is below 80
+    shown = kept if kept >= KEPT else min(kept, KEPT - 0.001)  # 79.96 % is not shown as 80.0
+    share = f"it keeps {shown:.1%} of the weights' energy"
     if kept >= KEPT:
         measured = f"files that kept as much closed over {_CLOSED_BY_KEPT:.0%} of the distance to the LoRA's answers"
         return Verdict(True, f"{share}, and where answers were measured, {measured}")
