@@ -28,7 +28,10 @@ VerifyOne = Callable[[Path, Path, bool], VerifyReport]
 
 def names_of(inputs: Sequence[Scaled]) -> list[str]:
     """Return the names of all that adapters change."""
-    return [each.name for item in inputs for each in (*targets_of(item.adapter), *item.adapter.extras)]
+    adapters = [item.adapter for item in inputs]
+    return [target.name for each in adapters for target in targets_of(each)] + [
+        extra.name for each in adapters for extra in each.extras
+    ]
 
 
 def merge(

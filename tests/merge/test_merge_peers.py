@@ -1,5 +1,5 @@
 """Merges against other people's programs: axolotl and diffusers merge the same, mergekit takes ours apart. PEFT, which
-the tests depend on, is in test_merge.py. A peer without an environment is skipped by name: see tests/peers/README.md."""
+the tests depend on, is in test_merge.py. A peer without an environment is skipped by name: tests/peers/README.md."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from lrconvert.io.checkpoint import METHODS, Checkpoint
 from lrconvert.io.container import TensorInfo
 
 PANEL = 1 << 21  # elements that are computed at a time of a weight that is stored transposed
+_SQUARE = 256
 _READ_BYTES = 1 << 22
 _SEEK_BYTES = 1 << 14  # to skip fewer bytes than these takes longer than to read them
 
@@ -198,11 +199,29 @@ def by_blocks(shape: tuple[int, ...], block: Block) -> Callable[[int, int], F32]
             if col or not height:  # a part of a row
                 height, width = 1, min(cols - col, count - done)
             part = out[done : done + height * width].reshape(height, width)
-            part[...] = block(entry, range(row, row + height), range(col, col + width))
+            _copy(block(entry, range(row, row + height), range(col, col + width)), part)
             done += height * width
         return out
 
     return values
+
+
+def _copy(values: F32, out: F32) -> None:
+    """Fill `out` in squares: what is stored transposed stays in the cache."""
+    rows, cols = out.shape
+    down, across = (rows, cols) if values.flags.c_contiguous else (_SQUARE, _SQUARE)
+    for top in range(0, rows, down):
+        for left in range(0, cols, across):
+            out[top : top + down, left : left + across] = values[top : top + down, left : left + across]
+
+
+def spread(numbers: F32, cols: range, size: int) -> F32:
+    """Return numbers of groups of `size` columns for each of `cols`; the first ones are of the group of the first."""
+    if numbers.shape[1] == 1:
+        return numbers
+    edges = np.arange(cols.start // size, -(-cols.stop // size) + 1) * size
+    edges = edges.clip(cols.start, cols.stop)
+    return np.repeat(numbers, edges[1:] - edges[:-1], axis=1)
 
 
 def panel_of(shape: tuple[int, ...]) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from lrconvert.core.dtypes import F32
 from lrconvert.io.checkpoint import Checkpoint
 from lrconvert.io.container import TensorInfo
-from lrconvert.io.quantized.base import Described, Stored, Weight, by_blocks, panel_of
+from lrconvert.io.quantized.base import Described, Stored, Weight, by_blocks, panel_of, spread
 from lrconvert.io.quantized.shared.fp4 import PAIRS
 
 _WRITER = "gpt-oss"
@@ -45,7 +45,7 @@ def _weight(stored: Stored, blocks: TensorInfo) -> Weight:
         low = range(rows.start // _GROUP, -(-rows.stop // _GROUP))
         factors = stored.finite(scales, stored.window(scales, lines, low, groups))
         with np.errstate(over="ignore"):
-            values = values * factors[:, np.arange(rows.start, rows.stop) // _GROUP - low.start]
+            values = values * spread(factors, rows, _GROUP)
         return values.T
 
     shape = (experts, inputs, out)

@@ -45,9 +45,8 @@ def settle(item: Scaled, checkpoint: Checkpoint) -> Settled:
     index = base_names.NameIndex.of(checkpoint)
     others = pipeline.siblings(checkpoint.root)
     if others:
-        named = (*targets_of(adapter), *adapter.extras)
-        first = {each.name for each in named if each.name.partition(".")[0] in others}
-        elsewhere = frozenset(name for name in first if index.find(name) is None)
+        names = {target.name for target in targets_of(adapter)} | {extra.name for extra in adapter.extras}
+        elsewhere = frozenset(n for n in names if n.partition(".")[0] in others and index.find(n) is None)
         if elsewhere:
             return _without(adapter, elsewhere)
     resized: dict[str, tuple[ExtraTensor, TensorInfo]] = {}

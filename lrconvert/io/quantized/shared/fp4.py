@@ -10,7 +10,7 @@ import numpy as np
 
 from lrconvert.core.dtypes import F32
 from lrconvert.io.container import TensorInfo
-from lrconvert.io.quantized.base import Stored, Weight, by_blocks
+from lrconvert.io.quantized.base import Stored, Weight, by_blocks, spread
 
 _SIZES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
 VALUES: F32 = np.concatenate([_SIZES, -_SIZES])
@@ -43,11 +43,10 @@ def weight(
         across = range(cols.start // 2, -(-cols.stop // 2))
         codes = stored.window(packed, lines, across, half)
         values = np.take(PAIRS, codes).view(np.float32)[:, cols.start - 2 * across.start :][:, : len(cols)]
-        places = np.arange(cols.start, cols.stop) // size
         low = range(cols.start // size, -(-cols.stop // size))
         scales = stored.finite(scale, stored.window(scale, lines, low, groups))
         with np.errstate(over="ignore", invalid="ignore"):
             scales = scales / factor if divides else scales * factor
-            return values * scales[:, places - low.start]
+            return values * spread(scales, cols, size)
 
     return Weight(shape, packed.name, frozenset({scale.name, *beside}), by_blocks(shape, block))

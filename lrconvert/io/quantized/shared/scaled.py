@@ -14,7 +14,7 @@ import numpy as np
 from lrconvert.core.dtypes import F32, Array
 from lrconvert.io.checkpoint import Checkpoint
 from lrconvert.io.container import TensorInfo
-from lrconvert.io.quantized.base import EIGHT_BITS, FP8, Stored, Weight, by_blocks
+from lrconvert.io.quantized.base import EIGHT_BITS, FP8, Stored, Weight, by_blocks, spread
 
 SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 
@@ -40,9 +40,7 @@ class Grid:
         numbers = read(self.info, self.stored.window(self.info, lines, across, self.size[1]))
         if len(down) > 1:
             numbers = numbers[np.arange(rows.start, rows.stop) // height - down.start]
-        if len(across) > 1:
-            numbers = numbers[:, np.arange(cols.start, cols.stop) // width - across.start]
-        return numbers
+        return spread(numbers, cols, width)
 
 
 def grid(stored: Stored, info: TensorInfo, shape: tuple[int, ...], block: Sequence[int] = ()) -> Grid:
