@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ADAPTERS, BASES
-from models import one_target
+from models import auto, one_target
 from peers import oracle
 
 from lrconvert import api
@@ -254,3 +254,22 @@ def test_loralib_merges_our_updates(tmp_path: Path) -> None:
         jobs[f"r{rank}"] = tmp_path / f"r{rank}", {"layers": layers, "out": str(tmp_path / f"r{rank}.npz")}
     for case in ask("loralib", jobs):
         same(case, tensors(tmp_path / f"{case}.npz"), updates(compact))
+
+
+# --- onnxruntime-genai ----------------------------------------------------------------------------------------------
+
+
+def test_onnxruntime_computes_as_peft_does(tmp_path: Path) -> None:
+    """Its model builder puts a PEFT folder into the graph of a base; every module has another rank before padding."""
+    import peft
+    import torch
+
+    oracle.needed("onnxruntime")
+    base, tokens, out = BASES / "tiny-llama", [5, 17, 42, 8, 90, 33], tmp_path / "logits.npy"
+    api.export(converted("llama-patterns"), tmp_path / "peft", to="peft-lora", base=base)
+    ask("onnxruntime", {"": (tmp_path / "peft", {"tokens": tokens, "out": str(out)})}, base)
+    model = auto("CausalLM").from_pretrained(base, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(model, str(tmp_path / "peft")).eval()
+    with torch.no_grad():
+        wanted = model(input_ids=torch.tensor([tokens])).logits[0].numpy()
+    np.testing.assert_allclose(np.load(out), wanted, atol=1e-4)
