@@ -85,7 +85,7 @@ def convert(
     True
 
     >>> convert("my-adapter", "lowrank", target_ratio=4)
-    <Conversion: lowrank, 8,560 bytes, 4.0 times smaller, captured 0.9900>
+    <Conversion: lowrank, 8,5... bytes, 4.0 times smaller, captured 0.99...>
     """
     progress = progress or silent
     if method == "alora":
