@@ -31,6 +31,7 @@ Kind = str | tuple["Kind", ...]
 
 _FOLDER = Path(__file__).parent
 _DIGEST_BYTES = 32
+_BYTE = ctypes.c_char
 # What LLVM may call: of the C library, and what gives the memory of an array back, which has none here.
 _RELEASE = "NRT_MemInfo_call_dtor"
 _PASS = "add_global_dead_code_eliminate_pass"
@@ -79,34 +80,43 @@ class Loop:
 
     def __init__(self, address: int, signature: Signature, engine: Any) -> None:
         names = signature.llvm_type.removeprefix("i32 (").removesuffix(")").split(", ")
-        kinds = {"ptr": ctypes.c_void_p, "i64": ctypes.c_int64, "double": ctypes.c_double}
-        self._function = ctypes.CFUNCTYPE(ctypes.c_int32, *(kinds[name] for name in names))(address)
-        self._signature, self._engine = signature, engine  # the engine owns the code
-        self._results = ctypes.c_int64 * max(1, signature.results)
+        types = {"ptr": ctypes.c_void_p, "i64": ctypes.c_int64, "double": ctypes.c_double}
+        self._function = ctypes.CFUNCTYPE(ctypes.c_int32, *(types[name] for name in names))(address)
+        self._expected = [_expected(kind) for kind in signature.kinds]
+        self._count, self._results = signature.results, ctypes.c_int64 * max(1, signature.results)
+        self._engine = engine  # it owns the code
 
     def __call__(self, *arguments: Any) -> Any:
         results, raised = self._results(), ctypes.c_void_p()
         flat: list[Any] = [ctypes.addressof(results), ctypes.addressof(raised)]
-        for argument, kind in zip(arguments, self._signature.kinds, strict=True):
-            _flatten(argument, kind, flat)
+        for argument, expected in zip(arguments, self._expected, strict=True):
+            _flatten(argument, expected, flat)
         if self._function(*flat):
             raise RuntimeError("a compiled loop has failed")
-        count = self._signature.results
-        return None if not count else results[0] if count == 1 else tuple(results)
+        return None if not self._count else results[0] if self._count == 1 else tuple(results)
 
 
-def _flatten(value: Any, kind: Kind, flat: list[Any]) -> None:
-    """Add what the compiled function takes for an argument."""
+def _expected(kind: Kind) -> Any:
+    """What an argument must be: dtype and dimensions; None for a number; a list of these for a tuple."""
     if not isinstance(kind, str):
-        for part, its_kind in zip(value, kind, strict=True):
-            _flatten(part, its_kind, flat)
-    elif len(kind) > 2:
-        if value.dtype != np.dtype(kind[:-2]) or value.ndim != int(kind[-1]) or not value.flags.c_contiguous:
-            raise TypeError(f"a compiled loop takes {kind}, not {value.dtype} {value.ndim}")
-        flat += (None, None, value.size, value.itemsize, value.__array_interface__["data"][0])
-        flat += (*value.shape, *value.strides)
-    else:
+        return [_expected(part) for part in kind]
+    name, _, dimensions = kind.partition(" ")
+    return (np.dtype(name), int(dimensions)) if dimensions else None
+
+
+def _flatten(value: Any, expected: Any, flat: list[Any]) -> None:
+    """Add what the compiled function takes for an argument. It is called very often: every microsecond counts."""
+    if expected is None:
         flat.append(value)
+    elif isinstance(expected, list):
+        for part, its_own in zip(value, expected, strict=True):
+            _flatten(part, its_own, flat)
+    else:
+        if value.dtype != expected[0] or value.ndim != expected[1] or not value.flags.c_contiguous:
+            raise TypeError(f"a compiled loop takes {expected}, not {value.dtype}, {value.ndim}")
+        quick = value.flags.writeable and value.size
+        address = ctypes.addressof(_BYTE.from_buffer(value)) if quick else value.__array_interface__["data"][0]
+        flat += (None, None, value.size, value.itemsize, address, *value.shape, *value.strides)
 
 
 # --- from the file ----------------------------------------------------------------------------------------------------

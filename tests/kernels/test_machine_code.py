@@ -82,7 +82,7 @@ def test_code_of_other_loops_or_versions_is_not_taken(kept, monkeypatch):
 @pytest.mark.parametrize("numbers", [np.arange(5.0), np.arange(10)[::2], np.ones((2, 2), np.int64)], ids=str)
 def test_other_arrays_are_refused(kept, numbers):
     """Another dtype, strides, or dimensions: the code would read what is not there."""
-    with pytest.raises(TypeError, match="takes i8 1"):
+    with pytest.raises(TypeError, match="takes"):
         kept[1].total(numbers, 3)
     with pytest.raises(ValueError, match="zip"):
         kept[1].total(np.arange(5))
