@@ -110,8 +110,8 @@ def static_fp8() -> Made:
 
 def fp8_experts() -> Made:
     """A stack of experts, one scale for each block of each."""
-    codes = codes8((3, 32, 32), 1)
-    stored, scale = numbers((3, 2, 2), "BF16", 2)
+    codes = codes8((3, 32, 48), 1)
+    stored, scale = numbers((3, 2, 3), "BF16", 2)
     name = "model.layers.0.mlp.experts.down_proj"
     values = scaled(codes, e4m3, lambda e, r, c: scale[e, r // 16, c // 16])
     tensors = {name: Stored("F8_E4M3", codes), f"{name}_scale_inv": stored}
