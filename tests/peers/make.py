@@ -21,7 +21,7 @@ ENVS = HERE / ".envs"
 LIMIT = 180  # seconds for one peer; they take 1 to 15
 MERGERS = ("axolotl", "mergekit")  # peers that merge, or take merges apart; the others load adapters
 OF_BASES = ("compressedtensors",)  # peers that read quantized bases
-OF_EXPORTS = ("diffusers", "dynamo", "loralib", "onnxruntime", "xllamacpp")  # those of the others that load our exports only
+OF_EXPORTS = ("diffusers", "dynamo", "loralib", "onnxruntime", "xllamacpp")  # others that load our exports only
 # What is kept of a large distribution (patterns of member names); a peer without an entry is installed as it is.
 KEEP = {
     "axolotl": ("axolotl/cli/utils/lora_merge.py",),
