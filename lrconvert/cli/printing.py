@@ -19,6 +19,7 @@ from lrconvert.io.durable import partial_path
 
 SCHEMA_VERSION = 1
 _FIRST_SECONDS, _LINE_SECONDS = 5, 30  # before the first line of progress, and between lines
+_TELLING = 0.005  # of the work: less says nothing of what the rest takes
 _REPOSITORIES = ("--base-model-id", "--push-to-hub")
 _LONGEST = 10  # characters of an escaped one: \\U0010ffff
 
@@ -86,7 +87,7 @@ def _progress_lines(title: str) -> Callable[[float, str], None]:
         if now < following:
             return
         following = now + _LINE_SECONDS
-        left = f", {_duration((now - start) * (1 / fraction - 1))} left" if fraction > 0 else ""
+        left = f", {_duration((now - start) * (1 / fraction - 1))} left" if fraction > _TELLING else ""
         say(f"{title}: {fraction:.0%} after {_duration(now - start)}{left}; {printable(text)}", err=True)
 
     return update

@@ -19,6 +19,7 @@ from lrconvert.convert.strength import strength_without_data
 from lrconvert.convert.verdict import Judged, LossBound, Verdict, from_answers, from_weights
 from lrconvert.core.errors import BudgetError, LrcError, OptionError
 from lrconvert.core.notebook import html_table
+from lrconvert.core.notices import Notice
 from lrconvert.core.wording import either, spelled
 from lrconvert.formats.fidelity import Answers, Fidelity
 from lrconvert.io.checkpoint import KnownContent, is_without_weights, open_checkpoint
@@ -29,6 +30,7 @@ _STEPS = 5  # bisections of a size, in its logarithm: to 3 % of the bytes
 RANKED_BY_FIT = "Ranked by what fits keep, not by answers: {}."
 _MINUTES, _SEARCH_MINUTES = 1.0, 10.0  # for all fits, and where each form is fitted at many sizes
 _SEARCH_FITS = 12  # so many, about
+_WORTH_SAYING = 10.0  # seconds
 _FIRST = "lowrank"  # the cheapest fit; the others then only have to beat it
 
 
@@ -202,11 +204,18 @@ def compress(
     wanted = compress_options.min_captured
     plans, left_out = _affordable(list(_plans(compress_options.forms)), lora, options, compress_options)
     candidates: list[Candidate] = []
+    costs = [methods.get(method).fit_seconds for method, _ in plans]
+    seconds = sum(costs) * lora.numel / 1e6 * (1 if wanted is None else _SEARCH_FITS)
+    if options.base is None and seconds > _WORTH_SAYING:
+        progress(0.0, Notice(f"{len(plans)} forms are fitted, about {_span(seconds)} on one core"))
     with prepare_source(lora, options, base_content) as source:
         for n, (method, method_options) in enumerate(plans):
+            start, share = sum(costs[:n]) / sum(costs), costs[n] / sum(costs)
 
-            def advance(fraction: float, text: str, n: int = n, method: str = method) -> None:
-                progress((n + fraction) / len(plans), f"{method} {text}")
+            def advance(
+                fraction: float, text: str, start: float = start, share: float = share, method: str = method
+            ) -> None:
+                progress(start + share * fraction, f"{method} {text}")
 
             trial = _Trial(source, method, method_options, advance)
             if wanted is None:

@@ -91,9 +91,11 @@ def _facts(done: Compression) -> Iterator[str]:
     yield fact("size", size_line(size, chosen.ratio, chosen.source_bytes).removeprefix("size").strip())
     if done.by_default:
         yield fact("", BY_DEFAULT)
-    kept = f"{nearest.captured:.1%} of the energy of the weights"
+    kept = f"{max(nearest.captured, 0):.1%} of the energy of the weights"
     if nearest.output_captured is not None:
-        kept += f", {nearest.output_captured:.1%} of the outputs' under the statistics"
+        kept += f", {max(nearest.output_captured, 0):.1%} of the outputs' under the statistics"
+    if nearest.captured < 0:
+        kept += "; training on answers found other weights that answer alike"
     yield fact("captured", kept)
     for note in (*_stronger(done), *((done.note,) if done.note else ()), *_dropped(done.nearest)):
         yield fact("note", note)
@@ -158,7 +160,7 @@ def verdict_text(file: str, done: Compression) -> str:
 
 def _judged(name: str, judged: Judged) -> str:
     """Return a table of base, LoRA and file with intervals, and what the texts were."""
-    unit = "KL from the LoRA, nats" if judged.kind == "KL" else "error of hidden states"
+    unit = "KL, nats" if judged.kind == "KL" else "error of hidden states"
     rows: list[list[str]] = [
         [unit, _with_interval(judged.base_distance), "0", _with_interval(judged.distance)],
         ["of it closed", "0.0%", "100.0%", _percent_interval(judged.closed)],

@@ -15,6 +15,7 @@ from lrconvert import api
 from lrconvert.cli import cli
 from lrconvert.convert import compress as ranking
 from lrconvert.convert.verdict import CLOSED, FEWEST, KEPT, Interval, Judged, LossBound, Scores, from_answers
+from lrconvert.core.notices import Notice
 from lrconvert.methods import base as methods
 from lrconvert.report.compression import compression_json, compression_text
 
@@ -105,6 +106,22 @@ def test_what_does_not_fit_into_the_time_is_left_out_and_named(monkeypatch: pyte
     assert not api.compress(lora, target_size=2000, forms=["vblora"]).left_out
     rushed = api.compress(lora, target_size=2000, budget_minutes=1e-9)
     assert [c.method for c in rushed.candidates] == ["lowrank"] and len(rushed.left_out) == 4
+
+
+def test_long_fits_begin_with_an_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a line of its own; and forms that take longer are more of the progress."""
+    lora, heard = random_lora([(96, 64), (64, 96)], rank=4, seed=1), list[tuple[float, str]]()
+    monkeypatch.setattr(ranking, "_WORTH_SAYING", 0.0)
+    forms = ["lowrank", "bone"]
+    api.compress(lora, target_size=2000, forms=forms, progress=lambda share, text: heard.append((share, text)))
+    assert isinstance(heard[0][1], Notice) and heard[0][1].startswith("2 forms are fitted, about ")
+    shares = [max(share for share, text in heard if text.startswith(form)) for form in forms]
+    costs = [methods.get(form).fit_seconds for form in forms]
+    assert shares[0] <= 0.8 * costs[0] / sum(costs) + 1e-9 < shares[1] <= 0.8 + 1e-9
+    heard.clear()
+    monkeypatch.setattr(ranking, "_WORTH_SAYING", 10.0)
+    api.compress(lora, target_size=2000, forms=forms, progress=lambda share, text: heard.append((share, text)))
+    assert not any(isinstance(text, Notice) for _, text in heard)
 
 
 def test_the_command_ends_with_the_verdict(tmp_path: Path) -> None:
