@@ -42,7 +42,7 @@ class ExpandOptions:
     )
     max_error: float = option(MAX_ERROR, "How much of the update's norm --max-rank may cost.", least=0, kind="share")
     cache_size: int | None = option(
-        None, "Remove what was not asked for longest where the cache is larger than this (20GB).", least=0, kind="size"
+        None, "Keep the cache to this size, such as 20GB: what was not asked for longest goes.", least=0, kind="size"
     )
 
 

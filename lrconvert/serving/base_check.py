@@ -66,10 +66,10 @@ def _check_parameters(load: Callable[[], CompactAdapter], noted: str, served: st
     try:
         checkpoint = _weights(served)
     except LrcError as error:
-        log.info("the adapter is for %s; whether that is %s cannot be told: %s", noted, served, error)
+        log.warning("the adapter is for %s; whether that is %s cannot be told: %s", noted, served, error)
         return
     if checkpoint is None:
-        log.info("the adapter is for %s; whether that is %s cannot be told", noted, served)
+        log.warning("the adapter is for %s; whether that is %s cannot be told", noted, served)
         return
     with checkpoint:
         try:

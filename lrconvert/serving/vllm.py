@@ -36,11 +36,21 @@ def register() -> None:
     settings = Settings.of(os.environ)
     assert settings is not None
     library = Library.of(settings)
+    _log_as_vllm()
     LoRAResolver.register(Resolver)
     LoRAResolverRegistry.register_resolver(NAME, Resolver(library))
     dynamo.register_where_it_runs(library)
     if os.environ.get(_SWITCH, "").strip().lower() not in ("1", "true"):
         log.warning("vLLM looks for adapters by name only if %s=True is set", _SWITCH)
+
+
+def _log_as_vllm() -> None:
+    """Let our lines be seen where vLLM's are, unless whoever runs the server has set up something else."""
+    ours, theirs = logging.getLogger("lrconvert.serving"), logging.getLogger("vllm")
+    if ours.handlers or ours.level or not theirs.handlers:
+        return
+    ours.handlers, ours.level = list(theirs.handlers), theirs.level
+    ours.propagate = theirs.propagate
 
 
 class Resolver:

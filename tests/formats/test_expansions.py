@@ -18,7 +18,7 @@ import pytest
 from conftest import random_lora
 
 from lrconvert.core.dtypes import Stored
-from lrconvert.core.errors import FileChangedError, LrcError
+from lrconvert.core.errors import FileChangedError, FileWriteError, LrcError
 from lrconvert.formats.expansions import ranks, sources
 from lrconvert.formats.expansions.cache import LIST, Cache, Expansion, Files
 from lrconvert.formats.expansions.sources import LocalFile
@@ -210,6 +210,15 @@ def test_no_locks(tmp_path):
         assert cache.get(KEY, never).was_there
         assert cache.get(OTHER, make).excess > 0
         assert len(cache.entries()) == 2 and cache.use(KEY) is None
+
+
+def test_a_cache_that_cannot_be_written_to(tmp_path):
+    """What is there is found."""
+    Cache(tmp_path).get(KEY, make)
+    with faults.installed(faults.Faulty(1, errno.EROFS, persistent=True)):
+        assert Cache(tmp_path).get(KEY, never).was_there
+        with pytest.raises(FileWriteError):
+            Cache(tmp_path).get(OTHER, make)
 
 
 # --- space --------------------------------------------------------------------------------------------------------

@@ -226,7 +226,12 @@ def test_register(fake_vllm, monkeypatch, tmp_path, caplog):
     with pytest.raises(errors.FileKindError, match="LRCONVERT_STORE"):
         vllm.register()
     monkeypatch.setenv("LRCONVERT_STORE", str(tmp_path))
+    handler = logging.NullHandler()
+    monkeypatch.setattr(logging.getLogger("vllm"), "handlers", [handler])
+    monkeypatch.setattr(logging.getLogger("lrconvert.serving"), "handlers", [])
+    monkeypatch.setattr(logging.getLogger("lrconvert.serving"), "propagate", True)
     vllm.register()
+    assert logging.getLogger("lrconvert.serving").handlers == [handler]  # our lines are seen with vLLM's
     (resolver,) = fake_vllm.registry.resolvers.values()
     vllm.register()
     assert list(fake_vllm.registry.resolvers.values()) == [resolver]
@@ -259,6 +264,42 @@ def test_dynamos_source(library, monkeypatch):
         asyncio.run(source.download("lrconvert://broken", Path("/unused")))
     other = dynamo.Source(replace(library, settings=replace(library.settings, base=None)))
     assert asyncio.run(other.download("lrconvert://one", Path("/unused"))) == folder
+
+
+@pytest.fixture
+def manager(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The sources of a stand-in for Dynamo's manager of adapters."""
+    sources: dict[str, Any] = {}
+    module = types.ModuleType("dynamo.common.lora.manager")
+    made = types.SimpleNamespace(register_custom_source=sources.__setitem__)
+    module.get_lora_manager = lambda: made
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for name in ("dynamo", "dynamo.common", "dynamo.common.lora"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    return sources
+
+
+def test_vllms_plugin_registers_with_dynamo_in_its_workers(manager, library, monkeypatch):
+    monkeypatch.delenv("DYN_LORA_ENABLED", raising=False)
+    dynamo.register_where_it_runs(library)
+    assert not manager
+    monkeypatch.setenv("DYN_LORA_ENABLED", "true")
+    dynamo.register_where_it_runs(library)
+    assert isinstance(manager["lrconvert"], dynamo.Source)
+
+
+def test_a_worker_is_started_with_the_source(manager, library, monkeypatch, tmp_path, capsys):
+    """Under its own name, with its own arguments; without a store it is not started."""
+    (tmp_path / "a_worker.py").write_text("import sys; print(__name__, sys.argv[1:])")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["before"])
+    words = ["a_worker", "--model", "x"]
+    monkeypatch.delenv("LRCONVERT_STORE", raising=False)
+    with pytest.raises(SystemExit, match="LRCONVERT_STORE is not set"):
+        dynamo.main(words)
+    monkeypatch.setenv("LRCONVERT_STORE", library.settings.store)
+    dynamo.main(words)
+    assert capsys.readouterr().out == "__main__ ['--model', 'x']\n" and "lrconvert" in manager
 
 
 def test_dynamo_says_how_it_is_called():
