@@ -59,15 +59,15 @@ def outcome(case: ElementTree.Element) -> str:
 def line(peer: str, why: str, counts: Counter[tuple[str, str]]) -> str:
     passed, failed, skipped = (counts[peer, kind] for kind in ("passed", "failed", "skipped"))
     bad = "".join(f", {count} {kind}" for kind, count in (("FAILED", failed), ("skipped", skipped)) if count)
-    return f"{peer:10} {make.version(peer):10} {f'skipped: {why}' if why else f'ran {passed + failed} tests{bad}'}"
+    return f"{peer:17} {make.version(peer):16} {f'skipped: {why}' if why else f'ran {passed + failed} tests{bad}'}"
 
 
 def peft() -> str:
     """PEFT has no environment of its own: it is a test dependency, and the suite asks it everywhere."""
     try:
-        return f"{'peft':10} {version('peft'):10} ran with the suite"
+        return f"{'peft':17} {version('peft'):16} ran with the suite"
     except PackageNotFoundError:
-        return f"{'peft':10} {'':10} skipped: not installed"
+        return f"{'peft':17} {'':16} skipped: not installed"
 
 
 def main() -> int:
