@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ import numpy as np
 from chat import answers, llamacpp, tasks
 
 NAME = "served"
-TASKS = {"sst2": 40, "gsm8k": 20, "cola": 40}  # texts that are held out; 20 answers of GSM8K are 2,500 tokens
+TASKS = {"sst2": 40, "gsm8k": 20, "cola": 40}  # texts that are held out; 20 answers of GSM8K are 2,671 tokens
 SHARES = (1.6, 0.4)
 ADAPTERS = ("none", "LoRA", *(f"{share:g} %" for share in SHARES))
 GGUF = ("bf16", "q8_0", "q4_k_m")
@@ -174,7 +175,6 @@ def measured(run: Run, task: str, base: str, adapter: str) -> dict[str, Any]:
     row: dict[str, Any] = {
         "kl": intervals.share(by_text(np.concatenate(far)), by_text(np.ones(at))),
         "agreement": intervals.share(by_text(np.concatenate(same).astype(np.float64)), by_text(np.ones(at))),
-        "kl_by_text": [round(x, 6) for x in (by_text(np.concatenate(far)) / by_text(np.ones(at))).tolist()],
         "items": at,
         "texts": len(held.examples),
     }
@@ -197,7 +197,8 @@ def table() -> str:
         for base in BASES:
             row = [done.get(f"{task}, {base}, {adapter}") for adapter in ADAPTERS]
             if any(row):
-                rows.append([f"{tasks.TASKS[task].title.partition(':')[0]}, {base}", *map(_shown, row)])
+                name = re.split(" as a|:", tasks.TASKS[task].title)[0]
+                rows.append([f"{name}, {base}", *map(_shown, row)])
     return cells.markdown(["task, base", "base alone", "the LoRA", *(f"at {name}" for name in ADAPTERS[2:])], rows)
 
 
