@@ -22,6 +22,7 @@ from lrconvert.convert.convert import Conversion, Progress, convert
 from lrconvert.convert.options import AllocateOptions, ConvertOptions
 from lrconvert.core.dtypes import F64, Array, Stored
 from lrconvert.core.errors import BudgetError, OptionError
+from lrconvert.core.notices import Notice
 from lrconvert.core.wording import spelled
 from lrconvert.io.checkpoint import KnownContent
 from lrconvert.lora import svd
@@ -375,6 +376,8 @@ def allocate(
         live = model
         if live is None:
             assert options.base is not None
+            bound = f"{allocate_options.budget_minutes:g} minutes ({spelled('budget_minutes')})"
+            progress(0.0, Notice(f"components are scored on data for at most {bound}"))
             progress(0.0, "loading the base")
             live = load_model(options.base, options.device, adapter=lora)
         texts = allocate_options

@@ -16,6 +16,7 @@ from typing import Any
 from lrconvert.convert.compress import Candidate, Compression, Keep
 from lrconvert.convert.verdict import LossBound
 from lrconvert.core.errors import OptionError
+from lrconvert.core.notices import Notice
 from lrconvert.core.wording import spelled
 from lrconvert.formats import fidelity
 from lrconvert.formats.lrc import file
@@ -86,6 +87,8 @@ def compress(
     rules.check()
     settings.check()
     opening, fitting = part(progress, 0.0, _OPENING), part(progress, _OPENING, _FITS)
+    minutes, bound = rules.minutes or MINUTES, "sizes are searched" if rules.bound else "forms are ranked by answers"
+    progress(0.0, Notice(f"{bound} for at most {minutes:g} minutes ({spelled('budget_minutes')})"))
     given = OwnTexts(partial(work.piece, "texts"), work.under_way("texts")) if data is None else data
     with open_session(base, lora, given, settings, RunOptions(device=rules.device), progress=opening) as whole:
         work.check("data", whole.split.digest)
@@ -97,7 +100,6 @@ def compress(
         by_outputs = fits.every(lora, inputs, part(fitting, 0.0, 0.5), keep[0])
         by_weights = fits.every(lora, None, part(fitting, 0.5, 1.0), keep[1])
         forms = [c for c in by_outputs.candidates if c.conversion is not None]
-        minutes = rules.minutes or MINUTES
         stride = work.piece("stride", lambda: time_limits.stride_of_choosing(session, len(forms), minutes))
         session, cut = time_limits.cut_choosing(session, stride, minutes)
         fitter = _Fitter(session, lora, inputs, fits.one)
