@@ -11,7 +11,7 @@ import pytest
 from models import load_all, one_target, tree
 from quantized_bases import METHODS, Made, Q, base_of, broken, changed, fp8, gpt_oss, gptq, modelopt, plain
 
-from lrconvert.api import merge, unmerge, verify
+from lrconvert.api import export, merge, unmerge, verify
 from lrconvert.core import registry
 from lrconvert.core.dtypes import Stored, round_to
 from lrconvert.core.errors import LrcError, QuantizedBaseError
@@ -85,6 +85,18 @@ def test_merge_verify_undo(kind: str, tmp_path: Path) -> None:
     back, whole = load_all(tmp_path / "back"), load_all(unpacked)
     assert back.keys() == whole.keys() and all(back[name] == whole[name] for name in whole)
     assert tree(base) == before
+
+
+@pytest.mark.parametrize("kind", ["gptq, 4 bits", "compressed, 4 bits", "modelopt, NVFP4", "fp8, blocks"])
+def test_names_are_resolved_on_quantized_bases(kind: str, tmp_path: Path) -> None:
+    """A layout that is read with its base finds the weights that codes stand for, with their shapes."""
+    made = METHODS[kind]()
+    base = base_of(tmp_path / "base", made)
+    export(adapter(made), tmp_path / "lora", "raw")
+    merge(base, [tmp_path / "lora"], tmp_path / "out", dequantize=True)
+    assert verify(tmp_path / "out", base, [adapter(made)], dequantize=True).ok
+    with pytest.raises(QuantizedBaseError, match=r"q_proj.*stored quantized, by .*pass dequantize=True"):
+        merge(base, [tmp_path / "lora"], tmp_path / "no")
 
 
 def read_all(folder: Path) -> dict[str, bytes]:

@@ -17,7 +17,7 @@ import numpy as np
 from lrconvert.core import registry
 from lrconvert.core.dtypes import F32, FLOATS, STORAGE, Array, decode
 from lrconvert.core.errors import QuantizedBaseError
-from lrconvert.io.checkpoint import METHODS, Checkpoint
+from lrconvert.io.checkpoint import METHODS, Checkpoint, dequantizer
 from lrconvert.io.container import TensorInfo
 
 PANEL = 1 << 21  # elements that are computed at a time of a weight that is stored transposed
@@ -100,6 +100,20 @@ def described(method: str, checkpoint: Checkpoint) -> Described:
     """Return what a checkpoint holds that `method`, a module of this folder, has quantized. Raises E-BASE-QUANT."""
     result: Described = registry.load(METHODS, method, "described")(checkpoint)
     return result
+
+
+def shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of the parameters of a checkpoint, of quantized weights as they are without that. What is
+    not as its method writes it is as it is stored: who reads its values hears why."""
+    stored = {name: info.shape for name, info in checkpoint.tensors.items()}
+    method = dequantizer(checkpoint.config)
+    try:
+        weights = described(method, checkpoint).weights if method else {}
+    except QuantizedBaseError:
+        return stored
+    hidden = {part for weight in weights.values() for part in (weight.stored, *weight.parts)}
+    kept = {name: shape for name, shape in stored.items() if name not in hidden}
+    return kept | {name: weight.shape for name, weight in weights.items()}
 
 
 @dataclass(frozen=True)

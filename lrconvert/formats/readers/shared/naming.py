@@ -18,13 +18,13 @@ from lrconvert.core.limits import MAX_INDEX_BYTES
 from lrconvert.core.wording import spelled
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.io import mistaken
-from lrconvert.io.checkpoint import INDEX_NAME, PIPELINE_NAME, SINGLE_NAME, open_checkpoint
-from lrconvert.io.container import ContainerFile, read_json
+from lrconvert.io.checkpoint import INDEX_NAME, PIPELINE_NAME, SINGLE_NAME, open_checkpoint, weight_names
+from lrconvert.io.container import read_json
+from lrconvert.io.quantized import base as quantized
 from lrconvert.lora import renamings
 from lrconvert.lora.adapter import MATRIX, TRANSPOSED, LoraTarget, Target, View
 from lrconvert.lora.base_names import NameIndex
 
-_DIFFUSERS = "diffusion_pytorch_model.safetensors"
 _MOST_LAYERS = 2048  # of a model that is built without weights, to learn its names
 _MOST_PARSES = 16
 _MOST_WORDS = 64  # of a name with underscores; real ones have some twenty
@@ -154,14 +154,13 @@ def base_names(root: Path) -> BaseNames:
 
 def _component(name: str, root: Path) -> Component:
     config = read_json(root / "config.json") if (root / "config.json").is_file() else {}
-    if (root / SINGLE_NAME).exists() or (root / INDEX_NAME).exists():
+    names = weight_names(root)
+    is_transformers = (root / SINGLE_NAME).exists() or (root / INDEX_NAME).exists()
+    if is_transformers or (root / names.single).is_file():
         with open_checkpoint(root, quantized=True) as checkpoint:
-            return Component(name, root, config, {n: info.shape for n, info in checkpoint.tensors.items()})
-    if (root / _DIFFUSERS).is_file():
-        with ContainerFile(root / _DIFFUSERS) as file:
-            return Component(name, root, config, {info.name: info.shape for info in file.tensors})
-    if (root / f"{_DIFFUSERS}.index.json").is_file():
-        table = read_json(root / f"{_DIFFUSERS}.index.json", MAX_INDEX_BYTES).get("weight_map")
+            return Component(name, root, config, quantized.shapes(checkpoint))
+    if (root / names.index).is_file():  # its shards may be elsewhere
+        table = read_json(root / names.index, MAX_INDEX_BYTES).get("weight_map")
         return Component(name, root, config, dict.fromkeys(table) if isinstance(table, dict) else {})
     if not config:
         raise FileKindError("holds neither a config.json nor weights", path=root)
