@@ -58,7 +58,7 @@ def run(cli: click.Command, folder: Path, *, full: bool, overwrite: bool, echo: 
     _unpack(folder, full, overwrite)
     bundled = "" if full else f" {REFINED} is bundled: small.lrc after {STEPS} steps of `refine`."
     echo(f"A tiny LLaMA, and a LoRA that sorts support tickets. All is in {printable(str(folder))}/")
-    echo(f"[...] marks where an output is cut.{bundled}")
+    echo(f"Long outputs are shortened.{bundled}")
     with one_thread():
         for step in _steps(folder, full):
             writes = "-o" in step.words or "--html" in step.words
@@ -104,8 +104,7 @@ def _unpack(folder: Path, full: bool, overwrite: bool) -> None:
 
 
 def _cut(text: str, step: Step) -> str:
-    """Return what a step shows of an output, wrapped; [...] stands where lines are left out. A fact goes on in lines
-    that begin with spaces."""
+    """Return what a step shows of an output, wrapped. A fact goes on in lines that begin with spaces."""
     lines = [line for line in text.splitlines() if line.strip()]
     facts: list[list[str]] = []
     for line in lines[step.first :]:
@@ -115,10 +114,7 @@ def _cut(text: str, step: Step) -> str:
             facts.append([line])
     last = len(facts) - 1 if step.ends else None
     shown = [fact for n, fact in enumerate(facts) if n == last or fact[0].startswith(step.facts or ("\0",))]
-    start = lines[: step.first]
-    if len(shown) < len(facts) and start:
-        start[-1] += " [...]"
-    kept = itertools.chain(start, *shown)
+    kept = itertools.chain(lines[: step.first], *shown)
     return "\n".join(line if len(line) <= _COLUMNS else textwrap.fill(line, _COLUMNS) for line in kept)
 
 

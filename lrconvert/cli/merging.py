@@ -115,7 +115,7 @@ def verify(merged: Path, base: Path, adapters: tuple[tuple[str, float], ...], **
     from lrconvert.report.merging import verification_text
 
     quiet, as_json = given.pop("quiet"), given.pop("as_json")
-    how = {name: given.pop(name) for name in ("dequantize", "component")}
+    how = flags.chosen(given, MergeOptions)
     with progress_bar("verify", quiet or as_json) as progress:
         scaled = _weighted(adapters, base, flags.chosen(given, ReadOptions))
         report = api.verify(merged, base, scaled, progress=progress, **how)

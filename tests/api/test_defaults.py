@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[str, tuple[object, ...], set[str]]] = {
     "upgrade": ("upgrade", ("x.lrc", "-o", "new.lrc"), set()),
     "compare": ("compare", (PLAIN, "x.lrc"), set()),
     "statistics": ("statistics", (BASE, "--data", "x.txt", "-o", "s"), {"out"}),
-    "compress": ("compress", (PLAIN, "-o", "new.lrc"), set()),
+    "compress": ("compress", (PLAIN, "-o", "new.lrc"), {"out"}),
     "lora-to-alora": ("allocate", (PLAIN, "-o", "new.lrc", "--total-rank", 9), {"total_rank"}),
     "refine": ("refine", ("x.lrc", "--base", BASE, "--teacher", PLAIN, "-o", "new.lrc"), {"out"}),
     "export": ("export", ("x.lrc", "-o", "folder", "--to", "peft-lora"), {"out", "to", "command"}),
@@ -84,7 +84,25 @@ def test_a_command_adds_no_default_of_its_own(command: str, tmp_path: Path, monk
 
 def test_every_command_is_looked_at() -> None:
     context = cli.make_context("lrconvert", ["--help"], resilient_parsing=True)
-    assert set(cli.list_commands(context)) - set(COMMANDS) <= {"validate", "demo", "completion", "download"}
+    assert set(cli.list_commands(context)) - set(COMMANDS) <= {"validate", "demo", "completion", "download", "expand"}
+
+
+def test_expand_adds_no_default_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command goes below the verb `expanded`, whose defaults it has."""
+    from lrconvert.api import expanding
+
+    given: list[tuple[Any, ...]] = []
+
+    def record(file: Any, cache: Any, options: Any, **more: Any) -> Any:
+        given.append((cache, options, more))
+        raise Recorded
+
+    monkeypatch.setattr(expanding, "expand", record)
+    lrconvert.write(lrconvert.convert(PLAIN, "lowrank", target_ratio=4), tmp_path / "x.lrc")
+    assert isinstance(CliRunner().invoke(cli, ["expand", str(tmp_path / "x.lrc")]).exception, Recorded)
+    defaults = inspect.signature(lrconvert.expanded).parameters
+    more = {name: defaults[name].default for name in ("to", "base")}
+    assert given == [(defaults["cache"].default, lrconvert.ExpandOptions(), more)]
 
 
 @pytest.mark.parametrize("options", ["ConvertOptions", "StatisticsOptions", "CompareOptions", "RunOptions"])
