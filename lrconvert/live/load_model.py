@@ -56,8 +56,9 @@ def load_model(base: Path, device: str = "cpu", *, four_bit: bool = False, adapt
         info = loaded[1]
         made_up = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
         task_class.check(adapter, NameIndex(dict(model.state_dict()), families_of(model)), made_up, base)
-        if getattr(model.config, "pad_token_id", None) is None:  # by which a decoder finds the end of each text
-            model.config.pad_token_id = _pad_of(base)
+        settings: Any = model.config
+        if getattr(settings, "pad_token_id", None) is None:  # by which a decoder finds the end of each text
+            settings.pad_token_id = _pad_of(base)
     if not four_bit:
         return model.to(device).eval()
     for module in model.modules():

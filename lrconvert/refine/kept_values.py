@@ -16,9 +16,9 @@ import numpy as np
 
 from lrconvert.convert.compress import Candidate
 from lrconvert.convert.convert import Conversion
-from lrconvert.convert.verdict import Interval, Judged, Scores
+from lrconvert.convert.verdict import Judged
 from lrconvert.core.errors import BudgetError, LrcError, OptionError
-from lrconvert.formats.fidelity import Answers, Fidelity, TargetFidelity
+from lrconvert.formats.fidelity import Answers, Fidelity, Interval, Scores, TargetFidelity
 from lrconvert.formats.lrc.file import Sizes
 from lrconvert.live.texts import Example
 from lrconvert.lora.adapter import BaseFingerprint, CompactAdapter, ExtraTensor, Provenance, Target, View

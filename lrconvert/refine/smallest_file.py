@@ -12,13 +12,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 from lrconvert.convert.compress import Candidate, Compression
-from lrconvert.convert.verdict import Interval, Judged, LossBound
+from lrconvert.convert.verdict import Judged, LossBound
 from lrconvert.core.errors import BudgetError, DataError
 from lrconvert.core.wording import spelled
-from lrconvert.formats.fidelity import Answers
+from lrconvert.formats.fidelity import Answers, Interval
 from lrconvert.refine import judging
 from lrconvert.refine.kept_work import KeptWork
 from lrconvert.refine.session import Progress, RefineSession
@@ -54,7 +53,8 @@ class Search:
         Raises E-BUDGET, naming the least loss that was reached, if nothing is within the bound; E-DATA for a bound on
         accuracy where no text has a class."""
         made = {n: c for n, c in enumerate(fitted.candidates) if c.conversion is not None}
-        trials = {n: self._kept(f"at first {n}", partial(self._measured, candidate)) for n, candidate in made.items()}
+        first = {n: self._kept(f"at first {n}", partial(self._measured, candidate)) for n, candidate in made.items()}
+        trials = {n: trial for n, trial in first.items() if trial is not None}
         winner = max(trials, key=lambda n: self._worth(trials[n]))
         if self.bound.accuracy is not None and trials[winner].judged.accuracy is None:
             raise DataError(
@@ -115,7 +115,7 @@ class Search:
                 floor = middle
         return best
 
-    def _kept(self, name: str, compute: Callable[[], Any]) -> Any:
+    def _kept(self, name: str, compute: Callable[[], _Trial | None]) -> _Trial | None:
         """A trial as it is kept, or as it is computed."""
 
         def pair() -> tuple[Candidate, Judged] | None:

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrconvert.convert.verdict import Interval, Judged, Verdict
+from lrconvert.convert.verdict import Judged, Verdict
 from lrconvert.core.errors import printable
-from lrconvert.formats.fidelity import Answers, dropped_note
+from lrconvert.formats.fidelity import Answers, Interval, dropped_note
 from lrconvert.methods import base as methods
 from lrconvert.report.comparison import answers_json, fidelity_table
 from lrconvert.report.conversion import BY_DEFAULT, conversion_json, size_line
