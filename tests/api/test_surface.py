@@ -162,7 +162,7 @@ def test_notebooks_show_tables(made: Any) -> None:
     for item in (made, best, compared, compared[0], lrconvert.allocate(PLAIN, total_rank=9), batch):
         text = item._repr_html_()
         assert set(Page(text).seen) <= {"table", "caption", "tr", "th", "td", "div"} and len(text) < 4000
-    assert isinstance(compared, list) and "<td>5,983</td>" in compared._repr_html_()
+    assert isinstance(compared, list) and "<td>5,991</td>" in compared._repr_html_()
     hostile = html_table("<b>", ["<script>"], [["&", "\x1b[2J"]] * 60, ["<img src=x>"])
     assert set(Page(hostile).seen) == {"table", "caption", "tr", "th", "td", "div"}
     assert "\x1b" not in hostile and "and 10 more" in hostile and hostile.count("<tr>") == 51

@@ -85,7 +85,8 @@ def resign(data: bytes, edit) -> bytes:
     with contextlib.suppress(*broken):  # digests too broken to be signed stay so
         if not isinstance(raw, V1) or raw.manifest["digests"]["content"] == content:
             raw.sign_content()
-    return raw.file(strictjson.dump_canonical(raw.manifest) if isinstance(raw, V1) else None)
+    text = strictjson.dump_canonical(raw.manifest)
+    return raw.file(text if isinstance(raw, V1) else None)
 
 
 def test_round_trip_and_exact_size(tmp_path):
