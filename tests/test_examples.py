@@ -31,7 +31,15 @@ PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in FILES}
 NOTEBOOKS = sorted((ROOT / "docs").rglob("*.ipynb"))
 BLOCK = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 RUN = ("bash", "python")
-OTHERS = {"curl", "export", "llama-server", "python", "python3", "torchrun", "vllm"}  # programs that `sh` blocks may call
+OTHERS = {
+    "curl",
+    "export",
+    "llama-server",
+    "python",
+    "python3",
+    "torchrun",
+    "vllm",
+}  # programs that `sh` blocks may call
 # What suits a large adapter, and what suits the fixture.
 SMALLER = (
     (r"--target-ratio \d+", "--target-ratio 4"),

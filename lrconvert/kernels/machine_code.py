@@ -5,7 +5,8 @@ numba makes of a function one that takes places for its results and for what it 
 
     memory, owner (both null here), items, bytes of one, address, its shape, its strides
 
-Code is kept only if LLVM says that its function has this type, and if nothing is left to link that only numba has:
+That is no promise of numba's, so code is kept only of versions on which the tests have called it; others compile as
+ever. It is kept only if LLVM says that its function has this type, and if nothing is left to link that only numba has:
 loops that allocate nothing and raise nothing. A file holds for one version of numba, of LLVM and of the loops, and for
 one processor; where there is none that fits, numba compiles.
 """
@@ -29,6 +30,7 @@ import numpy as np
 # A type of an argument: of numpy, behind it the dimensions of an array in C order ("f4 2"); or several, of a tuple.
 Kind = str | tuple["Kind", ...]
 
+TESTED = ("0.68.",)  # versions of numba whose functions are called in this way; with each new one run tests/kernels
 _FOLDER = Path(__file__).parent
 _DIGEST_BYTES = 32
 _BYTE = ctypes.c_char
@@ -188,12 +190,14 @@ def _key(name: str, llvm: Any) -> str:
 
 def compiled(name: str, module: Any) -> SimpleNamespace | None:
     """Compile the loops of a module that have a `Signature`, keep their code, and return them; None if there are none,
-    or if their code needs numba."""
+    if their code needs numba, or if this numba is none of `TESTED`."""
     if not hasattr(module, "LOOPS"):
         return None
     import llvmlite.binding as llvm
     import numba
 
+    if not numba.__version__.startswith(TESTED):
+        return None
     whole, stated = llvm.parse_assembly(""), {}
     for function, signature in module.LOOPS.items():
         dispatcher, types = getattr(module, function), signature.numba_types(numba.types)

@@ -96,6 +96,14 @@ def test_code_that_needs_numba_is_not_kept(tmp_path, monkeypatch):
     assert machine_code.compiled("rounding", module) is None and not list(tmp_path.glob("lrconvert.*"))
 
 
+def test_code_of_a_numba_that_was_not_tested_is_not_called(tmp_path, monkeypatch):
+    """How compiled functions are called is no promise of numba's."""
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(numba, "__version__", "0.99.0")
+    module = SimpleNamespace(LOOPS={"one": Signature(("i8",), 1)}, one=numba.njit(lambda n: n + 1))
+    assert machine_code.compiled("rounding", module) is None and not list(tmp_path.glob("lrconvert.*"))
+
+
 def test_without_a_folder_that_can_be_written_to_loops_are_compiled_all_the_same(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setattr(machine_code, "_paths", lambda name, llvm: [tmp_path / "file" / "a.o", tmp_path / "b.o"])
