@@ -79,5 +79,7 @@ def _too_much(
     need = needed(spectra, max(pair.rank for pair in lora.targets))
     assert need is not None
     what = f"at rank {max_rank} the update loses {error:.2g} of its norm, more than {max_error:g}"
-    ranks = f"rank {need.close} loses {need.error:.1g}, rank {need.exact} nothing"
+    ranks = f"rank {need.exact} loses nothing"
+    if need.close < need.exact:
+        ranks = f"rank {need.close} loses {need.error:.1g}, {ranks}"
     return ExportError(what, fix=f"{ranks}; or allow it with {spelled('max_error', ...)}")
