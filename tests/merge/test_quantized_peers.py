@@ -82,7 +82,7 @@ def test_mxfp4_as_transformers_computes(tmp_path: Path) -> None:
         assert np.array_equal(values[name], bits(goal)), name
 
 
-def test_as_compressed_tensors_computes(tmp_path: Path) -> None:
+def test_as_compressedtensors_computes(tmp_path: Path) -> None:
     """Bit for bit, every format that it writes."""
     oracle.needed("compressedtensors")
     from safetensors.torch import load_file

@@ -26,7 +26,13 @@ if __name__ == "__main__":
 
 from peers import make
 
-TESTS = ["test_peers.py", "merge/test_merge_peers.py", "formats/test_export_peers.py", "formats/test_gguf_names.py"]
+TESTS = [
+    "test_peers.py",
+    "merge/test_merge_peers.py",
+    "merge/test_quantized_peers.py",
+    "formats/test_export_peers.py",
+    "formats/test_gguf_names.py",
+]
 TESTS += ["formats/test_unet_names.py", "formats/test_llamacpp_runtime.py", "serving/test_serving_peers.py"]
 
 
