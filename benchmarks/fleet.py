@@ -167,7 +167,7 @@ def _peaks(cell: dict[str, Any]) -> list[int]:
 
 
 def _growth(cell: dict[str, Any]) -> str:
-    """What the parent holds when so many lines have come."""
+    """Memory of the parent when so many lines have come."""
     rows = [[what, *cell[name].values()] for what, name in (("converted", "peaks"), ("passed by", "again_peaks"))]
     return cells.markdown(["MiB of the parent after so many", *cell["peaks"]], rows)
 

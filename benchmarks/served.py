@@ -1,4 +1,4 @@
-"""What a compact adapter made on a bf16 base is worth where the base is served quantized.
+"""The worth of a compact adapter made on a bf16 base where the base is served quantized.
 
     python benchmarks/served.py --base BASE --folder FOLDER     measures the cells that are missing
     python benchmarks/served.py --only "gsm8k, q4"              some of them

@@ -43,10 +43,10 @@ aimed at.
 
 {aims}
 
-Much of what a chat model learns in tasks of classes is to answer with one word at all, which a few components carry. The
-[encoder](#an-encoder-loras-of-rank-4-8-and-32) below has nothing of the kind to learn: files of the same share close less
-there, and miss the aims. GSM8K's gain is a count of greedy answers of 120 texts: its interval is some 11 points to
-either side.
+Much of what a chat model learns in tasks of classes is to answer with one word at all, which a few components carry.
+The [encoder](#an-encoder-loras-of-rank-4-8-and-32) below has nothing of the kind to learn: files of the same share
+close less there, and miss the aims. GSM8K's gain is a count of greedy answers of 120 texts: its interval is some 11
+points to either side.
 """
 
 

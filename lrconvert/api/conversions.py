@@ -176,7 +176,7 @@ def _output(
 
 
 def _files_of(place: Path) -> list[Path]:
-    """What of an input must not be replaced: of a folder not the compact files in it, which are earlier outputs."""
+    """The parts of an input that must not be replaced: of a folder not its compact files, which are earlier outputs."""
     return [path for path in place.iterdir() if path.suffix != ".lrc"] if place.is_dir() else [place]
 
 
@@ -272,7 +272,7 @@ def _compressed(
 
 
 def _depends_on(settled: ConvertOptions, request: CompressOptions, base: KnownContent) -> dict[str, str]:
-    """What a compression by answers depends on beside the LoRA and the data."""
+    """All that a compression by answers depends on beside the LoRA and the data."""
     measured = settled.input_statistics
     about = {"base": base.digest}
     about["statistics"] = "" if measured is None else repr((measured.content, measured.data, measured.tokens))

@@ -31,7 +31,7 @@ CACHE_VARIABLE = "LRCONVERT_CACHE"
 
 @dataclass(frozen=True)
 class ExpandOptions:
-    """What an expansion is, and how large the cache may grow."""
+    """The options of an expansion, and how large the cache may grow."""
 
     dtype: str | None = option(
         None, "Of the factors; without it F32. A server rounds to its own.", choices=("F32", "F16", "BF16")
@@ -170,7 +170,7 @@ def _files(
 
 
 def _facts(compact: CompactAdapter) -> dict[str, Any]:
-    """What is to be known of a file whose expansion is there: the base that it was made for."""
+    """The facts of a file whose expansion is there: the base that it was made for."""
     provenance = compact.provenance
     about = {"model": provenance.base_model, "revision": provenance.revision}
     return {"base": about | {"names": compact.base.names, "content": compact.base.content}}

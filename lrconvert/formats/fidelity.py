@@ -416,7 +416,7 @@ def _spectra(compact: CompactAdapter) -> list[Array]:
 
 
 def _serving(spectra: Sequence[Array], rank: int) -> dict[str, Any] | None:
-    """What rank a server needs, as JSON values; None if nothing is updated."""
+    """The rank that a server needs, as JSON values; None if nothing is updated."""
     need = needed(spectra, rank)
     return None if need is None else vars(need) | {"vllm_max_lora_rank": vllm_rank(need.stored) or None}
 

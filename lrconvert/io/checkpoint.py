@@ -32,7 +32,7 @@ _COPY_BYTES = 1 << 22
 
 @dataclass(frozen=True)
 class WeightNames:
-    """How the weight files of a folder are named, as transformers and diffusers do it."""
+    """The names of a folder's weight files, as transformers and diffusers give them."""
 
     stem: str = "model"
     variant: str = ""
@@ -189,7 +189,7 @@ def _present(path: Path) -> bool:
 
 
 def _settings(config: Mapping[str, Any]) -> Any:
-    """What a configuration, or its part for the language model, says of quantization; None if nothing."""
+    """The settings of quantization in a configuration, or in its part for the language model; None without."""
     text = config.get("text_config")
     return config.get(QUANTIZATION) or (text.get(QUANTIZATION) if isinstance(text, dict) else None)
 

@@ -99,7 +99,7 @@ class Loop:
 
 
 def _expected(kind: Kind) -> Any:
-    """What an argument must be: dtype and dimensions; None for a number; a list of these for a tuple."""
+    """The type of an argument: dtype and dimensions; None for a number; a list of these for a tuple."""
     if not isinstance(kind, str):
         return [_expected(part) for part in kind]
     name, _, dimensions = kind.partition(" ")
@@ -168,7 +168,7 @@ def _machine(llvm: Any) -> Any:
 
 
 def _paths(name: str, llvm: Any) -> Iterator[Path]:
-    """Where the file may be: where numba is told to keep its own, else beside the loops, else with the user."""
+    """The places of the file: where numba is told to keep its own, else beside the loops, else with the user."""
     chosen = os.environ.get("NUMBA_CACHE_DIR")
     folders = [Path(chosen)] if chosen else [_FOLDER / "__pycache__", Path("~/.cache/lrconvert").expanduser()]
     for folder in folders:

@@ -18,6 +18,7 @@ from lrconvert.io import mistaken
 from lrconvert.live import task_class
 from lrconvert.live.attached_adapter import Adapter
 from lrconvert.lora import renamings
+from lrconvert.lora.architecture import quiet
 from lrconvert.lora.base_names import NameIndex
 
 
@@ -47,7 +48,7 @@ def load_model(base: Path, device: str = "cpu", *, four_bit: bool = False, adapt
             quantization: Any = transformers.BitsAndBytesConfig
             options["quantization_config"] = quantization(load_in_4bit=True, bnb_4bit_quant_type="nf4")
             options["device_map"] = {"": device}
-        with _quiet() if task is not None else nullcontext():  # the head that is made up here is not used
+        with quiet() if task is not None else nullcontext():  # the head that is made up here is not used
             loaded = kind.from_pretrained(base, local_files_only=True, **options)
         model: nn.Module = loaded if task is None else loaded[0]
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
@@ -65,19 +66,6 @@ def load_model(base: Path, device: str = "cpu", *, four_bit: bool = False, adapt
         if hasattr(module, "support_avx512bf16_for_cpu"):  # a layout for inference alone, and not of all widths
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 -- unknown to torch's stubs
     return model.eval()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' log."""
-    import transformers
-
-    level = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        transformers.utils.logging.set_verbosity(level)
 
 
 def _pad_of(base: Path) -> int:

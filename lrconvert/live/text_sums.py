@@ -1,4 +1,4 @@
-"""What answers are worth, row by row and summed over each text, which intervals are drawn from."""
+"""Measures of answers, row by row and summed over each text, which intervals are drawn from."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def _built(text: str) -> Architecture:
     family, named = config.pop("model_type"), (config.get("architectures") or [""])[0]
     config.pop("quantization_config", None)  # the class of the model is the same, its layers are the plain ones
     kind: Any = getattr(transformers, named, None) if isinstance(named, str) else None
-    with _quiet():
+    with quiet():
         try:
             settings = _settings(family, config)
             with torch.device("meta"):
@@ -174,8 +174,8 @@ def _weights(model: Any, ask: Any, names: Mapping[int, set[str]]) -> frozenset[s
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' log while a class is built from a configuration that may be odd."""
+def quiet() -> Iterator[None]:
+    """Silence transformers' log, while a class is built from a configuration that may be odd."""
     import transformers
 
     level = transformers.utils.logging.get_verbosity()

@@ -49,7 +49,7 @@ class State:
 
 
 class Store(Protocol):
-    """Where the states of one refinement are kept, which `about` identifies."""
+    """The place of the states of one refinement, which `about` identifies."""
 
     def read(self, about: Mapping[str, Any]) -> State | None:
         """Return the last state, None if there is none. Raises E-STATS if it is of another run."""

@@ -29,7 +29,7 @@ class Written:
 
 
 class Store(Protocol):
-    """Where what is written so far is kept now and then."""
+    """The place in which texts written so far are kept now and then."""
 
     def read(self) -> Any:
         """Return the last `Written`, None if there is none."""

@@ -42,7 +42,7 @@ def inspection_text(path: str, facts: dict[str, Any]) -> str:
 
 
 def _serving(needed: Mapping[str, Any], is_compact: bool) -> str:
-    """What rank a server needs, and whether a smaller one that vLLM has room for does."""
+    """The rank that a server needs, and whether a smaller one that vLLM has room for does."""
     vllm = needed["vllm_max_lora_rank"]
     line = (
         f"a server needs rank {needed['stored']} (vLLM: {f'--max-lora-rank {vllm}' if vllm else 'has none as large'})"

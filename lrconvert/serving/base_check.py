@@ -1,4 +1,4 @@
-"""Whether an adapter was made for the model that a server has loaded.
+"""Checks that an adapter was made for the model that a server has loaded.
 
 Names decide where both have one: a hub id as a whole, a folder by its last part. Where a file notes no base, or a
 folder is served whose name says nothing, the targets of the adapter have to be parameters of that folder, in their

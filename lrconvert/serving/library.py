@@ -1,4 +1,4 @@
-"""What a server asks: the folder of an adapter, by its name."""
+"""The library of a server: the folder of an adapter, by its name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a server's environment says of the store and the cache: LRCONVERT_STORE and so on."""
+"""The settings of store and cache in a server's environment: LRCONVERT_STORE and so on."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ class UrlStore:
 
 
 def _version(info: Mapping[str, Any]) -> str:
-    """What changes with a file's content, "" if its file system says nothing of that."""
+    """A text that changes with a file's content, "" if its file system has none."""
     known = {key: str(info[key]) for key in _VERSIONS if info.get(key) is not None}
     return json.dumps({**known, "size": info.get("size")}, sort_keys=True) if known else ""
 

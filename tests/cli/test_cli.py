@@ -94,8 +94,8 @@ def test_sizes(text, size):
 
 
 def test_progress_without_a_terminal_is_a_line_every_half_minute(monkeypatch, capsys):
-    """What is done, and how long the rest takes at that speed, if that says anything yet: at first after some seconds;
-    nothing when quiet, and nothing of what ends before."""
+    """The share that is done, and how long the rest takes at that speed, if that says anything yet: at first after some
+    seconds; nothing when quiet, and nothing of what ends before."""
     clock = iter([0.0, 3.0, 10.0, 31.0, 61.0, 300.0])
     monkeypatch.setattr(printing, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with printing.progress_bar("refine", quiet=False) as update:

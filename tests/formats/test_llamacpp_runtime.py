@@ -1,4 +1,4 @@
-"""What is exported to GGUF, served by llama.cpp itself: its log probabilities of the whole vocabulary beside those of
+"""Exports to GGUF, served by llama.cpp itself: its log probabilities of the whole vocabulary beside those of
 transformers with PEFT. A peer without an environment is skipped by name: see tests/peers/README.md."""
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ F32, F16, BF16, Q8_0 = 1e-4, 2e-2, 0.1, 0.4
 
 @dataclass(frozen=True)
 class Served:
-    """What llama-server wrote after a prompt, and its log probabilities (WRITTEN, vocabulary) on the way."""
+    """The tokens that llama-server wrote after a prompt, and its log probabilities (WRITTEN, vocabulary) on the way."""
 
     prompt: Sequence[int]
     tokens: Sequence[int]
@@ -73,7 +73,7 @@ def serve(
     vocabulary: int = 100,
     prompts: Sequence[Sequence[int]] = PROMPTS,
 ) -> list[list[Served] | str]:
-    """What becomes of each adapter: what is written after every prompt, for every list of `scales`; or why not."""
+    """The outcome of each adapter: what is written after every prompt, for every list of `scales`; or why not."""
     asked: list[tuple[Path, dict[str, Any]]] = []
     for job in jobs:
         adapter, options = job if isinstance(job, tuple) else (job, {})

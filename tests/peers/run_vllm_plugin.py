@@ -96,7 +96,7 @@ def loader() -> dict[str, Any]:
 
 
 async def resolve(models: OpenAIServingModels, name: str) -> dict[str, Any]:
-    """What a request for a model of that name would meet: `_check_model`, and the handler of what that raises."""
+    """The answer to a request for a model of that name: `_check_model`, and the handler of what that raises."""
     try:
         made = await models.resolve_lora(name)
     except Exception as error:

@@ -84,7 +84,7 @@ def words() -> tuple[list[str], list[str]]:
 
 
 def number_at(data: bytes, at: int, bits: int) -> tuple[int, int, int]:
-    """What is above the lower `bits` of the byte `at`, the number that begins in these, and where it ends."""
+    """The bits above the lower `bits` of the byte `at`, the number that begins in these, and where it ends."""
     kind, number = data[at] >> bits, data[at] % (1 << bits)
     at += 1
     if number == (1 << bits) - 1:

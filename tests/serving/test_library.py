@@ -1,4 +1,4 @@
-"""What a server asks: folders by name, of the right base, kept while they are used; and the plugins around that."""
+"""The library of a server: folders by name, of the right base, kept while they are used; and the plugins around it."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_a_file_of_another_base_is_refused_each_time(library):
 
 @pytest.fixture
 def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
-    """What of vLLM the plugin touches; tests/peers has the program itself."""
+    """The parts of vLLM that the plugin touches; tests/peers has the program itself."""
     import abc
 
     resolvers: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Where the files lie that are expanded, and their digests, for which a file that was read before is not read again.
+"""The files that are expanded, and their digests, for which a file that was read before is not read again.
 
 A digest is noted with what tells a file and its content from others: of a local one its device, inode, size and both
 times. A file that is changed in the very moment in which it is read may keep them all, so nothing is noted of a file

@@ -50,7 +50,7 @@ def _longest(data: bytes, at: int, places: Sequence[int]) -> tuple[int, int]:
 
 
 def _common(data: bytes, place: int, at: int) -> int:
-    """How many bytes are the same from `place` and from `at` on: by blocks that double, then halve."""
+    """The number of bytes that are the same from `place` and from `at` on: by blocks that double, then halve."""
     length, block = LEAST, 16
     while at + length + block <= len(data) and _same(data, place + length, at + length, block):
         length += block
@@ -118,7 +118,7 @@ def lengthen(data: bytes, start: int, limit: int) -> tuple[bytes, int]:
 
 
 def _number_at(data: bytes, at: int, bits: int) -> tuple[int, int, int]:
-    """Where the number at byte `at` ends, the kind above it, and the number."""
+    """The end of the number at byte `at`, the kind above it, and the number."""
     if at >= len(data):
         raise errors.JsonSyntaxError("the data end within the manifest")
     most = (1 << bits) - 1

@@ -14,7 +14,7 @@ import numpy as np
 from lrconvert.core.dtypes import F32, Array
 from lrconvert.io.checkpoint import Checkpoint, quantization_settings
 from lrconvert.io.container import TensorInfo
-from lrconvert.io.quantized.base import Described, Stored, Weight, by_blocks, panel_of
+from lrconvert.io.quantized.base import Described, Stored, Weight, by_blocks, by_owner, panel_of
 
 _WRITER = "AWQ"
 _SHIFTS = (4 * np.array([0, 4, 1, 5, 2, 6, 3, 7])).astype(np.uint32)  # of the bits of output 0, 1, ... of a word
@@ -23,13 +23,7 @@ _SHIFTS = (4 * np.array([0, 4, 1, 5, 2, 6, 3, 7])).astype(np.uint32)  # of the b
 def described(checkpoint: Checkpoint) -> Described:
     """Return the weights of ``qweight`` tensors."""
     settings = quantization_settings(checkpoint.config)
-    weights = {}
-    for name in checkpoint.tensors:
-        owner, _, leaf = name.rpartition(".")
-        if leaf == "qweight":
-            stored = Stored(checkpoint, f"{owner}.weight", _WRITER)
-            weights[stored.name] = _weight(stored, owner, settings)
-    return Described(weights)
+    return by_owner(checkpoint, "qweight", _WRITER, lambda stored, owner: _weight(stored, owner, settings))
 
 
 def _weight(stored: Stored, owner: str, settings: Mapping[str, Any]) -> Weight:

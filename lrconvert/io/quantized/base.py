@@ -89,7 +89,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Described:
-    """What the stored tensors of a checkpoint stand for: quantized weights by name, and `left_out`, tensors that
+    """The meaning of the stored tensors of a checkpoint: quantized weights by name, and `left_out`, tensors that
     describe how activations are quantized."""
 
     weights: Mapping[str, Weight]
@@ -196,6 +196,17 @@ class Stored:
 
 
 Block = Callable[[int, range, range], F32]
+
+
+def by_owner(checkpoint: Checkpoint, leaf: str, writer: str, weight_of: Callable[[Stored, str], Weight]) -> Described:
+    """Return the weights of the tensors ``OWNER.<leaf>``: OWNER's `weight` is what `weight_of(stored, OWNER)` makes."""
+    weights = {}
+    for name in checkpoint.tensors:
+        owner, _, last = name.rpartition(".")
+        if last == leaf:
+            stored = Stored(checkpoint, f"{owner}.weight", writer)
+            weights[stored.name] = weight_of(stored, owner)
+    return Described(weights)
 
 
 def by_blocks(shape: tuple[int, ...], block: Block) -> Callable[[int, int], F32]:

@@ -50,7 +50,7 @@ def described(checkpoint: Checkpoint) -> Described:
 
 @dataclass(frozen=True)
 class _Groups:
-    """What the groups of layers have: all numbers of bits, and the size of a block."""
+    """All numbers of bits that groups of layers have, and the size of a block."""
 
     bits: frozenset[int]
     block: tuple[int, ...]

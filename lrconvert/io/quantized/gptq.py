@@ -15,7 +15,7 @@ import numpy as np
 from lrconvert.core.dtypes import F32, Array
 from lrconvert.io.checkpoint import Checkpoint, quantization_settings
 from lrconvert.io.container import TensorInfo
-from lrconvert.io.quantized.base import Described, Stored, Weight, by_blocks, panel_of
+from lrconvert.io.quantized.base import Described, Stored, Weight, by_blocks, by_owner, panel_of
 from lrconvert.io.quantized.shared import packed
 
 _WRITER = "GPTQ"
@@ -25,13 +25,7 @@ _FORMATS = {"gptq": 1, "gptq_v2": 0}  # what is added to a stored zero point
 def described(checkpoint: Checkpoint) -> Described:
     """Return the weights of ``qweight`` tensors."""
     settings = quantization_settings(checkpoint.config)
-    weights = {}
-    for name in checkpoint.tensors:
-        owner, _, leaf = name.rpartition(".")
-        if leaf == "qweight":
-            stored = Stored(checkpoint, f"{owner}.weight", _WRITER)
-            weights[stored.name] = _weight(stored, owner, settings)
-    return Described(weights)
+    return by_owner(checkpoint, "qweight", _WRITER, lambda stored, owner: _weight(stored, owner, settings))
 
 
 def _weight(stored: Stored, owner: str, settings: Mapping[str, Any]) -> Weight:

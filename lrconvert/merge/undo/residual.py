@@ -84,7 +84,7 @@ def _compare_compiled(base: Array, predicted: Array, merged: Array, loops: Any) 
 
 
 def _scratch(rows: int) -> Array:
-    """What compiled loops keep of the places that they look at together: in the cache of a core."""
+    """Scratch of compiled loops for the places that they look at together: in the cache of a core."""
     return np.empty((rows, 1 << 11), np.uint16)
 
 
