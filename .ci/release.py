@@ -3,8 +3,8 @@
     python .ci/release.py dist
 
 Needs the extra `release`, and an environment with what lrconvert depends on: nothing is downloaded. It checks that both
-hold every file of the package, that twine takes them, and that the installed wheel shows its help, reads the bundled
-adapter, compresses it and validates the result.
+hold every file of the package, that twine takes them, and that the installed wheel shows its help, runs
+the demo, reads the bundled adapter, compresses it and validates the result.
 """
 
 from __future__ import annotations
@@ -76,6 +76,9 @@ def try_installed(wheel: Path, place: Path) -> None:
         sys.exit(f"what was imported is {module}, and not the wheel")
     run(program, "--version", cwd=home)
     run(program, "--help", cwd=home)
+    run(program, "demo", cwd=home)
+    if not (home / "lrconvert-demo" / "report.html").exists():
+        sys.exit("the demo left no report")
     run(program, "inspect", adapter, cwd=home)
     run(program, "compress", adapter, "--methods", "lowrank,sbora", "-q", "-o", "small.lrc", cwd=home)
     run(program, "validate", "small.lrc", cwd=home)
