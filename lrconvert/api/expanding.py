@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lrconvert.api.shared import AnyPath, located, output_of, path_of, refuse_rest
-from lrconvert.core.errors import ArgumentError, FileKindError, LrcError, UnknownLayoutError
+from lrconvert.core.errors import ArgumentError, FileKindError, LrcError, OptionError, UnknownLayoutError
 from lrconvert.core.options import described, option, take
 from lrconvert.core.version import __version__
 from lrconvert.core.wording import spelled, verb
@@ -128,7 +128,11 @@ def cache_folder(cache: AnyPath | None) -> Path:
         return output_of(cache, "cache").resolve()
     if named := os.environ.get(CACHE_VARIABLE):
         return output_of(named, CACHE_VARIABLE).resolve()
-    own = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        own = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        what = f"this user has no home for {spelled('cache')}"
+        raise OptionError(what, fix=f"name a folder, or set {CACHE_VARIABLE}") from None
     return Path(own).resolve() / "lrconvert"
 
 

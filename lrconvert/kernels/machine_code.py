@@ -171,7 +171,10 @@ def _machine(llvm: Any) -> Any:
 def _paths(name: str, llvm: Any) -> Iterator[Path]:
     """The places of the file: where numba is told to keep its own, else beside the loops, else with the user."""
     chosen = os.environ.get("NUMBA_CACHE_DIR")
-    folders = [Path(chosen)] if chosen else [_FOLDER / "__pycache__", Path("~/.cache/lrconvert").expanduser()]
+    folders = [Path(chosen)] if chosen else [_FOLDER / "__pycache__"]
+    if not chosen:
+        with suppress(RuntimeError):  # a user without a home
+            folders.append(Path.home() / ".cache" / "lrconvert")
     for folder in folders:
         yield folder / f"lrconvert.{name}.{llvm.get_host_cpu_name()}.o"
 

@@ -205,6 +205,19 @@ def test_a_source_may_be_refused(file, tmp_path):
         lrconvert.expanded(file, tmp_path / "cache")
 
 
+def test_a_user_without_a_home_is_told_to_name_a_folder(file, monkeypatch):
+    """As containers have them, under a number that no list of users knows."""
+
+    def nowhere() -> None:
+        raise RuntimeError("Could not determine home directory.")
+
+    for variable in ("LRCONVERT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(expanding.Path, "home", nowhere)
+    with pytest.raises(lrconvert.OptionError, match="LRCONVERT_CACHE"):
+        lrconvert.expanded(file)
+
+
 # --- the command line ---------------------------------------------------------------------------------------------
 
 
