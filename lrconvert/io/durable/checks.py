@@ -76,11 +76,19 @@ def _check_apart(path: Path, source: Path) -> None:
         raise OutputPathError(f"lies inside the input {str(source)!r}", fix="choose another output", path=path)
 
 
+def _home() -> Path | None:
+    """The user's home, if the user has one: in containers numbers without a name have none."""
+    try:
+        return Path.home().resolve()
+    except RuntimeError:
+        return None
+
+
 def _check_folder(path: Path, info: os.stat_result, overwrite: bool) -> None:
     if not stat.S_ISDIR(info.st_mode):
         raise OutputPathError("is not a folder", fix="give the path of a folder", path=path)
     real = _resolved(path)
-    if real in (Path.cwd(), Path.home().resolve()) or real in Path.cwd().parents or real.is_mount():
+    if real in (Path.cwd(), _home()) or real in Path.cwd().parents or real.is_mount():
         raise OutputPathError("is a folder that must not be replaced", fix="choose another output", path=path)
     if not overwrite and any(path.iterdir()):
         raise OutputExistsError(
