@@ -659,7 +659,7 @@ OVERHEADS = {
         },
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "",
-        700,
+        600,
     ),
 }
 
