@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import accuracy
@@ -27,7 +28,10 @@ MODES = ("refit", "refined")
 TASKS = ("trec", "sst2")
 
 
-def _cell(task: str, rank: int, share: float, form: str, mode: str, seed: int) -> dict[str, Any]:
+LONGER = (2, 4)  # times the steps of refinement: is it steps that a file lacks, or bytes?
+
+
+def _cell(task: str, rank: int, share: float, form: str, mode: str, seed: int = 0, times: int = 1) -> dict[str, Any]:
     from lrconvert import api
     from lrconvert.core.errors import BudgetError
     from lrconvert.formats.lrc import file
@@ -42,7 +46,7 @@ def _cell(task: str, rank: int, share: float, form: str, mode: str, seed: int) -
     except BudgetError as error:
         return {"refused": str(error)}
     if mode == "refined":
-        steps, tokens = accuracy.STEPS[task], accuracy.BATCH_TOKENS[task]
+        steps, tokens = times * accuracy.STEPS[task], accuracy.BATCH_TOKENS[task]
         made = api.refine(
             compact, lora, teacher.base, teacher.seen, steps=steps, batch_tokens=tokens, seed=seed, layerwise=False
         )
@@ -55,7 +59,7 @@ def _cell(task: str, rank: int, share: float, form: str, mode: str, seed: int) -
 
 
 def all_cells() -> Iterator[cells.Cell]:
-    """One seed of everything, rank 8 first; then two more of what is refined."""
+    """One seed of everything, rank 8 first; then two more of what is refined, and longer refinements."""
     for seed in (0, 1, 2):
         for rank in sorted(teachers.RANKS, key=lambda r: r != 8):
             for mode in MODES if seed == 0 else MODES[1:]:
@@ -64,6 +68,11 @@ def all_cells() -> Iterator[cells.Cell]:
                         for form in FORMS:
                             label = f"{task} r{rank}, {share:g}%, {form}, {mode}" + (f", seed {seed}" if seed else "")
                             yield label, lambda a=(task, rank, share, form, mode, seed): _cell(*a)
+    for task in TASKS:
+        for share in SHARES:
+            for times in LONGER:
+                label = f"{task} r8, {share:g}%, lowrank, refined, {times * accuracy.STEPS[task]} steps"
+                yield label, partial(_cell, task, 8, share, "lowrank", "refined", times=times)
 
 
 def _row(name: str, cell: dict[str, Any]) -> list[str]:
