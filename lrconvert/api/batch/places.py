@@ -49,9 +49,10 @@ def check(output: str, *, overwrite: bool, source: Path) -> None:
         check_output(path, overwrite, inputs=[source])
 
 
-def publish(compact: CompactAdapter, output: str, *, overwrite: bool) -> None:
-    """Write an output, whole or not at all: of two that write at once, one does. Raises E-OUT-EXISTS if it is there
-    and not to be overwritten, and what writing raises."""
+def publish(compact: CompactAdapter, output: str, *, overwrite: bool) -> str:
+    """Write an output, whole or not at all: of two that write at once, one does. Returns the sha256 of the file. Raises
+    E-OUT-EXISTS if it is there and not to be overwritten, and what writing raises."""
     path = Path(output)
     make_folder(path.parent)  # not before there is something to put into it
     file.write(compact, path, overwrite=overwrite)
+    return request.of_file(path)
