@@ -239,15 +239,19 @@ class ContainerFile(OpenFile):
 
     def __init__(self, path: str | os.PathLike[str], limits: Limits = FOREIGN) -> None:
         super().__init__(path)
+        self._read_header(limits)
+
+    def _read_header(self, limits: Limits) -> None:
+        """Read the header, and close the file if it is refused."""
         try:
-            size = self._stat.st_size
+            size = self.size
             if size > limits.file_bytes:
                 raise errors.LimitError(f"the file has {size} bytes; at most {limits.file_bytes} are read")
             if size < 8:
                 raise errors.FileKindError(
                     "the file is shorter than a safetensors header", fix="was a download cut off?"
                 )
-            prefix = bytes(pread(self._descriptor, 8, 0, self.path))
+            prefix = bytes(self._bytes(8, 0))
             length = int.from_bytes(prefix, "little")
             if prefix[:2] in (b"PK", b"\x80\x02") and length > size - 8:
                 raise errors.PickleError("this is a pickle or a zip file, not safetensors")
@@ -257,7 +261,7 @@ class ContainerFile(OpenFile):
                 raise errors.HeaderLengthError(
                     f"the header claims {length} bytes; at most {limits.header_bytes} are read"
                 )
-            text = bytes(pread(self._descriptor, length, 8, self.path))
+            text = bytes(self._bytes(length, 8))
             self.header_bytes = prefix + text
             self.metadata, tensors = parse_header(text, size - 8 - length, limits, self.path)
             self.tensors: tuple[TensorInfo, ...] = tuple(tensors)
@@ -268,6 +272,15 @@ class ContainerFile(OpenFile):
         except BaseException:
             self.close()
             raise
+
+    def _bytes(self, nbytes: int, offset: int) -> bytearray:
+        buffer = bytearray(nbytes)
+        self._fill(memoryview(buffer), offset)
+        return buffer
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        """Fill a buffer with the bytes of the file from `offset` on."""
+        pread_into(self._descriptor, view, offset, self.path)
 
     @property
     def size(self) -> int:
@@ -281,11 +294,11 @@ class ContainerFile(OpenFile):
     def read(self, info: TensorInfo, offset: int = 0, nbytes: int | None = None) -> bytearray:
         """Read the bytes of a tensor of this file, or `nbytes` of them from `offset`."""
         count = info.nbytes - offset if nbytes is None else nbytes
-        return pread(self._descriptor, count, info.start + offset, self.path)
+        return self._bytes(count, info.start + offset)
 
     def read_into(self, info: TensorInfo, offset: int, view: memoryview) -> None:
         """Fill a buffer with the bytes of a tensor from `offset` on: reused ones cost no new memory."""
-        pread_into(self._descriptor, view, info.start + offset, self.path)
+        self._fill(view, info.start + offset)
 
     def load(self, info: TensorInfo) -> Stored:
         """Read a tensor with its stored bits."""
@@ -307,6 +320,28 @@ class ContainerFile(OpenFile):
     def fileno(self) -> int:
         """Return the open descriptor, for copies inside the kernel."""
         return self._descriptor
+
+
+class ContainerBytes(ContainerFile):
+    """A safetensors file that lies in memory: a part of another file. `path` is what messages call it; it has neither
+    an `identity` nor a descriptor."""
+
+    def __init__(self, data: bytes, path: Path, limits: Limits = FOREIGN) -> None:
+        self.path, self._data, self._descriptor = path, data, -1
+        self._read_header(limits)
+
+    @property
+    def size(self) -> int:
+        return len(self._data)
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        piece = self._data[offset : offset + len(view)]
+        if len(piece) < len(view):
+            raise errors.FileChangedError("the data end early", path=self.path)
+        view[:] = piece
+
+    def check_unchanged(self) -> None:
+        """Do nothing: bytes do not change."""
 
 
 def carries(path: Path, key: str, limits: Limits = FOREIGN) -> bool:

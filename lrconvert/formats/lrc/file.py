@@ -25,7 +25,7 @@ from lrconvert.formats.lrc.contents import Contents
 from lrconvert.formats.lrc.manifest import Manifest
 from lrconvert.formats.lrc.v1 import METADATA_KEY, V1
 from lrconvert.io import fields
-from lrconvert.io.container import ContainerFile, parse_header
+from lrconvert.io.container import ContainerBytes, ContainerFile, parse_header
 from lrconvert.lora import packing
 from lrconvert.lora.adapter import BaseFingerprint, CompactAdapter, ExtraTensor, Target
 from lrconvert.lora.fingerprint import names_digest
@@ -108,6 +108,22 @@ def encode(compact: CompactAdapter) -> Iterator[bytes]:
 
     Whatever `read` would refuse is refused here, with the same codes, before the first piece.
     """
+    made = parts(compact)
+    yield from one_tensor.encode(made.manifest, [data for _, data in made.payload], made.extras)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A file as what it is made of: `manifest` as a JSON value, (name, bytes) of each tensor of the `payload` in the
+    order of their declaration, and the bytes of its `extras`."""
+
+    manifest: dict[str, Any]
+    payload: Sequence[tuple[str, bytes]]
+    extras: Sequence[bytes]
+
+
+def parts(compact: CompactAdapter) -> Parts:
+    """Return what the file is made of. Raises what `read` would raise for it."""
     check(compact)
     method = methods.get(compact.method)
     specs = _all_specs(compact.method, compact.config, compact.targets)
@@ -123,12 +139,11 @@ def encode(compact: CompactAdapter) -> Iterator[bytes]:
     exponents, payload = "", []
     for spec in specs:
         stored, exponent = packing.encode(spec, arrays[spec.name])
-        payload.append(stored.tobytes())
+        payload.append((spec.name, stored.tobytes()))
         if spec.kind == "half":
             exponents += (exponent & 0xFF).to_bytes(1, "little").hex()
     method.check(compact.config, compact.targets, compact.tensors)
-    extras = [extra.data for extra in compact.extras]
-    yield from one_tensor.encode(manifests.build(compact, exponents), payload, extras)
+    return Parts(manifests.build(compact, exponents), payload, [extra.data for extra in compact.extras])
 
 
 def check(compact: CompactAdapter) -> None:
@@ -190,7 +205,15 @@ def _raise(level: str, finding: LrcError) -> None:
 
 def read(path: Path) -> CompactAdapter:
     """Read a compact adapter from its file, fully checked. Raises the first finding of `examine`."""
-    compact = examine(path, _raise)
+    return _sound(examine(path, _raise))
+
+
+def read_bytes(data: bytes, shown: Path) -> CompactAdapter:
+    """Read a compact adapter from the bytes of its file, which messages call `shown`, as `read` does."""
+    return _sound(examine_bytes(data, shown, _raise))
+
+
+def _sound(compact: CompactAdapter | None) -> CompactAdapter:
     assert compact is not None  # `_raise` raised otherwise
     return compact
 
@@ -206,8 +229,17 @@ def is_lrconvert(path: Path) -> bool:
 
 def examine(path: Path, report: Report) -> CompactAdapter | None:
     """Read and check a file; every finding goes to `report` with its level. None if it cannot be read at all."""
+    return _examined(lambda: ContainerFile(path, OWN), path, report)
+
+
+def examine_bytes(data: bytes, shown: Path, report: Report) -> CompactAdapter | None:
+    """Read and check the bytes of a file, which messages call `shown`, as `examine` does."""
+    return _examined(lambda: ContainerBytes(data, shown, OWN), shown, report)
+
+
+def _examined(opened: Callable[[], ContainerFile], path: Path, report: Report) -> CompactAdapter | None:
     try:
-        file = ContainerFile(path, OWN)
+        file = opened()
     except LrcError as error:
         report("structure", error.at(path))
         return None
