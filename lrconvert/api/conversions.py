@@ -184,7 +184,9 @@ def _taken(
     lora: AnyLora, options: ConvertOptions | None, more: dict[str, Any], verb: str
 ) -> tuple[LoraAdapter, ConvertOptions]:
     """Return the LoRA, read if it is a path, and the options without those of `more` that are taken."""
-    own: dict[str, Any] = {name: more.pop(name) for name in ("allow_pickle", "layout", "alpha") if name in more}
+    own: dict[str, Any] = {
+        name: more.pop(name) for name in ("allow_pickle", "layout", "alpha", "source_rank") if name in more
+    }
     settled = take(ConvertOptions, options, more, verb).resolved()
     return lora_of(lora, take_reading(own, settled.base)), settled
 

@@ -170,13 +170,13 @@ def silent(fraction: float, text: str) -> None:
 
 
 def take_reading(keywords: MutableMapping[str, Any], base: Any = None) -> ReadOptions:
-    """Remove `allow_pickle`, `layout` and `alpha`, which say how adapters are read, from `keywords`, and return them as
-    options with the `base`, if that is a path."""
+    """Remove what says how adapters are read (`ReadOptions`) from `keywords`, and return it with the `base`, if that is
+    a path."""
     own = {name: keywords.pop(name) for name in names(ReadOptions) if name in keywords and name != "base"}
     chosen = make(ReadOptions, own, "reading")
     if base is not None and not _is_path(base) and not _is_model(base):
         raise _other(base, "base", "a model folder or a hub id")
-    return loading.options(chosen.allow_pickle, base, chosen.layout, chosen.alpha)
+    return loading.options(**{**vars(chosen), "base": base})
 
 
 def refuse_rest(keywords: MutableMapping[str, Any], verb: str, *options: type[Any]) -> None:

@@ -13,13 +13,11 @@ import numpy as np
 from lrconvert.core.dtypes import F64, STORAGE, Stored, decode, round_to
 from lrconvert.core.errors import OptionError
 from lrconvert.io.checkpoint import Checkpoint
-from lrconvert.lora import svd
-from lrconvert.lora.adapter import LoraAdapter, LoraTarget, Target
+from lrconvert.lora import factoring
+from lrconvert.lora.adapter import LoraAdapter, LoraTarget
 from lrconvert.lora.base_weights import BaseWeights
 from lrconvert.merge.arithmetic.dora import checked_factor
 
-_OVERSAMPLING = 10
-_ITERATIONS = 4  # of the subspace: the spectrum of the part that comes from W decays slowly
 _ROWS = 1 << 22  # elements of a weight that are read as float64 at a time
 
 
@@ -42,7 +40,7 @@ def bake_dora(lora: LoraAdapter, checkpoint: Checkpoint, rank: int) -> Baked:
     """`lora`, whose targets are viewed as the base stores them, with every target that has a DoRA magnitude replaced by
     the best plain update of that `rank`, factors in float32.
 
-    By subspace iteration (Halko, Martinsson and Tropp, 2011). Raises E-OPTION, E-BASE, E-ORIENT, E-VALUE.
+    By `factoring.of_matrix`. Raises E-OPTION, E-BASE, E-ORIENT, E-VALUE.
     """
     magnitudes = {e.name: e for e in lora.extras if e.use == "magnitude"}
     if not magnitudes:
@@ -58,10 +56,11 @@ def bake_dora(lora: LoraAdapter, checkpoint: Checkpoint, rank: int) -> Baked:
             continue
         magnitude = decode(np.frombuffer(extra.data, STORAGE[extra.dtype]), extra.dtype).astype(np.float64)
         update = _update(pair, weights.rows(pair.target, 0, pair.target.out_features), magnitude)
-        a, b, share = _best(update, rank)
-        stored_a, stored_b = (Stored("F32", round_to(x, "F32")) for x in (a, b))
+        best = factoring.of_matrix(update, rank)
+        energy = float(np.sum(np.square(update, dtype=np.float64)))
+        stored_a, stored_b = (Stored("F32", round_to(x, "F32")) for x in (best.a, best.b))
         pairs.append(LoraTarget(pair.target, stored_a, stored_b, 1.0))
-        shares.append((pair.target.name, share))
+        shares.append((pair.target.name, 1 - best.lost / energy if energy else 1.0))
     extras = tuple(e for e in lora.extras if e.use != "magnitude")
     return Baked(replace(lora, targets=tuple(pairs), extras=extras), tuple(shares))
 
@@ -77,25 +76,3 @@ def _update(pair: LoraTarget, weight: np.ndarray, magnitude: F64) -> np.ndarray:
         v = w + b[rows] @ a
         update[rows] = v * checked_factor(magnitude[rows], np.linalg.norm(v, axis=1))[:, None] - w
     return update
-
-
-def _best(update: np.ndarray, rank: int) -> tuple[F64, F64, float]:
-    """(A, B, share of the energy): the best part of `rank` of a dense matrix, split evenly between the factors."""
-    rank = min(rank, *update.shape)
-    energy = float(np.sum(np.square(update, dtype=np.float64)))
-    if energy == 0:
-        return np.zeros((1, update.shape[1])), np.zeros((update.shape[0], 1)), 1.0
-    width = min(rank + _OVERSAMPLING, *update.shape)
-    start = np.random.default_rng(0).standard_normal((update.shape[1], width)).astype(update.dtype)
-    basis = np.linalg.qr(update @ start)[0]
-    for _ in range(_ITERATIONS):
-        basis = np.linalg.qr(update @ np.linalg.qr(update.T @ basis)[0])[0]
-    whole = LoraTarget(
-        Target("", update.shape),
-        Stored("F64", (basis.T @ update).astype(np.float64)),
-        Stored("F64", basis.astype(np.float64)),
-        1.0,
-    )
-    factors = svd.svd(whole)
-    a, b = svd.balanced(factors, rank)
-    return a, b, min(1.0, float(np.sum(factors.s[:rank] ** 2)) / energy)

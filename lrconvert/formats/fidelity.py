@@ -285,17 +285,21 @@ def _target_fidelity(
     if a.shape[1] != inner or b.shape[0] != out:
         raise BaseError(f"the target {pair.target.name!r} has other shapes in the two adapters")
     error, energy = svd.distance(pair, a, b)
+    whole = 1 + pair.lost / energy if energy else 1.0  # times the energy: that of an update of another kind
+    rest = whole - 1
     dropped = _is_zero(a, b) and not (pair.scale == 0 or _is_zero(pair.A, pair.B))
-    row = TargetFidelity(pair.target.name, pair.rank, a.shape[0], energy, error, is_dropped=dropped)
+    row = TargetFidelity(
+        pair.target.name, pair.rank, a.shape[0], energy + pair.lost, error + pair.lost, is_dropped=dropped
+    )
     if statistics is None:
         return row
     moment = statistics.of(pair.target)
     fit_error, fit_energy = svd.distance(pair, a, b, svd.fit_metric(pair, moment))
-    row = replace(row, fit_energy=fit_energy, fit_error=fit_error)
+    row = replace(row, fit_energy=fit_energy * whole, fit_error=fit_error + fit_energy * rest)
     if moment is None:
         return row
     error, energy = svd.distance(pair, a, b, moment)
-    return replace(row, output_energy=energy, output_error=error)
+    return replace(row, output_energy=energy * whole, output_error=error + energy * rest)
 
 
 def _is_zero(a: Array, b: Array) -> bool:
@@ -317,7 +321,8 @@ def _dense_fidelity(
         metrics["fit_error"] = svd.fit_metric(pair, moment)
         if moment is not None:
             metrics["output_error"] = moment
-    errors, is_dropped = dict.fromkeys(metrics, 0.0), nothing.is_dropped
+    share, is_dropped = pair.lost / nothing.energy if nothing.energy else 0.0, nothing.is_dropped
+    errors = {name: share * getattr(nothing, name.replace("error", "energy")) for name in metrics}
     for top, update in updates:
         is_dropped = is_dropped and not update.any()
         error = update - left[top : top + len(update)] @ right
@@ -341,6 +346,9 @@ def inspect_lora(lora: LoraAdapter) -> dict[str, Any]:
         row["norm"] = math.sqrt(np.add.reduce(s * s))
         row["spectrum"] = dict(zip(_SHARES, svd.energy_ranks(s, tuple(_SHARES.values())), strict=True))
         row["singular_values"] = [float(f"{v:.6g}") for v in s.tolist()]
+        if pair.lost:
+            energy = float(np.add.reduce(s * s))
+            row["held"] = energy / (energy + pair.lost)
         rows.append(row)
     by_dtype: Counter[str] = Counter()
     for pair in lora.targets:

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from lrconvert.core.errors import OptionError
+from lrconvert.core.wording import spelled
 from lrconvert.formats import fidelity, model_card
 from lrconvert.formats.lrc import file
 from lrconvert.formats.readers import base as readers
@@ -23,12 +25,10 @@ AnyPath = str | PathLike[str]
 Adapter = LoraAdapter | CompactAdapter
 
 
-def options(
-    allow_pickle: bool = False, base: object = None, layout: str | None = None, alpha: float | None = None
-) -> ReadOptions:
+def options(base: object = None, **given: Any) -> ReadOptions:
     """Return the options of a layout. `base` counts if it is a path or a hub id; a live model says no names here."""
     folder = hub.locate(base) if isinstance(base, (str, PathLike)) else None
-    return ReadOptions(allow_pickle, folder, layout, alpha)
+    return ReadOptions(base=folder, **given)
 
 
 def load(path: AnyPath, reading: ReadOptions) -> Adapter:
@@ -49,9 +49,12 @@ def load_all(paths: Sequence[AnyPath], reading: ReadOptions) -> list[Adapter]:
 
 
 def refuse_options(reading: ReadOptions, path: Path | None = None) -> None:
-    """Raise E-OPTION for a layout or an alpha where no file of another tool is read."""
-    if reading.layout is None and reading.alpha is None:
+    """Raise E-OPTION for a layout, an alpha or a rank where no file of another tool is read."""
+    if reading == reading.for_ours():
         return
+    if reading.layout is None and reading.alpha is None:
+        what = "an adapter keeps its rank" if path is None else "an lrconvert file keeps its rank"
+        raise OptionError(what, fix=f"leave {spelled('source_rank')} out", path=path)
     if path is not None:
         raise OptionError("an lrconvert file states its layout and its scales", fix="leave both out", path=path)
     raise OptionError("a layout and an alpha are for files of other tools, and none is read", fix="leave both out")

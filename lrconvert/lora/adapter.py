@@ -89,12 +89,16 @@ class Target:
 
 @dataclass(frozen=True)
 class LoraTarget:
-    """One LoRA pair as stored: `a` (r, in), `b` (out, r), and the folded scale (alpha / r, or alpha / sqrt(r))."""
+    """One LoRA pair as stored: `a` (r, in), `b` (out, r), and the folded scale (alpha / r, or alpha / sqrt(r)).
+
+    `lost`: of an update of another kind, which a LoRA of this rank cannot hold, the squared norm of the rest. The rest
+    is orthogonal to the pair, and every measure of what is kept counts it (`formats/fidelity`)."""
 
     target: Target
     a: Stored
     b: Stored
     scale: float
+    lost: float = 0.0
 
     def __repr__(self) -> str:
         return f"<LoraTarget: {self.target.name}, {self.target.shape}, rank {self.rank}>"

@@ -8,6 +8,7 @@ stays undecided is refused.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -89,6 +90,13 @@ def _orientation(target: Target, stored: tuple[int, ...]) -> View | None:
     return MATRIX if stored == wanted else TRANSPOSED
 
 
+def unfolding(target: Target, stored: tuple[int, ...]) -> View | None:
+    """Return the view of a convolution of shape `stored` whose unfolded matrix the target is: layouts that keep no
+    shape of the kernel give (out, in * K * L). None if the target is no such matrix."""
+    unfolded = len(stored) in (3, 4) and target.view == MATRIX and target.shape == (stored[0], math.prod(stored[1:]))
+    return View(f"conv:{'x'.join(map(str, stored[2:]))}:1") if unfolded else None
+
+
 def _fitting_view(target: Target, stored: tuple[int, ...]) -> View | None:
     """The view with which `target` has its matrix in a parameter of shape `stored`; None for an undecided square one.
 
@@ -97,7 +105,7 @@ def _fitting_view(target: Target, stored: tuple[int, ...]) -> View | None:
     """
     kind, _, rest = target.view.text.partition(":")
     if kind in ("matrix", "transposed"):
-        return _orientation(target, stored)
+        return unfolding(target, stored) or _orientation(target, stored)
     others = {"expert": "expert_transposed", "expert_transposed": "expert"}
     views = [target.view, *([View(f"{others[kind]}:{rest}")] if kind in others else [])]
     for view in views:

@@ -323,12 +323,31 @@ def _torchtune() -> Sample:
     return replace(sample, updates=dict(zip(names, sample.updates.values(), strict=True)))
 
 
+def _lycoris() -> Sample:
+    """A LoHa and a LoKr of LyCORIS, in sd-scripts' names: the second of a whole w1, whose alpha goes with w2."""
+    one, other = (f"lora_unet_{module.replace('.', '_')}" for module in _UNET)
+    w1a, w2a = _floats(_OUT, _RANK, seed=1), _floats(_OUT, _RANK, seed=2)
+    w1b, w2b = _floats(_RANK, _INNER, seed=3), _floats(_RANK, _INNER, seed=4)
+    left, b, a = _floats(2, 4, seed=5), _floats(3, 1, seed=6), _floats(1, 2, seed=7)
+    alpha = np.array(_ALPHA, np.float32)
+    tensors = {f"{one}.hada_w1_a": w1a, f"{one}.hada_w1_b": w1b, f"{one}.hada_w2_a": w2a, f"{one}.hada_w2_b": w2b}
+    tensors |= {f"{other}.lokr_w1": left, f"{other}.lokr_w2_a": b, f"{other}.lokr_w2_b": a}
+    tensors |= {f"{one}.alpha": alpha, f"{other}.alpha": alpha}
+    halves = [part.astype(np.float64) for part in (w1a, w1b, w2a, w2b)]
+    updates = {
+        f"{one}.weight": _ALPHA / _RANK * (halves[0] @ halves[1]) * (halves[2] @ halves[3]),
+        f"{other}.weight": _ALPHA * np.kron(left.astype(np.float64), b.astype(np.float64) @ a),
+    }
+    return Sample({"lora.safetensors": safetensors_file(tensors)}, updates)
+
+
 # By the id of the reader. A reader that is not here fails the law tests.
 SAMPLES: Mapping[str, Callable[[], Sample]] = {
     "cloneofsimo": _of_pairs(cloneofsimo, ("0", "1"), "unet:{n}", scale=1.0),
     "diffusers": _of_pairs(diffusers, _UNET, "unet.{module}"),
     "gguf": _of_pairs(gguf, _BLOCKS),
     "kohya": _of_pairs(kohya, _UNET, "lora_unet_{flat}"),
+    "lycoris": _lycoris,
     "lora_vit": _of_pairs(lora_vit, ("query", "value"), "w_{n:05d}", scale=1.0),
     "mlx": _of_pairs(mlx, _TEXT),
     "nola": _nola,

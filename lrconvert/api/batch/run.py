@@ -8,7 +8,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -318,7 +318,7 @@ class _Readings:
     not lrconvert files. Where all are, each refuses them."""
 
     def __init__(self, jobs: Plan, reading: ReadOptions) -> None:
-        self.kinds = [_plain_reading(reading), _plain_reading(replace(reading, layout=None, alpha=None))]
+        self.kinds = [_plain_reading(reading), _plain_reading(reading.for_ours())]
         self._ours = bytearray()
         if self.kinds[0] != self.kinds[1]:
             self._ours = bytearray(job.path.is_file() and file.is_lrconvert(job.path) for job in jobs)

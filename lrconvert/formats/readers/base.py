@@ -23,7 +23,7 @@ from lrconvert.core.errors import (
 from lrconvert.core.wording import either, spelled
 from lrconvert.formats.readers.shared import folders, kinds
 from lrconvert.formats.readers.shared.options import ReadOptions
-from lrconvert.formats.readers.shared.weights import open_weights
+from lrconvert.formats.readers.shared.weights import Weights, open_weights
 from lrconvert.io import mistaken
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 
@@ -37,7 +37,9 @@ class Reader:
 
     `read` returns a plain LoRA, or a compact adapter if the layout is a compact form. Content decides who reads,
     cheaply and without raising: `recognises(path)` looks at a folder or file, `knows(names)` at the names of the
-    tensors in a single file of weights. `takes_alpha`: the layout does not always state its alpha.
+    tensors in a single file of weights. `takes_alpha`: the layout does not always state its alpha. `takes_rank`: it
+    holds another kind of adapter, of which a LoRA is made. `read_weights`: `read` of a file that is open, for a layout
+    whose modules other kinds of adapters have, too.
     """
 
     id: str
@@ -46,6 +48,8 @@ class Reader:
     recognises: Callable[[Path], bool] = lambda path: False
     knows: Callable[[Sequence[str]], bool] = lambda names: False
     takes_alpha: bool = False
+    takes_rank: bool = False
+    read_weights: Callable[[Weights, ReadOptions], LoraAdapter] | None = None
 
 
 def ids() -> list[str]:
@@ -111,16 +115,20 @@ def load(path: Path, options: ReadOptions | None = None) -> LoraAdapter | Compac
     raise _unknown(path)
 
 
-def check_alpha(reader: Reader, alpha: float | None, path: Path) -> None:
-    """Raise E-OPTION for an alpha where the layout always states its own."""
-    if alpha is not None and not reader.takes_alpha:
-        raise OptionError(
-            f"the layout {reader.id} does not take an alpha", fix=f"leave {spelled('alpha')} out", path=path
-        )
+def check_taken(reader: Reader, options: ReadOptions, path: Path) -> None:
+    """Raise E-OPTION for an alpha where the layout always states its own, and for a rank where it holds pairs."""
+    for name, value, taken in (
+        ("alpha", options.alpha, reader.takes_alpha), ("source_rank", options.source_rank, reader.takes_rank)
+    ):  # fmt: skip
+        if value is not None and not taken:
+            what = "an alpha" if name == "alpha" else "another rank: it holds pairs of factors"
+            raise OptionError(
+                f"the layout {reader.id} does not take {what}", fix=f"leave {spelled(name)} out", path=path
+            )
 
 
 def _read(reader: Reader, path: Path, options: ReadOptions) -> LoraAdapter | CompactAdapter:
-    check_alpha(reader, options.alpha, path)
+    check_taken(reader, options, path)
     try:
         return reader.read(path, options)
     except LrcError as error:

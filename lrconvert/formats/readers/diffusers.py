@@ -21,8 +21,8 @@ from lrconvert.core.limits import FOREIGN
 from lrconvert.core.wording import spelled
 from lrconvert.formats.readers.base import Reader
 from lrconvert.formats.readers.peft.config import Settings, parse
-from lrconvert.formats.readers.shared import naming, pairs
-from lrconvert.formats.readers.shared.naming import BaseNames
+from lrconvert.formats.readers.shared import naming, pairs, products
+from lrconvert.formats.readers.shared.naming import BaseNames, Component
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.formats.readers.shared.pairs import Labels, Parts
 from lrconvert.formats.readers.shared.weights import Weights, load_finite_extra, open_weights
@@ -56,6 +56,7 @@ _SUFFIX = re.compile(
     r"|\.lora_(?P<half>[AB])(?:\.[^.]+)?\.weight"
     r"|\.lora_B(?:\.[^.]+)?\.(?P<bias>bias)"
     r"|\.lora_(?P<magnitude>magnitude_vector)(?:\.[^.]+)?(?:\.weight)?"
+    r"|\.(?P<difference>diff|diff_b)"
     r"|(?:_lora|\.lora|\.lora_linear_layer)?\.(?P<alpha>alpha))"
 )
 _HALVES = {"down": "A", "up": "B", "A": "A", "B": "B"}
@@ -64,7 +65,8 @@ _IN_TEXT_ENCODERS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_o
 
 def knows(names: Sequence[str]) -> bool:
     """Return whether most tensors are parts of a LoRA in modules of a pipeline's models."""
-    return 2 * sum(_OURS.match(name) is not None and _SUFFIX.fullmatch(name) is not None for name in names) > len(names)
+    known = sum(_OURS.match(name) is not None and _SUFFIX.fullmatch(name) is not None for name in names)
+    return 2 * known > len(names) and not products.are_products(names)
 
 
 def _split(name: str) -> tuple[str, str] | None:
@@ -72,7 +74,7 @@ def _split(name: str) -> tuple[str, str] | None:
     if match is None or not (_OURS.match(name) or match["alpha"]):
         return None
     half = match["old"] or match["oldest"] or match["comfy"] or match["half"]
-    part = _HALVES[half] if half else match["bias"] or match["alpha"] or "magnitude"
+    part = _HALVES[half] if half else match["bias"] or match["alpha"] or match["difference"] or "magnitude"
     return _module(match["module"]), part
 
 
@@ -94,19 +96,27 @@ def read(path: Path, options: ReadOptions) -> LoraAdapter:
     """Read a pipeline's LoRA. With a base, names are those of its parameters; without one they are
     ``<model>.<module>.weight``, with a warning. Raises E-NOT-LORA, E-LORA-FEATURE, E-TENSOR, E-PAIR, E-CONFIG, E-EMPTY,
     E-BASE, E-OPTION, E-LIMIT, E-DTYPE, E-VALUE."""
-    base = None if options.base is None else naming.base_names(options.base)
     with open_weights(path, options) as weights:
-        modules = pairs.sort_parts(weights, _split)
-        pairs.check_both_halves(modules, LABELS)
-        settings = _settings(weights.metadata)
-        targets, extras = [], []
-        for module, parts in modules.items():
+        return read_weights(weights, options)
+
+
+def read_weights(weights: Weights, options: ReadOptions) -> LoraAdapter:
+    """Read such a file that is open. Raises the same."""
+    base = None if options.base is None else naming.base_names(options.base)
+    modules = pairs.sort_parts(weights, _split)
+    pairs.check_both_halves(modules, LABELS)
+    settings = _settings(weights.metadata)
+    targets, extras = [], []
+    for module, parts in modules.items():
+        component, name = (None, module) if base is None else _place(module, base)
+        if pairs.is_pair(parts):
             pair = _pair(module, parts, weights, options, settings)
-            pair = pair if base is None else _placed(pair, module, base)
+            pair = pair if component is None else component.placed(pair, name)
             targets.append(pair)
             extras += _extras(pair, parts, weights)
-        warnings = [naming.unnamed("diffusers")] if base is None else []
-        return pairs.build_adapter(weights, targets, layout="diffusers", extras=extras, warnings=warnings, used=_USED)
+        extras += pairs.differences(name if component is None else component.full(name), parts, weights)
+    warnings = [naming.unnamed("diffusers")] if base is None else []
+    return pairs.build_adapter(weights, targets, layout="diffusers", extras=extras, warnings=warnings, used=_USED)
 
 
 _USED = (METADATA,)
@@ -150,10 +160,11 @@ def _pair(
     return pairs.read_pair(module, parts, scale, weights, LABELS)
 
 
-def _placed(pair: LoraTarget, module: str, base: BaseNames) -> LoraTarget:
+def _place(module: str, base: BaseNames) -> tuple[Component, str]:
+    """Return the model of the base that a module is in, and its name there. Raises E-BASE."""
     model, _, inside = module.partition(".")
     component = base.component(_ALIASES.get(model, (model,)), module)
-    return component.placed(pair, component.dotted(inside))
+    return component, component.dotted(inside)
 
 
 def _extras(pair: LoraTarget, parts: Parts, weights: Weights) -> list[ExtraTensor]:
@@ -167,4 +178,6 @@ def _extras(pair: LoraTarget, parts: Parts, weights: Weights) -> list[ExtraTenso
     return extras
 
 
-READER = Reader("diffusers", "diffusers pytorch_lora_weights", read, knows=knows, takes_alpha=True)
+READER = Reader(
+    "diffusers", "diffusers pytorch_lora_weights", read, knows=knows, takes_alpha=True, read_weights=read_weights
+)

@@ -210,7 +210,7 @@ def look(path: Path, options: ReadOptions | None = None) -> Subject:
     if layout is None:
         loading.refuse_options(options)
         return subject
-    readers.check_alpha(readers.named(layout), options.alpha, path)
+    readers.check_taken(readers.named(layout), options, path)
     if layout == "mlx":
         return replace(subject, layout="mlx")
     return subject if layout in _OWN_RULES else replace(subject, foreign=layout)

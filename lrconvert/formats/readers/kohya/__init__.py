@@ -17,8 +17,8 @@ from lrconvert.core.errors import OptionError
 from lrconvert.core.wording import spelled
 from lrconvert.formats.readers.base import Reader
 from lrconvert.formats.readers.kohya import sgm
-from lrconvert.formats.readers.shared import naming, pairs
-from lrconvert.formats.readers.shared.naming import BaseNames
+from lrconvert.formats.readers.shared import naming, pairs, products
+from lrconvert.formats.readers.shared.naming import BaseNames, Component
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.formats.readers.shared.pairs import Labels, Parts
 from lrconvert.formats.readers.shared.weights import Weights, open_weights
@@ -39,13 +39,14 @@ _MODULE = re.compile(rf"(?:lora|lycoris)_(?P<role>{'|'.join(sorted(ROLES, key=le
 _ANY = re.compile(r"(?:lora|lycoris)_[A-Za-z0-9]+_[^.]+\.[^.]")
 _PARTS = {
     **{"lora_down.weight": "A", "lora_up.weight": "B", "lora_mid.weight": "mid"},
-    **{"lora_A.weight": "A", "lora_B.weight": "B", "alpha": "alpha"},
+    **{"lora_A.weight": "A", "lora_B.weight": "B", "alpha": "alpha", "diff": "diff", "diff_b": "diff_b"},
 }
 
 
 def knows(names: Sequence[str]) -> bool:
     """Return whether most tensors are parts of modules that begin with ``lora_<model>_`` and have no dots."""
-    return 2 * sum(_ANY.match(name) is not None for name in names) > len(names)
+    known = sum(_ANY.match(name) is not None for name in names)
+    return 2 * known > len(names) and not products.are_products(names)
 
 
 def _split(name: str) -> tuple[str, str] | None:
@@ -57,25 +58,35 @@ def read(path: Path, options: ReadOptions) -> LoraAdapter:
     """Read a file of sd-scripts. With a base, names are those of its parameters, after the model's name in a pipeline;
     without one they stay, with a warning. Raises E-NOT-LORA, E-LORA-FEATURE, E-TENSOR, E-PAIR, E-EMPTY, E-BASE,
     E-OPTION, E-LIMIT, E-DTYPE, E-VALUE."""
-    base = None if options.base is None else naming.base_names(options.base)
     with open_weights(path, options) as weights:
-        modules = pairs.sort_parts(weights, _split)
-        pairs.check_both_halves(modules, LABELS)
-        targets = []
-        for module, parts in modules.items():
+        return read_weights(weights, options)
+
+
+def read_weights(weights: Weights, options: ReadOptions) -> LoraAdapter:
+    """Read such a file that is open. Raises the same."""
+    base = None if options.base is None else naming.base_names(options.base)
+    modules = pairs.sort_parts(weights, _split)
+    pairs.check_both_halves(modules, LABELS)
+    targets, extras = [], []
+    for module, parts in modules.items():
+        component, name = (None, module) if base is None else _place(module, base)
+        if pairs.is_pair(parts):
             pair = _pair(module, parts, weights, options)
-            targets.append(pair if base is None else _placed(pair, module, base))
-        unstated = [module for module, parts in modules.items() if "alpha" not in parts]
-        warnings = [naming.unnamed("kohya")] if base is None else []
-        if unstated and options.alpha is None:
-            line = f"{len(unstated)} modules state no alpha, {unstated[0]} for one: their scale is 1"
-            said = weights.metadata.get("ss_network_alpha")
-            warnings.append(
-                line if said is None else f"{line}, as sd-scripts has it, though ss_network_alpha is {said:.40}"
-            )
-        used = ("ss_network_alpha", "ss_network_dim")  # as the tensors have them
-        name = weights.metadata.get("ss_sd_model_name") or weights.metadata.get("ss_base_model_version", "")
-        return pairs.build_adapter(weights, targets, layout="kohya", warnings=warnings, base_model=name, used=used)
+            targets.append(pair if component is None else component.placed(pair, name))
+        extras += pairs.differences(name if component is None else component.full(name), parts, weights)
+    unstated = [module for module, parts in modules.items() if "alpha" not in parts and pairs.is_pair(parts)]
+    warnings = [naming.unnamed("kohya")] if base is None else []
+    if unstated and options.alpha is None:
+        line = f"{len(unstated)} modules state no alpha, {unstated[0]} for one: their scale is 1"
+        said = weights.metadata.get("ss_network_alpha")
+        warnings.append(
+            line if said is None else f"{line}, as sd-scripts has it, though ss_network_alpha is {said:.40}"
+        )
+    used = ("ss_network_alpha", "ss_network_dim")  # as the tensors have them
+    name = weights.metadata.get("ss_sd_model_name") or weights.metadata.get("ss_base_model_version", "")
+    return pairs.build_adapter(
+        weights, targets, layout="kohya", extras=extras, warnings=warnings, base_model=name, used=used
+    )
 
 
 def _pair(module: str, parts: Parts, weights: Weights, options: ReadOptions) -> LoraTarget:
@@ -91,7 +102,8 @@ def _pair(module: str, parts: Parts, weights: Weights, options: ReadOptions) -> 
     return pairs.read_pair(module, parts, scale, weights, LABELS)
 
 
-def _placed(pair: LoraTarget, module: str, base: BaseNames) -> LoraTarget:
+def _place(module: str, base: BaseNames) -> tuple[Component, str]:
+    """Return the model of the base that a module is in, and its name there. Raises E-BASE."""
     match = _MODULE.fullmatch(module)
     if match is not None:
         inside, models = match["inside"], ROLES[match["role"]]
@@ -100,7 +112,7 @@ def _placed(pair: LoraTarget, module: str, base: BaseNames) -> LoraTarget:
         models = (role,)
     component = base.component(models, module)
     spelled = sgm.renamed(inside, component)
-    return component.placed(pair, component.flattened(spelled, naming.VOCABULARY))
+    return component, component.flattened(spelled, naming.VOCABULARY)
 
 
-READER = Reader("kohya", "kohya / sd-scripts file", read, knows=knows, takes_alpha=True)
+READER = Reader("kohya", "kohya / sd-scripts file", read, knows=knows, takes_alpha=True, read_weights=read_weights)

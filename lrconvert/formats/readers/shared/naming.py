@@ -23,7 +23,7 @@ from lrconvert.io.container import read_json
 from lrconvert.io.quantized import base as quantized
 from lrconvert.lora import renamings
 from lrconvert.lora.adapter import MATRIX, TRANSPOSED, LoraTarget, Target, View
-from lrconvert.lora.base_names import NameIndex
+from lrconvert.lora.base_names import NameIndex, unfolding
 
 _MOST_LAYERS = 2048  # of a model that is built without weights, to learn its names
 _MOST_PARSES = 16
@@ -85,10 +85,13 @@ class Component:
             raise BaseError(f"{spelled!r:.200} is no module of the base", fix=fix, path=self.root)
         return candidates[0]
 
+    def full(self, name: str) -> str:
+        """Return a name of this model as the base has it, after the model's own in a pipeline."""
+        return f"{self.name}.{name}" if self.name else name
+
     def placed(self, pair: LoraTarget, module: str) -> LoraTarget:
         """Put `pair` on a module of this component, in the shape that the base stores. Raises E-BASE."""
-        full = f"{self.name}.{module}.weight" if self.name else f"{module}.weight"
-        target = replace(pair.target, name=full)
+        target = replace(pair.target, name=self.full(f"{module}.weight"))
         return replace(pair, target=_as_stored(target, self.shapes.get(f"{module}.weight"), self.root))
 
 
@@ -102,6 +105,8 @@ def _as_stored(target: Target, stored: tuple[int, ...] | None, root: Path) -> Ta
     if pixel and stored[:2] == (out, inner) and set(stored[2:]) <= {1}:
         kernel = "x".join("1" for _ in stored[2:])
         return replace(target, shape=stored, view=View(f"conv:{kernel}:1") if kernel else MATRIX)
+    if (view := unfolding(target, stored)) is not None:
+        return replace(target, shape=stored, view=view)
     if target.view == MATRIX and stored == (inner, out):
         return replace(target, shape=stored, view=TRANSPOSED)
     if target.view.kind == "rows" and len(stored) == 2 and stored[1] == inner:

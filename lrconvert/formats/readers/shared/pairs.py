@@ -26,7 +26,7 @@ from lrconvert.core.errors import (
 from lrconvert.core.limits import MAX_RANK
 from lrconvert.formats.readers.shared import kinds
 from lrconvert.formats.readers.shared.notes import notes_of
-from lrconvert.formats.readers.shared.weights import Weights, load_finite, source_digest
+from lrconvert.formats.readers.shared.weights import Weights, load_finite, load_finite_extra, source_digest
 from lrconvert.io.container import TensorInfo
 from lrconvert.lora.adapter import MATRIX, ExtraTensor, LoraAdapter, LoraTarget, Provenance, Target, View
 
@@ -202,6 +202,7 @@ def read_pair(module: str, parts: Parts, scale: Callable[[int], float], weights:
         reshape(stored_a, (rank, inner * math.prod(kernel))),
         reshape(stored_b, (out, rank)),
         scale(rank),
+        weights.lost.get(b.name, 0.0),
     )
 
 
@@ -241,6 +242,22 @@ def scaled_bias(info: TensorInfo, pair: LoraTarget, weights: Weights) -> ExtraTe
         raise LimitError(f"{info.name!r} times the scale is beyond the range of float32")
     name = f"{pair.target.name.removesuffix('.weight')}.bias"
     return ExtraTensor(name, "F32", (scaled.size,), scaled.tobytes(), "add")
+
+
+DIFFERENCES = {"diff": "weight", "diff_b": "bias"}
+"""Names of whole differences: the parameter that each is added to."""
+
+
+def is_pair(parts: Parts) -> bool:
+    """Return whether a module has factors, or has nothing but settings; not whole differences alone."""
+    return bool(parts.keys() & {"A", "B"}) or not parts.keys() & DIFFERENCES.keys()
+
+
+def differences(name: str, parts: Parts, weights: Weights) -> Iterator[ExtraTensor]:
+    """Yield the whole differences of a module, which the base calls `name`. Raises E-DTYPE, E-VALUE."""
+    for part, parameter in DIFFERENCES.items():
+        if part in parts:
+            yield load_finite_extra(f"{name}.{parameter}", parts[part], weights, "add")
 
 
 # --- the whole ------------------------------------------------------------------------------------------------------

@@ -57,8 +57,11 @@ class Weights:
     """The tensors of an adapter, from one file or from shards. A context manager.
 
     `tensors` have their plain names (`wrappers`); those that are empty are left out, their names are `empty`. `notes`
-    are warnings of both. `metadata` are the texts and settings that stand beside the tensors.
+    are warnings of both. `metadata` are the texts and settings that stand beside the tensors. `lost`: by the name of a
+    B, what its pair lacks of the update (`LoraTarget.lost`).
     """
+
+    lost: Mapping[str, float] = {}
 
     def __init__(self, path: Path, files: Sequence[ContainerFile | ForeignFile]) -> None:
         """Takes open files over. Raises E-TENSOR for two names of one meaning, E-SHAPE for an empty part of a LoRA."""
