@@ -9,6 +9,8 @@ from __future__ import annotations
 from os import PathLike, fspath
 from typing import ClassVar
 
+from lrconvert.core.redaction import redacted
+
 EXIT_REFUSED = 1
 
 
@@ -26,7 +28,7 @@ class LrcError(Exception):
     """The base of all errors that lrconvert raises on purpose.
 
     Parameters: `what` is wrong (no final period), `fix` tells what to do, `path` names the file. A caller that knows
-    the file adds it with `at`.
+    the file adds it with `at`. Secrets in URLs are cut out of all three.
     """
 
     code: ClassVar[str] = "E-LRC"
@@ -35,15 +37,15 @@ class LrcError(Exception):
         cls.code = code
 
     def __init__(self, what: str, *, fix: str = "", path: str | PathLike[str] | None = None) -> None:
-        super().__init__(what)
-        self.what = what
-        self.fix = fix
-        self.path = None if path is None else fspath(path)
+        self.what = redacted(what)
+        self.fix = redacted(fix)
+        self.path = None if path is None else redacted(fspath(path))
+        super().__init__(self.what)
 
     def at(self, path: str | PathLike[str]) -> LrcError:
         """Name the file, unless one is named already, and return the error."""
         if self.path is None:
-            self.path = fspath(path)
+            self.path = redacted(fspath(path))
         return self
 
     def __str__(self) -> str:
@@ -293,6 +295,20 @@ class OptionError(LrcError, code="E-OPTION"):
 
 class ExportError(LrcError, code="E-EXPORT"):
     """The target format cannot express this adapter."""
+
+
+class AccessError(LrcError, code="E-ACCESS"):
+    """A store at a URL refuses the credentials that its driver has, or there are none."""
+
+
+class RemoteError(FileReadError, code="E-REMOTE"):
+    """A store at a URL did not answer, or failed, however often it was asked; a later run may go well."""
+
+    def __init__(
+        self, what: str, *, fix: str = "", path: str | PathLike[str] | None = None, status: int | None = None
+    ) -> None:
+        super().__init__(what, fix=fix, path=path)
+        self.status = status
 
 
 class HubError(LrcError, code="E-HUB"):

@@ -17,6 +17,8 @@ MAX_DRAWN = 1 << 38  # seeded numbers of one file: 70B with k = 512 takes 2^37, 
 MAX_CODED = 1 << 30  # entropy-coded numbers of one tensor: 70B with rank 64 on all linear layers has 0.8 times as many
 MAX_VECTORS = 1 << 20  # rows of a vector bank
 MAX_SHARDS = 10_000
+MAX_LISTED = 100_000  # files of one adapter's folder at a URL, listed to tell which of them are needed
+MAX_FETCHED = 64 * GIB  # bytes of one adapter that is fetched from a URL: far above any; a model is not meant
 MAX_PATTERN_LENGTH = 1_000  # characters of one rank_pattern / alpha_pattern key
 MAX_PATTERNS = 4_096
 MAX_PATTERN_STEPS = 1 << 31  # of matching all patterns to all modules: a few seconds; real adapters take millions

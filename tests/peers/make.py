@@ -22,6 +22,7 @@ LIMIT = 180  # seconds for one peer; they take 1 to 15
 MERGERS = ("axolotl", "mergekit")  # peers that merge, or take merges apart; the others load adapters
 OF_BASES = ("compressedtensors",)  # peers that read quantized bases
 OF_EXPORTS = ("diffusers", "dynamo", "loralib", "onnxruntime", "xllamacpp")  # others that load our exports only
+STORES = ("s3",)  # servers of stores, and their drivers
 # What is kept of a large distribution (patterns of member names); a peer without an entry is installed as it is.
 KEEP = {
     "axolotl": ("axolotl/cli/utils/lora_merge.py",),
@@ -49,7 +50,7 @@ def peers() -> list[str]:
 
 
 def loaders() -> list[str]:
-    return [peer for peer in peers() if peer not in (*MERGERS, *OF_BASES, *OF_EXPORTS)]
+    return [peer for peer in peers() if peer not in (*MERGERS, *OF_BASES, *OF_EXPORTS, *STORES)]
 
 
 def requirements(peer: str) -> list[str]:
