@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lrconvert.api.comparing import compare, load_statistics, statistics
     from lrconvert.api.conversions import allocate, compress, convert, refine
     from lrconvert.api.expanding import ExpandOptions, expanded
+    from lrconvert.api.fleets import Fleet
     from lrconvert.api.live import attach, detach, disabled, peft_model, set_active
     from lrconvert.api.outputs import export, merge, recover, unmerge, verify
     from lrconvert.convert.compress import Compression
@@ -59,6 +60,7 @@ __all__ = [
     "Exported",
     "Fidelity",
     "Finding",
+    "Fleet",
     "InputStatistics",
     "LoraAdapter",
     "LrcError",
@@ -112,6 +114,7 @@ _HOMES = {  # the modules, and what they give
     "api.comparing": "compare load_statistics statistics",
     "api.conversions": "allocate compress convert refine",
     "api.expanding": "ExpandOptions expanded",
+    "api.fleets": "Fleet",
     "api.live": "attach detach disabled peft_model set_active",
     "api.outputs": "export merge recover unmerge verify",
     "convert.compress": "Compression",

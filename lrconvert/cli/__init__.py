@@ -17,6 +17,7 @@ from click.shell_completion import CompletionItem
 from lrconvert.cli.printing import say
 from lrconvert.core import registry
 from lrconvert.core.errors import EXIT_REFUSED, LrcError
+from lrconvert.core.redaction import redacted
 from lrconvert.core.version import __version__
 from lrconvert.core.wording import on_command_line
 
@@ -36,6 +37,7 @@ _LAST = {
     "refine": ("refining:refine", "Train FILE for a short while to answer as its LoRA does."),
     "export": ("adapters:export", "Write any adapter as a folder that other tools load."),
     "expand": ("expanding:expand", "Print the folder in which a server finds FILE, expanded once."),
+    "pack": ("packing:pack", "Keep many compact adapters in one folder, with what they share stored once."),
     "check": ("adapters:check", "Say what a server would refuse or get wrong in an adapter."),
     "merge-into-base": ("merging:merge_into_base", "Bake ADAPTERs into a copy of the model folder BASE."),
     "unmerge": ("merging:unmerge", "Undo the last merge of the model folder MERGED."),
@@ -144,7 +146,7 @@ def main() -> None:
     except click.ClickException as error:
         shown = io.StringIO()
         error.show(shown)
-        say(shown.getvalue(), err=True, nl=False)
+        say(redacted(shown.getvalue()), err=True, nl=False)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.stderr.close()

@@ -20,6 +20,11 @@ def count_bytes(n: int) -> str:
     return f"{n:,} B"
 
 
+def counted(count: int, what: str = "member") -> str:
+    """Return a number of things, 1 member and 2 members."""
+    return f"{count:,} {what}" + ("" if count == 1 else "s")
+
+
 WIDTH = 100  # of tables
 _LEAST = 16  # of names that are shortened
 

@@ -213,6 +213,25 @@ def read_bytes(data: bytes, shown: Path) -> CompactAdapter:
     return _sound(examine_bytes(data, shown, _raise))
 
 
+def version_of(data: bytes, shown: Path) -> int:
+    """Return the container version of a file that was read."""
+    with ContainerBytes(data, shown, OWN) as opened:
+        info = opened.by_name.get(one_tensor.TENSOR)
+        return 1 if info is None else opened.read(info, 0, 1)[0]
+
+
+def parts_of(compact: CompactAdapter, data: bytes) -> Parts:
+    """Return what a file is made of that was read as `compact` from the bytes `data`. One of an older container version
+    is what writing it anew makes of it."""
+    with ContainerBytes(data, Path(), OWN) as opened:
+        contents = _opened(opened)
+        if not isinstance(contents, one_tensor.OneTensor) or contents.version != one_tensor.VERSION:
+            return parts(compact)
+        specs = _all_specs(compact.method, compact.config, compact.targets)
+        payload = [(spec.name, contents.take(spec)) for spec in specs]
+        return Parts(contents.manifest, payload, [contents.extra(n) for n in range(len(compact.extras))])
+
+
 def _sound(compact: CompactAdapter | None) -> CompactAdapter:
     assert compact is not None  # `_raise` raised otherwise
     return compact

@@ -222,6 +222,12 @@ def method_entry(name: str, config: Any, exponents: str) -> dict[str, Any]:
 # --- in -------------------------------------------------------------------------------------------------------------
 
 
+def count_targets(entries: Sequence[Mapping[str, Any]]) -> int:
+    """Return how many targets the entries of a manifest's target list stand for, without making them."""
+    groups = (fields.read(_Group, entry, "targets") for entry in entries if "name" not in entry)
+    return sum("name" in entry for entry in entries) + sum(group.count() for group in groups)
+
+
 def _targets(value: Any) -> tuple[Target, ...]:
     """The expanded target list. Counts before it expands; refuses any grouping but the canonical one."""
     if not isinstance(value, list):
@@ -287,6 +293,11 @@ def _extra(entry: _Extra) -> ExtraTensor:
     if use in ("add", "magnitude", "rows") and (dtype not in FLOATS or not shape):
         raise errors.DtypeError(f"the extra {name!r:.80} for {use} is {stored}; floats are stored")
     return ExtraTensor(name, dtype, shape, b"", use)  # type: ignore[arg-type]
+
+
+def extra_sizes(manifest: Mapping[str, Any]) -> list[int]:
+    """Return the bytes of each extra tensor that a manifest declares. Raises what reading them raises."""
+    return [itemsize(extra.dtype) * math.prod(extra.shape) for extra in _extras(manifest.get("extras"))]
 
 
 def check_extra_bytes(declared: ExtraTensor, nbytes: int) -> None:

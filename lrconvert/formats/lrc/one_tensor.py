@@ -130,7 +130,7 @@ class OneTensor(Contents):
             raise errors.VersionError(f"no container version {version} is packed")
         if len(self._data) < LEAD_BYTES:
             raise errors.JsonSyntaxError("the data end before the manifest")
-        self._version = version
+        self.version = version
         value, self._at = unpack(self._data, LEAD_BYTES, version)
         self._packed = self._data[LEAD_BYTES : self._at]
         if not isinstance(value, dict):
@@ -166,5 +166,5 @@ class OneTensor(Contents):
     def check_canonical(self, manifest: dict[str, Any]) -> None:
         extras = [self.file.by_name[f"{EXTRA_PREFIX}{n}"].nbytes for n in range(len(self.stored) - 1)]
         written = header(len(self._data) - LEAD_BYTES, extras)
-        if pack(manifest, self._version) != self._packed or written != self.file.header_bytes:
+        if pack(manifest, self.version) != self._packed or written != self.file.header_bytes:
             raise errors.CanonicalError("the file is not spelled in the canonical way")
