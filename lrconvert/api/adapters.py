@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from os import PathLike
+from dataclasses import replace
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,15 @@ from lrconvert.api.shared import (
     AnyAdapter,
     AnyCompact,
     AnyPath,
+    adapter_at,
     adapter_of,
     compact_of,
+    is_remote,
     located,
     lora_of,
     output_of,
     path_of,
+    published,
     refuse_rest,
     take_reading,
 )
@@ -26,7 +30,7 @@ from lrconvert.formats import fidelity, loading
 from lrconvert.formats.lrc import file, validation
 from lrconvert.formats.lrc.validation import Validation
 from lrconvert.formats.readers.shared.options import ReadOptions
-from lrconvert.io import hub_transfer
+from lrconvert.io import hub_transfer, remote
 from lrconvert.io.durable import check_output
 from lrconvert.lora import statistics_file
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
@@ -90,7 +94,8 @@ def _reading(verb: str, base: AnyPath | None, keywords: dict[str, Any]) -> ReadO
 
 def read(path: AnyPath) -> CompactAdapter:
     """Read the compact adapter of an lrconvert file, every rule checked. Raises the first finding of `validate`."""
-    return file.read(located(path, "path"))
+    with adapter_at(path, "path") as where:
+        return file.read(where)
 
 
 def write(compact: AnyCompact, path: AnyPath, *, overwrite: bool = False) -> file.Sizes:
@@ -103,15 +108,23 @@ def write(compact: AnyCompact, path: AnyPath, *, overwrite: bool = False) -> fil
     >>> read("small.lrc").method, validate("small.lrc").ok
     ('lowrank', True)
     """
-    return file.write(compact_of(compact, "compact"), output_of(path, "path"), overwrite=overwrite)
+    made = compact_of(compact, "compact")
+    if is_remote(path):
+        with published(path, overwrite=overwrite) as local:
+            return file.write(made, local, overwrite=False)
+    return file.write(made, output_of(path, "path"), overwrite=overwrite)
 
 
 def upgrade(path: AnyPath, out: AnyPath, *, overwrite: bool = False) -> file.Sizes:
     """Write the file at `path`, of whatever container version, as one of the newest; every factor stays as it is.
     A file of the newest version gives the same bytes again."""
-    source, target = located(path, "path"), output_of(out)
-    check_output(target, overwrite, inputs=[source])
-    return file.write(file.read(source), target, overwrite=overwrite)
+    if is_remote(out):
+        with published(out, overwrite=overwrite) as local:
+            return upgrade(path, local)
+    with adapter_at(path, "path") as source:
+        target = output_of(out)
+        check_output(target, overwrite, inputs=[source])
+        return file.write(file.read(source), target, overwrite=overwrite)
 
 
 def inspect(path: AnyAdapter, *, base: AnyPath | None = None, **reading: Any) -> dict[str, Any]:
@@ -119,10 +132,10 @@ def inspect(path: AnyAdapter, *, base: AnyPath | None = None, **reading: Any) ->
     warnings; of a file of input statistics what inputs it has, of how many tokens. The options are those of `load`."""
     options = _reading("inspect", base, reading)
     if isinstance(path, (str, PathLike)):
-        where = located(path, "path")
-        if where.is_file() and statistics_file.is_statistics(where):
-            loading.refuse_options(options, where)
-            return fidelity.inspect_statistics(statistics_file.read(where), where.stat().st_size)
+        with adapter_at(path, "path") as where:
+            if where.is_file() and statistics_file.is_statistics(where):
+                loading.refuse_options(options, where)
+                return fidelity.inspect_statistics(statistics_file.read(where), where.stat().st_size)
     adapter = adapter_of(path, options, "path")
     return fidelity.inspect_lora(adapter) if isinstance(adapter, LoraAdapter) else fidelity.inspect_compact(adapter)
 
@@ -141,7 +154,14 @@ def download(name: str, *, part: hub_transfer.Part = "adapter", allow_pickle: bo
 
 def validate(path: AnyPath, *, base: AnyPath | None = None) -> Validation:
     """Check an lrconvert file or input statistics, against the base if one is given; every finding is in the result."""
-    return validation.validate(located(path, "path"), None if base is None else located(base, "base"))
+    folder = None if base is None else located(base, "base")
+    with adapter_at(path, "path") as where:
+        done = validation.validate(where, folder)
+    if not is_remote(path):
+        return done
+    shown = str(remote.Url(fspath(path)))
+    named = [replace(one, message=one.message.replace(str(where), shown)) for one in done.findings]
+    return replace(done, path=shown, findings=tuple(named))
 
 
 def check(
@@ -166,4 +186,5 @@ def check(
         raise ArgumentError(
             f"consumers is {described(consumers)}; names of programs were expected", fix="such as 'vllm'"
         )
-    return consumer_base.check(located(path, "path"), tuple(names), reading, more)
+    with adapter_at(path, "path") as where:
+        return consumer_base.check(where, tuple(names), reading, more)

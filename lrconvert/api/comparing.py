@@ -15,6 +15,7 @@ from lrconvert.api.shared import (
     AnyLora,
     AnyPath,
     Progress,
+    adapter_at,
     adapter_of,
     check_data,
     compact_of,
@@ -107,10 +108,12 @@ def compare(
 
 def _as_stored(row: Fidelity, item: object) -> Fidelity:
     """Return a row with the bytes that its file has: an older lrconvert may have written it in more."""
-    where = located(item, "files") if isinstance(item, (str, PathLike)) else None
-    if where is None or not where.is_file():
+    if not isinstance(item, (str, PathLike)):
         return row
-    return replace(row, overhead_bytes=row.overhead_bytes + where.stat().st_size - row.total_bytes)
+    with adapter_at(item, "files") as where:
+        if not where.is_file():
+            return row
+        return replace(row, overhead_bytes=row.overhead_bytes + where.stat().st_size - row.total_bytes)
 
 
 def _check_order(source: AnyLora, items: Sequence[AnyCompact]) -> None:

@@ -15,12 +15,15 @@ from lrconvert.api.shared import (
     Progress,
     check_data,
     compact_of,
-    located,
+    is_remote,
     lora_of,
     method_of,
     model_or_folder,
     output_of,
+    path_of,
+    published,
     refuse_rest,
+    refuse_resume,
     silent,
     take_reading,
 )
@@ -44,6 +47,7 @@ from lrconvert.core.errors import (
 from lrconvert.core.options import described, make, take
 from lrconvert.core.wording import spelled
 from lrconvert.formats.lrc import file
+from lrconvert.io import hub
 from lrconvert.io.checkpoint import KnownContent, open_checkpoint
 from lrconvert.io.durable import check_output, delete_leftover, partial_path
 from lrconvert.lora.adapter import LoraAdapter
@@ -132,6 +136,10 @@ def compress(
     'lowrank'
     """
     progress = progress or silent
+    if is_remote(out):
+        refuse_resume(more, "compress")
+        with published(out, overwrite=overwrite) as local:
+            return compress(lora, options, out=local, base_content=base_content, progress=progress, **more)
     loaded, settled = _taken(lora, options, more, "compress")
     request = take(CompressOptions, None, more, "compress")
     refuse_rest(more, "compress", ConvertOptions, CompressOptions)
@@ -163,7 +171,7 @@ def _output(
             raise OptionError(what, fix=f"name the output with {spelled('out', ..., '--output')}")
         return None, None
     target = output_of(out)
-    places = [located(item, "input") for item in inputs if isinstance(item, (str, PathLike))]
+    places = [hub.adapter_at(path_of(item, "input")) for item in inputs if isinstance(item, (str, PathLike))]
     check_output(target, overwrite, inputs=[file for place in places for file in _files_of(place)])
     kept = partial_path(target)
     if kept.exists() and not request.resume:
@@ -359,6 +367,10 @@ def refine(
     E-OUT-*.
     """
     progress = progress or silent
+    if is_remote(out):
+        refuse_resume(more, "refine")
+        with published(out, overwrite=bool(more.get("overwrite"))) as local:
+            return refine(adapter, teacher, base, data, local, settings, progress=progress, **more)
     from lrconvert.refine import refine as refining
     from lrconvert.refine.settings import RunOptions, Settings
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrconvert.api.shared import AnyPath, located, output_of, path_of, refuse_rest
+from lrconvert.api.shared import AnyPath, is_remote, located, output_of, path_of, refuse_rest
 from lrconvert.core.errors import ArgumentError, FileKindError, LrcError, OptionError, UnknownLayoutError
 from lrconvert.core.options import described, option, take
 from lrconvert.core.version import __version__
@@ -19,10 +19,11 @@ from lrconvert.core.wording import spelled, verb
 from lrconvert.formats.expansions.cache import Cache, Expansion, Files
 from lrconvert.formats.expansions.ranks import MAX_ERROR
 from lrconvert.formats.expansions.reducing import Reduced, reduced
-from lrconvert.formats.expansions.sources import LocalFile, Source
+from lrconvert.formats.expansions.sources import LocalFile, RemoteFile, Source
 from lrconvert.formats.exporters import base as exporters
 from lrconvert.formats.exporters.base import ExportOptions
 from lrconvert.formats.lrc import file
+from lrconvert.io import remote
 from lrconvert.lora.adapter import CompactAdapter
 
 _WRITER = 1  # of what an expansion holds: a new number where the same file becomes other bytes
@@ -77,7 +78,7 @@ def expanded(
     """
     chosen = take(ExpandOptions, options, more, "expanded")
     refuse_rest(more, "expanded", ExpandOptions)
-    cached = expand(local_file(path), cache, chosen, to=to, base=base)
+    cached = expand(source_at(path), cache, chosen, to=to, base=base)
     for line in notes_of(cached):
         warnings.warn(line, stacklevel=2)
     return cached.folder
@@ -136,9 +137,15 @@ def cache_folder(cache: AnyPath | None) -> Path:
     return Path(own).resolve() / "lrconvert"
 
 
-def local_file(given: AnyPath) -> LocalFile:
-    """Return the source at a path. Raises E-IO-KIND or E-LAYOUT for what is no file."""
-    path = Path(path_of(given, "path", "the path of an lrconvert file"))
+def source_at(given: AnyPath) -> Source:
+    """Return the source at a path or URL. Raises E-IO-KIND or E-LAYOUT for what is no file, E-REMOTE, E-ACCESS."""
+    given = path_of(given, "path", "the path or URL of an lrconvert file")
+    if is_remote(given):
+        place = remote.open_store(os.fspath(given))
+        if (entry := place.stat()) is None:
+            raise remote.missing(place.url)
+        return RemoteFile(place, entry)
+    path = remote.local_path(os.fspath(given)) or Path(given)
     if path.is_dir():
         is_lora = (path / "adapter_config.json").exists()
         what = "is a folder; lrconvert files are expanded" + (", and servers load a LoRA as it is" if is_lora else "")

@@ -16,10 +16,12 @@ from lrconvert.api.shared import (
     AnyPath,
     Progress,
     adapter_of,
+    is_remote,
     located,
     lora_of,
     output_of,
     path_of,
+    published,
     refuse_rest,
     silent,
     take_reading,
@@ -75,6 +77,9 @@ def export(
     if not isinstance(to, str):
         known = f"known: {', '.join(exporters.ids())}"
         raise ArgumentError(f"to is {described(to)}; the name of a layout was expected", fix=known)
+    if is_remote(out):
+        with published(out, overwrite=overwrite, folder=True) as local:
+            return export(adapter, local, to, source=source, base=base, **more)
     exporter = exporters.get(to)
     reading = take_reading(more, base)
     options = take(ExportOptions, None, more, "export")

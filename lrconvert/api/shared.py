@@ -7,7 +7,8 @@ target_ratio=50)`` is ``convert(lora, "lowrank", ConvertOptions(target_ratio=50)
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from os import PathLike, fspath
 from pathlib import Path
@@ -16,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 from lrconvert.core.errors import ArgumentError, OptionError, UnknownLayoutError
 from lrconvert.core.notices import Notice
 from lrconvert.core.options import described, make, names, refuse_unknown
-from lrconvert.core.wording import either
+from lrconvert.core.wording import either, spelled
 from lrconvert.formats import fidelity, loading
 from lrconvert.formats.lrc import file
 from lrconvert.formats.readers.shared.options import ReadOptions
-from lrconvert.io import hub
+from lrconvert.io import hub, remote
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 
 if TYPE_CHECKING:
@@ -55,6 +56,42 @@ def path_of(value: object, name: str, what: str = "a path") -> AnyPath:
 def located(value: object, name: str) -> Path:
     """Return where an input is, of a hub id its place in the local cache. Raises E-ARGUMENT, and `hub.locate`'s."""
     return hub.locate(path_of(value, name, "a path or a hub id"))
+
+
+@contextmanager
+def adapter_at(value: object, name: str) -> Iterator[Path]:
+    """Give where an adapter is: of a hub id its place in the local cache, of a URL a copy on this machine. Raises
+    E-ARGUMENT, and `hub.adapter`'s."""
+    with hub.adapter(path_of(value, name, "a path, a hub id or a URL")) as where:
+        yield where
+
+
+def is_remote(value: object) -> bool:
+    """Return true if an output is a URL of a store."""
+    return isinstance(value, (str, PathLike)) and remote.is_url(value) and remote.local_path(fspath(value)) is None
+
+
+@contextmanager
+def published(value: object, *, overwrite: bool, folder: bool = False) -> Iterator[Path]:
+    """Give a path of this machine for an output that is a URL, to which it is written when the context ends: a file,
+    or a `folder` with all in it. Raises, before any work, E-OUT-EXISTS and what else `remote.check_output` does."""
+    url = remote.parse(fspath(path_of(value, "out")))
+    remote.check_output(url, overwrite, folder=folder)
+    with remote.folder("output") as scratch:
+        local = scratch / url.name
+        yield local
+        if folder:
+            names = [path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file()]
+            remote.publish_folder(local, names, url, overwrite=overwrite)
+        elif local.exists():  # of several processes one writes
+            remote.publish(local, url, overwrite=overwrite)
+
+
+def refuse_resume(keywords: Mapping[str, Any], verb: str) -> None:
+    """Raise E-OPTION if work is to be resumed that would lie beside an output at a URL."""
+    if keywords.get("resume"):
+        what = f"{verb} keeps unfinished work beside an output that is a path, not at a URL"
+        raise OptionError(what, fix=f"write to a path, or leave {spelled('resume')} out")
 
 
 def output_of(value: object, name: str = "out") -> Path:
@@ -104,14 +141,15 @@ def compact_of(item: object, name: str = "adapter") -> CompactAdapter:
     fix = "make it compact first: lrconvert.convert(...)"
     if isinstance(item, LoraAdapter):
         raise ArgumentError(f"{name} is a LoRA; a compact adapter was expected", fix=fix)
-    where = located(path_of(item, name, "a compact adapter, its path or a result"), name)
-    if not where.is_dir():
-        return file.read(where)
-    loaded = loading.load(where, ReadOptions())
+    given = path_of(item, name, "a compact adapter, its path or a result")
+    with hub.adapter(given) as where:
+        if not where.is_dir():
+            return file.read(where)
+    loaded = loading.load(given, ReadOptions())
     if isinstance(loaded, LoraAdapter):
         first = either("lrconvert.convert(...)", "`lrconvert compress`")
         fix = f"make it compact first, with {first}, or give it where a LoRA is asked for"
-        raise UnknownLayoutError("is a LoRA, not a compact adapter", fix=fix, path=where)
+        raise UnknownLayoutError("is a LoRA, not a compact adapter", fix=fix, path=given)
     return loaded
 
 

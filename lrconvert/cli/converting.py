@@ -45,7 +45,7 @@ def _command(
     common = flags.of(ConvertOptions, skip=[*skip, *(str(option.name) for option in own)])
     params: list[click.Parameter] = [
         click.Argument(["sources"], metavar="SOURCE...", nargs=-1, required=True, type=flags.ADAPTER),
-        click.Option(["-o", "--output"], type=flags.PATH, help=_MANY),
+        click.Option(["-o", "--output"], type=flags.PLACE, help=_MANY),
         batch.jobs_option(),
         batch.html_option(),
         *own,
@@ -116,13 +116,15 @@ def _shown(request: Request, conversion: Conversion) -> Result:
 
 def _check_paths(request: Request) -> Path:
     """Return where the source is. Raises a usage error without an output that is needed, E-OUT-* for a bad one."""
-    from lrconvert.io import hub
+    from lrconvert.io import hub, remote
     from lrconvert.io.durable import check_output
 
     if request.output is None and not request.dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
-    where = hub.locate(request.sources[0])
-    if request.output is not None:
+    where = hub.adapter_at(request.sources[0])
+    if isinstance(request.output, remote.Url):
+        remote.check_output(request.output, request.overwrite)
+    elif request.output is not None:
         # A compact file beside the adapter is an earlier output, which --overwrite may replace.
         inputs = [p for p in where.iterdir() if p.suffix != ".lrc"] if where.is_dir() else [where]
         check_output(hub.output(request.output), request.overwrite, inputs=inputs)

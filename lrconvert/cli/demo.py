@@ -40,7 +40,7 @@ class Step:
 
 @flags.command(
     "demo",
-    flags.output(f"The folder for all files.  [default: ./{FOLDER}]", required=False),
+    flags.output(f"The folder for all files.  [default: ./{FOLDER}]", required=False, is_local=True),
     click.Option(["--full"], is_flag=True, help="Refine here, half a minute more; else a refined file is bundled."),
     flags.OVERWRITE,
 )

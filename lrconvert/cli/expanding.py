@@ -26,7 +26,7 @@ def _options() -> list[click.Option]:
 
 @flags.command(
     "expand",
-    click.Argument(["file"], type=flags.PATH),
+    click.Argument(["file"], type=flags.PLACE),
     click.Option(
         ["--cache"],
         type=flags.PATH,
@@ -46,7 +46,7 @@ def expand(file: Path, cache: Path | None, to: str, base: Path | None, as_json: 
     from lrconvert.core.options import make
 
     options = make(expanding.ExpandOptions, flags.chosen(given, expanding.ExpandOptions), "expand")
-    cached = expanding.expand(expanding.local_file(file), cache, options, to=to, base=base)
+    cached = expanding.expand(expanding.source_at(file), cache, options, to=to, base=base)
     warn(expanding.notes_of(cached))
     if not as_json:
         warn(cached.facts["notes"] if not cached.was_there else ())

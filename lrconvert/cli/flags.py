@@ -15,6 +15,7 @@ from click.shell_completion import CompletionItem
 from lrconvert.cli.printing import say
 from lrconvert.core.byte_sizes import byte_count, share
 from lrconvert.core.errors import OptionError
+from lrconvert.io import remote
 
 Part = Literal["adapter", "base", "config"]  # of a repository, as `hub_transfer.download` takes it
 
@@ -47,12 +48,46 @@ class Share(click.ParamType):  # type: ignore[type-arg,unused-ignore]
             self.fail(f"{error.what}; {error.fix}", param, ctx)
 
 
-class HubPath(click.Path):
-    """A path, or a hub id; `part` is what of a repository is needed for it where it is downloaded."""
+class LocalPath(click.Path):
+    """A path of this machine; a URL is refused, but for ``file://``."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and remote.is_url(value):
+            try:
+                value = remote.local_path(value)
+            except OptionError as error:
+                self.fail(f"{error.what}; {error.fix}", param, ctx)
+            if value is None:
+                self.fail(
+                    "this is no place for a URL: only adapters are read from URLs, and written to them", param, ctx
+                )
+        return super().convert(value, param, ctx)
+
+
+class PlacePath(LocalPath):
+    """A path, or a URL of an adapter or for one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, remote.Url):
+            return value
+        if isinstance(value, str) and remote.is_url(value) and not value.startswith(("file://", "local://")):
+            return remote.Url(value)
+        return super().convert(value, param, ctx)
+
+
+class HubPath(PlacePath):
+    """A path, a hub id, or the URL of an adapter; `part` is what of a repository is needed for it where it is
+    downloaded."""
 
     def __init__(self, part: Part) -> None:
-        super().__init__(path_type=Path)
+        super().__init__()
         self.part = part
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return (PlacePath if self.part == "adapter" else LocalPath).convert(self, value, param, ctx)
 
     def id_of(self, value: Any) -> str:
         """Return the hub id that a value names, if it is one."""
@@ -74,6 +109,8 @@ class ScaledPath(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         try:
             return path, float(number)
         except ValueError:
+            if remote.is_url(value) and "?" in value:
+                return str(value), 1.0
             self.fail(f"{value!r}: what follows the last '=' is not a scale", param, ctx)
 
     def id_of(self, value: tuple[str, float]) -> str:
@@ -87,7 +124,7 @@ AS_JSON = click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON
 OVERWRITE = click.Option(["--overwrite"], is_flag=True, help="Replace the output if it exists.")
 QUIET = click.Option(["-q", "--quiet"], is_flag=True, help="No progress bar, no report.")
 VERBOSE = click.Option(["-v", "--verbose"], is_flag=True, help="One line per target.")
-PATH = click.Path(path_type=Path)
+PATH, PLACE = LocalPath(), PlacePath()
 ADAPTER, BASE, CONFIG = HubPath("adapter"), HubPath("base"), HubPath("config")
 DOWNLOAD = click.Option(
     ["--download"], is_flag=True, help="Fetch hub ids (org/name, org/name@revision) that are not here from the hub."
@@ -98,8 +135,8 @@ DATA_HELP = (
 )
 
 
-def output(help: str, required: bool = True) -> click.Option:
-    return click.Option(["-o", "--output"], required=required, type=PATH, help=help)
+def output(help: str, required: bool = True, is_local: bool = False) -> click.Option:
+    return click.Option(["-o", "--output"], required=required, type=PATH if is_local else PLACE, help=help)
 
 
 def base(help: str, required: bool = False, config_only: bool = False) -> click.Option:

@@ -18,7 +18,7 @@ from lrconvert.live.options import CompareOptions, StatisticsOptions
     "statistics",
     click.Argument(["base"], type=flags.BASE),
     flags.data(required=True),
-    flags.output("The file to write."),
+    flags.output("The file to write.", is_local=True),
     click.Option(["--adapter"], type=flags.ADAPTER, help="Only the inputs of this adapter's targets."),
     *flags.of(StatisticsOptions),
     *flags.reading(),
@@ -48,7 +48,7 @@ def statistics(base: Path, data: tuple[Path, ...], output: Path, adapter: Path |
 @flags.command(
     "compare",
     click.Argument(["source"], type=flags.ADAPTER),
-    click.Argument(["files"], nargs=-1, required=True, type=flags.PATH),
+    click.Argument(["files"], nargs=-1, required=True, type=flags.PLACE),
     click.Option(
         ["--statistics"], type=flags.PATH, help="Input statistics: adds the captured energy of the layers' outputs."
     ),
@@ -77,7 +77,7 @@ def compare(source: Path, files: tuple[Path, ...], html: Path | None, logs: tupl
     from lrconvert.report.comparison import comparison_text, fidelity_json
 
     if html is not None:
-        check_output(html, given["overwrite"], inputs=[hub.locate(source), *files])
+        check_output(html, given["overwrite"], inputs=[hub.adapter_at(path) for path in (source, *files)])
     elif logs:
         raise click.UsageError("--log is for --html")
     reading, options = flags.chosen(given, ReadOptions), flags.chosen(given, CompareOptions)

@@ -34,7 +34,7 @@ def _spelled(name: str, scale: float) -> str:
     "merge-into-base",
     click.Argument(["base"], type=flags.BASE),
     click.Argument(["adapters"], nargs=-1, required=True, type=flags.ScaledPath(), metavar="ADAPTER[=SCALE]..."),
-    flags.output("The model folder to write.", required=False),
+    flags.output("The model folder to write.", required=False, is_local=True),
     *flags.of(MergeOptions),
     *flags.reading(),
     flags.OVERWRITE,
@@ -70,7 +70,7 @@ def merge_into_base(base: Path, adapters: tuple[tuple[str, float], ...], output:
 @flags.command(
     "unmerge",
     click.Argument(["merged"], type=flags.PATH),
-    flags.output("The folder to write; default: in its place.", required=False),
+    flags.output("The folder to write; default: in its place.", required=False, is_local=True),
     *flags.of(UnmergeOptions),
     flags.OVERWRITE,
     flags.QUIET,

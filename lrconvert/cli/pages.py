@@ -43,7 +43,7 @@ def about(source: Path, files: Sequence[Path], given: Mapping[str, Any], logs: S
         (pair.target.name, tuple(map(float, values)))
         for pair, values in zip(lora.targets, svd.spectra(lora.targets), strict=True)
     ]
-    written = (datetime.date.fromtimestamp(hub.locate(path).stat().st_mtime).isoformat() for path in files)
+    written = (datetime.date.fromtimestamp(hub.adapter_at(path).stat().st_mtime).isoformat() for path in files)
     return html.About(
         base="" if base is None else hub.hint(str(base)),
         data=tuple(path.name for path in data),
@@ -85,7 +85,8 @@ def converted(outcome: Outcome, method: str) -> Adapter:
 
 def are_folders(source: Path, files: Sequence[Path]) -> bool:
     """Return whether a comparison is of a folder of adapters and the folder of the files that were made from them."""
-    return len(files) == 1 and files[0].is_dir() and are_many([source], files[0])
+    is_folder = len(files) == 1 and isinstance(files[0], Path) and files[0].is_dir()
+    return is_folder and are_many([source], files[0])
 
 
 def compare_folders(source: Path, folder: Path, html: Path | None, given: Mapping[str, Any]) -> bool:

@@ -109,7 +109,7 @@ def unfinished_is_said(output: Path | None) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if output is not None and (kept := partial_path(output)).exists():
+        if isinstance(output, Path) and (kept := partial_path(output)).exists():
             say(f"{printable(str(kept))} has what was done: the same command goes on with --resume", err=True)
         raise
 

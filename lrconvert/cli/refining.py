@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @flags.command(
     "refine",
-    click.Argument(["file"], type=flags.PATH),
+    click.Argument(["file"], type=flags.PLACE),
     flags.base("Base model folder or hub id.", required=True),
     click.Option(["--teacher"], type=flags.ADAPTER, required=True, help="The LoRA that FILE was made from."),
     flags.data(f"{flags.DATA_HELP} Without it a decoder's teacher writes texts of its own."),

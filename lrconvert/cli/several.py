@@ -7,15 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from lrconvert.core.errors import LrcError
+from lrconvert.io import remote
+
+Place = Path | remote.Url
 
 
-def adapters(sources: Sequence[Path]) -> list[tuple[str, Path]]:
+def adapters(sources: Sequence[Place]) -> list[tuple[str, Place]]:
     """Return every adapter that is meant, as it is called and where it lies: a folder that is no adapter itself and
     holds several stands for these."""
     from lrconvert.io import hub, mistaken
 
-    meant: list[tuple[str, Path]] = []
+    meant: list[tuple[str, Place]] = []
     for source in sources:
+        if isinstance(source, remote.Url):
+            meant += _at(source)
+            continue
         where = hub.locate(source)
         inside = _inside(where) if where.is_dir() and not mistaken.is_adapter(where) else []
         if len(inside) < 2:
@@ -23,6 +29,13 @@ def adapters(sources: Sequence[Path]) -> list[tuple[str, Path]]:
         else:
             meant += [(str(source / name), where / name) for name in inside]
     return meant
+
+
+def _at(url: remote.Url) -> list[tuple[str, Place]]:
+    """The adapters at a URL: itself, or those below it."""
+    paths = [adapter.path for adapter in remote.adapters(remote.open_store(url))]
+    places = [url / path for path in paths] if len(paths) > 1 else [url]
+    return [(str(place), place) for place in places]
 
 
 def _inside(folder: Path) -> list[str]:
@@ -33,7 +46,7 @@ def _inside(folder: Path) -> list[str]:
 
 
 def of_each(
-    named: Sequence[tuple[str, Path]], look: Callable[[Path], Any], progress: Callable[[float, str], None]
+    named: Sequence[tuple[str, Place]], look: Callable[[Place], Any], progress: Callable[[float, str], None]
 ) -> list[tuple[str, Any]]:
     """Return what `look` says of each adapter, or the error with which it refuses it."""
     looked: list[tuple[str, Any]] = []

@@ -10,26 +10,24 @@ import click
 
 from lrconvert.cli import flags
 from lrconvert.cli.printing import emit, say
+from lrconvert.cli.several import Place
 from lrconvert.core.errors import EXIT_REFUSED, UnknownLayoutError, printable
+from lrconvert.io.remote import Url
 
 
 @flags.command(
     "validate",
-    click.Argument(["files"], nargs=-1, required=True, type=flags.PATH),
+    click.Argument(["files"], nargs=-1, required=True, type=flags.PLACE),
     flags.base("Model folder or hub id; its names, shapes and contents are checked."),
     flags.AS_JSON,
 )
 def validate(files: tuple[Path, ...], base: Path | None, as_json: bool) -> None:
     """Check lrconvert files and input statistics, and all in the folders that are given; prints every finding and exits
     1 if there is any. Of several it shows a table."""
-    from lrconvert.formats.lrc import validation
+    from lrconvert import api
     from lrconvert.report import checks
 
-    if base is not None:
-        from lrconvert.io import hub
-
-        base = hub.locate(base)
-    results = [validation.validate(path, base) for path in _inside(files)]
+    results = [api.validate(path, base=base) for path in _inside(files)]
     ok = all(result.ok for result in results)
     if as_json:
         rows = [{**dataclasses.asdict(result), "ok": result.ok} for result in results]
@@ -49,11 +47,14 @@ def validate(files: tuple[Path, ...], base: Path | None, as_json: bool) -> None:
         raise click.exceptions.Exit(EXIT_REFUSED)
 
 
-def _inside(sources: Sequence[Path]) -> list[Path]:
+def _inside(sources: Sequence[Place]) -> list[Place]:
     """The files that are meant: those of ours in a folder. Raises E-LAYOUT for a folder without any."""
-    meant: list[Path] = []
+    meant: list[Place] = []
     for source in sources:
-        own = _own(source) if source.is_dir() else [source]
+        if isinstance(source, Url):
+            meant.append(source)
+            continue
+        own: Sequence[Place] = _own(source) if source.is_dir() else [source]
         if not own:
             fix = "`lrconvert inspect` shows adapters of other tools"
             raise UnknownLayoutError("holds no lrconvert file and no input statistics", fix=fix, path=source)
@@ -71,7 +72,7 @@ def _own(folder: Path) -> list[Path]:
 
 @flags.command(
     "upgrade",
-    click.Argument(["path"], metavar="FILE", type=flags.PATH),
+    click.Argument(["path"], metavar="FILE", type=flags.PLACE),
     flags.output("The file to write."),
     flags.OVERWRITE,
 )

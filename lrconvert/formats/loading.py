@@ -38,14 +38,18 @@ def load(path: AnyPath, reading: ReadOptions) -> Adapter:
 
 def load_all(paths: Sequence[AnyPath], reading: ReadOptions) -> list[Adapter]:
     """Load several adapters. Raises E-OPTION for a layout or an alpha where every file is an lrconvert file."""
-    places = [hub.locate(path) for path in paths]
+    places = [hub.adapter_at(path) for path in paths]
     if reading.base is not None:
         for place in places:
             mistaken.check_order(reading.base, place)
     ours = [place.is_file() and file.is_lrconvert(place) for place in places]
     if all(ours):
         refuse_options(reading, places[0] if places else None)
-    return [file.read(place) if own else _foreign(place, reading) for place, own in zip(places, ours, strict=True)]
+    loaded: list[Adapter] = []
+    for path, own in zip(paths, ours, strict=True):
+        with hub.adapter(path) as place:
+            loaded.append(file.read(place) if own else _foreign(place, reading))
+    return loaded
 
 
 def refuse_options(reading: ReadOptions, path: Path | None = None) -> None:

@@ -16,6 +16,8 @@ import os
 import posixpath
 import re
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -23,6 +25,8 @@ from lrconvert.core.errors import FileKindError, FileReadError, LrcError, Output
 from lrconvert.core.limits import MAX_INDEX_BYTES
 from lrconvert.core.wording import either
 from lrconvert.io.container import read_json, read_small
+from lrconvert.io.remote import Url, is_url, local_copy, local_path, named
+from lrconvert.io.remote.urls import refuse_url
 
 AnyPath = str | os.PathLike[str]
 
@@ -74,7 +78,10 @@ def parse(text: str) -> HubId | None:
 
 
 def hint(path: AnyPath) -> str:
-    """Return the name of an input in what we write: a hub id as it is, of a path the last part: folders are private."""
+    """Return the name of an input in what we write: a hub id as it is, of a path or URL the last part: folders and
+    buckets are private."""
+    if is_url(path):
+        return Url(os.fspath(path)).name
     hub_id = parse(os.fspath(path))
     try:
         is_id = hub_id is not None and not _is_path(Path(path)) and hub_id.repository.is_dir()
@@ -99,6 +106,7 @@ def locate(path: AnyPath) -> Path:
     Raises E-IO-KIND (neither there nor in the cache, no such revision, incomplete), E-PATH (a link out of the model's
     folder in the cache, a damaged ref) and E-IO-READ.
     """
+    path = _as_path(path, "only adapters are read from URLs", "download it first, and give its path")
     hub_id = parse(os.fspath(path))
     if hub_id is None or _is_path(Path(path)):
         return Path(path)
@@ -120,8 +128,33 @@ def locate(path: AnyPath) -> Path:
         raise error.at(path) from None
 
 
+def adapter_at(path: AnyPath) -> Path:
+    """Return where an adapter is: `locate`, and of a URL a copy on this machine. Raises what both raise."""
+    if is_url(path) and local_path(os.fspath(path)) is None:
+        return local_copy(os.fspath(path))
+    return locate(path)
+
+
+@contextmanager
+def adapter(path: AnyPath) -> Iterator[Path]:
+    """Give `adapter_at`; errors of a copy name the URL."""
+    where = adapter_at(path)
+    with named(where, os.fspath(path)) if is_url(path) else nullcontext():
+        yield where
+
+
+def _as_path(path: AnyPath, what: str, fix: str) -> AnyPath:
+    """The path that ``file://`` names, another one as it is. Raises E-OPTION for another URL, `what` of it is wrong."""
+    local = local_path(os.fspath(path)) if is_url(path) else None
+    if local is None:
+        refuse_url(path, what, fix)
+    return path if local is None else local
+
+
 def output(path: AnyPath) -> Path:
-    """Return the path of an output. Raises E-OUT-PATH if it lies in the cache, which belongs to other programs."""
+    """Return the path of an output. Raises E-OUT-PATH if it lies in the cache, which belongs to other programs,
+    E-OPTION for a URL."""
+    path = _as_path(path, "this output is not written to one", "write it to a path, and copy it from there")
     try:
         inside = Path(path).resolve().is_relative_to(cache().resolve())
     except (OSError, RuntimeError):  # a link to itself, which the writer refuses

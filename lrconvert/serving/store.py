@@ -10,44 +10,28 @@ what could mean another place is no name of an adapter.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-from urllib.parse import unquote, urlsplit
+from typing import Protocol
 
-from lrconvert.core.errors import DependencyError, FileKindError, FileReadError, LrcError, OptionError
-from lrconvert.formats.expansions.sources import LocalFile, Opened, Source, known_digest, note_digest, read_digest
-from lrconvert.io import hub, hub_transfer
+from lrconvert.core.errors import FileKindError, OptionError
+from lrconvert.formats.expansions.sources import LocalFile, RemoteFile, Source
+from lrconvert.io import hub, hub_transfer, remote
 
 log = logging.getLogger(__name__)
 
 SUFFIX = ".lrc"
 _PART = re.compile(r"(?!\.)[\w.+=@:, -]{1,200}")
 _LENGTH = 600
-_VERSIONS: tuple[str, ...] = (
-    "ETag",
-    "etag",
-    "VersionId",
-    "generation",
-    "md5Hash",
-    "content_md5",
-    "crc32c",
-    "LastModified",
-)
-_VERSIONS += ("last_modified", "mtime", "updated", "modified", "created")
 
 
 class Store(Protocol):
     """Files by name."""
 
     def find(self, name: str) -> Source | None:
-        """Return the file of a name, None if there is none. Raises E-IO-READ and E-HUB if nobody can say."""
+        """Return the file of a name, None if there is none. Raises E-REMOTE, E-ACCESS and E-HUB if nobody can say."""
         ...
 
 
@@ -64,8 +48,8 @@ def open_store(place: str) -> Store:
     if scheme == "hf" and separator:
         return _hub_store(rest)
     if separator and scheme != "file":
-        return _url_store(place)
-    root = Path(unquote(urlsplit(place).path) if separator else place).absolute()
+        return UrlStore(remote.open_store(place))
+    root = (remote.local_path(place) or Path(place)).absolute()
     if not root.is_dir():
         raise FileKindError("the store is no folder that is there", fix="set LRCONVERT_STORE to one", path=root)
     return FolderStore(root)
@@ -97,87 +81,19 @@ class FolderStore:
 # --- URLs ---------------------------------------------------------------------------------------------------------
 
 
-def _url_store(url: str) -> Store:
-    try:
-        from fsspec.core import url_to_fs
-    except ImportError:
-        raise DependencyError("a store at a URL needs fsspec", fix="pip install fsspec") from None
-    try:
-        files, root = url_to_fs(url)
-    except ImportError as error:
-        raise DependencyError(f"the store {url.partition('://')[0]}:// needs a package: {error}") from None
-    except ValueError as error:
-        raise OptionError(f"{url!r:.120} is no store: {error}", fix="give a folder, hf://org/name or a URL") from None
-    return UrlStore(files, str(root).rstrip("/"), url.rstrip("/"))
-
-
 @dataclass(frozen=True)
 class UrlStore:
-    """A folder of a file system of fsspec; `url` is what messages call it."""
+    """A folder at a URL."""
 
-    files: Any
-    root: str
-    url: str
+    place: remote.Store
 
     def find(self, name: str) -> Source | None:
-        """Return the file of a name, None if there is none. Raises E-IO-READ."""
+        """Return the file of a name, None if there is none. Raises E-REMOTE, E-ACCESS."""
         if not is_name(name):
             return None
-        path, shown = f"{self.root}/{name}{SUFFIX}", f"{self.url}/{name}{SUFFIX}"
-        try:
-            self.files.invalidate_cache()
-            info = self.files.info(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except Exception as error:  # whatever the client of that protocol raises
-            raise _unreachable(shown, error) from None
-        return RemoteFile(self.files, path, shown, _version(info)) if info.get("type") == "file" else None
-
-
-def _version(info: Mapping[str, Any]) -> str:
-    """A text that changes with a file's content, "" if its file system has none."""
-    known = {key: str(info[key]) for key in _VERSIONS if info.get(key) is not None}
-    return json.dumps({**known, "size": info.get("size")}, sort_keys=True) if known else ""
-
-
-def _unreachable(shown: str, error: Exception) -> LrcError:
-    return FileReadError(f"the store does not answer: {type(error).__name__}: {error!s:.200}", path=shown)
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """A file of a file system of fsspec. It is fetched when it is needed, and kept no longer."""
-
-    files: Any
-    path: str
-    shown: str
-    version: str
-
-    @contextmanager
-    def opened(self, records: Path) -> Iterator[Opened]:
-        """Look at the file; one of a version that was fetched before is not fetched. Raises E-IO-READ."""
-        with ExitStack() as stack:
-            fetched: list[Path] = []
-
-            def path() -> Path:
-                if not fetched:
-                    fetched.append(self._fetched(Path(stack.enter_context(tempfile.TemporaryDirectory()))))
-                return fetched[0]
-
-            digest = known_digest(records, self.shown, self.version) if self.version else None
-            if digest is None:
-                digest = read_digest(path())
-                if self.version:
-                    note_digest(records, self.shown, self.version, digest)
-            yield Opened(digest, path, lambda: None)
-
-    def _fetched(self, folder: Path) -> Path:
-        target = folder / "adapter.lrc"
-        try:
-            self.files.get_file(self.path, str(target))
-        except Exception as error:
-            raise _unreachable(self.shown, error) from None
-        return target
+        place = self.place.below(f"{name}{SUFFIX}")
+        entry = place.stat()
+        return None if entry is None else RemoteFile(place, entry)
 
 
 # --- the hub ------------------------------------------------------------------------------------------------------

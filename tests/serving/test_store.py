@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from lrconvert.core import errors
 from lrconvert.formats.expansions.sources import Source
+from lrconvert.io.remote.failures import Patience
 from lrconvert.serving.settings import Settings
 from lrconvert.serving.store import FolderStore, UrlStore, is_name, open_store
 from lrconvert.testing.hub_server import Hub, serving
@@ -105,9 +107,10 @@ def test_a_remote_file_is_fetched_when_it_is_needed_and_not_kept(memory, tmp_pat
     """A version whose digest is known is not fetched; a new one is."""
     store = open_store(memory)
     assert isinstance(store, UrlStore)
+    files = store.place.files
     fetched: list[str] = []
-    fetch = store.files.get_file
-    monkeypatch.setattr(store.files, "get_file", lambda path, to: (fetched.append(path), fetch(path, to)))
+    fetch = files.get_file
+    monkeypatch.setattr(files, "get_file", lambda path, to, **more: (fetched.append(path), fetch(path, to, **more)))
 
     def digest() -> tuple[str, Path | None]:
         source = store.find("one")
@@ -119,21 +122,25 @@ def test_a_remote_file_is_fetched_when_it_is_needed_and_not_kept(memory, tmp_pat
     one, place = digest()
     assert place is not None and not place.exists()
     assert digest() == (one, None) and len(fetched) == 1
-    store.files.pipe_file("/bucket/store/one.lrc", b"another")
+    files.pipe_file("/bucket/store/one.lrc", b"another")
     assert digest()[0] != one and len(fetched) == 2
 
 
 def test_a_store_that_does_not_answer(memory, monkeypatch):
-    """That is no unknown name."""
+    """That is no unknown name. It was asked several times."""
     store = open_store(memory)
     assert isinstance(store, UrlStore)
+    asked: list[str] = []
 
     def timeout(path: str) -> None:
+        asked.append(path)
         raise TimeoutError("no answer in 60 s")
 
-    monkeypatch.setattr(store.files, "info", timeout)
-    with pytest.raises(errors.FileReadError, match=r"does not answer: TimeoutError: no answer in 60 s"):
-        store.find("one")
+    monkeypatch.setattr(store.place.files, "info", timeout)
+    impatient = replace(store.place, patience=Patience(attempts=3, first=0.0))
+    with pytest.raises(errors.RemoteError, match=r"does not answer: TimeoutError: no answer in 60 s, 3 times"):
+        UrlStore(impatient).find("one")
+    assert len(asked) == 3
 
 
 @pytest.mark.parametrize(

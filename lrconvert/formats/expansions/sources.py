@@ -11,14 +11,14 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from lrconvert.core.errors import FileChangedError, FileKindError, FileReadError, LrcError
 from lrconvert.formats.expansions.cache import file_digest
-from lrconvert.io import durable
+from lrconvert.io import durable, remote
 from lrconvert.io.container import read_small
 
 _SETTLED = 2.0  # seconds: the coarsest clock of a file system
@@ -74,6 +74,39 @@ class LocalFile:
             if is_settled:
                 note_digest(records, place, identity, digest)
         yield Opened(digest, lambda: self.path, check)
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file at a URL. It is fetched when it is needed, and kept no longer."""
+
+    place: remote.Store
+    entry: remote.Entry
+
+    @property
+    def shown(self) -> str:
+        return str(self.place.url)
+
+    @contextmanager
+    def opened(self, records: Path) -> Iterator[Opened]:
+        """Look at the file; one of a version that was fetched before is not fetched. Raises E-REMOTE, E-ACCESS,
+        E-IO-CHANGED."""
+        with ExitStack() as stack:
+            fetched: list[Path] = []
+
+            def path() -> Path:
+                if not fetched:
+                    files = remote.Files(self.place.url, [(self.place, self.entry)], self.entry.name)
+                    fetched.append(remote.fetch(files, stack.enter_context(remote.folder("adapter"))))
+                return fetched[0]
+
+            version = self.entry.version
+            digest = known_digest(records, self.shown, version) if version else None
+            if digest is None:
+                digest = read_digest(path())
+                if version:
+                    note_digest(records, self.shown, version, digest)
+            yield Opened(digest, path, lambda: None)
 
 
 def _identity(path: Path) -> str:

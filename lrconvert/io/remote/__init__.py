@@ -3,25 +3,31 @@ what each kind promises, `s3` the one with pages and conditions, `failures` what
 adapters are below a prefix, `fetching` and `publishing`. Drivers, and fsspec itself, are imported where they are used.
 """
 
-from lrconvert.io.remote.fetching import fetched, files_of, folder, local_copy
+from lrconvert.io.remote.failures import missing
+from lrconvert.io.remote.fetching import Files, fetch, fetched, files_of, folder, local_copy, named
 from lrconvert.io.remote.listing import Adapter, adapters
+from lrconvert.io.remote.opening import open_store
 from lrconvert.io.remote.publishing import check_output, publish, publish_folder
-from lrconvert.io.remote.stores import Entry, Store, open_store
+from lrconvert.io.remote.stores import Entry, Store
 from lrconvert.io.remote.urls import Url, is_url, local_path, parse
 
 __all__ = [
     "Adapter",
     "Entry",
+    "Files",
     "Store",
     "Url",
     "adapters",
     "check_output",
+    "fetch",
     "fetched",
     "files_of",
     "folder",
     "is_url",
     "local_copy",
     "local_path",
+    "missing",
+    "named",
     "open_store",
     "parse",
     "publish",

@@ -22,7 +22,14 @@ from itertools import islice
 from pathlib import Path
 
 from lrconvert.core.byte_sizes import byte_count
-from lrconvert.core.errors import FileChangedError, LimitError, OptionError, TensorNameError, UnknownLayoutError
+from lrconvert.core.errors import (
+    FileChangedError,
+    LimitError,
+    LrcError,
+    OptionError,
+    TensorNameError,
+    UnknownLayoutError,
+)
 from lrconvert.core.limits import MAX_FETCHED
 from lrconvert.core.wording import is_on_command_line
 from lrconvert.io.durable import require_space
@@ -39,7 +46,8 @@ from lrconvert.io.remote.listing import (
     is_weights,
     needed,
 )
-from lrconvert.io.remote.stores import READ_ONLY, Entry, Store, open_store
+from lrconvert.io.remote.opening import open_store
+from lrconvert.io.remote.stores import READ_ONLY, Entry, Store
 from lrconvert.io.remote.urls import Url
 
 SCRATCH, SCRATCH_SIZE = "LRCONVERT_SCRATCH", "LRCONVERT_SCRATCH_SIZE"
@@ -158,7 +166,9 @@ def fetched(text: str) -> Iterator[Path]:
     `fetch` raise, E-DEPENDENCY and E-OPTION."""
     files = files_of(open_store(text))
     with folder(_folder_name(files)) as target:
-        yield fetch(files, target)
+        path = fetch(files, target)
+        with named(path, text):
+            yield path
 
 
 @contextmanager
@@ -175,6 +185,19 @@ def local_copy(text: str) -> Path:
     """Return the adapter at a URL as a file or folder of this machine, which stays until the process ends, or until it
     has another version at the URL, or many others were fetched. Raises what `fetched` raises."""
     return _copies(os.getpid()).of(text)
+
+
+@contextmanager
+def named(local: Path, text: str) -> Iterator[None]:
+    """Let errors of a copy name the URL that it is of."""
+    try:
+        yield
+    except LrcError as error:
+        shown = str(Url(text))
+        if error.path is not None:
+            error.path = error.path.replace(str(local), shown.rstrip("/"), 1)
+        error.what = error.what.replace(str(local), shown)
+        raise
 
 
 def _folder_name(files: Files) -> str:

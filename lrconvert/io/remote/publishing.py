@@ -21,7 +21,8 @@ from typing import Any
 from lrconvert.core.errors import FileWriteError, LrcError, OutputExistsError, OutputPathError
 from lrconvert.core.wording import spelled
 from lrconvert.io.remote.listing import CONFIG
-from lrconvert.io.remote.stores import Entry, Store, check_writable, open_store
+from lrconvert.io.remote.opening import open_store
+from lrconvert.io.remote.stores import Entry, Store, check_writable
 from lrconvert.io.remote.urls import Url
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")
@@ -133,10 +134,14 @@ def _age(info: dict[str, Any]) -> float:
 def publish_folder(source: Path, names: Iterable[str], url: Url | str, *, overwrite: bool) -> None:
     """Write the files `names` of a local folder to a folder at a URL, that which makes it an adapter last. With
     `overwrite` that one is removed first, so that no reader takes old and new files together for an adapter. Raises
-    what `publish` raises."""
+    what `publish` raises, E-OUT-PATH if there are files of other names."""
     place = open_store(url)
     order = sorted(names, key=lambda name: (name == CONFIG, name))
-    if overwrite and CONFIG in order:
-        place.below(CONFIG).remove()
+    if overwrite:
+        if others := sorted({entry.name for entry in place.names()} - set(order)):
+            what = f"holds {others[0]!r:.80}, which would stay beside the new files"
+            raise OutputPathError(what, fix="choose another output, or remove what is there", path=place.url)
+        if CONFIG in order:
+            place.below(CONFIG).remove()
     for name in order:
         publish(source / name, place.below(name).url, overwrite=overwrite)

@@ -23,22 +23,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lrconvert.core.errors import DependencyError, FileReadError, LimitError, OptionError
+from lrconvert.core.errors import FileReadError, LimitError, OptionError
 from lrconvert.core.limits import MAX_LISTED
 from lrconvert.io.remote.failures import PATIENCE, Patience, asked
-from lrconvert.io.remote.urls import Url, parse
+from lrconvert.io.remote.urls import Url
 
 T = TypeVar("T")
 _WHOLE = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "hf", "memory")
 READ_ONLY = ("http", "https")
-_PACKAGES = {
-    **dict.fromkeys(("s3", "s3a"), "s3fs"),
-    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
-    **dict.fromkeys(("abfs", "abfss", "az", "adl"), "adlfs"),
-    **dict.fromkeys(READ_ONLY, "aiohttp"),
-    **{"hf": "huggingface_hub", "sftp": "paramiko", "ssh": "paramiko", "smb": "smbprotocol", "hdfs": "pyarrow"},
-    **{"oci": "ocifs", "oss": "ossfs", "webdav": "webdav4", "lakefs": "lakefs-spec", "r2": "s3fs", "wandb": "wandbfs"},
-}
 # What changes with the content; the first that a store gives is enough.
 _TAGS = ("ETag", "etag", "generation", "md5Hash", "content_md5", "Content-MD5", "blob_id", "checksum", "VersionId")
 _TIMES = ("LastModified", "last_modified", "Last-Modified", "mtime", "updated", "modified", "created")
@@ -53,33 +45,6 @@ class Entry:
     size: int | None
     version: str = ""
     md5: str = ""
-
-
-def open_store(url: Url | str) -> Store:
-    """Return what lies at a URL; nothing is asked yet. Raises E-OPTION for what is no URL of a store, E-DEPENDENCY with
-    the package to install."""
-    url = url if isinstance(url, Url) else parse(url)
-    try:
-        from fsspec.core import url_to_fs
-    except ImportError:
-        raise DependencyError("a place at a URL needs fsspec", fix="run `pip install fsspec`", path=url) from None
-    try:
-        files, root = url_to_fs(url.text)
-    except ImportError:
-        package = _PACKAGES.get(url.scheme, "its driver for fsspec")
-        raise DependencyError(f"{url.scheme}:// needs {package}", fix=f"run `pip install {package}`", path=url) from None
-    except ValueError as error:
-        known = "s3://, gs://, abfs://, hf://, https:// and what else fsspec has a driver for"
-        raise OptionError(f"is no place of a store: {error!s:.200}", fix=f"there are {known}", path=url) from None
-    except Exception as error:  # of a driver that logs in at once
-        from lrconvert.io.remote.failures import told
-
-        raise told(url, error) from None
-    if url.scheme in ("s3", "s3a") and hasattr(files, "call_s3"):
-        from lrconvert.io.remote.s3 import S3Store
-
-        return S3Store(files, str(root).rstrip("/"), url)
-    return Store(files, str(root) if url.scheme in READ_ONLY else str(root).rstrip("/"), url)
 
 
 @dataclass(frozen=True)

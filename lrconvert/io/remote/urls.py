@@ -12,6 +12,7 @@ from lrconvert.core.errors import OptionError
 from lrconvert.core.redaction import redacted
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+_WITHOUT_A_SLASH = re.compile(r"(s3a?|gs|gcs|abfss?|az|adl|hf|https?|memory|file):/(?!/)")
 _CHAIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*::")
 # Protocols of fsspec that are views of other places, code of their own, or run a command.
 _NO_STORES = ("data", "filecache", "simplecache", "blockcache", "cached", "dir", "reference", "generic", "zip", "tar")
@@ -21,6 +22,15 @@ def is_url(text: str | os.PathLike[str]) -> bool:
     """Return true if a text is a URL, and no path: ``scheme://...``, where no such file is."""
     match = _SCHEME.match(named := os.fspath(text)) or _CHAIN.match(named)
     return match is not None and not Path(named).exists()
+
+
+def refuse_url(path: str | os.PathLike[str], what: str, fix: str) -> None:
+    """Raise E-OPTION if a place is a URL, where none is taken: `what` is wrong, and what to do."""
+    text = os.fspath(path)
+    if is_url(text):
+        raise OptionError(f"'{redacted(text):.200}' is a URL, and {what}", fix=fix)
+    if _WITHOUT_A_SLASH.match(text) and not Path(text).exists():
+        raise OptionError(f"'{redacted(text):.200}' is a URL that lost a slash as a path", fix="give it as a text")
 
 
 def local_path(text: str) -> Path | None:
