@@ -37,6 +37,18 @@ class Net(nn.Module):
         return self.head(self.lin(h.flatten(2).transpose(1, 2)).tanh())
 
 
+class Film(nn.Module):
+    """Convolutions in three dimensions, one of single places, as models of films have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv3d(3, 8, (1, 2, 2), stride=(1, 2, 2))
+        self.mix = nn.Conv3d(8, 5, (3, 1, 2), padding=(1, 0, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mix(self.patch(x).tanh()).flatten(2)
+
+
 class Experts(nn.Module):
     """A stack of experts that is stored (experts, in, out) and says so to PEFT, and one that is (experts, out, in)."""
 

@@ -6,6 +6,7 @@ a LoRA holds the best part of a given rank, and how much that is gets measured. 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from lrconvert.core.dtypes import F64, STORAGE, Stored, decode, round_to
 from lrconvert.core.errors import OptionError
 from lrconvert.io.checkpoint import Checkpoint
 from lrconvert.lora import factoring
-from lrconvert.lora.adapter import LoraAdapter, LoraTarget
+from lrconvert.lora.adapter import MAGNITUDES, ExtraTensor, LoraAdapter, LoraTarget
 from lrconvert.lora.base_weights import BaseWeights
 from lrconvert.merge.arithmetic.dora import checked_factor
 
@@ -42,7 +43,7 @@ def bake_dora(lora: LoraAdapter, checkpoint: Checkpoint, rank: int) -> Baked:
 
     By `factoring.of_matrix`. Raises E-OPTION, E-BASE, E-ORIENT, E-VALUE.
     """
-    magnitudes = {e.name: e for e in lora.extras if e.use == "magnitude"}
+    magnitudes = {e.name: e for e in lora.extras if e.use in MAGNITUDES}
     if not magnitudes:
         raise OptionError("the adapter has no DoRA magnitudes to bake")
     if rank < 1:
@@ -54,25 +55,39 @@ def bake_dora(lora: LoraAdapter, checkpoint: Checkpoint, rank: int) -> Baked:
         if extra is None:
             pairs.append(pair)
             continue
-        magnitude = decode(np.frombuffer(extra.data, STORAGE[extra.dtype]), extra.dtype).astype(np.float64)
-        update = _update(pair, weights.rows(pair.target, 0, pair.target.out_features), magnitude)
+        update = _update(pair, weights.rows(pair.target, 0, pair.target.out_features), extra)
         best = factoring.of_matrix(update, rank)
         energy = float(np.sum(np.square(update, dtype=np.float64)))
         stored_a, stored_b = (Stored("F32", round_to(x, "F32")) for x in (best.a, best.b))
         pairs.append(LoraTarget(pair.target, stored_a, stored_b, 1.0))
         shares.append((pair.target.name, 1 - best.lost / energy if energy else 1.0))
-    extras = tuple(e for e in lora.extras if e.use != "magnitude")
+    extras = tuple(e for e in lora.extras if e.use not in MAGNITUDES)
     return Baked(replace(lora, targets=tuple(pairs), extras=extras), tuple(shares))
 
 
-def _update(pair: LoraTarget, weight: np.ndarray, magnitude: F64) -> np.ndarray:
+def _update(pair: LoraTarget, weight: np.ndarray, extra: ExtraTensor) -> np.ndarray:
     """Return the update that DoRA adds to `weight`, in its dtype; rows are computed in float64."""
+    magnitude = decode(np.frombuffer(extra.data, STORAGE[extra.dtype]), extra.dtype).astype(np.float64)
     update = np.empty_like(weight)
+    if extra.use == "magnitude":
+        for rows, w, v in _sums(pair, weight):
+            update[rows] = v * checked_factor(magnitude[rows], np.linalg.norm(v, axis=1))[:, None] - w
+        return update
+    squares = np.zeros(weight.shape[1])
+    for _, _, v in _sums(pair, weight):
+        squares += np.square(v).sum(axis=0)
+    norms = np.sqrt(squares.reshape(magnitude.size, -1).sum(axis=1))
+    factor = np.repeat(checked_factor(magnitude, norms), weight.shape[1] // magnitude.size)
+    for rows, w, v in _sums(pair, weight):
+        update[rows] = v * factor - w
+    return update
+
+
+def _sums(pair: LoraTarget, weight: np.ndarray) -> Iterator[tuple[slice, F64, F64]]:
+    """Yield (rows, W, W + s B A) of a few rows each, in float64."""
     a, b = pair.A.astype(np.float64), pair.B.astype(np.float64) * pair.scale
     step = max(1, _ROWS // weight.shape[1])
     for top in range(0, weight.shape[0], step):
         rows = slice(top, top + step)
         w = weight[rows].astype(np.float64)
-        v = w + b[rows] @ a
-        update[rows] = v * checked_factor(magnitude[rows], np.linalg.norm(v, axis=1))[:, None] - w
-    return update
+        yield rows, w, w + b[rows] @ a

@@ -28,7 +28,7 @@ from lrconvert.io import hub, strictjson
 from lrconvert.io.checkpoint import KnownContent, is_without_weights, open_checkpoint
 from lrconvert.io.container import read_json
 from lrconvert.lora import base_names, float_range
-from lrconvert.lora.adapter import CompactAdapter, ExtraTensor, LoraAdapter, Provenance, Target
+from lrconvert.lora.adapter import MAGNITUDES, CompactAdapter, ExtraTensor, LoraAdapter, Provenance, Target
 from lrconvert.lora.base_names import name_filter
 from lrconvert.lora.base_weights import BaseWeights
 from lrconvert.lora.fingerprint import fingerprint
@@ -118,7 +118,7 @@ def prepare_source(
     source_bytes = lora.half_bytes
     with _on_base(lora, options.base, options.bake_dora, base_content) as (lora, weights, notes):
         warnings += notes
-        if any(extra.use == "magnitude" for extra in lora.extras):
+        if any(extra.use in MAGNITUDES for extra in lora.extras):
             warnings += (_dora_note(),)
         yield PreparedSource(lora, source_bytes, weights, options, warnings)
 

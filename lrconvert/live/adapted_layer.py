@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lrconvert.live.attached_adapter import Update
+from lrconvert.live.layer_inputs import CONVOLUTIONS
 from lrconvert.lora.adapter import Target
 
 
@@ -110,13 +111,21 @@ class AdaptedLayer(nn.Module):
 
     def _through_factors(self, update: Update, x: Tensor, own: Tensor) -> Tensor:
         a, b = update.source.factors(update.which)
-        change = self._scaled(_product(self.base_layer, update.target, x, a, b, update.source.factor_of(update.which)))
+        scale = update.source.factor_of(update.which)
+        if update.input_magnitude is not None:
+            factor = _per_input(self.base_layer, _input_factor(self._dense_weight(), update, a, b))
+            plain = self._without_bias(self.base_layer((x * (factor - 1)).to(x.dtype)))
+            return _slice_of(plain, update.target) + _product(self.base_layer, update.target, x * factor, a, b, scale)
+        change = self._scaled(_product(self.base_layer, update.target, x, a, b, scale))
         if update.magnitude is None:
             return change
+        factor = _among_outputs(_dora_factor(self._dense_weight(), update, a, b), update.target, 1.0)
+        factor = _per_output(self.base_layer, factor).to(change.dtype)
+        return (factor - 1) * self._without_bias(own).to(change.dtype) + factor * change
+
+    def _without_bias(self, own: Tensor) -> Tensor:
         bias: Any = getattr(self.base_layer, "bias", None)
-        plain = own if bias is None else own - _per_output(self.base_layer, bias)
-        factor = _per_output(self.base_layer, _dora_factor(self._dense_weight(), update, a, b)).to(change.dtype)
-        return (factor - 1) * plain.to(change.dtype) + factor * change
+        return own if bias is None else own - _per_output(self.base_layer, bias)
 
     def _dense_weight(self) -> Tensor:
         """The layer's weight, dequantized and with the trained rows."""
@@ -165,10 +174,10 @@ def _product(
         inner = F.embedding(x, table, layer.padding_idx, layer.max_norm, layer.norm_type, False)
         return inner if b is None else _times(inner, factor) @ b.T
     x = x.to(a.dtype)
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+    if isinstance(layer, CONVOLUTIONS):
         kernel = layer.weight.shape[2:]
         inner = layer._conv_forward(x, a.reshape(a.shape[0], -1, *kernel), None)
-        outer = F.conv1d if len(kernel) == 1 else F.conv2d
+        outer = (F.conv1d, F.conv2d, F.conv3d)[len(kernel) - 1]
         return inner if b is None else outer(_times(inner, factor), b.reshape(*b.shape, *(1 for _ in kernel)))
     inner = F.linear(x, a)
     return _among_outputs(inner if b is None else F.linear(_times(inner, factor), b), target)
@@ -179,18 +188,33 @@ def _times(inner: Tensor, factor: float) -> Tensor:
     return inner if factor == 1 else inner * factor
 
 
-def _among_outputs(change: Tensor, target: Target) -> Tensor:
+def _among_outputs(change: Tensor, target: Target, others: float = 0.0) -> Tensor:
     """Spread the outputs of a target over all those of its layer: a slice of a fused one has a part of them."""
     if target.view.kind != "rows":
         return change
     start, stop = (int(n) for n in target.view.text.split(":")[1:])
-    return F.pad(change, (start, target.shape[0] - stop))
+    return F.pad(change, (start, target.shape[0] - stop), value=others)
+
+
+def _slice_of(outputs: Tensor, target: Target) -> Tensor:
+    """The outputs of a layer, zero beside those of its target."""
+    if target.view.kind != "rows":
+        return outputs
+    start, stop = (int(n) for n in target.view.text.split(":")[1:])
+    return _among_outputs(outputs[..., start:stop], target)
 
 
 def _per_output(layer: nn.Module, values: Tensor) -> Tensor:
     """One value per output, so that it spreads over the outputs of `layer`."""
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+    if isinstance(layer, CONVOLUTIONS):
         return values.reshape(-1, *(1 for _ in layer.weight.shape[2:]))
+    return values
+
+
+def _per_input(layer: nn.Module, values: Tensor) -> Tensor:
+    """One value per input, so that it spreads over the inputs of `layer`; those of a group are as those of another."""
+    if isinstance(layer, CONVOLUTIONS):
+        return values.repeat(layer.groups).reshape(-1, *(1 for _ in layer.weight.shape[2:]))
     return values
 
 
@@ -202,6 +226,16 @@ def _dora_factor(weight: Tensor, update: Update, a: Tensor, b: Tensor) -> Tensor
     square = matrix.square().sum(1) + 2 * scale * cross + scale * scale * ((b @ (a @ a.T)) * b).sum(1)
     assert update.magnitude is not None
     return update.magnitude.to(a.dtype) / square.sqrt()
+
+
+def _input_factor(weight: Tensor, update: Update, a: Tensor, b: Tensor) -> Tensor:
+    """magnitude / ||W + s B A|| along out and the places of a kernel, (channels,), by Gram matrices."""
+    matrix = _matrix(weight, update.target).to(a.dtype)
+    scale = update.source.factor_of(update.which)
+    cross = ((b.T @ matrix) * a).sum(0)
+    square = matrix.square().sum(0) + 2 * scale * cross + scale * scale * (((b.T @ b) @ a) * a).sum(0)
+    assert update.input_magnitude is not None
+    return update.input_magnitude.to(a.dtype) / square.reshape(update.target.channels, -1).sum(1).sqrt()
 
 
 # --- dense weights and updates --------------------------------------------------------------------------------------

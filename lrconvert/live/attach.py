@@ -26,7 +26,7 @@ from lrconvert.live.attached_adapter import Adapter, AttachedAdapter, Update, ta
 from lrconvert.live.layer_inputs import is_known_layer
 from lrconvert.live.live_parameters import CHILD, LiveParameters, Slot
 from lrconvert.live.task_class import advice
-from lrconvert.lora.adapter import ExtraTensor, Target
+from lrconvert.lora.adapter import MAGNITUDES, ExtraTensor, Target
 
 _STATE = "_lrconvert"  # the attribute of a model that holds its `Attachments`
 
@@ -217,12 +217,12 @@ class Attachments:
     ) -> None:
         """Add every update of the adapter `name` to the parameter at its path, with the magnitude and the bias that
         belong to it. Raises E-ATTACH, E-PLACE."""
-        beside = {(e.name, e.use): e for e in extras if e.use in ("magnitude", "add")}
+        beside = {(e.name, e.use): e for e in extras if e.use in (*MAGNITUDES, "add")}
         for which, (path, target) in enumerate(places):
-            magnitude = beside.pop((target.name, "magnitude"), None)
-            bias = beside.pop((f"{target.name.removesuffix('.weight')}.bias", "add"), None)
+            own = [beside.pop((target.name, use), None) for use in MAGNITUDES]
+            own.append(beside.pop((f"{target.name.removesuffix('.weight')}.bias", "add"), None))
             device = parameters[path].tensor.device
-            tensors = (None if extra is None else _tensor(extra, device) for extra in (magnitude, bias))
+            tensors = (None if extra is None else _tensor(extra, device) for extra in own)
             taker = self._add(path, Update(name, self.adapters[name], which, target, *tensors))
             if name not in self.owners:
                 taker.add_module(f"{CHILD}{name}", self.adapters[name])
@@ -232,14 +232,16 @@ class Attachments:
 
     def _add(self, path: str, update: Update) -> nn.Module:
         """Let the layer, or the parameter, at `path` take an update; returns what takes it."""
-        module = path.removesuffix(".weight")
+        module, magnitudes = path.removesuffix(".weight"), (update.magnitude, update.input_magnitude)
         if path.endswith(".weight") and not update.target.view.kind.startswith("expert"):
             layer = self._wrap(module)
+            if update.input_magnitude is not None and isinstance(layer.base_layer, nn.Embedding):
+                raise AttachError(f"{path!r} is an embedding, where DoRA along the inputs is not defined")
             if is_known_layer(layer.base_layer):
                 layer.updates.append(update)
                 return layer
             self._unwrap(module)
-        if update.magnitude is not None or update.bias is not None:
+        if any(tensor is not None for tensor in (*magnitudes, update.bias)):
             raise AttachError(f"{path!r} is no layer that takes a DoRA magnitude or a bias")
         if path not in self.parameters:
             owner, _, leaf = path.rpartition(".")
@@ -376,8 +378,8 @@ def _place_of(extra: ExtraTensor, adapter: Adapter, parameters: LiveParameters) 
 
 
 def _tensor(extra: ExtraTensor, device: torch.device) -> Tensor:
-    """An extra tensor of floats as float32 or float64, of integers as they are; (out,) if it is a magnitude."""
+    """An extra tensor of floats as float32 or float64, of integers as they are; flat if it is a magnitude."""
     stored = np.frombuffer(extra.data, STORAGE[extra.dtype]).reshape(extra.shape)
     values = decode(stored, extra.dtype) if extra.dtype in TORCH_NAMES else stored
     tensor = torch.from_numpy(values.copy()).to(device)
-    return tensor.reshape(-1) if extra.use == "magnitude" else tensor
+    return tensor.reshape(-1) if extra.use in MAGNITUDES else tensor

@@ -91,11 +91,13 @@ def targets_of(adapter: Adapter) -> tuple[Target, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """The update of one target by one adapter; `magnitude` for DoRA (out,), `bias` of its LoRA (out,)."""
+    """The update of one target by one adapter; `magnitude` (out,) or `input_magnitude` (in,) for DoRA, `bias` of its
+    LoRA (out,)."""
 
     name: str
     source: AttachedAdapter
     which: int
     target: Target
     magnitude: Tensor | None = None
+    input_magnitude: Tensor | None = None
     bias: Tensor | None = None

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lrconvert.core.dtypes import F32
 from lrconvert.core.errors import StatisticsError, ValueRangeError
 from lrconvert.core.wording import spelled
-from lrconvert.live.layer_inputs import Batch, masks_of, patches, real_rows, rows_of
+from lrconvert.live.layer_inputs import CONVOLUTIONS, Batch, masks_of, patches, real_rows, rows_of
 from lrconvert.lora.input_statistics import Input, Moment
 
 _CHUNK = 1 << 24  # numbers that are converted to float32 at once
@@ -193,7 +193,7 @@ class Collector:
             if total is not None:
                 total.width = layer.num_embeddings
                 total.count(rows_of(layer, x, self.masks))
-        elif isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+        elif isinstance(layer, CONVOLUTIONS):
             # Unfolded inputs depend on the layer's kernel: never shared.
             self.leaders[key] = key
             step = max(1, _CHUNK // max(1, x[0].numel() * int(np.prod(layer.kernel_size))))

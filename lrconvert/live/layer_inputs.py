@@ -14,6 +14,7 @@ from lrconvert.core.errors import DataError
 from lrconvert.live.load_model import is_encoder_decoder
 
 Batch = Mapping[str, Any]
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _MASKS = ("attention_mask", "decoder_attention_mask")
 
 
@@ -72,7 +73,7 @@ def _is_mask(value: Any) -> TypeGuard[Tensor]:
 def rows_of(layer: nn.Module, x: Tensor, masks: Iterable[Tensor]) -> Tensor:
     """Return what a layer multiplies its weight with, as rows without padding, (tokens, in); for an embedding the
     tokens."""
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+    if isinstance(layer, CONVOLUTIONS):
         return patches(layer, x)
     return real_rows(x, masks, 0 if isinstance(layer, nn.Embedding) else 1)
 
@@ -87,11 +88,13 @@ def real_rows(x: Tensor, masks: Iterable[Tensor], trailing: int) -> Tensor:
     return rows
 
 
-def patches(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+def patches(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
     """Return what a convolution multiplies its unfolded kernels with: (patches, in/G * K * L), of all groups."""
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
     kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
+    if isinstance(layer, nn.Conv3d):
+        return _patches_3d(layer, x.float())
     if isinstance(layer, nn.Conv1d):
         x, kernel, stride, dilation = x[:, :, None], (1, *kernel), (1, *stride), (1, *dilation)
     columns = F.unfold(x.float(), kernel, dilation, 0, stride)  # (batch, in * K * L, places)
@@ -99,12 +102,22 @@ def patches(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
     return per_group.movedim(2, 3).flatten(0, 2)
 
 
+def _patches_3d(layer: nn.Conv3d, x: Tensor) -> Tensor:
+    """The patches of a padded input (batch, in, frames, height, width), which `F.unfold` does not take."""
+    for axis, (kernel, stride, dilation) in enumerate(
+        zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
+    ):
+        x = x.unfold(2 + axis, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+    per_group = x.unflatten(1, (layer.groups, -1))  # (batch, G, in/G, places in three, kernel in three)
+    return per_group.movedim(2, 5).flatten(5).flatten(0, 4)
+
+
 # --- layers ---------------------------------------------------------------------------------------------------------
 
 
 def is_known_layer(module: nn.Module) -> bool:
     """Return whether a layer is of a kind whose inputs can be counted, and which takes updates."""
-    kinds = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)
+    kinds = (nn.Linear, nn.Embedding, *CONVOLUTIONS)
     return isinstance(module, kinds) or type(module).__name__ == "Conv1D"
 
 

@@ -17,7 +17,7 @@ from lrconvert.core.errors import JsonSyntaxError, ShapeError
 
 _VIEW = re.compile(
     r"matrix|transposed"
-    r"|conv:(?P<kernel>[1-9][0-9]{0,3}(?:x[1-9][0-9]{0,3})?):(?P<groups>[1-9][0-9]{0,8})"
+    r"|conv:(?P<kernel>[1-9][0-9]{0,3}(?:x[1-9][0-9]{0,3}){0,2}):(?P<groups>[1-9][0-9]{0,8})"
     r"|rows:(?P<start>0|[1-9][0-9]{0,9}):(?P<stop>[1-9][0-9]{0,9})"
     r"|expert(?:_transposed)?:(?P<expert>0|[1-9][0-9]{0,8})"
 )
@@ -29,7 +29,8 @@ class View:
 
     ``matrix``        the parameter is (out, in)
     ``transposed``    the parameter is (in, out): Conv1D, embeddings
-    ``conv:KxL:G``    a convolution (out, in/G, K, L), unfolded to (out, in/G * K * L); ``conv:K:G`` for (out, in/G, K)
+    ``conv:KxL:G``    a convolution (out, in/G, K, L), unfolded to (out, in/G * K * L); ``conv:K:G`` for (out, in/G, K),
+                      ``conv:KxLxM:G`` for (out, in/G, K, L, M)
     ``rows:a:b``      rows a to b of an (out, in) parameter: one slice of a fused projection
     ``expert:i``      entry i of a stack (experts, out, in); ``expert_transposed:i`` of a stack (experts, in, out)
     """
@@ -79,6 +80,11 @@ class Target:
         return self.view.matrix_shape(self.shape)
 
     @property
+    def channels(self) -> int:
+        """Inputs without the places of a kernel: what DoRA along the inputs has a magnitude for."""
+        return self.shape[1] if self.view.kind == "conv" else self.in_features
+
+    @property
     def out_features(self) -> int:
         return self.matrix_shape[0]
 
@@ -118,8 +124,9 @@ class LoraTarget:
         return self.b.decode()
 
 
-Use = Literal["replace", "add", "magnitude", "rows", "row_indices"]
+Use = Literal["replace", "add", "magnitude", "input_magnitude", "rows", "row_indices", "textual_inversion"]
 USES: tuple[Use, ...] = get_args(Use)
+MAGNITUDES: tuple[Use, ...] = ("magnitude", "input_magnitude")  # of DoRA
 
 
 @dataclass(frozen=True)
@@ -130,8 +137,10 @@ class ExtraTensor:
     ``replace``      takes its place, or adds it: a classifier head
     ``add``          is added to it: the bias of a LoRA, its scale folded in
     ``magnitude``    DoRA: the norms of W + B @ A along in, (out,) in the shape PEFT stores
+    ``input_magnitude``  DoRA of LyCORIS: its norms along out, and of a convolution along its kernel too, (in,)
     ``rows``         takes the place of some of its rows: trained tokens, (n, features)
     ``row_indices``  which rows these are: (n,), integers, rising
+    ``textual_inversion``  is for no parameter: embeddings of a word that came with the adapter, (n, features)
     """
 
     name: str

@@ -15,6 +15,7 @@ from lrconvert.core.errors import LimitError, LrcError
 from lrconvert.core.limits import BLOCK_BYTES, MAX_RATIONAL
 from lrconvert.io.checkpoint import Checkpoint
 from lrconvert.io.container import TensorInfo
+from lrconvert.lora.adapter import ExtraTensor
 from lrconvert.merge.arithmetic import base_dependent, dora
 from lrconvert.merge.arithmetic.exact import Term, Update
 from lrconvert.merge.arithmetic.rounding import bits
@@ -100,7 +101,7 @@ class Computer:
             if isinstance(piece, NonlinearPiece) and piece.start <= start and stop <= piece.stop:
                 if piece.magnitude is None:
                     return self._base_dependent(output, piece)
-                return self._dora(output, piece, decoded(piece.magnitude).astype(np.float64), start, stop)
+                return self._dora(output, piece, piece.magnitude, start, stop)
         update = segment(output.pieces, start, stop, self.plan.sources)
         return _keep if update is None else self._adding(update, output.dtype, start)
 
@@ -114,20 +115,23 @@ class Computer:
 
         return change
 
-    def _dora(self, output: Output, piece: Piece, magnitude: F64, start: int, stop: int) -> _Change:
+    def _dora(self, output: Output, piece: Piece, extra: ExtraTensor, start: int, stop: int) -> _Change:
         whole = self.plan.sources[piece.adapter].term(piece)
-        if not piece.transposed:
+        magnitude = decoded(extra).astype(np.float64)
+        if piece.transposed == (extra.use == "input_magnitude"):  # one for each stored row
             rows = slice(start - piece.start, stop - piece.start)
             term = replace(whole, left=whole.left[rows])
             return _scaling(dora.merge_rows, output.dtype, start, term, magnitude[rows])
+        places = piece.cols // magnitude.size
         height = rows_per_block(piece.cols)
 
         def blocks() -> Iterator[tuple[int, Array]]:
             for top in range(start, stop, height):
                 yield top - start, self._read(output, top, min(height, stop - top), piece.cols)
 
-        norms = dora.column_norms(blocks(), output.dtype, whole)
-        return _scaling(dora.merge_columns, output.dtype, start, whole, dora.checked_factor(magnitude, norms))
+        norms = dora.column_norms(blocks(), output.dtype, whole, places)
+        factor = np.repeat(dora.checked_factor(magnitude, norms), places)
+        return _scaling(dora.merge_columns, output.dtype, start, whole, factor)
 
     def _base_dependent(self, output: Output, piece: Piece) -> _Change:
         source = self.plan.sources[piece.adapter]

@@ -157,7 +157,7 @@ def _check_effect(inputs: Sequence[Scaled], planned: Plan) -> None:
 def _is_zero(item: Scaled) -> bool:
     """Return whether a look at the adapter shows that it changes nothing beside whole tensors."""
     adapter = item.adapter
-    if any(e.use != "replace" for e in adapter.extras):
+    if any(e.use not in ("replace", "textual_inversion") for e in adapter.extras):
         return False
     return item.scale == 0 or (isinstance(adapter, LoraAdapter) and all(map(is_zero, adapter.targets)))
 

@@ -30,7 +30,7 @@ def names_of(inputs: Sequence[Scaled]) -> list[str]:
     """Return the names of all that adapters change."""
     adapters = [item.adapter for item in inputs]
     return [target.name for each in adapters for target in targets_of(each)] + [
-        extra.name for each in adapters for extra in each.extras
+        extra.name for each in adapters for extra in each.extras if extra.use != "textual_inversion"
     ]
 
 

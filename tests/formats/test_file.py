@@ -485,6 +485,7 @@ FITTING = {
     "expert:1": (2, 4, 3),
     "conv:2:1": (4, 3, 2),
     "conv:2x2:3": (4, 3, 2, 2),
+    "conv:2x1x2:1": (4, 3, 2, 1, 2),
 }
 WORDS = st.sampled_from(["h.0.w", "h.1.w", "h.007.w", "h.1.2.w", "0", "é", "h.1.\u0338w"])
 ODD_WORDS = st.sampled_from(["e\u0301", "=\u0338", "a\nb", "\u2028", "", "x" * 4097]) | st.text(max_size=3)

@@ -435,13 +435,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "NOLA of a language model": (
         {"m.lora_A.weight": np.ones((2, 2), "<f4"), "m.lora_A.coefficients": np.ones(3, "<f4"),
          "m.lora_A.seed": np.ones(1, "<i8")}, "E-NOT-LORA", "GPU"),
-    "DoRA of LyCORIS": ({**_tensors(layouts.kohya(PAIR)), **one(f"{FLAT}to_q.dora_scale")}, "E-LORA-FEATURE", "DoRA"),
     "whole differences": ({**_tensors(layouts.kohya(PAIR)), **one(f"{KOHYA}.diff")}, "E-LORA-FEATURE", "difference"),
     "NeMo": (one("m.self_attention.adapter_layer.lora_kqv_adapter.linear_in.weight"), "E-LORA-FEATURE", "NeMo"),
     "XLabs": (one("double_blocks.0.processor.qkv_lora1.down.weight"), "E-LORA-FEATURE", "load_lora_weights"),
     "CLIP-LoRA": (one("layer_0.q_proj.w_lora_A"), "E-LORA-FEATURE", "CLIP-LoRA"),
-    "bundled embeddings": ({**_tensors(layouts.kohya(PAIR)), **one("bundle_emb.word.clip_l")}, "E-LORA-FEATURE",
-                           "embeddings of new tokens"),
     "split layers": (one(f"{KOHYA}.lora_down.0.weight"), "E-LORA-FEATURE", "slice"),
     "only downs": (one(f"{KOHYA}.lora_down.weight"), "E-PAIR", "not one lora_up"),
     "only A": (one("m.x.lora_A"), "E-PAIR", "not one lora_B"),

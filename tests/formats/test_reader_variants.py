@@ -28,6 +28,7 @@ NET = seeded(oracle.Net)
 LAYERS = ["emb", "conv1", "point", "conv2", "lin", "head"]
 LLAMA = transformer("LlamaForCausalLM")
 TIED = transformer("LlamaForCausalLM", tie_word_embeddings=True)
+FILM = seeded(oracle.Film)
 GPT2 = transformer("GPT2LMHeadModel", n_embd=16, n_layer=1, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=1)
 QWEN = transformer("Qwen3MoeForCausalLM", moe_intermediate_size=12, num_experts=3, num_experts_per_tok=2)
 GPT_OSS = transformer("GptOssForCausalLM", num_local_experts=3, num_experts_per_tok=2)
@@ -42,6 +43,8 @@ _TABLE: dict[str, tuple[Maker, list[str], dict, int, dict[str, int]]] = {
     "convolutions, rsLoRA": (NET, ["conv1", "conv2"], {"use_rslora": True}, 2, {}),
     "convolutions, patterns": (NET, ["conv1", "conv2"], {"rank_pattern": {"conv2": 3}, "alpha_pattern": {"conv1": 1}},
         2, {}),
+    "convolutions of films": (FILM, ["patch", "mix"], {}, 2, {}),
+    "DoRA, convolutions of films": (FILM, ["patch", "mix"], {"use_dora": True}, 2, {"magnitude": 2}),
     "lora_bias": (NET, ["conv1", "conv2", "lin"], {"lora_bias": True}, 3, {"add": 3}),
     "lora_bias, Conv1D": (GPT2, ["c_attn", "c_proj"], {"lora_bias": True, "fan_in_fan_out": True}, 3, {"add": 3}),
     "trained biases": (NET, ["conv1", "lin"], {"bias": "all"}, 2, {"replace": 4}),
@@ -93,6 +96,8 @@ CASES = {
 def inputs(make: Maker) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
     model = make()
+    if isinstance(model, oracle.Film):
+        return torch.randn(2, 3, 4, 6, 6, generator=generator)
     if isinstance(model, oracle.Mixture):
         return torch.randn(4, 6, generator=generator)
     return torch.randint(1, 11, (2, 16), generator=generator)
@@ -284,7 +289,6 @@ class Odd(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.grouped = nn.Conv2d(8, 8, 3, groups=2)
-        self.solid = nn.Conv3d(3, 4, 2)
         self.mha = nn.MultiheadAttention(8, 2, batch_first=True)
         self.lin = nn.Linear(8, 8)
 
@@ -294,7 +298,6 @@ class Odd(nn.Module):
 
 ODD = {
     "convolution in groups": ({"target_modules": ["grouped"]}, "grouped: lora_B has 2 of 4 channels"),
-    "Conv3d": ({"target_modules": ["solid"]}, "three dimensions"),
     "MultiheadAttention": ({"target_modules": ["mha"]}, "mha is an nn.MultiheadAttention"),
     "KaSA": ({"target_modules": ["lin"], "kasa_config": {}}, "kasa_config is set: KaSA"),
     "BD-LoRA": ({"target_modules": ["lin"], "use_bdlora": {"nblocks": 2, "match_strict": False}}, "use_bdlora is set"),

@@ -211,13 +211,15 @@ CONVS = [
     nn.Conv2d(4, 6, 3, groups=2, padding="same", padding_mode="reflect"),
     nn.Conv1d(4, 6, 3, stride=2, padding=2),
     nn.Conv1d(4, 4, 5, groups=4, padding_mode="circular", padding=2),
+    nn.Conv3d(4, 6, (1, 3, 2), padding=(0, 1, 2), stride=(1, 2, 1), dilation=(1, 1, 2)),
+    nn.Conv3d(4, 6, (3, 1, 2), groups=2),
 ]
 
 
 @pytest.mark.parametrize("which", range(len(CONVS)))
 def test_patches_are_what_a_convolution_multiplies(which: int) -> None:
     layer = CONVS[which]
-    x = torch.randn(2, 4, *((9, 8) if isinstance(layer, nn.Conv2d) else (11,)))
+    x = torch.randn(2, 4, *{3: (11,), 4: (9, 8), 5: (5, 6, 7)}[layer.weight.dim()])
     rows = patches(layer, x)  # (batch, group, place) flattened
     y = layer(x)
     weight = layer.weight.flatten(1).reshape(layer.groups, -1, rows.shape[1])

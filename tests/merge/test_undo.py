@@ -112,6 +112,7 @@ VIEWS = {
     "matrix": (Target("w", (40, 24)), DTYPES),
     "transposed": (Target("w", (40, 24), View("transposed")), DTYPES),
     "conv": (Target("w", (16, 4, 3, 2), View("conv:3x2:2")), DTYPES),
+    "conv3d": (Target("w", (16, 4, 1, 3, 2), View("conv:1x3x2:1")), ("F32", "BF16")),
     "rows": (Target("w", (40, 24), View("rows:8:20")), DTYPES),
     "expert": (Target("w", (3, 10, 12), View("expert:1")), DTYPES),
     "expert_transposed": (Target("w", (3, 10, 12), View("expert_transposed:2")), DTYPES),

@@ -19,7 +19,7 @@ from lrconvert.core.dtypes import Stored
 from lrconvert.core.options import names
 from lrconvert.formats.lrc import file
 from lrconvert.formats.lrc.validation import validate
-from lrconvert.lora.adapter import TRANSPOSED, CompactAdapter, LoraAdapter
+from lrconvert.lora.adapter import TRANSPOSED, CompactAdapter, LoraAdapter, Target, View
 from lrconvert.methods import base as methods
 
 CASES = [(m.id, n) for m in methods.all_methods() for n in range(len(m.examples))]
@@ -27,11 +27,14 @@ METHODS = [m.id for m in methods.all_methods()]
 
 
 def source() -> LoraAdapter:
-    """Shapes that divide evenly and that do not, one transposed; enough numbers for every form's small settings."""
+    """Shapes that divide evenly and that do not, one transposed, one a convolution in three dimensions; enough numbers
+    for every form's small settings."""
     straight = random_lora([(96, 64), (64, 96), (40, 72)], rank=6, seed=1)
     turned = random_lora([(64, 128)], rank=6, seed=2, view=TRANSPOSED).targets[0]
     named = replace(turned, target=replace(turned.target, name="turned.weight"))
-    return replace(straight, targets=(*straight.targets, named))
+    film = random_lora([(32, 64)], rank=6, seed=3).targets[0]
+    film = replace(film, target=Target("film.weight", (32, 16, 1, 2, 2), View("conv:1x2x2:1")))
+    return replace(straight, targets=(film, *straight.targets, named))
 
 
 _CACHE: dict[tuple[str, int], api.Conversion] = {}

@@ -1,20 +1,32 @@
 """diffusers: ``pytorch_lora_weights.safetensors`` with PEFT's names below ``unet.``, ``transformer.`` or
 ``text_encoder.``, for ``pipeline.load_lora_weights(FOLDER)``. The scale is baked in.
 
-Without alphas diffusers scales by 1 where all ranks are equal. Own ranks (``--keep-ranks``) are written into the
-``lora_adapter_metadata`` that its newer releases read, with equal alphas.
+The ``lora_adapter_metadata`` that newer releases read has the ranks of each model, own ones (``--keep-ranks``) by
+pattern, with equal alphas, so that the scale is 1; without it diffusers scales by 1 where all ranks are equal. DoRA's
+magnitudes are PEFT's, for all modules of a model or none. Embeddings of words (``bundle_emb.``) are written back, and
+diffusers ignores them.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
+from lrconvert.core.errors import ExportError
+from lrconvert.core.wording import spelled
 from lrconvert.formats.exporters.base import Exporter, ExportOptions, Folder
 from lrconvert.formats.exporters.shared.diffusion import PIPELINE, placed
 from lrconvert.formats.exporters.shared.files import entry, weights_file
-from lrconvert.formats.exporters.shared.plain import factors, refuse_extras, unfolded, unscaled
+from lrconvert.formats.exporters.shared.peft_extras import magnitude_shape
+from lrconvert.formats.exporters.shared.plain import (
+    embeddings,
+    factors,
+    magnitudes,
+    refuse_extras,
+    unfolded,
+    unscaled,
+)
 from lrconvert.lora.adapter import Adapter
 
 _NAME = "pytorch_lora_weights.safetensors"
@@ -23,21 +35,30 @@ _LAYOUT = "diffusers' layout"
 
 def files(adapter: Adapter, options: ExportOptions) -> Folder:
     """Return the file of weights. Raises E-EXPORT for what diffusers has no name for."""
-    refuse_extras(adapter, _LAYOUT)
-    tensors = []
+    refuse_extras(adapter, _LAYOUT, ("magnitude", "textual_inversion"))
+    tensors, scaled = embeddings(adapter), magnitudes(adapter)
     ranks: dict[str, dict[str, int]] = {}
+    doras: dict[str, set[bool]] = {}
     made = factors(adapter, options, unscaled)
     for pair in made.pairs:
         component, module = placed(pair.target, _LAYOUT)
         ranks.setdefault(component, {})[module] = pair.rank
+        doras.setdefault(component, set()).add(pair.target.name in scaled)
+        if pair.target.name in scaled:
+            extra, name = scaled[pair.target.name], f"{component}.{module}.lora_magnitude_vector"
+            tensors.append((name, extra.dtype, magnitude_shape(pair.target), extra.data))
         down, up = unfolded(pair, _LAYOUT)
         tensors.append(entry(f"{component}.{module}.lora_A.weight", made.dtype, down))
         tensors.append(entry(f"{component}.{module}.lora_B.weight", made.dtype, up))
-    notes = {"lora_adapter_metadata": _settings(ranks)} if options.keep_ranks else {}
-    return Folder({_NAME: weights_file(tensors, adapter, **notes)}, made.notes)
+    partly = sorted(component for component, kinds in doras.items() if len(kinds) > 1)
+    if partly:
+        what = f"some modules of {partly[0]} have DoRA magnitudes and some have none, and PEFT's use_dora holds for all"
+        raise ExportError(what, fix=f"convert it with {spelled('bake_dora', ...)}, or export to kohya")
+    settings = _settings(ranks, {component for component, kinds in doras.items() if True in kinds})
+    return Folder({_NAME: weights_file(tensors, adapter, lora_adapter_metadata=settings)}, made.notes)
 
 
-def _settings(ranks: Mapping[str, Mapping[str, int]]) -> str:
+def _settings(ranks: Mapping[str, Mapping[str, int]], doras: Collection[str]) -> str:
     """Return the configurations of all components, as diffusers flattens them. CLIP's modules stand without
     ``text_model``: PEFT finds them by their endings, whether the release of transformers has that level or not."""
     fields: dict[str, object] = {}
@@ -51,6 +72,7 @@ def _settings(ranks: Mapping[str, Mapping[str, int]]) -> str:
             f"{component}.rank_pattern": others,
             f"{component}.alpha_pattern": others,
             f"{component}.target_modules": sorted(own),
+            **({f"{component}.use_dora": True} if component in doras else {}),
         }
     return json.dumps(fields, indent=2, sort_keys=True)
 

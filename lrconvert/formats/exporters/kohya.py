@@ -1,7 +1,8 @@
 """kohya (sd-scripts, and the user interfaces that follow it): ``lora_unet_<module>.lora_down.weight`` (r, in),
 ``.lora_up.weight`` (out, r) and ``.alpha``, the dots of the module's name as underscores; ``lora_te_``, or
 ``lora_te1_`` and ``lora_te2_``, for text encoders. The scale is alpha / r. With own ranks every alpha
-is 1 and lora_up is multiplied by its rank instead: diffusers 0.42 scales wrongly where alphas differ.
+is 1 and lora_up is multiplied by its rank instead: diffusers 0.42 scales wrongly where alphas differ. DoRA's magnitudes
+are ``.dora_scale``, as LyCORIS has them; embeddings of words (``bundle_emb.``) are written back as they came.
 
 The UNet's modules have diffusers' names (``lora_unet_down_blocks_...``), as sd-scripts has them for Stable Diffusion 1
 and 2; but for Stable Diffusion XL those of Stability AI's code (``lora_unet_input_blocks_4_1_...``), since sd-scripts
@@ -20,9 +21,18 @@ from lrconvert.core.errors import ExportError
 from lrconvert.formats import unet_names
 from lrconvert.formats.exporters.base import Exporter, ExportOptions, Folder
 from lrconvert.formats.exporters.shared.diffusion import PIPELINE, TRANSFORMER, UNET, placed
-from lrconvert.formats.exporters.shared.files import entry, weights_file
-from lrconvert.formats.exporters.shared.plain import Pair, alpha_of, exclude, factors, refuse_extras, unfolded
-from lrconvert.lora.adapter import Adapter, Target
+from lrconvert.formats.exporters.shared.files import Entry, entry, weights_file
+from lrconvert.formats.exporters.shared.plain import (
+    Pair,
+    alpha_of,
+    embeddings,
+    exclude,
+    factors,
+    magnitudes,
+    refuse_extras,
+    unfolded,
+)
+from lrconvert.lora.adapter import MAGNITUDES, Adapter, ExtraTensor, Target
 
 _NAME = "lora.safetensors"
 _LAYOUT = "kohya's layout"
@@ -32,12 +42,13 @@ _SDXL_CONTEXT = 2048
 
 def files(adapter: Adapter, options: ExportOptions) -> Folder:
     """Return the file of weights. Raises E-EXPORT for what the layout has no name for."""
-    refuse_extras(adapter, _LAYOUT)
+    refuse_extras(adapter, _LAYOUT, (*MAGNITUDES, "textual_inversion"))
+    scaled = magnitudes(adapter)
     made = factors(adapter, options, _of_alpha_one if options.keep_ranks else None)
     layers = [(*placed(pair.target, _LAYOUT), pair) for pair in made.pairs]
     components = {component for component, _, _ in layers}
     originals = _originals(layers, options)
-    tensors, owners = [], dict[str, str]()
+    tensors, owners = embeddings(adapter), dict[str, str]()
     for component, module, pair in layers:
         if component == UNET and originals is not None:
             module = _original(pair.target, module, originals)
@@ -49,12 +60,22 @@ def files(adapter: Adapter, options: ExportOptions) -> Folder:
         down, up = unfolded(pair, _LAYOUT)
         tensors.append(entry(f"{name}.lora_down.weight", made.dtype, down))
         tensors.append(entry(f"{name}.lora_up.weight", made.dtype, up))
+        if pair.target.name in scaled:
+            tensors.append(_dora_scale(name, pair.target, scaled[pair.target.name]))
         tensors.append(entry(f"{name}.alpha", "F32", np.full((), alpha_of(pair.scale, pair.rank), np.float32)))
     ranks = {pair.rank for _, _, pair in layers}
     dim = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
     alphas = sorted({float(alpha_of(pair.scale, pair.rank)) for _, _, pair in layers})
     notes = {"ss_network_module": "networks.lora", "ss_network_dim": dim, "ss_network_alpha": f"{alphas[0]:g}"}
     return Folder({_NAME: weights_file(tensors, adapter, **notes)}, made.notes)
+
+
+def _dora_scale(name: str, target: Target, extra: ExtraTensor) -> Entry:
+    """DoRA's magnitudes as LyCORIS has them: (out, 1, ...) of outputs, (1, in, ...) of inputs."""
+    ones = (1,) * (len(target.shape) - 2)
+    by_output = extra.use == "magnitude"
+    shape = (target.out_features, 1, *ones) if by_output else (1, target.channels, *ones)
+    return f"{name}.dora_scale", extra.dtype, shape, extra.data
 
 
 def _of_alpha_one(pair: Pair) -> float:

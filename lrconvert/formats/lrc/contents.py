@@ -19,6 +19,7 @@ class Contents(ABC):
     """An open file of one container version. Made of a file whose manifest can be read; raises if it cannot."""
 
     manifest: dict[str, Any]
+    features: tuple[str, ...] = ()  # that a file of this version may require
 
     def __init__(self, file: ContainerFile) -> None:
         self.file = file

@@ -150,7 +150,8 @@ def check(compact: CompactAdapter) -> None:
     """Raise what a reader would raise for the file of `compact`, all but the contents of its payload tensors, which
     need not be fitted yet. The reader's own functions decide, and what they read must be what was written."""
     manifest, _ = one_tensor.unpack(one_tensor.pack(manifests.build(compact, "")), 0)
-    parsed = {key: parse(manifest[key]) for key, parse in manifests.SECTIONS.items()}
+    required = manifests.check_requires(manifest["requires"])
+    parsed = {key: parse(manifest[key], required) for key, parse in manifests.SECTIONS.items()}
     if parsed["targets"] != tuple(compact.targets):
         raise errors.CanonicalError("the targets are not sorted")
     if compact.base.names != names_digest(compact.targets):
@@ -283,11 +284,14 @@ def _examine(file: ContainerFile, report: Report) -> CompactAdapter | None:
     if contents is None:
         return None
     manifest = contents.manifest
-    if attempt("structure", manifests.check_requires, manifest.get("requires")) is None:
+    required = attempt("structure", manifests.check_requires, manifest.get("requires"), contents.features)
+    if required is None:
         return None
     attempt("structure", fields.read, Manifest, manifest, "the manifest")
     parsed = {
-        key: attempt("structure", parse, manifest[key]) for key, parse in manifests.SECTIONS.items() if key in manifest
+        key: attempt("structure", parse, manifest[key], required)
+        for key, parse in manifests.SECTIONS.items()
+        if key in manifest
     }
     for level, step in contents.checks():
         attempt(level, step)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Annotated, Any
@@ -19,11 +19,14 @@ from lrconvert.core.limits import MAX_DIM, OWN
 from lrconvert.io import fields
 from lrconvert.io.fields import By, Check, Hex
 from lrconvert.lora import packing
-from lrconvert.lora.adapter import USES, CompactAdapter, ExtraTensor, Provenance, Target, View
+from lrconvert.lora.adapter import MAGNITUDES, USES, CompactAdapter, ExtraTensor, Provenance, Target, View
 from lrconvert.methods import base as methods
 from lrconvert.methods.base import Method
 
 MANIFEST_BYTES = 1 << 20
+Features = frozenset[str]
+_CONV3D = "conv3d"
+FEATURES = (_CONV3D, "input_magnitude", "textual_inversion")  # views and uses that release 0.1.0 does not know
 
 _INTEGER_SEGMENT = re.compile(r"(?:(?<=\.)|^)(0|[1-9][0-9]{0,8})(?=\.|$)")
 _FIELD = re.compile(r"[a-z][a-z0-9_]{0,62}")
@@ -40,12 +43,12 @@ def _text(value: Any, path: str) -> str:
     return value
 
 
-def _shape(value: Any, path: str) -> tuple[int, ...]:
+def _shape(value: Any, path: str, most: int = OWN.ndim) -> tuple[int, ...]:
     """A shape of 1 to 4 dimensions, 1 to MAX_DIM each."""
     if not isinstance(value, list):
         raise errors.JsonSyntaxError(f"{path} is not a list")
-    if not 1 <= len(value) <= OWN.ndim or any(type(n) is not int or not 1 <= n <= MAX_DIM for n in value):
-        allowed = f"1 to {OWN.ndim} dimensions of 1 to {MAX_DIM} are allowed"
+    if not 1 <= len(value) <= most or any(type(n) is not int or not 1 <= n <= MAX_DIM for n in value):
+        allowed = f"1 to {most} dimensions of 1 to {MAX_DIM} are allowed"
         raise errors.ShapeError(f"{path} is {value!s:.60}; {allowed}")
     return tuple(value)
 
@@ -80,7 +83,7 @@ def _exponents(value: Any, path: str) -> list[int]:
 _Text = Annotated[str, By(_text)]
 _Name = Annotated[_Text, Check(bool, "a name", errors.TensorNameError)]
 _Filled = Annotated[_Text, Check(bool, "some text, or no such field", errors.CanonicalError)]
-_Shape = Annotated[tuple[int, ...], By(_shape)]
+_Shape = Annotated[tuple[int, ...], By(lambda value, path: _shape(value, path, OWN.ndim + 1))]  # of a parameter
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,7 @@ def build(compact: CompactAdapter, exponents: str) -> dict[str, Any]:
 def frame(compact: CompactAdapter) -> dict[str, Any]:
     """Return the manifest with an empty method: all that does not depend on the configuration."""
     manifest = Manifest(
-        requires=[],
+        requires=features(compact.targets, compact.extras),
         method={},
         targets=group_targets(compact.targets),
         extras=[fields.as_json(_Extra(e.name, e.dtype, e.shape, e.use)) for e in compact.extras],
@@ -210,6 +213,16 @@ def frame(compact: CompactAdapter) -> dict[str, Any]:
         provenance=fields.as_json(compact.provenance),
     )
     return fields.as_json(manifest)  # type: ignore[no-any-return]
+
+
+def features(targets: Iterable[Target], extras: Iterable[ExtraTensor]) -> list[str]:
+    """Return the features that a file of these needs, sorted: what the first release did not know."""
+    needed = {_CONV3D for target in targets if _is_conv3d(target.view)}
+    return sorted(needed | {extra.use for extra in extras if extra.use in FEATURES})
+
+
+def _is_conv3d(view: View) -> bool:
+    return view.kind == "conv" and view.text.count("x") == 2
 
 
 def method_entry(name: str, config: Any, exponents: str) -> dict[str, Any]:
@@ -228,7 +241,7 @@ def count_targets(entries: Sequence[Mapping[str, Any]]) -> int:
     return sum("name" in entry for entry in entries) + sum(group.count() for group in groups)
 
 
-def _targets(value: Any) -> tuple[Target, ...]:
+def _targets(value: Any, required: Features = frozenset()) -> tuple[Target, ...]:
     """The expanded target list. Counts before it expands; refuses any grouping but the canonical one."""
     if not isinstance(value, list):
         raise errors.JsonSyntaxError("targets is not a list")
@@ -244,11 +257,11 @@ def _targets(value: Any) -> tuple[Target, ...]:
     targets: list[Target] = []
     for entry in entries:
         if isinstance(entry, _Single):
-            targets += _same([entry.name], entry)
+            targets += _same([entry.name], entry, required)
             continue
         for member in entry.members:
             numbers = [n for first, last in entry.pairs() for n in range(first, last + 1)]
-            targets += _same([f"{entry.prefix}{n}{member.suffix}" for n in numbers], member)
+            targets += _same([f"{entry.prefix}{n}{member.suffix}" for n in numbers], member, required)
     targets.sort(key=lambda target: (target.name, target.shape, target.view.text))
     if not targets:
         raise errors.MissingFieldError("the file has no targets")
@@ -263,16 +276,21 @@ def _targets(value: Any) -> tuple[Target, ...]:
     return tuple(targets)
 
 
-def _same(names: Sequence[str], entry: _Single | _Member) -> list[Target]:
+def _same(names: Sequence[str], entry: _Single | _Member, required: Features) -> list[Target]:
     """Targets that differ in their names alone."""
     view, read = View(entry.view), fields.reader(_Name)
+    if _is_conv3d(view) and _CONV3D not in required:
+        raise errors.JsonSyntaxError(f"{entry.view!r:.80} is a view of the feature {_CONV3D}, which is not required")
     view.matrix_shape(entry.shape)
     return [Target(read(name, "the name of a target"), entry.shape, view) for name in names]
 
 
-def _extras(value: Any) -> tuple[ExtraTensor, ...]:
+def _extras(value: Any, required: Features) -> tuple[ExtraTensor, ...]:
     """Declared extras, still without data."""
     extras = tuple(map(_extra, fields.read(tuple[_Extra, ...], value, "extras")))
+    unrequired = [extra for extra in extras if extra.use in FEATURES and extra.use not in required]
+    if unrequired:
+        raise errors.UnknownFieldError(f"the use {unrequired[0].use!r} is a feature that the file does not require")
     keys = [(e.name, e.use) for e in extras]
     if keys != sorted(set(keys)):
         raise errors.CanonicalError("the extras are not sorted by name, or one is named twice")
@@ -290,7 +308,7 @@ def _extra(entry: _Extra) -> ExtraTensor:
     stored = f"{dtype} {list(shape)}"
     if use == "row_indices" and (dtype != "I64" or len(shape) != 1):
         raise errors.DtypeError(f"the row indices of {name!r:.80} are {stored}; I64 in one dimension is stored")
-    if use in ("add", "magnitude", "rows") and (dtype not in FLOATS or not shape):
+    if use in ("add", *MAGNITUDES, "rows", "textual_inversion") and (dtype not in FLOATS or not shape):
         raise errors.DtypeError(f"the extra {name!r:.80} for {use} is {stored}; floats are stored")
     return ExtraTensor(name, dtype, shape, b"", use)  # type: ignore[arg-type]
 
@@ -307,13 +325,15 @@ def check_extra_bytes(declared: ExtraTensor, nbytes: int) -> None:
         raise errors.ShapeError(f"the extra {declared.name!r:.80} has {nbytes} bytes, declared {expected}")
 
 
-def check_requires(value: Any) -> bool:
-    """Raise E-VER if a file requires any feature: there are none; else return true."""
-    if value != []:
+def check_requires(value: Any, allowed: Sequence[str] = FEATURES) -> Features:
+    """Return the features that a file requires. Raises E-VER for those that its version does not have, or no sorted
+    list."""
+    known = value if isinstance(value, list) and all(isinstance(one, str) for one in value) else None
+    if known is None or not {*known} <= {*allowed} or known != sorted({*known}):
         raise errors.VersionError(
             f"the file requires features that are not known: {value!r:.80}", fix="update lrconvert"
         )
-    return True
+    return frozenset(known)
 
 
 def _method(value: Any) -> tuple[Method, dict[str, Any], list[int]]:
@@ -323,11 +343,12 @@ def _method(value: Any) -> tuple[Method, dict[str, Any], list[int]]:
     return method, entry.config, entry.exponents
 
 
-# The sections of a manifest that stand for themselves; on the rest see `file`.
-SECTIONS: dict[str, Callable[[Any], Any]] = {
+# The sections of a manifest that stand for themselves, by their value and the required features; on the rest see
+# `file`.
+SECTIONS: dict[str, Callable[[Any, Features], Any]] = {
     "targets": _targets,
     "extras": _extras,
-    "base": lambda value: fields.read(_Base, value, "base").content,
-    "provenance": lambda value: Provenance(**vars(fields.read(_Provenance, value, "provenance"))),
-    "method": _method,
+    "base": lambda value, _: fields.read(_Base, value, "base").content,
+    "provenance": lambda value, _: Provenance(**vars(fields.read(_Provenance, value, "provenance"))),
+    "method": lambda value, _: _method(value),
 }

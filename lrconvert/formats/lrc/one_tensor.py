@@ -13,7 +13,7 @@ from typing import Any
 from lrconvert.core import errors
 from lrconvert.formats.lrc import packed, shortened
 from lrconvert.formats.lrc.contents import EXTRA_PREFIX, Check, Contents
-from lrconvert.formats.lrc.manifest import MANIFEST_BYTES
+from lrconvert.formats.lrc.manifest import FEATURES, MANIFEST_BYTES
 from lrconvert.io.container import ContainerFile, encode_header
 from lrconvert.lora.packing import TensorSpec
 
@@ -131,6 +131,7 @@ class OneTensor(Contents):
         if len(self._data) < LEAD_BYTES:
             raise errors.JsonSyntaxError("the data end before the manifest")
         self.version = version
+        self.features = FEATURES if version == VERSION else ()
         value, self._at = unpack(self._data, LEAD_BYTES, version)
         self._packed = self._data[LEAD_BYTES : self._at]
         if not isinstance(value, dict):

@@ -7,7 +7,7 @@ and ``.lora_up``, with the model's name or without; ``.lora.down.weight`` and ``
 pipeline.
 
 The scale is alpha / r by ``<module>.alpha``, else by the configuration that newer releases keep in the metadata, else
-1. DoRA's magnitudes and biases of lora_B ride along as PEFT's do.
+1. DoRA's magnitudes and biases of lora_B ride along as PEFT's do; LyCORIS' ``.dora_scale`` as in `kohya`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lrconvert.formats.readers.shared import naming, pairs, products
 from lrconvert.formats.readers.shared.naming import BaseNames, Component
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.formats.readers.shared.pairs import Labels, Parts
-from lrconvert.formats.readers.shared.weights import Weights, load_finite_extra, open_weights
+from lrconvert.formats.readers.shared.weights import Weights, open_weights
 from lrconvert.io import strictjson
 from lrconvert.lora.adapter import ExtraTensor, LoraAdapter, LoraTarget
 
@@ -57,7 +57,8 @@ _SUFFIX = re.compile(
     r"|\.lora_B(?:\.[^.]+)?\.(?P<bias>bias)"
     r"|\.lora_(?P<magnitude>magnitude_vector)(?:\.[^.]+)?(?:\.weight)?"
     r"|\.(?P<difference>diff|diff_b)"
-    r"|(?:_lora|\.lora|\.lora_linear_layer)?\.(?P<alpha>alpha))"
+    r"|(?:_lora|\.lora|\.lora_linear_layer)?\.(?P<alpha>alpha)"
+    r"|\.(?P<dora>dora_scale))"
 )
 _HALVES = {"down": "A", "up": "B", "A": "A", "B": "B"}
 _IN_TEXT_ENCODERS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
@@ -71,10 +72,11 @@ def knows(names: Sequence[str]) -> bool:
 
 def _split(name: str) -> tuple[str, str] | None:
     match = _SUFFIX.fullmatch(name)
-    if match is None or not (_OURS.match(name) or match["alpha"]):
+    if match is None or not (_OURS.match(name) or match["alpha"] or match["dora"]):
         return None
     half = match["old"] or match["oldest"] or match["comfy"] or match["half"]
-    part = _HALVES[half] if half else match["bias"] or match["alpha"] or match["difference"] or "magnitude"
+    other = match["bias"] or match["alpha"] or match["difference"] or match["dora"] or "magnitude"
+    part = _HALVES[half] if half else other
     return _module(match["module"]), part
 
 
@@ -145,11 +147,14 @@ def _pair(
 ) -> LoraTarget:
     model, _, inside = module.partition(".")
     own = settings.get(model)
-    alpha = pairs.scalar(weights, parts["alpha"]) if "alpha" in parts else None
+    alpha = pairs.stated_alpha(weights, parts["alpha"]) if "alpha" in parts else None
     if options.alpha is not None and (alpha is not None or own is not None):
         raise OptionError(f"{module} states its alpha, another was given", fix=f"leave {spelled('alpha')} out")
-    if ("magnitude" in parts) != (own is not None and own.dora) and own is not None:
-        raise ConfigError(f"{module}: use_dora in the metadata and the tensors of the module disagree")
+    if own is not None and own.dora != ("magnitude" in parts):
+        what = (
+            f"{module}: the metadata says use_dora {own.dora}, and the module has {'no' if own.dora else 'a'} magnitude"
+        )
+        raise ConfigError(what, fix="the file is incomplete, or its metadata is that of another; save it again")
     alpha = options.alpha if alpha is None else alpha
 
     def scale(rank: int) -> float:
@@ -171,8 +176,9 @@ def _extras(pair: LoraTarget, parts: Parts, weights: Weights) -> list[ExtraTenso
     """Return magnitudes, and the bias of lora_B with the scale folded in. Raises E-PAIR, E-LIMIT, E-DTYPE, E-VALUE."""
     extras = []
     if "magnitude" in parts:
-        pairs.check_outputs(parts["magnitude"], pair)
-        extras.append(load_finite_extra(pair.target.name, parts["magnitude"], weights, "magnitude"))
+        extras.append(pairs.read_magnitude(parts["magnitude"], pair, weights))
+    if "dora_scale" in parts:
+        extras.append(pairs.read_dora_scale(parts["dora_scale"], pair, weights))
     if "bias" in parts:
         extras.append(pairs.scaled_bias(parts["bias"], pair, weights))
     return extras

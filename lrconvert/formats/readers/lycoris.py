@@ -153,7 +153,7 @@ def _scale(module: str, parts: Mapping[str, TensorInfo], rank: int | None, weigh
     """Return alpha / r; 1 without an alpha, and of a LoKr of whole halves."""
     if rank is None or _ALPHA not in parts:
         return 1.0
-    return pairs.scale_of(module, pairs.scalar(weights, parts[_ALPHA]), rank)
+    return pairs.scale_of(module, pairs.stated_alpha(weights, parts[_ALPHA]), rank)
 
 
 READER = Reader("lycoris", "LyCORIS file (LoHa, LoKr, full)", read, knows=knows, takes_rank=True)

@@ -51,7 +51,7 @@ def read(path: Path, options: ReadOptions) -> LoraAdapter:
         alphas = {name: others.pop(name) for name in list(others) if _module_of(name) in modules}
         kinds.refuse_parts(list(others))
         pairs.check_both_halves(modules, LABELS)
-        own = {_module_of(name): pairs.scalar(weights, info) for name, info in alphas.items()}
+        own = {_module_of(name): pairs.stated_alpha(weights, info) for name, info in alphas.items()}
         scales = _Scales(own, stated.settings(weights.metadata), options.alpha)
         scales.check(modules)
         targets = [_target(module, parts, scales, weights) for module, parts in modules.items()]

@@ -1,4 +1,5 @@
-"""DoRA's weights: ``magnitude / ||W + s B A|| * (W + s B A)``, norms along in, in a stated order of float64 operations.
+"""DoRA's weights: ``magnitude / ||W + s B A|| * (W + s B A)`` in a stated order of float64 operations. The norms run
+along the inputs; in LyCORIS' other form along the outputs and, of a convolution, along the places of its kernel.
 
 Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024. The result is not a sum of W and a low-rank matrix, so
 correct rounding of the exact value is out of reach; instead every operation is one of IEEE 754 (+, *, /, square root)
@@ -31,20 +32,26 @@ def merge_rows(stored: Array, dtype: str, term: Term, magnitude: F64) -> tuple[A
     return out, stats
 
 
-def column_norms(blocks: Iterable[tuple[int, Array]], dtype: str, term: Term) -> F64:
-    """Return the norms (out,) of a parameter stored (in, out), read as `blocks` of (first row, stored rows)."""
+def column_norms(blocks: Iterable[tuple[int, Array]], dtype: str, term: Term, places: int = 1) -> F64:
+    """Return the norms (cols / places,) of a parameter's columns as it is stored, `places` beside each other taken
+    together, read as `blocks` of (first row, stored rows)."""
     lanes = np.zeros((LANES, term.right.shape[1]))
     for first, stored in blocks:
         part = Term(term.scale, term.left[first : first + stored.shape[0]], term.right)
         for top, v in _tiles(stored, dtype, part):
             for i, row in enumerate(v):
                 lanes[(first + top + i) % LANES] += row * row
-    return np.sqrt(_folded(lanes))
+    squares = _folded(lanes).reshape(-1, places)
+    total = squares[:, 0].copy()
+    for place in range(1, places):
+        total += squares[:, place]
+    norms: F64 = np.sqrt(total)
+    return norms
 
 
 def merge_columns(stored: Array, dtype: str, term: Term, factor: F64) -> tuple[Array, MergeStats]:
-    """Return the merged rows as stored bits, and what happened: `stored` (n, out) rows of a parameter stored (in, out),
-    `factor` (out,) magnitudes over norms."""
+    """Return the merged rows as stored bits, and what happened: `stored` (n, cols), `factor` (cols,) magnitudes over
+    norms."""
     out = np.empty_like(stored)
     stats = MergeStats(elements=stored.size)
     for top, v in _tiles(stored, dtype, term):
@@ -55,7 +62,10 @@ def merge_columns(stored: Array, dtype: str, term: Term, factor: F64) -> tuple[A
 def checked_factor(magnitude: F64, norms: F64) -> F64:
     """Return ``magnitude / norms``. Raises E-VALUE where a norm is zero or not finite."""
     if not (np.isfinite(norms).all() and norms.all()):
-        raise ValueRangeError("a row of W + B A has a norm of zero or beyond float64, DoRA is not defined there")
+        raise ValueRangeError(
+            "a row or column of W + B A has a norm of zero or beyond float64, DoRA is not defined there",
+            fix="is this the base that the adapter was trained on? else train without this layer",
+        )
     return magnitude / norms
 
 

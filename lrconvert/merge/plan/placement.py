@@ -8,7 +8,7 @@ from typing import Any
 
 from lrconvert.io.checkpoint import Checkpoint
 from lrconvert.lora import base_names, ties
-from lrconvert.lora.adapter import ExtraTensor
+from lrconvert.lora.adapter import MAGNITUDES, ExtraTensor
 from lrconvert.merge.plan import head_names, tied_tensors
 from lrconvert.merge.plan.updates import Adapter, targets_of
 from lrconvert.merge.plan.whole_tensors import gather, same_bytes, updated
@@ -47,7 +47,7 @@ class Draft:
     ) -> None:
         self.adapters, self.checkpoint, self.config = adapters, checkpoint, checkpoint.config
         self.resolved, self.merged = resolved, merged
-        self.has_magnitudes = any(extra.use == "magnitude" for adapter in adapters for extra in adapter.extras)
+        self.has_magnitudes = any(e.use in MAGNITUDES for adapter in adapters for e in adapter.extras)
         self.extras = gather(adapters)
         self.index = base_names.NameIndex.of(checkpoint)
         self.targets = {t.name for adapter in resolved for t in targets_of(adapter)}

@@ -16,7 +16,7 @@ from lrconvert.core.limits import MAX_INDEX_BYTES
 from lrconvert.io.checkpoint import Checkpoint
 from lrconvert.io.container import ContainerFile, TensorInfo, encode_header, read_small
 from lrconvert.lora import base_names, quantized_layers
-from lrconvert.lora.adapter import ExtraTensor, LoraAdapter, Target
+from lrconvert.lora.adapter import MAGNITUDES, ExtraTensor, LoraAdapter, Target
 from lrconvert.merge.plan import extra_tensors, load_check, resized
 from lrconvert.merge.plan.other_files import other_files
 from lrconvert.merge.plan.placement import Placement
@@ -167,7 +167,7 @@ def plan(inputs: Sequence[Scaled], checkpoint: Checkpoint, shard_bytes: int | No
     sources = tuple(Source(item.adapter) for item in inputs)
     elsewhere = sorted({name.partition(".")[0] for each in settled for name in each.elsewhere})
     said = (f"the adapters have parts for {', '.join(elsewhere)}, {ELSEWHERE}",) if elsewhere else ()
-    warnings = (*((warning,) if warning else ()), *said)
+    warnings = (*((warning,) if warning else ()), *said, *_of_words(adapters))
     return Plan(checkpoint, sources, placement, shards, texts, copies, left_out, _contents(adapters), warnings)
 
 
@@ -192,6 +192,16 @@ def _check_plain(resolved: Sequence[Adapter], placement: Placement, checkpoint: 
         stored = name if name in checkpoint.tensors else base_names.tied_source(name, checkpoint)
         if quantized.holds(stored or name):
             raise quantized.refused(name)
+
+
+def _of_words(adapters: Sequence[Adapter]) -> Iterator[str]:
+    """Yield a warning of the embeddings of words that adapters carry: they are no weights."""
+    names = sorted({extra.name for a in adapters for extra in a.extras if extra.use == "textual_inversion"})
+    if names:
+        yield (
+            f"{len(names)} embeddings of words (textual inversion) are not merged, {names[0]!r:.80} for one: "
+            "they change no weight, and the program that reads prompts takes them from the adapter's file"
+        )
 
 
 def _resolve(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
@@ -242,7 +252,7 @@ def _pieces_of(
     """Return the updates of adapter number `number`, `resolved`, with the names of their parameters in the base."""
     is_base_dependent = methods.needs_base(item.adapter)
     elsewhere = resolved.elsewhere
-    magnitudes = {e.name: e for e in item.adapter.extras if e.use == "magnitude" and e.name not in elsewhere}
+    magnitudes = {e.name: e for e in item.adapter.extras if e.use in MAGNITUDES and e.name not in elsewhere}
     if magnitudes and item.scale != 1:
         raise OptionError("a DoRA adapter cannot be scaled: its magnitudes hold for the whole of its update")
     for which, target in zip(resolved.kept, targets_of(resolved.adapter), strict=True):
@@ -258,6 +268,8 @@ def _pieces_of(
             yield inside.name, Piece(rows, inside.cols, number, which, item.scale, inside.is_transposed)
             continue
         places: list[tuple[Target, tuple[int, int] | None]] = [(p.target, (p.start, p.stop)) for p in parts]
+        if parts and magnitude is not None:
+            raise BaseError(f"the base stores {target.name!r} in parts, and its DoRA is that of the whole")
         for stored, part in places or [(target, None)]:
             start, stop, cols = extent(stored)
             transposed = is_transposed(target) and part is None

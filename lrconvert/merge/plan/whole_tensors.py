@@ -11,7 +11,7 @@ from lrconvert.core.dtypes import STORAGE, decode, round_to
 from lrconvert.core.errors import PlacementError
 from lrconvert.io.checkpoint import Checkpoint
 from lrconvert.io.container import TensorInfo
-from lrconvert.lora.adapter import ExtraTensor, LoraAdapter, LoraTarget
+from lrconvert.lora.adapter import MAGNITUDES, ExtraTensor, LoraAdapter, LoraTarget
 from lrconvert.merge.plan.updates import Adapter, decoded
 
 _COMPARE_BYTES = 1 << 22
@@ -46,7 +46,8 @@ def gather(adapters: Sequence[Adapter]) -> list[ExtraTensor]:
 
 def no_place(extra: ExtraTensor, why: str, fix: str = "") -> PlacementError:
     """Return the error of a tensor that the merged model has no place for."""
-    what = {"replace": "tensor", "add": "bias", "magnitude": "magnitude of"}.get(extra.use, "rows of")
+    names = {"replace": "tensor", "add": "bias", **dict.fromkeys(MAGNITUDES, "magnitude of")}
+    what = names.get(extra.use, "rows of")
     return PlacementError(f"the adapter's {what} {extra.name!r} has no place: {why}", fix=fix)
 
 

@@ -15,7 +15,7 @@ from lrconvert.core.limits import MAX_RANK
 from lrconvert.core.options import option
 from lrconvert.core.wording import spelled
 from lrconvert.lora import svd
-from lrconvert.lora.adapter import LoraAdapter, LoraTarget, Target
+from lrconvert.lora.adapter import MAGNITUDES, LoraAdapter, LoraTarget, Target
 from lrconvert.lora.base_weights import BaseWeights
 from lrconvert.lora.input_statistics import Moment
 from lrconvert.methods.base import Budget, FitContext
@@ -177,7 +177,7 @@ class Plan:
         if not self.bat:
             return
         needed(self.context.base)
-        if any(extra.use == "magnitude" for extra in self.lora.extras):
+        if any(extra.use in MAGNITUDES for extra in self.lora.extras):
             raise OptionError(
                 "Bat cannot carry DoRA's magnitudes along", fix=f"bake them with {spelled('bake_dora', ...)}"
             )

@@ -10,10 +10,11 @@ import numpy as np
 
 from lrconvert.core.dtypes import STORAGE
 from lrconvert.core.errors import ExportError
+from lrconvert.core.wording import spelled
 from lrconvert.formats.exporters.shared.files import Entry
 from lrconvert.formats.exporters.shared.plain import exclude
 from lrconvert.formats.readers.peft.names import BASE_LAYER, PREFIX
-from lrconvert.lora.adapter import Adapter, ExtraTensor
+from lrconvert.lora.adapter import Adapter, ExtraTensor, Target
 
 # Parts of an update beside its factors, as PEFT calls them.
 _PARTS = {
@@ -40,7 +41,7 @@ def place(adapter: Adapter, adapted: Collection[str], only: str = "lora_only") -
     kept = [e for e in whole if e not in biases and f"{BASE_LAYER}." not in e.name]
     entries = [(PREFIX + e.name, e.dtype, e.shape, e.data) for e in whole if e not in biases]
     entries += [(PREFIX + _bias_name(e, adapted), e.dtype, e.shape, e.data) for e in biases]
-    entries += list(_parts(adapter.extras))
+    entries += list(_parts(adapter))
     saved = saved_modules(adapter, kept)
     both = next((module for module in sorted(adapted) if _placed(module, saved)), "")
     if both:
@@ -61,9 +62,13 @@ def place(adapter: Adapter, adapted: Collection[str], only: str = "lora_only") -
 
 
 def _check_owners(extras: Iterable[ExtraTensor], adapted: Collection[str]) -> None:
-    """Raise E-EXPORT for parts of an update that PEFT would look for in another wrapper than the one it makes."""
+    """Raise E-EXPORT for what PEFT has no place for, and parts of an update that it would look for in another wrapper
+    than the one it makes."""
     for e in extras:
         module = owner(e.name)
+        if e.use == "input_magnitude":
+            what = f"PEFT's DoRA scales outputs, and that of {e.name!r:.120} scales inputs"
+            raise ExportError(what, fix=f"convert it with {spelled('bake_dora', ...)}, or export to kohya")
         if e.use in ("add", "magnitude") and module not in adapted:
             raise ExportError(
                 f"{e.name!r} is a part of the update of {module!r}, which has no factors",
@@ -76,10 +81,19 @@ def _check_owners(extras: Iterable[ExtraTensor], adapted: Collection[str]) -> No
             )
 
 
-def _parts(extras: Iterable[ExtraTensor]) -> Iterable[Entry]:
-    for e in extras:
+def _parts(adapter: Adapter) -> Iterable[Entry]:
+    convolutions = {target.name: target for target in adapter.shapes() if target.view.kind == "conv"}
+    for e in adapter.extras:
         if e.use in _PARTS:
-            yield f"{PREFIX}{owner(e.name)}.{_PARTS[e.use]}", e.dtype, e.shape, e.data
+            layer = convolutions.get(e.name) if e.use == "magnitude" else None
+            shape = e.shape if layer is None else magnitude_shape(layer)
+            yield f"{PREFIX}{owner(e.name)}.{_PARTS[e.use]}", e.dtype, shape, e.data
+
+
+def magnitude_shape(target: Target) -> tuple[int, ...]:
+    """Return the shape in which PEFT keeps DoRA's magnitudes of a layer."""
+    ones = (1,) * len(target.shape[2:])
+    return (1, target.out_features, *ones) if target.view.kind == "conv" else (target.out_features,)
 
 
 def owner(name: str) -> str:

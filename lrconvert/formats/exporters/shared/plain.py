@@ -13,16 +13,22 @@ from lrconvert.core.dtypes import Array, decode, round_to
 from lrconvert.core.errors import ExportError
 from lrconvert.core.wording import spelled
 from lrconvert.formats.exporters.base import ExportOptions
-from lrconvert.lora.adapter import Adapter, LoraAdapter, Target
+from lrconvert.formats.exporters.shared.files import Entry
+from lrconvert.lora.adapter import MAGNITUDES, Adapter, ExtraTensor, LoraAdapter, Target
 from lrconvert.methods import base as methods
 
 _USES = {
     "replace": "a saved tensor",
     "add": "the bias of a LoRA",
     "magnitude": "a DoRA magnitude",
+    "input_magnitude": "a DoRA magnitude of inputs",
+    "textual_inversion": "the embedding of a word",
     "rows": "trained rows of an embedding",
     "row_indices": "trained rows of an embedding",
 }
+
+
+_DORA = {"magnitude": "peft-lora, diffusers or kohya", "input_magnitude": "kohya"}
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,9 @@ def factors(adapter: Adapter, options: ExportOptions, stated: Stated | None = No
     `stated` is the scale that the layout states for a pair; without it one for all. Raises E-EXPORT if nothing is left,
     E-OPTION for a rank that is too small.
     """
-    updated = [pair for pair in expanded(adapter) if pair.rank]
+    scaled = {extra.name for extra in adapter.extras if extra.use in MAGNITUDES}  # an update even at rank 0
+    every = [pair if pair.rank or pair.target.name not in scaled else pair.padded(1) for pair in expanded(adapter)]
+    updated = [pair for pair in every if pair.rank]
     if not updated:
         raise ExportError("every target has rank 0, there is nothing to export")
     top = options.rank(max(pair.rank for pair in updated))
@@ -147,12 +155,11 @@ def refuse_extras(adapter: Adapter, layout: str, allowed: Collection[str] = ()) 
     """Raise E-EXPORT for the first tensor beside the factors that has no place in `layout`."""
     for extra in adapter.extras:
         if extra.use not in allowed:
-            baking = extra.use == "magnitude"
+            baking, word = extra.use in MAGNITUDES, extra.use == "textual_inversion"
+            fix = "export to kohya or diffusers" if word else "export to raw or peft-lora, or merge it into the base"
             raise ExportError(
                 f"{layout} has no place for {_USES[extra.use]}: {extra.name!r:.120}",
-                fix=f"convert it with {spelled('bake_dora', ...)}, or export to peft-lora"
-                if baking
-                else "export to raw or peft-lora, or merge it into the base",
+                fix=f"convert it with {spelled('bake_dora', ...)}, or export to {_DORA[extra.use]}" if baking else fix,
             )
 
 
@@ -180,3 +187,25 @@ def unfolded(pair: Pair, layout: str) -> tuple[Array, Array]:
         raise ExportError(f"{target.name!r:.120} is a convolution in groups, {layout} has none", fix=exclude())
     kernel = target.shape[2:]
     return pair.a.reshape(pair.rank, -1, *kernel), pair.b.reshape(-1, pair.rank, *(1 for _ in kernel))
+
+
+def magnitudes(adapter: Adapter) -> dict[str, ExtraTensor]:
+    """Return DoRA's magnitudes by the name of their target. Raises E-EXPORT for those of another layer."""
+    counts = {
+        (target.name, use): count
+        for target in adapter.shapes()
+        for use, count in zip(MAGNITUDES, (target.out_features, target.channels), strict=True)
+    }
+    scaled = {extra.name: extra for extra in adapter.extras if extra.use in MAGNITUDES}
+    for extra in scaled.values():
+        if math.prod(extra.shape) != counts.get((extra.name, extra.use)):
+            what = (
+                f"the DoRA magnitudes of {extra.name!r:.120} are {list(extra.shape)}, which its layer has no place for"
+            )
+            raise ExportError(what, fix="convert the adapter again: its file is of two")
+    return scaled
+
+
+def embeddings(adapter: Adapter) -> list[Entry]:
+    """Return the embeddings of words that an adapter carries, under their own names."""
+    return [(e.name, e.dtype, e.shape, e.data) for e in adapter.extras if e.use == "textual_inversion"]

@@ -1,6 +1,6 @@
 """kohya's sd-scripts and what writes its layout: ``lora_unet_<module>.lora_down.weight`` (r, in), ``.lora_up.weight``
 (out, r) and ``.alpha``, the dots of the module written as underscores; convolutions of one pixel or of several, with
-LyCORIS' ``.lora_mid.weight`` or without.
+LyCORIS' ``.lora_mid.weight`` or without; ``.dora_scale``, its DoRA, of outputs (out, 1) or of inputs (1, in).
 
 The scale is alpha / r; without an alpha it is 1, as sd-scripts has it. ``lora_unet`` is a pipeline's ``unet`` or
 ``transformer``, ``lora_te`` and ``lora_te1`` its ``text_encoder``, ``lora_te2`` its ``text_encoder_2``, ``lora_te3``
@@ -16,7 +16,7 @@ from pathlib import Path
 from lrconvert.core.errors import OptionError
 from lrconvert.core.wording import spelled
 from lrconvert.formats.readers.base import Reader
-from lrconvert.formats.readers.kohya import sgm
+from lrconvert.formats.readers.kohya import doubled, sgm
 from lrconvert.formats.readers.shared import naming, pairs, products
 from lrconvert.formats.readers.shared.naming import BaseNames, Component
 from lrconvert.formats.readers.shared.options import ReadOptions
@@ -40,6 +40,7 @@ _ANY = re.compile(r"(?:lora|lycoris)_[A-Za-z0-9]+_[^.]+\.[^.]")
 _PARTS = {
     **{"lora_down.weight": "A", "lora_up.weight": "B", "lora_mid.weight": "mid"},
     **{"lora_A.weight": "A", "lora_B.weight": "B", "alpha": "alpha", "diff": "diff", "diff_b": "diff_b"},
+    "dora_scale": "dora_scale",
 }
 
 
@@ -67,15 +68,17 @@ def read_weights(weights: Weights, options: ReadOptions) -> LoraAdapter:
     base = None if options.base is None else naming.base_names(options.base)
     modules = pairs.sort_parts(weights, _split)
     pairs.check_both_halves(modules, LABELS)
+    modules, notes = doubled.once(modules)
     targets, extras = [], []
     for module, parts in modules.items():
         component, name = (None, module) if base is None else _place(module, base)
         if pairs.is_pair(parts):
             pair = _pair(module, parts, weights, options)
             targets.append(pair if component is None else component.placed(pair, name))
+            extras += pairs.dora_scales(parts, targets[-1], weights)
         extras += pairs.differences(name if component is None else component.full(name), parts, weights)
     unstated = [module for module, parts in modules.items() if "alpha" not in parts and pairs.is_pair(parts)]
-    warnings = [naming.unnamed("kohya")] if base is None else []
+    warnings = [*notes, *([naming.unnamed("kohya")] if base is None else ())]
     if unstated and options.alpha is None:
         line = f"{len(unstated)} modules state no alpha, {unstated[0]} for one: their scale is 1"
         said = weights.metadata.get("ss_network_alpha")
@@ -94,7 +97,7 @@ def _pair(module: str, parts: Parts, weights: Weights, options: ReadOptions) -> 
     if "alpha" in parts:
         if alpha is not None:
             raise OptionError(f"{module} states its alpha, another was given", fix=f"leave {spelled('alpha')} out")
-        alpha = pairs.scalar(weights, parts["alpha"])
+        alpha = pairs.stated_alpha(weights, parts["alpha"])
 
     def scale(rank: int) -> float:
         return 1.0 if alpha is None else pairs.scale_of(module, alpha, rank)

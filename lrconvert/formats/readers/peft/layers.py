@@ -19,13 +19,13 @@ from lrconvert.formats.readers.shared import pairs
 from lrconvert.formats.readers.shared.folders import CONFIG_NAME
 from lrconvert.formats.readers.shared.pairs import (
     Labels,
-    check_outputs,
     check_rank,
     conv_view,
+    read_magnitude,
     reshape,
     scaled_bias,
 )
-from lrconvert.formats.readers.shared.weights import Weights, load_finite, load_finite_extra
+from lrconvert.formats.readers.shared.weights import Weights, load_finite
 from lrconvert.io.container import TensorInfo
 from lrconvert.lora.adapter import MATRIX, TRANSPOSED, ExtraTensor, LoraTarget, Target, View
 
@@ -57,8 +57,7 @@ def read_module(
         extras.append(scaled_bias(bias, pair, weights))
     magnitude = _expected(module, parts, "magnitude", "use_dora", settings.dora)
     if magnitude is not None:
-        check_outputs(magnitude, pair)
-        extras.append(load_finite_extra(f"{module}.weight", magnitude, weights, "magnitude"))
+        extras.append(read_magnitude(magnitude, pair, weights))
     return [pair], extras
 
 

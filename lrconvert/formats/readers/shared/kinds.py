@@ -36,7 +36,6 @@ _KINDS = (
 )
 # Parts of files that are LoRAs otherwise: dropping them would change the model.
 _PARTS = (
-    (r"\.dora_scale$", "the magnitudes of a DoRA in LyCORIS' form, whose norms may run along either axis", _MERGE),
     (r"\.(diff|diff_b|w_norm|b_norm|set_weight)$", "a whole difference of weights, not a pair of factors", _MERGE),
     (
         r"(^|\.)(q|k|v|o|out)_proj\.w_lora_[AB]$",
@@ -53,7 +52,6 @@ _PARTS = (
         "a FLUX LoRA of XLabs, whose queries, keys and values are fused",
         "load it with diffusers (load_lora_weights, which translates it), save it with save_lora_weights, convert that",
     ),
-    (r"^bundle_emb\.", "embeddings of new tokens that are bundled with the LoRA", "save the LoRA without them"),
     (r"\.lora_(up|down)\.\d+\.weight$", "a pair of one slice of a fused layer", "save it again with sd-scripts"),
 )
 _FACTOR = re.compile(r"(?i)lora_?(a|b|up|down)\b|\.(up|down)\b|w_[ab]_\d")

@@ -1,6 +1,7 @@
 """The steps that readers of plain layouts share: parts of modules by name, a pair as a target, the finished LoRA.
 
-A pair is A (r, in) and B (out, r); of a convolution A (r, in, K, L) and B (out, r, 1, 1), or with a middle factor
+A pair is A (r, in) and B (out, r); of a convolution A (r, in, K, L) and B (out, r, 1, 1), in one dimension or three
+likewise, or with a middle factor
 (Tucker) A (r, in, 1, 1), M (r, r, K, L), B (out, r, 1, 1), whose A and M are multiplied out in float64.
 """
 
@@ -14,7 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from lrconvert.core.dtypes import Stored, round_to
+from lrconvert.core.dtypes import STORAGE, Stored, decode, round_to
 from lrconvert.core.errors import (
     ConfigError,
     EmptyAdapterError,
@@ -22,17 +23,18 @@ from lrconvert.core.errors import (
     PairError,
     TensorUnknownError,
     UnsupportedLoraError,
+    ValueRangeError,
 )
 from lrconvert.core.limits import MAX_RANK
-from lrconvert.formats.readers.shared import kinds
+from lrconvert.formats.readers.shared import bundled, kinds
 from lrconvert.formats.readers.shared.notes import notes_of
 from lrconvert.formats.readers.shared.weights import Weights, load_finite, load_finite_extra, source_digest
 from lrconvert.io.container import TensorInfo
-from lrconvert.lora.adapter import MATRIX, ExtraTensor, LoraAdapter, LoraTarget, Provenance, Target, View
+from lrconvert.lora.adapter import MAGNITUDES, MATRIX, ExtraTensor, LoraAdapter, LoraTarget, Provenance, Target, View
 
 Parts = Mapping[str, TensorInfo]  # part of a module -> tensor
 Key = TypeVar("Key", bound=str)
-INTEGERS = ("I64", "I32", "I16", "I8", "U8")
+INTEGERS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8")
 _SMALLEST, _LARGEST = (float(getattr(np.finfo(np.float32), name)) for name in ("smallest_normal", "max"))
 _MOST_KERNEL = 9999  # what a view can spell
 
@@ -52,6 +54,8 @@ def sort_parts(weights: Weights, split: Callable[[str], tuple[str, str] | None])
     modules: dict[str, dict[str, TensorInfo]] = {}
     unknown = []
     for info in weights.tensors:
+        if bundled.is_bundled(info.name):
+            continue  # `build_adapter` carries it along
         place = split(info.name)
         if place is None:
             unknown.append(info.name)
@@ -92,13 +96,24 @@ def check_both_halves(modules: Mapping[str, Parts], labels: Labels) -> None:
         raise kinds.no_matrices([info.name for parts in modules.values() for info in parts.values()])
 
 
-def scalar(weights: Weights, info: TensorInfo) -> float:
-    """Return the one number of a tensor. Raises E-PAIR, E-DTYPE, E-VALUE."""
+def stated_alpha(weights: Weights, info: TensorInfo) -> float:
+    """Return the alpha that a tensor of any dtype states, of no dimension or of one number. Raises E-PAIR, E-DTYPE,
+    E-VALUE for NaN and infinity, E-CONFIG for zero."""
     if math.prod(info.shape) != 1:
-        raise PairError(f"tensor {info.name!r} is {list(info.shape)}, expected one number")
-    if info.dtype in INTEGERS:
-        return float(weights.load(info).array.reshape(-1)[0])
-    return float(load_finite(weights, info).decode().reshape(-1)[0])
+        what = f"tensor {info.name!r} is {list(info.shape)}; an alpha is one number"
+        raise PairError(what, fix="has the file another tensor of that name? Else save the adapter again")
+    floats = None if info.dtype in INTEGERS else weights.load_floats(info)
+    alpha = float((weights.load(info).array if floats is None else floats.decode()).reshape(-1)[0])
+    if not math.isfinite(alpha):
+        what = f"tensor {info.name!r} is {alpha}: no alpha, so the scale alpha / r is not known"
+        raise ValueRangeError(what, fix="write the alpha of the training into the file")
+    if alpha == 0:
+        raise ConfigError(
+            f"tensor {info.name!r} is 0, which programs read in two ways: sd-scripts and LyCORIS as no alpha (a scale "
+            "of 1), ComfyUI and diffusers as an update of zero",
+            fix="write the alpha that was meant into the file, r for a scale of 1",
+        )
+    return alpha
 
 
 def scale_of(module: str, alpha: float, rank: float) -> float:
@@ -168,11 +183,11 @@ def check_rank(module: str, rank: int) -> None:
 
 
 def conv_view(module: str, label: str, shape: Sequence[int]) -> View:
-    """Return the view of a convolution whose A, called `label`, has this shape (r, in, K, L). Raises E-LORA-FEATURE for
-    three dimensions, E-LIMIT for a kernel that a view cannot spell."""
+    """Return the view of a convolution whose A, called `label`, has this shape (r, in, K, L, M), with one place of a
+    kernel to three. Raises E-LORA-FEATURE for more, E-LIMIT for a kernel that a view cannot spell."""
     kernel = list(shape[2:])
-    if len(kernel) > 2:
-        what = f"{module}: {label} is {list(shape)}, a convolution in three dimensions, which no view describes"
+    if len(kernel) > 3:
+        what = f"{module}: {label} is {list(shape)}, a convolution in {len(kernel)} dimensions, which no view describes"
         raise UnsupportedLoraError(what, fix="train it without this layer, or merge it with the tool that trained it")
     if max(kernel) > _MOST_KERNEL:
         raise LimitError(f"{module}: the kernel {kernel} is above {_MOST_KERNEL}")
@@ -233,6 +248,39 @@ def check_outputs(info: TensorInfo, pair: LoraTarget) -> None:
         raise PairError(f"{pair.target.name}: {info.name!r} is {list(info.shape)}, the module has {out} outputs")
 
 
+def read_magnitude(info: TensorInfo, pair: LoraTarget, weights: Weights) -> ExtraTensor:
+    """Return DoRA's magnitudes of a module as PEFT stores them: (out,), or with dimensions of one around. Raises
+    E-PAIR, E-DTYPE, E-VALUE."""
+    check_outputs(info, pair)
+    extra = load_finite_extra(pair.target.name, info, weights, "magnitude")
+    return extra if len(info.shape) <= 4 else replace(extra, shape=(pair.target.out_features,))
+
+
+def dora_scales(parts: Parts, pair: LoraTarget, weights: Weights) -> list[ExtraTensor]:
+    """Return the magnitudes of a module in LyCORIS' form, if it has any. Raises what `read_dora_scale` raises."""
+    return [read_dora_scale(parts["dora_scale"], pair, weights)] if "dora_scale" in parts else []
+
+
+def read_dora_scale(info: TensorInfo, pair: LoraTarget, weights: Weights) -> ExtraTensor:
+    """Return DoRA's magnitudes as LyCORIS stores them, flat: (out, 1, ...) are norms along the inputs (`wd_on_output`),
+    (1, in, ...) along the outputs and the kernel. Raises E-PAIR, E-DTYPE, E-VALUE."""
+    out, channels, count = pair.target.out_features, pair.target.channels, math.prod(info.shape)
+    flat = len(info.shape) < 2
+    by_output = count == out and (flat or info.shape[0] == out)
+    by_input = count == channels and (flat or info.shape[1] == channels)
+    if flat and by_output and by_input and count > 1:
+        raise PairError(
+            f"{info.name!r} has one dimension of {count}, and the layer has as many inputs as outputs: nothing says "
+            "whose magnitudes they are",
+            fix=f"reshape it to [{out}, 1] if they are of the outputs, to [1, {channels}] if of the inputs",
+        )
+    if not (by_output or by_input):
+        what = f"{info.name!r} is {list(info.shape)}, the layer has {out} outputs and {channels} inputs"
+        raise PairError(what, fix="a DoRA of LyCORIS has [outputs, 1, ...] or [1, inputs, ...]; is the file whole?")
+    extra = load_finite_extra(pair.target.name, info, weights, "magnitude" if by_output else "input_magnitude")
+    return replace(extra, shape=(count,))
+
+
 def scaled_bias(info: TensorInfo, pair: LoraTarget, weights: Weights) -> ExtraTensor:
     """Return the bias of lora_B with the scale folded in, in float32, rounded once. Raises E-PAIR, E-LIMIT, E-DTYPE,
     E-VALUE."""
@@ -282,13 +330,27 @@ def build_adapter(
     for one, two in pairwise(ordered):
         if (one.target.name, one.target.view) == (two.target.name, two.target.view):
             raise TensorUnknownError(f"two pairs of the file mean the same parameter {one.target.name!r}")
+    embeddings = bundled.extras(weights)
     source = Provenance(source_digest(weights), base_model, fields={"source_format": layout})
-    said = (*all_zero(ordered), *notes_of(weights, used), *warnings)
-    return LoraAdapter(ordered, sort_extras(extras), source, said)
+    every = sort_extras([*extras, *embeddings])
+    said = (*all_zero(ordered), *notes_of(weights, used), *warnings, *bundled.notes(embeddings), *_negative(every))
+    return LoraAdapter(ordered, every, source, said)
 
 
 def sort_extras(extras: Iterable[ExtraTensor]) -> tuple[ExtraTensor, ...]:
     return tuple(sorted(extras, key=lambda extra: (extra.name, extra.use)))
+
+
+def _negative(extras: Iterable[ExtraTensor]) -> list[str]:
+    """Return the warning, if any, of magnitudes below zero: the first DoRAs of LyCORIS stored means."""
+    scaled = [extra for extra in extras if extra.use in MAGNITUDES]
+    below = [e.name for e in scaled if (decode(np.frombuffer(e.data, STORAGE[e.dtype]), e.dtype) < 0).any()]
+    if not below:
+        return []
+    return [
+        f"{len(below)} modules have DoRA magnitudes below zero, {below[0]} for one: they are taken for norms, as "
+        "LyCORIS stores them since 2.0; releases before it stored means, and then the update is another"
+    ]
 
 
 def all_zero(targets: Sequence[LoraTarget]) -> list[str]:

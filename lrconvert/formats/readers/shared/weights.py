@@ -25,13 +25,14 @@ from lrconvert.core.errors import (
 )
 from lrconvert.core.limits import ADAPTER, MAX_INDEX_BYTES
 from lrconvert.core.wording import spelled
-from lrconvert.formats.readers.shared import wrappers
+from lrconvert.formats.readers.shared import eight_bits, wrappers
 from lrconvert.formats.readers.shared.files import ForeignFile, check_name, check_shape
 from lrconvert.formats.readers.shared.folders import INDEX
 from lrconvert.formats.readers.shared.npz import NpzFile
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.io.checkpoint import check_index, shard_paths
 from lrconvert.io.container import ContainerFile, TensorInfo, combined_digest, read_json, tensor_digest
+from lrconvert.io.quantized.base import FP8
 from lrconvert.lora.adapter import ExtraTensor, Use
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ _MOST_LEVELS = 8  # of dicts in dicts
 _SHARED = 4  # tensors may share memory, so that they are larger than their file; not by more than this
 _DTYPES = {
     **{"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"},
+    **{"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"},
     **{"int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"},
 }
 
@@ -89,6 +91,7 @@ class Weights:
             for name, info in self._stored_as.items()
         )
         self.empty = tuple(info.name for info in self.stored if 0 in info.shape)
+        self._set_scales_aside(notes)
         _check_empty(self.empty, names)
         if self.empty:
             notes.append(
@@ -96,6 +99,15 @@ class Weights:
                 f"left out: {self.empty[0]!r:.120} for one"
             )
         self.notes = tuple(notes)
+
+    def _set_scales_aside(self, notes: list[str]) -> None:
+        """Take the scales of numbers of eight bits out of `tensors`, and the mark of files that have any."""
+        by_name = {info.name: info for info in self.tensors}
+        self._scales = {name: by_name[scale] for name, scale in eight_bits.scales(by_name).items()}
+        aside = {eight_bits.MARK, *(info.name for info in self._scales.values())}
+        self.tensors = tuple(info for info in self.tensors if info.name not in aside)
+        self.empty = tuple(name for name in self.empty if name != eight_bits.MARK)
+        notes += eight_bits.notes(self.tensors, self._scales)
 
     @cached_property
     def _by_path(self) -> dict[Path, ContainerFile | ForeignFile]:
@@ -113,6 +125,20 @@ class Weights:
     def load(self, info: TensorInfo) -> Stored:
         """Return one of `tensors` with its stored bits."""
         return self._by_path[info.file].load(self._stored_as[info.name])
+
+    def load_floats(self, info: TensorInfo) -> Stored:
+        """Return one of `tensors` as real numbers: with its stored bits, those of eight bits wider. Raises E-DTYPE,
+        E-PAIR."""
+        if info.dtype in FP8:
+            scale = self._scales.get(info.name)
+            return eight_bits.decoded(self.load(info), None if scale is None else load_finite(self, scale), info.name)
+        if info.dtype not in FLOATS:
+            raise DtypeError(
+                f"tensor {info.name!r} is {info.dtype}, expected one of {', '.join((*FLOATS, *FP8))}: integers are "
+                "codes of a quantization that the file does not describe",
+                fix="save the adapter again in F32, F16 or BF16 with the tool that trained it",
+            )
+        return self.load(info)
 
     def check_unchanged(self) -> None:
         """Raise E-IO-CHANGED if a file differs from when it was opened."""
@@ -202,9 +228,7 @@ def _begins_with(path: Path, magic: bytes) -> bool:
 
 def load_finite(weights: Weights, info: TensorInfo) -> Stored:
     """Return a tensor of real numbers with its stored bits. Raises E-DTYPE, and E-VALUE for NaN and infinity."""
-    if info.dtype not in FLOATS:
-        raise DtypeError(f"tensor {info.name!r} is {info.dtype}, expected one of {', '.join(FLOATS)}")
-    stored = weights.load(info)
+    stored = weights.load_floats(info)
     if not stored.is_finite():
         fix = "the training diverged; use an earlier checkpoint"
         raise ValueRangeError(f"tensor {info.name!r} holds NaN or infinity", fix=fix)
