@@ -8,7 +8,7 @@ from lrconvert.io.remote.fetching import Files, fetch, fetched, files_of, folder
 from lrconvert.io.remote.listing import Adapter, adapters
 from lrconvert.io.remote.opening import open_store
 from lrconvert.io.remote.publishing import check_output, publish, publish_folder
-from lrconvert.io.remote.stores import Entry, Store
+from lrconvert.io.remote.stores import Entry, Store, check_writable
 from lrconvert.io.remote.urls import Url, is_url, local_path, parse
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Url",
     "adapters",
     "check_output",
+    "check_writable",
     "fetch",
     "fetched",
     "files_of",

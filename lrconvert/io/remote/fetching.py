@@ -69,7 +69,9 @@ class Files:
 
     @property
     def adapter(self) -> Adapter:
-        return adapter_of("", [entry for _, entry in self.items])
+        """Return the adapter as a listing has it: a file by itself, whatever stands beside it."""
+        entries = [entry for _, entry in self.items]
+        return adapter_of("", entries[:1] if self.single else entries)
 
 
 def files_of(place: Store) -> Files:
@@ -103,7 +105,8 @@ def _single(place: Store, own: Entry) -> Files:
     """A file of weights, with what may stand beside it."""
     beside = []
     if not own.name.endswith(_STATES_ALL) and "?" not in place.url.text:
-        beside = _present(place.parent(), (CONFIG, SHAPES, CARD))
+        beside = _present(place.parent(), (CONFIG,))
+        beside += _present(place.parent(), (SHAPES, CARD)) if beside else []
     return Files(place.url, [(place, own), *beside], own.name)
 
 
