@@ -1,7 +1,7 @@
 """Where adapters come from and where outputs go: the only two places where a batch touches either.
 
-A source is a path, a hub id or a URL, an output a path or a URL. A job asks for `fetched` and `source_state` of the one,
-for `kept`, `output_state` and `publish` of the other, and knows nothing else of where they lie.
+A source is a path, a hub id or a URL, an output a path or a URL. A job asks for `fetched` and `source_state` of the
+one, for `kept`, `output_state` and `publish` of the other, and knows nothing else of where they lie.
 
 What tells that a file at a URL is as it was is what its store says of its content (an ETag, a generation), with its
 size; a store that says nothing of the kind has no states, and what lies there is checked in full.
