@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from lrconvert.core import errors
 from lrconvert.core.limits import OWN
 from lrconvert.formats.fleet.names import is_name
+from lrconvert.formats.lrc.one_tensor import VERSIONS
 
 MAGIC = b"lrfleet\x01"
 FRAME, TENSOR, MEMBER, REMOVAL = range(1, 5)
@@ -150,6 +151,8 @@ def member_of(data: bytes | memoryview, body: int, at: int) -> Member:
     name = text_of(cursor)
     digest, version = cursor.take(DIGEST_BYTES), cursor.take(1)[0]
     nbytes, frame = cursor.number(), cursor.number()
+    if version not in (1, *VERSIONS):
+        raise errors.VersionError(f"the member {name!r} came as container version {version}", fix="update lrconvert")
     if nbytes > OWN.file_bytes:
         raise errors.LimitError(f"the file of {name!r} has {nbytes} bytes; at most {OWN.file_bytes} are read")
     own = cursor.take(cursor.number())

@@ -315,7 +315,8 @@ def _extra(entry: _Extra) -> ExtraTensor:
 
 def extra_sizes(manifest: Mapping[str, Any]) -> list[int]:
     """Return the bytes of each extra tensor that a manifest declares. Raises what reading them raises."""
-    return [itemsize(extra.dtype) * math.prod(extra.shape) for extra in _extras(manifest.get("extras"))]
+    entries = fields.read(tuple[_Extra, ...], manifest.get("extras"), "extras")
+    return [itemsize(extra.dtype) * math.prod(extra.shape) for extra in entries]
 
 
 def check_extra_bytes(declared: ExtraTensor, nbytes: int) -> None:
