@@ -25,7 +25,7 @@ _NAMED = re.compile(
     r"|sharedaccesssignature|aws_secret_access_key|aws_access_key_id|aws_session_token|access_token|password|secret)"
     r"(\s*[=:]\s*)(?!\*\*\*)[^\s&;,\"'<>]+"
 )
-_TOKENS = re.compile(r"\b(?:AKIA|ASIA|AROA|AIDA)[A-Z0-9]{12,}|\bhf_[A-Za-z0-9]{16,}|(?i:\bbearer)\s+[\w.~+/=-]{8,}")
+_TOKENS = re.compile(r"\b(?:AKIA|ASIA|AROA|AIDA)[A-Z0-9]{12,}|\bhf_[A-Za-z0-9]{16,}|(?i:\bbearer)\s+[^\s,'\"<>]{7,}")
 
 
 def redacted(text: str) -> str:
