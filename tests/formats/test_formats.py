@@ -69,7 +69,7 @@ CASES = [(m.id, n) for m in methods.all_methods() for n in range(len(m.examples)
 SECOND = {
     module.name: importlib.import_module(f"second_readers.{module.name}")
     for module in pkgutil.iter_modules(second_readers.__path__)
-    if module.name not in ("container", "parts", "coded", "undo")
+    if module.name not in ("container", "parts", "coded", "undo", "fleet")
 }
 
 

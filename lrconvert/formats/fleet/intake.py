@@ -104,16 +104,19 @@ class Intake:
     _held: dict[bytes, Arrival] = field(default_factory=dict, init=False)
     _shared: dict[bytes, int] = field(default_factory=dict, init=False)
     _seen: set[bytes] = field(default_factory=set, init=False)
+    _unchecked: set[bytes] = field(default_factory=set, init=False)
     _looked_at: set[int] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
         if self.fleet is None:
             return
         for entry in self.fleet.frames():
-            content = self.fleet.frame(entry.offset)
-            self._frames.setdefault(manifests.group_key(content), []).append(_Frame(entry.offset, content))
+            with suppress(LrcError):  # what is damaged is not shared any more
+                content = self.fleet.frame(entry.offset)
+                self._frames.setdefault(manifests.group_key(content), []).append(_Frame(entry.offset, content))
         for entry in self.fleet.shared_tensors():
             self._shared[entry.key[-records.DIGEST_BYTES :]] = entry.offset
+        self._unchecked.update(self._shared)
 
     def put(self, arrival: Arrival) -> None:
         """Take a member in; it may wait for the next one."""
@@ -218,12 +221,25 @@ class Intake:
 
     def _place(self, digest: bytes, data: bytes, is_shared: bool) -> int | None:
         """Return where a tensor lies that is shared, None for one that is the member's own."""
+        if digest in self._unchecked:
+            self._check(digest)
         if digest not in self._shared:
             if not is_shared and digest[:_SHORT] not in self._seen:
                 self._seen.add(digest[:_SHORT])
                 return None
             self._shared[digest] = self._record(TENSOR, data)
         return self._shared[digest]
+
+    def _check(self, digest: bytes) -> None:
+        """Forget a tensor of an earlier writer that is damaged: it is written anew."""
+        self._unchecked.discard(digest)
+        try:
+            assert self.fleet is not None  # whose tensor it is
+            if hashlib.sha256(self.fleet.body(self._shared[digest], TENSOR)).digest() == digest:
+                return
+        except LrcError:
+            pass
+        del self._shared[digest]
 
 
 def _patch(frame: Mapping[str, Any], manifest: Mapping[str, Any]) -> bytes:

@@ -209,6 +209,13 @@ class OpenFleet:
             raise errors.DigestError("what it is put together of does not match its digest", fix=_AGAIN)
         return data
 
+    def holds(self, entry: Entry, digest: bytes) -> bool:
+        """Return true if a member is the file of that digest, and undamaged."""
+        try:
+            return self.member(entry).digest == digest and bool(self.file_bytes(entry))
+        except LrcError:
+            return False
+
     def bytes_of(self, name: str) -> bytes:
         """Return the file of a member, with its name in every error."""
         entry = self.entry(name)

@@ -86,12 +86,13 @@ def add(
             intake = Intake(out, change.fleet, share)
             for name, load in sorted(given, key=_by_name):
                 arrival, old = load(), change.fleet.find(name.encode())
-                if old is not None and change.fleet.member(old).digest == arrival.digest:
+                if old is not None and change.fleet.holds(old, arrival.digest):
                     taken.append(_taken(arrival, "unchanged", old.length))
                     continue
                 if old is not None and not overwrite:
                     fix = f"give it another name, or pass {spelled('overwrite', True)}"
-                    raise errors.OutputExistsError(f"the fleet has another member {name!r}", fix=fix, path=root)
+                    what = f"the fleet has a member {name!r} of other content, or a damaged one"
+                    raise errors.OutputExistsError(what, fix=fix, path=root)
                 taken.append(_put(intake, arrival, "added" if old is None else "replaced"))
                 dead, new = dead + (old.length if old else 0), new + (old is None)
             entries = intake.finish()
