@@ -20,6 +20,7 @@ import json
 import posixpath
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -212,9 +213,14 @@ def version(info: Mapping[str, Any]) -> str:
     times, and its size."""
     known = {key: str(info[key]).strip('"') for key in _TAGS if info.get(key)}
     if not known:
-        known = {key: str(info[key]) for key in _TIMES if info.get(key) is not None}
+        known = {key: _time(info[key]) for key in _TIMES if info.get(key) is not None}
     first = next(iter(known.items()), None)
     return json.dumps({first[0].lower(): first[1], "size": info.get("size")}, sort_keys=True) if first else ""
+
+
+def _time(value: object) -> str:
+    """A time as text, the same whether a driver gives it as a date or in seconds."""
+    return str(value.timestamp() if isinstance(value, datetime) else value)
 
 
 def _md5(info: Mapping[str, Any]) -> str:
