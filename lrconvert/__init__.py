@@ -8,7 +8,7 @@ The verbs; `help(lrconvert.compress)` and so on say what each takes and gives:
 
     read           load, load_lora, load_all, read, load_statistics, download
     look           inspect, validate, check, compare
-    make smaller   compress, convert, allocate; compress_many, convert_many, allocate_many
+    make smaller   compress, convert, allocate; compress_many, convert_many, allocate_many; batch_jobs, convert_one
     win back       statistics, refine
     write          write, upgrade, export
     serve          expanded

@@ -35,7 +35,7 @@ from conftest import ADAPTERS, BASES
 from crashes import whole
 
 from lrconvert import api
-from lrconvert.api.batch import journal
+from lrconvert.api.batch import manifest
 from lrconvert.cli import cli
 from lrconvert.core import errors
 from lrconvert.testing import faults
@@ -59,8 +59,8 @@ class Command:
 
 
 def _content(work: Path) -> dict[str, Any]:
-    """Everything in a folder but the journals of batches, whose lines hold times and stand in the order of the work."""
-    return {name: value for name, value in whole(work).items() if not name.endswith(f"/{journal.NAME}")}
+    """Everything in a folder but the manifests of batches, whose lines have times, in the order of the work."""
+    return {name: value for name, value in whole(work).items() if not name.endswith(f"/{manifest.NAME}")}
 
 
 def words(*parts: str) -> Run:

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
         validate,
         write,
     )
-    from lrconvert.api.batch.run import Batch, BatchOptions, allocate_many, compress_many, convert_many
+    from lrconvert.api.batch.job import Job, Outcome, Work
+    from lrconvert.api.batch.one import convert_one
+    from lrconvert.api.batch.run import Batch, BatchOptions, allocate_many, batch_jobs, compress_many, convert_many
     from lrconvert.api.comparing import compare, load_statistics, statistics
     from lrconvert.api.conversions import allocate, compress, convert, refine
     from lrconvert.api.expanding import ExpandOptions, expanded
@@ -62,10 +64,12 @@ __all__ = [
     "Finding",
     "Fleet",
     "InputStatistics",
+    "Job",
     "LoraAdapter",
     "LrcError",
     "MergeOptions",
     "MergeReport",
+    "Outcome",
     "Recovery",
     "RunOptions",
     "Scaled",
@@ -75,15 +79,18 @@ __all__ = [
     "UnmergeReport",
     "Validation",
     "VerifyReport",
+    "Work",
     "allocate",
     "allocate_many",
     "attach",
+    "batch_jobs",
     "check",
     "compare",
     "compress",
     "compress_many",
     "convert",
     "convert_many",
+    "convert_one",
     "detach",
     "disabled",
     "download",
@@ -110,7 +117,9 @@ __all__ = [
 
 _HOMES = {  # the modules, and what they give
     "api.adapters": "check download inspect load load_all load_lora read upgrade validate write",
-    "api.batch.run": "Batch BatchOptions allocate_many compress_many convert_many",
+    "api.batch.job": "Job Outcome Work",
+    "api.batch.one": "convert_one",
+    "api.batch.run": "Batch BatchOptions allocate_many batch_jobs compress_many convert_many",
     "api.comparing": "compare load_statistics statistics",
     "api.conversions": "allocate compress convert refine",
     "api.expanding": "ExpandOptions expanded",

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lrconvert.api.batch.run import Batch, BatchOptions, OnDone, Outcome, Work
+from lrconvert.api.batch.job import Outcome, Work
+from lrconvert.api.batch.run import Batch, BatchOptions, OnDone
 from lrconvert.api.batch.run import run as run_batch
 from lrconvert.api.batch.sources import are_many
 from lrconvert.cli import flags
@@ -22,21 +23,25 @@ if TYPE_CHECKING:
     from lrconvert.report.html import Adapter
 
 
-def jobs_option() -> click.Option:
-    return click.Option(
-        ["-j", "--jobs"],
-        type=click.IntRange(1),
-        help="For several sources, or a folder of them: this many processes.  [default: one for each core]",
-    )
-
-
-def html_option() -> click.Option:
-    return click.Option(["--html"], type=flags.PATH, help="For several sources: write an HTML page about all, too.")
+def options() -> list[click.Option]:
+    """Return the options of a command that are for several sources, or a folder of them."""
+    several = flags.of(BatchOptions)
+    (jobs,) = (option for option in several if option.name == "jobs")
+    jobs.opts.insert(0, "-j")
+    for option in several:
+        option.help = f"For many adapters. {option.help}"
+    return [
+        *several,
+        click.Option(["--html"], type=flags.PATH, help="For many adapters. Write an HTML page about all, too."),
+    ]
 
 
 def is_meant(request: Request) -> bool:
-    """Return true if a command line asks for many: several sources, --jobs, or a folder of several adapters."""
-    return request.jobs is not None or are_many(request.sources, request.output)
+    """Return true if a command line asks for many: several sources, an option that is for many, or a folder of several
+    adapters. Raises a usage error if there is nothing to work on."""
+    if not request.sources and "manifest" not in request.many:
+        raise click.UsageError("Missing argument 'SOURCE...', or option '--manifest'.")
+    return bool(request.many) or are_many(request.sources, request.output)
 
 
 def run(request: Request, work: Work, title: str) -> None:
@@ -44,7 +49,7 @@ def run(request: Request, work: Work, title: str) -> None:
     adapter failed. What is not to be shipped has not failed."""
     from lrconvert.formats import loading
 
-    if request.output is None and not request.dry_run:
+    if request.sources and request.output is None and not request.dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
     if request.html is not None:
         check_output(request.html, request.overwrite)
@@ -53,11 +58,11 @@ def run(request: Request, work: Work, title: str) -> None:
     with _progress(title, request.quiet or request.as_json) as on_done:
         batch = run_batch(
             work,
-            request.sources,
-            request.output or Path(),
+            request.sources or None,
+            request.output or (Path() if request.sources else None),
             reading,
             BatchOptions(
-                jobs=request.jobs,
+                **request.many,
                 overwrite=request.overwrite,
                 dry_run=request.dry_run,
                 verbose=request.verbose and not request.as_json,

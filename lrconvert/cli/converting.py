@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lrconvert.api.batch.run import Work
+from lrconvert.api.batch.job import Work
 from lrconvert.cli import batch, flags
 from lrconvert.cli.printing import emit, progress_bar, say, unfinished_is_said, warn
 from lrconvert.cli.request import Request
@@ -44,10 +44,9 @@ def _command(
     plan = click.Option(["--dry-run"], is_flag=True, help="Print the plan and the exact size; write nothing.")
     common = flags.of(ConvertOptions, skip=[*skip, *(str(option.name) for option in own)])
     params: list[click.Parameter] = [
-        click.Argument(["sources"], metavar="SOURCE...", nargs=-1, required=True, type=flags.ADAPTER),
+        click.Argument(["sources"], metavar="SOURCE...", nargs=-1, type=flags.ADAPTER),
         click.Option(["-o", "--output"], type=flags.PLACE, help=_MANY),
-        batch.jobs_option(),
-        batch.html_option(),
+        *batch.options(),
         *own,
         *common,
         *flags.reading(),

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrconvert.api.batch.run import Outcome
+from lrconvert.api.batch.job import Outcome
 from lrconvert.api.batch.sources import are_many, plan
 from lrconvert.cli.printing import command_line, emit, progress_bar, say
 from lrconvert.core.errors import LrcError, printable

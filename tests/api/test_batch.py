@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
+import pickle
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +21,8 @@ from test_cli import lrconvert as command
 
 import lrconvert
 from lrconvert import api
-from lrconvert.api.batch import journal, pool, request, sources, worker
-from lrconvert.api.batch.run import Batch, Outcome
+from lrconvert.api.batch import manifest, request, run, sources
+from lrconvert.api.batch.run import Batch
 from lrconvert.cli import cli
 from lrconvert.core import errors
 from lrconvert.io import checkpoint
@@ -53,21 +50,29 @@ def zoo(tmp_path: Path) -> Path:
 
 
 def tree(root: Path) -> dict[str, bytes]:
-    files = (p for p in sorted(root.rglob("*")) if p.is_file() and p.name != journal.NAME)
+    files = (p for p in sorted(root.rglob("*")) if p.is_file() and p.name != manifest.NAME)
     return {str(p.relative_to(root)): p.read_bytes() for p in files}
+
+
+class Here(Executor):
+    """Does each job at once, in this process, as one that was pickled, and keeps the names of their adapters."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def submit(self, call: Any, /, job: Any) -> Any:  # type: ignore[override]
+        self.names.append(Path(job.source).name)
+        future: Future[Any] = Future()
+        future.set_result(pickle.loads(pickle.dumps(call(pickle.loads(pickle.dumps(job))))))
+        return future
 
 
 def work_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Let batches do their work in this process, and return the names of the adapters that are worked on from then
     on: what a process costs to start is spared where none is the matter."""
     names: list[str] = []
-
-    def run(jobs: Iterable[Mapping[str, Any]], count: int, advance: Callable[[int, pool.Answer], None]) -> None:
-        for number, job in enumerate(jobs):
-            names.append(Path(job["path"]).name)
-            advance(number, json.loads(json.dumps(worker.work(json.loads(json.dumps(job))))))
-
-    monkeypatch.setattr(pool, "run", run)
+    monkeypatch.setattr(run, "Workers", lambda count: Here(names))
+    monkeypatch.setattr(run, "_processes", lambda options: 1)
     return names
 
 
@@ -220,9 +225,7 @@ def test_a_base_is_digested_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     base = shutil.copytree(BASES / "tiny-llama", tmp_path / "base")
     for name in ("one", "two"):
         shutil.copytree(ADAPTERS / "llama-plain", tmp_path / "zoo" / name)
-    jobs: list[Any] = []
-    monkeypatch.setattr(pool, "run", lambda asked, count, told: jobs.extend(asked))
-    lrconvert.convert_many(tmp_path / "zoo", tmp_path / "out", "lowrank", base=base, **OPTIONS)
+    jobs = list(lrconvert.batch_jobs(tmp_path / "zoo", tmp_path / "out", "lowrank", base=base, **OPTIONS))
     digested: list[str] = []
     taken = checkpoint.tensor_digest
     monkeypatch.setattr(checkpoint, "tensor_digest", lambda name, *rest: digested.append(name) or taken(name, *rest))
@@ -230,13 +233,13 @@ def test_a_base_is_digested_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         whole, names = opened.content_digest(), set(opened.tensors)
     assert set(digested) == names
     digested.clear()
-    assert [worker.work(job)["state"] for job in jobs] == ["done", "done"]
+    assert [lrconvert.convert_one(job).state for job in jobs] == ["done", "done"]
     assert not names & set(digested)
     assert {api.read(path).base.content for path in (tmp_path / "out").glob("*.lrc")} == {whole}
-    assert worker.work({**jobs[0], "base_content": None, "overwrite": True, "output": str(tmp_path / "slow.lrc")})
-    assert (tmp_path / "slow.lrc").read_bytes() == (tmp_path / "out" / "one.lrc").read_bytes() and set(
-        digested
-    ) >= names
+    unprepared = lrconvert.Work("convert", "lowrank", {"base": base, **OPTIONS}, {"base": base})
+    assert lrconvert.convert_one(lrconvert.Job(jobs[0].source, str(tmp_path / "slow.lrc"), unprepared)).state == "done"
+    assert (tmp_path / "slow.lrc").read_bytes() == (tmp_path / "out" / "one.lrc").read_bytes()
+    assert set(digested) >= names
 
 
 @pytest.mark.medium
@@ -418,121 +421,3 @@ def test_a_script_needs_no_guard(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["begun", "True"]
-
-
-# --- processes ------------------------------------------------------------------------------------------------------
-
-SCRIPT = """
-import json, os, signal, sys, time
-for line in sys.stdin:
-    job = json.loads(line)
-    if job["do"] == "die":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if job["do"] == "half":
-        print('{"state": "do', end="", flush=True); sys.exit(3)
-    if job["do"] == "wait":
-        open(job["path"], "w").write(str(os.getpid())); time.sleep(600)
-    print(json.dumps({"state": "done", "number": job["number"]}), flush=True)
-"""
-
-
-def jobs(*kinds: str) -> list[dict[str, Any]]:
-    return [{"do": kind, "path": f"adapter-{n}", "number": n} for n, kind in enumerate(kinds)]
-
-
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_process_that_dies_takes_one_job(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "_START", SCRIPT)
-    by_number: dict[int, pool.Answer] = {}
-    pool.run(jobs("work", "die", "work", "half", "work", "work"), count, by_number.__setitem__)
-    answers = [by_number[n] for n in range(6)]
-    assert [a["state"] for a in answers] == ["done", "failed", "done", "failed", "done", "done"]
-    assert [a.get("number") for a in answers] == [0, None, 2, None, 4, 5]
-    assert "memory" in answers[1]["message"] and "adapter-1" in answers[1]["message"]
-    assert answers[3]["code"] == "E-WORKER" and "status 3" in answers[3]["message"]
-
-
-@pytest.mark.parametrize("count", [1, 2])
-def test_jobs_are_asked_for_when_a_process_is_free(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of many jobs no more than the processes work on are made ahead of the answers, and no answer is kept."""
-    monkeypatch.setattr(pool, "_START", SCRIPT)
-    asked, done, ahead = [], [], []
-
-    def lazily() -> Iterator[dict[str, Any]]:
-        for job in jobs(*["work"] * 12):
-            asked.append(job["number"])
-            yield job
-
-    def advance(number: int, answer: pool.Answer) -> None:
-        ahead.append(len(asked) - len(done))
-        done.append(number)
-
-    assert pool.run(lazily(), count, advance) is None
-    assert sorted(done) == list(range(12)) and max(ahead) <= count
-
-
-def test_outcomes_that_are_taken_are_not_kept(zoo: Path, tmp_path: Path) -> None:
-    """With `on_outcome` a batch holds counts alone: the reports of adapters that are done are gone."""
-    alive: list[weakref.ref[Outcome]] = []
-    seen: dict[str, str] = {}
-
-    def take(outcome: Outcome) -> None:
-        gc.collect()
-        assert sum(ref() is not None for ref in alive) == 0
-        alive.append(weakref.ref(outcome))
-        seen[str(Path(outcome.source).relative_to(zoo))] = outcome.code or outcome.state
-
-    done = lrconvert.convert_many(zoo, tmp_path / "out", "lowrank", jobs=1, on_outcome=take, **OPTIONS)
-    assert seen == FOUND and done.outcomes == () and not done.ok
-    assert {state: done.count(state) for state in ("done", "skipped", "failed")} == {
-        "done": 3,
-        "skipped": 0,
-        "failed": 2,
-    }
-
-
-def test_an_interrupt_ends_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "_START", SCRIPT)
-    begun = tmp_path / "begun"
-
-    def interrupt(number: int, answer: pool.Answer) -> None:
-        while not begun.exists() or not begun.read_text():
-            time.sleep(0.01)
-        raise KeyboardInterrupt
-
-    listed = [{"do": "wait", "path": str(begun)}, *jobs("work", "work", "work")[1:]]
-    with pytest.raises(KeyboardInterrupt):
-        pool.run(listed, 2, interrupt)
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(begun.read_text()), 0)
-
-
-def test_a_request_to_end_leaves_nothing_half_written(tmp_path: Path) -> None:
-    """The real worker, ended while it writes."""
-    code = (
-        "import sys, time, signal, os\n"
-        "from lrconvert.formats.lrc import file\n"
-        "from lrconvert.api.batch import worker\n"
-        "real = file.check\n"
-        "def write(*given, **more):\n"
-        "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(5)\n"
-        "import lrconvert.io.durable as d\n"
-        "d.File.sync = write\n"
-        "worker.main()\n"
-    )
-    job = {
-        "verb": "convert",
-        "method": "lowrank",
-        "path": str(ADAPTERS / "llama-plain"),
-        "output": str(tmp_path / "x.lrc"),
-        "overwrite": False,
-        "verbose": False,
-        "is_command": False,
-        "loading": {},
-        "options": OPTIONS,
-        "inputs": {},
-        "base_content": None,
-    }
-    done = subprocess.run([sys.executable, "-c", code], input=json.dumps(job) + "\n", text=True, capture_output=True)
-    assert done.returncode == 128 + signal.SIGTERM and done.stdout == "", done.stderr
-    assert list(tmp_path.iterdir()) == []

@@ -39,6 +39,7 @@ def test_nonsense_is_refused_in_our_words(verb: str, made: Any, tmp_path: Path) 
         **{"method": "lowrank", "base": BASE, "merged": BASE, "out": tmp_path / "out", "to": "peft-lora"},
         **{"paths": [PLAIN], "sources": [PLAIN], "consumers": ["vllm"], "data": tmp_path / "absent.txt"},
         **{"model": BASE, "names": "one", "name": "one", "statistics": tmp_path / "absent"},
+        "job": lrconvert.Job(str(PLAIN), "", lrconvert.Work("convert", "lowrank")),
     }
     function = getattr(lrconvert, verb)
     parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lrconvert.api.batch import run as batch_run
+from lrconvert.api.batch import request
+from lrconvert.api.batch.job import Work
 from lrconvert.core.errors import DataError
 from lrconvert.live.texts import sources
 
@@ -123,8 +124,9 @@ def test_links_out_of_the_cache_are_refused(cache: Path, tmp_path: Path) -> None
 def test_a_batch_knows_its_data_by_contents(cache: Path, tmp_path: Path) -> None:
     """A folder and a name stand for their files, as these do themselves."""
     folder = files(tmp_path / "data", "train.jsonl", "test.jsonl")
-    wanted = batch_run._inputs({"data": [folder / "train.jsonl"]})[0]
-    assert batch_run._inputs({"data": [folder]})[0] == batch_run._inputs({"data": ["org/raw"]})[0] == wanted
+    kinds = [folder / "train.jsonl"], [folder], ["org/raw"]
+    inputs = [request.prepared(Work("allocate", "", {"data": kind})).inputs for kind in kinds]
+    assert inputs[0] and inputs[0] == inputs[1] == inputs[2]
 
 
 def test_the_cache_of_datasets_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from models import one_target, random_base
 
 from lrconvert import api
 from lrconvert.api import merge, unmerge
-from lrconvert.api.batch import worker
+from lrconvert.api.batch.job import Job, Work
 from lrconvert.cli import cli
 from lrconvert.core.errors import DurabilityError, LrcError
 from lrconvert.live.load_model import load_model
@@ -115,16 +115,13 @@ def by_command(*words: str) -> Callable[[Path], Write]:
 
 def of_many(folder: Path) -> Write:
     """One job of a batch, as a process of its own does it."""
-    fixed: dict[str, Any] = {"method": "lowrank", "verb": "convert", "loading": {}, "inputs": {}, "verbose": False}
-    fixed["is_command"] = False
-    fixed["base_content"] = None
 
     def run(out: Path, overwrite: bool) -> None:
-        job = {**fixed, "path": str(ADAPTERS / "llama-plain"), "output": str(out), "overwrite": overwrite}
-        answer = worker.work({**job, "options": {"bits": 4, "rank": 2}})
-        if answer["state"] == "failed":
+        work = Work("convert", "lowrank", {"bits": 4, "rank": 2}, overwrite=overwrite)
+        outcome = api.convert_one(Job(str(ADAPTERS / "llama-plain"), str(out), work))
+        if outcome.state == "failed":
             kinds = {"E-IO-SYNC": DurabilityError}
-            raise kinds.get(answer["code"], Refused)(answer["message"])
+            raise kinds.get(outcome.code, Refused)(outcome.message)
 
     return run
 

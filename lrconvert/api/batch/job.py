@@ -10,6 +10,7 @@ from lrconvert.io.checkpoint import KnownContent
 
 State = Literal["done", "skipped", "failed"]
 Verb = Literal["convert", "compress", "allocate"]
+SHIP, DO_NOT_SHIP = "ship", "do not ship"
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,8 @@ def output_state(output: str) -> request.State:
 def entry_state(entry: remote.Entry | None) -> request.State:
     """Return the state of a file at a URL, None for one that is not there."""
     version = "" if entry is None else entry.version
+    if entry is not None and not version:  # the store says nothing of it
+        return request.State("", False)
     return request.State(hashlib.sha256(version.encode()).hexdigest()[:32], bool(version))
 
 

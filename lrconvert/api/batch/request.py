@@ -13,22 +13,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import stat
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from lrconvert.api.batch.job import Work
 from lrconvert.api.batch.sources import WEIGHTS, is_adapter
 from lrconvert.convert.options import AllocateOptions, CompressOptions, ConvertOptions
-from lrconvert.core.errors import FileChangedError, FileReadError, LrcError
+from lrconvert.core.errors import FileChangedError, FileReadError, LrcError, OptionError
 from lrconvert.core.options import make, names, take
 from lrconvert.formats.lrc import file
 from lrconvert.formats.model_card import CARD
 from lrconvert.formats.readers.peft_miss import SHAPES_NAME
 from lrconvert.formats.readers.shared.folders import CONFIG_NAME, INDEX
+from lrconvert.io import hub
 from lrconvert.io.checkpoint import KnownContent, open_checkpoint
 from lrconvert.lora.adapter import CompactAdapter
 from lrconvert.methods import base as methods
@@ -39,6 +42,58 @@ _CONTENTS = ("base", "statistics", "data")  # options that stand for contents: t
 _PLACES = ("device", "resume")
 # Nanoseconds after which a change has another time: of the system's clock, and where times are whole seconds.
 _TICK, _COARSE_TICK = 50_000_000, 2_000_000_000
+
+
+def prepared(work: Work) -> Work:
+    """Return work whose options are JSON, with the digests of what they name by a path, as of `Work.inputs`; prepared
+    work as it is. Raises E-OPTION for what is in memory only, and what reading the base raises."""
+    if work.inputs is not None:
+        return work
+    inputs, content = _inputs(work.options)
+    options = {key: plain(key, value) for key, value in work.options.items()}
+    return replace(work, options=options, inputs=inputs, base_content=content)
+
+
+def _inputs(options: Mapping[str, Any]) -> tuple[dict[str, str], KnownContent | None]:
+    """Digests of what options name by a path, and the contents of the base."""
+    digests: dict[str, str] = {}
+    content = None
+    for key in _CONTENTS:
+        value = options.get(key)
+        if value is None or value in ((), []):
+            continue
+        paths = list(value) if isinstance(value, (list, tuple)) else [value]
+        if not all(isinstance(path, (str, os.PathLike)) for path in paths):
+            raise OptionError(f"{key} must be a path where several processes need it", fix="write it to a file first")
+        if key == "base":
+            digests[key], content = of_base(hub.locate(paths[0]))
+        else:
+            files = [Path(path) for path in paths] if key == "statistics" else _data_files(paths)
+            digests[key] = " ".join(of_file(path) for path in files)
+    return digests, content
+
+
+def _data_files(paths: Sequence[Any]) -> Sequence[Path]:
+    """The files of texts, folders and data sets in the cache. Plain files are told apart without loading torch."""
+    if all(Path(path).is_file() for path in paths):
+        return [Path(path) for path in paths]
+    from lrconvert.live.texts import sources
+
+    return sources.find(paths).files
+
+
+def plain(key: str, value: Any) -> Any:
+    """Return an option as JSON, a path of a file that is there as an absolute one: workers have other folders. Raises
+    E-OPTION for what is none."""
+    if isinstance(value, os.PathLike) or (key in _CONTENTS and isinstance(value, str)):
+        path = Path(value)
+        return str(path.absolute()) if key in _CONTENTS and path.exists() else os.fspath(value)
+    if isinstance(value, (list, tuple)):
+        return [plain(key, item) for item in value]
+    try:
+        return json.loads(json.dumps(value))
+    except TypeError:
+        raise OptionError(f"{key} cannot be given to other processes", fix="give a path, a number or a text") from None
 
 
 def settled(verb: str, method: str, options: Mapping[str, Any]) -> dict[str, Any]:

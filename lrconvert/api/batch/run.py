@@ -2,65 +2,43 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from lrconvert.api.batch import journal, pool, request
-from lrconvert.api.batch.journal import DO_NOT_SHIP, Journal, Line
-from lrconvert.api.batch.sources import AnyPath, Job, Plan, plan
+from lrconvert.api.batch import manifest, places, request, scheduler
+from lrconvert.api.batch.flight import Flight
+from lrconvert.api.batch.job import DO_NOT_SHIP, Job, Outcome, State, Verb, Work
+from lrconvert.api.batch.manifest import Manifest, Record
+from lrconvert.api.batch.metrics import INTERVAL, Metrics
+from lrconvert.api.batch.one import convert_one
+from lrconvert.api.batch.sources import AnyPath, AskedPlan, Plan, Planned, plan
+from lrconvert.api.batch.workers import Workers
 from lrconvert.api.shared import method_of, output_of, path_of, take_reading
 from lrconvert.core import devices
 from lrconvert.core.errors import ArgumentError, OptionError, OutputPathError
 from lrconvert.core.notebook import html_table
 from lrconvert.core.options import described, make, option, take
 from lrconvert.core.wording import is_on_command_line, spelled
-from lrconvert.formats.lrc import file
 from lrconvert.formats.readers.shared.options import ReadOptions
-from lrconvert.io import hub
-from lrconvert.io.checkpoint import KnownContent
 
-State = Literal["done", "skipped", "failed"]
-Verb = Literal["convert", "compress", "allocate"]
 OnDone = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The outcome of one adapter. `nbytes` (without extra tensors), `total_bytes`, `captured`, `ratio` and how many
-    modules were `dropped` are None where they are not known; `verdict`, of `compress` alone, is "ship", "do not ship",
-    or "" where it is not known; `code` and `message` say why it failed; `report` is the JSON object of one
-    conversion."""
-
-    source: str
-    output: str
-    state: State
-    nbytes: int | None = None
-    total_bytes: int | None = None
-    captured: float | None = None
-    ratio: float | None = None
-    dropped: int | None = None
-    verdict: str = ""
-    warnings: tuple[str, ...] = ()
-    code: str = ""
-    message: str = ""
-    report: Mapping[str, Any] = field(default_factory=dict)
-    text: str = ""
-
-
 OnOutcome = Callable[[Outcome], None]
+Sources = AnyPath | Sequence[AnyPath] | None
+_IN_FLIGHT = 256  # jobs given at once to an executor that does not say how many workers it has
 
 
 @dataclass(frozen=True)
 class Batch:
     """The outcomes in the order of the sources, none if `BatchOptions.on_outcome` took them; how many of each state,
-    and how many `compress` says not to ship; `notes` on the journal, where it could not be used."""
+    and how many `compress` says not to ship; `notes` on the manifest, where it could not be used."""
 
     outcomes: tuple[Outcome, ...]
     counts: Mapping[State, int]
@@ -89,11 +67,26 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """The way a batch runs: `jobs` processes at once (without it as many as there are cores, one with a GPU); `verbose`
-    adds the reports as text, `dry_run` plans only. `on_done(done, of)` is called after each adapter, and with
-    `on_outcome` every outcome is given to it as it comes, and not kept: memory does not grow with their reports."""
+    """The way a batch runs.
 
-    jobs: int | None = option(None, "Work in this many processes.", least=1)
+    The work is done by `jobs` processes (without it as many as there are cores, one with a GPU), by an `executor` of
+    `concurrent.futures`, or by the Dask cluster whose `scheduler` has that address; `in_flight` jobs are given to these
+    at once. `manifest` is the record of the batch, and names the jobs where no sources are given; `metrics` is a file
+    of figures that is appended to. `verbose` adds the reports as text, `dry_run` plans only. `on_done(done, of)` is
+    called after each adapter, and with `on_outcome` every outcome is given to it as it comes, and not kept: memory does
+    not grow with their reports.
+    """
+
+    jobs: int | None = option(None, "Work in this many processes.  [default: one for each core]", least=1)
+    executor: Executor | None = None
+    scheduler: str | None = option(None, "Work on the Dask cluster whose scheduler is at this address (tcp://...).")
+    in_flight: int | None = option(
+        None, "Jobs given to --scheduler at once.  [default: two for each of its threads]", least=1
+    )
+    manifest: Path | None = option(
+        None, "JSON lines of the jobs to do, in place of SOURCE and -o; what is done is appended.", kind="path"
+    )
+    metrics: Path | None = option(None, "Append figures to this file while it runs, as JSON lines.", kind="path")
     overwrite: bool = False
     dry_run: bool = False
     verbose: bool = False
@@ -101,102 +94,152 @@ class BatchOptions:
     on_outcome: OnOutcome | None = None
 
 
-@dataclass(frozen=True)
-class Work:
-    """The work done on every adapter of a batch: a `verb` with its `method`, and its options by their names, as JSON
-    holds them. Options that are left out have their defaults."""
-
-    verb: Verb
-    method: str
-    options: Mapping[str, Any]
-
-
-def convert_many(sources: AnyPath | Sequence[AnyPath], out: AnyPath, method: str, **more: Any) -> Batch:
+def convert_many(sources: Sources, out: AnyPath | None, method: str, **more: Any) -> Batch:
     """Convert many adapters into files in the folder `out`, which is made if it is not there.
 
-    `sources` are adapters, or folders of adapters: ``OUT/<name>.lrc``, by the path in the folder. A failure is one
-    outcome among the others. What is finished is passed by: the output is there, passes every check, and its provenance
-    holds the digest of the same sources and options; or the journal of the folder says that all this was so, and that
-    source and output have the same files, sizes, times and inodes as then. Another file of that name fails with
-    E-OUT-EXISTS, unless `overwrite`. One batch at a time writes a folder.
+    `sources` are adapters, or folders of adapters: ``OUT/<name>.lrc``, by the path in the folder. Where both are None,
+    the jobs are those of a `manifest`. A failure is one outcome among the others. What is finished is passed by: the
+    output is there, passes every check, and its provenance holds the digest of the same sources and options; or the
+    manifest says that all this was so, and that source and output have the same files, sizes, times and inodes as then.
+    Another file of that name fails with E-OUT-EXISTS, unless `overwrite`. One batch at a time writes a folder.
 
     `more` are single fields of `BatchOptions`, `allow_pickle`, `layout` and `alpha` as in `load`, and what `convert`
-    takes, with paths for `base` and `statistics`. The outputs are the same bytes whatever `jobs` is. Raises E-OPTION,
-    E-OUT-PATH, E-LAYOUT and E-LOCKED for what no adapter could be converted with, before any is.
+    takes, with paths for `base` and `statistics`. The outputs are the same bytes whatever does the work. A process that
+    dies takes no adapter with it: its job is done once more, alone. Raises E-OPTION, E-OUT-PATH, E-LAYOUT and E-LOCKED
+    for what no adapter could be converted with, before any is, and E-WORKER for an executor that breaks.
     """
-    if method == "alora":
-        return allocate_many(sources, out, **more)
-    form, fixed = method_of(method)
-    return _many("convert", form, sources, out, {**more, **fixed})
+    verb, form, fixed = _verb_of(method)
+    return _many(verb, form, sources, out, {**more, **fixed})
 
 
-def compress_many(sources: AnyPath | Sequence[AnyPath], out: AnyPath, **more: Any) -> Batch:
+def compress_many(sources: Sources, out: AnyPath | None, **more: Any) -> Batch:
     """Compress many adapters, as `compress` does; see `convert_many`. Each outcome has a `verdict`."""
     return _many("compress", "", sources, out, more)
 
 
-def allocate_many(sources: AnyPath | Sequence[AnyPath], out: AnyPath, **more: Any) -> Batch:
+def allocate_many(sources: Sources, out: AnyPath | None, **more: Any) -> Batch:
     """Allocate the ranks of many adapters, as `allocate` does; see `convert_many`. `data` are files."""
     return _many("allocate", "", sources, out, more)
 
 
-def _many(verb: Verb, method: str, sources: AnyPath | Sequence[AnyPath], out: AnyPath, more: dict[str, Any]) -> Batch:
+def batch_jobs(sources: Sources, out: AnyPath, method: str, **more: Any) -> Iterator[Job]:
+    """Yield the jobs that `convert_many` would give out, for `convert_one` in a scheduler of your own, which is as safe
+    to repeat there. `method` may be "compress", too. Base, statistics and data are digested here, once. `more` is as in
+    `convert_many`, of `BatchOptions` only `overwrite`. Raises what `convert_many` raises before any work.
+
+    >>> from lrconvert import batch_jobs, convert_one
+    >>> [convert_one(job).state for job in batch_jobs("my-adapter", "compact", "lowrank", target_ratio=4)]
+    ['done']
+    """
+    verb, form, fixed = ("compress", "", {}) if method == "compress" else _verb_of(method)
+    batch = BatchOptions(overwrite=bool(more.pop("overwrite", False)))
+    reading = take_reading(more, more.get("base"))
+    work = Work(verb, form, {**more, **fixed})
+    root, listed = _checked(work, sources, out, batch)
+    jobs = plan(listed, root)
+    works = _Works(jobs, work, reading, batch)
+    return (works.job(number) for number in range(len(jobs)))
+
+
+def _verb_of(method: str) -> tuple[Verb, str, dict[str, Any]]:
+    """The verb that a method is of, its id, and the options that its name stands for."""
+    if method == "alora":
+        return "allocate", "", {}
+    return "convert", *method_of(method)
+
+
+def _many(verb: Verb, method: str, sources: Sources, out: AnyPath | None, more: dict[str, Any]) -> Batch:
     batch = take(BatchOptions, None, more, verb)
     reading = take_reading(more, more.get("base"))
     return run(Work(verb, method, more), sources, out, reading, batch)
 
 
-def run(
-    work: Work, sources: AnyPath | Sequence[AnyPath], out: AnyPath | None, reading: ReadOptions, batch: BatchOptions
-) -> Batch:
-    """Do `work` to every adapter of `sources`, into files in the folder `out`; see `convert_many`."""
-    root, jobs = _planned(work, sources, out, batch)
-    inputs, content = _inputs(work.options)
-    options = {key: _plain(key, value) for key, value in work.options.items()}
-    readings = _Readings(jobs, reading)
-    wanted = [
-        request.digest(work.verb, work.method, request.chosen(work.verb, work.method, options, kind), "", inputs)
-        for kind in readings.kinds
-    ]
-    shared = {
-        "verb": work.verb,
-        "method": work.method,
-        "overwrite": batch.overwrite,
-        "verbose": batch.verbose,
-        "is_command": is_on_command_line(),
-        "options": options,
-        "inputs": inputs,
-        "base_content": None if content is None else asdict(content),
-    }
-    with nullcontext() if root is None or batch.dry_run else journal.opened(root) as kept:
-        tally = _Tally(batch, jobs, kept, lambda number: wanted[readings.at(number)])
-        left = array("l", (number for number in range(len(jobs)) if not tally.knows(number)))
-        requests = (
-            {
-                **shared,
-                "loading": readings.kinds[readings.at(number)],
-                "path": str(jobs[number].path.absolute()),
-                "output": None if batch.dry_run else str(jobs[number].output.absolute()),
-            }
-            for number in left
-        )
-        count = min(batch.jobs or _processes(work.options), len(left))
-        pool.run(requests, count, lambda at, answer: tally.add(left[at], answer))
+def run(work: Work, sources: Sources, out: AnyPath | None, reading: ReadOptions, batch: BatchOptions) -> Batch:
+    """Do `work` to every adapter of `sources`, into files in the folder `out`, or to those of a manifest; see
+    `convert_many`."""
+    root, listed = _checked(work, sources, out, batch)
+    planned = None if root is None and not listed else plan(listed, root)
+    with _manifest(batch, root, asks=planned is None) as kept:
+        jobs: Plan | AskedPlan = AskedPlan(kept) if planned is None and kept is not None else planned or plan([], None)
+        works = _Works(jobs, work, reading, batch)
+        tally = _Tally(batch, jobs, None if batch.dry_run else kept, works)
+        try:
+            left = array("q", (number for number in range(len(jobs)) if not tally.knows(number)))
+            if left:
+                _fly(works, left, batch, tally)
+        finally:
+            tally.metrics.close()
         return tally.batch()
 
 
-def _planned(
-    work: Work, sources: AnyPath | Sequence[AnyPath], out: AnyPath | None, batch: BatchOptions
-) -> tuple[Path | None, Plan]:
-    """The folder of the outputs, None where none is written, and the adapters. Raises what `convert_many` raises."""
+def _fly(works: _Works, left: Sequence[int], batch: BatchOptions, tally: _Tally) -> None:
+    """Give the jobs of these numbers to what does the work, and take their outcomes."""
+    with (
+        _executor(batch, works.options, len(left)) as (executor, limit),
+        Flight(executor, convert_one, limit) as flight,
+    ):
+
+        def land() -> None:
+            if (landed := flight.next(INTERVAL)) is not None:
+                tally.add(*landed, queue=len(flight))
+            else:
+                tally.metrics.tick(len(flight))
+
+        for number in left:
+            while flight.is_full:
+                land()
+            flight.add(number, works.job(number))
+        while flight:
+            land()
+
+
+@contextmanager
+def _executor(
+    batch: BatchOptions, options: Mapping[str, Any], count: int
+) -> Iterator[tuple[Executor, Callable[[], int]]]:
+    """What does the work, and how many jobs may be on their way. Processes of our own end with the `Flight`."""
+    if batch.executor is not None:
+        most = batch.in_flight or 2 * getattr(batch.executor, "_max_workers", _IN_FLIGHT // 2)
+        yield batch.executor, lambda: most
+    elif batch.scheduler is not None:
+        with scheduler.connected(batch.scheduler) as (executor, limit):
+            yield executor, limit if batch.in_flight is None else lambda: batch.in_flight or 1
+    else:
+        processes = min(batch.jobs or _processes(options), count)
+        yield Workers(processes), lambda: processes
+
+
+def _manifest(batch: BatchOptions, root: Path | None, asks: bool) -> AbstractContextManager[Manifest | None]:
+    """The manifest of a batch; none where nothing is written."""
+    if batch.manifest is not None:
+        return manifest.opened(Path(batch.manifest), asks=asks)
+    return nullcontext() if root is None or batch.dry_run else manifest.opened_in(root)
+
+
+def _checked(
+    work: Work, sources: Sources, out: AnyPath | None, batch: BatchOptions
+) -> tuple[Path | None, list[AnyPath]]:
+    """The folder of the outputs, None where none is written, and the sources as a list. Raises what `convert_many`
+    raises."""
     if batch.dry_run and work.verb == "compress":
         raise OptionError("compress has no dry run", fix="leave it out")
     if work.options.get("resume"):
         what = f"{spelled('resume', True)} is for one adapter: a batch passes by what is finished"
         raise OptionError(what, fix="leave it out and give the same command again")
+    ways = {"jobs": batch.jobs, "executor": batch.executor, "scheduler": batch.scheduler}
+    chosen = [spelled(name) for name, way in ways.items() if way is not None]
+    if len(chosen) > 1:
+        raise OptionError(f"{' and '.join(chosen)} are two ways to do the work", fix="choose one")
+    if batch.in_flight is not None and batch.executor is None and batch.scheduler is None:
+        what = f"{spelled('in_flight')} is for {spelled('scheduler')} and executors"
+        raise OptionError(what, fix=f"choose {spelled('jobs')}: each process has one job at a time")
+    if sources is None and batch.manifest is not None:
+        if out is not None:
+            raise OptionError("the outputs are those that the manifest names", fix="leave the folder out")
+        return None, []
     if isinstance(sources, Mapping) or not isinstance(sources, (str, os.PathLike, Iterable)):
         raise ArgumentError(f"sources is {described(sources)}; paths of adapters, or of folders of them, were expected")
-    listed = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
+    listed: list[AnyPath] = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     for source in listed:
         path_of(source, "sources", "the path of an adapter, or of a folder of them,")
     root = None if out is None else output_of(out)
@@ -204,59 +247,116 @@ def _planned(
         raise OptionError("there is no folder for the outputs", fix="name one, or plan only")
     if root is not None and root.exists() and not root.is_dir():
         raise OutputPathError("is not a folder", fix="give a folder for the outputs", path=root)
-    return root, plan(listed, root)
+    return root, listed
 
 
 @dataclass
 class _Tally:
-    """Outcomes of the adapters so far. With a journal it keeps what a later run needs to know; `settings` of the
-    adapter of a number are what `Line.settings` holds."""
+    """Outcomes of the adapters so far. With a manifest it keeps what a later run needs to know."""
 
     options: BatchOptions
-    jobs: Plan
-    journal: Journal | None
-    settings: Callable[[int], str]
+    jobs: Sequence[Planned]
+    manifest: Manifest | None
+    works: _Works
     outcomes: dict[int, Outcome] = field(default_factory=dict)
     counts: Counter[State] = field(default_factory=Counter)
     do_not_ship: int = 0
 
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(None if self.options.metrics is None else Path(self.options.metrics), len(self.jobs))
+
     def knows(self, number: int) -> bool:
-        """Take an adapter as passed by, and return true, if the journal says that its output is finished."""
+        """Take an adapter as passed by, and return true, if the manifest says that its output is finished."""
         job = self.jobs[number]
-        line = None if self.journal is None else self.journal.find(job.name)
-        if line is None or line.settings != self.settings(number):
+        record = None if self.manifest is None else self.manifest.finished(self._key(job))
+        if record is None or record.settings != self.works.settings(number):
+            return False
+        if job.digest not in ("", record.digest):
             return False
         try:
-            source = request.state(*request.files_of(job.path))
+            source = places.source_state(job.where)
         except OSError:
             return False
-        if (line.source, line.output) != (source.digest, request.state([job.output], job.output.parent).digest):
+        if (record.source_state, record.output_state) != (source.digest, places.output_state(job.target).digest):
             return False
-        sizes = {"adapter": line.adapter, "total": line.total}
-        self.add(number, {"state": "skipped", "bytes": sizes, "captured": line.captured, "verdict": line.verdict})
+        passed = Outcome(
+            job.source,
+            job.target,
+            "skipped",
+            record.adapter_bytes,
+            record.bytes,
+            None if record.captured is None else round(record.captured, 4),  # as the file states it
+            verdict=record.verdict,
+            method=record.method,
+            source_digest=record.digest or "",
+            output_digest=record.output_digest or "",
+        )
+        self._count(number, passed, queue=0)
         return True
 
-    def add(self, number: int, answer: pool.Answer) -> None:
-        """Count an adapter, tell of it, and keep a line in the journal of one that is finished."""
+    def add(self, number: int, outcome: Outcome, queue: int) -> None:
+        """Count an adapter, tell of it, and record it."""
         job = self.jobs[number]
-        outcome = _outcome(job, answer)
+        outcome = replace(outcome, source=job.source, output=job.target)
+        self._count(number, outcome, queue)
+        if self.manifest is not None:
+            self.manifest.add(self._record(number, job, outcome))
+
+    def _count(self, number: int, outcome: Outcome, queue: int) -> None:
         self.counts[outcome.state] += 1
         self.do_not_ship += outcome.verdict == DO_NOT_SHIP
+        self.metrics.add(outcome, queue)
         if self.options.on_outcome is None:
             self.outcomes[number] = outcome
         else:
             self.options.on_outcome(outcome)
         self.options.on_done(self.counts.total(), len(self.jobs))
-        if self.journal is not None and "states" in answer:
-            source, output = answer["states"]
-            sizes = answer["bytes"]["adapter"], answer["bytes"]["total"]
-            stated = answer["stated"], answer.get("verdict", "")
-            self.journal.add(Line(job.name, self.settings(number), source, output, *sizes, *stated))
+
+    def _key(self, job: Planned) -> str:
+        """How the manifest names the output of a job."""
+        assert self.manifest is not None
+        if self.options.manifest is None or isinstance(self.jobs, AskedPlan):
+            return manifest.portable(job.name)
+        return manifest.portable(manifest.named(job.target, self.manifest.folder))
+
+    def _record(self, number: int, job: Planned, outcome: Outcome) -> Record:
+        assert self.manifest is not None
+        key, settings = self._key(job), self.works.settings(number)
+        is_asked = isinstance(self.jobs, AskedPlan)
+        source = job.source if is_asked else manifest.portable(manifest.named(job.where, self.manifest.folder))
+        states = outcome.stamps or (None, None)
+        before = self.manifest.finished(key) if outcome.state == "skipped" else None
+        if before is not None and (before.settings, before.output_digest) == (settings, outcome.output_digest):
+            return replace(before, source_state=states[0], output_state=states[1])  # with what was known of it
+        return Record(
+            state="failed" if outcome.state == "failed" else "done",
+            source=source,
+            output=key,
+            digest=outcome.source_digest or None,
+            output_digest=outcome.output_digest or None,
+            bytes=outcome.total_bytes,
+            adapter_bytes=outcome.nbytes,
+            captured=_finite(outcome.captured),
+            ratio=_finite(outcome.ratio),
+            dropped=outcome.dropped,
+            method=outcome.method,
+            verdict=outcome.verdict,
+            code=outcome.code,
+            message=outcome.message,
+            seconds=outcome.seconds if outcome.state != "skipped" else None,
+            settings=settings,
+            source_state=states[0],
+            output_state=states[1],
+        )
 
     def batch(self) -> Batch:
-        notes = () if self.journal is None else tuple(self.journal.notes)
+        notes = () if self.manifest is None else tuple(self.manifest.notes)
         outcomes = tuple(self.outcomes[number] for number in sorted(self.outcomes))
         return Batch(outcomes, self.counts, notes, self.do_not_ship)
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(value)
 
 
 def _processes(options: Mapping[str, Any]) -> int:
@@ -266,85 +366,48 @@ def _processes(options: Mapping[str, Any]) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _inputs(options: Mapping[str, Any]) -> tuple[dict[str, str], KnownContent | None]:
-    """Digests of what options name by a path, and the contents of the base. Raises E-OPTION for what is in memory
-    only."""
-    digests: dict[str, str] = {}
-    content = None
-    for key in ("base", "statistics", "data"):
-        value = options.get(key)
-        if value is None or value in ((), []):
-            continue
-        paths = list(value) if isinstance(value, (list, tuple)) else [value]
-        if not all(isinstance(path, (str, os.PathLike)) for path in paths):
-            raise OptionError(f"{key} must be a path where several processes need it", fix="write it to a file first")
-        if key == "base":
-            digests[key], content = request.of_base(hub.locate(paths[0]))
-        else:
-            files = [Path(path) for path in paths] if key == "statistics" else _data_files(paths)
-            digests[key] = " ".join(request.of_file(path) for path in files)
-    return digests, content
+class _Works:
+    """The jobs of a plan with their work, prepared once for all. It is of one or two kinds: a layout and an alpha hold
+    for sources that are not lrconvert files. Where all are, each refuses them."""
 
+    def __init__(self, jobs: Sequence[Planned], work: Work, reading: ReadOptions, batch: BatchOptions) -> None:
+        self._jobs, self._is_plan, self.options = jobs, batch.dry_run, work.options
+        ready = request.prepared(work)
+        ready = replace(ready, overwrite=batch.overwrite, verbose=batch.verbose, is_command=is_on_command_line())
+        both = [_plain_reading(reading), _plain_reading(reading.for_ours())]
+        self._kinds = [replace(ready, reading=kind) for kind in both]
+        self._settings = [
+            request.digest(
+                work.verb,
+                work.method,
+                request.chosen(work.verb, work.method, ready.options, kind),
+                "",
+                ready.inputs or {},
+            )
+            for kind in both
+        ]
+        self._ours = bytearray()
+        if both[0] != both[1]:
+            self._ours = bytearray(places.is_compact(job.where) for job in jobs)
+        if all(self._ours):
+            self._ours.clear()
 
-def _data_files(paths: Sequence[Any]) -> Sequence[Path]:
-    """The files of texts, folders and data sets in the cache. Plain files are told apart without loading torch."""
-    if all(Path(path).is_file() for path in paths):
-        return [Path(path) for path in paths]
-    from lrconvert.live.texts import sources
+    def job(self, number: int) -> Job:
+        """Return the job of a number, with absolute paths."""
+        planned = self._jobs[number]
+        output = "" if self._is_plan else places.absolute(planned.target)
+        source, work = places.absolute_source(planned.where), self._kinds[self._kind(number)]
+        return Job(source, output, work, planned.source, planned.digest)
 
-    return sources.find(paths).files
+    def settings(self, number: int) -> str:
+        """Return the digest of a request without its source, as a manifest holds it."""
+        return self._settings[self._kind(number)]
 
-
-def _plain(key: str, value: Any) -> Any:
-    """An option as JSON. Raises E-OPTION for what is none."""
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, (list, tuple)):
-        return [_plain(key, item) for item in value]
-    try:
-        return json.loads(json.dumps(value))
-    except TypeError:
-        raise OptionError(f"{key} cannot be given to other processes", fix="give a path, a number or a text") from None
+    def _kind(self, number: int) -> int:
+        return self._ours[number] if self._ours else 0
 
 
 def _plain_reading(reading: ReadOptions) -> dict[str, Any]:
     """The reading options as JSON, in their one spelling."""
     settled = make(ReadOptions, vars(reading), "reading")
-    return {key: _plain(key, value) for key, value in vars(settled).items() if value is not None}
-
-
-class _Readings:
-    """The reading options of each source, as JSON, of one or two `kinds`: a layout and an alpha hold for those that are
-    not lrconvert files. Where all are, each refuses them."""
-
-    def __init__(self, jobs: Plan, reading: ReadOptions) -> None:
-        self.kinds = [_plain_reading(reading), _plain_reading(reading.for_ours())]
-        self._ours = bytearray()
-        if self.kinds[0] != self.kinds[1]:
-            self._ours = bytearray(job.path.is_file() and file.is_lrconvert(job.path) for job in jobs)
-        if all(self._ours):
-            self._ours.clear()
-
-    def at(self, number: int) -> int:
-        """The place, in `kinds`, of those of one source."""
-        return self._ours[number] if self._ours else 0
-
-
-def _outcome(job: Job, answer: pool.Answer) -> Outcome:
-    sizes = answer.get("bytes") or {}
-    return Outcome(
-        source=job.source,
-        output=str(job.output),
-        state=answer["state"],
-        nbytes=sizes.get("adapter"),
-        total_bytes=sizes.get("total"),
-        captured=answer.get("captured"),
-        ratio=answer.get("ratio"),
-        dropped=answer.get("dropped"),
-        verdict=answer.get("verdict", ""),
-        warnings=tuple(answer.get("warnings", ())),
-        code=answer.get("code", ""),
-        message=answer.get("message", ""),
-        report=answer.get("report", {}),
-        text=answer.get("text", ""),
-    )
+    return {key: request.plain(key, value) for key, value in vars(settled).items() if value is not None}

@@ -13,6 +13,7 @@ from typing import overload
 
 import numpy as np
 
+from lrconvert.api.batch.manifest import Manifest, placed
 from lrconvert.core.errors import FileReadError, OptionError, OutputPathError, UnknownLayoutError
 from lrconvert.formats.readers import base as readers
 from lrconvert.formats.readers.shared.folders import CONFIG_NAME
@@ -26,14 +27,15 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".gguf", SUFF
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class Planned:
     """One adapter: `source` as it is shown, `path` where it lies, `output` the file to write, `name` its path in the
-    folder of the outputs."""
+    folder of the outputs, or what the manifest calls it; `digest` what its files must have, where that is known."""
 
     source: str
     where: str
     target: str
     name: str
+    digest: str = ""
 
     @property
     def path(self) -> Path:
@@ -94,17 +96,17 @@ class _Source:
     where: Path
     paths: Sequence[str]
 
-    def job(self, number: int, out: Path) -> Job:
+    def job(self, number: int, out: Path) -> Planned:
         """The adapter of that number, for an output below `out`."""
         path = self.paths[number]
         if not path:
-            return Job(self.shown, str(self.where), str(out / self._own_name), self._own_name)
+            return Planned(self.shown, str(self.where), str(out / self._own_name), self._own_name)
         *folders, name = path.removesuffix("/").split("/")
         plain = name if path.endswith("/") else _plain(name)
         if plain != name and plain in _GENERIC:
             plain = folders.pop() if folders else self._named
         target = "/".join([*folders, f"{plain}{SUFFIX}"])
-        return Job(str(Path(self.shown, path)), str(self.where / path), str(out / target), target)
+        return Planned(str(Path(self.shown, path)), str(self.where / path), str(out / target), target)
 
     @property
     def _named(self) -> str:
@@ -124,7 +126,7 @@ def _plain(name: str) -> str:
     return path.stem if path.suffix in WEIGHTS else name
 
 
-class Plan(Sequence[Job]):
+class Plan(Sequence[Planned]):
     """A job for every adapter of sources, made when it is asked for: of an adapter its path inside the source is kept,
     some hundred bytes, since a fleet may have a hundred thousand."""
 
@@ -136,15 +138,38 @@ class Plan(Sequence[Job]):
         return self._ends[-1] if self._ends else 0
 
     @overload
-    def __getitem__(self, number: int) -> Job: ...
+    def __getitem__(self, number: int) -> Planned: ...
     @overload
-    def __getitem__(self, number: slice) -> Sequence[Job]: ...
-    def __getitem__(self, number: int | slice) -> Job | Sequence[Job]:
+    def __getitem__(self, number: slice) -> Sequence[Planned]: ...
+    def __getitem__(self, number: int | slice) -> Planned | Sequence[Planned]:
         if isinstance(number, slice):
             return [self[n] for n in range(len(self))[number]]
         number = range(len(self))[number]
         at = bisect_right(self._ends, number)
         return self._sources[at].job(number - (self._ends[at - 1] if at else 0), self._out)
+
+
+class AskedPlan(Sequence[Planned]):
+    """The jobs of a manifest, each read when it is asked for."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+
+    def __len__(self) -> int:
+        return len(self._manifest)
+
+    @overload
+    def __getitem__(self, number: int) -> Planned: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Planned]: ...
+    def __getitem__(self, number: int | slice) -> Planned | Sequence[Planned]:
+        if isinstance(number, slice):
+            return [self[n] for n in range(len(self))[number]]
+        asked = self._manifest.job(range(len(self))[number])
+        source, output = (placed(name, self._manifest.folder) for name in (asked.source, asked.output))
+        if hub.parse(asked.source) is not None and not Path(source).exists():
+            source = asked.source
+        return Planned(asked.source, source, output, asked.output, asked.digest or "")
 
 
 def plan(sources: Sequence[AnyPath], out_root: Path | None) -> Plan:

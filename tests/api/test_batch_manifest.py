@@ -1,11 +1,13 @@
-"""The journal of a batch: it says what a full check would say, and whatever becomes of it, the files are the same."""
+"""The manifest of a batch: its records say what a full check would say, and whatever becomes of them, the files are the
+same; its jobs are done as they stand there, or refused before any work."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tracemalloc
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from test_batch import work_here
 
 import lrconvert
 from lrconvert import api
-from lrconvert.api.batch import journal, pool, request, sources, worker
-from lrconvert.api.batch.journal import Journal, Line
+from lrconvert.api.batch import manifest, one, request, run, sources
+from lrconvert.api.batch.job import Job, Outcome
+from lrconvert.api.batch.manifest import Manifest, Record
 from lrconvert.api.batch.run import Batch
 from lrconvert.core import errors
 from lrconvert.formats.readers import base as readers
@@ -53,24 +56,30 @@ def outputs(out: Path) -> dict[str, bytes]:
 
 
 def text(zoo: Path) -> bytes:
-    return (zoo.parent / "out" / journal.NAME).read_bytes()
+    return (zoo.parent / "out" / manifest.NAME).read_bytes()
+
+
+def known(text: bytes) -> list[Any]:
+    """What records say of outputs, but for how they came to be."""
+    fields = ("source", "digest", "output", "output_digest", "bytes", "settings", "source_state", "output_state")
+    return sorted([record.get(name) for name in fields] for record in map(json.loads, text.splitlines()))
 
 
 # --- what is known --------------------------------------------------------------------------------------------------
 
 
-def test_what_the_journal_knows_is_not_read(zoo: Path, asked: list[str]) -> None:
+def test_what_the_manifest_knows_is_not_read(zoo: Path, asked: list[str]) -> None:
     """The second run works on nothing, and says of the outputs what a full check says."""
     first = convert(zoo)
     assert states(first) == dict.fromkeys(NAMES, "done") and asked == [*NAMES] and first.notes == ()
     lines, before = text(zoo), outputs(zoo.parent / "out")
     asked.clear()
-    known = convert(zoo)
+    passed = convert(zoo)
     assert asked == [] and text(zoo) == lines and outputs(zoo.parent / "out") == before
-    (zoo.parent / "out" / journal.NAME).unlink()
+    (zoo.parent / "out" / manifest.NAME).unlink()
     checked = convert(zoo)
-    assert asked == [*NAMES] and known.outcomes == checked.outcomes
-    assert sorted(text(zoo).splitlines()) == sorted(lines.splitlines())
+    assert asked == [*NAMES] and passed.outcomes == checked.outcomes
+    assert known(text(zoo)) == known(lines)
 
 
 def _same_size(path: Path) -> None:
@@ -106,15 +115,15 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_has_changed_is_checked_in_full(change: str, zoo: Path, asked: list[str]) -> None:
-    """Only the adapter that was changed is worked on, with the outcome that it has without a journal."""
+    """Only the adapter that was changed is worked on, with the outcome that it has without records."""
     convert(zoo)
     asked.clear()
     CHANGES[change](zoo.parent)
     aside = shutil.copytree(zoo.parent, zoo.parent / "aside", copy_function=shutil.copy2) / "zoo"
-    (aside.parent / "out" / journal.NAME).unlink()
-    with_journal = states(convert(zoo))
-    assert asked == ["b"] and with_journal["a"] == with_journal["c"] == "skipped"
-    assert with_journal == states(convert(aside)) and outputs(zoo.parent / "out") == outputs(aside.parent / "out")
+    (aside.parent / "out" / manifest.NAME).unlink()
+    with_records = states(convert(zoo))
+    assert asked == ["b"] and with_records["a"] == with_records["c"] == "skipped"
+    assert with_records == states(convert(aside)) and outputs(zoo.parent / "out") == outputs(aside.parent / "out")
 
 
 @pytest.mark.parametrize(
@@ -137,7 +146,7 @@ def test_an_input_that_may_still_change_is_not_vouched_for(
     """One so young that its next change may have the same time, and one that changes while it is converted."""
     monkeypatch.setattr(request, "_TICK", 10**18)
     convert(zoo)
-    assert not (zoo.parent / "out" / journal.NAME).exists()
+    assert b"source_state" not in text(zoo) and text(zoo).count(b'"done"') == 3
     monkeypatch.setattr(request, "_TICK", -1)
     shutil.rmtree(zoo.parent / "out")
     real = api.load_lora
@@ -157,30 +166,30 @@ def test_an_input_that_may_still_change_is_not_vouched_for(
 # --- damage, crashes, other runs ------------------------------------------------------------------------------------
 
 
-def test_a_journal_that_is_cut_anywhere(zoo: Path, asked: list[str]) -> None:
-    """A line that a crash has torn is no line: its output is checked, and the journal is whole again."""
+def test_a_manifest_that_is_cut_anywhere(zoo: Path, asked: list[str]) -> None:
+    """A line that a crash has torn is no line: its output is checked, and the manifest is whole again."""
     convert(zoo)
-    path, whole = zoo.parent / "out" / journal.NAME, text(zoo)
+    path, whole = zoo.parent / "out" / manifest.NAME, text(zoo)
     lines = whole.splitlines(keepends=True)
     for cut in (0, 1, len(lines[0]) - 1, len(lines[0]), len(whole) - 300, len(whole) - 2, len(whole) - 1):
         path.write_bytes(whole[:cut])
         asked.clear()
         batch = convert(zoo)
-        assert asked == [*NAMES][whole[:cut].count(b"\n") :] and batch.notes == ()
-        assert set(states(batch).values()) == {"skipped"} and text(zoo) == whole
+        assert asked == [*NAMES][whole[: cut + 1].count(b"\n") :] and batch.notes == ()
+        assert set(states(batch).values()) == {"skipped"} and known(text(zoo)) == known(whole)
 
 
-@pytest.mark.parametrize("damage", [b"\0", b"\n", b'{"name":"b.lrc"}\n', b"0"], ids=repr)
-def test_a_journal_that_is_damaged(damage: bytes, zoo: Path, asked: list[str]) -> None:
-    """What follows a line that is not ours is not believed, and a note says so."""
+@pytest.mark.parametrize("damage", [b"\0", b"\n", b'{"name":"b.lrc"}', b"0"], ids=repr)
+def test_a_manifest_that_is_damaged(damage: bytes, zoo: Path, asked: list[str]) -> None:
+    """A line that is not as it was sealed is not believed, a note says so, and all other lines still are."""
     convert(zoo)
-    path, whole = zoo.parent / "out" / journal.NAME, text(zoo)
-    at = whole.index(b"\n") + 1 + (damage in (b"\0", b"0")) * 20
-    path.write_bytes(whole[:at] + damage + whole[at + (len(damage) == 1 and damage != b"\n") :])
+    path, whole = zoo.parent / "out" / manifest.NAME, text(zoo)
+    at = whole.index(b"\n") + 21
+    path.write_bytes(whole[:at] + damage + whole[at + 1 :])
     asked.clear()
     batch = convert(zoo)
-    assert asked == ["b", "c"] and len(batch.notes) == 1 and "line 2" in batch.notes[0]
-    assert set(states(batch).values()) == {"skipped"} and text(zoo) == whole and convert(zoo).notes == ()
+    assert asked == ["b"] and batch.notes and "line 2" in batch.notes[0]
+    assert set(states(batch).values()) == {"skipped"} and known(text(zoo)) == known(whole) and convert(zoo).notes == ()
 
 
 def test_a_run_that_is_broken_off_anywhere(zoo: Path, asked: list[str]) -> None:
@@ -207,16 +216,16 @@ def test_a_worker_of_a_killed_batch_may_finish_first(
     """An output that comes to be while it is made is passed by if it is the one that was wanted, and refused if not."""
     convert(zoo)
     kept = shutil.copytree(zoo.parent / "out", zoo.parent / "kept")
-    real = api.write
+    real = one.places.publish
     for content, state in (((kept / "b.lrc").read_bytes(), "skipped"), (b"another program's", "E-OUT-EXISTS")):
         shutil.rmtree(zoo.parent / "out")
 
-        def write(compact: Any, path: Path, content: bytes = content, **options: Any) -> Any:
-            if path.name == "b.lrc":
-                path.write_bytes(content)
-            return real(compact, path, **options)
+        def publish(compact: Any, output: str, content: bytes = content, **options: Any) -> str:
+            if Path(output).name == "b.lrc":
+                Path(output).write_bytes(content)
+            return real(compact, output, **options)
 
-        monkeypatch.setattr(api, "write", write)
+        monkeypatch.setattr(one.places, "publish", publish)
         assert states(convert(zoo)) == {"a": "done", "b": state, "c": "done"}
         assert (zoo.parent / "out" / "b.lrc").read_bytes() == content
 
@@ -235,26 +244,22 @@ def test_one_batch_at_a_time_writes_a_folder(zoo: Path, asked: list[str]) -> Non
         assert convert(zoo, dry_run=True).ok  # writes nothing
 
 
-def test_a_journal_that_cannot_be_kept_is_a_note(zoo: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_manifest_that_cannot_be_kept_is_a_note(zoo: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(file: durable.File, data: bytes) -> int:
         raise errors.FileWriteError("the disk is full", path=file.path)
 
     monkeypatch.setattr(durable.File, "write", refuse)
-    monkeypatch.setattr(
-        worker,
-        "work",
-        lambda job: {"state": "done", "bytes": {"adapter": 1, "total": 2}, "states": ["0" * 32] * 2, "stated": 0.5},
-    )
+    monkeypatch.setattr(run, "convert_one", lambda job: Outcome(job.source, job.output, "done"))
     batch = convert(zoo)
     assert batch.ok and batch.count("done") == 3 and len(batch.notes) == 1 and "the disk is full" in batch.notes[0]
 
 
 @pytest.mark.parametrize("kind", ["a link", "a folder", "a pipe"])
-def test_what_is_in_the_way_of_the_journal(kind: str, zoo: Path, asked: list[str]) -> None:
+def test_what_is_in_the_way_of_the_manifest(kind: str, zoo: Path, asked: list[str]) -> None:
     out, outside = zoo.parent / "out", zoo.parent / "outside"
     out.mkdir()
     outside.write_text("kept")
-    {"a link": lambda p: p.symlink_to(outside), "a folder": Path.mkdir, "a pipe": os.mkfifo}[kind](out / journal.NAME)
+    {"a link": lambda p: p.symlink_to(outside), "a folder": Path.mkdir, "a pipe": os.mkfifo}[kind](out / manifest.NAME)
     with pytest.raises(errors.OutputPathError):
         convert(zoo)
     assert outside.read_text() == "kept" and len([*out.iterdir()]) == 1
@@ -268,58 +273,163 @@ def test_a_folder_of_outputs_behind_a_link(zoo: Path, asked: list[str]) -> None:
     assert set(states(convert(zoo)).values()) == {"skipped"} and asked == []
 
 
+# --- jobs of a manifest ---------------------------------------------------------------------------------------------
+
+
+def asking(folder: Path, *lines: dict[str, str] | str, end: str = "\n") -> Path:
+    path = folder / "jobs.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + end)
+    return path
+
+
+def done(path: Path, **options: Any) -> Batch:
+    return lrconvert.convert_many(None, None, "lowrank", manifest=path, **{**OPTIONS, **options})
+
+
+@pytest.mark.parametrize("end", ["\n", "", "\n\n"], ids=repr)
+def test_sources_and_outputs_come_from_a_manifest(end: str, zoo: Path, asked: list[str]) -> None:
+    """Paths are relative to it, wherever the command runs; what is done is appended, and passed by later."""
+    lines = [{"source": f"zoo/{name}", "output": f"made/{name}/small.lrc"} for name in NAMES]
+    lines[1]["digest"] = request.of_source(zoo / "b")
+    path = asking(zoo.parent, *lines, end=end)
+    before = path.read_text()
+    assert set(states(done(path)).values()) == {"done"} and asked == [*NAMES]
+    wanted = convert(zoo)
+    for outcome, name in zip(wanted.outcomes, NAMES, strict=True):
+        made = zoo.parent / "made" / name / "small.lrc"
+        assert made.read_bytes() == Path(outcome.output).read_bytes()
+    text = path.read_text()
+    assert text.startswith(before.rstrip()) and text.count('"state"') == 3
+    asked.clear()
+    assert set(states(done(path)).values()) == {"skipped"} and asked == [] and path.read_text() == text
+    (zoo.parent / "made" / "b" / "small.lrc").unlink()
+    assert states(done(path)) == {"a": "skipped", "b": "done", "c": "skipped"} and asked == ["b"]
+    records = list(Manifest(path, asks=True).records())
+    assert [(record.output, record.state) for record in records if isinstance(record, Record)] == [
+        (line["output"], "done") for line in lines
+    ]
+
+
+def test_a_record_is_a_manifest_of_jobs_as_well(zoo: Path, asked: list[str]) -> None:
+    """That of a folder of outputs names the jobs of which it is the record."""
+    convert(zoo)
+    path = zoo.parent / "out" / manifest.NAME
+    asked.clear()
+    assert set(states(done(path)).values()) == {"skipped"} and asked == []
+    assert set(states(done(path, bits=3, overwrite=True)).values()) == {"done"} and asked == [*NAMES]
+
+
+def test_a_manifest_elsewhere_is_the_record(zoo: Path, asked: list[str]) -> None:
+    path = zoo.parent / "records" / "all.jsonl"
+    path.parent.mkdir()
+    assert set(states(convert(zoo, manifest=path)).values()) == {"done"}
+    asked.clear()
+    assert set(states(convert(zoo, manifest=path)).values()) == {"skipped"} and asked == []
+    assert not (zoo.parent / "out" / manifest.NAME).exists() and path.read_text().count("\n") == 3
+
+
+JOB = {"source": "zoo/a", "output": "a.lrc"}
+REFUSED = {
+    "no JSON": (["{"], "E-JSON-SYNTAX", "line 1"),
+    "no output": ([JOB, {"source": "zoo/a"}], "E-MISSING", "line 2"),
+    "another field": ([JOB, {**JOB, "ouput": "x"}], "E-UNKNOWN", "line 2"),
+    "no digest": ([{**JOB, "digest": "12"}], "E-DIGEST", "line 1"),
+    "one output of two": ([JOB, {"source": "zoo/b", "output": "a.lrc"}], "E-OPTION", "'zoo/a' and 'zoo/b'"),
+    "not JSON lines": (["[1]"], "E-JSON-SYNTAX", "line 1"),
+}
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_a_line_that_may_be_a_job_is_never_passed_by(fault: str, zoo: Path, asked: list[str]) -> None:
+    """What is wrong with it is said before any work, with its number; nothing is written."""
+    lines, code, told = REFUSED[fault]
+    path = asking(zoo.parent, *lines)
+    before = path.read_text()
+    with pytest.raises(errors.LrcError) as refused:
+        done(path)
+    assert refused.value.code == code and told in str(refused.value) and str(path) in str(refused.value)
+    assert asked == [] and path.read_text() == before
+
+
+def test_a_damaged_record_may_be_a_job_that_is_lost(zoo: Path, asked: list[str]) -> None:
+    """Where nothing else names the jobs, it is refused; where they are asked for, it is a note."""
+    convert(zoo)
+    path = zoo.parent / "out" / manifest.NAME
+    path.write_bytes(path.read_bytes().replace(b"b.lrc", b"B.lrc"))
+    with pytest.raises(errors.DigestError, match="line 2"):
+        done(path)
+    path = asking(zoo.parent, *({"source": f"zoo/{name}", "output": f"{name}.lrc"} for name in NAMES))
+    done(path)
+    path.write_bytes(path.read_bytes().replace(b'"done","source":"zoo/b"', b'"done","source":"zoo/B"'))
+    asked.clear()
+    batch = done(path)
+    assert asked == ["b"] and len(batch.notes) == 1 and set(states(batch).values()) == {"skipped"}
+
+
+def test_one_batch_at_a_time_writes_a_manifest(zoo: Path, asked: list[str]) -> None:
+    path = asking(zoo.parent, JOB)
+    with manifest.opened(path), pytest.raises(errors.LockedError):
+        done(path)
+    with pytest.raises(errors.OptionError, match="Leave the folder out"):
+        lrconvert.convert_many(None, zoo.parent / "out", "lowrank", manifest=path)
+    with pytest.raises(errors.FileReadError):
+        done(zoo.parent / "nothing.jsonl")
+    assert asked == [] and not (zoo.parent / "nothing.jsonl").exists()
+
+
+def test_failures_are_recorded_and_tried_again(zoo: Path, asked: list[str]) -> None:
+    path = asking(zoo.parent, JOB, {"source": "zoo/none", "output": "none.lrc"})
+    assert states(done(path)) == {"a": "done", "none": "E-IO-KIND"}
+    failed = Manifest(path).find("none.lrc")
+    assert failed is not None and (failed.state, failed.code) == ("failed", "E-IO-KIND") and failed.message
+    shutil.copytree(zoo / "a", zoo / "none")
+    assert states(done(path)) == {"a": "skipped", "none": "done"}
+
+
 # --- many -----------------------------------------------------------------------------------------------------------
 
 
-def _line(name: str, mark: str) -> Line:
-    return Line(name, mark * 32, "0" * 32, "0" * 32, 1, 2, 0.1)
+def _record(name: str, mark: str) -> Record:
+    return Record("done", "x", name, bytes=2, adapter_bytes=1, captured=0.1, settings=mark * 32)
 
 
 def test_the_last_line_of_a_name_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Names of any bytes; lines that were replaced go when they are many, and nothing else does."""
-    monkeypatch.setattr(journal, "_SPARE", 4)
-    names = ["a.lrc", "ä/ö.lrc", os.fsdecode(b"\xff.lrc"), "line\nbreak.lrc", ""]
-    with journal.opened(tmp_path) as kept:
+    monkeypatch.setattr(manifest, "_SPARE", 3)
+    names = ["a.lrc", "ä/ö.lrc", manifest.portable(os.fsdecode(b"\xff.lrc")), "line\nbreak.lrc"]
+    with manifest.opened_in(tmp_path) as kept:
         for mark in "123":
             for name in names:
-                kept.add(_line(name, mark))
+                kept.add(_record(name, mark))
         assert kept.find("a.lrc") is None  # an own line is for a later run
-    nbytes = (tmp_path / journal.NAME).stat().st_size
-    with journal.opened(tmp_path) as kept:
-        assert (tmp_path / journal.NAME).stat().st_size == nbytes // 3
+    nbytes = (tmp_path / manifest.NAME).stat().st_size
+    with manifest.opened_in(tmp_path) as kept:
+        assert (tmp_path / manifest.NAME).stat().st_size == nbytes // 3
         lines = [kept.find(name) for name in names]
-        assert [line and line.settings for line in lines] == ["3" * 32] * 5
-        assert lines[0] == _line("a.lrc", "3") and kept.find("b.lrc") is None
-        kept.add(_line("b.lrc", "4"))
-    assert Journal(tmp_path).find("b.lrc") == _line("b.lrc", "4") and Journal(tmp_path).notes == []
+        assert [line and line.settings for line in lines] == ["3" * 32] * 4
+        assert lines[0] == _record("a.lrc", "3") and kept.find("b.lrc") is None
+        kept.add(_record("b.lrc", "4"))
+    again = Manifest(tmp_path / manifest.NAME)
+    assert again.find("b.lrc") == _record("b.lrc", "4") and again.notes == [] and len(again) == 5
 
 
 @pytest.mark.medium
 def test_the_memory_of_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of an adapter no more stays than its name and the place of its line, whatever it reports."""
 
-    def run(jobs: Iterable[Mapping[str, Any]], count: int, advance: Callable[[int, pool.Answer], None]) -> None:
-        for number, _ in enumerate(jobs):
-            states = ["0" * 32, "1" * 32]
-            report = {"targets": list(range(300))}
-            advance(
-                number,
-                {
-                    "state": "done",
-                    "bytes": {"adapter": 1, "total": 2},
-                    "states": states,
-                    "stated": 0.5,
-                    "report": report,
-                },
-            )
+    def convert_one(job: Job) -> Outcome:
+        report = {"targets": list(range(300))}
+        sizes = {"nbytes": 1, "total_bytes": 2, "captured": 0.5}
+        return Outcome(job.source, job.output, "done", **sizes, report=report, stamps=("0" * 32, "1" * 32))
 
-    monkeypatch.setattr(pool, "run", run)
+    monkeypatch.setattr(run, "convert_one", convert_one)
+    work_here(monkeypatch)
     counts, peaks = (100, 1100), []
     for count in counts:
         (tmp_path / f"{count}").mkdir()
         for number in range(count):
             (tmp_path / f"{count}" / f"adapter-{number}.safetensors").touch()
-        for _ in range(2):  # the second with a journal to read
+        for _ in range(2):  # the second with a manifest to read
             tracemalloc.start()
             lrconvert.convert_many(
                 tmp_path / f"{count}", tmp_path / f"out{count}", "lowrank", on_outcome=lambda o: None
