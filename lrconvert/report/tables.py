@@ -53,9 +53,10 @@ def relative(paths: Sequence[str]) -> tuple[str, list[str]]:
     parents = [posixpath.dirname(path) for path in paths]
     mixed = len({path.startswith("/") for path in paths}) > 1
     common = "" if mixed else posixpath.commonpath(parents)
-    if not common or common == "/":
+    if not common or common == "/" or common.endswith(":"):
         return "", list(paths)
-    return f"in {printable(common)}:\n", [posixpath.relpath(path, common) for path in paths]
+    shown = common.replace(":/", "://", 1) if "://" in paths[0] else common
+    return f"in {printable(shown)}:\n", [posixpath.relpath(path, common) for path in paths]
 
 
 def picked(value: Any, *names: str) -> dict[str, Any]:
