@@ -86,9 +86,9 @@ def export(
     refuse_rest(more, "export", ExportOptions)
     _check_places(out, options, overwrite)
     loaded, fidelity = _to_export(adapter, source, reading)
-    named, spelled = spelled_names.resolved(loaded)
-    public, notes = exporters.public(named, options.base_model_id)
     config = None if reading.base is None else exporters.base_config(reading.base)
+    named, spelled = spelled_names.resolved(loaded, exporter.scheme, config)
+    public, notes = exporters.public(named, options.base_model_id)
     made = exporter.folder(public, replace(options, base_config=config), fidelity)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "export" if out is None else Path(out)

@@ -44,6 +44,7 @@ DIFFUSION = (
     Target("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight", (32, 32)),
 )
 TARGETS = {"diffusers": DIFFUSION, "gguf": LLAMA, "kohya": DIFFUSION, "mlx": LLAMA, "raw": LLAMA}
+TARGETS |= {"comfyui": DIFFUSION, "onetrainer": DIFFUSION}
 ONE_RANK = ("mlx",)
 
 
@@ -88,6 +89,25 @@ def of_kohya(folder: Path) -> Deltas:
         down, up, alpha = (stored.pop(f"{name}.{end}") for end in ("lora_down.weight", "lora_up.weight", "alpha"))
         assert alpha.shape == ()
         deltas[target.name] = float(alpha) / down.shape[0] * product(up, down)
+    assert not stored
+    return deltas
+
+
+COMFYUI = (  # in the order of DIFFUSION
+    "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1",
+    "text_encoders.clip_g.transformer.text_model.encoder.layers.0.self_attn.q_proj",
+    "diffusion_model.input_blocks.0.0",
+    "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_out.0",
+    "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q",
+)
+
+
+def of_comfyui(folder: Path) -> Deltas:
+    stored = load_file(folder / "lora.safetensors")
+    deltas = {}
+    for target, name in zip(DIFFUSION, COMFYUI, strict=True):
+        down, up = (stored.pop(f"{name}.{end}.weight") for end in ("lora_A", "lora_B"))
+        deltas[target.name] = float(stored.pop(f"{name}.alpha", down.shape[0])) / down.shape[0] * product(up, down)
     assert not stored
     return deltas
 
@@ -167,6 +187,7 @@ def of_gguf(folder: Path) -> Deltas:
 
 
 DECODERS: dict[str, Callable[[Path], Deltas]] = {
+    "comfyui": of_comfyui, "onetrainer": of_kohya,
     "diffusers": of_diffusers, "gguf": of_gguf, "kohya": of_kohya, "mlx": of_mlx, "raw": of_raw
 }  # fmt: skip
 
@@ -188,7 +209,8 @@ def test_updates_come_back(layout: str, options: dict[str, Any], tmp_path: Path)
 
 
 def test_every_layout_is_decoded_here() -> None:
-    assert set(DECODERS) == {name for name in exporters.ids() if not name.startswith("peft-")}
+    """But `original`, which is the layout of the source: tests/formats/families."""
+    assert {*DECODERS, "original"} == {name for name in exporters.ids() if not name.startswith("peft-")}
 
 
 @pytest.mark.parametrize("layout", DECODERS)
@@ -390,8 +412,9 @@ def for_layout(layout: str, base_model: str) -> CompactAdapter:
         form, options = FORMS[layout]
         compact = api.convert(random_lora(), form, **options).compact
     else:
-        compact = made(TARGETS.get(layout, LLAMA))
+        compact = made(DIFFUSION if layout == "original" else TARGETS.get(layout, LLAMA))
     fields = {**compact.provenance.fields, **STATED}
+    fields |= {"spelling": "lora_unet_* lora_down alpha"} if layout == "original" else {}
     return replace(compact, provenance=replace(compact.provenance, base_model=base_model, fields=fields))
 
 

@@ -106,6 +106,7 @@ XL_UNET = {
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
 }
 WEIGHTS = {"diffusers": "pytorch_lora_weights.safetensors", "kohya": "lora.safetensors"}
+WEIGHTS |= {"onetrainer": "lora.safetensors"}
 
 
 def test_diffusers_loads_every_layer(tmp_path: Path) -> None:
@@ -116,6 +117,8 @@ def test_diffusers_loads_every_layer(tmp_path: Path) -> None:
     (base / "config.json").write_text(json.dumps(XL_UNET))
     models = {"sd": UNET + CONVOLUTIONS + TEXT, "sdxl": XL, "flux": FLUX}
     for (model, targets), layout, keep in product(models.items(), WEIGHTS, (False, True)):
+        if layout == ("kohya" if model == "flux" else "onetrainer"):
+            continue  # kohya's FLUX has one layer for several; at its real width, which diffusers asks, in tests/peers
         case = f"{model}-{layout}-{keep}"
         compacts[case] = made(*targets)
         api.export(compacts[case], tmp_path / case, to=layout, keep_ranks=keep, base=base if model == "sdxl" else None)

@@ -437,7 +437,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
          "m.lora_A.seed": np.ones(1, "<i8")}, "E-NOT-LORA", "GPU"),
     "whole differences": ({**_tensors(layouts.kohya(PAIR)), **one(f"{KOHYA}.diff")}, "E-LORA-FEATURE", "difference"),
     "NeMo": (one("m.self_attention.adapter_layer.lora_kqv_adapter.linear_in.weight"), "E-LORA-FEATURE", "NeMo"),
-    "XLabs": (one("double_blocks.0.processor.qkv_lora1.down.weight"), "E-LORA-FEATURE", "load_lora_weights"),
     "CLIP-LoRA": (one("layer_0.q_proj.w_lora_A"), "E-LORA-FEATURE", "CLIP-LoRA"),
     "split layers": (one(f"{KOHYA}.lora_down.0.weight"), "E-LORA-FEATURE", "slice"),
     "only downs": (one(f"{KOHYA}.lora_down.weight"), "E-PAIR", "not one lora_up"),

@@ -18,6 +18,7 @@ from lrconvert.core.options import option
 from lrconvert.core.wording import spelled
 from lrconvert.formats import base_class
 from lrconvert.formats.exporters.shared.files import json_file
+from lrconvert.formats.families.base import DIFFUSERS
 from lrconvert.formats.fidelity import Fidelity
 from lrconvert.formats.model_card import CARD, Written, model_card, sidecar
 from lrconvert.io import hub, mistaken
@@ -112,7 +113,8 @@ class Exporter:
     model card calls the adapter, and the library that loads it; `usage` is the code that does, with {adapter}, {base}
     and {auto_class} in it. `consumers` are the ids of the programs that load it, which `check` asks about what was
     written: the folder, or the file `weights` in it. `own_names`: modules are called as the layout has them, not as
-    the base's class.
+    the base's class. `scheme` is what modules of diffusion transformers are called (`formats.families`), "" for that
+    of the source.
     """
 
     id: str
@@ -124,6 +126,7 @@ class Exporter:
     consumers: tuple[str, ...] = ()
     weights: str = ""
     own_names: bool = False
+    scheme: str = DIFFUSERS
 
     def folder(self, adapter: Adapter, options: ExportOptions, fidelity: Fidelity | None) -> Folder:
         """Return the files with a model card, and with ``lrconvert.json`` unless the layout has one of its own."""

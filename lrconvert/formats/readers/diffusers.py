@@ -4,7 +4,9 @@
 and ``.lora_up``, with the model's name or without; ``.lora.down.weight`` and ``.lora.up.weight``, of text encoders
 ``.lora_linear_layer.``; and the oldest, attention processors:
 ``<attention>.processor.to_q_lora.down.weight`` with or without ``unet.`` before it. The first word is a model of the
-pipeline.
+pipeline, or ``diffusion_model``, as ComfyUI calls the one that draws; without it that one is meant. XLabs' LoRAs of
+FLUX, ``double_blocks.0.processor.qkv_lora1.down.weight``, are read, too. On a base of diffusers, modules with the names
+of the model's own code are those that they are there (`formats.families`).
 
 The scale is alpha / r by ``<module>.alpha``, else by the configuration that newer releases keep in the metadata, else
 1. DoRA's magnitudes and biases of lora_B ride along as PEFT's do; LyCORIS' ``.dora_scale`` as in `kohya`.
@@ -19,9 +21,12 @@ from pathlib import Path
 from lrconvert.core.errors import ConfigError, LrcError, OptionError
 from lrconvert.core.limits import FOREIGN
 from lrconvert.core.wording import spelled
+from lrconvert.formats.families import base as families
+from lrconvert.formats.families.shared import spelling
 from lrconvert.formats.readers.base import Reader
+from lrconvert.formats.readers.kohya import sgm
 from lrconvert.formats.readers.peft.config import Settings, parse
-from lrconvert.formats.readers.shared import naming, pairs, products
+from lrconvert.formats.readers.shared import naming, on_base, pairs, products
 from lrconvert.formats.readers.shared.naming import BaseNames, Component
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.formats.readers.shared.pairs import Labels, Parts
@@ -33,15 +38,26 @@ LABELS = Labels("down (lora_A)", "up (lora_B)")
 METADATA = "lora_adapter_metadata"
 _MODELS = "unet|transformer|transformer_2|text_encoder|text_encoder_2|text_encoder_3|prior|controlnet|diffusion_model"
 # The first word of a module -> the models of a pipeline that it may mean; itself if it is not here.
-_ALIASES = {"diffusion_model": ("transformer", "unet")}
+_ALIASES = {"diffusion_model": ("transformer", "unet"), "text_encoder_3": ("text_encoder_3", "text_encoder_2")}
 # What language models call their layers below `transformer`, which is no model of a pipeline there. Of `layers` only
 # those with the attention of diffusion models are ours: Z-Image, Lumina.
 _LANGUAGE = (
-    r"(?:h|wte|word_embeddings)\.|layers\.(?!\d+\.(?:attn|attention)\.to_|\d+\.(?:feed_forward|adaLN_modulation)\.)"
+    r"(?:h|wte|word_embeddings)\.|layers\.(?!\d+\.(?:attn|attention)\.(?:to_|qkv\b|out\b)"
+    r"|\d+\.(?:feed_forward|adaLN_modulation|norm1\.linear)\.)"
 )
 _OURS = re.compile(
     rf"diffusion_model\.|(?:{_MODELS})\.(?!{_LANGUAGE})|(?:down_blocks|up_blocks|mid_block)\."
-    r"|(?!(?:lora|lycoris)_)[^.]+\..+\.lora_(?:down|up)\.weight$"
+    r"|(?!(?:lora|lycoris)_)[^.]+\..+\.lora_(?:down|up)\.weight$|text_encoders\.\w+\.transformer\."
+)
+# ComfyUI's names of text encoders. Its T5 is the third one, or FLUX's second.
+_TEXT_ENCODERS = {
+    "text_encoders.clip_l.transformer": "text_encoder",
+    "text_encoders.clip_g.transformer": "text_encoder_2",
+    "text_encoders.t5xxl.transformer": "text_encoder_3",
+}
+_XLABS = re.compile(
+    r"(?:diffusion_model\.)?(?P<module>(?:double|single)_blocks\.\d+\.processor\.(?:qkv|proj)_lora[12]?)"
+    r"\.(?P<half>down|up)\.weight"
 )
 # First words of UNets' modules; those of other modules without a model's name are a transformer's.
 _IN_UNETS = (
@@ -66,13 +82,25 @@ _IN_TEXT_ENCODERS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_o
 
 def knows(names: Sequence[str]) -> bool:
     """Return whether most tensors are parts of a LoRA in modules of a pipeline's models."""
-    known = sum(_OURS.match(name) is not None and _SUFFIX.fullmatch(name) is not None for name in names)
+    known = sum(_is_ours(name) and _split(name) is not None for name in names)
     return 2 * known > len(names) and not products.are_products(names)
 
 
-def _split(name: str) -> tuple[str, str] | None:
+def _is_ours(name: str) -> bool:
+    """Return whether a name begins with a model of a pipeline, or is of a module that a diffusion transformer has; but
+    for ``layers``, which language models have, too."""
+    if _OURS.match(name) or _XLABS.fullmatch(name):
+        return True
     match = _SUFFIX.fullmatch(name)
-    if match is None or not (_OURS.match(name) or match["alpha"] or match["dora"]):
+    return match is not None and not name.startswith("layers.") and families.is_known(match["module"])
+
+
+def _split(name: str) -> tuple[str, str] | None:
+    xlabs = _XLABS.fullmatch(name)
+    if xlabs is not None:
+        return f"transformer.{xlabs['module']}", _HALVES[xlabs["half"]]
+    match = _SUFFIX.fullmatch(name)
+    if match is None or not (_is_ours(name) or match["alpha"] or match["dora"]):
         return None
     half = match["old"] or match["oldest"] or match["comfy"] or match["half"]
     other = match["bias"] or match["alpha"] or match["difference"] or match["dora"] or "magnitude"
@@ -82,6 +110,8 @@ def _split(name: str) -> tuple[str, str] | None:
 
 def _module(spelled: str) -> str:
     """Return a module with its model's name first, and attention processors as the layers that they adapt."""
+    for theirs, ours in _TEXT_ENCODERS.items():
+        spelled = f"{ours}{spelled.removeprefix(theirs)}" if spelled.startswith(f"{theirs}.") else spelled
     model = spelled.partition(".")[0]
     if not re.fullmatch(_MODELS, model):
         model = "unet" if model in _IN_UNETS else "transformer"
@@ -89,7 +119,7 @@ def _module(spelled: str) -> str:
     path, _, leaf = spelled.replace(".processor.", ".").rpartition(".")
     if model.startswith("text_encoder"):
         leaf = _IN_TEXT_ENCODERS.get(leaf, leaf)
-    elif leaf == "to_out":
+    elif leaf == "to_out" and not families.is_known(f"{path}.{leaf}".partition(".")[2]):
         leaf = "to_out.0"
     return f"{path}.{leaf}"
 
@@ -117,8 +147,14 @@ def read_weights(weights: Weights, options: ReadOptions) -> LoraAdapter:
             targets.append(pair)
             extras += _extras(pair, parts, weights)
         extras += pairs.differences(name if component is None else component.full(name), parts, weights)
+    scheme = ""
+    if base is not None:
+        targets, extras, scheme = on_base.translated(targets, extras, base)
     warnings = [naming.unnamed("diffusers")] if base is None else []
-    return pairs.build_adapter(weights, targets, layout="diffusers", extras=extras, warnings=warnings, used=_USED)
+    own = spelling.fields((info.name for info in weights.tensors), scheme)
+    return pairs.build_adapter(
+        weights, targets, layout="diffusers", extras=extras, warnings=warnings, used=_USED, fields=own
+    )
 
 
 _USED = (METADATA,)
@@ -169,7 +205,10 @@ def _place(module: str, base: BaseNames) -> tuple[Component, str]:
     """Return the model of the base that a module is in, and its name there. Raises E-BASE."""
     model, _, inside = module.partition(".")
     component = base.component(_ALIASES.get(model, (model,)), module)
-    return component, component.dotted(inside)
+    own = on_base.own_name(inside, component, is_flat=False)
+    if own is not None:
+        return component, own
+    return component, component.dotted(sgm.renamed(inside, component, "."))
 
 
 def _extras(pair: LoraTarget, parts: Parts, weights: Weights) -> list[ExtraTensor]:

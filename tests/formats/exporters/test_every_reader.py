@@ -41,6 +41,8 @@ DIFFUSION = ("kohya", "diffusers")
 POSSIBLE = {
     *((reader, layout) for reader in TEXT for layout in ("peft-lora", "gguf", "mlx", "raw")),
     *((reader, layout) for reader in DIFFUSION for layout in ("peft-lora", "kohya", "diffusers", "raw")),
+    *((reader, layout) for reader in DIFFUSION for layout in ("comfyui", "onetrainer")),
+    *((reader, "original") for reader in DIFFUSION),
     *(("nola", layout) for layout in ("peft-lora", "raw")),
     ("peft_vblora", "peft-vblora"),
     ("peft_miss", "peft-miss"),
@@ -196,7 +198,7 @@ def test_heads_and_magnitudes_are_kept_or_refused(layout: str, tmp_path: Path) -
         try:
             api.export(adapter, tmp_path / "out", to=layout, base=base, keep_names=True, overwrite=True)
         except errors.ExportError as error:
-            assert beside[0].name in str(error) or layout in ("peft-miss", "peft-vblora")
+            assert beside[0].name in str(error) or layout in ("peft-miss", "peft-vblora", "original")
             continue
         again = read_again(tmp_path / "out", base=base)
         kept = {(e.name, e.use): np.frombuffer(e.data, np.float32).tolist() for e in again.extras}

@@ -4,7 +4,8 @@ LyCORIS' ``.lora_mid.weight`` or without; ``.dora_scale``, its DoRA, of outputs 
 
 The scale is alpha / r; without an alpha it is 1, as sd-scripts has it. ``lora_unet`` is a pipeline's ``unet`` or
 ``transformer``, ``lora_te`` and ``lora_te1`` its ``text_encoder``, ``lora_te2`` its ``text_encoder_2``, ``lora_te3``
-its ``text_encoder_3``, or FLUX's ``text_encoder_2``.
+its ``text_encoder_3``, or FLUX's ``text_encoder_2``; ``lycoris_`` without a model's name is the one that is trained. On
+a base of diffusers, modules with the names of the model's own code are those that they are there (`formats.families`).
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from pathlib import Path
 
 from lrconvert.core.errors import OptionError
 from lrconvert.core.wording import spelled
+from lrconvert.formats.families.shared import spelling
 from lrconvert.formats.readers.base import Reader
 from lrconvert.formats.readers.kohya import doubled, sgm
-from lrconvert.formats.readers.shared import naming, pairs, products
+from lrconvert.formats.readers.shared import naming, on_base, pairs, products
 from lrconvert.formats.readers.shared.naming import BaseNames, Component
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.formats.readers.shared.pairs import Labels, Parts
@@ -36,6 +38,7 @@ ROLES = {
     "te3": ("text_encoder_3", "text_encoder_2"),  # T5: the third of SD 3, and of FLUX, which has no third, the second
 }
 _MODULE = re.compile(rf"(?:lora|lycoris)_(?P<role>{'|'.join(sorted(ROLES, key=len, reverse=True))})_(?P<inside>[^.]+)")
+_SIMPLE = ("lycoris_transformer_blocks_", "lycoris_single_transformer_blocks_")
 _ANY = re.compile(r"(?:lora|lycoris)_[A-Za-z0-9]+_[^.]+\.[^.]")
 _PARTS = {
     **{"lora_down.weight": "A", "lora_up.weight": "B", "lora_mid.weight": "mid"},
@@ -77,6 +80,9 @@ def read_weights(weights: Weights, options: ReadOptions) -> LoraAdapter:
             targets.append(pair if component is None else component.placed(pair, name))
             extras += pairs.dora_scales(parts, targets[-1], weights)
         extras += pairs.differences(name if component is None else component.full(name), parts, weights)
+    scheme = ""
+    if base is not None:
+        targets, extras, scheme = on_base.translated(targets, extras, base)
     unstated = [module for module, parts in modules.items() if "alpha" not in parts and pairs.is_pair(parts)]
     warnings = [*notes, *([naming.unnamed("kohya")] if base is None else ())]
     if unstated and options.alpha is None:
@@ -87,8 +93,9 @@ def read_weights(weights: Weights, options: ReadOptions) -> LoraAdapter:
         )
     used = ("ss_network_alpha", "ss_network_dim")  # as the tensors have them
     name = weights.metadata.get("ss_sd_model_name") or weights.metadata.get("ss_base_model_version", "")
+    own = spelling.fields((info.name for info in weights.tensors), scheme)
     return pairs.build_adapter(
-        weights, targets, layout="kohya", extras=extras, warnings=warnings, base_model=name, used=used
+        weights, targets, layout="kohya", extras=extras, warnings=warnings, base_model=name, used=used, fields=own
     )
 
 
@@ -108,12 +115,17 @@ def _pair(module: str, parts: Parts, weights: Weights, options: ReadOptions) -> 
 def _place(module: str, base: BaseNames) -> tuple[Component, str]:
     """Return the model of the base that a module is in, and its name there. Raises E-BASE."""
     match = _MODULE.fullmatch(module)
-    if match is not None:
-        inside, models = match["inside"], ROLES[match["role"]]
+    if module.startswith(_SIMPLE):  # SimpleTuner's, which has no word for the model
+        inside, models = module.removeprefix("lycoris_"), ROLES["unet"]
+    elif match is not None:
+        inside, models = match["inside"].removeprefix("_"), ROLES[match["role"]]
     else:
         role, _, inside = module.partition("_")[2].partition("_")
         models = (role,)
     component = base.component(models, module)
+    own = on_base.own_name(inside, component, is_flat=True)
+    if own is not None:
+        return component, own
     spelled = sgm.renamed(inside, component)
     return component, component.flattened(spelled, naming.VOCABULARY)
 

@@ -47,11 +47,6 @@ _PARTS = (
         "a LoRA of NeMo, whose fused layers keep rows in Megatron's order",
         "export it with NeMo as a Hugging Face adapter and convert that",
     ),
-    (
-        r"\.processor\.(qkv|proj)_lora\d?\.(down|up)\.",
-        "a FLUX LoRA of XLabs, whose queries, keys and values are fused",
-        "load it with diffusers (load_lora_weights, which translates it), save it with save_lora_weights, convert that",
-    ),
     (r"\.lora_(up|down)\.\d+\.weight$", "a pair of one slice of a fused layer", "save it again with sd-scripts"),
 )
 _FACTOR = re.compile(r"(?i)lora_?(a|b|up|down)\b|\.(up|down)\b|w_[ab]_\d")

@@ -320,10 +320,11 @@ def build_adapter(
     warnings: Sequence[str] = (),
     base_model: str = "",
     used: Collection[str] = (),
+    fields: Mapping[str, str] | None = None,
 ) -> LoraAdapter:
-    """Return the adapter, sorted, with the digest of its source, and a warning of what the file states beside its
-    tensors but for the `used` settings. Raises E-EMPTY without targets, E-TENSOR for two targets on one matrix,
-    E-IO-CHANGED."""
+    """Return the adapter, sorted, with the digest of its source and notes on that (`fields`), and a warning of what the
+    file states beside its tensors but for the `used` settings. Raises E-EMPTY without targets, E-TENSOR for two targets
+    on one matrix, E-IO-CHANGED."""
     if not targets:
         raise EmptyAdapterError("the file holds no pair of factors", fix="is it an adapter that was saved empty?")
     ordered = tuple(sorted(targets, key=lambda pair: pair.target))
@@ -331,7 +332,7 @@ def build_adapter(
         if (one.target.name, one.target.view) == (two.target.name, two.target.view):
             raise TensorUnknownError(f"two pairs of the file mean the same parameter {one.target.name!r}")
     embeddings = bundled.extras(weights)
-    source = Provenance(source_digest(weights), base_model, fields={"source_format": layout})
+    source = Provenance(source_digest(weights), base_model, fields={"source_format": layout, **(fields or {})})
     every = sort_extras([*extras, *embeddings])
     said = (*all_zero(ordered), *notes_of(weights, used), *warnings, *bundled.notes(embeddings), *_negative(every))
     return LoraAdapter(ordered, every, source, said)

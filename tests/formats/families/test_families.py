@@ -1,0 +1,273 @@
+"""Families of diffusion models: names and updates go from any scheme to any other and back, and files of every
+trainer's spelling are written as they were read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import dense
+from safetensors.numpy import load_file, save_file
+
+from lrconvert import api
+from lrconvert.core import errors
+from lrconvert.core.dtypes import Stored
+from lrconvert.formats.families.base import DIFFUSERS, ORIGINAL, families, is_known, of_class
+from lrconvert.formats.families.shared import translate
+from lrconvert.formats.families.shared.table import Line, Templates, filled, parse
+from lrconvert.formats.families.shared.translate import Piece, Reading
+from lrconvert.lora.adapter import ExtraTensor, LoraTarget, Target
+from lrconvert.testing import diffusion
+from lrconvert.testing.layouts import Known
+
+SCHEMES = [(name, scheme) for name, family in families().items() for scheme in family.schemes]
+FUSING = [(name, scheme) for name, scheme in SCHEMES if scheme != DIFFUSERS]
+
+
+def piece(module: str, out: int, width: int, *, rank: int = 2, seed: int = 0, dtype: str = "<f4") -> Piece:
+    rng = np.random.default_rng(seed)
+    a, b = (rng.standard_normal(shape).astype(dtype) for shape in ((rank, width), (out, rank)))
+    word = {"<f4": "F32", "<f2": "F16"}[dtype]
+    return Piece(
+        module, LoraTarget(Target(f"{module}.weight", (out, width)), Stored(word, a), Stored(word, b), 0.5), {}
+    )
+
+
+def pieces(name: str, scheme: str, **how: Any) -> list[Piece]:
+    every = diffusion.modules(families()[name], scheme)
+    return [piece(module, out, width, seed=n, **how) for n, (module, out, width, _) in enumerate(every)]
+
+
+def same(one: list[Piece], other: list[Piece]) -> None:
+    """The same modules, and factors to the bit."""
+    by_name = {p.module: p.pair for p in other}
+    assert sorted(p.module for p in one) == sorted(by_name) and len(one) == len(other)
+    for p in one:
+        pair = by_name[p.module]
+        assert (p.pair.a, p.pair.b, p.pair.scale) == (pair.a, pair.b, pair.scale), p.module
+        assert (p.pair.target.shape, p.pair.target.name) == (pair.target.shape, pair.target.name)
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "scheme"), SCHEMES)
+def test_every_name_is_of_one_line(name: str, scheme: str) -> None:
+    """With dots and with underscores; parts are of one line of a scheme."""
+    family = families()[name]
+    names = family.schemes[scheme]
+    for module, out, width, line in diffusion.modules(family, scheme):
+        for is_flat in (False, True):
+            hits = names.find(module.replace(".", "_") if is_flat else module, is_flat)
+            assert line in [hit for hit, _ in hits] and len({hit.name for hit, _ in hits}) == 1
+            place = names.place(module.replace(".", "_") if is_flat else module, out, width, is_flat)
+            assert place is not None and place[0] == line and filled(place[0].name, place[1]) == module
+        assert is_known(module) and is_known(module, scheme)
+    parts = [(part, line.rows[n] if len(line.parts) > 1 else line.rows) for line in names.lines
+             for n, part in enumerate(line.parts)]  # fmt: skip
+    assert len(set(parts)) == len(parts)
+
+
+def test_tables_are_read_without_a_search() -> None:
+    """A name is compared with the lines that have its words, however many others there are."""
+    compared = []
+
+    class Counted(str):
+        def __eq__(self, other: object) -> bool:
+            compared.append(other)
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    lines = [(f"blocks.#.{Counted(f'word{n}')}.2", n) for n in range(500)]
+    table = Templates(lines, is_flat=False)
+    assert table.find("blocks.7.word300.2") == [(300, ("7",))] and table.find("blocks.7.word300.3") == []
+    assert len(compared) < 20
+
+
+def test_lines_of_shapes() -> None:
+    """Rows in widths of the input, a share of the rest, halves that change places; another shape is another layer."""
+    (fused,) = parse("linear1 -> attn.{to_q,to_k,to_v},proj : 1 1 1 4".replace("},proj", ",proj}"))
+    assert fused.parts == ("attn.to_q", "attn.to_k", "attn.to_v", "attn.proj")
+    assert fused.ends(56, 8) == (8, 16, 24, 56) and fused.ends(64, 8) is None
+    grouped = Line("qkv", ("q", "k", "v"), (1, None, None))
+    assert grouped.ends(16, 8) == (8, 12, 16) and grouped.ends(8, 8) is None and grouped.ends(17, 8) is None
+    (turned,) = parse("final -> norm_out.linear : 2 swapped")
+    assert turned.is_swapped and turned.ends(16, 8) == (16,) and turned.ends(48, 8) is None
+    (same_name,) = parse("txt_in")
+    assert same_name == Line("txt_in", ("txt_in",), (None,))
+
+
+def test_classes_are_of_one_family() -> None:
+    every = [name for family in families().values() for name in family.classes]
+    assert len(set(every)) == len(every) and of_class("NoSuchModel") is None
+    assert all(of_class(name) is family for family in families().values() for name in family.classes)
+
+
+# --- updates ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "scheme"), FUSING)
+def test_there_and_back(name: str, scheme: str) -> None:
+    """A scheme's modules are diffusers', and these are the scheme's again: names, bits and scales."""
+    family = families()[name]
+    before = pieces(name, scheme)
+    middle = translate.translated(before, Reading(name, family, scheme), False, DIFFUSERS)
+    assert all(family.schemes[DIFFUSERS].find(p.module, False) for p in middle)
+    same(before, translate.translated(middle, Reading(name, family, DIFFUSERS), False, scheme))
+
+
+@pytest.mark.parametrize(("name", "scheme"), FUSING)
+def test_parts_of_any_ranks_become_one_and_parts_again(name: str, scheme: str) -> None:
+    """Ranks of parts with A of their own add up; split again, each has its own factors, to the bit."""
+    family = families()[name]
+    before = []
+    for n, line in enumerate(family.schemes[scheme].lines):
+        ends = next(line.ends(out, 4) for _, out, _, one in diffusion.modules(family, scheme) if one is line)
+        assert ends is not None
+        for m, (part, start, end) in enumerate(zip(line.parts, (0, *ends), ends, strict=False)):
+            block = ("3",) * part.count("#") if n % 2 else ("17",) * part.count("#")
+            before.append(piece(filled(part, block), end - start, 4, rank=1 + m % 3, seed=10 * n + m))
+    before = list({p.module: p for p in before}.values())
+    fused = translate.translated(before, Reading(name, family, DIFFUSERS), False, scheme)
+    same(before, translate.translated(fused, Reading(name, family, scheme), False, DIFFUSERS))
+
+
+def test_a_fused_update_is_the_updates_of_its_rows() -> None:
+    """The dense update of a fused layer has those of its parts one below the other, also of one that is not adapted."""
+    flux = families()["flux1"]
+    parts = [piece(f"single_transformer_blocks.4.{leaf}", out, 4, seed=n, rank=n + 1)
+             for n, (leaf, out) in enumerate((("attn.to_q", 4), ("attn.to_v", 4), ("proj_mlp", 16)))]  # fmt: skip
+    (fused,) = translate.translated(parts, Reading("flux1", flux, DIFFUSERS), False, ORIGINAL)
+    assert fused.module == "single_blocks.4.linear1" and fused.pair.rank == 6
+    rows = [dense(parts[0].pair), np.zeros((4, 4)), dense(parts[1].pair), dense(parts[2].pair)]
+    np.testing.assert_array_equal(dense(fused.pair), np.concatenate(rows))
+
+
+def test_parts_that_share_an_input_share_its_rank() -> None:
+    flux = families()["flux1"]
+    one = piece("transformer_blocks.0.attn.to_q", 4, 4, rank=3)
+    other = piece("transformer_blocks.0.attn.to_v", 4, 4, rank=3, seed=1)
+    other = replace(other, pair=replace(other.pair, a=one.pair.a))
+    (fused,) = translate.translated([one, other], Reading("flux1", flux, DIFFUSERS), False, ORIGINAL)
+    assert fused.pair.rank == 3 and fused.pair.a == one.pair.a
+
+
+@pytest.mark.parametrize("scales", [(0.5, 2.0), (0.0, 0.75), (0.0, 0.0)])
+def test_parts_of_several_scales(scales: tuple[float, float]) -> None:
+    flux = families()["flux1"]
+    parts = [piece(f"transformer_blocks.0.attn.{leaf}", 4, 4, seed=n) for n, leaf in enumerate(("to_q", "to_k"))]
+    parts = [replace(p, pair=replace(p.pair, scale=scale)) for p, scale in zip(parts, scales, strict=True)]
+    (fused,) = translate.translated(parts, Reading("flux1", flux, DIFFUSERS), False, ORIGINAL)
+    wanted = np.concatenate([dense(parts[0].pair), dense(parts[1].pair), np.zeros((4, 4))])
+    np.testing.assert_allclose(dense(fused.pair), wanted, rtol=1e-12)
+
+
+def test_halves_change_places() -> None:
+    flux = families()["flux1"]
+    (norm,) = translate.translated(
+        [piece("final_layer.adaLN_modulation.1", 8, 4)], Reading("flux1", flux, ORIGINAL), False, DIFFUSERS
+    )
+    before = dense(piece("final_layer.adaLN_modulation.1", 8, 4).pair)
+    assert norm.module == "norm_out.linear"
+    np.testing.assert_array_equal(dense(norm.pair), np.concatenate([before[4:], before[:4]]))
+
+
+def test_what_has_a_number_for_each_row_goes_with_its_rows() -> None:
+    """Magnitudes and biases of a fused layer are split and joined as its rows are; a part without a bias has zeros, and
+    one without a magnitude is refused."""
+    flux = families()["flux1"]
+    numbers = np.arange(12, dtype=np.float32)
+    name = "double_blocks.2.txt_attn.qkv"
+    extras = {use: ExtraTensor(f"{name}.{leaf}", "F32", (12,), numbers.tobytes(), use)
+              for use, leaf in (("magnitude", "weight"), ("add", "bias"))}  # fmt: skip
+    before = [replace(piece(name, 12, 4), extras=extras)]
+    parts = translate.translated(before, Reading("flux1", flux, ORIGINAL), False, DIFFUSERS)
+    for n, part in enumerate(parts):
+        assert {np.frombuffer(e.data, np.float32).tolist() == numbers[4 * n : 4 * n + 4].tolist()
+                for e in part.extras.values()} == {True}  # fmt: skip
+        assert part.extras["magnitude"].name == part.pair.target.name
+    (again,) = translate.translated(parts, Reading("flux1", flux, DIFFUSERS), False, ORIGINAL)
+    assert again.extras == extras
+    alone = [replace(parts[1], extras={"add": parts[1].extras["add"]})]
+    (padded,) = translate.translated(alone, Reading("flux1", flux, DIFFUSERS), False, ORIGINAL)
+    assert np.frombuffer(padded.extras["add"].data, np.float32).tolist() == [0] * 4 + [4, 5, 6, 7] + [0] * 4
+    with pytest.raises(errors.ExportError, match="only 1 of its 3 parts have a magnitude"):
+        translate.translated([parts[1]], Reading("flux1", flux, DIFFUSERS), False, ORIGINAL)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def files() -> list[tuple[str, diffusion.Trained]]:
+    """Every spelling with some families, and every family with two; FLUX.1 and Wan with all."""
+    chosen = []
+    for n, (name, family) in enumerate(families().items()):
+        fitting = [trained for trained in diffusion.TRAINED if trained.scheme in family.schemes]
+        every = fitting if name in ("flux1", "wan") else [fitting[n % 5], fitting[5 + n % 4]]
+        chosen += [(name, trained) for trained in every]
+    return chosen
+
+
+FILES = files()
+
+
+def write(folder: Path, known: list[Known], trained: diffusion.Trained) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(dict(diffusion.tensors(known, trained.spelling)), folder / "x.safetensors")
+    return folder / "x.safetensors"
+
+
+def config_of(folder: Path, name: str) -> Path:
+    """A base of which there is a config.json alone."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(
+        json.dumps({"_class_name": families()[name].classes[0], "_diffusers_version": "0"})
+    )
+    return folder
+
+
+def equal(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> None:
+    assert sorted(one) == sorted(other)
+    for name, values in one.items():
+        assert values.dtype == other[name].dtype and np.array_equal(values, other[name]), name
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize(("name", "trained"), FILES, ids=[f"{name}-{trained.name}" for name, trained in FILES])
+def test_what_is_read_is_written_in_the_same_layout(name: str, trained: diffusion.Trained, tmp_path: Path) -> None:
+    """Without a base and with one: every tensor under its name, with its bits."""
+    alpha = 1.0 if trained.spelling.has_alpha else 2.0
+    path = write(tmp_path / "a", diffusion.pairs(families()[name], trained.scheme, alpha=alpha), trained)
+    for base in (None, config_of(tmp_path / "base", name)):
+        out = tmp_path / f"out{base is None}"
+        api.export(path, out, to="original", base=base)
+        equal(load_file(path), load_file(out / "lora.safetensors"))
+
+
+LAYOUTS = ("comfyui", "diffusers", "onetrainer", "kohya")
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("name", families())
+def test_layouts_say_the_same(name: str, tmp_path: Path) -> None:
+    """From one layout to the next: every module of diffusers has one update, whatever the file calls it."""
+    base = config_of(tmp_path / "base", name)
+    known = diffusion.pairs(families()[name], ORIGINAL, alpha=3.0)
+    trained = next(one for one in diffusion.TRAINED if one.name == "kohya")
+    path = write(tmp_path / "first", known, trained)
+    wanted = {pair.target.name: dense(pair) for pair in api.load_lora(path, base=base).targets}
+    every = {part for line in families()[name].schemes[DIFFUSERS].lines for part in line.parts}
+    assert len(wanted) == len({filled(part, ("1",) * part.count("#")) for part in every}) + (name == "sd3")
+    for layout in LAYOUTS:
+        api.export(path, tmp_path / layout, to=layout, base=base)
+        (path,) = (tmp_path / layout).glob("*.safetensors")
+        updates = {pair.target.name: dense(pair) for pair in api.load_lora(path, base=base).targets}
+        assert sorted(updates) == sorted(wanted), layout
+        for module, update in updates.items():
+            np.testing.assert_allclose(update, wanted[module], rtol=1e-6, atol=1e-7, err_msg=f"{layout} {module}")
