@@ -27,6 +27,7 @@ from lrconvert.api.shared import (
 from lrconvert.core.errors import ArgumentError
 from lrconvert.core.options import described
 from lrconvert.formats import fidelity, loading
+from lrconvert.formats.fleet import places as fleet_places
 from lrconvert.formats.lrc import file, validation
 from lrconvert.formats.lrc.validation import Validation
 from lrconvert.formats.readers.shared.options import ReadOptions
@@ -153,13 +154,14 @@ def download(name: str, *, part: hub_transfer.Part = "adapter", allow_pickle: bo
 
 
 def validate(path: AnyPath, *, base: AnyPath | None = None) -> Validation:
-    """Check an lrconvert file or input statistics, against the base if one is given; every finding is in the result."""
+    """Check an lrconvert file or input statistics, against the base if one is given; every finding is in the result. A
+    whole fleet is checked by `Fleet.validate`."""
     folder = None if base is None else located(base, "base")
     with adapter_at(path, "path") as where:
         done = validation.validate(where, folder)
-    if not is_remote(path):
+    if not is_remote(path) and not fleet_places.is_member(path):
         return done
-    shown = str(remote.Url(fspath(path)))
+    shown = str(remote.Url(fspath(path))) if is_remote(path) else fspath(path)
     named = [replace(one, message=one.message.replace(str(where), shown)) for one in done.findings]
     return replace(done, path=shown, findings=tuple(named))
 

@@ -33,6 +33,7 @@ from lrconvert.core.options import take
 from lrconvert.formats import fidelity as fidelity_report
 from lrconvert.formats import loading
 from lrconvert.formats.fidelity import Comparison, Fidelity
+from lrconvert.formats.fleet import places as fleet_places
 from lrconvert.formats.lrc.file import is_lrconvert
 from lrconvert.live.options import CompareOptions, StatisticsOptions
 from lrconvert.lora import statistics_file
@@ -116,11 +117,15 @@ def _as_stored(row: Fidelity, item: object) -> Fidelity:
         return replace(row, overhead_bytes=row.overhead_bytes + where.stat().st_size - row.total_bytes)
 
 
+def _is_ours(path: AnyPath) -> bool:
+    return fleet_places.is_member(path) or is_lrconvert(Path(path))
+
+
 def _check_order(source: AnyLora, items: Sequence[AnyCompact]) -> None:
     """Raise E-OPTION if the source is an lrconvert file, and what is measured against it is none."""
-    if not isinstance(source, (str, PathLike)) or not is_lrconvert(Path(source)):
+    if not isinstance(source, (str, PathLike)) or not _is_ours(source):
         return
-    other = next((i for i in items if isinstance(i, (str, PathLike)) and not is_lrconvert(Path(i))), None)
+    other = next((i for i in items if isinstance(i, (str, PathLike)) and not _is_ours(i)), None)
     if other is not None:
         what = f"is an lrconvert file, and {os.fspath(other)} is none: they are the wrong way round"
         raise OptionError(what, fix="give the LoRA first, and then the files that came from it", path=source)

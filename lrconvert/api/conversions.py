@@ -46,8 +46,8 @@ from lrconvert.core.errors import (
 )
 from lrconvert.core.options import described, make, take
 from lrconvert.core.wording import spelled
+from lrconvert.formats.fleet import places as fleet_places
 from lrconvert.formats.lrc import file
-from lrconvert.io import hub
 from lrconvert.io.checkpoint import KnownContent, open_checkpoint
 from lrconvert.io.durable import check_output, delete_leftover, partial_path
 from lrconvert.lora.adapter import LoraAdapter
@@ -171,7 +171,7 @@ def _output(
             raise OptionError(what, fix=f"name the output with {spelled('out', ..., '--output')}")
         return None, None
     target = output_of(out)
-    places = [hub.adapter_at(path_of(item, "input")) for item in inputs if isinstance(item, (str, PathLike))]
+    places = [fleet_places.read_from(path_of(item, "input")) for item in inputs if isinstance(item, (str, PathLike))]
     check_output(target, overwrite, inputs=[file for place in places for file in _files_of(place)])
     kept = partial_path(target)
     if kept.exists() and not request.resume:

@@ -19,9 +19,10 @@ from lrconvert.core.wording import spelled, verb
 from lrconvert.formats.expansions.cache import Cache, Expansion, Files
 from lrconvert.formats.expansions.ranks import MAX_ERROR
 from lrconvert.formats.expansions.reducing import Reduced, reduced
-from lrconvert.formats.expansions.sources import LocalFile, RemoteFile, Source
+from lrconvert.formats.expansions.sources import FleetMember, LocalFile, RemoteFile, Source
 from lrconvert.formats.exporters import base as exporters
 from lrconvert.formats.exporters.base import ExportOptions
+from lrconvert.formats.fleet import names
 from lrconvert.formats.lrc import file
 from lrconvert.io import remote
 from lrconvert.lora.adapter import CompactAdapter
@@ -138,7 +139,8 @@ def cache_folder(cache: AnyPath | None) -> Path:
 
 
 def source_at(given: AnyPath) -> Source:
-    """Return the source at a path or URL. Raises E-IO-KIND or E-LAYOUT for what is no file, E-REMOTE, E-ACCESS."""
+    """Return the source at a path, a URL or ``FLEET#NAME``. Raises E-IO-KIND or E-LAYOUT for what is no file, E-REMOTE,
+    E-ACCESS."""
     given = path_of(given, "path", "the path or URL of an lrconvert file")
     if is_remote(given):
         place = remote.open_store(os.fspath(given))
@@ -146,6 +148,10 @@ def source_at(given: AnyPath) -> Source:
             raise remote.missing(place.url)
         return RemoteFile(place, entry)
     path = remote.local_path(os.fspath(given)) or Path(given)
+    if (member := names.member_of(path)) is not None:
+        return FleetMember(*member)
+    if names.is_fleet(path):
+        raise UnknownLayoutError("is a fleet, of which a member is expanded", fix=f"write {path}#NAME", path=path)
     if path.is_dir():
         is_lora = (path / "adapter_config.json").exists()
         what = "is a folder; lrconvert files are expanded" + (", and servers load a LoRA as it is" if is_lora else "")

@@ -19,6 +19,7 @@ from lrconvert.core.notices import Notice
 from lrconvert.core.options import described, make, names, refuse_unknown
 from lrconvert.core.wording import either, spelled
 from lrconvert.formats import fidelity, loading
+from lrconvert.formats.fleet import places as fleet_places
 from lrconvert.formats.lrc import file
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.io import hub, remote
@@ -60,9 +61,9 @@ def located(value: object, name: str) -> Path:
 
 @contextmanager
 def adapter_at(value: object, name: str) -> Iterator[Path]:
-    """Give where an adapter is: of a hub id its place in the local cache, of a URL a copy on this machine. Raises
-    E-ARGUMENT, and `hub.adapter`'s."""
-    with hub.adapter(path_of(value, name, "a path, a hub id or a URL")) as where:
+    """Give where an adapter is: of a hub id its place in the local cache, of a URL, and of a member of a fleet, a copy
+    on this machine. Raises E-ARGUMENT, and what `fleet.places.adapter` does."""
+    with fleet_places.adapter(path_of(value, name, "a path, a hub id or a URL")) as where:
         yield where
 
 
@@ -142,7 +143,7 @@ def compact_of(item: object, name: str = "adapter") -> CompactAdapter:
     if isinstance(item, LoraAdapter):
         raise ArgumentError(f"{name} is a LoRA; a compact adapter was expected", fix=fix)
     given = path_of(item, name, "a compact adapter, its path or a result")
-    with hub.adapter(given) as where:
+    with fleet_places.adapter(given) as where:
         if not where.is_dir():
             return file.read(where)
     loaded = loading.load(given, ReadOptions())

@@ -115,19 +115,21 @@ def _shown(request: Request, conversion: Conversion) -> Result:
 
 def _check_paths(request: Request) -> Path:
     """Return where the source is. Raises a usage error without an output that is needed, E-OUT-* for a bad one."""
+    from lrconvert.formats.fleet import places as fleet_places
     from lrconvert.io import hub, remote
     from lrconvert.io.durable import check_output
 
     if request.output is None and not request.dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
-    where = hub.adapter_at(request.sources[0])
+    source = request.sources[0]
+    where = fleet_places.read_from(source)
     if isinstance(request.output, remote.Url):
         remote.check_output(request.output, request.overwrite)
     elif request.output is not None:
         # A compact file beside the adapter is an earlier output, which --overwrite may replace.
         inputs = [p for p in where.iterdir() if p.suffix != ".lrc"] if where.is_dir() else [where]
         check_output(hub.output(request.output), request.overwrite, inputs=inputs)
-    return where
+    return Path(source) if fleet_places.is_member(source) else where
 
 
 # --- compress -------------------------------------------------------------------------------------------------------

@@ -72,12 +72,13 @@ def compare(source: Path, files: tuple[Path, ...], html: Path | None, logs: tupl
     """
     from lrconvert import api
     from lrconvert.cli import pages
+    from lrconvert.formats.fleet import places as fleet_places
     from lrconvert.io import hub
     from lrconvert.io.durable import check_output
     from lrconvert.report.comparison import comparison_text, fidelity_json
 
     if html is not None:
-        check_output(html, given["overwrite"], inputs=[hub.adapter_at(path) for path in (source, *files)])
+        check_output(html, given["overwrite"], inputs=[fleet_places.read_from(path) for path in (source, *files)])
     elif logs:
         raise click.UsageError("--log is for --html")
     reading, options = flags.chosen(given, ReadOptions), flags.chosen(given, CompareOptions)

@@ -12,6 +12,7 @@ import click
 from lrconvert.cli import flags
 from lrconvert.cli.printing import emit, emit_line, progress_bar, say
 from lrconvert.core.errors import EXIT_REFUSED, printable
+from lrconvert.formats.fleet.names import MARK
 from lrconvert.report.tables import counted
 
 _FLEET = click.Argument(["fleet"], type=flags.PATH, metavar="FLEET")
@@ -35,7 +36,7 @@ class _InOrder(click.Group):
 @click.group("pack", cls=_InOrder)
 def pack() -> None:
     """Keep many compact adapters in one folder, a fleet: what they have in common lies once, and each costs its payload
-    and at most 256 bytes. Every other command takes a member as FLEET#NAME."""
+    and at most 256 bytes. Every other command takes a member as FLEET#NAME; `lrconvert validate FLEET` checks all."""
 
 
 def _command(name: str, *params: click.Parameter) -> Callable[[Callable[..., None]], click.Command]:
@@ -173,22 +174,14 @@ def reindex(fleet: Path, quiet: bool) -> None:
         say(f"{printable(str(fleet))}: {counted(count)}")
 
 
-@_command(
-    "validate",
-    _FLEET,
-    click.Argument(["names"], nargs=-1, metavar="[NAME]..."),
-    flags.base("Model folder or hub id; names, shapes and contents are checked."),
-    flags.AS_JSON,
-)
-def validate(fleet: Path, names: Sequence[str], base: Path | None, as_json: bool) -> None:
-    """Check all of FLEET, or the members that are named, against the format; prints every finding as it comes, with
-    --json a line for each file and member, and exits 1 if there is any."""
+def check_fleet(fleet: Path, names: Sequence[str], base: Path | None, as_json: bool) -> None:
+    """Print what is found in a fleet, or in the members that are named, as it comes; exit 1 if there is any."""
     from lrconvert.api.fleets import Fleet
 
     with Fleet(fleet) as opened:
         checked = refused = 0
         for result in opened.validate(*names, base=base):
-            is_member = bool(result.summary) or "#" in Path(result.path).name
+            is_member = MARK in result.path.removeprefix(str(fleet))
             checked, refused = checked + is_member, refused + (not result.ok)
             if as_json:
                 emit_line({**dataclasses.asdict(result), "ok": result.ok})

@@ -33,6 +33,7 @@ def about(source: Path, files: Sequence[Path], given: Mapping[str, Any], logs: S
     """Return where the numbers of a comparison come from. `given` is what `compare` was given, with the options that
     say how `source` is read as `reading`. Raises as `read_curves` does, and reading the LoRA."""
     from lrconvert import api
+    from lrconvert.formats.fleet import places as fleet_places
     from lrconvert.io import hub
     from lrconvert.lora import svd
     from lrconvert.report import html
@@ -43,7 +44,7 @@ def about(source: Path, files: Sequence[Path], given: Mapping[str, Any], logs: S
         (pair.target.name, tuple(map(float, values)))
         for pair, values in zip(lora.targets, svd.spectra(lora.targets), strict=True)
     ]
-    written = (datetime.date.fromtimestamp(hub.adapter_at(path).stat().st_mtime).isoformat() for path in files)
+    written = (datetime.date.fromtimestamp(fleet_places.read_from(path).stat().st_mtime).isoformat() for path in files)
     return html.About(
         base="" if base is None else hub.hint(str(base)),
         data=tuple(path.name for path in data),

@@ -15,12 +15,16 @@ Place = Path | remote.Url
 def adapters(sources: Sequence[Place]) -> list[tuple[str, Place]]:
     """Return every adapter that is meant, as it is called and where it lies: a folder that is no adapter itself and
     holds several stands for these."""
+    from lrconvert.formats.fleet import names
     from lrconvert.io import hub, mistaken
 
     meant: list[tuple[str, Place]] = []
     for source in sources:
         if isinstance(source, remote.Url):
             meant += _at(source)
+            continue
+        if names.is_fleet(source):
+            meant += _members(source)
             continue
         where = hub.locate(source)
         inside = _inside(where) if where.is_dir() and not mistaken.is_adapter(where) else []
@@ -29,6 +33,16 @@ def adapters(sources: Sequence[Place]) -> list[tuple[str, Place]]:
         else:
             meant += [(str(source / name), where / name) for name in inside]
     return meant
+
+
+def _members(fleet: Path) -> list[tuple[str, Place]]:
+    """The members of a fleet."""
+    from lrconvert.api.fleets import Fleet
+    from lrconvert.formats.fleet.names import spelled_member
+
+    with Fleet(fleet) as opened:
+        places = [spelled_member(fleet, name) for name in opened]
+    return [(str(place), place) for place in places]
 
 
 def _at(url: remote.Url) -> list[tuple[str, Place]]:

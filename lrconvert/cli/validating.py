@@ -11,7 +11,7 @@ import click
 from lrconvert.cli import flags
 from lrconvert.cli.printing import emit, say
 from lrconvert.cli.several import Place
-from lrconvert.core.errors import EXIT_REFUSED, UnknownLayoutError, printable
+from lrconvert.core.errors import EXIT_REFUSED, OptionError, UnknownLayoutError, printable
 from lrconvert.io.remote import Url
 
 
@@ -23,10 +23,17 @@ from lrconvert.io.remote import Url
 )
 def validate(files: tuple[Path, ...], base: Path | None, as_json: bool) -> None:
     """Check lrconvert files and input statistics, and all in the folders that are given; prints every finding and exits
-    1 if there is any. Of several it shows a table."""
+    1 if there is any. Of several it shows a table. FLEET [NAME]... checks a fleet, or members of it: findings as they
+    come, with --json a line for each file and member."""
     from lrconvert import api
+    from lrconvert.formats.fleet import names
     from lrconvert.report import checks
 
+    if names.is_fleet(files[0]) and not any(Path(file).exists() for file in files[1:]):
+        from lrconvert.cli import packing
+
+        packing.check_fleet(files[0], [str(file) for file in files[1:]], base, as_json)
+        return
     results = [api.validate(path, base=base) for path in _inside(files)]
     ok = all(result.ok for result in results)
     if as_json:
@@ -49,11 +56,15 @@ def validate(files: tuple[Path, ...], base: Path | None, as_json: bool) -> None:
 
 def _inside(sources: Sequence[Place]) -> list[Place]:
     """The files that are meant: those of ours in a folder. Raises E-LAYOUT for a folder without any."""
+    from lrconvert.formats.fleet import names
+
     meant: list[Place] = []
     for source in sources:
         if isinstance(source, Url):
             meant.append(source)
             continue
+        if names.is_fleet(source):
+            raise OptionError("is a fleet, which is checked by itself", fix="leave the other files out", path=source)
         own: Sequence[Place] = _own(source) if source.is_dir() else [source]
         if not own:
             fix = "`lrconvert inspect` shows adapters of other tools"

@@ -12,9 +12,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from lrconvert.core.errors import OptionError
+from lrconvert.core.errors import OptionError, UnknownLayoutError
 from lrconvert.core.wording import spelled
 from lrconvert.formats import fidelity, model_card
+from lrconvert.formats.fleet import names
+from lrconvert.formats.fleet import places as fleet_places
 from lrconvert.formats.lrc import file
 from lrconvert.formats.readers import base as readers
 from lrconvert.formats.readers.shared.options import ReadOptions
@@ -38,15 +40,25 @@ def load(path: AnyPath, reading: ReadOptions) -> Adapter:
 
 def load_all(paths: Sequence[AnyPath], reading: ReadOptions) -> list[Adapter]:
     """Load several adapters. Raises E-OPTION for a layout or an alpha where every file is an lrconvert file."""
-    places = [hub.adapter_at(path) for path in paths]
+    members = [fleet_places.read_member(path) for path in paths]
+    places = [fleet_places.read_from(path) for path in paths]
+    for place, member in zip(places, members, strict=True):
+        if member is None and names.is_fleet(place):
+            raise UnknownLayoutError("is a fleet, of which a member is read", fix=f"write {place}#NAME", path=place)
     if reading.base is not None:
         for place in places:
             mistaken.check_order(reading.base, place)
-    ours = [place.is_file() and file.is_lrconvert(place) for place in places]
+    ours = [
+        member is not None or (place.is_file() and file.is_lrconvert(place))
+        for member, place in zip(members, places, strict=True)
+    ]
     if all(ours):
         refuse_options(reading, places[0] if places else None)
     loaded: list[Adapter] = []
-    for path, own in zip(paths, ours, strict=True):
+    for path, own, member in zip(paths, ours, members, strict=True):
+        if member is not None:
+            loaded.append(member)
+            continue
         with hub.adapter(path) as place:
             loaded.append(file.read(place) if own else _foreign(place, reading))
     return loaded

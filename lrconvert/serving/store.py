@@ -1,6 +1,6 @@
 """Stores: where compact files lie, and which of them a name means.
 
-    /adapters, file:///adapters            NAME is /adapters/NAME.lrc
+    /adapters, file:///adapters            NAME is /adapters/NAME.lrc; of a fleet its member NAME
     s3://bucket/adapters, gs://, memory:// and so on, through fsspec and the package that it names for a protocol
     hf://org/name, hf://org/name@revision/folder    a repository of the Hugging Face Hub, through its local cache
 
@@ -11,19 +11,19 @@ what could mean another place is no name of an adapter.
 from __future__ import annotations
 
 import logging
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from lrconvert.core.errors import FileKindError, OptionError
-from lrconvert.formats.expansions.sources import LocalFile, RemoteFile, Source
+from lrconvert.formats.expansions.sources import FleetMember, LocalFile, RemoteFile, Source
+from lrconvert.formats.fleet import names
+from lrconvert.formats.fleet.opened import OpenFleet
 from lrconvert.io import hub, hub_transfer, remote
 
 log = logging.getLogger(__name__)
 
 SUFFIX = ".lrc"
-_PART = re.compile(r"(?!\.)[\w.+=@:, -]{1,200}")
 _LENGTH = 600
 
 
@@ -38,7 +38,7 @@ class Store(Protocol):
 def is_name(text: str) -> bool:
     """Say whether a text can be the name of an adapter: parts of letters, digits and ``.+=@:,-_``, which do not begin
     with a dot, with slashes between them."""
-    return len(text) <= _LENGTH and all(_PART.fullmatch(part) for part in text.split("/"))
+    return len(text) <= _LENGTH and all(names.PART.fullmatch(part) for part in text.split("/"))
 
 
 def open_store(place: str) -> Store:
@@ -52,7 +52,7 @@ def open_store(place: str) -> Store:
     root = (remote.local_path(place) or Path(place)).absolute()
     if not root.is_dir():
         raise FileKindError("the store is no folder that is there", fix="set LRCONVERT_STORE to one", path=root)
-    return FolderStore(root)
+    return FleetStore(root) if names.is_fleet(root) else FolderStore(root)
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,20 @@ class FolderStore:
             log.warning("%s is a link that leaves the store: it is not served", path)
             return None
         return LocalFile(path)
+
+
+@dataclass(frozen=True)
+class FleetStore:
+    """A fleet; members that are added later are found, and removed ones are not."""
+
+    root: Path
+
+    def find(self, name: str) -> Source | None:
+        """Return the member of a name, None if there is none. Raises what a damaged fleet is refused with."""
+        if not names.is_name(name):
+            return None
+        with OpenFleet(self.root) as fleet:
+            return FleetMember(self.root, name) if fleet.find(name.encode()) else None
 
 
 # --- URLs ---------------------------------------------------------------------------------------------------------
@@ -102,7 +116,7 @@ class UrlStore:
 def _hub_store(rest: str) -> Store:
     parts = [part for part in rest.split("/") if part]
     hub_id = hub.parse("/".join(parts[:2])) if len(parts) >= 2 else None
-    if hub_id is None or not all(_PART.fullmatch(part) for part in parts[2:]):
+    if hub_id is None or not all(names.PART.fullmatch(part) for part in parts[2:]):
         raise OptionError(f"'hf://{rest:.120}' names no repository", fix="write hf://org/name")
     return HubStore(hub_id.name, hub_id.revision, "/".join(parts[2:]))
 

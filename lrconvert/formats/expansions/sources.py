@@ -18,6 +18,8 @@ from typing import Protocol
 
 from lrconvert.core.errors import FileChangedError, FileKindError, FileReadError, LrcError
 from lrconvert.formats.expansions.cache import file_digest
+from lrconvert.formats.fleet import names
+from lrconvert.formats.fleet.opened import OpenFleet
 from lrconvert.io import durable, remote
 from lrconvert.io.container import read_small
 
@@ -106,6 +108,33 @@ class RemoteFile:
                 digest = read_digest(path())
                 if version:
                     note_digest(records, self.shown, version, digest)
+            yield Opened(digest, path, lambda: None)
+
+
+@dataclass(frozen=True)
+class FleetMember:
+    """A member of a fleet. Its file is put together when it is needed, and kept no longer; its digest is known."""
+
+    root: Path
+    name: str
+
+    @property
+    def shown(self) -> str:
+        return str(names.spelled_member(self.root, self.name))
+
+    @contextmanager
+    def opened(self, records: Path) -> Iterator[Opened]:
+        """Look at the member as it is now. Raises E-MISSING, E-DIGEST, E-IO-KIND."""
+        with ExitStack() as stack, OpenFleet(self.root) as fleet:
+            digest = fleet.member(fleet.entry(self.name)).digest.hex()
+
+            def path() -> Path:
+                data = fleet.bytes_of(self.name)
+                copy = stack.enter_context(remote.folder("member")) / "adapter.lrc"
+                with durable.atomic_file(copy, overwrite=False) as file:
+                    file.write(data)
+                return copy
+
             yield Opened(digest, path, lambda: None)
 
 
