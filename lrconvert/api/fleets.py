@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from lrconvert.api.shared import AnyCompact, AnyPath, Progress, compact_of, located, output_of, path_of, silent
-from lrconvert.core.errors import ArgumentError, EmptyAdapterError, LrcError, UnknownLayoutError
+from lrconvert.core.errors import ArgumentError, EmptyAdapterError, UnknownLayoutError
 from lrconvert.core.limits import OWN
 from lrconvert.core.options import described
 from lrconvert.core.wording import either
-from lrconvert.formats.fleet import checking, names, writing
-from lrconvert.formats.fleet.index import Entry
+from lrconvert.formats.fleet import checking, facts, names, writing
+from lrconvert.formats.fleet.facts import FleetMember, FleetSummary
 from lrconvert.formats.fleet.intake import Arrival
 from lrconvert.formats.fleet.opened import OpenFleet
 from lrconvert.formats.fleet.writing import Compacted, Taken
-from lrconvert.formats.lrc import file, manifest
+from lrconvert.formats.lrc import file
 from lrconvert.formats.lrc.validation import Validation
 from lrconvert.io import durable
 from lrconvert.io.container import read_small
@@ -28,25 +27,6 @@ from lrconvert.lora.adapter import CompactAdapter
 
 SUFFIX = ".lrc"
 AnyMembers = AnyPath | Sequence[AnyPath] | Mapping[str, AnyCompact]
-
-
-@dataclass(frozen=True)
-class FleetMember:
-    """A member of a fleet as it is listed: its `method` and how many `targets`; the bytes that it takes in the fleet,
-    its share of the index among them, and that its own file has (`whole`); the sha256 of that file; what it captured of
-    its LoRA, and the base model, where its file says so; the container `version` of the file that went in, which
-    `Fleet.get` gives byte for byte if it was the newest."""
-
-    name: str
-    method: str
-    targets: int
-    bytes: int
-    whole: int
-    digest: str
-    captured: float | None
-    base_model: str
-    version: int
-    shared: int
 
 
 class Fleet:
@@ -116,13 +96,17 @@ class Fleet:
     @property
     def bytes(self) -> int:
         """The bytes of all files of the fleet."""
-        head = self._open.head
-        return (self.path / names.HEAD).stat().st_size + head.bytes + sum(run.bytes for run in head.runs)
+        return self.summary.bytes
 
     @property
     def dead(self) -> int:
         """The bytes of members that were removed or replaced, which `gc` frees."""
-        return self._open.head.dead
+        return self.summary.dead
+
+    @property
+    def summary(self) -> FleetSummary:
+        """Where the fleet lies, how many members it has, and of how many bytes."""
+        return facts.of_fleet(self._open)
 
     def members(self, prefix: str = "") -> Iterator[FleetMember]:
         """Yield what is known of the members whose names begin with `prefix`, in the order of their names; payloads are
@@ -131,37 +115,11 @@ class Fleet:
         for entry in self._open.entries(start):
             if not entry.key.startswith(prefix.encode()):
                 return
-            yield self._facts(entry)
+            yield facts.of_member(self._open, entry)
 
     def member(self, name: str) -> FleetMember:
         """Return what is known of one member. Raises E-MISSING, E-NAME."""
-        return self._facts(self._open.entry(name))
-
-    def _facts(self, entry: Entry) -> FleetMember:
-        try:
-            member = self._open.member(entry)
-            stated = self._open.manifest(member)
-            provenance: Mapping[str, Any] = stated["provenance"]
-            return FleetMember(
-                name=member.name,
-                method=stated["method"]["id"],
-                targets=manifest.count_targets(stated["targets"]),
-                bytes=entry.length + self._index_share,
-                whole=member.nbytes,
-                digest=member.digest.hex(),
-                captured=_number(provenance.get("fields", {}).get("captured", "")),
-                base_model=provenance.get("base_model", ""),
-                version=member.version,
-                shared=len(member.references),
-            )
-        except LrcError as error:
-            raise error.at(self._open.shown(entry.key.decode(errors="replace"))) from None
-
-    @property
-    def _index_share(self) -> int:
-        """The bytes of the index that a member takes, as all have taken on average."""
-        runs = self._open.head.runs
-        return round(sum(run.bytes for run in runs) / max(1, sum(run.entries for run in runs)))
+        return facts.of_member(self._open, self._open.entry(name))
 
     def read_bytes(self, name: str) -> bytes:
         """Return the bytes of a member's file, checked against its digest. Raises E-MISSING, E-DIGEST."""
@@ -233,13 +191,6 @@ class Fleet:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 def _names(given: Sequence[str], name: str) -> Sequence[str]:

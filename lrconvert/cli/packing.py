@@ -68,9 +68,9 @@ def build(output: Path, adapters: Sequence[Path], as_json: bool, quiet: bool, **
         fleet = Fleet.build(output, members, progress=progress, **given)
     with fleet:
         if as_json:
-            emit(fleets.fleet_json(fleet))
+            emit(fleets.fleet_json(fleet.summary))
         elif not quiet:
-            say(f"wrote {fleets.fleet_text(fleet)}")
+            say(f"wrote {fleets.fleet_text(fleet.summary)}")
 
 
 @_command("add", _FLEET, _ADAPTERS, _NAME, _SHARE, flags.OVERWRITE, flags.AS_JSON, flags.QUIET)
@@ -83,7 +83,7 @@ def add(fleet: Path, adapters: Sequence[Path], as_json: bool, quiet: bool, **giv
     with Fleet(fleet) as opened, progress_bar("pack", as_json or quiet) as progress:
         taken = opened.add(members, progress=progress, **given)
         if as_json:
-            emit({"added": [dataclasses.asdict(one) for one in taken], **fleets.fleet_json(opened)})
+            emit({"added": [dataclasses.asdict(one) for one in taken], **fleets.fleet_json(opened.summary)})
         elif not quiet:
             say(fleets.added_text(taken))
 
@@ -112,11 +112,11 @@ def list_members(fleet: Path, names: Sequence[str], prefix: str, as_json: bool) 
     with Fleet(fleet) as opened:
         members = [opened.member(name) for name in names] or list(opened.members(prefix))
         if as_json:
-            emit({**fleets.fleet_json(opened), "listed": [dataclasses.asdict(member) for member in members]})
+            emit({**fleets.fleet_json(opened.summary), "listed": [dataclasses.asdict(member) for member in members]})
         elif names:
-            say("\n\n".join(fleets.member_text(opened, member) for member in members))
+            say("\n\n".join(fleets.member_text(opened.summary, member) for member in members))
         else:
-            say(fleets.members_text(opened, members))
+            say(fleets.members_text(opened.summary, members))
 
 
 @_command(

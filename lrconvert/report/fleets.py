@@ -7,29 +7,29 @@ from typing import TYPE_CHECKING, Any
 
 from lrconvert.core.errors import printable
 from lrconvert.formats.lrc.one_tensor import VERSION
-from lrconvert.report.tables import counted, fact, share, table
+from lrconvert.report.tables import counted, fact, picked, share, table
 
 if TYPE_CHECKING:
-    from lrconvert.api.fleets import Fleet, FleetMember
+    from lrconvert.formats.fleet.facts import FleetMember, FleetSummary
     from lrconvert.formats.fleet.writing import Taken
 
 _DIGITS = 12  # of a digest in a table
 
 
-def fleet_json(fleet: Fleet) -> dict[str, Any]:
+def fleet_json(fleet: FleetSummary) -> dict[str, Any]:
     """Return what a fleet is as a JSON value."""
-    return {"fleet": str(fleet.path), "members": len(fleet), "bytes": fleet.bytes, "dead": fleet.dead}
+    return {"fleet": str(fleet.path), **picked(fleet, "members", "bytes", "dead")}
 
 
-def fleet_text(fleet: Fleet) -> str:
+def fleet_text(fleet: FleetSummary) -> str:
     """Return what a fleet is as text."""
-    count = len(fleet)
+    count = fleet.members
     each = f", {fleet.bytes / count:,.0f} each" if count else ""
     dead = f"; {fleet.dead:,} of them are dead, `lrconvert pack gc` frees them" if fleet.dead else ""
     return f"{printable(str(fleet.path))}: {counted(count)}, {fleet.bytes:,} bytes{each}{dead}"
 
 
-def members_text(fleet: Fleet, members: Sequence[FleetMember]) -> str:
+def members_text(fleet: FleetSummary, members: Sequence[FleetMember]) -> str:
     """Return one row for each member, and the sums."""
     rows = [
         [printable(m.name), m.method, m.targets, f"{m.bytes:,}", f"{m.whole:,}", share(m.captured), m.digest[:_DIGITS]]
@@ -41,7 +41,7 @@ def members_text(fleet: Fleet, members: Sequence[FleetMember]) -> str:
     return f"{table(head, rows)}\n{fleet_text(fleet)}"
 
 
-def member_text(fleet: Fleet, member: FleetMember) -> str:
+def member_text(fleet: FleetSummary, member: FleetMember) -> str:
     """Return all that is known of a member."""
     lines = [
         printable(f"{fleet.path}#{member.name}"),
