@@ -341,6 +341,56 @@ def _lycoris() -> Sample:
     return Sample({"lora.safetensors": safetensors_file(tensors)}, updates)
 
 
+def _products(kind: str) -> Callable[[], Sample]:
+    """PEFT's folder of a kind whose layers are products: LoHa, LoKr of a whole w1, AdaLoRA, and VeRA."""
+
+    def sample() -> Sample:
+        tensors: dict[str, Array] = {}
+        updates = {}
+        a, b = _floats(_RANK, _INNER + 2, seed=20), _floats(_OUT + 3, _RANK, seed=21)
+        if kind == "VERA":
+            tensors |= {"base_model.vera_A": a, "base_model.vera_B": b}
+        for n, module in enumerate(_TEXT):
+            parts, update = _product(kind, 10 * n, a[:, :_INNER].astype(np.float64), b[:_OUT].astype(np.float64))
+            tensors |= {f"{module}.{part}": values for part, values in parts.items()}
+            updates[f"{module}.weight"] = update
+        alpha = {"LOHA": {"alpha": _ALPHA}, "LOKR": {"alpha": _ALPHA}, "ADALORA": {"lora_alpha": _ALPHA}}.get(kind, {})
+        shapes = {name: update.shape for name, update in updates.items()} if kind == "VERA" else {}
+        return Sample(peft_folder(tensors, kind, r=_RANK, **alpha), updates, base=shapes)
+
+    return sample
+
+
+def _product(kind: str, seed: int, a: F64, b: F64) -> tuple[dict[str, Array], F64]:
+    """Return the parts of one module, and its update. `a`, `b` are the shared matrices."""
+    if kind == "VERA":
+        parts = {"vera_lambda_b": _floats(_OUT, seed=seed), "vera_lambda_d": _floats(_RANK, seed=seed + 1)}
+        rows, inner = (part.astype(np.float64) for part in parts.values())
+        return parts, (rows[:, None] * b * inner) @ a
+    if kind == "LOKR":
+        parts = {"lokr_w1": _floats(2, 4, seed=seed), "lokr_w2_a": _floats(3, _RANK, seed=seed + 1)}
+        parts["lokr_w2_b"] = _floats(_RANK, 2, seed=seed + 2)
+        left, one, other = (part.astype(np.float64) for part in parts.values())
+        return parts, _ALPHA / _RANK * np.kron(left, one @ other)
+    down, up = _floats(_RANK, _INNER, seed=seed), _floats(_OUT, _RANK, seed=seed + 1)
+    product = up.astype(np.float64) @ down.astype(np.float64)
+    if kind == "ADALORA":
+        values = _floats(_RANK, 1, seed=seed + 2)
+        update = up.astype(np.float64) @ (values.astype(np.float64) * down.astype(np.float64))
+        return {"lora_A": down, "lora_B": up, "lora_E": values}, _ALPHA / (_RANK + 1e-5) * update
+    w2a, w2b = _floats(_OUT, _RANK, seed=seed + 2), _floats(_RANK, _INNER, seed=seed + 3)
+    parts = {"hada_w1_a": up, "hada_w1_b": down, "hada_w2_a": w2a, "hada_w2_b": w2b}
+    return parts, _ALPHA / _RANK * product * (w2a.astype(np.float64) @ w2b.astype(np.float64))
+
+
+def _ia3() -> Sample:
+    """PEFT's (IA)^3: factors on outputs, and on inputs. The tests' base is all zeros, and so are its updates."""
+    tensors = {f"{_TEXT[0]}.ia3_l": _floats(_OUT, 1), f"{_TEXT[1]}.ia3_l": _floats(1, _INNER, seed=1)}
+    updates = {f"{module}.weight": np.zeros((_OUT, _INNER)) for module in _TEXT}
+    files = peft_folder(tensors, "IA3", feedforward_modules=["down_proj"], fan_in_fan_out=False)
+    return Sample(files, updates, base={name: update.shape for name, update in updates.items()})
+
+
 # By the id of the reader. A reader that is not here fails the law tests.
 SAMPLES: Mapping[str, Callable[[], Sample]] = {
     "cloneofsimo": _of_pairs(cloneofsimo, ("0", "1"), "unet:{n}", scale=1.0),
@@ -352,6 +402,8 @@ SAMPLES: Mapping[str, Callable[[], Sample]] = {
     "mlx": _of_pairs(mlx, _TEXT),
     "nola": _nola,
     "peft": _of_pairs(peft, _TEXT),
+    **{f"peft_{kind.lower()}": _products(kind) for kind in ("ADALORA", "LOHA", "LOKR", "VERA")},
+    "peft_ia3": _ia3,
     "peft_miss": _miss,
     "peft_vblora": _vblora,
     "raw": _of_pairs(raw, _TEXT, alpha=_ALPHA),

@@ -32,6 +32,7 @@ TESTS = [
     "merge/test_quantized_peers.py",
     "formats/test_export_peers.py",
     "formats/test_gguf_names.py",
+    "formats/test_other_kinds.py",
 ]
 TESTS += ["formats/test_unet_names.py", "formats/test_llamacpp_runtime.py", "serving/test_serving_peers.py"]
 

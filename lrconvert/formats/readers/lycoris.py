@@ -40,22 +40,29 @@ def read(path: Path, options: ReadOptions) -> LoraAdapter:
     E-PAIR, E-LORA-FEATURE, E-LAYOUT for modules of no known layout, and what the reader of that layout raises."""
     with open_weights(path, options) as weights:
         translated = Translated.of(weights, options.most_rank)
-        names = [info.name for info in translated.tensors]
+        names = [info.name for info in translated.tensors if products.part_of(info.name) is None]
         for reader in base.all_readers():
             if reader.read_weights is not None and reader.knows(names):
                 return products.with_shares(reader.read_weights(translated, options), translated.kind)
-        what = f"the modules are named in no layout that is known, {names[0]!r:.160} for one"
+        what = f"the modules are named in no layout that is known, {translated.tensors[0].name!r:.160} for one"
         raise UnknownLayoutError(what, fix="save it with names as sd-scripts, diffusers or ComfyUI have them")
 
 
 @dataclass
 class _Made:
-    """The tensors of a file as plain pairs: those that stay, and those that were computed, by name."""
+    """The tensors of a file as plain pairs: those that stay, those of them that are stored under another name, and
+    those that were computed, by name; what pairs lack, by the name of their B; the kinds of what was translated."""
 
     kept: list[TensorInfo] = field(default_factory=list)
     computed: dict[str, Stored] = field(default_factory=dict)
     lost: dict[str, float] = field(default_factory=dict)
     kinds: set[str] = field(default_factory=set)
+    stored: dict[str, TensorInfo] = field(default_factory=dict)
+
+    def keep_as(self, name: str, info: TensorInfo) -> None:
+        """Add a tensor of the file under another name."""
+        self.kept.append(TensorInfo(name, info.dtype, info.shape, info.start, info.nbytes, info.file))
+        self.stored[name] = info
 
     def add(self, module: str, pair: LoraTarget) -> None:
         """Add the three tensors of a pair; the alpha says the scale."""
@@ -72,7 +79,7 @@ class Translated(Weights):
 
     def __init__(self, weights: Weights, made: _Made) -> None:
         self.__dict__.update(vars(weights))
-        self._computed, self._whole, self.lost = made.computed, weights, made.lost
+        self._computed, self._names, self._whole, self.lost = made.computed, made.stored, weights, made.lost
         described = (
             TensorInfo(name, stored.dtype, stored.shape, 0, stored.nbytes, weights.path)
             for name, stored in made.computed.items()
@@ -104,11 +111,11 @@ class Translated(Weights):
 
     def load(self, info: TensorInfo) -> Stored:
         computed = self._computed.get(info.name)
-        return self._whole.load(info) if computed is None else computed
+        return self._whole.load(self._names.get(info.name, info)) if computed is None else computed
 
     def read(self, info: TensorInfo) -> bytes | bytearray:
         computed = self._computed.get(info.name)
-        return self._whole.read(info) if computed is None else computed.array.tobytes()
+        return self._whole.read(self._names.get(info.name, info)) if computed is None else computed.array.tobytes()
 
 
 def _translate(module: str, parts: Mapping[str, TensorInfo], weights: Weights, limit: int, made: _Made) -> None:
@@ -117,7 +124,7 @@ def _translate(module: str, parts: Mapping[str, TensorInfo], weights: Weights, l
     for part in ("diff", *products.NORMS):
         info = own.get(part)
         if info is not None and (len(info.shape) < 2 or part in products.NORMS):
-            made.kept.append(_renamed(info, f"{module}.{products.NORMS.get(part, part)}"))
+            made.keep_as(f"{module}.{products.NORMS.get(part, part)}", info)
             del own[part]
     if "diff_b" in parts:
         made.kept.append(parts["diff_b"])
@@ -137,10 +144,6 @@ def _translate(module: str, parts: Mapping[str, TensorInfo], weights: Weights, l
             what = f"{module}: a DoRA on a product of a rank above {limit}"
             raise UnsupportedLoraError(what, fix="merge it into its base with the tool that trained it")
         made.kept.append(parts["dora_scale"])
-
-
-def _renamed(info: TensorInfo, name: str) -> TensorInfo:
-    return TensorInfo(name, info.dtype, info.shape, info.start, info.nbytes, info.file)
 
 
 def _difference(info: TensorInfo, weights: Weights, limit: int) -> products.Product:

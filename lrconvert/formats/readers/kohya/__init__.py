@@ -115,6 +115,9 @@ def _pair(module: str, parts: Parts, weights: Weights, options: ReadOptions) -> 
 def _place(module: str, base: BaseNames) -> tuple[Component, str]:
     """Return the model of the base that a module is in, and its name there. Raises E-BASE."""
     match = _MODULE.fullmatch(module)
+    whole = module.removeprefix("lycoris_")
+    if whole != module and (component := base.holding(whole)) is not None:  # LyCORIS' own name of one model's modules
+        return component, component.flattened(whole, naming.VOCABULARY)
     if module.startswith(_SIMPLE):  # SimpleTuner's, which has no word for the model
         inside, models = module.removeprefix("lycoris_"), ROLES["unet"]
     elif match is not None:

@@ -34,7 +34,7 @@ from lrconvert.formats.readers.shared.weights import Weights, empty_part, open_w
 from lrconvert.io.container import read_json, read_small
 from lrconvert.lora.adapter import ExtraTensor, LoraAdapter, LoraTarget, Provenance
 
-_OTHER_READERS = ("VBLORA", "MISS", "BONE", "SBORA")
+_OTHER_READERS = ("VBLORA", "MISS", "BONE", "SBORA", "LOHA", "LOKR", "VERA", "IA3", "ADALORA")
 _OTHER_TENSORS = (".miss_block", ".bone_block", "base_model.vblora_vector_bank")
 _GENERATING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # whose models have their layers inside of another module
 _CARD_BYTES = MIB
@@ -52,6 +52,8 @@ def recognises(path: Path) -> bool:
         if config.get("peft_type") in _OTHER_READERS:
             return False
         return "peft_type" in config or not {"fine_tune_type", "lora_parameters"} & set(config)
+    if peft_type(path.parent) in _OTHER_READERS:
+        return False
     try:
         with open_weights(path, ReadOptions()) as weights:
             stored = [info.name for info in weights.tensors]

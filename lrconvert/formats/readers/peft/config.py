@@ -18,7 +18,7 @@ from lrconvert.io import fields
 from lrconvert.io.fields import By, Key
 
 # Fields of LoraConfig that say how the adapter was trained or placed, and not what its update is.
-_NO_EFFECT = frozenset(
+NO_EFFECT = frozenset(
     (
         *("bias", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "inference_mode"),
         *("init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout"),
@@ -61,8 +61,8 @@ _AS_LORA = "PEFT's save_as_lora writes an approximation of it as a LoRA; convert
 _NO_WEIGHTS = "it changes no weight of the base, so there is nothing to convert"
 _SCALES = "merge it into its base with PEFT and use the merged model"
 OTHER_KINDS = {
-    **dict.fromkeys(("LOHA", "LOKR", "VERA", "RANDLORA", "FOURIERFT", "C3A", "UNILORA", "TINYLORA"), _AS_LORA),
-    **dict.fromkeys(("ADALORA", "IA3", "OFT", "BOFT", "HRA", "HIRA", "LN_TUNING", "XLORA"), _SCALES),
+    **dict.fromkeys(("RANDLORA", "FOURIERFT", "C3A", "UNILORA", "TINYLORA"), _AS_LORA),
+    **dict.fromkeys(("OFT", "BOFT", "HRA", "HIRA", "LN_TUNING", "XLORA"), _SCALES),
     **dict.fromkeys(("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"), _NO_WEIGHTS),
     **dict.fromkeys(("ADAPTION_PROMPT", "CPT", "CARTRIDGE"), _NO_WEIGHTS),
 }
@@ -263,7 +263,7 @@ def check_config(config: Mapping[str, Any]) -> None:
         if is_set(config.get(key)):
             raise UnsupportedLoraError(f"{key} is set: {reason}", fix=advice)
     _check_init(config.get("init_lora_weights"))
-    check_known(config, _NO_EFFECT | fields.names(Settings) | _REFUSED.keys())
+    check_known(config, NO_EFFECT | fields.names(Settings) | _REFUSED.keys())
 
 
 def _check_init(init: Any) -> None:

@@ -78,7 +78,7 @@ def sort(tensors: Sequence[TensorInfo]) -> Sorted:
         elif ".original_module." in name:
             places.unused.append(name)
         else:
-            places.others.setdefault(_without_wrapper(name, adapter), []).append(info)
+            places.others.setdefault(without_wrapper(name, adapter), []).append(info)
     return places
 
 
@@ -169,7 +169,7 @@ def _sort_token(places: Sorted, name: str, info: TensorInfo, adapter: str) -> No
         raise TensorUnknownError(f"tensor {name!r} is no known part of an embedding with trained tokens")
 
 
-def _without_wrapper(name: str, adapter: str) -> str:
+def without_wrapper(name: str, adapter: str) -> str:
     """Return the parameter of a module of modules_to_save: ``x.modules_to_save.default.weight`` is ``x.weight``."""
     module, inside, rest = name.partition(".modules_to_save.")
     if not inside:

@@ -57,6 +57,10 @@ class Component:
         """The names of the modules that have a weight."""
         return [name.removesuffix(".weight") for name in self.shapes if name.endswith(".weight")]
 
+    def has(self, spelled: str) -> bool:
+        """Return whether a module has exactly this name, with underscores for dots."""
+        return spelled in self._flat
+
     def dotted(self, module: str) -> str:
         """Return the base's name of a module that the adapter spells with dots. Raises E-BASE."""
         if not self.shapes:
@@ -123,6 +127,12 @@ class BaseNames:
 
     root: Path
     components: tuple[Component, ...]
+
+    def holding(self, spelled: str) -> Component | None:
+        """Return the one model with a module of exactly this name, dots written as underscores; None if none or several
+        have it."""
+        having = [component for component in self.components if component.has(spelled)]
+        return having[0] if len(having) == 1 else None
 
     def component(self, names: Sequence[str], what: str) -> Component:
         """Return the model of the first of these names that is there, or the only model of a base. Raises E-BASE."""

@@ -11,13 +11,17 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
 from lrconvert.core.dtypes import F64, Stored, round_to
 from lrconvert.core.errors import LimitError, PairError
+from lrconvert.formats.readers.shared import peft_kinds
+from lrconvert.formats.readers.shared.folders import PEFT_WEIGHTS, weights_in
+from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.formats.readers.shared.pairs import check_scale, conv_view
-from lrconvert.formats.readers.shared.weights import Weights, load_finite
+from lrconvert.formats.readers.shared.weights import Weights, load_finite, open_weights
 from lrconvert.formats.readers.shared.wrappers import PEFT_PREFIX
 from lrconvert.io.container import TensorInfo
 from lrconvert.lora import factoring
@@ -28,6 +32,7 @@ LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"
 LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 NORMS = {"w_norm": "diff", "b_norm": "diff_b"}  # LyCORIS' names of differences of norms: what others call them
 _PART = re.compile(rf"\.(?P<part>{'|'.join((*LOHA, *LOKR, 'diff', *NORMS))})")
+_RANKS = {"r": "r", "alpha": "lora_alpha", "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern"}
 _SHARE = "share_of_source"  # a field of the provenance
 
 
@@ -75,13 +80,17 @@ def part_of(name: str) -> tuple[str, str] | None:
 def read(module: str, parts: Mapping[str, TensorInfo], weights: Weights, limit: int) -> Product:
     """Return the product of a module with parts of `LOHA` or of `LOKR`, of at most `limit` components. Raises E-PAIR
     for parts that are missing or do not fit, E-DTYPE, E-VALUE."""
-    values = {part: load_finite(weights, info).decode().astype(np.float64) for part, info in parts.items()}
+    values = _decoded(parts, weights)
     make = _loha if any(part in LOHA for part in values) else _lokr
     try:
         return make(module, values, limit)
     except ValueError:  # numpy's, of shapes that do not fit
         shapes = ", ".join(f"{part} {list(info.shape)}" for part, info in sorted(parts.items()))
         raise PairError(f"{module}: {shapes} do not fit") from None
+
+
+def _decoded(parts: Mapping[str, TensorInfo], weights: Weights) -> dict[str, F64]:
+    return {part: load_finite(weights, info).decode().astype(np.float64) for part, info in parts.items()}
 
 
 def _loha(module: str, values: Mapping[str, F64], limit: int) -> Product:
@@ -146,6 +155,40 @@ def _sizes(b: F64, a: F64) -> list[int]:
     return [b.shape[0], a.shape[1]]
 
 
+# --- PEFT's folders -------------------------------------------------------------------------------------------------
+
+
+def read_peft(path: Path, options: ReadOptions, kind: str, parts: Sequence[str], unread: Sequence[str]) -> LoraAdapter:
+    """Read a folder of PEFT's of this `kind`, ``peft_type``, whose layers have these `parts`; fields of its
+    configuration that are `unread` have no effect. Raises what the readers of both kinds name."""
+    config, settings = peft_kinds.settings_of(path, kind, _RANKS, unread)
+    with open_weights(weights_in(path, PEFT_WEIGHTS), options) as weights:
+        places = peft_kinds.sort(weights, parts)
+        targets = []
+        for module, own in places.modules.items():
+            product = _peft_product(module, own, weights, options.most_rank)
+            rank = int(settings.ranks.value(module)) if product.rank is None else product.rank
+            targets.append(product.target(module, settings.scale(module, rank)))
+        adapter = peft_kinds.build(weights, places, targets, config, settings)
+    return with_shares(adapter, {"LOHA": "LoHa", "LOKR": "LoKr"}[kind])
+
+
+def _peft_product(module: str, parts: Mapping[str, TensorInfo], weights: Weights, limit: int) -> Product:
+    """Return the product of a module as PEFT computes it, which has ways of its own with convolutions in one dimension:
+    the kernel of a core is (K, 1), and a whole w2 (k, n, K) goes into the Kronecker product as a stack, whose numbers
+    are then taken in their order as (out, in, K)."""
+    product = read(module, parts, weights, limit)
+    if len(product.kernel) == 2 and product.kernel[1] == 1 < product.kernel[0]:
+        return replace(product, kernel=product.kernel[:1])
+    if "lokr_w2" not in parts or len(parts["lokr_w2"].shape) != 3:
+        return product
+    values = _decoded(parts, weights)
+    one, right = _side(module, values, 1)[0], values["lokr_w2"]
+    left = one[0] @ one[1] if isinstance(one, tuple) else one
+    update = np.kron(left[None], right).reshape(left.shape[0] * right.shape[0], -1)
+    return replace(product, factored=factoring.of_matrix(update, limit))
+
+
 # --- what is said of what was cut -----------------------------------------------------------------------------------
 
 
@@ -161,7 +204,7 @@ def with_shares(adapter: LoraAdapter, kind: str) -> LoraAdapter:
     share, (least, name) = sum(held) / sum(whole), min(shares)
     line = (
         f"{len(cut)} of {len(held)} updates of the {kind} have a rank above {max(pair.rank for pair in cut)}: the LoRA "
-        f"holds {share:.4f} of the energy of all, {least:.4f} of {name}; measures of what is kept count the rest as lost"
+        f"holds {share:.4f} of the energy of all, {least:.4f} of {name}; what is kept is measured against all of it"
     )
     fields = {**adapter.provenance.fields, _SHARE: f"{share:.6f}"}
     return replace(adapter, provenance=replace(adapter.provenance, fields=fields), warnings=(*adapter.warnings, line))
