@@ -91,10 +91,10 @@ class Fleet:
         return self._open.compact(name)
 
     def __repr__(self) -> str:
-        return f"<Fleet: {self.path}, {len(self)} members, {self.bytes:,} bytes>"
+        return f"<Fleet: {self.path}, {len(self)} members, {self.nbytes:,} bytes>"
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         """The bytes of all files of the fleet."""
         return self.summary.bytes
 

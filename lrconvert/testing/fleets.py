@@ -29,7 +29,7 @@ def variants(compact: CompactAdapter, count: int, seed: int = 0) -> Iterator[Com
 
 def _other(spec: TensorSpec, array: Array, rng: np.random.Generator) -> Array:
     if spec.kind == "code":
-        return rng.integers(0, 1 << spec.bits, array.shape).astype(array.dtype)
+        return np.asarray(rng.integers(0, 1 << spec.bits, array.shape), array.dtype)
     if spec.kind in ("half", "single"):
-        return (array * rng.choice([0.5, 1.0], array.shape)).astype(array.dtype)
+        return np.asarray(array * rng.choice([0.5, 1.0], array.shape), array.dtype)
     return array

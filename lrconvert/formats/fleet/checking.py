@@ -9,6 +9,7 @@ from lrconvert.core import errors
 from lrconvert.core.errors import LrcError
 from lrconvert.formats.fleet import head as heads
 from lrconvert.formats.fleet.index import Entry
+from lrconvert.formats.fleet.names import HEAD
 from lrconvert.formats.fleet.opened import OpenFleet
 from lrconvert.formats.fleet.records import MEMBER, REMOVAL
 from lrconvert.formats.fleet.scanning import scan
@@ -32,8 +33,7 @@ def check_all(root: Path, base: Path | None = None) -> Iterator[Validation]:
             return
         if count != fleet.head.members:
             what = f"states {fleet.head.members} members, its index has {count}"
-            error = errors.CoverageError(what, path=root / heads.names.HEAD)
-            yield _validation(root, [_finding(error)])
+            yield _validation(root / HEAD, [_finding(errors.CoverageError(what, path=root / HEAD))])
 
 
 def check_member(fleet: OpenFleet, entry: Entry, base: Path | None = None) -> Validation:
@@ -80,7 +80,7 @@ def _files(fleet: OpenFleet) -> Iterator[Validation]:
             live = total - fleet.head.dead  # the index has findings of its own
         if total - live != fleet.head.dead:
             what = f"states {fleet.head.dead} dead bytes, there are {total - live}"
-            findings.append(_finding(errors.CoverageError(what, path=fleet.root / heads.names.HEAD)))
+            findings.append(_finding(errors.CoverageError(what, path=fleet.root / HEAD)))
     yield _validation(path, findings)
 
 

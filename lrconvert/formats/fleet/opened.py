@@ -114,7 +114,7 @@ class OpenFleet:
     def _near(self, name: str) -> str:
         """What is said of a name that is not there: those that come where it would stand, without reading all."""
         start = name[: max(1, len(name) // 2)].encode()
-        near = []
+        near: list[str] = []
         with suppress(LrcError):
             for entry in self.entries(start):
                 if not entry.key.startswith(start) or len(near) == 3:

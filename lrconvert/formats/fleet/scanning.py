@@ -74,16 +74,15 @@ def _record(data: _Data, offset: int, end: int) -> Scanned:
         whole.update(piece)
         content.update(piece)
         at += len(piece)
-    error: LrcError | None = None
-    key = b""
+    key, wrong = b"", None
     try:
         key = _key(kind, first[start:], content.digest())
     except LrcError as broken:
-        error = broken
+        wrong = broken
     if data.read(stop, records.CHECK_BYTES) != whole.digest()[: records.CHECK_BYTES]:
         what = f"the {records.KINDS[kind]} at byte {offset}{_named(kind, key)} is damaged"
-        error = errors.DigestError(what, fix=_COPY)
-    return Scanned(kind, Entry(key, offset, records.size_of(body)), error)
+        wrong = errors.DigestError(what, fix=_COPY)
+    return Scanned(kind, Entry(key, offset, records.size_of(body)), wrong)
 
 
 def _key(kind: int, body: bytes, digest: bytes) -> bytes:
