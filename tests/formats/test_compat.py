@@ -26,6 +26,7 @@ from lrconvert.io.checkpoint import Checkpoint
 
 LLAMA = BASES / "tiny-llama"
 PEFT_READERS = ("peft", "vllm", "sglang", "llamacpp")
+DIFFUSION = ("comfyui", "diffusers")  # their rules are in test_compat_diffusion.py
 BY_NAME = {case.name: case for case in (*PEFT_CASES, *MLX_CASES)}
 
 
@@ -42,7 +43,7 @@ def each(consumers: Iterable[str], rule: str) -> dict[str, set[str]]:
 
 def everywhere(case: Case, expected: dict[str, set[str]]) -> dict[str, set[str]]:
     """The table says nothing of consumers that the layout is not for."""
-    others = ("mlx",) if case in PEFT_CASES else PEFT_READERS
+    others = (*DIFFUSION, "mlx") if case in PEFT_CASES else (*DIFFUSION, *PEFT_READERS)
     return {**each(others, "refuses:layout"), **expected}
 
 
@@ -75,7 +76,7 @@ def test_every_rule_is_in_the_table():
         "mlx": {"layout"},
     }
     shared = inspect.getmembers(rules, inspect.isfunction)
-    for consumer in base.chosen(["all"]):
+    for consumer in base.chosen([*PEFT_READERS, "mlx"]):
         text = (Path(base.__file__).parent / f"{consumer.id}.py").read_text()
         text += "".join(inspect.getsource(f) for name, f in shared if f"rules.{name}(" in text)
         shown = {
@@ -237,7 +238,8 @@ def test_a_file_beside_its_configuration_is_the_folder(tmp_path):
 def test_a_file_alone(tmp_path):
     folder = plain().write(tmp_path / "a")
     alone = (folder / "adapter_model.safetensors").rename(tmp_path / "other.safetensors")
-    assert by_consumer(lrconvert.check(alone)) == each(base.ids(), "refuses:layout")
+    goal = {**each(base.ids(), "refuses:layout"), **each(DIFFUSION, "wrong:names")}
+    assert by_consumer(lrconvert.check(alone)) == goal
 
 
 # --- broken input ---------------------------------------------------------------------------------------------------
@@ -307,7 +309,7 @@ def test_nothing_is_read_but_headers(tmp_path, monkeypatch):
 
 
 def test_the_folder_is_the_registry():
-    assert base.ids() == ["llamacpp", "mlx", "peft", "sglang", "vllm"]
+    assert base.ids() == ["comfyui", "diffusers", "llamacpp", "mlx", "peft", "sglang", "vllm"]
     assert [c.id for c in base.chosen(["all"])] == base.ids()
     assert sorted(c.id for c in base.chosen(["vllm", "all", "vllm"])) == base.ids()
     assert all(0 < len(c.title) <= 70 for c in base.chosen(["all"]))

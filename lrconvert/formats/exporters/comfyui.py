@@ -34,6 +34,7 @@ EXPORTER = Exporter(
     files,
     kind="ComfyUI LoRA",
     library="ComfyUI",
+    consumers=("comfyui",),
     own_names=True,
     scheme=ORIGINAL,
 )

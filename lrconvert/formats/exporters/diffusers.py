@@ -84,5 +84,6 @@ EXPORTER = Exporter(
     kind="diffusers LoRA",
     library="diffusers",
     usage=PIPELINE.replace("{file}", _NAME),
+    consumers=("diffusers",),
     own_names=True,
 )

@@ -59,6 +59,7 @@ EXPORTER = Exporter(
     kind="kohya LoRA",
     library="diffusers",
     usage=PIPELINE.replace("{file}", _NAME),
+    consumers=("diffusers", "comfyui"),
     own_names=True,
     scheme=ORIGINAL,
 )

@@ -18,7 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lrconvert.core.errors import ConfigError, LrcError, OptionError
+from lrconvert.core.errors import ConfigError, LrcError, OptionError, PairError
 from lrconvert.core.limits import FOREIGN
 from lrconvert.core.wording import spelled
 from lrconvert.formats.families import base as families
@@ -137,7 +137,7 @@ def read_weights(weights: Weights, options: ReadOptions) -> LoraAdapter:
     base = None if options.base is None else naming.base_names(options.base)
     modules = pairs.sort_parts(weights, _split)
     pairs.check_both_halves(modules, LABELS)
-    settings = _settings(weights.metadata)
+    settings = settings_by_model(weights.metadata)
     targets, extras = [], []
     for module, parts in modules.items():
         component, name = (None, module) if base is None else _place(module, base)
@@ -158,9 +158,10 @@ def read_weights(weights: Weights, options: ReadOptions) -> LoraAdapter:
 
 
 _USED = (METADATA,)
+_ANEW = "save the LoRA again with diffusers, or take the entry out of the file: tensors called alpha count then"
 
 
-def _settings(metadata: Mapping[str, str]) -> dict[str, Settings]:
+def settings_by_model(metadata: Mapping[str, str]) -> dict[str, Settings]:
     """Return the settings of each model, as newer releases keep them. Raises E-CONFIG and what `parse` raises."""
     text = metadata.get(METADATA)
     if text is None:
@@ -168,9 +169,9 @@ def _settings(metadata: Mapping[str, str]) -> dict[str, Settings]:
     try:
         table = strictjson.parse(text.encode(), depth=FOREIGN.json_depth, floats=True)
     except LrcError as error:
-        raise ConfigError(f"the metadata {METADATA} is no JSON: {error.what:.200}") from None
+        raise ConfigError(f"the metadata {METADATA} is no JSON: {error.what:.200}", fix=_ANEW) from None
     if not isinstance(table, dict):
-        raise ConfigError(f"the metadata {METADATA} is not an object")
+        raise ConfigError(f"the metadata {METADATA} is not an object", fix=_ANEW)
     configs: dict[str, dict[str, object]] = {}
     for key, value in table.items():
         model, _, field = key.partition(".")
@@ -196,7 +197,11 @@ def _pair(
     def scale(rank: int) -> float:
         if alpha is not None:
             return pairs.scale_of(module, alpha, rank)
-        return 1.0 if own is None else own.scale(inside, rank)
+        try:
+            return 1.0 if own is None else own.scale(inside, rank)
+        except PairError as error:
+            fix = f"correct {model}.r or {model}.rank_pattern in the file's metadata {METADATA}"
+            raise PairError(error.what, fix=fix) from None
 
     return pairs.read_pair(module, parts, scale, weights, LABELS)
 

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from lrconvert.core.dtypes import FLOATS
 from lrconvert.core.errors import FileKindError, UnknownLayoutError
 from lrconvert.core.limits import MAX_PATTERNS
 from lrconvert.formats import loading
@@ -17,9 +18,10 @@ from lrconvert.formats.lrc import file
 from lrconvert.formats.readers import base as readers
 from lrconvert.formats.readers.gguf.file import GgufFile
 from lrconvert.formats.readers.peft.patterns import check_work, compile_pattern
+from lrconvert.formats.readers.shared import folders, naming
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.io import mistaken
-from lrconvert.io.checkpoint import INDEX_NAME, SINGLE_NAME, open_checkpoint
+from lrconvert.io.checkpoint import INDEX_NAME, PIPELINE_NAME, SINGLE_NAME, open_checkpoint
 from lrconvert.io.container import ContainerFile, TensorInfo, read_json
 
 Layout = Literal["peft", "mlx", "bare", "lrconvert"]  # bare: weights without a configuration
@@ -30,6 +32,7 @@ PEFT_PICKLES = ("adapter_model.bin", "adapter_model.pt")
 MLX_WEIGHTS = "adapters.safetensors"
 PEFT_PREFIX = "base_model.model."
 
+_MOST_ALPHAS = 1 << 14
 _FACTOR = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?:(?P<half>[AB])\.weight|embedding_(?P<embedding>[AB]))"
 )
@@ -59,7 +62,9 @@ class Subject:
     `weights` names the file that `tensors` are from, or "". `pickle` names a pickle that holds the weights instead; it
     is not opened. `foreign` is the reader of the layout where it is another tool's, "" for PEFT's, mlx-lm's and names
     that may be anybody's. `base` is the base's config.json, None if no base was given; `base_modules` are the modules
-    whose weight the base stores, empty if unknown. A value of the configuration that has another type than expected
+    whose weight the base stores, empty if unknown. Of a pipeline of diffusers, `pipeline` is its class and `components`
+    are the modules of each of its models. `metadata` are the texts of the file's header, `alphas` the numbers of the
+    tensors called so. A value of the configuration that has another type than expected
     reads as None or empty.
     """
 
@@ -73,6 +78,10 @@ class Subject:
     foreign: str = ""
     base: Mapping[str, Any] | None = None
     base_modules: frozenset[str] = frozenset()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    pipeline: str = ""
+    components: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     # --- configuration ---
 
@@ -115,6 +124,10 @@ class Subject:
         return as_number(base.get(key, text.get(key) if isinstance(text, dict) else None))
 
     # --- tensors ---
+
+    @cached_property
+    def by_name(self) -> dict[str, TensorInfo]:
+        return {info.name: info for info in self.tensors}
 
     @cached_property
     def pairs(self) -> dict[str, Pair]:
@@ -225,7 +238,10 @@ def _subject_at(path: Path, base: dict[str, Any]) -> Subject:
     if mistaken.is_model(path):
         raise mistaken.for_adapter(path) or AssertionError
     if path.is_dir():
-        return _subject_in_folder(path, base)
+        alone = None if (path / CONFIG_NAME).exists() else folders.only_file(path)
+        if alone is None or alone.suffix != ".safetensors" or alone.name in (PEFT_WEIGHTS, MLX_WEIGHTS):
+            return _subject_in_folder(path, base)
+        return replace(_subject_at(alone, base), files=frozenset(entry.name for entry in path.iterdir()))
     if not path.exists():
         raise UnknownLayoutError("there is no such file or folder", path=path)
     if (mistake := mistaken.for_adapter(path)) is not None and not path.name.endswith(".safetensors"):
@@ -234,12 +250,16 @@ def _subject_at(path: Path, base: dict[str, Any]) -> Subject:
         return Subject("lrconvert", **base)
     if path.name in (PEFT_WEIGHTS, MLX_WEIGHTS, *PEFT_PICKLES) and (path.parent / CONFIG_NAME).exists():
         return _subject_in_folder(path.parent, base)
-    return Subject("bare", tensors=_headers(path), weights=path.name, **base)
+    return Subject("bare", weights=path.name, **_headers(path), **base)
 
 
-def _headers(path: Path) -> tuple[TensorInfo, ...]:
+def _headers(path: Path) -> dict[str, Any]:
+    """The fields of a file: its tensors, its texts and its alphas, which are a few bytes each."""
     with ContainerFile(path) as opened:
-        return opened.tensors
+        alphas = [info for info in opened.tensors if info.name.endswith(".alpha") and math.prod(info.shape) == 1]
+        values = {info.name: opened.load(info) for info in alphas[:_MOST_ALPHAS] if info.dtype in FLOATS}
+        numbers = {name: float(stored.decode().reshape(-1)[0]) for name, stored in values.items()}
+        return {"tensors": opened.tensors, "metadata": opened.metadata, "alphas": numbers}
 
 
 def _subject_in_folder(path: Path, base: dict[str, Any]) -> Subject:
@@ -259,17 +279,21 @@ def _subject_in_folder(path: Path, base: dict[str, Any]) -> Subject:
     return Subject(
         "mlx" if of_mlx else "peft" if CONFIG_NAME in files else "bare",
         config,
-        _headers(path / weights) if present else (),
-        weights if present else "",
-        "" if present else next((name for name in PEFT_PICKLES if name in files), ""),
-        files,
-        read_json(path / "added_tokens.json") if "added_tokens.json" in files else {},
+        weights=weights if present else "",
+        pickle="" if present else next((name for name in PEFT_PICKLES if name in files), ""),
+        files=files,
+        added_tokens=read_json(path / "added_tokens.json") if "added_tokens.json" in files else {},
+        **(_headers(path / weights) if present else {}),
         **base,
     )
 
 
 def _base_facts(base: Path) -> dict[str, Any]:
     mistaken.check_base(base)
+    if (base / PIPELINE_NAME).is_file():
+        index = read_json(base / PIPELINE_NAME)
+        models = {part.name: frozenset(part.modules) for part in naming.base_names(base).components}
+        return {"base": index, "pipeline": str(index.get("_class_name", "")), "components": models}
     config = read_json(base / "config.json")
     modules: frozenset[str] = frozenset()
     # A quantized base stores other tensors under other names.
