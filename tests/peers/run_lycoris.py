@@ -59,6 +59,8 @@ def load(folder: Path, base: dict[str, Any], options: dict[str, Any]) -> dict[st
                 deltas[f"{name}.weight"] = module.weight - module._org_weight[0]
                 if module.bias is not None:
                     deltas[f"{name}.bias"] = module.bias - module.org_bias[0]
+            elif module.name == "locon" and module.wd:
+                deltas[f"{name}.weight"] = module.get_merged_weight()[0] - module.org_weight
             elif module.name == "locon":
                 deltas[f"{name}.weight"] = module.make_weight() * module.scale
             else:
