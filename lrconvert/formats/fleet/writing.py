@@ -158,6 +158,10 @@ def reindex(root: Path) -> int:
     E-LOCKED, E-IO-WRITE."""
     with durable.locked(root, fix="copy the fleet to another disk"):
         head, stop = _head_or_last(root)
+        if stop is None:
+            durable.discard(root / _NEW_HEAD)
+        else:
+            _tidy(root, head)
         newest: dict[bytes, Entry] = {}
         end, total = len(MAGIC), 0
         for record in scan(root / head.data_name, stop):
