@@ -69,7 +69,7 @@ def adapter_at(value: object, name: str) -> Iterator[Path]:
 
 def is_remote(value: object) -> bool:
     """Return true if an output is a URL of a store."""
-    return isinstance(value, (str, PathLike)) and remote.is_url(value) and remote.local_path(fspath(value)) is None
+    return isinstance(value, (str, PathLike)) and remote.is_remote(value)
 
 
 @contextmanager

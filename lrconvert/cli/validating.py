@@ -29,7 +29,8 @@ def validate(files: tuple[Path, ...], base: Path | None, as_json: bool) -> None:
     from lrconvert.formats.fleet import names
     from lrconvert.report import checks
 
-    if names.is_fleet(files[0]) and not any(Path(file).exists() for file in files[1:]):
+    first = files[0]
+    if isinstance(first, Path) and names.is_fleet(first) and not any(Path(file).exists() for file in files[1:]):
         from lrconvert.cli import packing
 
         packing.check_fleet(files[0], [str(file) for file in files[1:]], base, as_json)

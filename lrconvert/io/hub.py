@@ -25,7 +25,7 @@ from lrconvert.core.errors import FileKindError, FileReadError, LrcError, Output
 from lrconvert.core.limits import MAX_INDEX_BYTES
 from lrconvert.core.wording import either
 from lrconvert.io.container import read_json, read_small
-from lrconvert.io.remote import Url, is_url, local_copy, local_path, named
+from lrconvert.io.remote import Url, is_remote, is_url, local_copy, local_path, named
 from lrconvert.io.remote.urls import refuse_url
 
 AnyPath = str | os.PathLike[str]
@@ -130,7 +130,7 @@ def locate(path: AnyPath) -> Path:
 
 def adapter_at(path: AnyPath) -> Path:
     """Return where an adapter is: `locate`, and of a URL a copy on this machine. Raises what both raise."""
-    if is_url(path) and local_path(os.fspath(path)) is None:
+    if is_remote(path):
         return local_copy(os.fspath(path))
     return locate(path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 import time
 import traceback
 from dataclasses import replace
@@ -16,6 +17,7 @@ from lrconvert.convert.compress import Compression
 from lrconvert.convert.convert import Conversion
 from lrconvert.core.errors import ArgumentError, DigestError, LrcError, OutputExistsError, WorkerError
 from lrconvert.core.options import described
+from lrconvert.core.redaction import redacted
 from lrconvert.core.wording import on_command_line, spelled
 from lrconvert.formats.lrc import file
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
@@ -45,7 +47,7 @@ def convert_one(job: Job) -> Outcome:
     except LrcError as error:
         outcome = failed(job, error.at(job.source))
     except Exception as error:
-        traceback.print_exc()
+        print(redacted(traceback.format_exc()), file=sys.stderr)
         what = f"an unexpected error, {type(error).__name__}: {error}"
         outcome = failed(job, WorkerError(f"{what:.400}", fix="please report it", path=job.source))
     worker = f"{platform.node()}:{os.getpid()}"
@@ -58,7 +60,7 @@ def failed(job: Job, error: LrcError) -> Outcome:
 
 
 def _named(job: Job) -> Outcome:
-    return Outcome(job.shown or job.source, job.output, "done", method=job.work.method)
+    return Outcome(redacted(job.shown or job.source), redacted(job.output), "done", method=job.work.method)
 
 
 def _worked(job: Job, work: Work) -> Outcome:

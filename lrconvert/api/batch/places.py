@@ -9,7 +9,6 @@ size; a store that says nothing of the kind has no states, and what lies there i
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,14 +20,9 @@ from lrconvert.io.durable import check_output, make_folder
 from lrconvert.lora.adapter import CompactAdapter
 
 
-def is_remote(place: str) -> bool:
-    """Return true for the URL of a store."""
-    return remote.is_url(place) and remote.local_path(place) is None
-
-
 def absolute(place: str) -> str:
     """Return the place of an output as it is called in every folder, which workers have others of."""
-    return place if is_remote(place) else str(Path(place).absolute())
+    return place if remote.is_remote(place) else str(Path(place).absolute())
 
 
 def absolute_source(place: str) -> str:
@@ -38,7 +32,7 @@ def absolute_source(place: str) -> str:
 
 def is_compact(source: str) -> bool:
     """Return true if a source is an lrconvert file; one at a URL is told by its name."""
-    if is_remote(source):
+    if remote.is_remote(source):
         return remote.parse(source).name.endswith(".lrc")
     path = Path(source)
     return path.is_file() and file.is_lrconvert(path)
@@ -51,7 +45,7 @@ def is_compact(source: str) -> bool:
 def fetched(source: str) -> Iterator[Path]:
     """Give the folder or file of an adapter on this machine's disk, for as long as the context lasts. Raises what
     `hub.locate` and `remote.fetched` raise."""
-    if not is_remote(source):
+    if not remote.is_remote(source):
         yield hub.locate(source)
         return
     with remote.fetched(source) as path:
@@ -61,14 +55,10 @@ def fetched(source: str) -> Iterator[Path]:
 def source_state(source: str) -> request.State:
     """Return the state of an adapter's files, without reading them. Raises OSError, and what `hub.locate` and
     `remote.files_of` raise."""
-    if is_remote(source):
-        return listed_state(remote.files_of(remote.open_store(source)).adapter)
+    if remote.is_remote(source):
+        state = remote.files_of(remote.open_store(source)).adapter.state
+        return request.State(state, bool(state))
     return request.state(*request.files_of(hub.locate(source)))
-
-
-def listed_state(adapter: remote.Adapter) -> request.State:
-    """Return the state of an adapter in a listing."""
-    return request.State(adapter.state, bool(adapter.state))
 
 
 # --- outputs ------------------------------------------------------------------------------------------------------
@@ -77,39 +67,27 @@ def listed_state(adapter: remote.Adapter) -> request.State:
 @contextmanager
 def kept(output: str) -> Iterator[Path | None]:
     """Give an output that is there already as a file on this machine's disk, to be checked; None if there is none."""
-    if not is_remote(output):
+    if not remote.is_remote(output):
         path = Path(output)
         yield path if path.exists() else None
         return
-    place = remote.open_store(output)
-    entry = place.stat()
-    if entry is None:
-        yield None
-        return
-    with remote.folder("output") as folder:
-        yield remote.fetch(remote.Files(place.url, [(place, entry)], entry.name), folder)
+    with remote.fetched_file(output) as fetched:
+        yield fetched
 
 
 def output_state(output: str) -> request.State:
     """Return the state of an output, without reading it; that of nothing if it is not there."""
-    if is_remote(output):
-        return entry_state(remote.open_store(output).stat())
+    if remote.is_remote(output):
+        entry = remote.open_store(output).stat()
+        return request.State(remote.state_of(entry), entry is not None and bool(entry.version))
     path = Path(output)
     return request.state([path], path.parent)
-
-
-def entry_state(entry: remote.Entry | None) -> request.State:
-    """Return the state of a file at a URL, None for one that is not there."""
-    version = "" if entry is None else entry.version
-    if entry is not None and not version:  # the store says nothing of it
-        return request.State("", False)
-    return request.State(hashlib.sha256(version.encode()).hexdigest()[:32], bool(version))
 
 
 def check(output: str, *, overwrite: bool, source: Path) -> None:
     """Raise E-OUT-* or E-IO-WRITE, before any work, if `output` could not be written, or lies in the `source`; E-OPTION
     for a URL that is read only."""
-    if is_remote(output):  # whether it is there was looked at, and is looked at when it is published
+    if remote.is_remote(output):  # whether it is there was looked at, and is looked at when it is published
         remote.check_writable(remote.parse(output))
         return
     path = Path(output)
@@ -120,7 +98,7 @@ def check(output: str, *, overwrite: bool, source: Path) -> None:
 def publish(compact: CompactAdapter, output: str, *, overwrite: bool) -> str:
     """Write an output, whole or not at all: of two that write at once, one does. Returns the sha256 of the file. Raises
     E-OUT-EXISTS if it is there and not to be overwritten, and what writing raises."""
-    if is_remote(output):
+    if remote.is_remote(output):
         with remote.folder("output") as folder:
             made = folder / "output.lrc"
             file.write(compact, made)

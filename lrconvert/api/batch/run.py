@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lrconvert.api.batch import manifest, places, request, scheduler
+from lrconvert.api.batch import manifest, places, request, scheduler, stores
 from lrconvert.api.batch.flight import Flight
 from lrconvert.api.batch.job import DO_NOT_SHIP, Job, Outcome, State, Verb, Work
 from lrconvert.api.batch.manifest import Manifest, Record
@@ -23,11 +24,14 @@ from lrconvert.api.batch.sources import AnyPath, AskedPlan, Plan, Planned, plan
 from lrconvert.api.batch.workers import Workers
 from lrconvert.api.shared import method_of, output_of, path_of, take_reading
 from lrconvert.core import devices
-from lrconvert.core.errors import ArgumentError, OptionError, OutputPathError
+from lrconvert.core.errors import ArgumentError, LrcError, OptionError, OutputPathError
 from lrconvert.core.notebook import html_table
 from lrconvert.core.options import described, make, option, take
+from lrconvert.core.redaction import redacted
 from lrconvert.core.wording import is_on_command_line, spelled
 from lrconvert.formats.readers.shared.options import ReadOptions
+from lrconvert.io import remote
+from lrconvert.io.remote import Url
 
 OnDone = Callable[[int, int], None]
 OnOutcome = Callable[[Outcome], None]
@@ -162,7 +166,7 @@ def run(work: Work, sources: Sources, out: AnyPath | None, reading: ReadOptions,
     with _manifest(batch, root, asks=planned is None) as kept:
         jobs: Plan | AskedPlan = AskedPlan(kept) if planned is None and kept is not None else planned or plan([], None)
         works = _Works(jobs, work, reading, batch)
-        tally = _Tally(batch, jobs, None if batch.dry_run else kept, works)
+        tally = _Tally(batch, jobs, None if batch.dry_run else kept, works, root if isinstance(root, Url) else None)
         try:
             left = array("q", (number for number in range(len(jobs)) if not tally.knows(number)))
             if left:
@@ -175,7 +179,7 @@ def run(work: Work, sources: Sources, out: AnyPath | None, reading: ReadOptions,
 def _fly(works: _Works, left: Sequence[int], batch: BatchOptions, tally: _Tally) -> None:
     """Give the jobs of these numbers to what does the work, and take their outcomes."""
     with (
-        _executor(batch, works.options, len(left)) as (executor, limit),
+        _executor(batch, works, left) as (executor, limit),
         Flight(executor, convert_one, limit) as flight,
     ):
 
@@ -194,9 +198,7 @@ def _fly(works: _Works, left: Sequence[int], batch: BatchOptions, tally: _Tally)
 
 
 @contextmanager
-def _executor(
-    batch: BatchOptions, options: Mapping[str, Any], count: int
-) -> Iterator[tuple[Executor, Callable[[], int]]]:
+def _executor(batch: BatchOptions, works: _Works, left: Sequence[int]) -> Iterator[tuple[Executor, Callable[[], int]]]:
     """What does the work, and how many jobs may be on their way. Processes of our own end with the `Flight`."""
     if batch.executor is not None:
         most = batch.in_flight or 2 * getattr(batch.executor, "_max_workers", _IN_FLIGHT // 2)
@@ -205,20 +207,23 @@ def _executor(
         with scheduler.connected(batch.scheduler) as (executor, limit):
             yield executor, limit if batch.in_flight is None else lambda: batch.in_flight or 1
     else:
-        processes = min(batch.jobs or _processes(options), count)
+        waiting = remote.is_remote(works.job(left[0]).source)  # half of the processes wait for a store, then
+        processes = min(batch.jobs or _processes(works.options) * (2 if waiting else 1), len(left))
         yield Workers(processes), lambda: processes
 
 
-def _manifest(batch: BatchOptions, root: Path | None, asks: bool) -> AbstractContextManager[Manifest | None]:
+def _manifest(batch: BatchOptions, root: Path | Url | None, asks: bool) -> AbstractContextManager[Manifest | None]:
     """The manifest of a batch; none where nothing is written."""
     if batch.manifest is not None:
         return manifest.opened(Path(batch.manifest), asks=asks)
-    return nullcontext() if root is None or batch.dry_run else manifest.opened_in(root)
+    if root is None or batch.dry_run:
+        return nullcontext()
+    return stores.manifest_of(root) if isinstance(root, Url) else manifest.opened_in(root)
 
 
 def _checked(
     work: Work, sources: Sources, out: AnyPath | None, batch: BatchOptions
-) -> tuple[Path | None, list[AnyPath]]:
+) -> tuple[Path | Url | None, list[AnyPath]]:
     """The folder of the outputs, None where none is written, and the sources as a list. Raises what `convert_many`
     raises."""
     if batch.dry_run and work.verb == "compress":
@@ -242,22 +247,34 @@ def _checked(
     listed: list[AnyPath] = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     for source in listed:
         path_of(source, "sources", "the path of an adapter, or of a folder of them,")
-    root = None if out is None else output_of(out)
+    root = None if out is None else _root(out)
     if root is None and not batch.dry_run:
         raise OptionError("there is no folder for the outputs", fix="name one, or plan only")
-    if root is not None and root.exists() and not root.is_dir():
-        raise OutputPathError("is not a folder", fix="give a folder for the outputs", path=root)
     return root, listed
+
+
+def _root(out: AnyPath) -> Path | Url:
+    """The folder of the outputs. Raises E-OUT-PATH, and E-OPTION for a URL that nothing is written to."""
+    if remote.is_remote(path_of(out, "out")):
+        url = remote.parse(os.fspath(out))
+        remote.check_writable(url)
+        return url
+    root = output_of(out)
+    if root.exists() and not root.is_dir():
+        raise OutputPathError("is not a folder", fix="give a folder for the outputs", path=root)
+    return root
 
 
 @dataclass
 class _Tally:
-    """Outcomes of the adapters so far. With a manifest it keeps what a later run needs to know."""
+    """Outcomes of the adapters so far. With a manifest it keeps what a later run needs to know; `root` is the folder of
+    the outputs, if that is at a URL."""
 
     options: BatchOptions
     jobs: Sequence[Planned]
     manifest: Manifest | None
     works: _Works
+    root: Url | None = None
     outcomes: dict[int, Outcome] = field(default_factory=dict)
     counts: Counter[State] = field(default_factory=Counter)
     do_not_ship: int = 0
@@ -274,14 +291,15 @@ class _Tally:
         if job.digest not in ("", record.digest):
             return False
         try:
-            source = places.source_state(job.where)
-        except OSError:
+            source = job.state or places.source_state(job.where).digest
+            output = self._outputs.of(job.target) if self.root else places.output_state(job.target).digest
+        except (OSError, LrcError):  # the worker will say so
             return False
-        if (record.source_state, record.output_state) != (source.digest, places.output_state(job.target).digest):
+        if (record.source_state, record.output_state) != (source, output):
             return False
         passed = Outcome(
             job.source,
-            job.target,
+            redacted(job.target),
             "skipped",
             record.adapter_bytes,
             record.bytes,
@@ -294,10 +312,15 @@ class _Tally:
         self._count(number, passed, queue=0)
         return True
 
+    @cached_property
+    def _outputs(self) -> stores.OutputStates:
+        assert self.root is not None
+        return stores.OutputStates(self.root)
+
     def add(self, number: int, outcome: Outcome, queue: int) -> None:
         """Count an adapter, tell of it, and record it."""
         job = self.jobs[number]
-        outcome = replace(outcome, source=job.source, output=job.target)
+        outcome = replace(outcome, source=job.source, output=redacted(job.target))
         self._count(number, outcome, queue)
         if self.manifest is not None:
             self.manifest.add(self._record(number, job, outcome))
@@ -317,13 +340,14 @@ class _Tally:
         assert self.manifest is not None
         if self.options.manifest is None or isinstance(self.jobs, AskedPlan):
             return manifest.portable(job.name)
-        return manifest.portable(manifest.named(job.target, self.manifest.folder))
+        return manifest.portable(redacted(manifest.named(job.target, self.manifest.folder)))
 
     def _record(self, number: int, job: Planned, outcome: Outcome) -> Record:
         assert self.manifest is not None
         key, settings = self._key(job), self.works.settings(number)
         is_asked = isinstance(self.jobs, AskedPlan)
-        source = job.source if is_asked else manifest.portable(manifest.named(job.where, self.manifest.folder))
+        place = job.source if is_asked else manifest.portable(manifest.named(job.where, self.manifest.folder))
+        source = redacted(place)
         states = outcome.stamps or (None, None)
         before = self.manifest.finished(key) if outcome.state == "skipped" else None
         if before is not None and (before.settings, before.output_digest) == (settings, outcome.output_digest):

@@ -13,11 +13,14 @@ from typing import overload
 
 import numpy as np
 
+from lrconvert.api.batch import stores
 from lrconvert.api.batch.manifest import Manifest, placed
 from lrconvert.core.errors import FileReadError, OptionError, OutputPathError, UnknownLayoutError
+from lrconvert.core.redaction import redacted
 from lrconvert.formats.readers import base as readers
 from lrconvert.formats.readers.shared.folders import CONFIG_NAME
 from lrconvert.io import hub, mistaken
+from lrconvert.io.remote import Url, is_remote, parse
 
 AnyPath = str | os.PathLike[str]
 SUFFIX = ".lrc"
@@ -29,13 +32,15 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".gguf", SUFF
 @dataclass(frozen=True, slots=True)
 class Planned:
     """One adapter: `source` as it is shown, `path` where it lies, `output` the file to write, `name` its path in the
-    folder of the outputs, or what the manifest calls it; `digest` what its files must have, where that is known."""
+    folder of the outputs, or what the manifest calls it; `digest` what its files must have, and `state` that of its
+    files in a listing, where these are known."""
 
     source: str
     where: str
     target: str
     name: str
     digest: str = ""
+    state: str = ""
 
     @property
     def path(self) -> Path:
@@ -73,17 +78,19 @@ def adapters_in(folder: Path, inside: str = "") -> Iterator[str]:
             yield path
 
 
-def are_many(sources: Sequence[Path], output: Path | None) -> bool:
+def are_many(sources: Sequence[Path | Url], output: Path | Url | None) -> bool:
     """Return true if `sources` are to be converted into files in a folder: several, or a folder that is no adapter and
     holds more than one, or that is to be converted into an existing folder."""
     if len(sources) != 1:
         return True
+    if isinstance(sources[0], Url):
+        return stores.are_many(sources[0], output)
     where = hub.locate(sources[0])
     if not where.is_dir() or is_adapter(where):
         return False
     adapters = adapters_in(where)
     return next(adapters, None) is not None and (
-        next(adapters, None) is not None or (output is not None and output.is_dir())
+        next(adapters, None) is not None or (isinstance(output, Path) and output.is_dir())
     )
 
 
@@ -93,20 +100,23 @@ class _Source:
     is itself an adapter has one, the empty one."""
 
     shown: str
-    where: Path
+    where: Path | Url
     paths: Sequence[str]
+    states: bytes = b""
 
-    def job(self, number: int, out: Path) -> Planned:
+    def job(self, number: int, out: Path | Url) -> Planned:
         """The adapter of that number, for an output below `out`."""
-        path = self.paths[number]
+        path, state = self.paths[number], stores.state_at(self.states, number)
         if not path:
-            return Planned(self.shown, str(self.where), str(out / self._own_name), self._own_name)
+            place, target = os.fspath(self.where), os.fspath(out / self._own_name)
+            return Planned(self.shown, place, target, self._own_name, state=state)
         *folders, name = path.removesuffix("/").split("/")
         plain = name if path.endswith("/") else _plain(name)
         if plain != name and plain in _GENERIC:
             plain = folders.pop() if folders else self._named
         target = "/".join([*folders, f"{plain}{SUFFIX}"])
-        return Planned(str(Path(self.shown, path)), str(self.where / path), str(out / target), target)
+        shown = str(self.where / path if isinstance(self.where, Url) else Path(self.shown, path))
+        return Planned(shown, os.fspath(self.where / path), os.fspath(out / target), target, state=state)
 
     @property
     def _named(self) -> str:
@@ -114,6 +124,9 @@ class _Source:
 
     @property
     def _own_name(self) -> str:
+        if isinstance(self.where, Url):
+            *_, above, name = ("", *(part for part in self.where.text.rstrip("/").split("/") if part))
+            return f"{above if _plain(name) in _GENERIC else _plain(self.where.name)}{SUFFIX}"
         if not self.where.is_file():
             return f"{self._named}{SUFFIX}"
         named = self.where.resolve().parent.name if self.where.stem in _GENERIC else self._named
@@ -130,7 +143,7 @@ class Plan(Sequence[Planned]):
     """A job for every adapter of sources, made when it is asked for: of an adapter its path inside the source is kept,
     some hundred bytes, since a fleet may have a hundred thousand."""
 
-    def __init__(self, sources: Sequence[_Source], out: Path) -> None:
+    def __init__(self, sources: Sequence[_Source], out: Path | Url) -> None:
         self._sources, self._out = sources, out
         self._ends = list(accumulate(len(source.paths) for source in sources))
 
@@ -169,10 +182,10 @@ class AskedPlan(Sequence[Planned]):
         source, output = (placed(name, self._manifest.folder) for name in (asked.source, asked.output))
         if hub.parse(asked.source) is not None and not Path(source).exists():
             source = asked.source
-        return Planned(asked.source, source, output, asked.output, asked.digest or "")
+        return Planned(redacted(asked.source), source, output, asked.output, asked.digest or "")
 
 
-def plan(sources: Sequence[AnyPath], out_root: Path | None) -> Plan:
+def plan(sources: Sequence[AnyPath], out_root: Path | Url | None) -> Plan:
     """A job for every adapter, in the order given: ``OUT/<name>.lrc``, for one inside a folder by its path in there.
     Without `out_root` nothing is to be written.
 
@@ -193,9 +206,12 @@ def plan(sources: Sequence[AnyPath], out_root: Path | None) -> Plan:
     return jobs
 
 
-def _looked_into(source: AnyPath, out_root: Path | None) -> _Source:
-    where, out = hub.locate(source), out_root or Path()
-    if out_root is not None and where.is_dir() and where.resolve() in (out.resolve(), *out.resolve().parents):
+def _looked_into(source: AnyPath, out_root: Path | Url | None) -> _Source:
+    if is_remote(source):
+        url = parse(os.fspath(source))
+        return _Source(str(url), url, *stores.listed(url, out_root))
+    where, out = hub.locate(source), out_root if isinstance(out_root, Path) else Path()
+    if isinstance(out_root, Path) and where.is_dir() and where.resolve() in (out.resolve(), *out.resolve().parents):
         raise OutputPathError(f"lies inside the source {os.fspath(source)!r}", fix="choose another output", path=out)
     if not where.is_dir() or is_adapter(where):
         return _Source(os.fspath(source), where, ("",))

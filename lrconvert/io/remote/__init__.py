@@ -4,12 +4,12 @@ adapters are below a prefix, `fetching` and `publishing`. Drivers, and fsspec it
 """
 
 from lrconvert.io.remote.failures import missing
-from lrconvert.io.remote.fetching import Files, fetch, fetched, files_of, folder, local_copy, named
-from lrconvert.io.remote.listing import Adapter, adapters
+from lrconvert.io.remote.fetching import Files, fetch, fetched, fetched_file, files_of, folder, local_copy, named
+from lrconvert.io.remote.listing import Adapter, adapters, state_of
 from lrconvert.io.remote.opening import open_store
 from lrconvert.io.remote.publishing import check_output, publish, publish_folder
 from lrconvert.io.remote.stores import Entry, Store, check_writable
-from lrconvert.io.remote.urls import Url, is_url, local_path, parse
+from lrconvert.io.remote.urls import Url, is_remote, is_url, local_path, parse
 
 __all__ = [
     "Adapter",
@@ -22,8 +22,10 @@ __all__ = [
     "check_writable",
     "fetch",
     "fetched",
+    "fetched_file",
     "files_of",
     "folder",
+    "is_remote",
     "is_url",
     "local_copy",
     "local_path",
@@ -33,4 +35,5 @@ __all__ = [
     "parse",
     "publish",
     "publish_folder",
+    "state_of",
 ]

@@ -81,9 +81,9 @@ def asked(
 
 def missing(url: Url) -> LrcError:
     """Return the error for what is not there."""
-    bucket = url.text.partition("://")[2].partition("/")[0]
+    bucket = str(url).partition("://")[2].partition("/")[0]
     is_host = url.scheme in ("http", "https")
-    what = "there is nothing at this address" if is_host else f"there is nothing of that name in {redacted(bucket)!r}"
+    what = "there is nothing at this address" if is_host else f"there is nothing of that name in {bucket!r}"
     return FileKindError(what, fix="is it spelled right, and may these credentials see it?", path=url)
 
 

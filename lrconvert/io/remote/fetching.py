@@ -175,6 +175,18 @@ def fetched(text: str) -> Iterator[Path]:
 
 
 @contextmanager
+def fetched_file(text: str) -> Iterator[Path | None]:
+    """Give the file at a URL as one of this machine, until the context ends; None if there is none."""
+    place = open_store(text)
+    entry = place.stat()
+    if entry is None:
+        yield None
+        return
+    with folder("file") as target:
+        yield fetch(Files(place.url, [(place, entry)], entry.name), target)
+
+
+@contextmanager
 def folder(name: str) -> Iterator[Path]:
     """Give a folder of that name for what is fetched or to be published, until the context ends."""
     target = _scratch(os.getpid()).folder(name)

@@ -78,6 +78,11 @@ def adapter_of(path: str, files: Sequence[Entry]) -> Adapter:
     return Adapter(path, sum(entry.size or 0 for entry in wanted), whole.hexdigest()[:32] if known else "")
 
 
+def state_of(entry: Entry | None) -> str:
+    """Return a digest of the version of a file, None for one that is not there."""
+    return hashlib.sha256(b"" if entry is None else entry.version.encode()).hexdigest()[:32]
+
+
 def adapters(place: Store) -> Iterator[Adapter]:
     """Give the adapters at a place: the file itself, or those in the folder, in the order of their names. Raises
     E-IO-KIND if nothing is there, E-ACCESS, E-REMOTE."""

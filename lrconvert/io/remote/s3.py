@@ -20,7 +20,7 @@ from lrconvert.core.limits import MIB
 from lrconvert.io.remote.stores import Entry, Store, entry, refuse_many
 
 _PAGE = 1000  # keys of a listing, the most that S3 gives
-_ONE_PUT = 64 * MIB
+_ONE_PUT, _PART, _PARTS = 64 * MIB, 16 * MIB, 9000  # of a multipart upload S3 takes 10,000 parts
 _STALE = datetime.timedelta(days=1)
 # Buckets of S3 Express list their keys in no order.
 _UNORDERED = "--x-s3"
@@ -92,7 +92,8 @@ class S3Store(Store):
         if source.stat().st_size >= _ONE_PUT:
             self._abort_stale()
             mode = "create" if exclusive else "overwrite"
-            self.ask(lambda: self.files.put_file(str(source), self.root, mode=mode))
+            part = max(_PART, -(-source.stat().st_size // _PARTS))
+            self.ask(lambda: self.files.put_file(str(source), self.root, mode=mode, chunksize=part))
             return
         data = source.read_bytes()
         digest = base64.b64encode(hashlib.sha256(data).digest()).decode()

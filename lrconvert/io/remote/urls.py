@@ -24,6 +24,11 @@ def is_url(text: str | os.PathLike[str]) -> bool:
     return match is not None and not Path(named).exists()
 
 
+def is_remote(text: str | os.PathLike[str]) -> bool:
+    """Return true for a URL that names no file of this machine."""
+    return is_url(text) and local_path(os.fspath(text)) is None
+
+
 def refuse_url(path: str | os.PathLike[str], what: str, fix: str) -> None:
     """Raise E-OPTION if a place is a URL, where none is taken: `what` is wrong, and what to do."""
     text = os.fspath(path)
