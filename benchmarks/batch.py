@@ -3,7 +3,7 @@
     python benchmarks/batch.py            measures what is missing
     python benchmarks/batch.py --render   writes the table of docs/benchmarks.md
 
-The adapters are random, made here: rank 16 on the 7 linear layers of each of 8 blocks, 1024 wide, 5.2 million numbers
+The adapters are random, made here: rank 16 on the 7 linear layers of each of 8 blocks, 1024 wide, 2.3 million numbers
 each, in bf16. ``one by one`` is a command for each adapter, ``again`` the same folder when every output is there.
 """
 

@@ -34,6 +34,7 @@ _FIRST = {
 }
 _LAST = {
     "lora-to-alora": ("converting:allocate", "Give every module the rank it deserves under one budget."),
+    "fleet": ("fleets:fleet", "Say what became of many adapters, from the manifest of their batch."),
     "refine": ("refining:refine", "Train FILE for a short while to answer as its LoRA does."),
     "export": ("adapters:export", "Write any adapter as a folder that other tools load."),
     "expand": ("expanding:expand", "Print the folder in which a server finds FILE, expanded once."),

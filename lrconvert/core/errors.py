@@ -316,7 +316,7 @@ class HubError(LrcError, code="E-HUB"):
 
 
 class WorkerError(LrcError, code="E-WORKER"):
-    """A process that converts one of many adapters ended, or met an error that is none of these."""
+    """A process that converts one of many adapters ended, an executor works no more, or an error is none of these."""
 
 
 class DependencyError(LrcError, code="E-DEPENDENCY"):

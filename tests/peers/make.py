@@ -23,6 +23,7 @@ MERGERS = ("axolotl", "mergekit")  # peers that merge, or take merges apart; the
 OF_BASES = ("compressedtensors",)  # peers that read quantized bases
 OF_EXPORTS = ("diffusers", "dynamo", "loralib", "onnxruntime", "xllamacpp")  # others that load our exports only
 STORES = ("s3",)  # servers of stores, and their drivers
+SCHEDULERS = ("dask", "ray")  # they do the work of batches
 OF_KINDS = ("lycoris",)  # peers that write adapters of other kinds
 # What is kept of a large distribution (patterns of member names); a peer without an entry is installed as it is.
 KEEP = {
@@ -51,7 +52,7 @@ def peers() -> list[str]:
 
 
 def loaders() -> list[str]:
-    return [peer for peer in peers() if peer not in (*MERGERS, *OF_BASES, *OF_KINDS, *OF_EXPORTS, *STORES)]
+    return [peer for peer in peers() if peer not in (*MERGERS, *OF_BASES, *OF_KINDS, *OF_EXPORTS, *STORES, *SCHEDULERS)]
 
 
 def requirements(peer: str) -> list[str]:

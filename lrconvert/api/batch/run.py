@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lrconvert.api.batch import manifest, places, request, scheduler, stores
+from lrconvert.api.batch import manifest, parquet, places, request, scheduler, stores
 from lrconvert.api.batch.flight import Flight
 from lrconvert.api.batch.job import DO_NOT_SHIP, Job, Outcome, State, Verb, Work
 from lrconvert.api.batch.manifest import Manifest, Record
@@ -215,7 +215,10 @@ def _executor(batch: BatchOptions, works: _Works, left: Sequence[int]) -> Iterat
 def _manifest(batch: BatchOptions, root: Path | Url | None, asks: bool) -> AbstractContextManager[Manifest | None]:
     """The manifest of a batch; none where nothing is written."""
     if batch.manifest is not None:
-        return manifest.opened(Path(batch.manifest), asks=asks)
+        path = Path(batch.manifest)
+        if parquet.is_parquet(path) and not asks:
+            raise OptionError("a record is appended to, which Parquet cannot be", fix="name a file of JSON lines")
+        return manifest.opened(parquet.as_lines(path) if parquet.is_parquet(path) else path, asks=asks)
     if root is None or batch.dry_run:
         return nullcontext()
     return stores.manifest_of(root) if isinstance(root, Url) else manifest.opened_in(root)
