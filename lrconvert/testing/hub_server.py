@@ -144,10 +144,22 @@ class _Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": name, "size": len(data)} for name, data in files.items()]
             self._answer(200, {"id": repo, "sha": self.hub.commit_of(repo), "siblings": siblings, "private": False})
 
-    def tree(self, body: bytes, repo: str, revision: str) -> None:
-        if self._known(repo, revision):
-            files = self.hub.repositories[repo].items()
-            self._answer(200, [{"type": "file", "path": n, "size": len(d), "oid": _oid(d)} for n, d in files])
+    def tree(self, body: bytes, repo: str, revision: str, inside: str | None = None) -> None:
+        """What is in a folder: its files and folders, or with ``recursive`` all files below it."""
+        if not self._known(repo, revision):
+            return
+        prefix = f"{unquote(inside)}/" if inside else ""
+        below = {n[len(prefix) :]: d for n, d in self.hub.repositories[repo].items() if n.startswith(prefix)}
+        if not below and prefix:
+            self._answer(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound")
+            return
+        direct = {n: d for n, d in below.items() if "/" not in n}
+        folders = {n.partition("/")[0] for n in below if "/" in n}
+        if re.search(r"recursive=true", urlsplit(self.path).query, re.IGNORECASE):
+            direct, folders = below, set()
+        listed = [{"type": "file", "path": f"{prefix}{n}", "size": len(d), "oid": _oid(d)} for n, d in direct.items()]
+        listed += [{"type": "directory", "path": f"{prefix}{n}", "size": 0, "oid": ""} for n in sorted(folders)]
+        self._answer(200, listed)
 
     def resolve(self, body: bytes, repo: str, revision: str, name: str) -> None:
         if not self._known(repo, revision):
@@ -176,7 +188,7 @@ _ROUTES: dict[str, Callable[..., None]] = {
     rf"POST /api/models/{_REPO}/commit/[^/]+": _Handler.commit,
     rf"GET /api/models/{_REPO}": _Handler.info,
     rf"GET /api/models/{_REPO}/revision/(?P<revision>[^/]+)": _Handler.info,
-    rf"GET /api/models/{_REPO}/tree/(?P<revision>[^/]+)/?": _Handler.tree,
+    rf"GET /api/models/{_REPO}/tree/(?P<revision>[^/]+)(?:/(?P<inside>.*))?": _Handler.tree,
     rf"(?:GET|HEAD) /{_REPO}/resolve/(?P<revision>[^/]+)/(?P<name>.+)": _Handler.resolve,
 }
 

@@ -25,6 +25,7 @@ from lrconvert.io.remote import failures, fetching, listing, publishing
 from lrconvert.io.remote.failures import Patience, asked
 from lrconvert.io.remote.stores import Entry, Store, version
 from lrconvert.io.remote.urls import Url
+from lrconvert.testing.hub_server import Hub, serving
 
 fsspec = pytest.importorskip("fsspec")
 from fsspec.implementations.memory import MemoryFileSystem
@@ -338,7 +339,9 @@ PASSING += [Client(status=503), Client(code="500"), Client(status_code=429), of_
 PASSING += [raised_from(FileNotFoundError("url"), Client(status=502)), raised_from(OSError(5, "x"), of_botocore(500))]
 REFUSED = [PermissionError("denied"), Client(status=403), of_botocore(401), Nobody("Unable to locate credentials")]
 REFUSED += [raised_from(FileNotFoundError("url"), Client(status=403))]
-OTHER = [ValueError("what"), Client(status=400), OSError(errno.EINVAL, "no such bucket name")]
+Offline = type("OfflineModeIsEnabled", (ConnectionError,), {})
+OTHER = [ValueError("what"), Offline("offline mode is enabled"), Client(status=400)]
+OTHER += [OSError(errno.EINVAL, "no such bucket name")]
 
 
 def tried(error: Exception, url: str = "s3://bkt/key") -> tuple[int, Exception]:
@@ -513,6 +516,38 @@ def test_a_folder_becomes_an_adapter_last(tmp_path):
     stored("out/other")
     with pytest.raises(errors.OutputPathError, match="'other'"):
         remote.publish_folder(source, names, "memory://bkt/out", overwrite=True)
+
+
+_ASK = """
+import os, pathlib, sys
+from lrconvert.core.errors import LrcError
+from lrconvert.io import remote
+def ask(call, *words, **more):
+    try:
+        print(call(*words, **more))
+    except LrcError as error:
+        print(error.code)
+with remote.fetched("hf://org/loras/a") as path:
+    print(sorted(os.listdir(path)))
+ask(lambda: [a.path for a in remote.adapters(remote.open_store("hf://org/loras@main"))])
+ask(lambda: list(remote.adapters(remote.open_store("hf://org/absent/x"))))
+ask(lambda: remote.publish(pathlib.Path(sys.argv[1]), "hf://org/loras/out/x.lrc", overwrite=False).size)
+ask(remote.check_output, "hf://org/loras/out/x.lrc", False)
+"""
+
+
+@pytest.mark.medium
+def test_a_repository_of_the_hub(tmp_path, made):
+    """Read as a folder is, and written to in one commit; a token is huggingface_hub's affair."""
+    files = {f"{name}/{path.name}": path.read_bytes() for name in "ab" for path in LORA.glob("adapter_*")}
+    with serving(Hub({"org/loras": {**files, "x.lrc": b"1"}})) as hub:
+        own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        own |= {"HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT), "HF_TOKEN": "hf_0123456789abcdefghij"}
+        command = [sys.executable, "-c", _ASK, str(made)]
+        done = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, check=True)
+        names = "['adapter_config.json', 'adapter_model.safetensors']"
+        assert done.stdout.splitlines() == [names, "['a/', 'b/', 'x.lrc']", "E-IO-KIND", "2048", "E-OUT-EXISTS"]
+        assert hub.repositories["org/loras"]["out/x.lrc"] == made.read_bytes()
 
 
 # --- URLs ---------------------------------------------------------------------------------------------------------

@@ -34,7 +34,9 @@ TESTS = [
     "formats/test_gguf_names.py",
     "formats/test_other_kinds.py",
 ]
-TESTS += ["formats/test_unet_names.py", "formats/test_llamacpp_runtime.py", "serving/test_serving_peers.py"]
+TESTS += ["api/test_batch_schedulers.py"]
+TESTS += ["formats/families/test_families_peers.py"]
+TESTS += ["formats/test_unet_names.py", "formats/test_llamacpp_runtime.py", "serving/test_serving_peers.py", "io/test_remote_peers.py"]
 
 
 def reason(peer: str, chosen: Sequence[str]) -> str:

@@ -33,6 +33,7 @@ _CLIENTS = ("aiohttp", "botocore", "aiobotocore", "urllib3", "requests", "httpx"
 _LOST = ("Timeout", "Connection", "Disconnected", "Payload", "IncompleteRead", "HTTPClientError", "EndpointConnection")
 _LOST += ("ResponseStreaming", "ProxyConnection", "ServiceRequest", "ServiceResponse", "Protocol", "NetworkError")
 _LOST += ("ReadError", "WriteError", "ConnectError", "ServerError", "TooManyRequests", "ServiceUnavailable")
+_OFFLINE = "OfflineModeIsEnabled"  # of huggingface_hub
 _UNKNOWN = ("NoCredentials", "PartialCredentials", "CredentialRetrieval", "TokenRetrieval", "DefaultCredentials")
 _UNKNOWN += ("UnauthorizedSSO", "SSOToken", "Login", "ProfileNotFound", "ClientAuthentication", "RefreshError")
 
@@ -81,7 +82,7 @@ def asked(
 
 def missing(url: Url) -> LrcError:
     """Return the error for what is not there."""
-    bucket = str(url).partition("://")[2].partition("/")[0]
+    bucket = "/".join(str(url).partition("://")[2].split("/")[: 2 if url.scheme == "hf" else 1])
     is_host = url.scheme in ("http", "https")
     what = "there is nothing at this address" if is_host else f"there is nothing of that name in {bucket!r}"
     return FileKindError(what, fix="is it spelled right, and may these credentials see it?", path=url)
@@ -101,7 +102,7 @@ def told(url: Url, error: Exception, patience: Patience = PATIENCE) -> LrcError:
 
 def passes(error: BaseException) -> bool:
     """Return true for a failure that may not be there the next time."""
-    if _is_refused(error):
+    if _is_refused(error) or any(type(cause).__name__ == _OFFLINE for cause in _causes(error)):
         return False
     status = _status(error)
     if status:
