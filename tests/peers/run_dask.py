@@ -44,6 +44,8 @@ def main() -> None:
     os.environ["LOG_JOBS"] = str(log)
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     os.environ["DASK_DISTRIBUTED__WORKER__PRELOAD"] = json.dumps([str(HERE / "log_jobs.py")])
+    # Else the cluster gives up a worker that is killed again while it is started anew.
+    os.environ["DASK_DISTRIBUTED__DEPLOY__LOST_WORKER_TIMEOUT"] = "1 hour"
     from dask.distributed import LocalCluster
 
     from lrconvert import convert_many

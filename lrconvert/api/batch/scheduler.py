@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
-from contextlib import contextmanager
+from concurrent.futures import CancelledError, Executor, Future, InvalidStateError
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from lrconvert.core.errors import DependencyError, WorkerError
@@ -35,7 +35,7 @@ def connected(address: str) -> Iterator[tuple[Executor, Callable[[], int]]]:
         raise WorkerError(what, fix="start it, or give its own address") from None
     with client:
         _check_versions(client)
-        yield client.get_executor(pure=False), _Threads(client)
+        yield _Cluster(client), _Threads(client)
 
 
 def version() -> str:
@@ -54,6 +54,30 @@ def _check_versions(client: Any) -> None:
         if other != __version__:
             what = f"the worker {worker} has lrconvert {other}, and this is {__version__}"
             raise WorkerError(what, fix="install the same version everywhere")
+
+
+class _Cluster(Executor):
+    """A cluster as an executor. Dask's own (`Client.get_executor`) never ends a future whose result is lost together
+    with its scheduler."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def submit(self, call: Callable[..., Any], /, *given: Any, **named: Any) -> Future[Any]:
+        """Give a job to the scheduler."""
+        future, promised = self._client.submit(call, *given, **named, pure=False), Future[Any]()
+        promised.add_done_callback(lambda done: future.cancel() if done.cancelled() else None)
+        self._client.loop.add_callback(self._land, future, promised)
+        return promised
+
+    async def _land(self, future: Any, promised: Future[Any]) -> None:
+        with suppress(InvalidStateError):  # it was cancelled meanwhile
+            try:
+                promised.set_result(await self._client.gather(future, asynchronous=True))
+            except Exception as error:
+                promised.set_exception(error)
+            except BaseException as error:  # as asyncio's CancelledError is
+                promised.set_exception(CancelledError(str(error)))
 
 
 class _Threads:
