@@ -150,7 +150,8 @@ def test_a_prefix_into_a_prefix(store, tmp_path, monkeypatch):
     has no manifest takes the one that is there."""
     monkeypatch.setenv("LRCONVERT_CACHE", str(tmp_path / "cache"))
     source, out = fleet(store, 3), f"{PLACE}/small"
-    done = batch(source, out)
+    done = batch(source, out, metrics=tmp_path / "figures.jsonl", verbose=True)
+    assert SECRET not in repr(done.outcomes) + done._repr_html_() + (tmp_path / "figures.jsonl").read_text()
     assert done.counts == {"done": 3, "failed": 1} and not done.notes
     (failed,) = (one for one in done.outcomes if one.state == "failed")
     assert failed.source == "memory://***@bkt/fleet/broken.safetensors" == failed.message.split(": ")[1]
@@ -172,6 +173,24 @@ def test_a_prefix_into_a_prefix(store, tmp_path, monkeypatch):
     assert [one.state for one in again.outcomes] == ["skipped", "failed", "done"]
     manifest = content(store, "small/manifest.jsonl")
     assert SECRET.encode() not in manifest and b"team/0.lrc" in manifest
+
+
+def test_a_manifest_that_cannot_be_written_is_a_note(store, tmp_path, monkeypatch):
+    """The outputs are there, and a later run of this machine knows them."""
+    monkeypatch.setenv("LRCONVERT_CACHE", str(tmp_path / "cache"))
+    source = fleet(store, 1)
+    put = remote.Store.put
+
+    def refused(self: remote.Store, source: Path, **more: Any) -> None:
+        if self.url.name == "manifest.jsonl":
+            raise errors.AccessError("the store refuses access", path=self.url)
+        put(self, source, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(remote.Store, "put", refused)
+        done = batch(f"{source}/team", f"{PLACE}/small")
+    assert done.counts == {"done": 1} and "E-ACCESS" in done.notes[0] and SECRET not in done.notes[0]
+    assert batch(f"{source}/team", f"{PLACE}/small").counts == {"skipped": 1}
 
 
 def _noted(asked: list[str], name: str, call: Any) -> Any:

@@ -21,6 +21,8 @@ import pytest
 from conftest import ADAPTERS, ROOT
 from peers import oracle
 
+import lrconvert
+
 pytestmark = pytest.mark.slow
 
 LORA = ADAPTERS / "llama-plain"
@@ -275,3 +277,25 @@ def test_s3_a_prefix_becomes_another(s3, tmp_path):
     ]
     wrong = s3.command(*words, AWS_ACCESS_KEY_ID=WRONG, **own)
     assert wrong.returncode == 1 and wrong.stderr.startswith("E-ACCESS: s3://bkt/fleet: the store refuses access")
+
+
+_SIGN = """
+import json, fsspec
+print(json.dumps(fsspec.filesystem("s3").sign("bkt/signed/x.lrc", expiration=600)))
+"""
+
+
+def test_s3_signed_urls_are_read(s3, tmp_path):
+    """As a browser would; of the signature nothing is shown."""
+    made = tmp_path / "x.lrc"
+    lrconvert.write(lrconvert.convert(LORA, "lowrank", bits=8), made)
+    s3.put("signed/x.lrc", made.read_bytes())
+    url = s3.python(_SIGN)
+    assert "Signature=" in url
+    done = s3.command("validate", url)
+    assert done.returncode == 0 and f"{s3.url}/bkt/signed/x.lrc?" in done.stdout, done.stderr
+    absent = s3.command("validate", url.replace("x.lrc", "y.lrc"))
+    assert absent.returncode == 1 and absent.stderr.startswith("E-IO-KIND: http://"), absent.stderr
+    for part in url.partition("?")[2].split("&"):
+        if "Signature" in part or "AccessKeyId" in part or "Credential" in part:
+            assert part.partition("=")[2] not in done.stdout + absent.stderr

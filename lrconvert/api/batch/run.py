@@ -173,7 +173,8 @@ def run(work: Work, sources: Sources, out: AnyPath | None, reading: ReadOptions,
                 _fly(works, left, batch, tally)
         finally:
             tally.metrics.close()
-        return tally.batch()
+        done = tally.batch()
+    return done if kept is None else replace(done, notes=tuple(kept.notes))
 
 
 def _fly(works: _Works, left: Sequence[int], batch: BatchOptions, tally: _Tally) -> None:

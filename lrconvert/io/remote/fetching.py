@@ -6,7 +6,6 @@ for temporary files, and go with it. Names are those at the URL, so what is read
 
 from __future__ import annotations
 
-import atexit
 import os
 import re
 import tempfile
@@ -289,5 +288,7 @@ def _scratch(process: int) -> Scratch:
     named = os.environ.get(SCRATCH, "").strip()
     root = Path(named) if named else Path(tempfile.gettempdir()) / f"lrconvert-{os.geteuid()}"
     scratch = Scratch(root.absolute())
-    atexit.register(lambda: scratch.close() if os.getpid() == process else None)
+    from multiprocessing import util
+
+    util.Finalize(None, scratch.close, exitpriority=0)  # which processes of a pool run, too, and forked children do not
     return scratch
