@@ -73,15 +73,15 @@ class Batch:
 class BatchOptions:
     """The way a batch runs.
 
-    The work is done by `jobs` processes (without it as many as there are cores, one with a GPU), by an `executor` of
-    `concurrent.futures`, or by the Dask cluster whose `scheduler` has that address; `in_flight` jobs are given to these
-    at once. `manifest` is the record of the batch, and names the jobs where no sources are given; `metrics` is a file
+    The work is done by `jobs` processes (without it as many as there are cores, twice as many for URLs, one with a
+    GPU), by an `executor` of `concurrent.futures`, or by the Dask cluster whose `scheduler` has that address;
+    `in_flight` jobs are given to these at once. `manifest` is the record of the batch, and names the jobs where no sources are given; `metrics` is a file
     of figures that is appended to. `verbose` adds the reports as text, `dry_run` plans only. `on_done(done, of)` is
     called after each adapter, and with `on_outcome` every outcome is given to it as it comes, and not kept: memory does
     not grow with their reports.
     """
 
-    jobs: int | None = option(None, "Work in this many processes.  [default: one for each core]", least=1)
+    jobs: int | None = option(None, "Work in this many processes.  [default: one for each core, two for URLs]", least=1)
     executor: Executor | None = None
     scheduler: str | None = option(None, "Work on the Dask cluster whose scheduler is at this address (tcp://...).")
     in_flight: int | None = option(
@@ -208,8 +208,8 @@ def _executor(batch: BatchOptions, works: _Works, left: Sequence[int]) -> Iterat
         with scheduler.connected(batch.scheduler) as (executor, limit):
             yield executor, limit if batch.in_flight is None else lambda: batch.in_flight or 1
     else:
-        waiting = remote.is_remote(works.job(left[0]).source)  # half of the processes wait for a store, then
-        processes = min(batch.jobs or _processes(works.options) * (2 if waiting else 1), len(left))
+        waiting = remote.is_remote(works.job(left[0]).source)
+        processes = min(batch.jobs or _processes(works.options, waiting), len(left))
         yield Workers(processes), lambda: processes
 
 
@@ -387,11 +387,13 @@ def _finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
 
 
-def _processes(options: Mapping[str, Any]) -> int:
-    """As many as there are cores to run on; one where all would share a GPU."""
+def _processes(options: Mapping[str, Any], waiting: bool) -> int:
+    """As many as there are cores to run on, twice as many where half of them are `waiting` for a store; one where all
+    would share a GPU."""
     if devices.resolved(str(options.get("device", "auto"))).startswith("cuda"):
         return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 2 * cores if waiting else cores
 
 
 class _Works:

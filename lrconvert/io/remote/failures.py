@@ -30,11 +30,25 @@ _NUMBERS = {
 }
 # Classes of HTTP clients and of botocore, by name, for failures before there is a status.
 _CLIENTS = ("aiohttp", "botocore", "aiobotocore", "urllib3", "requests", "httpx", "httpcore", "azure", "google")
-_LOST = ("Timeout", "Connection", "Disconnected", "Payload", "IncompleteRead", "HTTPClientError", "EndpointConnection")
+_LOST: tuple[str, ...] = (
+    "Timeout",
+    "Connection",
+    "Disconnected",
+    "Payload",
+    "IncompleteRead",
+    "HTTPClientError",
+    "EndpointConnection",
+)
 _LOST += ("ResponseStreaming", "ProxyConnection", "ServiceRequest", "ServiceResponse", "Protocol", "NetworkError")
 _LOST += ("ReadError", "WriteError", "ConnectError", "ServerError", "TooManyRequests", "ServiceUnavailable")
 _OFFLINE = "OfflineModeIsEnabled"  # of huggingface_hub
-_UNKNOWN = ("NoCredentials", "PartialCredentials", "CredentialRetrieval", "TokenRetrieval", "DefaultCredentials")
+_UNKNOWN: tuple[str, ...] = (
+    "NoCredentials",
+    "PartialCredentials",
+    "CredentialRetrieval",
+    "TokenRetrieval",
+    "DefaultCredentials",
+)
 _UNKNOWN += ("UnauthorizedSSO", "SSOToken", "Login", "ProfileNotFound", "ClientAuthentication", "RefreshError")
 
 
