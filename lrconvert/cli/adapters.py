@@ -72,7 +72,7 @@ def check(adapters: tuple[Path, ...], base: Path | None, as_json: bool, **given:
     options = {name: value for name, value in given.items() if value is not None}
     named = several.adapters(adapters)
 
-    def look(path: Path) -> tuple[consumers.Finding, ...]:
+    def look(path: several.Place) -> tuple[consumers.Finding, ...]:
         return api.check(path, [consumer.id for consumer in programs], base=base, **options)
 
     if len(named) == 1:

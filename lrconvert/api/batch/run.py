@@ -75,10 +75,10 @@ class BatchOptions:
 
     The work is done by `jobs` processes (without it as many as there are cores, twice as many for URLs, one with a
     GPU), by an `executor` of `concurrent.futures`, or by the Dask cluster whose `scheduler` has that address;
-    `in_flight` jobs are given to these at once. `manifest` is the record of the batch, and names the jobs where no sources are given; `metrics` is a file
-    of figures that is appended to. `verbose` adds the reports as text, `dry_run` plans only. `on_done(done, of)` is
-    called after each adapter, and with `on_outcome` every outcome is given to it as it comes, and not kept: memory does
-    not grow with their reports.
+    `in_flight` jobs are given to these at once. `manifest` is the record of the batch, and names the jobs where no
+    sources are given; `metrics` is a file of figures that is appended to. `verbose` adds the reports as text, `dry_run`
+    plans only. `on_done(done, of)` is called after each adapter, and with `on_outcome` every outcome is given to it as
+    it comes, and not kept: memory does not grow with their reports.
     """
 
     jobs: int | None = option(None, "Work in this many processes.  [default: one for each core, two for URLs]", least=1)

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -139,7 +139,10 @@ def fetch(files: Files, target: Path) -> Path:
             raise TensorNameError(f"has a file of the name {entry.name!r:.80}", path=files.url)
     if len(files.items) > 1 and all(place.is_threaded for place, _ in files.items):
         with ThreadPoolExecutor(min(_AT_ONCE, len(files.items))) as threads:
-            started = [threads.submit(copy_context().run, _fetch, *item, target) for item in files.items]
+            started = [
+                threads.submit(copy_context().run, partial(_fetch, place, entry, target))
+                for place, entry in files.items
+            ]
             for each in started:
                 each.result()
     else:
