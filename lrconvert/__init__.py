@@ -8,9 +8,11 @@ The verbs; `help(lrconvert.compress)` and so on say what each takes and gives:
 
     read           load, load_lora, load_all, read, load_statistics, download
     look           inspect, validate, check, compare
+    make           extract, combine
     make smaller   compress, convert, allocate; compress_many, convert_many, allocate_many; batch_jobs, convert_one
     win back       statistics, refine
     write          write, upgrade, export
+    keep many      Fleet
     serve          expanded
     use            attach, detach, set_active, disabled, peft_model
     bake in        merge, verify, unmerge, recover

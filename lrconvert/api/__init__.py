@@ -24,14 +24,20 @@ if TYPE_CHECKING:
     from lrconvert.api.batch.job import Job, Outcome, Work
     from lrconvert.api.batch.one import convert_one
     from lrconvert.api.batch.run import Batch, BatchOptions, allocate_many, batch_jobs, compress_many, convert_many
+    from lrconvert.api.combining import combine
     from lrconvert.api.comparing import compare, load_statistics, statistics
     from lrconvert.api.conversions import allocate, compress, convert, refine
     from lrconvert.api.expanding import ExpandOptions, expanded
+    from lrconvert.api.extracting import extract
     from lrconvert.api.fleets import Fleet
     from lrconvert.api.live import attach, detach, disabled, peft_model, set_active
     from lrconvert.api.outputs import export, merge, recover, unmerge, verify
+    from lrconvert.convert.combine.combine import Combination
+    from lrconvert.convert.combine.options import CombineOptions
     from lrconvert.convert.compress import Compression
     from lrconvert.convert.convert import Conversion
+    from lrconvert.convert.extract.extract import Extraction
+    from lrconvert.convert.extract.options import ExtractOptions
     from lrconvert.convert.options import AllocateOptions, CompressOptions, ConvertOptions
     from lrconvert.convert.rank_allocation import Allocation
     from lrconvert.core.errors import LrcError
@@ -51,6 +57,8 @@ __all__ = [
     "Allocation",
     "Batch",
     "BatchOptions",
+    "Combination",
+    "CombineOptions",
     "CompactAdapter",
     "CompareOptions",
     "CompressOptions",
@@ -60,6 +68,8 @@ __all__ = [
     "ExpandOptions",
     "ExportOptions",
     "Exported",
+    "ExtractOptions",
+    "Extraction",
     "Fidelity",
     "Finding",
     "Fleet",
@@ -85,6 +95,7 @@ __all__ = [
     "attach",
     "batch_jobs",
     "check",
+    "combine",
     "compare",
     "compress",
     "compress_many",
@@ -96,6 +107,7 @@ __all__ = [
     "download",
     "expanded",
     "export",
+    "extract",
     "inspect",
     "load",
     "load_all",
@@ -120,14 +132,20 @@ _HOMES = {  # the modules, and what they give
     "api.batch.job": "Job Outcome Work",
     "api.batch.one": "convert_one",
     "api.batch.run": "Batch BatchOptions allocate_many batch_jobs compress_many convert_many",
+    "api.combining": "combine",
     "api.comparing": "compare load_statistics statistics",
     "api.conversions": "allocate compress convert refine",
+    "api.extracting": "extract",
     "api.expanding": "ExpandOptions expanded",
     "api.fleets": "Fleet",
     "api.live": "attach detach disabled peft_model set_active",
     "api.outputs": "export merge recover unmerge verify",
+    "convert.combine.combine": "Combination",
+    "convert.combine.options": "CombineOptions",
     "convert.compress": "Compression",
     "convert.convert": "Conversion",
+    "convert.extract.extract": "Extraction",
+    "convert.extract.options": "ExtractOptions",
     "convert.rank_allocation": "Allocation",
     "convert.options": "AllocateOptions CompressOptions ConvertOptions",
     "core.errors": "LrcError",

@@ -123,6 +123,8 @@ def adapter_of(item: object, reading: ReadOptions, name: str = "adapter") -> Lor
         return loading.adapter(item, reading)
     if isinstance(compact := getattr(item, "compact", None), CompactAdapter):
         return loading.adapter(compact, reading)
+    if isinstance(lora := getattr(item, "lora", None), LoraAdapter):
+        return loading.adapter(lora, reading)
     return loading.adapter(path_of(item, name, "an adapter, its path or a result"), reading)
 
 

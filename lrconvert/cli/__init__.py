@@ -35,6 +35,8 @@ _FIRST = {
 _LAST = {
     "lora-to-alora": ("converting:allocate", "Give every module the rank it deserves under one budget."),
     "fleet": ("fleets:fleet", "Say what became of many adapters, from the manifest of their batch."),
+    "extract": ("extracting:extract", "Write what a fine-tuned model has more than its base, as an adapter."),
+    "combine": ("combining:combine", "Make one adapter of several ADAPTERs, each with a weight."),
     "refine": ("refining:refine", "Train FILE for a short while to answer as its LoRA does."),
     "export": ("adapters:export", "Write any adapter as a folder that other tools load."),
     "expand": ("expanding:expand", "Print the folder in which a server finds FILE, expanded once."),

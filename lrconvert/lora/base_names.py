@@ -160,6 +160,22 @@ def _square_view(name: str, siblings: set[View], config: Mapping[str, Any]) -> V
     )
 
 
+def is_stored_transposed(name: str, config: Mapping[str, Any]) -> bool:
+    """Return whether a base stores a parameter (in, out), a stack of experts (experts, in, out): by its family where
+    that is one of Conv1D, else by its class."""
+    families = set(renamings.families(config))
+    if families & CONV1D_FAMILIES and "experts" not in name:
+        return name.split(".")[-2] not in _LINEAR_IN_CONV1D
+    known = ties.of(config)
+    place = None if known is None else known.find(name)
+    return known is not None and place is not None and place in known.architecture.transposed
+
+
+def may_be_transposed(config: Mapping[str, Any]) -> bool:
+    """Return whether a base has, in one of its parts, layers that are stored (in, out)."""
+    return not (CONV1D_FAMILIES | _MIXED_FAMILIES).isdisjoint(renamings.families(config))
+
+
 @dataclass(frozen=True)
 class Part:
     """A stored parameter that is the rows `start` to `stop` of a target's matrix."""
