@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +12,12 @@ import click
 
 from lrconvert.cli import flags
 from lrconvert.cli.printing import command_line, emit, say, warn
-from lrconvert.core.errors import EXIT_REFUSED
+from lrconvert.core.errors import EXIT_REFUSED, FileReadError
 from lrconvert.io.durable import check_output
 
 if TYPE_CHECKING:
     from lrconvert.api.batch.manifest import Asked, Record
+    from lrconvert.io.remote import Url
     from lrconvert.report.html import Adapter
 
 
@@ -22,7 +26,21 @@ def fleet() -> None:
     """Hold the commands about manifests."""
 
 
-def _report(*, manifest: Path, html: Path | None, verbose: bool, overwrite: bool, as_json: bool) -> None:
+@contextmanager
+def _at_hand(manifest: Path | Url) -> Iterator[Path]:
+    """Give a manifest as a file of this machine, that at a URL until the context ends."""
+    if isinstance(manifest, Path):
+        yield manifest
+        return
+    from lrconvert.io import remote
+
+    with remote.fetched_file(os.fspath(manifest)) as path:
+        if path is None:
+            raise FileReadError("there is no such manifest", fix="name one", path=manifest)
+        yield path
+
+
+def _report(*, manifest: Path | Url, html: Path | None, verbose: bool, overwrite: bool, as_json: bool) -> None:
     """Print what became of the adapters of a batch. All is from its MANIFEST: how many are done, failed and left, their
     bytes, captured shares and time, the worst, and the failures by their code. The exit status is 1 if any failed."""
     from lrconvert.api.batch import parquet
@@ -31,12 +49,13 @@ def _report(*, manifest: Path, html: Path | None, verbose: bool, overwrite: bool
 
     if html is not None:
         check_output(html, overwrite)
-    if parquet.is_parquet(manifest):
-        lines = parquet.read(manifest)
-    else:
-        opened = Manifest(manifest, asks=True)
-        warn(opened.notes)
-        lines = list(opened.records())
+    with _at_hand(manifest) as path:
+        if parquet.is_parquet(path):
+            lines = parquet.read(path)
+        else:
+            opened = Manifest(path, asks=True)
+            warn(opened.notes)
+            lines = list(opened.records())
     summary = report.summary(lines)
     if html is not None:
         _write_page(html, lines, overwrite)
@@ -59,10 +78,10 @@ def _write_page(path: Path, lines: list[Record | Asked], overwrite: bool) -> Non
 
 def _row(line: Any) -> Adapter:
     from lrconvert.report.html import Adapter
+    from lrconvert.report.html.fleet import LEFT
 
-    state = getattr(line, "state", "left")
-    if state == "left":
-        return Adapter(line.source, state, failure="not done yet")
+    if (state := getattr(line, "state", LEFT)) == LEFT:
+        return Adapter(line.source, state)
     return Adapter(
         line.source,
         state,
@@ -76,19 +95,20 @@ def _row(line: Any) -> Adapter:
     )
 
 
-def _table(*, manifest: Path, output: Path, overwrite: bool) -> None:
+def _table(*, manifest: Path | Url, output: Path, overwrite: bool) -> None:
     """Write a MANIFEST as a table. It has a row for each output, with its last state: Parquet, or JSON lines, as OUTPUT
     ends in .parquet or .jsonl."""
     from lrconvert.api.batch import parquet
     from lrconvert.api.batch.manifest import Manifest
 
-    opened = Manifest(manifest, asks=True)
-    warn(opened.notes)
-    rows = parquet.write(opened.records(), output, overwrite)
+    with _at_hand(manifest) as path:
+        opened = Manifest(path, asks=True)
+        warn(opened.notes)
+        rows = parquet.write(opened.records(), output, overwrite)
     say(f"{output}: {rows:,} rows")
 
 
-_MANIFEST = click.Argument(["manifest"], metavar="MANIFEST", type=flags.PATH)
+_MANIFEST = click.Argument(["manifest"], metavar="MANIFEST", type=flags.PLACE)
 fleet.add_command(
     flags.command(
         "report",

@@ -366,6 +366,20 @@ def test_a_damaged_record_may_be_a_job_that_is_lost(zoo: Path, asked: list[str])
     assert asked == ["b"] and len(batch.notes) == 1 and set(states(batch).values()) == {"skipped"}
 
 
+def test_reading_a_manifest_never_writes_it(zoo: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who reports while a batch runs, damaged and replaced records or not, leaves the file to the batch."""
+    monkeypatch.setattr(manifest, "_SPARE", 0)
+    convert(zoo)
+    path = zoo.parent / "out" / manifest.NAME
+    path.write_bytes(path.read_bytes() * 4 + b'{"state":"done"}\n' + path.read_bytes()[:40])
+    before = path.read_bytes()
+    for asks in (False, True):
+        opened = Manifest(path, asks=asks)
+        assert len(list(opened.records())) == 3 and len(opened.notes) == 1 and path.read_bytes() == before
+    convert(zoo)
+    assert path.read_bytes() != before and path.read_bytes().count(b"\n") == 3
+
+
 def test_one_batch_at_a_time_writes_a_manifest(zoo: Path, asked: list[str]) -> None:
     path = asking(zoo.parent, JOB)
     with manifest.opened(path), pytest.raises(errors.LockedError):

@@ -71,9 +71,17 @@ def test_the_report_as_json_and_as_a_page(manifest: Path, tmp_path: Path) -> Non
         "ratio": 10.0,
     }
     page = (tmp_path / "fleet.html").read_text()
-    assert "26 adapters made smaller" in page and page.count("is broken") == 5 and "not done yet" in page
+    assert "26 adapters made smaller" in page and page.count("is broken") == 5 and "1 is left to do" in page
+    assert "20 of 26 adapters" in page and "in/last" not in page
     assert run("report", manifest, "--html", tmp_path / "fleet.html").exception is not None  # it exists
     assert run("report", manifest, "--html", tmp_path / "fleet.html", "--overwrite").exit_code == 1
+
+
+def test_a_report_of_a_manifest_at_a_url(manifest: Path) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    fsspec.filesystem("memory").pipe_file("/fleet/manifest.jsonl", manifest.read_bytes())
+    assert run("report", "memory://fleet/manifest.jsonl").stdout == run("report", manifest).stdout
+    assert isinstance(run("report", "memory://fleet/none.jsonl").exception, errors.FileReadError)
 
 
 def test_a_report_of_success_ends_with_0(tmp_path: Path) -> None:

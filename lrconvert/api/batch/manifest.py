@@ -87,13 +87,16 @@ _read_asked, _read_record = json_fields.reader(Asked), json_fields.reader(Record
 
 
 class Manifest:
-    """The manifest at `path`, of a job its place alone is kept. `notes` say what of it could not be used.
+    """The manifest at `path`, of a job its place alone is kept. `notes` say what of it could not be used. One that is
+    there to be written (`writes`) is written anew where most of its records are replaced.
 
     Raises E-OUT-PATH for what is no file and E-IO-READ; where `asks`, because the jobs come from it, what is wrong with
-    a line that may be one, and E-OPTION for two jobs of one output.
+    a line that may be one, and E-OPTION for two jobs of one output; for a batch, E-DIGEST for a damaged record that may
+    be the only word of a job.
     """
 
-    def __init__(self, path: Path, *, asks: bool = False) -> None:
+    def __init__(self, path: Path, *, asks: bool = False, writes: bool = False) -> None:
+        self._writes = writes
         self.path, self.folder = path, path.parent
         self.notes: list[str] = []
         self.has_asked = False
@@ -123,7 +126,7 @@ class Manifest:
         except OSError as error:
             raise FileReadError(f"cannot be read: {error.strerror}", path=self.path) from None
         self._index(np.array(keys, np.int64), np.array(places, np.int64), np.array(kinds, np.int8), asks)
-        if (len(keys) > 2 * len(self._keys) + _SPARE or self.notes) and not self.has_asked:
+        if self._writes and (len(keys) > 2 * len(self._keys) + _SPARE or self.notes) and not self.has_asked:
             self._shorten()
 
     def _texts(self) -> Iterator[tuple[int, bytes]]:
@@ -158,7 +161,7 @@ class Manifest:
         `_jobs`, those of the jobs in the order in which they came. `kinds`: 0 is a job, 1 a failure, 2 is finished."""
         asked = kinds == 0
         self.has_asked = bool(asked.any())
-        if asks and self.notes and not self.has_asked:
+        if asks and self._writes and self.notes and not self.has_asked:
             raise DigestError(f"{self.notes[0]}: a job may be lost", fix="give the sources instead", path=self.path)
         self._keys, first, at = np.unique(keys, return_index=True, return_inverse=True)
         self._places = np.full(len(self._keys), -1, np.int64)
@@ -318,7 +321,7 @@ def opened(path: Path, *, asks: bool = False) -> Iterator[Manifest]:
     if lock is None:
         raise LockedError("another batch writes this manifest", fix="wait until it ends", path=path)
     with lock:
-        manifest = Manifest(path, asks=asks)
+        manifest = Manifest(path, asks=asks, writes=True)
         try:
             yield manifest
         finally:
@@ -335,7 +338,7 @@ def opened_in(root: Path) -> Iterator[Manifest]:
     made = make_folder(root)
     root = root.resolve()
     with locked(root, needed=False):
-        manifest = Manifest(root / NAME)
+        manifest = Manifest(root / NAME, writes=True)
         try:
             yield manifest
         finally:

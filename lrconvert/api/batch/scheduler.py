@@ -88,6 +88,7 @@ class _Threads:
 
     def __call__(self) -> int:
         if time.monotonic() >= self._until:
-            self._count = max(_LEAST, 2 * sum(self._client.nthreads().values()))
+            with suppress(Exception):  # it does not answer now; a job that cannot be done says so
+                self._count = max(_LEAST, 2 * sum(self._client.nthreads().values()))
             self._until = time.monotonic() + _COUNTED
         return self._count

@@ -81,9 +81,9 @@ class Workers(Executor):
             for lane in self._lanes:
                 lane.end()
         for lane in self._lanes:
-            lane.shutdown(wait=False)
+            lane.shutdown()
         for lane in self._lanes if wait else ():
-            lane.shutdown(wait=True)
+            lane.join()
 
 
 class _Lane:
@@ -119,10 +119,15 @@ class _Lane:
         if process.is_alive():
             process.kill()
 
-    def shutdown(self, wait: bool) -> None:
+    def shutdown(self) -> None:
         """Let the process end when it has nothing more to do."""
         if self._pool is not None:
-            self._pool.shutdown(wait)
+            self._pool.shutdown(wait=False)
+
+    def join(self) -> None:
+        """Wait until the process has ended."""
+        if self._context.process is not None:
+            self._context.process.join()
 
 
 class _Context(SpawnContext):
@@ -140,7 +145,7 @@ class _Process(SpawnProcess):
     @staticmethod
     def _Popen(process_obj: Any) -> Any:
         with _without_script():
-            return SpawnProcess._Popen(process_obj)  # type: ignore[attr-defined]
+            return SpawnProcess._Popen(process_obj)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from lrconvert.report.html.templates import rendered
 _ROWS = 5000  # of the table; a browser takes no more with ease
 _FAILED = 200
 _BINS = 20
-DO_NOT_SHIP = "do not ship"
+DO_NOT_SHIP, LEFT = "do not ship", "left"
 WIDTH, HEIGHT = 900, 250
 AREA = Box(60, 16, 880, 200)
 
@@ -46,7 +46,10 @@ class Bar:
 
 
 def fleet_page(title: str, adapters: Sequence[Adapter], command: str = "", versions: str = "") -> str:
-    """Return one HTML document about many adapters. `command` is the one that was given."""
+    """Return one HTML document about many adapters, of which those whose state is "left" are counted alone. `command`
+    is the one that was given."""
+    count = len(adapters)
+    adapters = [a for a in adapters if a.state != LEFT]
     measured = [a for a in adapters if _kept(a) is not None]
     failed = sorted((a for a in adapters if a.failure), key=lambda a: a.name)
     whole = sorted((a for a in adapters if not a.failure), key=lambda a: (_or_infinite(_kept(a)), a.name))
@@ -63,7 +66,8 @@ def fleet_page(title: str, adapters: Sequence[Adapter], command: str = "", versi
         left_out=len(whole) - len(whole[:_ROWS]),
         failed=failed[:_FAILED],
         failed_count=len(failed),
-        count=len(adapters),
+        count=count,
+        left=count - len(adapters),
         total=total,
         source=round(sum((a.nbytes or 0) * (a.ratio or 0) for a in sized)),
         by_answers=by_answers,
