@@ -48,16 +48,20 @@ def modules(
     for line in family.schemes[scheme].lines:
         turn = seen[line.name] = seen.get(line.name, -1) + 1
         shares = line.rows.count(None)
-        out = sum(rows * width for rows in line.rows if rows is not None) + shares * (width if line.rows[0] else _SHARE)
+        out = sum(rows * width for rows in line.rows if rows is not None) + shares * (
+            max(1, width // 3) if line.rows[0] else _SHARE
+        )
         for number in blocks if "#" in line.name else (0,):
             numbers = (str(number + turn),) * line.name.count("#")
             yield filled(line.name, numbers), out, width, line
 
 
-def pairs(family: Family, scheme: str, *, rank: int = 2, alpha: float = 1.0, width: int = 4) -> list[Known]:
-    """Return a random update for every line of a scheme, in block 1."""
+def pairs(
+    family: Family, scheme: str, *, rank: int = 2, alpha: float = 1.0, width: int = 4, block: int = 1
+) -> list[Known]:
+    """Return a random update for every line of a scheme, in one block."""
     made = []
-    for n, (module, out, inner, _) in enumerate(modules(family, scheme, width, (1,))):
+    for n, (module, out, inner, _) in enumerate(modules(family, scheme, width, (block,))):
         rng = np.random.default_rng(n)
         a, b = (rng.standard_normal(shape).astype("<f4") for shape in ((rank, inner), (out, rank)))
         made.append(Known(module, a, b, alpha))

@@ -135,6 +135,10 @@ def saved(folder: Path, options: dict[str, Any]) -> None:
 
 
 def load(folder: Path, base: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    if "family" in options:
+        import diffusion_transformers
+
+        return diffusion_transformers.answer(options)
     if "unet" in options:
         return {"walk": walk(options["unet"])}
     if "save" in options:

@@ -3,6 +3,7 @@ trainer's spelling are written as they were read."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import dense
+from conftest import ROOT, dense
 from safetensors.numpy import load_file, save_file
 
 from lrconvert import api
@@ -21,7 +22,7 @@ from lrconvert.formats.families.base import DIFFUSERS, ORIGINAL, families, is_kn
 from lrconvert.formats.families.shared import translate
 from lrconvert.formats.families.shared.table import Line, Templates, filled, parse
 from lrconvert.formats.families.shared.translate import Piece, Reading
-from lrconvert.lora.adapter import ExtraTensor, LoraTarget, Target
+from lrconvert.lora.adapter import ExtraTensor, LoraAdapter, LoraTarget, Target
 from lrconvert.testing import diffusion
 from lrconvert.testing.layouts import Known
 
@@ -271,3 +272,121 @@ def test_layouts_say_the_same(name: str, tmp_path: Path) -> None:
         assert sorted(updates) == sorted(wanted), layout
         for module, update in updates.items():
             np.testing.assert_allclose(update, wanted[module], rtol=1e-6, atol=1e-7, err_msg=f"{layout} {module}")
+
+
+def test_the_guide_has_the_table_of_today() -> None:
+    """``python docs/families.py`` writes it."""
+    spec = importlib.util.spec_from_file_location("families_page", ROOT / "docs" / "families.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.page() == module.PAGE.read_text("utf-8")
+
+
+# --- what a name may mean --------------------------------------------------------------------------------------------
+
+
+def of_blocks(count: int, single: int) -> LoraAdapter:
+    """Attention of FLUX.1 or HunyuanVideo, which diffusers calls alike."""
+    names = [f"transformer.transformer_blocks.{n}.attn.to_q" for n in range(count)]
+    names += [f"transformer.single_transformer_blocks.{n}.attn.to_q" for n in range(single)]
+    return LoraAdapter(tuple(piece(name, 4, 4, seed=n).pair for n, name in enumerate(sorted(names))))
+
+
+def test_names_of_two_families_are_told_apart_by_blocks_or_refused(tmp_path: Path) -> None:
+    done = api.export(of_blocks(19, 38), tmp_path / "flux", to="comfyui")
+    assert any("the number of blocks is that of FLUX.1" in note for note in done.notes)
+    assert "diffusion_model.double_blocks.18.img_attn.qkv.lora_A.weight" in load_file(
+        tmp_path / "flux" / "lora.safetensors"
+    )
+    api.export(of_blocks(20, 40), tmp_path / "hunyuan", to="comfyui")
+    assert "diffusion_model.double_blocks.18.img_attn_qkv.lora_A.weight" in load_file(
+        tmp_path / "hunyuan" / "lora.safetensors"
+    )
+    with pytest.raises(errors.ExportError, match=r"FLUX\.1 or HunyuanVideo.*Give base=.*config\.json"):
+        api.export(of_blocks(2, 2), tmp_path / "no", to="comfyui")
+    base = config_of(tmp_path / "base", "hunyuan_video")
+    api.export(of_blocks(2, 2), tmp_path / "yes", to="comfyui", base=base)
+    assert "diffusion_model.single_blocks.1.linear1.lora_A.weight" in load_file(tmp_path / "yes" / "lora.safetensors")
+
+
+def test_a_compact_file_keeps_its_fused_layers_and_finds_its_way_back(tmp_path: Path) -> None:
+    """The issue's case: kohya's FLUX, without a base, made small, and out again in kohya's and in diffusers' names."""
+    trained = next(one for one in diffusion.TRAINED if one.name == "kohya")
+    path = write(tmp_path / "a", diffusion.pairs(families()["flux1"], ORIGINAL, width=16), trained)
+    compact = api.convert(path, "lowrank", rank=2, bits=14).compact
+    assert "lora_unet_double_blocks_1_img_attn_qkv.weight" in {target.name for target in compact.targets}
+    wanted = {pair.target.name: dense(pair) for pair in api.load_lora(path).targets}
+    for layout in ("kohya", "original"):
+        api.export(compact, tmp_path / layout, to=layout)
+        again = {
+            pair.target.name: dense(pair) for pair in api.load_lora(tmp_path / layout / "lora.safetensors").targets
+        }
+        assert sorted(again) == sorted(wanted)
+        for name, update in again.items():
+            assert np.abs(update - wanted[name]).max() <= 2e-3 * np.abs(wanted[name]).max(), name
+    done = api.export(compact, tmp_path / "d", to="diffusers")
+    assert any("layers are" in note and "FLUX.1" in note for note in done.notes)
+    (file,) = (tmp_path / "d").glob("*.safetensors")
+    assert "transformer.single_transformer_blocks.1.proj_mlp.lora_B.weight" in load_file(file)
+
+
+def test_wan_has_two_transformers(tmp_path: Path) -> None:
+    names = [f"{model}.blocks.0.attn1.to_q" for model in ("transformer", "transformer_2")]
+    tensors = {f"{name}.lora_{half}.weight": np.ones((2, 2), np.float32) for name in names for half in "AB"}
+    save_file(tensors, tmp_path / "wan.safetensors")
+    for layout in ("original", "diffusers"):
+        api.export(tmp_path / "wan.safetensors", tmp_path / layout, to=layout)
+        (file,) = (tmp_path / layout).glob("*.safetensors")
+        equal(tensors, load_file(file))
+    with pytest.raises(errors.ExportError, match="transformer and transformer_2, whose modules have the same names"):
+        api.export(tmp_path / "wan.safetensors", tmp_path / "no", to="comfyui")
+
+
+def test_differences_of_biases_ride_along(tmp_path: Path) -> None:
+    """``.diff_b`` of Wan, in and out, with a base whose names are others, too."""
+    name = "diffusion_model.blocks.0.self_attn.q"
+    factors = {"lora_down.weight": np.ones((2, 4)), "lora_up.weight": np.ones((4, 2)), "alpha": np.array(2.0)}
+    parts = {**factors, "diff_b": np.arange(4)}
+    tensors = {f"{name}.{part}": values.astype(np.float32) for part, values in parts.items()}
+    save_file(tensors, tmp_path / "wan.safetensors")
+    for base in (None, config_of(tmp_path / "base", "wan")):
+        out = tmp_path / f"out {base is None}"
+        api.export(tmp_path / "wan.safetensors", out, to="original", base=base)
+        equal(tensors, load_file(out / "lora.safetensors"))
+    (extra,) = api.load_lora(tmp_path / "wan.safetensors", base=tmp_path / "base").extras
+    assert (extra.name, extra.use) == ("blocks.0.attn1.to_q.bias", "add")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lycoris_transformer_blocks_0_attn_to_q",
+        "lora_unet__blocks_0_self_attn_q",
+        "lora_transformer_blocks_0_self_attn_q",
+    ],
+)
+def test_prefixes_of_single_trainers(name: str, tmp_path: Path) -> None:
+    """SimpleTuner's, VideoX-Fun's: read, named as diffusers has it, and written back as they were."""
+    tensors = {f"{name}.lora_{half}.weight": np.ones((2, 2), np.float32) for half in ("down", "up")}
+    save_file(tensors, tmp_path / "x.safetensors")
+    api.export(tmp_path / "x.safetensors", tmp_path / "again", to="original")
+    equal(tensors, load_file(tmp_path / "again" / "lora.safetensors"))
+    api.export(tmp_path / "x.safetensors", tmp_path / "d", to="diffusers")
+    (pair,) = api.load_lora(tmp_path / "d").targets
+    assert pair.target.name in (
+        "transformer.transformer_blocks.0.attn.to_q.weight", "transformer.blocks.0.attn1.to_q.weight"
+    )  # fmt: skip
+
+
+def test_what_nothing_explains_is_refused(tmp_path: Path) -> None:
+    save_file({f"lora_unet_nobody_0_knows.lora_{half}.weight": np.ones((2, 2), np.float32) for half in ("down", "up")},
+              tmp_path / "x.safetensors")  # fmt: skip
+    for layout in ("diffusers", "comfyui", "kohya"):
+        with pytest.raises(errors.ExportError, match="no base was given"):
+            api.export(tmp_path / "x.safetensors", tmp_path / "no", to=layout)
+    base = config_of(tmp_path / "base", "flux1")
+    with pytest.raises(errors.BaseError, match="is no module of the base"):
+        api.load_lora(tmp_path / "x.safetensors", base=base)
+    with pytest.raises(errors.ExportError, match=r"nothing says how the file.*peft-lora"):
+        api.export(of_blocks(1, 1), tmp_path / "no", to="original")

@@ -88,7 +88,7 @@ def _is_of(model: str, module: str) -> bool:
     return _ROOTS[model].match(module) is not None or (is_transformer and families.is_known(module))
 
 
-_OF_KOHYA = re.compile(r"(?:(?P<denoiser>lora_unet|lora_transformer)|(?P<text>lora_te\d?))_(?P<inside>[^.]+)")
+_OF_KOHYA = re.compile(r"(?:(?P<denoiser>lora_unet|lora_transformer|lycoris)|(?P<text>lora_te\d?))_(?P<inside>[^.]+)")
 
 
 def as_spelled(target: Target, layout: str) -> tuple[str, str]:

@@ -114,7 +114,7 @@ def _translated(adapter: Adapter, denoiser: _Denoiser, reading: Reading, scheme:
         becomes = {n: reading.becomes(*where, denoiser.is_flat, scheme) or ("",) for n, where in mine.items()}
         if all(new for (new,) in becomes.values()):
             new_names = {name: f"{denoiser.model}.{new}.weight" for name, (new,) in becomes.items()}
-            return renamed_by(adapter, lambda name: new_names.get(name, name))
+            return renamed_by(adapter, lambda name: _along(name, new_names))
     lora = fidelity.expanded(adapter) if isinstance(adapter, CompactAdapter) else adapter
     beside: dict[str, list[ExtraTensor]] = {}
     for extra in lora.extras:
@@ -132,6 +132,13 @@ def _translated(adapter: Adapter, denoiser: _Denoiser, reading: Reading, scheme:
     extras = [extra for extra in lora.extras if id(extra) not in gone]
     extras += [replace(e, name=f"{denoiser.model}.{e.name}") for piece in moved for e in piece.extras.values()]
     return replace(lora, targets=tuple(sorted([*targets, *others], key=lambda p: p.target)), extras=tuple(extras))
+
+
+def _along(name: str, new: Mapping[str, str]) -> str:
+    """The new name of a parameter: its own, or beside that of its module's weight."""
+    owner, _, leaf = name.rpartition(".")
+    weight = new.get(f"{owner}.weight")
+    return new.get(name) or (f"{weight.removesuffix('.weight')}.{leaf}" if weight else name)
 
 
 def _changes(before: Adapter, after: Adapter, reading: Reading) -> list[str]:
@@ -162,7 +169,8 @@ def _taken_apart(adapter: Adapter, family: str) -> tuple[Adapter, tuple[str, ...
     if changed is None:
         return adapter, ()
     note = f"names were taken apart without a base: {changed!r:.120} is {new[changed]!r:.120}"
-    return renamed_by(adapter, lambda name: new.get(name) or name), (note,)
+    found = {name: module for name, module in new.items() if module is not None}
+    return renamed_by(adapter, lambda name: _along(name, found)), (note,)
 
 
 def _unexplained(name: str, names: Sequence[str], layout: str) -> ExportError:
