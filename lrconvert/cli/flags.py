@@ -15,6 +15,7 @@ from click.shell_completion import CompletionItem
 from lrconvert.cli.printing import say
 from lrconvert.core.byte_sizes import byte_count, share
 from lrconvert.core.errors import OptionError
+from lrconvert.core.redaction import redacted
 from lrconvert.io import remote
 
 Part = Literal["adapter", "base", "config"]  # of a repository, as `hub_transfer.download` takes it
@@ -111,7 +112,7 @@ class ScaledPath(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         except ValueError:
             if remote.is_url(value) and "?" in value:
                 return str(value), 1.0
-            self.fail(f"{value!r}: what follows the last '=' is not a scale", param, ctx)
+            self.fail(f"{redacted(str(value))!r}: what follows the last '=' is not a scale", param, ctx)
 
     def id_of(self, value: tuple[str, float]) -> str:
         return value[0]

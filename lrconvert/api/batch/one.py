@@ -142,7 +142,7 @@ def _reported(job: Job, work: Work, result: Conversion | Compression, done: Conv
         verdict = SHIP if result.verdict.ship else DO_NOT_SHIP
         report = {**report, "verdict": verdict_json(result.verdict)}
     if work.verbose:
-        text = conversion_text(job.shown or job.source, job.output or None, done, True)
+        text = conversion_text(_named(job).source, _named(job).output or None, done, True)
         if job.output and isinstance(result, Compression):
             text += f"\n\n{verdict_text(Path(job.output).name, result)}"
     return replace(
