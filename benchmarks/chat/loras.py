@@ -79,9 +79,17 @@ def answer_logits(model: Any, inputs: dict[str, Any]) -> Any:
 
 
 def train(
-    base: Path, task: Task, examples: Sequence[Example], folder: Path, *, rank: int = RANK, steps: int = STEPS
+    base: Path,
+    task: Task,
+    examples: Sequence[Example],
+    folder: Path,
+    *,
+    rank: int = RANK,
+    steps: int = STEPS,
+    seed: int = 0,
 ) -> Path:
-    """Train the LoRA of a task, from where an earlier run was stopped; return its folder."""
+    """Train the LoRA of a task, from where an earlier run was stopped; return its folder. `seed`: of A's start and of
+    the order of examples."""
     import peft
     import torch
     import transformers
@@ -89,7 +97,7 @@ def train(
     if (folder / "done.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(base)  # bf16, as it is stored
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -99,7 +107,7 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda n: min((n + 1) / WARMUP, max(0.0, (steps - n) / (steps - WARMUP)))
     )
-    batches = list(plan([tokens_of(tokenizer, task, e) for e in examples], steps, BATCH_TOKENS, 0))
+    batches = list(plan([tokens_of(tokenizer, task, e) for e in examples], steps, BATCH_TOKENS, seed))
     state, losses, seconds = folder / "training.pt", list[float](), 0.0
     if state.exists():
         kept = torch.load(state, weights_only=True)
