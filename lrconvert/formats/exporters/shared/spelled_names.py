@@ -7,7 +7,7 @@ CLIP are taken apart by the words that diffusers and CLIP have for them; what no
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,7 @@ def _taken_apart(adapter: Adapter, family: str) -> tuple[Adapter, tuple[str, ...
     new |= {name: _of_unet(name) for name in names if name.startswith(("diffusion_model.", "unet.")) and _of_unet(name)}
     unknown = next((name for name, module in new.items() if module is None), None)
     if unknown is not None:
-        raise _unexplained(unknown, own, adapter.provenance.fields.get("source_format", ""))
+        raise _unexplained(unknown, adapter.provenance.fields)
     changed = next((name for name, other in new.items() if name != other), None)
     if changed is None:
         return adapter, ()
@@ -173,9 +173,11 @@ def _taken_apart(adapter: Adapter, family: str) -> tuple[Adapter, tuple[str, ...
     return renamed_by(adapter, lambda name: _along(name, found)), (note,)
 
 
-def _unexplained(name: str, names: Sequence[str], layout: str) -> ExportError:
+def _unexplained(name: str, fields: Mapping[str, str]) -> ExportError:
+    layout = fields.get("source_format", "")
     what = f"no base was given that says what the names of the layout {layout} mean, {name!r:.120} for one"
-    return ExportError(what, fix=f"give {spelled('base', ...)}; its config.json is enough")
+    as_it_was = "; an export to original keeps them" if spelling.FIELD in fields else ""
+    return ExportError(what, fix=f"give {spelled('base', ...)}; its config.json is enough{as_it_was}")
 
 
 def _of_unet(name: str) -> str | None:
