@@ -68,6 +68,7 @@ def test_a_merged_lora_comes_back(tmp_path: Path) -> None:
         assert np.linalg.norm(mine.B.astype(np.float64) @ mine.A - expected) < 1e-3 * np.linalg.norm(expected)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("base", ["tiny-llama", "tiny-gpt2"])
 def test_base_and_extraction_approach_the_model_with_the_rank(tmp_path: Path, base: str) -> None:
     """Norms and biases come back exactly, matrices ever nearer, and at full rank to rounding; linear layers, Conv1D and

@@ -13,7 +13,7 @@ from lrconvert.convert.extract import matching
 from lrconvert.convert.extract.difference import Difference, Measures
 from lrconvert.convert.extract.factors import Cut, best_cut, ranks
 from lrconvert.convert.extract.matching import Matched, Matching
-from lrconvert.convert.extract.options import ExtractOptions
+from lrconvert.convert.extract.options import DEFAULT_RANK, ExtractOptions
 from lrconvert.core.dtypes import FLOATS, Array, Stored, itemsize, round_to
 from lrconvert.core.errors import BaseError, EmptyAdapterError, NoEffectError
 from lrconvert.core.wording import spelled
@@ -217,7 +217,7 @@ def _compared(
         measures = difference.measure()
         if not measures.moved:
             continue
-        rank = options.most or 0
+        rank = options.most or DEFAULT_RANK
         if matching.is_embedding(pair.name) and len(measures.rows) * difference.shape[1] <= rank * sum(
             difference.shape
         ):
