@@ -42,6 +42,10 @@ def combine(adapters: tuple[tuple[str, float], ...], **given: Any) -> None:
     quiet, verbose, as_json = given.pop("quiet"), given.pop("verbose"), given.pop("as_json")
     output = made_loras.Output.of(given, [Path(name) for name, _ in adapters])
     base = given["base"]
+    if output.layout is not None and (given["target_size"], given["target_ratio"]) != (None, None):
+        raise click.UsageError(
+            "--target-size and --target-ratio are of a compact file; --mode svd --rank bounds a LoRA"
+        )
     options = flags.chosen(given, CombineOptions, ConvertOptions, ReadOptions)
     with progress_bar("combine", quiet or as_json) as progress:
         done = api.combine(list(adapters), method=output.method, progress=progress, **options)

@@ -20,7 +20,9 @@ def options() -> list[click.Option]:
     from lrconvert.formats.exporters.base import ids
     from lrconvert.methods import base as methods
 
-    layouts, forms = ids(), methods.module_names()
+    # PEFT's compact forms are made of their own methods alone.
+    layouts = [name for name in ids() if name == "peft-lora" or not name.startswith("peft-")]
+    forms = methods.module_names()
     return [
         click.Option(
             ["--method"],
@@ -30,7 +32,7 @@ def options() -> list[click.Option]:
         click.Option(
             ["--to"],
             type=click.Choice(layouts),
-            help="Write the LoRA instead, as a folder of this layout: peft-lora...",
+            help="Write the LoRA instead, as a folder of this layout.",
         ),
     ]
 

@@ -289,3 +289,5 @@ def test_the_command_combines_what_has_an_equals_sign_in_its_name(tmp_path: Path
     assert [a["weight"] for a in json.loads(done.stdout)["adapters"]] == [1.0, 2.0]
     done = run("combine", f"{PLAIN}=0.7", f"{PLAIN}=-0.2", "--mode", "svd", "--to", "peft-lora", "-o", tmp_path / "f")
     assert done.exit_code == 0 and "1.0000 of the energy of the weighted sum" in done.output, done.output
+    done = run("combine", PLAIN, "--to", "peft-lora", "--target-size", "9KB", "-o", tmp_path / "g")
+    assert done.exit_code == 2 and "--mode svd --rank bounds a LoRA" in done.output
