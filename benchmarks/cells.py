@@ -114,7 +114,7 @@ def main(name: str, about: str | None, cells: Callable[[], Iterable[Cell]], tabl
 def render(name: str, table: str) -> None:
     """Put `table` between the markers of that name, in README.md or a page of docs/."""
     start, end = f"<!-- table {name} -->", f"<!-- end table {name} -->"
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     path = next((page for page in pages if start in page.read_text()), None)
     if path is None or end not in path.read_text():
         raise SystemExit(f"no page has markers for {name}")

@@ -70,7 +70,7 @@ def words(*parts: str) -> Run:
         places = {
             **{"OUT": work / "out", "MODEL": work / "model", "FILE": work.parent / "x.lrc"},
             **{"LORA": ADAPTERS / "llama-plain", "OTHER": ADAPTERS / "llama-bf16", "BASE": BASES / "tiny-llama"},
-            "MERGED": work.parent / "merged",
+            **{"MERGED": work.parent / "merged", "FLEET": work / "fleet"},
         }
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             cli.main([str(places.get(part, part)) for part in parts], standalone_mode=False)
@@ -79,7 +79,7 @@ def words(*parts: str) -> Run:
 
 
 def copied(name: str) -> Run:
-    return lambda work: shutil.copytree(work.parent / name, work / "model")
+    return lambda work: shutil.copytree(work.parent / name, work / (name if name == "fleet" else "model"))
 
 
 def refining() -> Run:
@@ -126,6 +126,8 @@ def commands() -> list[Command]:
         Command("convert", words("lora-to-lowrank", "LORA", "-o", "OUT", "--target-ratio", "4")),
         Command("allocate", words("lora-to-alora", "LORA", "-o", "OUT", "--total-rank", "12")),
         Command("upgrade", words("upgrade", "FILE", "-o", "OUT")),
+        Command("pack build", words("pack", "build", "FILE", "-o", "OUT")),
+        Command("pack add", words("pack", "add", "FLEET", "FILE", "--name", "new"), ("fleet",), copied("fleet"), 2),
         Command("export", words("export", "FILE", "--to", "peft-lora", "-o", "OUT"), weight=2),
         Command("merge", words("merge", "BASE", "LORA", "-o", "OUT")),
         Command("merge, resume", words("merge", "BASE", "LORA", "-o", "OUT", "--resume"), weight=2),
@@ -193,6 +195,7 @@ class Kills:
     def __post_init__(self) -> None:
         lora = ADAPTERS / "llama-plain"
         api.write(api.convert(api.load_lora(lora), "lowrank", bits=4, rank=2).compact, self.place / "x.lrc")
+        api.Fleet.build(self.place / "fleet", self.place / "x.lrc").close()
         api.merge(BASES / "tiny-llama", lora, self.place / "merged")
         api.merge(self.place / "merged", ADAPTERS / "llama-bf16", self.place / "both")
         for name, command in self.commands.items():

@@ -34,6 +34,7 @@ RUN = ("bash", "python")
 OTHERS = {
     "curl",
     "export",
+    "flock",
     "llama-server",
     "python",
     "python3",
@@ -189,7 +190,8 @@ def test_every_block_has_a_language_that_is_known() -> None:
 def test_every_option_that_is_named_exists() -> None:
     context = click.Context(cli)
     named = [cli.get_command(context, name) for name in cli.list_commands(context)]
-    options = {name for command in named if command for option in command.params for name in option.opts}
+    inner = [one for command in named if isinstance(command, click.Group) for one in command.commands.values()]
+    options = {name for command in [*named, *inner] if command for option in command.params for name in option.opts}
     pages = [
         text for name, text in PAGES.items() if name == "README.md" or name.split("/")[1] in ("guides", "tutorials")
     ]

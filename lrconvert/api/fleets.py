@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from lrconvert.api.shared import AnyCompact, AnyPath, Progress, compact_of, located, output_of, path_of, silent
-from lrconvert.core.errors import ArgumentError, EmptyAdapterError, UnknownLayoutError
+from lrconvert.core.errors import ArgumentError, EmptyAdapterError, LrcError, UnknownLayoutError
 from lrconvert.core.limits import OWN
 from lrconvert.core.options import described
 from lrconvert.core.wording import either
@@ -21,7 +21,7 @@ from lrconvert.formats.fleet.opened import OpenFleet
 from lrconvert.formats.fleet.writing import Compacted, Taken
 from lrconvert.formats.lrc import file
 from lrconvert.formats.lrc.validation import Validation
-from lrconvert.io import durable
+from lrconvert.io import durable, hub
 from lrconvert.io.container import read_small
 from lrconvert.lora.adapter import CompactAdapter
 
@@ -31,7 +31,7 @@ AnyMembers = AnyPath | Sequence[AnyPath] | Mapping[str, AnyCompact]
 
 class Fleet:
     """A fleet that is open: a folder of compact adapters by name, as it was when it was opened; its own changes are
-    seen at once, those of other writers after `refresh`. A context manager, and a mapping from names to adapters.
+    seen at once, those of other writers after `refresh`. A context manager; adapters are read by name, as of a mapping.
 
     Marginal bytes of an adapter are its payload and at most 256: targets, shapes, base and method lie once for all
     that have them in common, and so does every tensor that is equal in two.
@@ -108,14 +108,21 @@ class Fleet:
         """Where the fleet lies, how many members it has, and of how many bytes."""
         return facts.of_fleet(self._open)
 
-    def members(self, prefix: str = "") -> Iterator[FleetMember]:
+    def members(self, prefix: str = "", refused: Callable[[LrcError], object] | None = None) -> Iterator[FleetMember]:
         """Yield what is known of the members whose names begin with `prefix`, in the order of their names; payloads are
-        not read."""
+        not read. A damaged one is raised, or handed to `refused`, and the others follow."""
         start = prefix.encode() or b"\1"
         for entry in self._open.entries(start):
             if not entry.key.startswith(prefix.encode()):
                 return
-            yield facts.of_member(self._open, entry)
+            try:
+                known = facts.of_member(self._open, entry)
+            except LrcError as error:
+                if refused is None:
+                    raise
+                refused(error)
+            else:
+                yield known
 
     def member(self, name: str) -> FleetMember:
         """Return what is known of one member. Raises E-MISSING, E-NAME."""
@@ -223,7 +230,8 @@ def _given(adapters: AnyMembers) -> tuple[list[Path], list[Given]]:
 def _place(path: object) -> Path:
     if isinstance(path, CompactAdapter) or hasattr(path, "compact"):
         raise ArgumentError("an adapter in memory has no name", fix="give a mapping: {'name': adapter}")
-    return located(path_of(path, "adapters", "paths, or a mapping from names to adapters"), "adapters")
+    given = path_of(path, "adapters", "paths, or a mapping from names to adapters")
+    return Path(given) if names.member_of(given) is not None else hub.adapter_at(given)
 
 
 def _inside(place: Path) -> Iterator[Given]:
@@ -241,8 +249,7 @@ def _inside(place: Path) -> Iterator[Given]:
     if not place.is_dir():
         yield place.name.removesuffix(SUFFIX), partial(_arrival, place.name.removesuffix(SUFFIX), place)
         return
-    paths = sorted(p for p in place.rglob(f"*{SUFFIX}") if not any(part.startswith(".") for part in p.parts[1:]))
-    inside = [path for path in paths if path.is_file()]
+    inside = [path for path in sorted(place.rglob(f"*{SUFFIX}")) if path.is_file() and not _is_hidden(path, place)]
     if not inside:
         fix = f"make compact files first, with {either('lrconvert.convert_many', '`lrconvert compress`')}"
         raise UnknownLayoutError("holds no lrconvert files", fix=fix, path=place)
@@ -251,13 +258,17 @@ def _inside(place: Path) -> Iterator[Given]:
         yield name, partial(_arrival, name, path)
 
 
+def _is_hidden(path: Path, place: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(place).parts)
+
+
 def _arrival(name: str, item: AnyCompact) -> Arrival:
     """An adapter in memory, or of a file, as it becomes a member."""
     if not isinstance(item, (str, PathLike)):
         return Arrival.of(names.check_name(name), compact_of(item, "adapters"))
-    place = located(item, "adapters")
-    if (member := names.member_of(place)) is not None:
+    if (member := names.member_of(item)) is not None:
         return _from_fleet(*member, name)
+    place = hub.adapter_at(path_of(item, "adapters"))
     if place.is_dir() or not file.is_lrconvert(place):
         if not place.exists():
             read_small(place, 0)  # which says that it is not there

@@ -11,7 +11,7 @@ import click
 
 from lrconvert.cli import flags
 from lrconvert.cli.printing import emit, emit_line, progress_bar, say
-from lrconvert.core.errors import EXIT_REFUSED, printable
+from lrconvert.core.errors import EXIT_REFUSED, LrcError, printable
 from lrconvert.formats.fleet.names import MARK
 from lrconvert.report.tables import counted
 
@@ -110,13 +110,18 @@ def list_members(fleet: Path, names: Sequence[str], prefix: str, as_json: bool) 
     from lrconvert.report import fleets
 
     with Fleet(fleet) as opened:
-        members = [opened.member(name) for name in names] or list(opened.members(prefix))
+        damaged: list[LrcError] = []
+        members = [opened.member(name) for name in names] or list(opened.members(prefix, damaged.append))
         if as_json:
             emit({**fleets.fleet_json(opened.summary), "listed": [dataclasses.asdict(member) for member in members]})
         elif names:
             say("\n\n".join(fleets.member_text(opened.summary, member) for member in members))
         else:
             say(fleets.members_text(opened.summary, members))
+    for error in damaged:
+        say(str(error), err=True)
+    if damaged:
+        raise click.exceptions.Exit(EXIT_REFUSED)
 
 
 @_command(

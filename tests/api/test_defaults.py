@@ -84,7 +84,14 @@ def test_a_command_adds_no_default_of_its_own(command: str, tmp_path: Path, monk
 
 def test_every_command_is_looked_at() -> None:
     context = cli.make_context("lrconvert", ["--help"], resilient_parsing=True)
-    assert set(cli.list_commands(context)) - set(COMMANDS) <= {"validate", "demo", "completion", "download", "expand"}
+    assert set(cli.list_commands(context)) - set(COMMANDS) <= {
+        "validate",
+        "demo",
+        "completion",
+        "download",
+        "expand",
+        "pack",
+    }
 
 
 def test_expand_adds_no_default_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@ on. The second reader, written from formats/fleet-v1.md alone, reads every fleet
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import FIXTURES, random_lora
+from hostile_fleets import fleets
 from hypothesis import given
 from hypothesis import strategies as st
 from second_readers import fleet as second
@@ -122,6 +125,27 @@ def test_every_golden_file_comes_out_as_it_went_in(tmp_path: Path) -> None:
         again = sum(fleet.member(f"again/{name}").bytes for name in twice)
         assert again < sum(members[name].stat().st_size for name in twice) / 2
         assert fleet.read_bytes("again/v1/lowrank/0") == fleet.read_bytes("v1/lowrank/0")
+
+
+def test_the_golden_fleet_means_the_same_forever() -> None:
+    """Both readers find in it what it held when it was written."""
+    root = GOLDEN / "fleet-v1" / "0"
+    digests = json.loads((root.parent / "0.members.json").read_text("utf-8"))
+    assert {n: hashlib.sha256(data).hexdigest() for n, data in second.members(whole(root)).items()} == digests
+    with Fleet(root) as fleet:
+        assert {name: hashlib.sha256(fleet.read_bytes(name)).hexdigest() for name in fleet} == digests
+        assert all(result.ok for result in fleet.validate())
+        assert [member.shared for member in fleet.members() if member.name == "twice"] != [0]
+
+
+def test_hostile_fleets_are_refused_by_both_readers() -> None:
+    """Every fleet of fixtures/hostile_fleets.py but the sound one; what codes they get is for test_hostile."""
+    for name, _, code, files in fleets():
+        if code:
+            with pytest.raises(Exception):  # noqa: B017 -- whatever a plain reader stumbles over
+                second.members(files)
+        else:
+            assert second.members(files), name
 
 
 def test_adapters_of_all_kinds_of_sources(tmp_path: Path) -> None:
@@ -398,6 +422,8 @@ def test_two_writers_exclude_each_other(tmp_path: Path) -> None:
                 change()
         with pytest.raises(errors.LockedError):
             writing.reindex(tmp_path / "fleet")
+        with pytest.raises(errors.LockedError):
+            build(tmp_path / "fleet", {"x": small()}, overwrite=True)
         with Fleet(tmp_path / "fleet") as other:
             assert list(other) == list(fleet) and all(result.ok for result in other.validate())
 
@@ -502,6 +528,9 @@ def test_a_damaged_shared_part_is_named_with_all_that_rest_on_it(tmp_path: Path)
     with Fleet(tmp_path / "fleet") as fleet:
         bad = [Path(v.path).name for v in fleet.validate() if not v.ok]
         assert bad == ["members-1", "fleet#a", "fleet#b"] and len(fleet["other"].targets) == 12
+        refused: list[LrcError] = []
+        assert [member.name for member in fleet.members(refused=refused.append)] == ["other"]
+        assert [error.path for error in refused] == [f"{tmp_path}/fleet#a", f"{tmp_path}/fleet#b"]
         fleet.add({"a": small(1), "b": small(2)}, overwrite=True)  # which rest on no damaged part then
         assert encoded(fleet["a"]) == encoded(small(1)) and fleet.gc() and all(v.ok for v in fleet.validate())
 

@@ -102,7 +102,7 @@ def test_every_call_may_fail(place: Path, before: Path, adapters: dict[str, Comp
         if act != "remove" or found == old:
             run(failure.out)
         assert state(failure.out) == new
-        if failure.caught is None or found == old:
+        if act != "build" and (failure.caught is None or found == old):  # what that leaves beside it, `recover` removes
             assert {name[:5] for name in names(failure.out) - {"out"}} <= {name[:5] for name in tidy}
     assert "old" in ended or old == new
 
@@ -153,7 +153,7 @@ def test_a_full_disk_leaves_no_bytes(place: Path, before: Path, adapters: dict[s
     writes = [
         n for n, name in enumerate(calls_of(lambda: acts(adapters)["add"](_copy(before, place))), 1) if name == "write"
     ]
-    for n in writes[:-1]:
+    for n in writes:
         with faults.installed(faults.Faulty(n, errno.ENOSPC)), pytest.raises(errors.FileWriteError):
             acts(adapters)["add"](root)
         assert whole(root)["members-1"] == content["members-1"]

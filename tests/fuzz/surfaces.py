@@ -17,6 +17,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -30,9 +31,11 @@ sys.path.append(str(FIXTURES.parent / "tests"))
 
 import crashes  # isort: skip
 import hostile
+import hostile_fleets
 
-from lrconvert import api
+from lrconvert import Fleet, api
 from lrconvert.core.errors import LrcError
+from lrconvert.formats.fleet import records
 from lrconvert.formats.readers import base as readers
 from lrconvert.io import strictjson
 from lrconvert.io.checkpoint import INDEX_NAME, JOURNAL, open_checkpoint
@@ -106,6 +109,53 @@ def _misspelled(mutator: Mutator, files: Folder, other: Folder) -> Folder:
             if isinstance(raw, OneTensor):
                 return {"x.lrc": raw.sign().file(mutator.bytes(raw.spelled()))}
     return _signed("x.lrc", "lrconvert")(mutator, files, other)
+
+
+def _fleets() -> Surface:
+    """Fleets, their head, their root and their records signed anew: every member is refused, or is the file of its
+    digest; what `validate` says of them never raises but for the head."""
+
+    def check(place: Path, files: Folder) -> None:
+        with contextlib.suppress(LrcError), Fleet(write(place, files)) as fleet:
+            for result in fleet.validate():
+                assert result.ok or result.findings
+            for name in fleet:
+                with contextlib.suppress(LrcError):
+                    assert sha256(fleet.read_bytes(name)).hexdigest() == fleet.member(name).digest
+                    assert fleet[name].targets
+
+    golden = FIXTURES / "golden" / "fleet-v1" / "0"
+    seeds = [{path.name: path.read_bytes() for path in golden.iterdir()}]
+    return Surface([*seeds, *(files for *_, files in hostile_fleets.fleets())], check, _signed_fleet)
+
+
+def _signed_fleet(mutator: Mutator, files: Folder, other: Folder) -> Folder:
+    """A changed fleet whose checks and digests are those of what changed, where these can be told."""
+    made = mutator.folder(files, other, sorted(files))
+    with contextlib.suppress(Exception):
+        for name in made:
+            if name.startswith("members-"):
+                made[name] = _checked_records(made[name])
+        head = json.loads(made["fleet.json"])
+        for run in head["runs"]:
+            node = made[f"index-{run['number']}"]
+            run |= {"bytes": len(node), "digest": sha256(node[len(node) - run["root"] :]).hexdigest()}
+        head["bytes"] = len(made[f"members-{head['generation']}"])
+        head.pop("digest", None)
+        head["digest"] = sha256(hostile_fleets.spelled(head)).hexdigest()
+        made["fleet.json"] = hostile_fleets.spelled(head)
+    return made
+
+
+def _checked_records(data: bytes) -> bytes:
+    """A data file whose records, as far as they can be told, have the checks of their bytes."""
+    made, at = bytearray(data), len(records.MAGIC)
+    while at < len(made):
+        _, body, start = records.head_of(made[at : at + 12])
+        stop = at + start + body
+        made[stop : stop + records.CHECK_BYTES] = records.check_of(bytes(made[at:stop]))
+        at = stop + records.CHECK_BYTES
+    return bytes(made)
 
 
 def _coded() -> Surface:
@@ -491,6 +541,7 @@ SURFACES: dict[str, Callable[[], Surface]] = {
     "container": _container,
     "own files": _own,
     "coded": _coded,
+    "fleet": _fleets,
     "statistics": _statistics,
     "json": _json,
     "index": _index,

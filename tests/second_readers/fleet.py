@@ -46,6 +46,8 @@ def head(files: Files) -> dict[str, Any]:
     assert spelled(value) == files["fleet.json"] and hashlib.sha256(spelled(plain)).hexdigest() == value["digest"]
     assert (value["format"], value["version"], value["requires"]) == ("lrconvert-fleet", 1, [])
     assert all(run["number"] < value["next"] for run in value["runs"])
+    assert set(plain) == {"bytes", "dead", "format", "generation", "members", "next", "requires", "runs", "version"}
+    assert len(files[f"members-{value['generation']}"]) >= value["bytes"]
     return value
 
 
@@ -140,6 +142,18 @@ def applied(frame: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
+def difference(frame: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:
+    """The one patch (section 4)."""
+    made: dict[str, Any] = {key: {} for key in frame if key not in manifest}
+    for key, value in manifest.items():
+        if key in frame and isinstance(value, dict) and isinstance(frame[key], dict):
+            if below := difference(frame[key], value):
+                made[key] = below
+        elif key not in frame or json.dumps(frame[key]) != json.dumps(value):
+            made[key] = value
+    return made
+
+
 def lrconvert_file(manifest: dict[str, Any], payload: bytes, extras: list[bytes]) -> bytes:
     """v3, 2."""
     stored = packed_3(manifest) + payload
@@ -193,6 +207,7 @@ def file_of(files: Files, name: bytes, place: int, length: int) -> bytes:
     patch, patch_stop = value_at(patch_bytes, 0, True)
     assert stop == len(packed) and patch_stop == len(patch_bytes)
     manifest = applied(content, patch)
+    assert json.dumps(difference(content, manifest), sort_keys=True) == json.dumps(patch, sort_keys=True)
     extras: list[bytes] = []
     left = bytes(stream)
     for extra in reversed(manifest["extras"]):

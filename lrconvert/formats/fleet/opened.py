@@ -18,6 +18,7 @@ from typing import Any, Self
 from lrconvert.core import errors
 from lrconvert.core.errors import LrcError
 from lrconvert.core.limits import OWN
+from lrconvert.core.wording import spelled
 from lrconvert.formats.fleet import head as heads
 from lrconvert.formats.fleet import index, manifests, names, records
 from lrconvert.formats.fleet.index import Entry, Tree
@@ -156,7 +157,7 @@ class OpenFleet:
             data += self.read(offset + len(data), stop + records.CHECK_BYTES - len(data))
         view = memoryview(data)
         if records.check_of(view[:stop]) != data[stop : stop + records.CHECK_BYTES]:
-            raise errors.DigestError(f"the {what} at byte {offset} is damaged", fix=_AGAIN)
+            raise errors.DigestError(f"the {what} at byte {offset} is damaged", fix=_again())
         return view[at:stop]
 
     def frame(self, offset: int) -> dict[str, Any]:
@@ -172,13 +173,13 @@ class OpenFleet:
         """Return the fields of a member without reading its payload. Raises E-DIGEST if the record is another's."""
         data, kind, body, at = self.start(entry.offset)
         if kind != MEMBER or records.size_of(body) != entry.length:
-            raise errors.DigestError("the index names a record that is none of this member", fix=_AGAIN)
+            raise errors.DigestError("the index names a record that is none of this member", fix=_again())
         length = records.head_length(data[at:])
         if length > len(data) - at:
             data, kind, body, at = self.start(entry.offset, length)
         member = records.member_of(data[at:], body, entry.offset)
         if member.name.encode() != entry.key:
-            raise errors.DigestError(f"the record is of a member {member.name!r:.80}", fix=_AGAIN)
+            raise errors.DigestError(f"the record is of a member {member.name!r:.80}", fix=_again())
         return member
 
     def manifest(self, member: Member) -> dict[str, Any]:
@@ -190,7 +191,7 @@ class OpenFleet:
         body = self.body(entry.offset, MEMBER)
         member = records.member_of(body, len(body), entry.offset)
         if member.name.encode() != entry.key or records.size_of(len(body)) != entry.length:
-            raise errors.DigestError("the index names a record that is none of this member", fix=_AGAIN)
+            raise errors.DigestError("the index names a record that is none of this member", fix=_again())
         shared, left = [], member.nbytes - member.payload
         for reference in member.references:
             tensor = self.body(reference.offset, TENSOR, max(left, 0))
@@ -206,7 +207,7 @@ class OpenFleet:
             stop -= size
         data = b"".join(one_tensor.encode(manifest, [bytes(payload[:stop])], extras[::-1]))
         if len(data) != member.nbytes or hashlib.sha256(data).digest() != member.digest:
-            raise errors.DigestError("what it is put together of does not match its digest", fix=_AGAIN)
+            raise errors.DigestError("what it is put together of does not match its digest", fix=_again())
         return data
 
     def holds(self, entry: Entry, digest: bytes) -> bool:
@@ -233,7 +234,8 @@ class OpenFleet:
         return names.spelled_member(self.root, name)
 
 
-_AGAIN = "it is damaged; restore it from a copy of the fleet, or add it anew with the option to overwrite"
+def _again() -> str:
+    return f"restore the fleet from a copy, or add what is damaged again, with {spelled('overwrite', True)}"
 
 
 class _At:

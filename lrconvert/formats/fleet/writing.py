@@ -7,7 +7,7 @@ killed writer has left is not stated there, and the next one removes it. One wri
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -59,7 +59,8 @@ def build(
     _check_replaceable(root)
     _check_apart([name for name, _ in given])
     taken: list[Taken] = []
-    with durable.atomic_directory(root, overwrite=overwrite) as folder:
+    lock = durable.locked(root, needed=False) if names.is_fleet(root) else nullcontext()
+    with lock, durable.atomic_directory(root, overwrite=overwrite) as folder:
         head = Head()
         with folder.create(head.data_name) as out:
             out.write(MAGIC)
@@ -211,16 +212,19 @@ class _Change:
 
     @contextmanager
     def appending(self) -> Iterator[durable.File]:
-        """Append to the data file; if that fails it is cut off again."""
+        """Append to the data file."""
         head = self.fleet.head
         durable.check_changeable(self.folder.root / head.data_name)
-        try:
-            with self.folder.reopen(head.data_name, head.bytes) as out:
-                yield out
-        except BaseException:
-            with suppress(LrcError):
+        with self.folder.reopen(head.data_name, head.bytes) as out:
+            yield out
+
+    def give_up(self) -> None:
+        """Remove what was written, unless the new head is in place."""
+        root, head = self.folder.root, self.fleet.head
+        if heads.read(root) == head:
+            if (root / head.data_name).stat().st_size > head.bytes:
                 self.folder.reopen(head.data_name, head.bytes).close()
-            raise
+            _tidy(root, head)
 
     def commit(self, head: Head, entries: Sequence[Entry]) -> None:
         """Put a new run, merged with those that are not much larger, and the head."""
@@ -245,7 +249,13 @@ def _changing(root: Path) -> Iterator[_Change]:
         raise errors.UnknownLayoutError("is no fleet", fix="`lrconvert pack build` makes one", path=root)
     with durable.locked(root, fix="copy the fleet to another disk"), OpenFleet(root) as fleet:
         _tidy(root, fleet.head)
-        yield _Change(fleet, _folder(root))
+        change = _Change(fleet, _folder(root))
+        try:
+            yield change
+        except BaseException:
+            with suppress(LrcError, OSError):  # the next writer does it, too
+                change.give_up()
+            raise
 
 
 def _folder(root: Path) -> StagedDirectory:
