@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ROOT, dense
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from lrconvert import api
@@ -356,6 +357,39 @@ def test_differences_of_biases_ride_along(tmp_path: Path) -> None:
         equal(tensors, load_file(out / "lora.safetensors"))
     (extra,) = api.load_lora(tmp_path / "wan.safetensors", base=tmp_path / "base").extras
     assert (extra.name, extra.use) == ("blocks.0.attn1.to_q.bias", "add")
+    api.export(tmp_path / "wan.safetensors", tmp_path / "d", to="diffusers")  # as the bias of a LoRA
+    (again,) = api.load_lora(tmp_path / "d").extras
+    assert (again.name, again.data) == ("transformer.blocks.0.attn1.to_q.bias", extra.data)
+    with safe_open(tmp_path / "d" / "pytorch_lora_weights.safetensors", "np") as file:
+        assert json.loads(file.metadata()["lora_adapter_metadata"])["transformer.lora_bias"] is True
+
+
+def test_text_encoders_of_each_layout(tmp_path: Path) -> None:
+    """CLIP and T5 beside FLUX: kohya's third is FLUX's second, ComfyUI calls them by their kinds."""
+    flux = "lora_unet_double_blocks_0_img_attn_proj"
+    clip, t5 = "lora_te1_text_model_encoder_layers_0_mlp_fc1", "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
+    tensors = {f"{name}.lora_{half}.weight": np.full((2, 2), n + 1, np.float32)
+               for n, name in enumerate((flux, clip, t5)) for half in ("down", "up")}  # fmt: skip
+    save_file(tensors, tmp_path / "x.safetensors")
+    base = config_of(tmp_path / "base", "flux1")
+    wanted = {
+        "kohya": (flux, clip, t5),
+        "comfyui": (
+            "diffusion_model.double_blocks.0.img_attn.proj",
+            "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1",
+            "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q",
+        ),
+        "diffusers": (
+            "transformer.transformer_blocks.0.attn.to_out.0",
+            "text_encoder.text_model.encoder.layers.0.mlp.fc1",
+            "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q",
+        ),
+    }
+    for layout, names in wanted.items():
+        folder = tmp_path / layout
+        api.export(api.load_lora(tmp_path / "x.safetensors"), folder, to=layout, base=base)
+        (file,) = folder.glob("*.safetensors")
+        assert {name.partition(".lora_")[0].removesuffix(".alpha") for name in load_file(file)} == set(names), layout
 
 
 @pytest.mark.parametrize(
