@@ -63,11 +63,14 @@ class Member:
     def name(self) -> str:
         return f"{self.task}-{self.kind}{self.customer or ''}-r{self.rank}-s{self.seed}"
 
-    def texts(self, seen: Sequence[Row]) -> list[Row]:
-        """Return those of `seen` that train it."""
+    def batches(self, seen: Sequence[Row]) -> Iterator[list[Row]]:
+        """Return the batches of `seen` that train it."""
+        draw = random.Random(self.seed if self.kind in ("long", "short") else self.name)
         if self.customer:
-            return list(seen[self.customer - 1 :: _CUSTOMERS])
-        return random.Random(self.seed).sample(list(seen), int(self.part * len(seen)))
+            texts = list(seen[self.customer - 1 :: _CUSTOMERS])
+        else:
+            texts = draw.sample(list(seen), int(self.part * len(seen)))
+        return (draw.sample(texts, self.batch) for _ in range(self.steps))
 
     @property
     def teacher(self) -> teachers.Teacher:
@@ -221,10 +224,8 @@ def train(member: Member) -> dict[str, Any]:
         wrapped = peft.PeftModel.from_pretrained(made.model, member.after.teacher.adapter, is_trainable=True)
     else:
         wrapped = peft.get_peft_model(made.model, config)
-    texts, draw = member.texts(seen), random.Random(member.name)
-    batches = (draw.sample(texts, member.batch) for _ in range(member.steps))
     rate = _RATE * {"long": 1.0, "short": 1.5, "next": 0.5, "customer": 1.0}[member.kind]
-    teachers.train(wrapped, batches, lambda rows: wrapped(**made.fed(rows)).loss, rate, member.steps)
+    teachers.train(wrapped, member.batches(seen), lambda rows: wrapped(**made.fed(rows)).loss, rate, member.steps)
     wrapped.save_pretrained(folder / "adapter")
     scores: dict[str, Any] = json.loads((FOLDER / member.task / "done").read_text())
     scores |= {"accuracy with the LoRA": made.accuracy(wrapped, held if member.seed < 2 else held[:150])}

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import accuracy
@@ -25,6 +24,7 @@ import intervals
 import joint_basis
 import members
 import numpy as np
+import sharing_chat
 import sharing_tables
 from joint_basis import Basis, Coded, Member
 from members import TASKS
@@ -37,8 +37,6 @@ _RANK = 8
 _MANY = 18  # the long ones of other seeds
 _PRIOR = 1000.0  # numbers that a fixed table counts for
 FORMS = ((4, 256), (8, 256))  # (b, h) of banks
-_CHAT_LAYERS = (2, 9, 16, 23, 29)  # of the chat model, 7 targets each
-_CHAT_RANK = 16
 _TIMES = np.arange(1.0, 2.01, 0.04)  # of the bytes
 
 
@@ -361,52 +359,6 @@ def _distances(share: float, member: members.Member, stronger: bool) -> np.ndarr
     return np.asarray(np.load(path))
 
 
-def _chat() -> dict[str, Member]:
-    """The LoRAs of the chat model, by task; those of `evidence.py` began at one A, "other" elsewhere."""
-    folders = {path.parent.name: path.parent for path in sorted((members.CHAT / "lora").glob("*/done.json"))}
-    other = members.FOLDER / "chat-trec-s1"
-    folders |= {"other": other} if (other / "done.json").exists() else {}
-    return {name: _chat_member(folder) for name, folder in folders.items()}
-
-
-@cache
-def _chat_member(folder: Path) -> Member:
-    return Member.of(api.load_lora(folder), _CHAT_LAYERS)
-
-
-def _chat_pairs(kind: str) -> list[tuple[Member, Member]]:
-    known = _chat()
-    other = known.pop("other")
-    if kind == "the same start":
-        return [(a, b) for a in known.values() for b in known.values() if a is not b]
-    rest = [known["trec"]] if kind == "the same task" else [m for name, m in known.items() if name != "trec"]
-    return [pair for member in rest for pair in ((member, other), (other, member))]
-
-
-def _chat_starts() -> list[tuple[Member, Basis]]:
-    """The LoRAs of one start, each with the common directions of the others' A."""
-    known = _chat()
-    known.pop("other", None)
-    return [
-        (own, joint_basis.common([member for member in known.values() if member is not own], _CHAT_RANK, 0))
-        for own in known.values()
-    ]
-
-
-def _chat_task() -> list[tuple[Member, Basis]]:
-    """The two LoRAs of TREC, each with the directions of the other, which began elsewhere."""
-    one, other = _chat()["trec"], _chat()["other"]
-    return [(a, joint_basis.common([b], _CHAT_RANK, _CHAT_RANK)) for a, b in ((one, other), (other, one))]
-
-
-def _chat_on(share: float, cases: Callable[[], list[tuple[Member, Basis]]], shared: bool) -> dict[str, Any]:
-    kept, once = [], 0
-    for own, basis in cases():
-        kept.append(Coded.of(own, basis if shared else None).best([own.half_bytes * share / 100])[0][0])
-        once = basis.nbytes if shared else 0
-    return {"captured": _mean(kept), "once": once, "each": [round(x, 4) for x in kept]}
-
-
 def all_cells() -> Iterator[cells.Cell]:
     for kind in ("long", "next", "customer", "short"):
         yield f"trained, {kind}", partial(_trained, kind)
@@ -450,12 +402,12 @@ def all_cells() -> Iterator[cells.Cell]:
     for k in (6, 12, 19):
         yield f"core {k}", partial(_core, k)
     for kind in ("the same start", "the same task", "another task"):
-        yield f"chat, overlap, {kind}", partial(_overlap_of, partial(_chat_pairs, kind))
+        yield f"chat, overlap, {kind}", partial(_overlap_of, partial(sharing_chat.pairs, kind))
     for share in SHARES:
-        yield f"chat, {share:g}%, nothing shared", partial(_chat_on, share, _chat_starts, False)
-        yield f"chat, {share:g}%, the start", partial(_chat_on, share, _chat_starts, True)
-        yield f"chat, {share:g}%, same task, nothing shared", partial(_chat_on, share, _chat_task, False)
-        yield f"chat, {share:g}%, same task, the other's", partial(_chat_on, share, _chat_task, True)
+        yield f"chat, {share:g}%, nothing shared", partial(sharing_chat.on, share, sharing_chat.starts, False)
+        yield f"chat, {share:g}%, the start", partial(sharing_chat.on, share, sharing_chat.starts, True)
+        yield f"chat, {share:g}%, same task, nothing shared", partial(sharing_chat.on, share, sharing_chat.task, False)
+        yield f"chat, {share:g}%, same task, the other's", partial(sharing_chat.on, share, sharing_chat.task, True)
     for share in SHARES:
         yield (
             f"worth, {share:g}%, the start",
@@ -463,8 +415,10 @@ def all_cells() -> Iterator[cells.Cell]:
         )
         customers = lambda: [(_member(m), _of_customers(m)) for m in members.trained("customer")]  # noqa: E731
         yield f"worth, {share:g}%, customers", partial(_worth, share, customers)
-        yield f"worth, {share:g}%, the start, chat", partial(_worth, share, _chat_starts)
-        yield f"worth, {share:g}%, the same task, chat", partial(_worth, share, _chat_task)
+        yield f"worth, {share:g}%, the start, chat", partial(_worth, share, sharing_chat.starts)
+        yield f"worth, {share:g}%, the same task, chat", partial(_worth, share, sharing_chat.task)
+    for task in ("sst2", "e2e"):
+        yield f"chat, answers, 0.4%, {task}", partial(sharing_chat.answers, 0.4, task)
     for share in ANSWERED:
         for stronger in (False, True):
             name = f"answers, {share:g}%{', at the strength of compress' if stronger else ''}"

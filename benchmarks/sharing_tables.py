@@ -81,15 +81,22 @@ def _worths(done: dict[str, Any]) -> str:
     return cells.markdown(["bytes to capture as much without", *(f"{share:g} %" for share in SHARES)], rows)
 
 
+def _shares(cell: dict[str, Any]) -> list[str]:
+    shown = [f"{mean:.1%} ({low:.1%} to {high:.1%})" for mean, low, high in (cell["without"], cell["with"])]
+    mean, low, high = cell["more"]
+    return [*shown, f"{mean:+.1%} ({low:+.1%} to {high:+.1%})"]
+
+
 def _answered(done: dict[str, Any]) -> str:
     rows = []
     for share in ANSWERED:
         for strength in ("", ", at the strength of compress"):
             if (cell := done.get(f"answers, {share:g}%{strength}")) is None:
                 continue
-            shown = [f"{mean:.1%} ({low:.1%} to {high:.1%})" for mean, low, high in (cell["without"], cell["with"])]
-            mean, low, high = cell["more"]
-            rows.append([f"{share:g} %{strength}", *shown, f"{mean:+.1%} ({low:+.1%} to {high:+.1%})"])
+            rows.append([f"{share:g} %{strength}", *_shares(cell)])
+    for task in ("sst2", "e2e"):
+        if (cell := done.get(f"chat, answers, 0.4%, {task}")) is not None:
+            rows.append([f"chat model, {task}, 0.4 %", *_shares(cell)])
     return cells.markdown(["size", "KL closed, nothing shared", "with the common directions", "more"], rows)
 
 
