@@ -131,11 +131,6 @@ class Method(ABC):
         what they are, and a file must name the contents of its base."""
         return False
 
-    def fleet_tensors(self, config: Any) -> tuple[str, ...]:
-        """The payload tensors that many adapters are made to have in common: a fleet stores them once from the first
-        of these on, and any other when a second adapter has it."""
-        return ()
-
     # --- making it ---
 
     def wants_base(self, options: Any) -> bool:

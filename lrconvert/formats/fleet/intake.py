@@ -1,7 +1,7 @@
 """Members on their way into a fleet: what of each is shared with others, and the records that follow.
 
-What is shared is measured. A tensor lies once from the second member on that has it; which its method makes for many,
-or the caller names, from the first on. The first member of a frame waits for the second: what both have is the frame,
+What is shared is measured. A tensor lies once from the second member on that has it; which the caller names, from the
+first on. The first member of a frame waits for the second: what both have is the frame,
 and what is equal in both is never stored twice. Of members that came before, one of each frame is compared.
 """
 
@@ -21,7 +21,6 @@ from lrconvert.formats.fleet.opened import OpenFleet
 from lrconvert.formats.fleet.records import FRAME, MEMBER, SHARED_LEAST, TENSOR, Member, Reference
 from lrconvert.formats.lrc import file, one_tensor
 from lrconvert.lora.adapter import CompactAdapter
-from lrconvert.methods import base as methods
 
 _LONG_PATCH = 160  # bytes of what a member states of its own, from which another frame is looked for
 _NEAR = 64  # records behind a frame, among which its first member is looked for
@@ -39,14 +38,13 @@ class Out(Protocol):
 @dataclass(frozen=True)
 class Arrival:
     """An adapter that becomes a member: its file as parts, what that has for bytes and digest, the container `version`
-    of the file it comes from; `marked` are the tensors that its method makes for many."""
+    of the file it comes from."""
 
     name: str
     parts: file.Parts
     version: int
     nbytes: int
     digest: bytes
-    marked: frozenset[str]
 
     @classmethod
     def of(cls, name: str, compact: CompactAdapter, version: int = one_tensor.VERSION) -> Arrival:
@@ -56,7 +54,7 @@ class Arrival:
         for piece in one_tensor.encode(parts.manifest, [data for _, data in parts.payload], parts.extras):
             digest.update(piece)
             nbytes += len(piece)
-        return cls(name, parts, version, nbytes, digest.digest(), _marked(compact))
+        return cls(name, parts, version, nbytes, digest.digest())
 
     @classmethod
     def of_file(cls, name: str, data: bytes, shown: Path, came_as: int = 0) -> Arrival:
@@ -67,7 +65,7 @@ class Arrival:
             return cls.of(name, compact, version)
         parts = file.parts_of(compact, data)
         digest = hashlib.sha256(data).digest()
-        return cls(name, parts, came_as or version, len(data), digest, _marked(compact))
+        return cls(name, parts, came_as or version, len(data), digest)
 
     def tensors(self) -> list[tuple[str, bytes]]:
         """Return (name, bytes) of all tensors, extra ones last."""
@@ -77,10 +75,6 @@ class Arrival:
     def digests(self) -> dict[str, bytes]:
         """Return the digests of the tensors that are large enough to be shared, by their names."""
         return {name: hashlib.sha256(data).digest() for name, data in self.tensors() if len(data) >= SHARED_LEAST}
-
-
-def _marked(compact: CompactAdapter) -> frozenset[str]:
-    return frozenset(methods.get(compact.method).fleet_tensors(compact.config))
 
 
 @dataclass(frozen=True)
@@ -203,8 +197,7 @@ class Intake:
             digest = digests.get(name)
             offset = None
             if digest is not None:
-                is_named = name in self.share or name in arrival.marked
-                offset = self._place(digest, data, is_named or digest in equal)
+                offset = self._place(digest, data, name in self.share or digest in equal)
                 self.named.update({name} & set(self.share))
             if offset is None or any(reference.offset == offset for reference in references):
                 own.append(data)
