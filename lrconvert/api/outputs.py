@@ -87,7 +87,7 @@ def export(
     _check_places(out, options, overwrite)
     loaded, fidelity = _to_export(adapter, source, reading)
     config = None if reading.base is None else exporters.base_config(reading.base)
-    named, spelled = spelled_names.resolved(loaded, exporter.scheme, config)
+    named, spelled = spelled_names.resolved(loaded, exporter.scheme, config, written_flat=exporter.is_flat)
     public, notes = exporters.public(named, options.base_model_id)
     made = exporter.folder(public, replace(options, base_config=config), fidelity)
     with tempfile.TemporaryDirectory() as scratch:

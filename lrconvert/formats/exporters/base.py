@@ -114,7 +114,7 @@ class Exporter:
     and {auto_class} in it. `consumers` are the ids of the programs that load it, which `check` asks about what was
     written: the folder, or the file `weights` in it. `own_names`: modules are called as the layout has them, not as
     the base's class. `scheme` is what modules of diffusion transformers are called (`formats.families`), "" for that
-    of the source.
+    of the source, `is_flat` that the dots of names are written as underscores.
     """
 
     id: str
@@ -127,6 +127,7 @@ class Exporter:
     weights: str = ""
     own_names: bool = False
     scheme: str = DIFFUSERS
+    is_flat: bool = False
 
     def folder(self, adapter: Adapter, options: ExportOptions, fidelity: Fidelity | None) -> Folder:
         """Return the files with a model card, and with ``lrconvert.json`` unless the layout has one of its own."""

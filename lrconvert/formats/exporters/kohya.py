@@ -61,5 +61,6 @@ EXPORTER = Exporter(
     usage=PIPELINE.replace("{file}", _NAME),
     consumers=("diffusers", "comfyui"),
     own_names=True,
+    is_flat=True,
     scheme=ORIGINAL,
 )

@@ -33,4 +33,5 @@ EXPORTER = Exporter(
     library="diffusers",
     usage=PIPELINE.replace("{file}", _NAME),
     own_names=True,
+    is_flat=True,
 )

@@ -304,6 +304,8 @@ def test_names_of_two_families_are_told_apart_by_blocks_or_refused(tmp_path: Pat
     assert "diffusion_model.double_blocks.18.img_attn_qkv.lora_A.weight" in load_file(
         tmp_path / "hunyuan" / "lora.safetensors"
     )
+    api.export(of_blocks(2, 2), tmp_path / "flat", to="kohya")  # where both have the same names
+    assert "lora_unet_single_blocks_1_linear1.alpha" in load_file(tmp_path / "flat" / "lora.safetensors")
     with pytest.raises(errors.ExportError, match=r"FLUX\.1 or HunyuanVideo.*Give base=.*config\.json"):
         api.export(of_blocks(2, 2), tmp_path / "no", to="comfyui")
     base = config_of(tmp_path / "base", "hunyuan_video")
@@ -327,7 +329,7 @@ def test_a_compact_file_keeps_its_fused_layers_and_finds_its_way_back(tmp_path: 
         for name, update in again.items():
             assert np.abs(update - wanted[name]).max() <= 2e-3 * np.abs(wanted[name]).max(), name
     done = api.export(compact, tmp_path / "d", to="diffusers")
-    assert any("layers are" in note and "FLUX.1" in note for note in done.notes)
+    assert any("layers there" in note and "FLUX.1" in note for note in done.notes)
     (file,) = (tmp_path / "d").glob("*.safetensors")
     assert "transformer.single_transformer_blocks.1.proj_mlp.lora_B.weight" in load_file(file)
 

@@ -50,11 +50,12 @@ class _Denoiser:
 
 
 def resolved(
-    adapter: Adapter, scheme: str = DIFFUSERS, config: Mapping[str, Any] | None = None
+    adapter: Adapter, scheme: str = DIFFUSERS, config: Mapping[str, Any] | None = None, *, written_flat: bool = False
 ) -> tuple[Adapter, tuple[str, ...]]:
     """Return an adapter with the names that a scheme (`families.DIFFUSERS`, `families.ORIGINAL`) has for modules of
     diffusion models, after the name of the model in a pipeline, and notes; `config` is the base's config.json, `scheme`
-    "" that of the source. Raises E-EXPORT where that needs a base."""
+    "" that of the source. `written_flat`: they are written with underscores for dots. Raises E-EXPORT where that needs
+    a base."""
     family, known = "", (config or {}).get("_class_name")
     only = next((name for name, one in families.families().items() if known in one.classes), "")
     if only:  # on a base of one model, whose parameters have no model's name before theirs
@@ -69,14 +70,14 @@ def resolved(
     is_diffusion = bool(only) or adapter.provenance.fields.get("source_format") in ("kohya", "diffusers")
     for denoiser in _denoisers(shapes, is_diffusion) if only or not known else ():
         modules = {module: shapes[name].matrix_shape for name, module in denoiser.modules.items()}
-        reading, note = translate.chosen(modules, denoiser.is_flat, scheme, only)
-        if reading is None:
+        choice = translate.chosen(modules, denoiser.is_flat, scheme, only, written_flat=written_flat)
+        if choice is None:
             continue
-        family = reading.id
+        family = choice.reading.id
         before = adapter
-        adapter = _translated(adapter, denoiser, reading, scheme)
-        notes += [note] if note else []
-        notes += _changes(before, adapter, reading)
+        adapter = _translated(adapter, denoiser, choice.reading, scheme)
+        notes += [choice.note] if choice.note else []
+        notes += _changes(before, adapter, choice.titles)
     named, more = _taken_apart(adapter, family)
     return named, (*notes, *more)
 
@@ -141,14 +142,20 @@ def _along(name: str, new: Mapping[str, str]) -> str:
     return new.get(name) or (f"{weight.removesuffix('.weight')}.{leaf}" if weight else name)
 
 
-def _changes(before: Adapter, after: Adapter, reading: Reading) -> list[str]:
+def _changes(before: Adapter, after: Adapter, titles: str) -> list[str]:
+    """Return the note of what modules are called now, if any: not of the model's name before theirs."""
     old, new = (sorted(target.name for target in adapter.shapes()) for adapter in (before, after))
-    changed = [name for name in old if name not in set(new)]
+    kept = {*new, *(name.partition(".")[2] for name in new)}
+    changed = [name for name in old if name not in kept and not (_DOTTED.match(name) and _inside(name) in kept)]
     if not changed:
         return []
     first = next((name for name in new if name not in set(old)), "")
-    counts = "" if len(old) == len(new) else f", {len(old)} layers are {len(new)} there"
-    return [f"names are those of {reading.family.title}: {changed[0]!r:.120} is now {first!r:.120}{counts}"]
+    counts = "" if len(old) == len(new) else f"; {len(old)} layers there, {len(new)} here"
+    return [f"names are those of {titles}: {changed[0]!r:.120} is {first!r:.120}{counts}"]
+
+
+def _inside(name: str) -> str:
+    return name.partition(".")[2]
 
 
 # --- UNets and text encoders -----------------------------------------------------------------------------------------

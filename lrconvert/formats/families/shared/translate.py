@@ -66,22 +66,35 @@ def readings(modules: Mapping[str, Shape], is_flat: bool, only: str = "") -> lis
     ]
 
 
-def chosen(modules: Mapping[str, Shape], is_flat: bool, scheme: str, only: str = "") -> tuple[Reading | None, str]:
-    """Return the family that these modules are of, and a note; None if there is none. Families count as one where
-    they say the same of all modules. Where they do not, the one decides whose published models have as many blocks.
-    Raises E-EXPORT for several."""
-    by_meaning: dict[tuple[tuple[str, ...] | None, ...], Reading] = {}
+@dataclass(frozen=True)
+class Choice:
+    """The family that modules are of, the titles of all families that call them so, and a note, if any."""
+
+    reading: Reading
+    titles: str
+    note: str = ""
+
+
+def chosen(
+    modules: Mapping[str, Shape], is_flat: bool, scheme: str, only: str = "", *, written_flat: bool = False
+) -> Choice | None:
+    """Return the family that these modules are of; None if there is none. Families count as one where they say the same
+    of all modules, with underscores for dots if that is how the names are written. Where they do not, the one decides
+    whose published models have as many blocks. Raises E-EXPORT for several."""
+    by_meaning: dict[object, list[Reading]] = {}
     for reading in readings(modules, is_flat, only):
-        meaning = tuple(reading.becomes(module, shape, is_flat, scheme) for module, shape in modules.items())
-        by_meaning.setdefault(meaning, reading)
-    several = list(by_meaning.values())
+        names = (reading.becomes(module, shape, is_flat, scheme) or () for module, shape in modules.items())
+        meaning = [tuple(name.replace(".", "_") if written_flat else name for name in each) for each in names]
+        by_meaning.setdefault(tuple(meaning), []).append(reading)
+    several = [group[0] for group in by_meaning.values()]
+    titles = " or ".join(dict.fromkeys(one.family.title for group in by_meaning.values() for one in group))
     if len(several) < 2:
-        return (several[0] if several else None), ""
+        return Choice(several[0], titles) if several else None
     deep = [reading for reading in several if _has_depths(reading, modules, is_flat)]
-    titles = " or ".join(dict.fromkeys(reading.family.title for reading in several))
     if len(deep) == 1:
-        note = f"names may be those of {titles}; the number of blocks is that of {deep[0].family.title}"
-        return deep[0], f"{note} ({spelled('base', ...)} says it for sure, its config.json is enough)"
+        title = deep[0].family.title
+        note = f"names may be those of {titles}; the number of blocks is that of {title}"
+        return Choice(deep[0], title, f"{note} ({spelled('base', ...)} says it for sure, its config.json is enough)")
     first = next(iter(modules))
     raise ExportError(
         f"the names may be those of {titles}, where they mean different modules, {first!r:.120} for one",
