@@ -10,7 +10,7 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
-from lrconvert import api
+from lrconvert.api import adapters, conversions
 from lrconvert.api.batch import places, request
 from lrconvert.api.batch.job import DO_NOT_SHIP, SHIP, Job, Outcome, Work
 from lrconvert.convert.compress import Compression
@@ -77,7 +77,7 @@ def _worked(job: Job, work: Work) -> Outcome:
             return passed
         if job.output:
             places.check(job.output, overwrite=work.overwrite, source=path)
-        result = _convert(work, _marked(api.load_lora(path, **work.reading), wanted), dry_run=not job.output)
+        result = _convert(work, _marked(adapters.load_lora(path, **work.reading), wanted), dry_run=not job.output)
     done = result.chosen if isinstance(result, Compression) else result
     outcome = replace(_reported(job, work, result, done), source_digest=source)
     if not job.output:
@@ -124,10 +124,10 @@ def _convert(work: Work, lora: LoraAdapter, dry_run: bool) -> Conversion | Compr
     if work.base_content is not None:  # digested once for all jobs
         options["base_content"] = work.base_content
     if work.verb == "convert":
-        return api.convert(lora, work.method, dry_run=dry_run, **options)
+        return conversions.convert(lora, work.method, dry_run=dry_run, **options)
     if work.verb == "allocate":
-        return api.allocate(lora, dry_run=dry_run, **options)
-    return api.compress(lora, **options)
+        return conversions.allocate(lora, dry_run=dry_run, **options)
+    return conversions.compress(lora, **options)
 
 
 def _marked(lora: LoraAdapter, wanted: str) -> LoraAdapter:
