@@ -35,7 +35,7 @@ TESTS = [
     "formats/test_other_kinds.py",
 ]
 TESTS += ["api/test_batch_schedulers.py"]
-TESTS += ["formats/families/test_families_peers.py"]
+TESTS += ["formats/families/test_families_peers.py", "formats/test_compat_diffusion.py", "merge/test_dora_peers.py"]
 TESTS += ["formats/test_unet_names.py", "formats/test_llamacpp_runtime.py", "serving/test_serving_peers.py", "io/test_remote_peers.py"]
 
 
