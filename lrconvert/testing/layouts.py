@@ -391,8 +391,26 @@ def _ia3() -> Sample:
     return Sample(files, updates, base={name: update.shape for name, update in updates.items()})
 
 
+def clip_lora_metadata() -> dict[str, str]:
+    """Return what CLIP-LoRA says of the sample: the last two layers of a text encoder."""
+    return {"r": str(_RANK), "alpha": "3", "encoder": "text", "params": "['q', 'o']", "position": "top2"}
+
+
+def _clip_lora() -> Sample:
+    """The tensors of CLIP-LoRA's nested file, whose scale is alpha / sqrt(r)."""
+    tensors: dict[str, Array] = {}
+    updates = {}
+    for number, (leaf, ours) in enumerate((("q_proj", "q_proj"), ("proj", "out_proj"))):
+        a, b = _floats(_RANK, _INNER, seed=number), _floats(_OUT, _RANK, seed=number + 9)
+        tensors |= {f"layer_{number}.{leaf}.w_lora_A": a, f"layer_{number}.{leaf}.w_lora_B": b}
+        name = f"text_model.encoder.layers.{10 + number}.self_attn.{ours}.weight"
+        updates[name] = 3 / math.sqrt(_RANK) * (b.astype(np.float64) @ a.astype(np.float64))
+    return Sample({"lora.safetensors": safetensors_file(tensors, clip_lora_metadata())}, updates)
+
+
 # By the id of the reader. A reader that is not here fails the law tests.
 SAMPLES: Mapping[str, Callable[[], Sample]] = {
+    "clip_lora": _clip_lora,
     "cloneofsimo": _of_pairs(cloneofsimo, ("0", "1"), "unet:{n}", scale=1.0),
     "diffusers": _of_pairs(diffusers, _UNET, "unet.{module}"),
     "gguf": _of_pairs(gguf, _BLOCKS),

@@ -48,9 +48,11 @@ class Case:
         return load(folder or self.folder, ReadOptions(**{**self.options, **changes}))
 
     def rewritten(self, tensors: dict[str, Array]) -> Path:
-        """The folder with these tensors in its file of weights."""
+        """The folder with these tensors in its file of weights, whose metadata stay."""
         (file,) = self.folder.glob("*.safetensors")
-        file.write_bytes(safetensors_file(tensors))
+        with safetensors.safe_open(file, "np") as opened:
+            metadata = opened.metadata() or {}
+        file.write_bytes(safetensors_file(tensors, metadata))
         return self.folder
 
 

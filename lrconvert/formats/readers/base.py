@@ -21,7 +21,7 @@ from lrconvert.core.errors import (
     UnknownLayoutError,
 )
 from lrconvert.core.wording import either, spelled
-from lrconvert.formats.readers.shared import folders, kinds
+from lrconvert.formats.readers.shared import folders, frameworks, kinds
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.formats.readers.shared.weights import Weights, open_weights
 from lrconvert.io import mistaken
@@ -91,6 +91,9 @@ def load(path: Path, options: ReadOptions | None = None) -> LoraAdapter | Compac
     for reader in _in_turn():
         if reader.recognises(path):
             return _read(reader, path, options)
+    checkpoint = frameworks.refused(path)
+    if checkpoint is not None:
+        raise checkpoint
     single = folders.only_file(path)
     if single is not None:
         try:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lrconvert.core.errors import FileKindError, LrcError
+from lrconvert.formats.readers.shared import frameworks
 from lrconvert.io.container import read_json
 
 CONFIG_NAME = "adapter_config.json"
@@ -21,7 +22,7 @@ _FINAL_NAMES = ("pytorch_lora_weights.safetensors", "adapters.safetensors", "ada
 def weight_files(path: Path) -> list[Path]:
     """Return the files of weights directly inside `path`, the index for those in shards; none if it has an adapter's
     configuration."""
-    files = _entries(path, lambda entry: entry.suffix in WEIGHT_SUFFIXES and entry.is_file())
+    files = _entries(path, lambda e: e.suffix in WEIGHT_SUFFIXES and e.is_file() and not frameworks.is_state(e.name))
     indexes = _entries(path, lambda entry: entry.name.endswith(INDEX) and entry.is_file())
     return [*(file for file in files if not (indexes and _SHARD.search(file.name))), *indexes]
 
@@ -55,6 +56,9 @@ def weights_in(path: Path, names: Sequence[str]) -> Path:
     if shards:
         fix = "the download or the copy is incomplete: get the index, too"
         raise FileKindError(f"the folder holds the shard {shards[0]!r:.120} and no index of shards", fix=fix, path=path)
+    checkpoint = frameworks.refused(path)
+    if checkpoint is not None:
+        raise checkpoint
     raise FileKindError(f"the folder has no {' and no '.join(n for n in names if not n.endswith('.bin'))}", path=path)
 
 
