@@ -197,7 +197,9 @@ def parse_header(text: bytes, data_bytes: int, limits: Limits, file: Path) -> tu
             raise errors.OffsetError(f"tensor {tensor.name!r} begins at {where}")
         position += tensor.nbytes
     if position != start + data_bytes:
-        raise errors.CoverageError(f"the tensors end at byte {position}, the file at {start + data_bytes}")
+        raise errors.CoverageError(
+            f"the tensors end at byte {position}, the file at {start + data_bytes}", fix="was a download cut off?"
+        )
     return metadata, tensors
 
 
@@ -254,7 +256,10 @@ class ContainerFile(OpenFile):
             prefix = bytes(self._bytes(8, 0))
             length = int.from_bytes(prefix, "little")
             if prefix[:2] in (b"PK", b"\x80\x02") and length > size - 8:
-                raise errors.PickleError("this is a pickle or a zip file, not safetensors")
+                raise errors.PickleError(
+                    "this is a pickle or a zip file, not safetensors",
+                    fix="name it .pt or .npz if it is one, or save it again as safetensors",
+                )
             if not 0 < length <= size - 8:
                 raise errors.HeaderLengthError(f"the header claims {length} bytes; {size - 8} follow")
             if length > limits.header_bytes:

@@ -1,7 +1,9 @@
-"""Folders and files that are given for something else: a model for an adapter, an adapter for a model."""
+"""Folders and files that are given for something else: a model for an adapter, an adapter for a model, a web page or a
+pointer of Git for either."""
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 from lrconvert.core.errors import ConfigError, FileKindError, LrcError, UnknownLayoutError
@@ -36,7 +38,77 @@ def for_adapter(path: Path) -> LrcError | None:
     if is_model(folder):
         what = "is a model, not an adapter" if path.is_dir() else "is a file of a model, not an adapter"
         return UnknownLayoutError(what, fix="give the LoRA here; the model it was trained on is its base", path=path)
+    return by_content(path)
+
+
+# --- by content -----------------------------------------------------------------------------------------------------
+
+_HEAD_BYTES = 512
+_AGAIN = "get the file itself: open its address in a browser, and log in if the page asks for that"
+_GGLA = (b"algg", b"ggla")  # llama.cpp's LoRAs before GGUF: a magic number in either order, a version, r and alpha
+_OLD = "give the LoRA; llama.cpp's models of today are GGUF"
+_BINARY = (
+    (b"lmgg", "a model of llama.cpp from before GGUF (ggml)", _OLD),
+    (b"fmgg", "a model of llama.cpp from before GGUF (ggmf)", _OLD),
+    (b"tjgg", "a model of llama.cpp from before GGUF (ggjt)", _OLD),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras saves weights", "save the adapter as safetensors with its own tool"),
+    (b"\x89PNG", "a picture", "give the LoRA; a picture may hold a workflow that names it"),
+    (b"\xff\xd8\xff", "a picture", "give the LoRA; a picture may hold a workflow that names it"),
+    (b"RIFF", "a picture, or a sound", "give the LoRA"),
+    (b"\x1f\x8b", "an archive (gzip)", "unpack it, and give the adapter in it"),
+    (b"7z\xbc\xaf", "an archive (7-Zip)", "unpack it, and give the adapter in it"),
+    (b"Rar!", "an archive (RAR)", "unpack it, and give the adapter in it"),
+)
+# In small letters.
+_TEXTS = (
+    (
+        b"version https://git-lfs",
+        "a pointer of Git LFS, a few lines that stand for the file",
+        "run `git lfs pull` there",
+    ),
+    (b"<!doctype html", "a web page, not the file that was to be downloaded", _AGAIN),
+    (b"<html", "a web page, not the file that was to be downloaded", _AGAIN),
+    (b"<?xml", "an XML text, such as a store's error, not the file that was to be downloaded", _AGAIN),
+    (b"{", "a JSON text, not weights", "give the weights that it describes, or their folder"),
+)
+
+
+def by_content(path: Path) -> LrcError | None:
+    """Return the error that says what a file is by its first bytes, if that is something that holds no adapter."""
+    try:
+        if not path.is_file():  # a pipe would wait for a writer
+            return None
+        with path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+    except OSError:
+        return None
+    if head[:4] in _GGLA:
+        return _ggla(head, path)
+    if head[:2] == b"PK" and path.suffix == ".zip":
+        what = "is an archive (zip)"
+        return UnknownLayoutError(what, fix="unpack it, and give the adapter in it", path=path)
+    # The length that a file of safetensors begins with may look like the first letter of a text, but has zeros.
+    text = head.lstrip().lower() if b"\0" not in head else b""
+    for table, start in ((_BINARY, head), (_TEXTS, text)):
+        for beginning, what, fix in table:
+            if start.startswith(beginning):
+                return UnknownLayoutError(f"is {what}", fix=fix, path=path)
     return None
+
+
+def _ggla(head: bytes, path: Path) -> LrcError:
+    shown = ""
+    for order in "<>" if len(head) >= 16 else "":
+        version, rank, alpha = struct.unpack(f"{order}iii", head[4:16])
+        if 0 < version < 100 and 0 < rank < 1 << 16:
+            shown = f", version {version}, of rank {rank} and alpha {alpha}"
+            break
+    return UnknownLayoutError(
+        f"is an adapter in llama.cpp's own format of before GGUF (ggla{shown}), which no program reads any more",
+        fix="convert the PEFT adapter that it was made of (convert-lora-to-ggml.py); for today's llama.cpp export that "
+        "to gguf",
+        path=path,
+    )
 
 
 def check_base(path: Path) -> None:

@@ -21,7 +21,7 @@ from lrconvert.core.errors import (
     UnknownLayoutError,
 )
 from lrconvert.core.wording import either, spelled
-from lrconvert.formats.readers.shared import folders, frameworks, kinds
+from lrconvert.formats.readers.shared import bundled, folders, frameworks, kinds
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.formats.readers.shared.weights import Weights, open_weights
 from lrconvert.io import mistaken
@@ -114,7 +114,7 @@ def load(path: Path, options: ReadOptions | None = None) -> LoraAdapter | Compac
         fix = f"give one of them{either(', or all to lrconvert.convert_many or compress_many', '')}"
         raise ConfigError(f"the folder holds {len(several)} adapters: {names:.400}", fix=fix, path=path)
     if not path.exists():
-        raise UnknownLayoutError("there is no such file or folder", path=path)
+        raise UnknownLayoutError("there is no such file or folder", fix="is the path spelled right?", path=path)
     raise _unknown(path)
 
 
@@ -145,7 +145,7 @@ def _load_file(path: Path, options: ReadOptions) -> LoraAdapter | CompactAdapter
             return _read(reader, path, options)
     try:
         with open_weights(path, options) as weights:
-            names = [info.name for info in weights.tensors]
+            names = [info.name for info in weights.tensors if not bundled.is_bundled(info.name)]
     except (FileKindError, HeaderLengthError, HeaderTextError) as error:  # no file of tensors at all, by its content
         if path.suffix in folders.WEIGHT_SUFFIXES:
             raise error.at(path) from None
@@ -159,12 +159,21 @@ def _load_file(path: Path, options: ReadOptions) -> LoraAdapter | CompactAdapter
         kinds.refuse(names)
     except LrcError as error:
         raise error.at(path) from None
-    raise _unknown(path)
+    raise _unknown(path, names)
 
 
-def _unknown(path: Path) -> LrcError:
+def _unknown(path: Path, names: Sequence[str] = ()) -> LrcError:
     mistake = mistaken.for_adapter(path)
     if mistake is not None:
         return mistake
-    titles = "; ".join(reader.title for reader in all_readers())
-    return UnknownLayoutError("no known adapter layout", fix=f"known: {titles}", path=path)
+    if (whole := kinds.whole_weights(names)) is not None:
+        return whole.at(path)
+    holds = f": {_named(names)}" if names else ", and no file of weights in it" if path.is_dir() else ""
+    fix = f"read are {', '.join(ids())}; {spelled('layout', ...)} says which it is"
+    return UnknownLayoutError(f"no known adapter layout{holds}", fix=fix, path=path)
+
+
+def _named(names: Sequence[str]) -> str:
+    """Say what tensors are called, for a layout that nobody knows."""
+    shown = ", ".join(f"{name!r:.80}" for name in names[:3])
+    return f"its {len(names)} tensors are {shown}{', ...' if len(names) > 3 else ''}"

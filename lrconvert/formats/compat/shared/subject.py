@@ -18,7 +18,7 @@ from lrconvert.formats.lrc import file
 from lrconvert.formats.readers import base as readers
 from lrconvert.formats.readers.gguf.file import GgufFile
 from lrconvert.formats.readers.peft.patterns import check_work, compile_pattern
-from lrconvert.formats.readers.shared import folders, naming
+from lrconvert.formats.readers.shared import bundled, folders, naming
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.io import mistaken
 from lrconvert.io.checkpoint import INDEX_NAME, PIPELINE_NAME, SINGLE_NAME, open_checkpoint
@@ -230,7 +230,7 @@ def look(path: Path, options: ReadOptions | None = None) -> Subject:
 
 
 def _layout_by_names(subject: Subject) -> str | None:
-    names = [info.name for info in subject.tensors]
+    names = [info.name for info in subject.tensors if not bundled.is_bundled(info.name)]
     return next((reader.id for reader in readers.all_readers() if reader.knows(names)), None)
 
 

@@ -9,6 +9,7 @@ from lrconvert.core.errors import EmptyAdapterError, NotLoraError, UnsupportedLo
 
 _AS_LORA = "load it with its own tool, merge it into its base, and extract a LoRA from the difference of the two models"
 _MERGE = "merge it into its base with the tool that trained it, and use the merged model"
+_MERGE_NOT = "it is a model of its own beside the base, which no LoRA stands for; use it with the program it is for"
 _NO_WEIGHTS = "it changes no weight of the base, so there is nothing to convert"
 
 # (pattern of a name, what it is, what to do). The first whose pattern is in a name wins.
@@ -31,6 +32,20 @@ _KINDS = (
     (r"\.randlora_", "a RandLoRA: scales of shared random matrices", _AS_LORA),
     (r"\.fourierft_spectrum", "a FourierFT: entries of a spectrum", _AS_LORA),
     (r"prompt_embeddings|prompt_encoder|prefix_", "a tuned prompt", _NO_WEIGHTS),
+    (
+        r"^(emb_params|string_to_param\..*|string_to_token\..*|clip_[lg]|t5xxl)$",
+        "a textual inversion: embeddings of a word",
+        "it changes no weight, so there is nothing to convert; diffusers loads it with load_textual_inversion",
+    ),
+    (r"^lora_controlnet$", "a Control-LoRA: a ControlNet that is stored as a difference", "load it as a ControlNet"),
+    (r"^(768|320|640|1024|1280)\.[01]\.linear", "a hypernetwork: layers before the attention's keys", _MERGE_NOT),
+    (r"^ip_adapter\.|^image_proj\.", "an IP-Adapter: attention to pictures, beside that to texts", _MERGE_NOT),
+    (r"\bexp_avg(_sq)?$", "the state of an optimizer", "give the adapter's weights, which lie beside it"),
+    (
+        r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.",
+        "a whole checkpoint of a diffusion model",
+        "give the LoRA here; what was fine-tuned becomes one by its difference from its base",
+    ),
     (r"_custom_diffusion\.", "a Custom Diffusion: whole weights of the attention", _MERGE),
     (r"\.[ab][12]\.weight$", "a GLoRA", _AS_LORA),
 )
@@ -50,6 +65,7 @@ _PARTS = (
     (r"\.lora_(up|down)\.\d+\.weight$", "a pair of one slice of a fused layer", "save it again with sd-scripts"),
 )
 _FACTOR = re.compile(r"(?i)lora_?(a|b|up|down)\b|\.(up|down)\b|w_[ab]_\d")
+_WHOLE = re.compile(r"\.(weight|bias|running_mean|running_var|num_batches_tracked|inv_freq)$")
 _SCALAR = re.compile(r"\.(alpha|scale|lora_alpha|lora_dropout|dropout|dropout_p)\b")
 
 
@@ -74,3 +90,12 @@ def no_matrices(names: Sequence[str]) -> EmptyAdapterError:
     """Return the error for a file whose tensors are settings alone."""
     what = f"the file holds {len(names)} settings such as {names[0]!r:.120}, and no matrices"
     return EmptyAdapterError(what, fix="the training saved no weights; export the adapter again")
+
+
+def whole_weights(names: Sequence[str]) -> NotLoraError | None:
+    """Return the error for a file of a model's weights, None if the names are not those of one."""
+    if not names or not all(_WHOLE.search(name) for name in names) or any(_FACTOR.search(name) for name in names):
+        return None
+    what = f"the file holds {len(names)} whole weights such as {names[0]!r:.120}, and no factors: it is of a model"
+    fix = "give the LoRA here; what was fine-tuned becomes one by its difference from its base"
+    return NotLoraError(what, fix=fix)

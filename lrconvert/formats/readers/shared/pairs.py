@@ -163,7 +163,7 @@ def misfit(module: str, a: TensorInfo, b: TensorInfo, labels: Labels) -> PairErr
         share = b.shape[1] // a.shape[0]
         what = f"{shown}: rows for 1 of {share} devices, as a sharded training leaves them that is saved on one of them"
         return PairError(what, fix=gathered)
-    return PairError(f"{shown}; expected (r, in) and (out, r)")
+    return PairError(f"{shown}; expected (r, in) and (out, r)", fix="is the file of one adapter, written by one tool?")
 
 
 def turned_pair(module: str, a: TensorInfo, b: TensorInfo, labels: Labels) -> PairError:

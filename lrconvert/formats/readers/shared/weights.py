@@ -15,12 +15,14 @@ from lrconvert.core.dtypes import FLOATS, STORAGE, Stored
 from lrconvert.core.errors import (
     DependencyError,
     DtypeError,
+    FileKindError,
+    HeaderLengthError,
+    HeaderTextError,
     LimitError,
     LrcError,
     PickleError,
     ShapeError,
     TensorUnknownError,
-    UnknownLayoutError,
     ValueRangeError,
 )
 from lrconvert.core.limits import ADAPTER, MAX_INDEX_BYTES
@@ -30,6 +32,7 @@ from lrconvert.formats.readers.shared.files import ForeignFile, check_name, chec
 from lrconvert.formats.readers.shared.folders import INDEX
 from lrconvert.formats.readers.shared.npz import NpzFile
 from lrconvert.formats.readers.shared.options import ReadOptions
+from lrconvert.io import mistaken
 from lrconvert.io.checkpoint import check_index, shard_paths
 from lrconvert.io.container import ContainerFile, TensorInfo, combined_digest, read_json, tensor_digest
 from lrconvert.io.quantized.base import FP8
@@ -50,7 +53,6 @@ _DTYPES = {
 }
 
 
-_GGLA = b"algg"  # llama.cpp's adapters of before GGUF begin with this number, little endian
 # Parts of an adapter, by their names: one that is empty is missed.
 _PART = re.compile(r"(?i)lora|lokr|loha|hada_|vblora|(miss|bone)_block|modules_to_save|\.(up|down)\.|(^|\.)w_[ab]_")
 
@@ -200,14 +202,13 @@ def open_weights(path: Path, options: ReadOptions) -> Weights:
 def _open_file(path: Path, options: ReadOptions) -> ContainerFile | ForeignFile:
     if path.suffix == ".npz":
         return NpzFile(path)
-    if path.suffix != ".safetensors" and _begins_with(path, _GGLA):
-        raise UnknownLayoutError(
-            "is llama.cpp's own adapter format of before GGUF (ggla)",
-            fix="convert the adapter that it was made of; llama.cpp's convert_lora_to_gguf.py makes a GGUF file of it",
-            path=path,
-        )
     if path.suffix not in _PICKLE_SUFFIXES:
-        return ContainerFile(path, ADAPTER)
+        try:
+            return ContainerFile(path, ADAPTER)
+        except (FileKindError, HeaderLengthError, HeaderTextError) as error:
+            raise mistaken.by_content(path) or error from None
+    if (mistake := mistaken.by_content(path)) is not None:
+        raise mistake
     if not options.allow_pickle:
         raise PickleError(
             "the adapter is stored as a pickle, which can run code when it is loaded",
@@ -216,14 +217,6 @@ def _open_file(path: Path, options: ReadOptions) -> ContainerFile | ForeignFile:
             path=path,
         )
     return PickledFile(path)
-
-
-def _begins_with(path: Path, magic: bytes) -> bool:
-    try:
-        with path.open("rb") as file:
-            return path.is_file() and file.read(len(magic)) == magic
-    except OSError:
-        return False
 
 
 def load_finite(weights: Weights, info: TensorInfo) -> Stored:
