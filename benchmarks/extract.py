@@ -126,6 +126,8 @@ def error_of(folder: Path, tuned: Checkpoint, base: Checkpoint) -> dict[str, flo
     error = energy = 0.0
     pairs = factors_of(folder, base)
     for name, (a, b) in pairs.items():
+        if name not in tuned.tensors:
+            continue  # mergekit has factors of the tied head, too
         difference = values(tuned, name) - values(base, name)
         error += float(np.sum((difference - b.astype(np.float64) @ a) ** 2))
         energy += float(np.sum(difference**2))

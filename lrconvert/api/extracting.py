@@ -50,6 +50,8 @@ def extract(
     Raises E-NO-EFFECT for a model that equals its base, E-EMPTY where no matrix changed, E-BASE for another base or
     vocabulary, E-BUDGET, E-OPTION, E-VALUE, E-BASE-QUANT, and what opening a model does.
 
+    >>> from lrconvert import merge
+    >>> report = merge("base-model", "my-adapter", "merged-model")
     >>> taken = extract("merged-model", "base-model", rank=8)
     >>> taken.captured > 0.99
     True

@@ -39,8 +39,15 @@ class Result(Protocol):
     def compact(self) -> CompactAdapter: ...
 
 
+class MadeLora(Protocol):
+    """A result of a verb that makes a LoRA: `Extraction`, `Combination`."""
+
+    @property
+    def lora(self) -> LoraAdapter | None: ...
+
+
 AnyCompact = AnyPath | CompactAdapter | Result
-AnyLora = AnyPath | LoraAdapter | CompactAdapter | Result
+AnyLora = AnyPath | LoraAdapter | CompactAdapter | Result | MadeLora
 AnyAdapter = AnyLora
 
 

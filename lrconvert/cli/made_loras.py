@@ -76,6 +76,6 @@ class Output:
             api.write(compact, self.path, overwrite=self.overwrite)
             return ()
         # A rank that is padded to the largest would undo what a bound over all modules saves.
-        more = {"keep_ranks": len({pair.rank for pair in lora.targets}) > 1}
-        done = api.export(lora, self.path, self.layout, base=base, overwrite=self.overwrite, **more)
+        is_uneven = len({pair.rank for pair in lora.targets}) > 1
+        done = api.export(lora, self.path, self.layout, base=base, overwrite=self.overwrite, keep_ranks=is_uneven)
         return tuple(note for note in done.notes if note not in lora.warnings)

@@ -86,7 +86,7 @@ def test_compact_adapters_combine_as_their_expansions() -> None:
 
 # --- PEFT -----------------------------------------------------------------------------------------------------------
 
-MODES = [
+MODES: list[tuple[str, dict[str, Any]]] = [
     *(("linear", {}), ("svd", {}), ("svd", {"rank": 3})),
     *((mode, {"density": 0.4}) for mode in ("magnitude_prune", "magnitude_prune_svd")),
     *((mode, {"density": 0.4, "sign": sign}) for mode in ("ties", "ties_svd") for sign in ("total", "frequency")),
@@ -140,7 +140,7 @@ def test_dare_is_its_formula_with_seeded_masks() -> None:
     divided by the density, then weighted and summed."""
     loras = [random_lora(seed=seed) for seed in (1, 2)]
     done = api.combine([(loras[0], 0.7), (loras[1], 0.3)], "dare_linear_svd", density=0.5, rank=16, seed=7)
-    expected = {}
+    expected: dict[str, np.ndarray] = {}
     for number, (lora, weight) in enumerate(zip(loras, (0.7, 0.3), strict=True)):
         for name, delta in deltas(lora).items():
             words = prng.words(prng.Stream(7, f"combine/{number}/{name}/"), [0], 0, delta.size)[0]

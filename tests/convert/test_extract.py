@@ -40,7 +40,8 @@ def changed(
             tensors[name] = Stored(dtype, round_to(np.asarray(array), dtype))
     names = sorted(tensors, reverse=shards > 1)
     parts = [{name: tensors[name] for name in names[n::shards]} for n in range(shards)]
-    return save_base(folder, parts, json.loads((base / "config.json").read_text()))
+    made: Path = save_base(folder, parts, json.loads((base / "config.json").read_text()))
+    return made
 
 
 def tuned(folder: Path, base: Path, dtype: str = "F32", seed: int = 0, size: float = 1e-2, **how: Any) -> Path:

@@ -50,7 +50,7 @@ def largest(tensor: Array, density: float) -> Array:
     keep = sizes > least
     equal = np.flatnonzero(sizes == least)
     keep[equal[: count - int(np.count_nonzero(keep))]] = True
-    return tensor * keep.reshape(tensor.shape)
+    return np.asarray(tensor * keep.reshape(tensor.shape))
 
 
 def dropped(tensor: Array, density: float, stream: prng.Stream) -> Array:
@@ -63,7 +63,7 @@ def dropped(tensor: Array, density: float, stream: prng.Stream) -> Array:
         return tensor
     codes = prng.words(stream, range(1), 0, tensor.size)[0] >> np.uint32(8)
     keep = codes < np.uint32(round(density * _CODES))
-    return tensor * keep.reshape(tensor.shape) / tensor.dtype.type(density)
+    return np.asarray(tensor * keep.reshape(tensor.shape) / tensor.dtype.type(density))
 
 
 def _weighted(tensors: Sequence[Array], weights: Sequence[float]) -> Array:

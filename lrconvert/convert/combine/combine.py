@@ -211,9 +211,9 @@ def _dense(
 ) -> tuple[LoraTarget, float, float]:
     """PEFT's combination of the updates themselves, cut to a rank by the SVD, and its energy and error."""
     shape = pairs[0].target.matrix_shape
-    kind = np.float64 if math.prod(shape) <= _PRECISE else np.float32
+    kind: Any = np.float64 if math.prod(shape) <= _PRECISE else np.float32
     updates = [
-        ((pair.scale / weight) * pair.B.astype(kind)) @ pair.A.astype(kind)
+        (kind(pair.scale / weight) * np.asarray(pair.B, kind)) @ np.asarray(pair.A, kind)
         for pair, weight in zip(pairs, weights, strict=True)
     ]
     update = combined([np.asarray(u, kind) for u in updates], weights, options, labels)

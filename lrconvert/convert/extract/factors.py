@@ -152,4 +152,4 @@ def ranks(cuts: Sequence[Cut], energy: float, options: ExtractOptions) -> list[i
                 f"{options.target_size:,} bytes hold no component; the first one takes {smallest:,}",
                 smallest=smallest,
             )
-    return np.bincount(owners[order[:count]], minlength=len(cuts)).tolist()
+    return list(map(int, np.bincount(owners[order[:count]], minlength=len(cuts))))
