@@ -1,13 +1,13 @@
 """llama.cpp's names of the layers of transformers' decoders, and the rows that it keeps in another order.
 
-Known are the models whose layers are renamed one by one; of mixtures of experts the layers beside the experts. A fused
-layer of transformers that llama.cpp splits has no entry. Facts: ``gguf-py/gguf/tensor_mapping.py`` of llama.cpp, and
-what its ``conversion`` does to the rows of a weight.
+Known are the models whose layers are renamed one by one, and the experts of mixtures, which llama.cpp keeps in stacks
+of three dimensions, gates and ups apart. Another fused layer that llama.cpp splits has no entry. Facts:
+``gguf-py/gguf/tensor_mapping.py`` of llama.cpp, and what its ``conversion`` does to the rows of a weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,8 @@ from lrconvert.core.errors import ConfigError
 
 # How rows lie in llama.cpp. Rotated: pairs of a head next to each other, where transformers has two halves of a head.
 # Gathered: all queries, all keys, all values, where transformers has these head by head.
-QUERIES, KEYS, GATHERED = "rotated queries", "rotated keys", "gathered"
+# Grouped: the same, where transformers has some queries, one key and one value for each head of keys.
+QUERIES, KEYS, GATHERED, GROUPED = "rotated queries", "rotated keys", "gathered", "grouped"
 _ROTATED = {"attn_q": QUERIES, "attn_k": KEYS}
 
 
@@ -61,10 +62,46 @@ _SEEING_WHOLE = {
 
 
 @dataclass(frozen=True)
+class Slice:
+    """The rows of an expert that a stack of llama.cpp, called `name`, has of a layer of transformers: part `which` of
+    `count` parts, one below the other or row by row in turn."""
+
+    name: str
+    which: int = 0
+    count: int = 1
+    in_turn: bool = False
+
+    def rows(self, out: int) -> slice:
+        """Return where its rows are among the `out` rows of the layer."""
+        height = out // self.count
+        start = self.which if self.in_turn else self.which * height
+        return slice(start, None, self.count) if self.in_turn else slice(start, start + height)
+
+
+Slices = tuple[Slice, ...]
+
+
+def _experts(module: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> dict[str, Slices]:
+    """Experts as modules of their own, numbered, which is how files store them."""
+    names = {gate: "ffn_gate_exps", up: "ffn_up_exps", down: "ffn_down_exps"}
+    return {f"{module}.*.{name}": (Slice(theirs),) for name, theirs in names.items()}
+
+
+def _stacks(gates_and_ups: str, downs: str, in_turn: bool = False) -> dict[str, Slices]:
+    """Experts as parameters of three dimensions, gates and ups in one."""
+    halves = tuple(Slice(name, n, 2, in_turn) for n, name in enumerate(("ffn_gate_exps", "ffn_up_exps")))
+    return {gates_and_ups: halves, downs: (Slice("ffn_down_exps"),)}
+
+
+_STACKS = _stacks("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+_MIXTURE = {**_STACKS, **_experts("mlp.experts")}
+
+
+@dataclass(frozen=True)
 class Family:
     """A kind of model. `id`: llama.cpp's architecture; `kind`: transformers' model_type. `layers`: modules of a block,
-    whose names begin with one of `stems` and its number; `whole`: other modules. `rows`: the order of rows of a layer
-    of llama.cpp where it is another."""
+    whose names begin with one of `stems` and its number; `whole`: other modules. `experts`: the same of experts, ``*``
+    for the number of one. `rows`: the order of rows of a layer of llama.cpp where it is another."""
 
     id: str
     kind: str
@@ -72,6 +109,31 @@ class Family:
     whole: Mapping[str, str] = field(default_factory=lambda: _WHOLE)
     stems: tuple[str, ...] = _STEMS
     rows: Mapping[str, str] = field(default_factory=dict)
+    experts: Mapping[str, Slices] = field(default_factory=dict)
+
+    def of_experts(self, name: str) -> tuple[int, int | None, Slices] | None:
+        """Return (block, number of the expert where the name says it, slices) of a module or a parameter of experts;
+        None for another one."""
+        for stem in self.stems:
+            block, _, layer = name.removeprefix(stem).partition(".")
+            if not name.startswith(stem) or not block.isdecimal():
+                continue
+            words = layer.removesuffix(".weight").split(".")
+            numbers = [n for n, word in enumerate(words) if word.isdecimal()]
+            spelled = ".".join("*" if n in numbers else word for n, word in enumerate(words))
+            if spelled in self.experts and len(numbers) <= 1:
+                return int(block), int(words[numbers[0]]) if numbers else None, self.experts[spelled]
+        return None
+
+    def expert_modules(self, name: str) -> Iterator[tuple[str, Slice]]:
+        """Yield the modules and parameters of transformers, ``*`` for the number of an expert, that a stack of
+        llama.cpp may be of, and which slice of each it is."""
+        prefix, _, rest = name.partition(".")
+        block, _, leaf = rest.partition(".")
+        if prefix == "blk" and block.isdecimal():
+            for stem in self.stems:
+                for layer, slices in self.experts.items():
+                    yield from ((f"{stem}{int(block)}.{layer}", one) for one in slices if one.name == leaf)
 
     def named(self, module: str) -> str | None:
         """Return llama.cpp's name of a module of transformers, or None."""
@@ -105,6 +167,11 @@ FAMILIES: Mapping[str, Family] = {
     "CohereForCausalLM": Family("command-r", "cohere", whole=_EMBEDDED),
     "Ernie4_5ForCausalLM": Family("ernie4_5", "ernie4_5"),
     "Exaone4ForCausalLM": Family("exaone4", "exaone4"),
+    "FalconForCausalLM": Family(
+        "falcon", "falcon", {**_below("self_attention", _BY_HEADS), **_FOUR},
+        {"transformer.word_embeddings": "token_embd", "lm_head": "output"}, ("transformer.h.", "h."),
+        {"attn_qkv": GROUPED},
+    ),
     "GPT2LMHeadModel": Family("gpt2", "gpt2", _OLD, _GPT2, ("transformer.h.", "h.")),
     "GPTBigCodeForCausalLM": Family("starcoder", "gpt_bigcode", _OLD, _GPT2, ("transformer.h.", "h.")),
     "GPTNeoXForCausalLM": Family(
@@ -118,9 +185,15 @@ FAMILIES: Mapping[str, Family] = {
     "GemmaForCausalLM": Family("gemma", "gemma", whole={}),
     "Glm4ForCausalLM": Family("glm4", "glm4", _layers(_ATTENTION, _FUSED)),
     "GlmForCausalLM": Family("chatglm", "glm", _layers(_ATTENTION, _FUSED)),
-    "GptOssForCausalLM": Family("gpt-oss", "gpt_oss", _HEADS_ONLY),
+    "GptOssForCausalLM": Family(
+        "gpt-oss", "gpt_oss", _HEADS_ONLY,
+        experts=_stacks("mlp.experts.gate_up_proj", "mlp.experts.down_proj", in_turn=True),
+    ),
     "GraniteForCausalLM": Family("granite", "granite", rows=_ROTATED),
-    "GraniteMoeForCausalLM": Family("granitemoe", "granitemoe", _HEADS_ONLY, rows=_ROTATED),
+    "GraniteMoeForCausalLM": Family(
+        "granitemoe", "granitemoe", _HEADS_ONLY, rows=_ROTATED,
+        experts={**_STACKS, **_stacks("block_sparse_moe.input_linear", "block_sparse_moe.output_linear")},
+    ),
     "HunYuanDenseV1ForCausalLM": Family("hunyuan-dense", "hunyuan_v1_dense"),
     "Jais2ForCausalLM": Family("jais2", "jais2", _layers(_ATTENTION, _UP_DOWN)),
     "LlamaForCausalLM": Family("llama", "llama", rows=_ROTATED),
@@ -131,23 +204,26 @@ FAMILIES: Mapping[str, Family] = {
         "mistral3", "mistral3", whole=_SEEING_WHOLE, stems=_SEEING, rows=_ROTATED
     ),
     "MistralForCausalLM": Family("llama", "mistral", rows=_ROTATED),
-    "MixtralForCausalLM": Family("llama", "mixtral", _HEADS_ONLY, rows=_ROTATED),
+    "MixtralForCausalLM": Family(
+        "llama", "mixtral", _HEADS_ONLY, rows=_ROTATED,
+        experts={**_STACKS, **_experts("block_sparse_moe.experts", "w1", "w3", "w2")},
+    ),
     "NemotronForCausalLM": Family("nemotron", "nemotron", _layers(_ATTENTION, _UP_DOWN)),
     "Olmo2ForCausalLM": Family("olmo2", "olmo2"),
     "Olmo3ForCausalLM": Family("olmo2", "olmo3"),
     "OlmoForCausalLM": Family("olmo", "olmo", rows=_ROTATED),
-    "OlmoeForCausalLM": Family("olmoe", "olmoe", _HEADS_ONLY),
+    "OlmoeForCausalLM": Family("olmoe", "olmoe", _HEADS_ONLY, experts=_MIXTURE),
     "OrionForCausalLM": Family("orion", "orion"),
     "Phi3ForCausalLM": Family("phi3", "phi3", _layers({"qkv_proj": "attn_qkv", "o_proj": "attn_output"}, _FUSED)),
     "PhiForCausalLM": Family(
         "phi2", "phi", _layers({**_QKV, "dense": "attn_output"}, {"fc1": "ffn_up", "fc2": "ffn_down"})
     ),
     "Qwen2ForCausalLM": Family("qwen2", "qwen2"),
-    "Qwen2MoeForCausalLM": Family("qwen2moe", "qwen2_moe", {**_HEADS_ONLY, **_SHARED}),
+    "Qwen2MoeForCausalLM": Family("qwen2moe", "qwen2_moe", {**_HEADS_ONLY, **_SHARED}, experts=_MIXTURE),
     "Qwen2VLForConditionalGeneration": Family("qwen2vl", "qwen2_vl", whole=_SEEING_WHOLE, stems=_SEEING),
     "Qwen2_5_VLForConditionalGeneration": Family("qwen2vl", "qwen2_5_vl", whole=_SEEING_WHOLE, stems=_SEEING),
     "Qwen3ForCausalLM": Family("qwen3", "qwen3"),
-    "Qwen3MoeForCausalLM": Family("qwen3moe", "qwen3_moe", _HEADS_ONLY),
+    "Qwen3MoeForCausalLM": Family("qwen3moe", "qwen3_moe", _HEADS_ONLY, experts=_MIXTURE),
     "Qwen3VLForConditionalGeneration": Family("qwen3vl", "qwen3_vl", whole=_SEEING_WHOLE, stems=_SEEING),
     "SeedOssForCausalLM": Family("seed_oss", "seed_oss"),
     "SmolLM3ForCausalLM": Family("smollm3", "smollm3", rows=_ROTATED),
@@ -179,6 +255,8 @@ def row_order(order: str, rows: int, config: Mapping[str, Any]) -> Array:
     """
     text = config.get("text_config")
     settings = {**config, **(text if isinstance(text, dict) else {})}
+    if order == GROUPED:
+        return _ungrouped(rows, settings)
     keys = ("num_key_value_heads",) if order == KEYS else ()
     counts = [settings.get(key) for key in (*keys, "num_attention_heads", "n_head")]
     heads = next((count for count in counts if count is not None), None)
@@ -187,3 +265,21 @@ def row_order(order: str, rows: int, config: Mapping[str, Any]) -> Array:
         raise ConfigError(f"the base's config has {heads!r:.40} heads, which do not divide {rows} outputs")
     numbered: Array = np.arange(rows).reshape(heads, parts, -1)
     return (numbered.swapaxes(0, 1) if order == GATHERED else numbered.swapaxes(1, 2)).reshape(-1)
+
+
+def _ungrouped(rows: int, settings: Mapping[str, Any]) -> Array:
+    """Return the order of Falcon's queries, keys and values, for each head of keys some queries, a key and a value. Its
+    older models have one such head. Raises E-CONFIG."""
+    heads, stated = (next((settings[key] for key in keys if settings.get(key) is not None), None) for keys in _FALCON)
+    groups = 1 if stated is None else stated
+    if settings.get("multi_query") and not settings.get("new_decoder_architecture"):
+        groups = 1
+    fine = type(heads) is int and type(groups) is int and 0 < groups <= heads and heads % groups == 0
+    if not fine or rows % (heads + 2 * groups):
+        what = f"the base's config has {heads!r:.40} heads, {groups!r:.40} of them of keys, which do not divide {rows}"
+        raise ConfigError(f"{what} outputs")
+    numbered: Array = np.arange(rows).reshape(groups, heads // groups + 2, -1)
+    return np.concatenate([numbered[:, part].reshape(-1) for part in (slice(-2), slice(-2, -1), slice(-1, None))])
+
+
+_FALCON = ("num_attention_heads", "n_head"), ("num_kv_heads", "n_head_kv")

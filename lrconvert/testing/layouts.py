@@ -384,8 +384,11 @@ def _product(kind: str, seed: int, a: F64, b: F64) -> tuple[dict[str, Array], F6
 
 
 def _ia3() -> Sample:
-    """PEFT's (IA)^3: factors on outputs, and on inputs. The tests' base is all zeros, and so are its updates."""
-    tensors = {f"{_TEXT[0]}.ia3_l": _floats(_OUT, 1), f"{_TEXT[1]}.ia3_l": _floats(1, _INNER, seed=1)}
+    """PEFT's (IA)^3: two factors that are not 1 on outputs, and on inputs. The tests' base is all zeros, and so are its
+    updates."""
+    outputs, inputs = np.ones((_OUT, 1), np.float32), np.ones((1, _INNER), np.float32)
+    outputs[1:3, 0], inputs[0, 4:6] = (0.5, 2.0), (-1.0, 3.0)
+    tensors = {f"{_TEXT[0]}.ia3_l": outputs, f"{_TEXT[1]}.ia3_l": inputs}
     updates = {f"{module}.weight": np.zeros((_OUT, _INNER)) for module in _TEXT}
     files = peft_folder(tensors, "IA3", feedforward_modules=["down_proj"], fan_in_fan_out=False)
     return Sample(files, updates, base={name: update.shape for name, update in updates.items()})

@@ -28,6 +28,7 @@ CONFIG: dict[str, Any] = {
     "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "num_experts": 4,
     "num_local_experts": 4, "rope_theta": 1e4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 8,
     "qk_rope_head_dim": 8, "v_head_dim": 8,
+    "num_kv_heads": KV, "new_decoder_architecture": True, "layer_norm_epsilon": 1e-5,
 }  # fmt: skip
 FAMILIES = gguf_names.FAMILIES
 # What the converter cannot do for an adapter; the tables and our own way back are checked for these as well.
@@ -50,6 +51,8 @@ def gguf_package() -> Any:
 def rows_of(leaf: str, order: str | None) -> int:
     if order == gguf_names.GATHERED:
         return 3 * WIDTH
+    if order == gguf_names.GROUPED:
+        return WIDTH // HEADS * (HEADS + 2 * KV)
     return {"attn_k": WIDTH // HEADS * KV, "attn_v": WIDTH // HEADS * KV}.get(leaf, WIDTH)
 
 
@@ -151,6 +154,12 @@ def test_orders_of_rows() -> None:
     for broken in ({}, {"num_attention_heads": True}, {"num_attention_heads": 0}, {"num_attention_heads": "8"}):
         with pytest.raises(errors.ConfigError, match="heads"):
             gguf_names.row_order(gguf_names.QUERIES, 8, broken)
+    falcon = {"num_attention_heads": 4, "num_kv_heads": 2, "new_decoder_architecture": True}
+    assert gguf_names.row_order(gguf_names.GROUPED, 8, falcon).tolist() == [0, 1, 4, 5, 2, 6, 3, 7]
+    older = {"n_head": 2, "multi_query": True, "num_kv_heads": 2}
+    assert gguf_names.row_order(gguf_names.GROUPED, 4, older).tolist() == [0, 1, 2, 3]
+    with pytest.raises(errors.ConfigError, match="4 heads, 3 of them of keys"):
+        gguf_names.row_order(gguf_names.GROUPED, 8, {**falcon, "num_kv_heads": 3})
     with pytest.raises(errors.ConfigError, match="do not divide 9"):
         gguf_names.row_order(gguf_names.QUERIES, 9, config)
 
@@ -175,3 +184,36 @@ def test_models_with_eyes(tmp_path: Path) -> None:
     for stem in ("model.language_model.layers.7", "language_model.model.layers.7", "model.layers.7"):
         assert family.named(f"{stem}.self_attn.q_proj") == "blk.7.attn_q"
         assert f"{stem}.self_attn.q_proj" in family.modules("blk.7.attn_q")
+
+
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM", "Qwen3MoeForCausalLM"])
+@pytest.mark.parametrize("stacked", [True, False])
+def test_experts_out_and_in_again(name: str, stacked: bool, tmp_path: Path) -> None:
+    """Stacks of three dimensions, gates and ups apart, from a stack of transformers or from modules of their own; an
+    expert without an update has zeros, and is none when it is read."""
+    family = FAMILIES[name]
+    spelled = [layer for layer in family.experts if ("*" in layer) != stacked]
+    if not spelled:
+        pytest.skip("this family has stacks alone")
+    kind = "expert_transposed" if name == "GptOssForCausalLM" else "expert"
+    targets, shapes = [], {}
+    for layer in spelled:
+        for number in range(4):
+            out = 2 * WIDE if "gate_up" in layer else WIDTH if layer.endswith(("down_proj", "w2")) else WIDE
+            inner = WIDE if out == WIDTH else WIDTH
+            module = f"model.layers.1.{layer.replace('*', str(number))}"
+            shape = (4, inner, out) if kind == "expert_transposed" else (4, out, inner)
+            target = (
+                Target(module, shape, View(f"{kind}:{number}")) if stacked else Target(f"{module}.weight", (out, inner))
+            )
+            targets += [target] if number in (1, 3) else []
+            shapes[target.name] = target.shape
+    config = {**CONFIG, "model_type": family.kind, "architectures": [name]}
+    base = make_base(tmp_path / "base", shapes, config)
+    lora = LoraAdapter(tuple(one_target(target, rank=3, seed=n) for n, target in enumerate(sorted(targets))))
+    api.export(lora, tmp_path / "out", to="gguf", base=base, keep_names=True)
+    again = {(p.target.name, p.target.view.text): dense(p) for p in api.load_lora(tmp_path / "out", base=base).targets}
+    assert again.keys() == {(pair.target.name, pair.target.view.text) for pair in lora.targets}
+    for pair in lora.targets:
+        wanted = dense(pair)
+        np.testing.assert_allclose(again[pair.target.name, pair.target.view.text], wanted, rtol=1e-5, atol=1e-6)

@@ -240,16 +240,17 @@ KINDS: dict[str, dict[str, int | bool]] = {
     "mistral": {}, "qwen2": {}, "qwen2-tied": {}, "qwen3": {}, "qwen3-moe": {"norm_topk_prob": True},
     "gemma2": {"query_pre_attn_scalar": 8}, "gpt-oss": {}, "mixtral": {}, "olmoe": {}, "granite": {}, "granite-moe": {},
     "phi": {"intermediate_size": 64}, "phi3": {}, "cohere": {}, "olmo2": {}, "smollm3": {}, "glm4": {}, "stablelm": {},
-    "starcoder2": {}, "gpt2": {}, "gpt-bigcode": {}, "bloom": {}, "qwen2-moe": {},
+    "starcoder2": {}, "gpt2": {}, "gpt-bigcode": {}, "bloom": {}, "qwen2-moe": {}, "falcon": {"num_kv_heads": 1},
 }  # fmt: skip
 
 
-SAMPLE = ("mistral", "qwen2-tied", "gemma2", "phi3", "glm4", "starcoder2", "gpt2", "bloom", "qwen2-moe")
+EXPERTS = {"granite-moe": ("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight")}
+SAMPLE = ("mistral", "qwen2-tied", "gemma2", "phi3", "starcoder2", "gpt2", "bloom", "qwen2-moe", "mixtral")
 
 
 @pytest.mark.parametrize("names", [SAMPLE, pytest.param(tuple(KINDS), marks=pytest.mark.long)], ids=["some", "all"])
 def test_xllamacpp_serves_other_families(names: tuple[str, ...], tmp_path: Path) -> None:
-    """Layers of other names, fused ones, rows in another order, and GPT-2, whose factors llama.cpp's converter swaps:
+    """Layers of other names, fused ones, experts, rows in another order, and GPT-2, whose factors its converter swaps:
     tiny models of their classes with a LoRA of PEFT's on all their layers. The base alone is as far from transformers
     as the base with the LoRA may be; some of them multiply in F16."""
     import peft
@@ -263,7 +264,13 @@ def test_xllamacpp_serves_other_families(names: tuple[str, ...], tmp_path: Path)
         (folder / "config.json").write_text(json.dumps({"n_ctx": config.get("n_positions"), **config}))
         bases[name] = folder
         torch.manual_seed(number)
-        settings = peft.LoraConfig(r=3, lora_alpha=3, init_lora_weights=False, target_modules=list(kind.linear))
+        settings = peft.LoraConfig(
+            r=3,
+            lora_alpha=3,
+            init_lora_weights=False,
+            target_modules=list(kind.linear),
+            target_parameters=list(EXPERTS.get(name, kind.experts)),
+        )
         models[name] = peft.get_peft_model(kind.load(folder), settings).eval()
         models[name].save_pretrained(tmp_path / name)
     files = converted({name: (folder, "f32") for name, folder in bases.items()}, tmp_path)

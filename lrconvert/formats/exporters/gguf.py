@@ -2,8 +2,9 @@
 alone. Tensors ``blk.<n>.<layer>.weight.lora_a`` (r, in) and ``.lora_b`` (out, r); the scale is
 alpha / r (with own ranks alpha = 0, which means 1 for any rank).
 
-Names are those of `lrconvert.formats.gguf_names`. Two things are unlike transformers: some families' rows of queries
-and keys are in another order, and the A of a token embedding is transposed. GPT-2 is right here; llama.cpp's
+Names are those of `lrconvert.formats.gguf_names`. Three things are unlike transformers: some families' rows of queries
+and keys are in another order, the A of a token embedding is transposed, and the experts of a layer are one tensor of
+three dimensions, (experts, r, in) and (experts, out, r), gates and ups apart. GPT-2 is right here; llama.cpp's
 converter swaps the factors of its Conv1D layers. Format: GGUF version 3, little endian, tensors aligned to 32 bytes.
 """
 
@@ -11,13 +12,17 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from lrconvert.core.dtypes import Array
-from lrconvert.core.errors import ExportError
+from lrconvert.core.errors import ConfigError, ExportError
 from lrconvert.core.wording import spelled
 from lrconvert.formats import gguf_names
 from lrconvert.formats.exporters.base import Exporter, ExportOptions, Folder
+from lrconvert.formats.exporters.peft_lora.stacks import as_peft_stacks
 from lrconvert.formats.exporters.shared.files import stored
 from lrconvert.formats.exporters.shared.plain import (
     Pair,
@@ -28,7 +33,7 @@ from lrconvert.formats.exporters.shared.plain import (
     refuse_extras,
     unscaled,
 )
-from lrconvert.formats.gguf_names import Family
+from lrconvert.formats.gguf_names import Family, Slices
 from lrconvert.formats.model_card import origin
 from lrconvert.lora.adapter import Adapter, Target
 from lrconvert.lora.base_names import ties_embeddings
@@ -45,12 +50,19 @@ def files(adapter: Adapter, options: ExportOptions) -> Folder:
     refuse_extras(adapter, "GGUF")
     family, config = _family(options.base_config)
     tensors: dict[str, Array] = {}
+    stacks: dict[str, _Stack] = {}
     made = factors(adapter, options, unscaled if options.keep_ranks else None)
-    for pair in made.pairs:
+    for pair in as_peft_stacks(adapter, made.pairs, config):
+        rank = pair.rank
+        place = family.of_experts(pair.target.name)
+        if place is not None:
+            _add_expert(stacks, pair, place, config)
+            continue
         name = _name(pair.target, family, config)
         tensors[f"{name}.weight.lora_a"] = pair.a.T if name == "token_embd" else pair.a
         tensors[f"{name}.weight.lora_b"] = _in_order(pair, name, family, config)
-        rank = pair.rank
+    for name, stack in stacks.items():
+        tensors |= zip((f"{name}.weight.lora_a", f"{name}.weight.lora_b"), stack.factors(), strict=True)
     alpha = 0.0 if options.keep_ranks else float(alpha_of(made.scale, rank))
     metadata = _metadata(adapter, family.id, alpha)
     return Folder({_NAME: _gguf(metadata, sorted(tensors.items()), made.dtype)}, made.notes)
@@ -84,6 +96,66 @@ def _in_order(pair: Pair, name: str, family: Family, config: Mapping[str, Any]) 
     """Return B (out, r) with its rows in llama.cpp's order. Raises E-CONFIG."""
     order = family.rows.get(name.rpartition(".")[2])
     return pair.b if order is None else pair.b[gguf_names.row_order(order, pair.b.shape[0], config)]
+
+
+# --- experts --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Stack:
+    """The factors of one layer of all experts, by their number."""
+
+    count: int
+    pairs: dict[int, tuple[Array, Array]] = field(default_factory=dict)
+
+    def factors(self) -> tuple[Array, Array]:
+        """Return A (experts, r, in) and B (experts, out, r), zeros for experts without an update, in one rank."""
+        rank = max(a.shape[0] for a, _ in self.pairs.values())
+        first, second = next(iter(self.pairs.values()))
+        kind = np.result_type(*(half.dtype for pair in self.pairs.values() for half in pair))
+        a = np.zeros((self.count, rank, first.shape[1]), kind)
+        b = np.zeros((self.count, second.shape[0], rank), kind)
+        for number, (one, other) in self.pairs.items():
+            a[number, : len(one)], b[number, :, : len(one)] = one, other
+        return a, b
+
+
+def _add_expert(
+    stacks: dict[str, _Stack], pair: Pair, place: tuple[int, int | None, Slices], config: Mapping[str, Any]
+) -> None:
+    """Add the update of one expert to the stacks that have its rows. Raises E-EXPORT, E-CONFIG."""
+    block, number, slices = place
+    target = pair.target
+    if number is None:
+        kind, _, said = target.view.text.partition(":")
+        if not kind.startswith("expert"):
+            what = f"{target.name!r:.120} is a stack of experts, of which the adapter changes {target.view.text}"
+            raise ExportError(what, fix=exclude())
+        number, count = int(said), target.shape[0]
+    else:
+        count = _expert_count(config, number)
+    out = target.out_features
+    if out % slices[0].count:
+        raise ExportError(f"{target.name!r:.120} has {out} rows, which are not gates and ups", fix=exclude())
+    for one in slices:
+        stack = stacks.setdefault(f"blk.{block}.{one.name}", _Stack(count))
+        if number in stack.pairs:
+            raise ExportError(f"{target.name!r:.120} is adapted twice, in a stack and by itself", fix=exclude())
+        stack.pairs[number] = (pair.a, pair.b[one.rows(out)])
+
+
+def _expert_count(config: Mapping[str, Any], number: int) -> int:
+    """Return how many experts a layer of the base has. Raises E-CONFIG."""
+    text = config.get("text_config")
+    settings = {**config, **(text if isinstance(text, dict) else {})}
+    stated = next((settings[key] for key in _EXPERT_COUNTS if settings.get(key) is not None), None)
+    if type(stated) is not int or not number < stated <= MAX_EXPERTS:
+        raise ConfigError(f"the base's config has {stated!r:.40} experts, the adapter changes number {number}")
+    return stated
+
+
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+MAX_EXPERTS = 1 << 14
 
 
 # --- the file -------------------------------------------------------------------------------------------------------

@@ -34,9 +34,11 @@ BASE_OF: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "gguf": (("model.layers.3.self_attn.v_proj", "model.layers.4.mlp.up_proj"), LLAMA),
     "kohya": (layouts._UNET, UNET),
     "diffusers": (layouts._UNET, UNET),
+    "lycoris": (layouts._UNET, UNET),
 }
 TEXT = ("gguf", "mlx", "peft", "raw", "torchtune", "peft_vblora", "peft_miss", "sbora")
-DIFFUSION = ("kohya", "diffusers")
+TEXT += ("peft_adalora", "peft_ia3", "peft_loha", "peft_lokr", "peft_vera")
+DIFFUSION = ("kohya", "diffusers", "lycoris")
 # The exports that must succeed; whatever else is refused by name.
 POSSIBLE = {
     *((reader, layout) for reader in TEXT for layout in ("peft-lora", "gguf", "mlx", "raw")),
@@ -44,6 +46,7 @@ POSSIBLE = {
     *((reader, layout) for reader in DIFFUSION for layout in ("comfyui", "onetrainer")),
     *((reader, "original") for reader in DIFFUSION),
     *(("nola", layout) for layout in ("peft-lora", "raw")),
+    *(("clip_lora", layout) for layout in ("peft-lora", "raw", "kohya", "diffusers", "comfyui", "onetrainer")),
     ("peft_vblora", "peft-vblora"),
     ("peft_miss", "peft-miss"),
 }

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lrconvert.core.errors import ConfigError, NotLoraError, PairError, UnsupportedLoraError
 from lrconvert.formats.readers.base import Reader
-from lrconvert.formats.readers.gguf import names
+from lrconvert.formats.readers.gguf import experts, names
 from lrconvert.formats.readers.gguf.file import MAGIC, GgufFile
 from lrconvert.formats.readers.shared import naming, pairs
 from lrconvert.formats.readers.shared.notes import unused
@@ -58,12 +58,17 @@ def read(path: Path, options: ReadOptions) -> LoraAdapter:
         norms = modules.pop("", {})
         pairs.check_both_halves(modules, LABELS)
         targets: list[LoraTarget] = []
+        stacks: dict[str, list[LoraTarget]] = {}
         for module, parts in modules.items():
-            own = _targets(module, parts, alpha, weights)
+            own = list(_targets(module, parts, alpha, weights))
             if component is None:
                 targets += own
+            elif own[0].target.view.kind == "expert":
+                stacks[module] = own
             else:
                 targets += [names.placed(pair, module, architecture, component) for pair in own]
+        if component is not None and stacks:
+            targets += experts.placed(stacks, names.family_of(architecture, component), component)
         notes = [*unused({key: value for key, value in file.fields.items() if value != ()}, _USED)]
         notes += _notes(architecture, list(norms), named=component is not None)
         model = file.metadata.get("general.base_model.0.name") or file.metadata.get("general.name", "")

@@ -27,6 +27,16 @@ def reorders(architecture: str) -> bool:
 def placed(pair: LoraTarget, name: str, architecture: str, component: Component) -> LoraTarget:
     """Put `pair`, of llama.cpp's module `name`, on a base. Raises E-BASE for architectures and modules that are not
     known and for bases of another family."""
+    family = family_of(architecture, component)
+    order = family.rows.get(name.rpartition(".")[2])
+    if order is not None:
+        pair = in_order(pair, order, component)
+    return component.placed(pair, _module(name, family, component))
+
+
+def family_of(architecture: str, component: Component) -> Family:
+    """Return the family of the base, which must be that of the adapter. Raises E-BASE for architectures that are not
+    known and for bases of another family."""
     if architecture not in KNOWN:
         fix = f"known: {', '.join(sorted(KNOWN))}; convert the adapter that the GGUF file was made of instead"
         raise BaseError(f"the names of llama.cpp's architecture {architecture!r:.60} are not known here", fix=fix)
@@ -35,10 +45,7 @@ def placed(pair: LoraTarget, name: str, architecture: str, component: Component)
         theirs = component.config.get("model_type")
         what = f"the adapter is for llama.cpp's {architecture}, the base is of the family {theirs!r:.60}"
         raise BaseError(what, fix="give the adapter's own base", path=component.root)
-    order = family.rows.get(name.rpartition(".")[2])
-    if order is not None:
-        pair = in_order(pair, order, component)
-    return component.placed(pair, _module(name, family, component))
+    return family
 
 
 def _module(name: str, family: Family, component: Component) -> str:
