@@ -35,6 +35,12 @@ BASE_OF: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "kohya": (layouts._UNET, UNET),
     "diffusers": (layouts._UNET, UNET),
     "lycoris": (layouts._UNET, UNET),
+    "clip_lora": (
+        tuple(
+            f"text_model.encoder.layers.{layer}.self_attn.{leaf}" for layer, leaf in ((10, "q_proj"), (11, "out_proj"))
+        ),
+        {"model_type": "clip_text_model"},
+    ),
 }
 TEXT = ("gguf", "mlx", "peft", "raw", "torchtune", "peft_vblora", "peft_miss", "sbora")
 TEXT += ("peft_adalora", "peft_ia3", "peft_loha", "peft_lokr", "peft_vera")
