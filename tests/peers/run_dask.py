@@ -23,17 +23,19 @@ from runner import library, prefer
 
 prefer(library("dask"))
 HERE = Path(__file__).resolve().parent
+LAST = 800  # adapters, after which no worker is killed any more
 
 
 def kill(cluster: Any, log: Path, count: int, killed: list[int], is_over: threading.Event) -> None:
-    """Kill random workers that are at work, each after a random time. One that has not begun to work is left alone: who
-    kills it while it starts stops the one that would start another."""
+    """Kill random workers that are at work, each when a random number of adapters is done. One that has not begun to
+    work is left alone: who kills it while it starts stops the one that would start another."""
     draw = random.Random()
-    while len(killed) < count and not is_over.is_set():
-        is_over.wait(draw.uniform(0.2, 1.5))
-        begun = {int(line.split()[-1]) for line in log.read_text().splitlines()} if log.exists() else set()
+    moments = sorted(draw.sample(range(LAST), count))
+    while len(killed) < count and not is_over.wait(0.05):
+        lines = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+        begun = {int(line[2]) for line in lines if line[0] == "begins"}
         pids = [nanny.pid for nanny in cluster.workers.values() if nanny.pid in begun - {*killed}]
-        if pids:
+        if pids and sum(line[0] == "lands" for line in lines) >= moments[len(killed)]:
             pid = draw.choice(pids)
             os.kill(pid, signal.SIGKILL)
             killed.append(pid)
