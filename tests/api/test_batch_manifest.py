@@ -16,7 +16,7 @@ from conftest import ADAPTERS
 from test_batch import work_here
 
 import lrconvert
-from lrconvert import api
+from lrconvert.api import adapters
 from lrconvert.api.batch import manifest, one, request, run, sources
 from lrconvert.api.batch.job import Job, Outcome
 from lrconvert.api.batch.manifest import Manifest, Record
@@ -149,7 +149,7 @@ def test_an_input_that_may_still_change_is_not_vouched_for(
     assert b"source_state" not in text(zoo) and text(zoo).count(b'"done"') == 3
     monkeypatch.setattr(request, "_TICK", -1)
     shutil.rmtree(zoo.parent / "out")
-    real = api.load_lora
+    real = adapters.load_lora
 
     def load(path: Path, **options: Any) -> Any:
         lora = real(path, **options)
@@ -157,7 +157,7 @@ def test_an_input_that_may_still_change_is_not_vouched_for(
             os.utime(path / "adapter_config.json", ns=(1, 1))
         return lora
 
-    monkeypatch.setattr(api, "load_lora", load)
+    monkeypatch.setattr(adapters, "load_lora", load)
     assert set(states(convert(zoo)).values()) == {"done"}
     asked.clear()
     assert set(states(convert(zoo)).values()) == {"skipped"} and asked == ["b"]
