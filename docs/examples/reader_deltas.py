@@ -46,7 +46,7 @@ def read(path: Path, options: ReadOptions) -> LoraAdapter:
 def target(module: str, parts: Parts, weights: Weights) -> LoraTarget:
     if "scale" not in parts:
         raise PairError(f"{module}: there is no delta_scale", fix="the file is incomplete")
-    scale = pairs.scalar(weights, parts["scale"])
+    scale = pairs.stated_alpha(weights, parts["scale"])
     return pairs.read_pair(module, parts, lambda rank: scale, weights, LABELS)
 
 

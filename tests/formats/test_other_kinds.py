@@ -339,3 +339,29 @@ def test_what_is_refused_says_what_to_do(tmp_path: Path) -> None:
     save_file({**tensors, "lora_unet_x_proj.lora_down.weight": np.ones((1, 8), np.float32)}, lycoris)
     with pytest.raises(errors.PairError, match="has no lora_up"):
         load(lycoris)
+
+
+# --- every verb on every kind ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("lokr-")])
+def test_every_verb_takes_every_kind(kind: str, tmp_path: Path) -> None:
+    """Converted, compressed, exported and merged: the same update comes out of all of them, biases included."""
+    wanted = trained(kind, tmp_path)
+    adapter, base = tmp_path / "adapter", tmp_path / "base"
+    options = {"base": base} if kind in ("vera", "ia3") else {}
+    converted = api.convert(adapter, "lowrank", bits=12, **options)
+    assert converted.fidelity is not None and converted.fidelity.captured > 1 - 1e-4
+    api.compress(adapter, target_size=3000, forms=["lowrank"], out=tmp_path / "small.lrc", **options)
+    assert (tmp_path / "small.lrc").stat().st_size <= 3000 + 1000 * (kind == "ia3")  # its bias is an extra tensor
+    api.export(adapter, tmp_path / "peft", to="peft-lora", base=base)
+    exported = api.load_lora(tmp_path / "peft")
+    api.merge(base, adapter, tmp_path / "merged")
+    again = whole(exported)
+    for name, update in wanted.items():
+        assert np.linalg.norm(again[name] - update) < 1e-5 * np.linalg.norm(update), name
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
+    for name, update in wanted.items():
+        difference = after[name].astype(np.float64) - before[name]
+        assert np.linalg.norm(difference - update) < 1e-5 * np.linalg.norm(update) + 1e-6, name

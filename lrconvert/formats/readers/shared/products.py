@@ -17,8 +17,9 @@ import numpy as np
 
 from lrconvert.core.dtypes import F64, Stored, round_to
 from lrconvert.core.errors import LimitError, PairError
-from lrconvert.formats.readers.shared import peft_kinds
+from lrconvert.formats.readers.shared import naming, peft_kinds
 from lrconvert.formats.readers.shared.folders import PEFT_WEIGHTS, weights_in
+from lrconvert.formats.readers.shared.naming import Component
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.formats.readers.shared.pairs import check_scale, conv_view
 from lrconvert.formats.readers.shared.weights import Weights, load_finite, open_weights
@@ -26,6 +27,7 @@ from lrconvert.formats.readers.shared.wrappers import PEFT_PREFIX
 from lrconvert.io.container import TensorInfo
 from lrconvert.lora import factoring
 from lrconvert.lora.adapter import MATRIX, LoraAdapter, LoraTarget, Target
+from lrconvert.lora.base_names import unfolding
 from lrconvert.lora.factoring import Factored, Half
 
 LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
@@ -162,15 +164,24 @@ def read_peft(path: Path, options: ReadOptions, kind: str, parts: Sequence[str],
     """Read a folder of PEFT's of this `kind`, ``peft_type``, whose layers have these `parts`; fields of its
     configuration that are `unread` have no effect. Raises what the readers of both kinds name."""
     config, settings = peft_kinds.settings_of(path, kind, _RANKS, unread)
+    component = naming.base_component(options)
     with open_weights(weights_in(path, PEFT_WEIGHTS), options) as weights:
         places = peft_kinds.sort(weights, parts)
         targets = []
         for module, own in places.modules.items():
             product = _peft_product(module, own, weights, options.most_rank)
             rank = int(settings.ranks.value(module)) if product.rank is None else product.rank
-            targets.append(product.target(module, settings.scale(module, rank)))
+            pair = product.target(module, settings.scale(module, rank))
+            targets.append(pair if component is None else _folded(pair, module, component))
         adapter = peft_kinds.build(weights, places, targets, config, settings)
     return with_shares(adapter, {"LOHA": "LoHa", "LOKR": "LoKr"}[kind])
+
+
+def _folded(pair: LoraTarget, module: str, component: Component) -> LoraTarget:
+    """Return the pair on a convolution of the base, if its matrix is that of one, unfolded. Raises E-BASE."""
+    stored = component.shapes.get(f"{component.dotted(module)}.weight")
+    view = None if stored is None else unfolding(pair.target, stored)
+    return pair if view is None else replace(pair, target=replace(pair.target, shape=stored, view=view))
 
 
 def _peft_product(module: str, parts: Mapping[str, TensorInfo], weights: Weights, limit: int) -> Product:
