@@ -454,7 +454,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "a tensor without a meaning": ({**_tensors(layouts.kohya(PAIR)), **one("something.else")}, "E-TENSOR", "something"),
     "NaN": ({n: v * np.float32("nan") for n, v in _tensors(layouts.kohya(PAIR)).items()}, "E-VALUE", "NaN"),
     "integers": ({n: v.astype("<i4") for n, v in _tensors(layouts.kohya(PAIR)).items()}, "E-DTYPE", "I32"),
-    "nothing that is known": (one("model.norm.weight"), "E-LAYOUT", "Known: "),
+    "nothing that is known": (one("model.norm.weight"), "E-LAYOUT", "whole weights"),
 }  # fmt: skip
 
 

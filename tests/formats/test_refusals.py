@@ -85,7 +85,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], Path], str, str, str]] = {
     "empty folder": (lambda folder: folder, "E-LAYOUT", "no file of weights", "kohya"),
     "names of nobody": (one("some.thing"), "E-LAYOUT", "its 1 tensors are 'some.thing'", "kohya"),
     # weights that are no LoRA
-    "model": (one("model.layers.0.self_attn.q_proj.weight"), "E-NOT-LORA", "whole weights", "give the LoRA"),
+    "model": (one("model.layers.0.self_attn.q_proj.weight"), "E-LAYOUT", "whole weights", "give the LoRA"),
     "checkpoint": (one("model.diffusion_model.input_blocks.0.0.weight"), "E-NOT-LORA", "checkpoint of a", "give"),
     "textual inversion": (one("emb_params", 1, 8), "E-NOT-LORA", "textual inversion", "load_textual_inversion"),
     "hypernetwork": (one("768.0.linear.0.weight"), "E-NOT-LORA", "hypernetwork", "program it is for"),

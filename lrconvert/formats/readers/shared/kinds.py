@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from lrconvert.core.errors import EmptyAdapterError, NotLoraError, UnsupportedLoraError
+from lrconvert.core.errors import EmptyAdapterError, NotLoraError, UnknownLayoutError, UnsupportedLoraError
 
 _AS_LORA = "load it with its own tool, merge it into its base, and extract a LoRA from the difference of the two models"
 _MERGE = "merge it into its base with the tool that trained it, and use the merged model"
@@ -92,10 +92,10 @@ def no_matrices(names: Sequence[str]) -> EmptyAdapterError:
     return EmptyAdapterError(what, fix="the training saved no weights; export the adapter again")
 
 
-def whole_weights(names: Sequence[str]) -> NotLoraError | None:
+def whole_weights(names: Sequence[str]) -> UnknownLayoutError | None:
     """Return the error for a file of a model's weights, None if the names are not those of one."""
     if not names or not all(_WHOLE.search(name) for name in names) or any(_FACTOR.search(name) for name in names):
         return None
     what = f"the file holds {len(names)} whole weights such as {names[0]!r:.120}, and no factors: it is of a model"
     fix = "give the LoRA here; what was fine-tuned becomes one by its difference from its base"
-    return NotLoraError(what, fix=fix)
+    return UnknownLayoutError(what, fix=fix)
