@@ -270,12 +270,12 @@ def row_order(order: str, rows: int, config: Mapping[str, Any]) -> Array:
 def _ungrouped(rows: int, settings: Mapping[str, Any]) -> Array:
     """Return the order of Falcon's queries, keys and values, for each head of keys some queries, a key and a value. Its
     older models have one such head. Raises E-CONFIG."""
-    heads, stated = (next((settings[key] for key in keys if settings.get(key) is not None), None) for keys in _FALCON)
-    groups = 1 if stated is None else stated
+    stated: list[Any] = [next((settings[k] for k in keys if settings.get(k) is not None), None) for keys in _FALCON]
+    heads, groups = stated[0], 1 if stated[1] is None else stated[1]
     if settings.get("multi_query") and not settings.get("new_decoder_architecture"):
         groups = 1
-    fine = type(heads) is int and type(groups) is int and 0 < groups <= heads and heads % groups == 0
-    if not fine or rows % (heads + 2 * groups):
+    known = type(heads) is int and type(groups) is int
+    if not known or not 0 < groups <= heads or heads % groups or rows % (heads + 2 * groups):
         what = f"the base's config has {heads!r:.40} heads, {groups!r:.40} of them of keys, which do not divide {rows}"
         raise ConfigError(f"{what} outputs")
     numbered: Array = np.arange(rows).reshape(groups, heads // groups + 2, -1)

@@ -334,7 +334,7 @@ def _lycoris() -> Sample:
     tensors |= {f"{other}.lokr_w1": left, f"{other}.lokr_w2_a": b, f"{other}.lokr_w2_b": a}
     tensors |= {f"{one}.alpha": alpha, f"{other}.alpha": alpha}
     halves = [part.astype(np.float64) for part in (w1a, w1b, w2a, w2b)]
-    updates = {
+    updates: dict[str, Any] = {
         f"{one}.weight": _ALPHA / _RANK * (halves[0] @ halves[1]) * (halves[2] @ halves[3]),
         f"{other}.weight": _ALPHA * np.kron(left.astype(np.float64), b.astype(np.float64) @ a),
     }
@@ -371,7 +371,8 @@ def _product(kind: str, seed: int, a: F64, b: F64) -> tuple[dict[str, Array], F6
         parts = {"lokr_w1": _floats(2, 4, seed=seed), "lokr_w2_a": _floats(3, _RANK, seed=seed + 1)}
         parts["lokr_w2_b"] = _floats(_RANK, 2, seed=seed + 2)
         left, one, other = (part.astype(np.float64) for part in parts.values())
-        return parts, _ALPHA / _RANK * np.kron(left, one @ other)
+        kronecker: F64 = _ALPHA / _RANK * np.kron(left, one @ other)
+        return parts, kronecker
     down, up = _floats(_RANK, _INNER, seed=seed), _floats(_OUT, _RANK, seed=seed + 1)
     product = up.astype(np.float64) @ down.astype(np.float64)
     if kind == "ADALORA":
@@ -380,7 +381,8 @@ def _product(kind: str, seed: int, a: F64, b: F64) -> tuple[dict[str, Array], F6
         return {"lora_A": down, "lora_B": up, "lora_E": values}, _ALPHA / (_RANK + 1e-5) * update
     w2a, w2b = _floats(_OUT, _RANK, seed=seed + 2), _floats(_RANK, _INNER, seed=seed + 3)
     parts = {"hada_w1_a": up, "hada_w1_b": down, "hada_w2_a": w2a, "hada_w2_b": w2b}
-    return parts, _ALPHA / _RANK * product * (w2a.astype(np.float64) @ w2b.astype(np.float64))
+    whole: F64 = _ALPHA / _RANK * product * (w2a.astype(np.float64) @ w2b.astype(np.float64))
+    return parts, whole
 
 
 def _ia3() -> Sample:

@@ -181,7 +181,9 @@ def _folded(pair: LoraTarget, module: str, component: Component) -> LoraTarget:
     """Return the pair on a convolution of the base, if its matrix is that of one, unfolded. Raises E-BASE."""
     stored = component.shapes.get(f"{component.dotted(module)}.weight")
     view = None if stored is None else unfolding(pair.target, stored)
-    return pair if view is None else replace(pair, target=replace(pair.target, shape=stored, view=view))
+    if stored is None or view is None:
+        return pair
+    return replace(pair, target=replace(pair.target, shape=stored, view=view))
 
 
 def _peft_product(module: str, parts: Mapping[str, TensorInfo], weights: Weights, limit: int) -> Product:
