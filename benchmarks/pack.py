@@ -94,11 +94,10 @@ def table() -> str:
     for targets, count in SIZES:
         cell = done.get(f"{targets} targets, {count} members")
         if cell is None or "bytes" not in cell["build"]:
-            rows.append([f"{count:,} of {targets}", *["not run"] * 9])
             continue
         own = cell["files"] / count, cell["build"]["bytes"] / count
         overhead = [f"{each - cell['payload']:.0f}" for each in own]
-        times = [f"{cell[step]['cpu_seconds']:.1f}" for step in ("build", "list", "validate", "gc")]
+        times = [f"{cell[s]['cpu_seconds']:.1f}" if s in cell else "-" for s in ("build", "list", "validate", "gc")]
         peak = f"{cell['build']['peak_kib'] / 1024:.0f}"
         one = f"{cell['one']['reads']} reads, {cell['one']['read_bytes'] / 1000:.1f} KB"
         rows.append([f"{count:,} of {targets}", f"{cell['payload']:,}", *overhead, *times, peak, one])
