@@ -108,7 +108,7 @@ def _patches_3d(layer: nn.Conv3d, x: Tensor) -> Tensor:
         zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
     ):
         x = x.unfold(2 + axis, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
-    per_group = x.unflatten(1, (layer.groups, -1))  # (batch, G, in/G, places in three, kernel in three)
+    per_group = torch.unflatten(x, 1, (layer.groups, -1))  # (batch, G, in/G, places in three, kernel in three)
     return per_group.movedim(2, 5).flatten(5).flatten(0, 4)
 
 

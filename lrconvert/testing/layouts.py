@@ -371,14 +371,15 @@ def _product(kind: str, seed: int, a: F64, b: F64) -> tuple[dict[str, Array], F6
         parts = {"lokr_w1": _floats(2, 4, seed=seed), "lokr_w2_a": _floats(3, _RANK, seed=seed + 1)}
         parts["lokr_w2_b"] = _floats(_RANK, 2, seed=seed + 2)
         left, one, other = (part.astype(np.float64) for part in parts.values())
-        kronecker: F64 = _ALPHA / _RANK * np.kron(left, one @ other)
-        return parts, kronecker
+        kronecker = np.kron(left, one @ other)
+        return parts, np.asarray(_ALPHA / _RANK * kronecker, np.float64)
     down, up = _floats(_RANK, _INNER, seed=seed), _floats(_OUT, _RANK, seed=seed + 1)
-    product = up.astype(np.float64) @ down.astype(np.float64)
+    product: F64 = up.astype(np.float64) @ down.astype(np.float64)
     if kind == "ADALORA":
         values = _floats(_RANK, 1, seed=seed + 2)
-        update = up.astype(np.float64) @ (values.astype(np.float64) * down.astype(np.float64))
-        return {"lora_A": down, "lora_B": up, "lora_E": values}, _ALPHA / (_RANK + 1e-5) * update
+        inner = values.astype(np.float64) * down.astype(np.float64)
+        update: F64 = _ALPHA / (_RANK + 1e-5) * up.astype(np.float64) @ inner
+        return {"lora_A": down, "lora_B": up, "lora_E": values}, update
     w2a, w2b = _floats(_OUT, _RANK, seed=seed + 2), _floats(_RANK, _INNER, seed=seed + 3)
     parts = {"hada_w1_a": up, "hada_w1_b": down, "hada_w2_a": w2a, "hada_w2_b": w2b}
     whole: F64 = _ALPHA / _RANK * product * (w2a.astype(np.float64) @ w2b.astype(np.float64))

@@ -36,7 +36,14 @@ def test_nonsense_is_refused_in_our_words(verb: str, made: Any, tmp_path: Path) 
     right: dict[str, Any] = {
         **dict.fromkeys(("lora", "path", "source", "teacher"), PLAIN),
         **dict.fromkeys(("adapter", "compact", "files", "adapters"), made),
-        **{"method": "lowrank", "base": BASE, "merged": BASE, "finetuned": BASE, "out": tmp_path / "out", "to": "peft-lora"},
+        **{
+            "method": "lowrank",
+            "base": BASE,
+            "merged": BASE,
+            "finetuned": BASE,
+            "out": tmp_path / "out",
+            "to": "peft-lora",
+        },
         **{"paths": [PLAIN], "sources": [PLAIN], "consumers": ["vllm"], "data": tmp_path / "absent.txt"},
         **{"model": BASE, "names": "one", "name": "one", "statistics": tmp_path / "absent"},
         "job": lrconvert.Job(str(PLAIN), "", lrconvert.Work("convert", "lowrank")),

@@ -1,7 +1,7 @@
 """A server of S3 on this machine (moto's), which can be told to fail: ``python run_s3.py`` prints its address.
 
     GET  /-/log            every request so far, ["PUT /bucket/key?query", ...], which is forgotten then
-    POST /-/faults         a list of {match, times, status, code, cut, wait}: what answers instead, the first that matches
+    POST /-/faults         a list of {match, times, status, code, cut, wait}: answers instead, the first match
 
 Whoever signs with another key than `KEY` is refused as S3 does it, with the key in the answer.
 """

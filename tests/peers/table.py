@@ -36,7 +36,12 @@ TESTS = [
 ]
 TESTS += ["api/test_batch_schedulers.py"]
 TESTS += ["formats/families/test_families_peers.py", "formats/test_compat_diffusion.py", "merge/test_dora_peers.py"]
-TESTS += ["formats/test_unet_names.py", "formats/test_llamacpp_runtime.py", "serving/test_serving_peers.py", "io/test_remote_peers.py"]
+TESTS += [
+    "formats/test_unet_names.py",
+    "formats/test_llamacpp_runtime.py",
+    "serving/test_serving_peers.py",
+    "io/test_remote_peers.py",
+]
 
 
 def reason(peer: str, chosen: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ hold a mark, ``scaled_fp8``. Without such a number the values are exact in F16; 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 
@@ -28,7 +28,7 @@ def scales(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
     return {name: scale for name, scale in pairs if scale in tensors}
 
 
-def notes(tensors: Iterable[TensorInfo], scaled: Mapping[str, str]) -> list[str]:
+def notes(tensors: Iterable[TensorInfo], scaled: Collection[str]) -> list[str]:
     """Return the warning, if any, of tensors of eight bits."""
     eights = [info for info in tensors if info.dtype in FP8 and math.prod(info.shape) > 1]
     if not eights:
