@@ -180,7 +180,7 @@ def test_docstrings(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_tables_of_pages_are_those_of_the_results() -> None:
     """Every benchmark is imported, in a process of its own since their names are short, and renders what is there."""
-    pages = "".join(page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))))
+    pages = "".join(page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))))
     tables = re.findall(r"<!-- table (\w+) -->\n(.*?)\n<!-- end table", pages, re.DOTALL)
     names = {"statistics": "input_statistics"}  # a file of the first name would hide the standard library's
     script = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,6 +14,9 @@ from lrconvert.cli.printing import emit, say
 from lrconvert.cli.several import Place
 from lrconvert.core.errors import EXIT_REFUSED, OptionError, UnknownLayoutError, printable
 from lrconvert.io.remote import Url
+
+if TYPE_CHECKING:
+    from lrconvert.formats.lrc.validation import Validation
 
 
 @flags.command(
@@ -25,7 +29,6 @@ def validate(files: tuple[Path, ...], base: Path | None, as_json: bool) -> None:
     """Check lrconvert files and input statistics, and all in the folders that are given; prints every finding and exits
     1 if there is any. Of several it shows a table. FLEET [NAME]... checks a fleet, or members of it: findings as they
     come, with --json a line for each file and member."""
-    from lrconvert import api
     from lrconvert.formats.fleet import names
     from lrconvert.report import checks
 
@@ -35,7 +38,7 @@ def validate(files: tuple[Path, ...], base: Path | None, as_json: bool) -> None:
 
         packing.check_fleet(files[0], [str(file) for file in files[1:]], base, as_json)
         return
-    results = [api.validate(path, base=base) for path in _inside(files)]
+    results = [_checked(path, base) for path in _inside(files)]
     ok = all(result.ok for result in results)
     if as_json:
         rows = [{**dataclasses.asdict(result), "ok": result.ok} for result in results]
@@ -53,6 +56,19 @@ def validate(files: tuple[Path, ...], base: Path | None, as_json: bool) -> None:
             say(f"ok: {printable(str(result.path))}: {facts['method']}, {size}")
     if not ok:
         raise click.exceptions.Exit(EXIT_REFUSED)
+
+
+def _checked(place: Place, base: Path | None) -> Validation:
+    """Check one file. What is a file on this machine needs none of the ways to other places."""
+    from lrconvert.formats.fleet import places
+    from lrconvert.formats.lrc import validation
+    from lrconvert.io import hub
+
+    if isinstance(place, Url) or places.is_member(place):
+        from lrconvert import api
+
+        return api.validate(place, base=base)
+    return validation.validate(place, None if base is None else hub.locate(base))
 
 
 def _inside(sources: Sequence[Place]) -> list[Place]:

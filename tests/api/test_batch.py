@@ -72,7 +72,7 @@ def work_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     on: what a process costs to start is spared where none is the matter."""
     names: list[str] = []
     monkeypatch.setattr(run, "Workers", lambda count: Here(names))
-    monkeypatch.setattr(run, "_processes", lambda options: 1)
+    monkeypatch.setattr(run, "_processes", lambda options, waiting: 1)
     return names
 
 

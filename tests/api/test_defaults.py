@@ -29,6 +29,8 @@ COMMANDS: dict[str, tuple[str, tuple[object, ...], set[str]]] = {
     "refine": ("refine", ("x.lrc", "--base", BASE, "--teacher", PLAIN, "-o", "new.lrc"), {"out"}),
     "export": ("export", ("x.lrc", "-o", "folder", "--to", "peft-lora"), {"out", "to", "command"}),
     "check": ("check", (PLAIN, "--for", "vllm"), {"consumers"}),
+    "extract": ("extract", (BASE, "--base", BASE, "-o", "new.lrc"), {"base", "method", "out"}),  # a file has a form
+    "combine": ("combine", (f"{PLAIN}=0.5", "-o", "new.lrc"), {"method", "out"}),
     "merge-into-base": ("merge", (BASE, PLAIN, "-o", "merged"), {"out"}),
     "unmerge": ("unmerge", (BASE, "-o", "again"), {"out"}),
     "verify": ("verify", (BASE, "--base", BASE, "--adapter", PLAIN), set()),
@@ -90,6 +92,7 @@ def test_every_command_is_looked_at() -> None:
         "completion",
         "download",
         "expand",
+        "fleet",
         "pack",
     }
 
