@@ -31,6 +31,10 @@ def _holds(folder: Path, *names: str) -> bool:
 
 def for_adapter(path: Path) -> LrcError | None:
     """Return the error that says what `path` is, if it is given for an adapter and plainly is none."""
+    return _by_place(path) or by_content(path)
+
+
+def _by_place(path: Path) -> LrcError | None:
     if path.name == ADAPTER_CONFIG and path.is_file():
         what = "is the configuration of an adapter, without its weights"
         return UnknownLayoutError(what, fix=f"give its folder, {path.parent}", path=path)
@@ -38,7 +42,7 @@ def for_adapter(path: Path) -> LrcError | None:
     if is_model(folder):
         what = "is a model, not an adapter" if path.is_dir() else "is a file of a model, not an adapter"
         return UnknownLayoutError(what, fix="give the LoRA here; the model it was trained on is its base", path=path)
-    return by_content(path)
+    return None
 
 
 # --- by content -----------------------------------------------------------------------------------------------------
@@ -74,7 +78,13 @@ _TEXTS = (
 
 
 def by_content(path: Path) -> LrcError | None:
-    """Return the error that says what a file is by its first bytes, if that is something that holds no adapter."""
+    """Return the error that says what a file is, by its place if that tells, if its first bytes are of something that
+    holds no adapter."""
+    error = _by_first_bytes(path)
+    return error if error is None or path.suffix != ".json" else _by_place(path) or error
+
+
+def _by_first_bytes(path: Path) -> LrcError | None:
     try:
         if not path.is_file():  # a pipe would wait for a writer
             return None

@@ -82,7 +82,7 @@ def test_nonsense_is_refused_in_our_words(verb: str, made: Any, tmp_path: Path) 
         (lambda: lrconvert.load_lora(PLAIN.parent), lrconvert.ConfigError, "convert_many or compress_many"),
         (lambda: lrconvert.compare(PLAIN, [], base=BASE, data=["a text"]), lrconvert.DataError, r"\{'text': \.\.\.\}"),
         (lambda: lrconvert.compare(PLAIN, [], base=BASE, data=5), lrconvert.ArgumentError, "data is 5; files of texts"),
-        (lambda: lrconvert.export(PLAIN, "x", to=None), lrconvert.ArgumentError, "known: diffusers, "),  # type: ignore[arg-type]
+        (lambda: lrconvert.export(PLAIN, "x", to=None), lrconvert.ArgumentError, "known: comfyui, diffusers, "),  # type: ignore[arg-type]
     ],
 )
 def test_what_is_probably_meant_is_said(call: Callable[[], Any], error: type[LrcError], message: str) -> None:

@@ -203,7 +203,7 @@ def _dora() -> LoraAdapter:
     ("call", "error", "message"),
     [
         (lambda: api.combine([]), errors.OptionError, "no adapter"),
-        (lambda: api.combine([_dora(), _dora()]), errors.OptionError, "bake-dora"),
+        (lambda: api.combine([_dora(), _dora()]), errors.OptionError, "bake_dora=32"),
         (lambda: api.combine([random_lora(), random_lora(rank=2)], "linear"), errors.OptionError, "ranks 4, 2"),
         (lambda: api.combine([random_lora(), random_lora(((8, 8), (16, 40)))]), errors.BaseError, "in 'adapter 2'"),
         (lambda: api.combine([random_lora()], "ties"), errors.OptionError, "needs density"),

@@ -21,8 +21,8 @@ from lrconvert.methods import base as methods
 
 PACKAGE = ROOT / "lrconvert"
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
-# Of other programs: of servers, of their converters, of the hub's own command.
-THEIRS = {"--max-lora-rank", "--revision", "--repo-type", "--lora", "--model", "--adapter-path", "--prompt"}
+# Of other programs: of servers, of their converters, of the hub's own command; the end of names of buckets.
+THEIRS = {"--x-s", "--max-lora-rank", "--revision", "--repo-type", "--lora", "--model", "--adapter-path", "--prompt"}
 COMMANDS_SPEAK = ("cli", "report", "demo", "testing")  # what only a command prints
 
 
@@ -56,7 +56,7 @@ def keywords() -> set[str]:
     verbs = [getattr(lrconvert, name) for name in lrconvert.__all__]
     own = {name for v in verbs if inspect.isfunction(v) for name in inspect.signature(v).parameters}
     kinds = [v for v in verbs if is_dataclass(v)] + [method.Options for method in methods.all_methods()]
-    return own | {entry.name for kind in kinds for entry in fields(kind)} | {"allow_pickle", "layout", "alpha"}
+    return own | {entry.name for kind in kinds for entry in fields(kind)} | {"allow_pickle", "layout", "alpha", "source_rank"}
 
 
 def flags() -> set[str]:

@@ -34,7 +34,7 @@ SHARDS = {
     "nemo 2": (("context/model.yaml", "weights/__0_0.distcp"), "llm.peft.export_lora"),
     "nemo 2, weights": (("adapter_metadata.json", "__0_0.distcp", ".metadata"), "llm.peft.export_lora"),
     "nemo 1": (("model_config.yaml", "model_weights.ckpt"), "llm.peft.export_lora"),
-    "ms-swift": (("args.json", "iter_0000100/__0_0.distcp"), "megatron export --adapter_load"),
+    "ms-swift": (("args.json", "iter_0000100/__0_0.distcp"), "with adapter_load, with to_hf"),
     "deepspeed": (("global_step500/mp_rank_00_model_states.pt", "zero_to_fp32.py"), "zero_to_fp32.py"),
     "deepspeed, inside": (("mp_rank_00_model_states.pt",), "zero_to_fp32.py"),
     "fsdp": (("pytorch_model_fsdp_0/__0_0.distcp", "optimizer_0/__0_0.distcp"), "accelerate merge-weights"),

@@ -424,8 +424,8 @@ def one(name: str) -> dict[str, Any]:
 
 KOHYA = "lora_unet_mid_block_attentions_0_proj_in"
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
-    "LoHa": (one(f"{KOHYA}.hada_w1_a"), "E-NOT-LORA", "LoHa"),
-    "LoKr": (one(f"{KOHYA}.lokr_w1"), "E-NOT-LORA", "LoKr"),
+    "a part of LoHa": (one(f"{KOHYA}.hada_w1_a"), "E-PAIR", "has no hada_w1_b"),
+    "a part of LoKr": (one(f"{KOHYA}.lokr_w1"), "E-PAIR", "has no lokr_w2"),
     "OFT": (one(f"{KOHYA}.oft_blocks"), "E-NOT-LORA", "OFT"),
     "PEFT's OFT": (one("model.layers.0.q_proj.oft_R.weight"), "E-NOT-LORA", "OFT"),
     "IA3": (one("encoder.0.k.ia3_l"), "E-NOT-LORA", "IA"),
@@ -435,9 +435,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "NOLA of a language model": (
         {"m.lora_A.weight": np.ones((2, 2), "<f4"), "m.lora_A.coefficients": np.ones(3, "<f4"),
          "m.lora_A.seed": np.ones(1, "<i8")}, "E-NOT-LORA", "GPU"),
-    "whole differences": ({**_tensors(layouts.kohya(PAIR)), **one(f"{KOHYA}.diff")}, "E-LORA-FEATURE", "difference"),
     "NeMo": (one("m.self_attention.adapter_layer.lora_kqv_adapter.linear_in.weight"), "E-LORA-FEATURE", "NeMo"),
-    "CLIP-LoRA": (one("layer_0.q_proj.w_lora_A"), "E-LORA-FEATURE", "CLIP-LoRA"),
+    "a part of CLIP-LoRA": (one("layer_0.q_proj.w_lora_A"), "E-PAIR", "not one w_lora_B"),
     "split layers": (one(f"{KOHYA}.lora_down.0.weight"), "E-LORA-FEATURE", "slice"),
     "only downs": (one(f"{KOHYA}.lora_down.weight"), "E-PAIR", "not one lora_up"),
     "only A": (one("m.x.lora_A"), "E-PAIR", "not one lora_B"),

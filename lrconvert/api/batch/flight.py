@@ -90,9 +90,7 @@ class Flight:
         """The error where an executor that is not ours works no more. What has come before is kept, and passed by."""
         count = len(self._flying) + 1
         what = f"the executor works no more ({type(error).__name__}); {count:,} adapters were in work, this among them"
-        fix = (
-            f"give the same command again, which goes on from here; without {spelled('executor')} a batch survives this"
-        )
+        fix = "give the same command again, which goes on from here; a batch with processes of its own survives this"
         return WorkerError(what, fix=fix, path=one.job.shown or one.job.source)
 
     def __enter__(self) -> Flight:

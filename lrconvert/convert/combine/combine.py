@@ -19,6 +19,7 @@ from lrconvert.convert.extract import factors
 from lrconvert.convert.extract.options import ExtractOptions
 from lrconvert.core.dtypes import F64, Array, Stored, round_to
 from lrconvert.core.errors import BaseError, EmptyAdapterError, FingerprintError, OptionError
+from lrconvert.core.wording import spelled
 from lrconvert.formats.fidelity import target_key
 from lrconvert.io import hub
 from lrconvert.io.container import combined_digest, tensor_digest
@@ -260,9 +261,7 @@ def _check(items: Sequence[Weighted]) -> None:
             raise OptionError(what, fix="merge it into its base, or convert its LoRA to another form")
         if any(extra.use == "magnitude" for extra in item.adapter.extras):
             what = f"{item.name!r:.100} is DoRA, whose update is no sum with others"
-            fix = (
-                "make it a plain update first: `lrconvert lora-to-lowrank ADAPTER --base BASE --bake-dora 32 --bits 12`"
-            )
+            fix = f"make it a plain update first: convert it with {spelled('bake_dora', 32)} and {spelled('base', ...)}"
             raise OptionError(what, fix=fix)
         if isinstance(item.adapter, CompactAdapter) and item.adapter.base.content:
             contents[item.adapter.base.content] = item.name

@@ -16,7 +16,7 @@ _NEMO = (
     "export it with NeMo (llm.peft.export_lora; of NeMo 1 scripts/checkpoint_converters/lora_converters) as a "
     "Hugging Face adapter and convert that"
 )
-_SWIFT = "export it with ms-swift (megatron export --adapter_load CHECKPOINT --to_hf true --merge_lora false)"
+_SWIFT = "export it with ms-swift (`megatron export` with adapter_load, with to_hf, without merge_lora)"
 _GATHER = (
     "make whole weights with the checkpoint's zero_to_fp32.py, or save it again with "
     "stage3_gather_16bit_weights_on_model_save"
