@@ -17,6 +17,7 @@ from conftest import ADAPTERS, ROOT
 import lrconvert
 from lrconvert.cli import cli
 from lrconvert.core.wording import either, on_command_line, spelled, verb
+from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.methods import base as methods
 
 PACKAGE = ROOT / "lrconvert"
@@ -56,7 +57,8 @@ def keywords() -> set[str]:
     verbs = [getattr(lrconvert, name) for name in lrconvert.__all__]
     own = {name for v in verbs if inspect.isfunction(v) for name in inspect.signature(v).parameters}
     kinds = [v for v in verbs if is_dataclass(v)] + [method.Options for method in methods.all_methods()]
-    return own | {entry.name for kind in kinds for entry in fields(kind)} | {"allow_pickle", "layout", "alpha", "source_rank"}
+    reading = {entry.name for entry in fields(ReadOptions)}
+    return own | {entry.name for kind in kinds for entry in fields(kind)} | reading
 
 
 def flags() -> set[str]:

@@ -169,7 +169,7 @@ def _unknown(path: Path, names: Sequence[str] = ()) -> LrcError:
     if (whole := kinds.whole_weights(names)) is not None:
         return whole.at(path)
     holds = f": {_named(names)}" if names else ", and no file of weights in it" if path.is_dir() else ""
-    fix = f"read are {', '.join(ids())}; {spelled('layout', ...)} says which it is"
+    fix = f"read are {', '.join(ids())}; {spelled('layout', ..., '--from')} says which it is"
     return UnknownLayoutError(f"no known adapter layout{holds}", fix=fix, path=path)
 
 
