@@ -109,7 +109,7 @@ def run(evidence: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(cells, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(loras, "KEPT_EVERY", 2)
     monkeypatch.setattr(loras, "WARMUP", 1)
-    monkeypatch.setattr(loras.train, "__kwdefaults__", {"rank": 4, "steps": 4})
+    monkeypatch.setattr(loras.train, "__kwdefaults__", {"rank": 4, "steps": 4, "seed": 0})
     return evidence.Run(tmp_path / "base", tmp_path / "kept", held=4, steps=32, batch_tokens=256)
 
 

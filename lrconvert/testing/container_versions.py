@@ -38,7 +38,10 @@ def raw_version_1(compact: CompactAdapter) -> V1:
 
 
 def versions(compact: CompactAdapter) -> tuple[int, ...]:
-    """Return the container versions that can hold an adapter: coded tensors are not of the first."""
+    """Return the container versions that can hold an adapter: coded tensors are not of the first, what a file states as
+    required is of the newest alone."""
+    if manifests.features(compact.targets, compact.extras):
+        return VERSIONS[-1:]
     specs = methods.get(compact.method).specs(compact.config, compact.targets)
     return VERSIONS[any(spec.kind == "coded" for spec in specs) :]
 

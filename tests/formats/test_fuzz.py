@@ -289,7 +289,8 @@ def test_the_fuzz_target_finds() -> None:
     """A fault planted in the reader is a find."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import fuzz_file\n"
-        "fuzz_file.ContainerFile.read = lambda self, info, *a: bytes(info.nbytes)\n"
+        "class Broken(fuzz_file.ContainerFile):\n    read = lambda self, info, *a: bytes(info.nbytes)\n"
+        "fuzz_file.ContainerFile = Broken\n"
         "fuzz_file.replay([])"
     )
     done = subprocess.run([sys.executable, "-c", code, str(FUZZ)], capture_output=True, text=True, check=False)

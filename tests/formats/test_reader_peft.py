@@ -181,10 +181,13 @@ def test_settings_that_contradict_the_file_are_refused(case, folder):
         load(folder.config(**changes))
 
 
+ELSEWHERE = {"LORA", "VBLORA", "MISS", "LOHA", "LOKR", "VERA", "ADALORA", "IA3"}  # by readers of their own, the latter
+
+
 def test_every_other_kind_of_peft_is_refused_by_name(folder):
     import peft
 
-    for kind in sorted({k.value for k in peft.PeftType} - {"LORA", "VBLORA", "MISS"}):
+    for kind in sorted({k.value for k in peft.PeftType} - ELSEWHERE):
         with pytest.raises(errors.NotLoraError, match=f"the adapter is {kind}, not LORA") as caught:
             load(folder.config(peft_type=kind))
         assert caught.value.fix

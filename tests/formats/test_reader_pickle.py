@@ -95,7 +95,7 @@ def test_a_nested_pickle_that_states_its_alpha_and_rank(tmp_path):
         load(path, ALLOWED)
     layer = {"q_proj": {"w_lora_A": torch.ones(2, 8), "w_lora_B": torch.ones(8, 2)}}
     torch.save({"weights": {"layer_0": layer}, "metadata": {"r": 2, "alpha": 1, "params": ["q", "k"]}}, path)
-    with pytest.raises(errors.UnsupportedLoraError, match="CLIP-LoRA"):
+    with pytest.raises(errors.ConfigError, match="CLIP-LoRA"):
         load(path, ALLOWED)
 
 

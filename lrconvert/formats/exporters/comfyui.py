@@ -34,6 +34,7 @@ EXPORTER = Exporter(
     files,
     kind="ComfyUI LoRA",
     library="ComfyUI",
+    usage=f"sh\n# for {{base}}; then choose it in the node Load LoRA\ncp THIS-FOLDER/{_NAME} ComfyUI/models/loras/",
     consumers=("comfyui",),
     own_names=True,
     scheme=ORIGINAL,

@@ -70,11 +70,13 @@ class Url(os.PathLike[str]):
 
     @property
     def name(self) -> str:
-        """Return the last part of the path, without query, as files are named; "" for a bare host or bucket."""
+        """Return the last part of the path, without query, as files are named; of a bare host or bucket its name without
+        the credentials before it."""
         place = self.text.partition("://")[2]
         if self.scheme in ("http", "https"):
             place = unquote(re.split("[?#]", place, maxsplit=1)[0])
-        return place.rstrip("/").rpartition("/")[2]
+        _, slash, name = place.rstrip("/").rpartition("/")
+        return name if slash else name.rpartition("@")[2]
 
     def __truediv__(self, inside: str) -> Url:
         """Return the URL of what lies below a folder."""

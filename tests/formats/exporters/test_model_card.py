@@ -38,7 +38,7 @@ def test_front_matter_is_what_hubs_and_peft_have(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("layout", exporters.ids())
+@pytest.mark.parametrize("layout", sorted({*exporters.ids()} - {"original"}))  # that is for any program
 def test_every_layout_says_how_it_is_loaded(layout: str) -> None:
     """With the name of the base and where the adapter is; Python is Python."""
     exporter = exporters.get(layout)
