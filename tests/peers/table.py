@@ -53,7 +53,8 @@ def run(peers: Sequence[str]) -> tuple[int, Counter[tuple[str, str]]]:
     """pytest's exit status, and how many tests of each peer ended how: (peer, "passed"), (peer, "failed"), ..."""
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
-        words = ["-q", "-m", "not long", "-p", "no:cacheprovider", "-k", " or ".join(peers), f"--junitxml={report}"]
+        words = ["-q", "-n", "2", "--dist", "worksteal", "-m", "not long", "-p", "no:cacheprovider"]
+        words += ["-k", " or ".join(peers), f"--junitxml={report}"]
         tests = [str(HERE.parent / name) for name in TESTS]
         status = subprocess.run([sys.executable, "-m", "pytest", *words, *tests], check=False).returncode
         cases = ElementTree.parse(report).iter("testcase")

@@ -70,8 +70,8 @@ class Url(os.PathLike[str]):
 
     @property
     def name(self) -> str:
-        """Return the last part of the path, without query, as files are named; of a bare host or bucket its name without
-        the credentials before it."""
+        """Return the last part of the path, without query, as files are named; of a bare host or bucket its name
+        without the credentials before it."""
         place = self.text.partition("://")[2]
         if self.scheme in ("http", "https"):
             place = unquote(re.split("[?#]", place, maxsplit=1)[0])
