@@ -127,6 +127,15 @@ def loaded(path: Path, **options: Any) -> LoraAdapter | None:
         assert peak < 2 * MIB
 
 
+@pytest.fixture(autouse=True, scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Modules are imported, and tables of names made, at the first use: that memory is no adapter's."""
+    for layout, (write, modules, _) in layouts.WRITERS.items():
+        one = layouts.Known(modules[0], np.ones((1, 1), "<f4"), np.ones((1, 1), "<f4"), 1.0)
+        folder = write_files(tmp_path_factory.mktemp("first") / "x", write([one]))
+        api.load_lora(folder, alpha=ALPHA if layout == "raw" else None)
+
+
 @pytest.mark.medium
 @pytest.mark.parametrize("examples", [60, SLOW])
 @pytest.mark.parametrize("layout", [name for name in layouts.WRITERS if name != "gguf"])
