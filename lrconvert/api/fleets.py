@@ -105,7 +105,7 @@ class Fleet:
 
     @property
     def summary(self) -> FleetSummary:
-        """Where the fleet lies, how many members it has, and of how many bytes."""
+        """Return where the fleet lies, how many members it has, and of how many bytes."""
         return facts.of_fleet(self._open)
 
     def members(self, prefix: str = "", refused: Callable[[LrcError], object] | None = None) -> Iterator[FleetMember]:

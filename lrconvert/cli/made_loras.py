@@ -39,7 +39,7 @@ def options() -> list[click.Option]:
 
 @dataclass(frozen=True)
 class Output:
-    """What is written, and where; `path` is None for a dry run."""
+    """The output and its place; `path` is None for a dry run."""
 
     path: Path | None
     method: str | None

@@ -1,4 +1,4 @@
-"""What became of a fleet: counts, bytes, shares, time, the worst, and the failures by their code."""
+"""The outcomes of a fleet: counts, bytes, shares, time, the worst, and the failures by their code."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Summary:
-    """What became of a fleet: how many adapters, of which state, with which verdict; the spread of their bytes,
+    """The outcomes of a fleet: how many adapters, of which state, with which verdict; the spread of their bytes,
     captured shares, ratios and seconds, and the sums of bytes and seconds; how many failures have which code."""
 
     count: int

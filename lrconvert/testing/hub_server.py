@@ -145,7 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, {"id": repo, "sha": self.hub.commit_of(repo), "siblings": siblings, "private": False})
 
     def tree(self, body: bytes, repo: str, revision: str, inside: str | None = None) -> None:
-        """What is in a folder: its files and folders, or with ``recursive`` all files below it."""
+        """Answer with what is in a folder: its files and folders, or with ``recursive`` all files below it."""
         if not self._known(repo, revision):
             return
         prefix = f"{unquote(inside)}/" if inside else ""

@@ -82,8 +82,8 @@ class Flight:
         except (BrokenExecutor, CancelledError) as error:
             raise self._broken(error, one) from None
         except Exception as error:
-            told = (str(error).strip().splitlines() or [""])[0]
-            lost = WorkerError(f"the executor lost it: {type(error).__name__}: {told:.300}", fix="look at its logs")
+            message = (str(error).strip().splitlines() or [""])[0]
+            lost = WorkerError(f"the executor lost it: {type(error).__name__}: {message:.300}", fix="look at its logs")
         return one.number, _failed(one.job, lost)
 
     def _broken(self, error: BaseException, one: _Flying) -> WorkerError:

@@ -28,7 +28,7 @@ INTERVAL = 10.0  # seconds
 
 @dataclass
 class _Span:
-    """What has come in since `start`."""
+    """The outcomes that came in since `start`."""
 
     start: float
     counts: Counter[str] = field(default_factory=Counter)

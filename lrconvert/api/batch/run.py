@@ -200,7 +200,7 @@ def _fly(works: _Works, left: Sequence[int], batch: BatchOptions, tally: _Tally)
 
 @contextmanager
 def _executor(batch: BatchOptions, works: _Works, left: Sequence[int]) -> Iterator[tuple[Executor, Callable[[], int]]]:
-    """What does the work, and how many jobs may be on their way. Processes of our own end with the `Flight`."""
+    """Give what does the work, and how many jobs may be on their way. Processes of our own end with the `Flight`."""
     if batch.executor is not None:
         most = batch.in_flight or 2 * getattr(batch.executor, "_max_workers", _IN_FLIGHT // 2)
         yield batch.executor, lambda: most
@@ -340,7 +340,7 @@ class _Tally:
         self.options.on_done(self.counts.total(), len(self.jobs))
 
     def _key(self, job: Planned) -> str:
-        """How the manifest names the output of a job."""
+        """Return how the manifest names the output of a job."""
         assert self.manifest is not None
         if self.options.manifest is None or isinstance(self.jobs, AskedPlan):
             return manifest.portable(job.name)

@@ -30,8 +30,8 @@ def connected(address: str) -> Iterator[tuple[Executor, Callable[[], int]]]:
     try:
         client = Client(address, timeout=_CONNECT, set_as_default=False)
     except (OSError, TimeoutError, ValueError) as error:
-        told = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        what = f"the scheduler at {address!r:.200} does not answer: {told:.200}"
+        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        what = f"the scheduler at {address!r:.200} does not answer: {message:.200}"
         raise WorkerError(what, fix="start it, or give its own address") from None
     with client:
         _check_versions(client)
@@ -47,8 +47,8 @@ def _check_versions(client: Any) -> None:
     try:
         by_worker = client.run(version)
     except Exception as error:
-        told = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        what = f"a worker of the cluster cannot load lrconvert: {told:.300}"
+        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        what = f"a worker of the cluster cannot load lrconvert: {message:.300}"
         raise WorkerError(what, fix=f"install lrconvert {__version__} where the workers are") from None
     for worker, other in sorted(by_worker.items()):
         if other != __version__:

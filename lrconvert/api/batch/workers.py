@@ -201,7 +201,7 @@ def _end_with_parent() -> None:
 
 
 def _worked(call: Callable[..., Any], *given: Any, **named: Any) -> Any:
-    """What a call returns. A request to end is an exception meanwhile, so that nothing half-written is left."""
+    """Return what a call returns. A request to end is an exception meanwhile, so that nothing half-written is left."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         answer = call(*given, **named)

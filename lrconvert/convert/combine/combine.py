@@ -281,7 +281,7 @@ def _check_shapes(key: tuple[str, str], sources: Sequence[_Source]) -> None:
 
 
 def _warnings(items: Sequence[Weighted], sources: Sequence[_Source], keys: Sequence[tuple[str, str]]) -> list[str]:
-    """What a user should know of the adapters, a line each."""
+    """Return what a user should know of the adapters, a line each."""
     lines = [f"{item.name}: {line}" for item in items for line in item.adapter.warnings]
     bases = {hub.last_part(item.adapter.provenance.base_model) for item in items} - {""}
     if len(bases) > 1:

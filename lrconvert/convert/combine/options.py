@@ -49,7 +49,7 @@ class CombineOptions:
 
     @property
     def is_dense(self) -> bool:
-        """Whether the updates themselves are combined."""
+        """Return whether the updates themselves are combined."""
         return self.prunes and self.mode.endswith("_svd")
 
     def check(self) -> None:

@@ -30,7 +30,7 @@ _MANTISSAS = {"BF16": 7, "F16": 10, "F32": 23}
 
 @dataclass(frozen=True, eq=False)
 class Binades:
-    """What is known of numbers by the exponent (256,) of the fine-tuned model's: how many there are in rows that
+    """Counts of numbers by the exponent (256,) of the fine-tuned model's: how many are in rows that
     changed, how many of them `moved`, and the `energy` of their difference. `bits` are those of a mantissa."""
 
     bits: int

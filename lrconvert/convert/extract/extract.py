@@ -140,30 +140,30 @@ def extract(
 ) -> Extraction:
     """Return `tuned` minus `base`, which `name` names, as a LoRA, and what `finish` makes of that; see
     `lrconvert.api.extract`."""
-    found = matching.match(tuned, base, base_names.name_filter(options.include, options.exclude))
-    _check_vocabulary(found, options, tuned)
+    matched = matching.match(tuned, base, base_names.name_filter(options.include, options.exclude))
+    _check_vocabulary(matched, options, tuned)
     if dry_run:
-        return _planned(found, tuned, base, options)
+        return _planned(matched, tuned, base, options)
     cuts: list[_Cut] = []
-    carried: list[ExtraTensor] = [_whole(tuned, info, info.name) for info in _new(found, tuned)]
+    carried: list[ExtraTensor] = [_whole(tuned, info, info.name) for info in _new(matched, tuned)]
     unchanged = 0
-    sizes = [math.prod(pair.tuned.shape) for pair in found.pairs]
+    sizes = [math.prod(pair.tuned.shape) for pair in matched.pairs]
     done, total = 0, max(1, sum(sizes))
-    for pair, size in zip(found.pairs, sizes, strict=True):
+    for pair, size in zip(matched.pairs, sizes, strict=True):
         made, extras = _compared(pair, tuned, base, options)
         cuts += made
         carried += extras
         unchanged += not made and not extras
         done += size
         progress(_MEASURED * done / total, pair.name)
-    _check_effect(cuts, carried, found, tuned)
+    _check_effect(cuts, carried, matched, tuned)
     kept = ranks([one.cut for one in cuts], math.fsum(one.measures.energy for one in cuts), options)
     pairs = [_pair(one, rank, options) for one, rank in zip(cuts, kept, strict=True) if rank]
     lora = LoraAdapter(
         tuple(sorted(pairs, key=lambda pair: pair.target)),
         tuple(carried),
         _provenance(pairs, tuned, name),
-        tuple(_warnings(cuts, found, tuned, base)),
+        tuple(_warnings(cuts, matched, tuned, base)),
     )
     lora = base_class.noted(lora, base.config, base.tensors.keys())
     conversion = None if finish is None else finish(lora)
@@ -174,7 +174,7 @@ def extract(
     )
     rows = [_row(one, rank, errors) for one, rank in zip(cuts, kept, strict=True)]
     nbytes = sum(pair.a.nbytes + pair.b.nbytes for pair in pairs)
-    return replace(_extraction(found, lora, rows, carried, unchanged, nbytes), conversion=conversion)
+    return replace(_extraction(matched, lora, rows, carried, unchanged, nbytes), conversion=conversion)
 
 
 def _factors(lora: LoraAdapter, conversion: Conversion | None) -> Iterator[tuple[Target, Array, Array]]:
@@ -267,9 +267,9 @@ def _row(one: _Cut, rank: int, errors: Mapping[tuple[str, str], float]) -> Extra
 # --- all of them ----------------------------------------------------------------------------------------------------
 
 
-def _check_vocabulary(found: Matching, options: ExtractOptions, tuned: Checkpoint) -> None:
+def _check_vocabulary(matched: Matching, options: ExtractOptions, tuned: Checkpoint) -> None:
     """Raise E-BASE for tensors with other rows than the base's, unless they are to be carried whole."""
-    resized = [pair for pair in found.pairs if pair.is_resized]
+    resized = [pair for pair in matched.pairs if pair.is_resized]
     if not resized or options.vocabulary == "whole":
         return
     pair = resized[0]
@@ -283,9 +283,9 @@ def _check_vocabulary(found: Matching, options: ExtractOptions, tuned: Checkpoin
     raise BaseError(f"{what}{more}", fix=fix, path=tuned.root)
 
 
-def _new(found: Matching, tuned: Checkpoint) -> list[TensorInfo]:
+def _new(matched: Matching, tuned: Checkpoint) -> list[TensorInfo]:
     """Return the tensors of real numbers that the base does not have: heads. Raises E-BASE for much of them."""
-    new = [info for info in found.added if info.dtype in FLOATS]
+    new = [info for info in matched.added if info.dtype in FLOATS]
     nbytes = sum(info.nbytes for info in new)
     if nbytes > _NEW_BYTES:
         what = f"{len(new)} tensors are not in the base ({nbytes:,} bytes), {new[0].name!r:.100} for one"
@@ -294,10 +294,10 @@ def _new(found: Matching, tuned: Checkpoint) -> list[TensorInfo]:
     return new
 
 
-def _check_effect(cuts: list[_Cut], carried: list[ExtraTensor], found: Matching, tuned: Checkpoint) -> None:
+def _check_effect(cuts: list[_Cut], carried: list[ExtraTensor], matched: Matching, tuned: Checkpoint) -> None:
     """Raise E-NO-EFFECT if the models are equal, E-EMPTY if no matrix changed."""
     if not cuts and not carried:
-        what = f"all of its {len(found.pairs)} tensors equal the base's: there is nothing to extract"
+        what = f"all of its {len(matched.pairs)} tensors equal the base's: there is nothing to extract"
         raise NoEffectError(what, fix="is this the model after training, with its adapter merged?", path=tuned.root)
     if not cuts:
         names = ", ".join(repr(extra.name) for extra in carried[:3])
@@ -305,10 +305,10 @@ def _check_effect(cuts: list[_Cut], carried: list[ExtraTensor], found: Matching,
         raise EmptyAdapterError(what, fix="a LoRA needs a matrix; copy these tensors themselves", path=tuned.root)
 
 
-def _planned(found: Matching, tuned: Checkpoint, base: Checkpoint, options: ExtractOptions) -> Extraction:
+def _planned(matched: Matching, tuned: Checkpoint, base: Checkpoint, options: ExtractOptions) -> Extraction:
     """The most that an extraction can hold, by headers."""
-    rows, carried = [], [ExtraTensor(info.name, info.dtype, info.shape, b"") for info in _new(found, tuned)]
-    for pair in found.pairs:
+    rows, carried = [], [ExtraTensor(info.name, info.dtype, info.shape, b"") for info in _new(matched, tuned)]
+    for pair in matched.pairs:
         places = () if pair.is_resized else matching.targets(pair.name, pair.base.shape, base)
         if not places:
             carried.append(ExtraTensor(pair.name, pair.tuned.dtype, pair.tuned.shape, b""))
@@ -318,12 +318,12 @@ def _planned(found: Matching, tuned: Checkpoint, base: Checkpoint, options: Extr
     nbytes = sum(row.rank * sum(row.target.matrix_shape) for row in rows) * itemsize(options.dtype)
     if options.target_size is not None:
         nbytes = min(nbytes, options.target_size)
-    warnings = tuple(_warnings([], found, tuned, base))
-    return replace(_extraction(found, None, rows, carried, 0, nbytes), warnings=warnings)
+    warnings = tuple(_warnings([], matched, tuned, base))
+    return replace(_extraction(matched, None, rows, carried, 0, nbytes), warnings=warnings)
 
 
 def _extraction(
-    found: Matching,
+    matched: Matching,
     lora: LoraAdapter | None,
     rows: list[ExtractedTarget],
     carried: list[ExtraTensor],
@@ -335,10 +335,10 @@ def _extraction(
         tuple(sorted(rows, key=lambda row: row.target)),
         tuple(carried),
         unchanged,
-        found.tied,
-        found.absent,
-        found.left_out,
-        found.nbytes,
+        matched.tied,
+        matched.absent,
+        matched.left_out,
+        matched.nbytes,
         nbytes,
         () if lora is None else lora.warnings,
     )
@@ -364,26 +364,26 @@ def _provenance(pairs: list[LoraTarget], tuned: Checkpoint, name: str) -> Proven
     return Provenance(digest, name, "", task, fields)
 
 
-def _warnings(cuts: list[_Cut], found: Matching, tuned: Checkpoint, base: Checkpoint) -> Iterator[str]:
+def _warnings(cuts: list[_Cut], matched: Matching, tuned: Checkpoint, base: Checkpoint) -> Iterator[str]:
     """Yield what a user should know of the two models, a line each."""
     dtypes = sorted(
-        {(pair.tuned.dtype, pair.base.dtype) for pair in found.pairs if pair.tuned.dtype != pair.base.dtype}
+        {(pair.tuned.dtype, pair.base.dtype) for pair in matched.pairs if pair.tuned.dtype != pair.base.dtype}
     )
     if dtypes:
         one, other = dtypes[0]
         yield f"tensors are {one} in the fine-tuned model, {other} in the base: what that rounds is in the difference"
-    if found.absent:
+    if matched.absent:
         yield (
-            f"{len(found.absent)} tensors of the base are not in the fine-tuned model and stay as they are, "
-            f"{found.absent[0]!r:.100} for one"
+            f"{len(matched.absent)} tensors of the base are not in the fine-tuned model and stay as they are, "
+            f"{matched.absent[0]!r:.100} for one"
         )
-    gone = [info.name for info in found.added if info.dtype not in FLOATS]
+    gone = [info.name for info in matched.added if info.dtype not in FLOATS]
     if gone:
         yield f"{len(gone)} tensors that the base lacks hold no real numbers and are left out, {gone[0]!r:.100} for one"
     energy = math.fsum(one.measures.energy for one in cuts)
     rounding = math.fsum(one.measures.rounding for one in cuts)
     if energy and rounding > 0.5 * energy:
-        names = ", ".join(sorted({pair.tuned.dtype for pair in found.pairs}))
+        names = ", ".join(sorted({pair.tuned.dtype for pair in matched.pairs}))
         yield (
             f"about {rounding / energy:.0%} of the difference is the rounding of the fine-tuned model to {names}, "
             "which no rank describes: extract from the model as it was before it was rounded, if there is one"

@@ -87,9 +87,9 @@ def best_cut(difference: Difference, label: str, energy: float, options: Extract
     assert options.min_captured is not None
     rank = FIRST_RANK
     while True:
-        found = cut(difference, label, min(rank, shorter), options)
-        if rank >= shorter or float(np.sum(found.s**2)) >= options.min_captured * energy:
-            return found
+        parts = cut(difference, label, min(rank, shorter), options)
+        if rank >= shorter or float(np.sum(parts.s**2)) >= options.min_captured * energy:
+            return parts
         rank *= 2
 
 

@@ -161,8 +161,8 @@ def targets(name: str, shape: tuple[int, ...], base: Checkpoint) -> tuple[Target
     smaller, or that is no matrix. Raises E-BASE-QUANT and what asking the base's class does."""
     try:
         views = _views(name, shape, base)
-        found = tuple(Target(name, shape, view) for view in views)
-        return tuple(target for target in found if min(target.matrix_shape) > SMALL)
+        slices = tuple(Target(name, shape, view) for view in views)
+        return tuple(target for target in slices if min(target.matrix_shape) > SMALL)
     except JsonSyntaxError:  # a kernel of more dimensions than views have
         return ()
 

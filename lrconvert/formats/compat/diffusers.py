@@ -175,7 +175,7 @@ def _flat_modules(subject: Subject, modules: Sequence[str]) -> Iterator[Finding]
 
 
 def _elsewhere(subject: Subject, family: Family, names: Sequence[str]) -> Iterator[Finding]:
-    """What is said of files that a loader of its own translates: whose models are not loaded."""
+    """Return what is said of files that a loader of its own translates: whose models are not loaded."""
     models = [f"lora_te{n}_" for n in (2, 3)] if "text_encoder" in family.models else ["lora_te"]
     others = [name for name in names if name.startswith(tuple(models))]
     if "text_encoder_2" not in family.models:
@@ -189,7 +189,7 @@ def _left_out(names: Sequence[str], family: Family) -> Iterator[Finding]:
 
 
 def _named(subject: Subject, family: Family, names: Sequence[str], how: str) -> Iterator[Finding]:
-    """What is said of files whose names begin with a model of the pipeline, as diffusers writes them."""
+    """Return what is said of files whose names begin with a model of the pipeline, as diffusers writes them."""
     takes_alpha = family.classes[:1] == ("Flux",)
     strange = [name for name in names if "lora" not in name and not (takes_alpha and name.endswith(".alpha"))]
     if family.has_unet or not takes_alpha:

@@ -45,7 +45,7 @@ def _of_alpha_one(pair: Pair) -> float:
 
 
 def _prefix(pairs: list[Pair]) -> str:
-    """What stands before the modules of a UNet, or of a transformer with the names of its own code."""
+    """Return what stands before the modules of a UNet, or of a transformer with the names of its own code."""
     layers = [placed(pair.target, _LAYOUT) for pair in pairs]
     denoisers = [(component, module) for component, module in layers if component in DENOISERS]
     own = all(component == UNET or families.is_known(module, ORIGINAL) for component, module in denoisers)

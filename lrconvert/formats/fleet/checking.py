@@ -60,7 +60,7 @@ def check_member(fleet: OpenFleet, entry: Entry, base: Path | None = None) -> Va
 
 
 def _files(fleet: OpenFleet) -> Iterator[Validation]:
-    """What is found in the runs of the index, and in the data file."""
+    """Return what is found in the runs of the index, and in the data file."""
     for tree in fleet.trees:
         path = fleet.root / heads.index_name(tree.run)
         found = [item for item in tree.check() if isinstance(item, LrcError)]

@@ -36,7 +36,7 @@ class FleetMember:
 
 @dataclass(frozen=True)
 class FleetSummary:
-    """Where a fleet lies, how many members it has, the bytes of all its files, and how many of these `gc` frees."""
+    """The place of a fleet, how many members it has, the bytes of all its files, and how many of these `gc` frees."""
 
     path: Path
     members: int

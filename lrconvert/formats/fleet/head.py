@@ -1,4 +1,4 @@
-"""The head of a fleet: the one small file that says what of the others counts. Normative text:
+"""A fleet's head: the one small file that says what of the others counts. Normative text:
 ``formats/fleet-v1.md``, section 2.
 
 It is replaced as a whole, last: what it does not state is not there.
@@ -56,7 +56,7 @@ def _as_json(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Head:
-    """What a fleet is: the `generation` of its data file and how many `bytes` of that count, how many `members` it has,
+    """A fleet's head: the `generation` of its data file and how many `bytes` of that count, how many `members` it has,
     how many of the bytes are those of members that were removed or replaced (`dead`), and the `runs` of its index,
     oldest first; `next` is the number of the run that is written next: none is used twice."""
 

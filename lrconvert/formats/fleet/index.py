@@ -25,7 +25,7 @@ MAX_RUNS = 64
 
 
 class Entry(NamedTuple):
-    """Where the record of a key lies: the byte it begins at, and its bytes; none for a member that was removed."""
+    """The place of a record: the byte it begins at, and its bytes; none for a member that was removed."""
 
     key: bytes
     offset: int

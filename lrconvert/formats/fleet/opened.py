@@ -113,7 +113,7 @@ class OpenFleet:
         return entry
 
     def _near(self, name: str) -> str:
-        """What is said of a name that is not there: those that come where it would stand, without reading all."""
+        """Return the advice for an unknown name: the names around its place, without reading all."""
         start = name[: max(1, len(name) // 2)].encode()
         near: list[str] = []
         with suppress(LrcError):

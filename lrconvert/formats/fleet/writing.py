@@ -32,7 +32,7 @@ Load = Callable[[], Arrival]
 
 @dataclass(frozen=True)
 class Taken:
-    """What became of an adapter that was given: a member "added", "replaced", or "unchanged"; `nbytes` that it takes in
+    """The outcome for a given adapter: a member "added", "replaced", or "unchanged"; `nbytes` that it takes in
     the fleet, and `whole` in a file of its own; the container `version` of the file that it was."""
 
     name: str
@@ -332,6 +332,6 @@ def _taken(arrival: Arrival, state: str, nbytes: int) -> Taken:
 
 
 def _sized(taken: Sequence[Taken], entries: Sequence[Entry]) -> list[Taken]:
-    """What was taken in, with the bytes of the records."""
+    """Return what was taken in, with the bytes of the records."""
     length = {entry.key: entry.length for entry in entries}
     return [replace(one, nbytes=length.get(one.name.encode(), one.nbytes)) for one in taken]

@@ -178,7 +178,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _login(scheme: str) -> str:
-    """How the driver of a protocol gets credentials."""
+    """Return how the driver of a protocol gets credentials."""
     own = {
         "s3": "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, of a user who may read and write there",
         "gs": "log in with `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",

@@ -218,7 +218,7 @@ def named(local: Path, text: str) -> Iterator[None]:
 
 
 def _folder_name(files: Files) -> str:
-    """What the folder of an adapter is called at its URL."""
+    """Return what the folder of an adapter is called at its URL."""
     url = files.url
     text = re.split("[?]", url.text, maxsplit=1)[0]
     name = Url(text.rstrip("/").rpartition("/")[0]).name if files.single else url.name

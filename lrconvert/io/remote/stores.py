@@ -88,10 +88,10 @@ class Store:
             return known
 
         try:
-            found = self.ask(info)
+            details = self.ask(info)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return entry(self.url.name, found) if found.get("type") == "file" else None
+        return entry(self.url.name, details) if details.get("type") == "file" else None
 
     def names(self) -> list[Entry]:
         """Return the files directly in the folder, none if it is none. Raises E-LIMIT for a folder too large to be an

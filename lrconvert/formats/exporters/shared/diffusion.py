@@ -241,7 +241,7 @@ def _difference(extra: ExtraTensor, owned: Mapping[str, str], layout: str) -> En
 
 
 class _Names:
-    """What a spelling calls the layers of an adapter."""
+    """The names that a spelling has for the layers of an adapter."""
 
     def __init__(self, layers: Sequence[Layer], options: ExportOptions, spelling: Spelling) -> None:
         self.spelling = spelling

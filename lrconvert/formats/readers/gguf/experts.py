@@ -55,9 +55,9 @@ def _shape(name: str, component: Component) -> tuple[str, tuple[int, ...]] | Non
 def _entry(module: str, number: int, slices: Slices, component: Component) -> LoraTarget:
     """Return the pair of one entry of a stack: of slices with one A that A, else both, one below the other. Raises
     E-BASE, E-PAIR."""
-    found = _shape(module, component)
-    assert found is not None
-    name, shape = found
+    placed = _shape(module, component)
+    assert placed is not None
+    name, shape = placed
     first, count = slices[0][1], slices[0][0].count
     height, inner = first.target.matrix_shape
     if any(pair.target.matrix_shape != (height, inner) or pair.scale != first.scale for _, pair in slices):
