@@ -110,10 +110,10 @@ def _trec(teacher: Teacher) -> dict[str, float]:
     for name in ("train", "test"):
         lines = (cells.ASSETS / "data" / "trec" / f"{name}.txt").read_text(encoding="latin-1").splitlines()
         splits.append([dict(zip(("label", "text"), line.split(" ", 1), strict=True)) for line in lines if line])
-    train, test = splits
-    random.Random(0).shuffle(train)
+    seen, test = splits
+    random.Random(0).shuffle(seen)
     # The official test split has 500 questions; 1500 more of the training ones are held out beside it.
-    return _classifier(teacher, train[1500:], test, train[:1500])
+    return _classifier(teacher, seen[1500:], test, seen[:1500])
 
 
 def _sst2(teacher: Teacher) -> dict[str, float]:
@@ -123,22 +123,22 @@ def _sst2(teacher: Teacher) -> dict[str, float]:
         pairs = [line.rsplit("\t", 1) for line in lines]
         splits[name] = [{"text": text.strip(), "label": {"0": "bad", "1": "good"}[n]} for text, n in pairs]
     # Whole sentences, as in the test split (873 of them), not the phrases that they were cut into.
-    train = [row for row in splits["train"] if len(row["text"].split()) >= 10]
-    random.Random(0).shuffle(train)
-    return _classifier(teacher, train[1127:13127], splits["test"], train[:1127])
+    seen = [row for row in splits["train"] if len(row["text"].split()) >= 10]
+    random.Random(0).shuffle(seen)
+    return _classifier(teacher, seen[1127:13127], splits["test"], seen[:1127])
 
 
-def _classifier(teacher: Teacher, train: list[Row], test: list[Row], more: list[Row]) -> dict[str, float]:
-    """The sentence encoder with a head trained on `train`, and a LoRA on all its layers. `test` and `more` are held
+def _classifier(teacher: Teacher, seen: list[Row], test: list[Row], more: list[Row]) -> dict[str, float]:
+    """The sentence encoder with a head trained on `seen`, and a LoRA on all its layers. `test` and `more` are held
     out."""
     import peft
     import torch
     import transformers
 
     source = minilm_folder()
-    _write(teacher.seen, train)
+    _write(teacher.seen, seen)
     _write(teacher.held, test + more)
-    labels = sorted({row["label"] for row in train + test + more})
+    labels = sorted({row["label"] for row in seen + test + more})
     torch.manual_seed(0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     model: Any = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -167,7 +167,7 @@ def _classifier(teacher: Teacher, train: list[Row], test: list[Row], more: list[
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("classifier"))
     if not rank:
-        train(model, _batches(train, 32, 600), lambda rows: model(**fed(rows)).loss, 5e-3, 600)
+        train(model, _batches(seen, 32, 600), lambda rows: model(**fed(rows)).loss, 5e-3, 600)
         model.save_pretrained(teacher.base)
         tokenizer.save_pretrained(teacher.base)
     before = accuracy(model)
@@ -177,7 +177,7 @@ def _classifier(teacher: Teacher, train: list[Row], test: list[Row], more: list[
     config.exclude_modules = ["pooler.dense"]
     wrapped: Any = peft.get_peft_model(model, config)
     steps = _STEPS[task]
-    train(wrapped, _batches(train, 32, steps), lambda rows: wrapped(**fed(rows)).loss, 2e-3, steps)
+    train(wrapped, _batches(seen, 32, steps), lambda rows: wrapped(**fed(rows)).loss, 2e-3, steps)
     wrapped.save_pretrained(teacher.adapter)
     return {"accuracy of the base": before, "accuracy with the LoRA": accuracy(wrapped)}
 
@@ -191,8 +191,8 @@ def _e2e(teacher: Teacher) -> dict[str, float]:
     lines = (cells.ASSETS / "data" / "e2e_nlg" / "valid.txt").read_text().splitlines()
     texts = [line.replace("||", "\n") for line in lines if "||" in line]
     random.Random(0).shuffle(texts)
-    held, train = texts[:300], texts[300:]
-    _write(teacher.seen, [{"text": text} for text in train])
+    held, seen = texts[:300], texts[300:]
+    _write(teacher.seen, [{"text": text} for text in seen])
     _write(teacher.held, [{"text": text} for text in held])
     torch.manual_seed(0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(teacher.base)
@@ -215,7 +215,7 @@ def _e2e(teacher: Teacher) -> dict[str, float]:
     config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     wrapped: Any = peft.get_peft_model(model, config)
     steps = _STEPS["e2e"]
-    train(wrapped, _batches(train, 12, steps), loss_of(wrapped), 3e-3, steps)
+    train(wrapped, _batches(seen, 12, steps), loss_of(wrapped), 3e-3, steps)
     wrapped.save_pretrained(teacher.adapter)
     return {"loss of the base": before, "loss with the LoRA": held_loss(wrapped)}
 

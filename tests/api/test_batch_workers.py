@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +32,8 @@ from lrconvert.api.batch.job import Job, Outcome, Work
 from lrconvert.api.batch.workers import Workers
 from lrconvert.core import errors
 from lrconvert.io import durable
+from lrconvert.io.durable import system, work
+from lrconvert.io.durable.files import hidden_sibling
 
 pytestmark = pytest.mark.medium
 
@@ -293,3 +297,74 @@ def test_metrics_are_lines_of_figures(zoo: Path, tmp_path: Path, monkeypatch: py
     assert whole["bytes"] == sum(line["bytes"] or 0 for line in adapters) > 0
     assert whole["seconds"] == pytest.approx(sum(line["seconds"] for line in adapters), abs=0.01)
     assert lines[-1]["event"] == "end" and lines[-1]["skipped"] == 3
+
+
+# --- what killed processes leave ------------------------------------------------------------------------------------
+
+
+def test_what_killed_processes_have_begun_is_removed(tmp_path: Path) -> None:
+    """A batch removes what was begun for its outputs and is no longer being written, also in folders below, for names
+    as long as names may be, and for outputs that it passes by. All else stays: what another process writes, other
+    outputs' files, links, folders, and names that we do not give."""
+    long = "x" * 251
+    for name in ("a", "b", "team/a", "team/" + long):
+        shutil.copytree(ADAPTERS / "llama-plain", tmp_path / "in" / name)
+    out = tmp_path / "out"
+    lrconvert.convert_many(tmp_path / "in", out, "lowrank", jobs=1, **OPTIONS)
+    (out / "b.lrc").unlink()
+    whole = tree(out)
+
+    def begin(output: Path, kind: str = "tmp") -> Path:
+        path = hidden_sibling(output, kind)
+        path.write_bytes(b"half")
+        return path
+
+    gone = [begin(out / name) for name in ("a.lrc", "a.lrc", "b.lrc", "team/a.lrc", f"team/{long}.lrc")]
+    kept = [begin(out / "other.lrc"), out / ".a.lrc.1.tmp", out / ".a.lrc.12.0123abcd.tmp.txt", begin(out / "a.lrc")]
+    for path in kept[1:3]:
+        path.write_bytes(b"another's")
+    folder, link = hidden_sibling(out / "a.lrc", "tmp"), hidden_sibling(out / "a.lrc", "tmp")
+    folder.mkdir()
+    link.symlink_to(kept[0])
+    with kept[3].open("rb") as at_work:
+        system.current.lock(at_work.fileno())
+        batch = lrconvert.convert_many(tmp_path / "in", out, "lowrank", jobs=1, **OPTIONS)
+    assert batch.counts == {"done": 1, "skipped": 3} and not batch.notes
+    assert not any(path.exists() for path in gone)
+    assert folder.is_dir() and link.is_symlink() and all(path.exists() for path in kept)
+    for path in (*kept, link):
+        path.unlink()
+    folder.rmdir()
+    lrconvert.convert_many(tmp_path / "in", out, "lowrank", jobs=1, **OPTIONS)
+    assert {name: content for name, content in tree(out).items() if name != "b.lrc"} == whole
+
+
+def test_without_locks_nothing_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no lock tells whether a process still writes, a note says that something may be left, and where."""
+    shutil.copytree(ADAPTERS / "llama-plain", tmp_path / "in" / "a")
+    lrconvert.convert_many(tmp_path / "in", tmp_path / "out", "lowrank", jobs=1, **OPTIONS)
+    left = hidden_sibling(tmp_path / "out" / "a.lrc", "tmp")
+    left.touch()
+    lock = system.current.lock
+
+    def refuse(descriptor: int) -> None:
+        if os.fstat(descriptor).st_ino == left.stat().st_ino:
+            raise OSError(errno.ENOLCK, "No locks available")
+        lock(descriptor)
+
+    monkeypatch.setattr(system.current, "lock", refuse)
+    batch = lrconvert.convert_many(tmp_path / "in", tmp_path / "out", "lowrank", jobs=1, **OPTIONS)
+    assert batch.ok and left.exists()
+    assert any("E-LOCKED" in note and left.name in note for note in batch.notes), batch.notes
+
+
+def test_nothing_is_looked_for_where_nothing_was_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch asks for its jobs' outputs a second time only if something is there, and looks into each folder once."""
+    for name in ("a", "b", "c"):
+        shutil.copytree(ADAPTERS / "llama-plain", tmp_path / "in" / name)
+    looked: list[Path] = []
+    hidden_files = work._hidden_files
+    monkeypatch.setattr(work, "_hidden_files", lambda folder: looked.append(folder) or hidden_files(folder))
+    monkeypatch.setattr(work, "hidden_stem", lambda path: pytest.fail("nothing was left"))
+    assert lrconvert.convert_many(tmp_path / "in", tmp_path / "out", "lowrank", jobs=1, **OPTIONS).ok
+    assert looked == [tmp_path / "out"]

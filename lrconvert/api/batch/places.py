@@ -9,14 +9,14 @@ size; a store that says nothing of the kind has no states, and what lies there i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from lrconvert.api.batch import request
 from lrconvert.formats.lrc import file
 from lrconvert.io import hub, remote
-from lrconvert.io.durable import check_output, make_folder
+from lrconvert.io.durable import check_output, clean_up_files, make_folder
 from lrconvert.lora.adapter import CompactAdapter
 
 
@@ -93,6 +93,17 @@ def check(output: str, *, overwrite: bool, source: Path) -> None:
     path = Path(output)
     if path.parent.exists():
         check_output(path, overwrite, inputs=[source])
+
+
+def folder_of(output: str) -> Path | None:
+    """Return the folder that an output is written in; None for one at a URL, where nothing is begun beside it."""
+    return None if remote.is_remote(output) else Path(output).parent
+
+
+def clean_up(folders: Iterable[Path], outputs: Callable[[], Iterable[str]]) -> None:
+    """Remove what processes that were killed had begun to write for `outputs` in `folders`. What another run writes
+    there meanwhile stays. Raises E-IO-READ, E-LOCKED (no locks tell what is left), E-IO-WRITE."""
+    clean_up_files(folders, lambda: (Path(output) for output in outputs() if not remote.is_remote(output)))
 
 
 def publish(compact: CompactAdapter, output: str, *, overwrite: bool) -> str:

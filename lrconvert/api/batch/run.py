@@ -173,6 +173,7 @@ def run(work: Work, sources: Sources, out: AnyPath | None, reading: ReadOptions,
                 _fly(works, left, batch, tally)
         finally:
             tally.metrics.close()
+            tally.clean_up()
         done = tally.batch()
     return done if kept is None else replace(done, notes=tuple(kept.notes))
 
@@ -282,6 +283,7 @@ class _Tally:
     outcomes: dict[int, Outcome] = field(default_factory=dict)
     counts: Counter[State] = field(default_factory=Counter)
     do_not_ship: int = 0
+    folders: set[Path] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(None if self.options.metrics is None else Path(self.options.metrics), len(self.jobs))
@@ -331,6 +333,8 @@ class _Tally:
 
     def _count(self, number: int, outcome: Outcome, queue: int) -> None:
         self.counts[outcome.state] += 1
+        if (folder := places.folder_of(self.jobs[number].target)) is not None:
+            self.folders.add(folder)
         self.do_not_ship += outcome.verdict == DO_NOT_SHIP
         self.metrics.add(outcome, queue)
         if self.options.on_outcome is None:
@@ -338,6 +342,16 @@ class _Tally:
         else:
             self.options.on_outcome(outcome)
         self.options.on_done(self.counts.total(), len(self.jobs))
+
+    def clean_up(self) -> None:
+        """Remove what processes that were killed have left of outputs. What keeps it from being removed is a note: the
+        outputs do not depend on it."""
+        if self.manifest is None:
+            return
+        try:
+            places.clean_up(self.folders, lambda: (job.target for job in self.jobs))
+        except LrcError as error:
+            self.manifest.notes.append(f"what processes that were killed may have left was not removed: {error}")
 
     def _key(self, job: Planned) -> str:
         """Return how the manifest names the output of a job."""

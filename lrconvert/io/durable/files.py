@@ -199,10 +199,24 @@ def hidden_sibling(path: Path, suffix: str) -> Path:
     return beside(path, f".{os.getpid()}.{secrets.token_hex(4)}.{suffix}", room=_SUFFIX_BYTES)
 
 
+_SUFFIX = r"\.\d+\.[0-9a-f]{8}\.(tmp|partial|old)"  # of what `hidden_sibling` gives
+_HIDDEN = re.compile(rf"(\..+){_SUFFIX}", re.DOTALL)
+
+
 def hidden_pattern(path: Path) -> re.Pattern[str]:
     """Return what matches every name that `hidden_sibling` gives for a path."""
-    stem = beside(path, "", room=_SUFFIX_BYTES).name
-    return re.compile(rf"{re.escape(stem)}\.\d+\.[0-9a-f]{{8}}\.(tmp|partial|old)")
+    return re.compile(re.escape(hidden_stem(path)) + _SUFFIX)
+
+
+def hidden_stem(path: Path) -> str:
+    """Return what all names begin with that `hidden_sibling` gives for a path."""
+    return beside(path, "", room=_SUFFIX_BYTES).name
+
+
+def stem_of_hidden(name: str) -> str | None:
+    """Return the `hidden_stem` that a name begins with; None if `hidden_sibling` did not give it."""
+    match = _HIDDEN.fullmatch(name) if name.startswith(".") else None
+    return None if match is None else match[1]
 
 
 def sync_folder(path: Path) -> None:

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lrconvert.core.errors import DurabilityError, FileWriteError, LockedError, OutputPathError
+from lrconvert.core.errors import DurabilityError, FileReadError, FileWriteError, LockedError, OutputPathError
 from lrconvert.core.wording import verb
 from lrconvert.io.durable import system
 from lrconvert.io.durable.checks import StrPath, check_output
@@ -25,8 +25,10 @@ from lrconvert.io.durable.files import (
     confirm,
     delete_leftover,
     hidden_pattern,
+    hidden_stem,
     not_written,
     remove,
+    stem_of_hidden,
     sync_folder,
     writing,
 )
@@ -201,6 +203,39 @@ def leftovers(path: Path) -> list[Path]:
     root = work_root(path)
     ours += [root] if root.is_dir() and not root.is_symlink() and _is_ours(root) else []
     return [p for p in ours if not p.is_symlink() and _is_idle(p)]
+
+
+def clean_up_files(folders: Iterable[Path], outputs: Callable[[], Iterable[Path]]) -> int:
+    """Remove the files that ended runs had begun for any of `outputs`, files in `folders`, each of which is looked into
+    once; `outputs` is asked for only if something is there. Returns how many are gone. Raises E-IO-READ, E-LOCKED,
+    E-IO-WRITE."""
+    begun: dict[tuple[Path, str], list[Path]] = {}
+    for folder in folders:
+        for path in _hidden_files(folder):
+            begun.setdefault((folder, stem_of_hidden(path.name) or ""), []).append(path)
+    if not begun:
+        return 0
+    keys = {(path.parent, hidden_stem(path)) for path in outputs()}
+    removable = [path for key, paths in begun.items() if key in keys for path in paths if _is_idle(path)]
+    for path in removable:
+        with writing(path):
+            remove(path)
+    return len(removable)
+
+
+def _hidden_files(folder: Path) -> list[Path]:
+    """Return the files in a folder that have a name as of `hidden_sibling`. Raises E-IO-READ."""
+    try:
+        with os.scandir(folder) as entries:
+            return [
+                Path(entry.path)
+                for entry in entries
+                if stem_of_hidden(entry.name) is not None and entry.is_file(follow_symlinks=False)
+            ]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise FileReadError(f"cannot be looked into: {error.strerror}", path=folder) from None
 
 
 def _is_idle(path: Path) -> bool:
