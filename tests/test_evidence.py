@@ -179,5 +179,22 @@ def test_every_form_and_peer_is_measured_within_its_bytes(evidence: Any, run: An
     assert all(title in text for title in titles) and text.count("Not run.") == 5
 
 
+def test_the_page_says_which_rows_are_of_which_lora(evidence: Any, run: Any) -> None:
+    """Rows of two trainings of one LoRA are told apart, and each training has its own figures."""
+    from chat.page import page
+
+    common = {"bytes": 9, "bits_per_component": 1.0, "agreement": [0.9], "texts": 7, "items": 70, "closed": [0.9] * 3}
+    common |= {"gain": [1.0] * 3, "scores": [0.1, 0.5, 0.4], "base_agreement": 0.5, "commit": "none", "machine": "none"}
+    done = {}
+    for share, lora, kl in ((1.6, "one", 0.25), (0.8, "one", 0.25), (0.4, "two", 0.75)):
+        setting = replace(_sst2(evidence, run, share=share), lora=lora)
+        done[setting.cell] = {**common, "base_kl": kl, "setting": vars(setting)}
+    text = page(done)
+    assert "KL is 0.250 nats" in text and text.count("LoRA 2, trained anew") == 1
+    assert "| 0.4 %, lowrank, refit, LoRA 2 |" in text and "| 1.6 %, lowrank, refit |" in text
+    second = next(line for line in text.splitlines() if line.startswith("LoRA 2"))
+    assert "KL is 0.750 nats" in second
+
+
 def test_the_page_is_that_of_the_results(evidence: Any) -> None:
     assert (ROOT / "docs" / "evidence.md").read_text() == evidence.rendered()

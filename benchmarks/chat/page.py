@@ -34,7 +34,8 @@ the system message. **Defaults of lrconvert are tuned on E2E and TREC only; SST-
 Run: `python benchmarks/evidence.py --base BASE`{held}, one thread; this page: `--render`.
 {machine}, shared with other work. Commits of the package: {commits}.
 
-A cell that is in no table was not run; nothing is said of it. "(40 texts)": a row on fewer than the others.
+A cell that is in no table was not run; nothing is said of it. "(40 texts)": a row on fewer than the others. "LoRA 2": a
+row of another training by the same recipe, whose figures stand above the table; KL closed is of each row's own LoRA.
 
 ## Aims
 
@@ -126,17 +127,28 @@ def _section(name: str, done: Rows) -> list[str]:
     title = f"## {task.title} ({'for testing' if task.purpose == 'test' else 'for tuning'})\n"
     if not own:
         return [title, "Not run.\n"]
-    measured = max((row for row in own if "closed" in row), key=lambda row: row["texts"], default=None)
-    about, texts = "", 0
-    if measured is not None:
-        (base, goal, _), texts = measured["scores"], measured["texts"]
-        about = (
-            f"{measured['texts']} texts held out, {measured['items']:,} tokens of answers; {task.score_name} of the "
-            f"base {_score(task.score_name, base)}, with the LoRA {_score(task.score_name, goal)}; the base's first "
-            f"choice is the LoRA's at {measured['base_agreement']:.1%}, their KL is {measured['base_kl']:.3f} nats.\n"
-        )
+    measured: dict[str, dict[str, Any]] = {}  # of each LoRA the row on most texts
+    for row in (row for row in done.values() if row["setting"]["task"] == name and "closed" in row):
+        best = measured.setdefault(row["setting"]["lora"], row)
+        if row["texts"] > best["texts"]:
+            measured[row["setting"]["lora"]] = row
+    texts = max((row["texts"] for row in measured.values()), default=0)
+    about = "\n\n".join(_about(task.score_name, row, number) for number, row in enumerate(measured.values(), 1))
+    numbers = {lora: number for number, lora in enumerate(measured, 1)}
+    rows = [_row(task.score_name, row, texts, numbers.get(row["setting"]["lora"], 1)) for row in own]
     head = ["size, form", "bytes", "bits a component", "KL closed", "agreement", task.score_name, "gain"]
-    return [title, about, cells.markdown(head, [_row(task.score_name, row, texts) for row in own]) + "\n"]
+    return [title, f"{about}\n", cells.markdown(head, rows) + "\n"]
+
+
+def _about(score_name: str, row: dict[str, Any], number: int) -> str:
+    """Return what is known of a LoRA and what is held out; the number is that of its training, from 1."""
+    base, goal, _ = row["scores"]
+    again = f"LoRA {number}, trained anew on another machine by the same recipe: " if number > 1 else ""
+    return (
+        f"{again}{row['texts']} texts held out, {row['items']:,} tokens of answers; {score_name} of the "
+        f"base {_score(score_name, base)}, with the LoRA {_score(score_name, goal)}; the base's first "
+        f"choice is the LoRA's at {row['base_agreement']:.1%}, their KL is {row['base_kl']:.3f} nats."
+    )
 
 
 def _place(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -144,7 +156,7 @@ def _place(row: dict[str, Any]) -> tuple[Any, ...]:
     return (-setting["share"], setting["mode"] != "refit", -row.get("closed", [-9.0])[0], setting["seed"])
 
 
-def _row(score_name: str, row: dict[str, Any], texts: int) -> list[str]:
+def _row(score_name: str, row: dict[str, Any], texts: int, number: int) -> list[str]:
     setting = row["setting"]
     steps = f" with {setting['steps']} steps" if setting["mode"] == "refined" else ""
     seed = f", seed {setting['seed']}" if setting["seed"] else ""
@@ -154,6 +166,8 @@ def _row(score_name: str, row: dict[str, Any], texts: int) -> list[str]:
         return [title, "too small", "", "", "", "", ""]
     if row["texts"] != texts:
         title += f" ({row['texts']} texts)"
+    if number > 1:
+        title += f", LoRA {number}"
     closed, gain = (_interval(row[name]) for name in ("closed", "gain"))
     shown = [f"{row['bytes']:,}", f"{row['bits_per_component']:.1f}", closed, f"{row['agreement'][0]:.1%}"]
     return [title, *shown, _score(score_name, row["scores"][2]), gain]
