@@ -114,7 +114,7 @@ def _scores(base: Answers, goal: Answers, ours: Answers) -> dict[str, Any]:
     """Return the share of the KL closed, agreement, accuracy gain, each with its interval."""
 
     def kl(answers: Answers) -> np.ndarray:
-        return np.sum(np.exp(goal.logs) * (goal.logs - answers.logs), axis=1, dtype=np.float64)
+        return (np.exp(goal.logs) * (goal.logs - answers.logs)).sum(axis=1, dtype=np.float64)
 
     def hits(answers: Answers) -> np.ndarray:
         return (answers.logs.argmax(1) == answers.labels).astype(np.float64)
@@ -127,8 +127,8 @@ def _scores(base: Answers, goal: Answers, ours: Answers) -> dict[str, Any]:
     items = by_text(np.ones(len(base.texts)))
     far, near = by_text(kl(base)), by_text(kl(ours))
     same = by_text((ours.logs.argmax(1) == goal.logs.argmax(1)).astype(np.float64))
-    scores = {"closed": intervals.share(near, far, one_minus=True), "agreement": intervals.share(same, items)}
-    scores |= {"items": len(base.texts)}
+    scores: dict[str, Any] = {"closed": intervals.share(near, far, one_minus=True)}
+    scores |= {"agreement": intervals.share(same, items), "items": len(base.texts)}
     if (base.labels >= 0).all():
         before, after, now = (by_text(hits(answers)) for answers in (base, goal, ours))
         scores |= {

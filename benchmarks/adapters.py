@@ -103,8 +103,10 @@ def table() -> str:
             parts = []
             for form in SHOWN:
                 cell = done.get(f"{name} {form} {share:g}")
-                missing = "not run" if cell is None else "-" if "refused" in cell else ""
-                parts.append(missing or f"{cell['captured']:.3f}")
+                if cell is None:
+                    parts.append("not run")
+                else:
+                    parts.append("-" if "refused" in cell else f"{cell['captured']:.3f}")
             row.append(" / ".join(parts))
         rows.append(row)
     head = ["adapter", "bytes at 16 bit", *(f"{share:.1%}" for share in SHARES)]

@@ -178,7 +178,9 @@ def _refit(run: Run, teacher: Teacher, lora: Any, setting: Setting) -> tuple[Any
     if not about.exists():
         size = int(lora.half_bytes * setting.share / 100)
         form = setting.form.removesuffix(_PLAIN)
-        methods = {"sbora or bone": (("sbora", {}), ("bone", {"shard": "auto"}))}.get(form, ((form, {}),))
+        methods: tuple[tuple[str, dict[str, Any]], ...] = ((form, {}),)
+        if form == "sbora or bone":
+            methods = (("sbora", {}), ("bone", {"shard": "auto"}))
         given = {"target_size": size, "statistics": statistics_of(run, teacher) if form == setting.form else None}
         made, refused = [], []
         for method, options in methods:

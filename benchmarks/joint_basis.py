@@ -203,15 +203,15 @@ def rebuilt(lora: LoraAdapter, member: Member, basis: Basis | None, limit: float
         kept += float(gains @ right)
         if not len(rows):  # a target must have a rank
             a, b, gains = np.zeros((1, len(v))), np.zeros((1, len(u))), np.ones(1)
-        factors = (Stored("F32", np.ascontiguousarray(x, np.float32)) for x in (a * gains[:, None], b.T))
-        pairs.append(LoraTarget(pair.target, *factors, 1.0))
+        left, right = (Stored("F32", np.ascontiguousarray(x, np.float32)) for x in (a * gains[:, None], b.T))
+        pairs.append(LoraTarget(pair.target, left, right, 1.0))
     return kept / coded.energy, replace(lora, targets=tuple(pairs))
 
 
 def _values(parts: Sequence[np.ndarray], rows: np.ndarray, step: float, basis: np.ndarray | None) -> np.ndarray:
     """The rounded rows (n, length) of a side."""
     numbers = [coded_values(integers(part[rows], step)).astype(np.float64) for part in parts]
-    return numbers[0] if len(numbers) == 1 else numbers[1] + numbers[0] @ basis
+    return numbers[0] if basis is None or len(numbers) == 1 else numbers[1] + numbers[0] @ basis
 
 
 def widened(lora: LoraAdapter, basis: Basis) -> LoraAdapter:

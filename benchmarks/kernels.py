@@ -47,7 +47,7 @@ def both(name: str, function: Callable[[], Any], count: int) -> dict[str, Any]:
     row: dict[str, Any] = {"name": name}
     jit._LOADING = 0.0
     for key, spec in (("numpy", None), ("numba", True)):
-        jit.find_spec = lambda name, spec=spec: spec  # type: ignore[assignment]
+        jit.find_spec = lambda name, spec=spec: spec  # type: ignore
         row[key] = round(1e9 * seconds(function) / count, 2)
     return row
 

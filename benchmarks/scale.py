@@ -13,7 +13,7 @@ peak resident size. ``growth`` is the processor time for a target of 20,000 over
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ def dense() -> Shapes:
     return {f"model.layers.{layer}.{name}": shape for layer in range(DEPTH) for name, shape in SHAPES.items()}
 
 
-ADAPTERS = {
+ADAPTERS: dict[str, tuple[Callable[[], Shapes], int]] = {
     **{f"{count:,} small": (partial(small, count), 4) for count in COUNTS},
     "1,152 experts": (experts, 8),
     "8B": (dense, 16),
@@ -121,7 +121,8 @@ def compact(name: str) -> Path:
 def measure(name: str, words: Sequence[str]) -> dict[str, Any]:
     """Processor seconds and peak memory of one command on one adapter."""
     with tempfile.TemporaryDirectory() as scratch:
-        places = {"IN": source, "LRC": compact, "OUT": lambda name: Path(scratch) / "out"}
+        places: dict[str, Callable[[str], Path]] = {"IN": source, "LRC": compact}
+        places["OUT"] = lambda name: Path(scratch) / "out"
         return cells.child("-c", cells.PEAK + RUN, *(str(places[w](name)) if w in places else w for w in words))
 
 

@@ -417,8 +417,8 @@ def all_cells() -> Iterator[cells.Cell]:
         yield f"worth, {share:g}%, customers", partial(_worth, share, customers)
         yield f"worth, {share:g}%, the start, chat", partial(_worth, share, sharing_chat.starts)
         yield f"worth, {share:g}%, the same task, chat", partial(_worth, share, sharing_chat.task)
-    for task in ("sst2", "e2e"):
-        yield f"chat, answers, 0.4%, {task}", partial(sharing_chat.answers, 0.4, task)
+    for name in ("sst2", "e2e"):
+        yield f"chat, answers, 0.4%, {name}", partial(sharing_chat.answers, 0.4, name)
     for share in ANSWERED:
         for stronger in (False, True):
             name = f"answers, {share:g}%{', at the strength of compress' if stronger else ''}"

@@ -103,9 +103,9 @@ def _answered(done: dict[str, Any]) -> str:
 def _other(done: dict[str, Any]) -> str:
     rows = []
     for share in SHARES:
-        parts = [done.get(f"{share:g}%, {name}") for name in ("own file", "in a fleet", "tables")]
-        if all(parts):
-            own, fleet, tables = parts
+        names = [f"{share:g}%, {name}" for name in ("own file", "in a fleet", "tables")]
+        if all(done.get(name) for name in names):
+            own, fleet, tables = (done[name] for name in names)
             rows.append(
                 [f"{share:g} %", f"{own['captured']:.3f}", f"{fleet['captured']:.3f}", f"{tables['saved']:.2%}"]
             )

@@ -79,7 +79,7 @@ def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def _batches(rows: Sequence[Any], size: int, steps: int) -> Iterator[list[Any]]:
     """Yield random batches, epoch after epoch."""
-    rng, left = random.Random(0), []
+    rng, left = random.Random(0), list[Any]()
     for _ in range(steps):
         if len(left) < size:
             left = rng.sample(list(rows), len(rows))
