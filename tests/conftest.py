@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -92,6 +92,23 @@ def random_lora(
 def dense(pair: LoraTarget) -> np.ndarray:
     """scale * B @ A in float64."""
     return pair.scale * (pair.B.astype(np.float64) @ pair.A.astype(np.float64))
+
+
+CommandLine = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> CommandLine:
+    """Run the command line with these words; returns (exit status, stdout, stderr)."""
+    from lrconvert import cli
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["lrconvert", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return int(end.value.code or 0), *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import click
 import pytest
-from conftest import BASES, random_lora
+from conftest import BASES, CommandLine, random_lora
 
-from lrconvert import Fleet, api, cli
+from lrconvert import Fleet, api
 from lrconvert.cli.packing import pack
 from lrconvert.core import errors
 from lrconvert.formats.lrc import file
 from lrconvert.serving.store import FleetStore, open_store
 from lrconvert.testing.fleets import variants
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run the command line; returns (exit status, stdout, stderr)."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["lrconvert", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return int(end.value.code or 0), *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture
@@ -44,39 +28,39 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_fleet_from_the_command_line(run: Run, work: Path) -> None:
+def test_a_fleet_from_the_command_line(command_line: CommandLine, work: Path) -> None:
     """Built, added to, listed, taken from, compacted and checked; what is said is short, and says what to do."""
-    assert "wrote fleet: 2 members" in run("pack", "build", "a", "-o", "fleet")[1]
-    code, out, _ = run("pack", "list", "fleet")
+    assert "wrote fleet: 2 members" in command_line("pack", "build", "a", "-o", "fleet")[1]
+    code, out, _ = command_line("pack", "list", "fleet")
     assert code == 0 and "team/two" in out and "2 members" in out and max(map(len, out.splitlines())) <= 100
-    listed = json.loads(run("pack", "list", "fleet", "--prefix", "team/", "--json")[1])
+    listed = json.loads(command_line("pack", "list", "fleet", "--prefix", "team/", "--json")[1])
     assert listed["members"] == 2 and [member["name"] for member in listed["listed"]] == ["team/two"]
-    assert "byte for byte" in run("pack", "list", "fleet", "one")[1]
-    assert run("pack", "get", "fleet", "team/two")[0] == 0
+    assert "byte for byte" in command_line("pack", "list", "fleet", "one")[1]
+    assert command_line("pack", "get", "fleet", "team/two")[0] == 0
     assert (work / "two.lrc").read_bytes() == (work / "a" / "team" / "two.lrc").read_bytes()
-    assert "unchanged" in run("pack", "add", "fleet", "a/one.lrc")[1]
-    code, _, err = run("pack", "add", "fleet", "a/one.lrc", "--name", "team/two")
+    assert "unchanged" in command_line("pack", "add", "fleet", "a/one.lrc")[1]
+    code, _, err = command_line("pack", "add", "fleet", "a/one.lrc", "--name", "team/two")
     assert code == 1 and err.startswith("E-OUT-EXISTS: fleet: ") and "--overwrite" in err and err.count("\n") == 1
-    assert "replaced" in run("pack", "add", "fleet", "a/one.lrc", "--name", "team/two", "--overwrite")[1]
-    assert "1 member left" in run("pack", "remove", "fleet", "one")[1]
-    assert run("validate", "fleet")[1] == "ok: fleet: 1 member\n"
-    assert run("validate", "fleet", "team/two")[1] == "ok: fleet: 1 member\n"
-    assert "before" in run("pack", "gc", "fleet")[1]
-    assert run("pack", "reindex", "fleet")[1] == "fleet: 1 member\n"
-    rows = [json.loads(line) for line in run("validate", "fleet", "--json")[1].splitlines()]
+    assert "replaced" in command_line("pack", "add", "fleet", "a/one.lrc", "--name", "team/two", "--overwrite")[1]
+    assert "1 member left" in command_line("pack", "remove", "fleet", "one")[1]
+    assert command_line("validate", "fleet")[1] == "ok: fleet: 1 member\n"
+    assert command_line("validate", "fleet", "team/two")[1] == "ok: fleet: 1 member\n"
+    assert "before" in command_line("pack", "gc", "fleet")[1]
+    assert command_line("pack", "reindex", "fleet")[1] == "fleet: 1 member\n"
+    rows = [json.loads(line) for line in command_line("validate", "fleet", "--json")[1].splitlines()]
     assert [row["ok"] for row in rows] == [True, True, True] and rows[-1]["path"] == "fleet#team/two"
 
 
-def test_every_command_of_pack_has_help(run: Run) -> None:
+def test_every_command_of_pack_has_help(command_line: CommandLine) -> None:
     """In the order of a user's work, each with a line of its own."""
     context = click.Context(pack)
     names = pack.list_commands(context)
     assert names == ["build", "add", "list", "get", "remove", "gc", "reindex"]
-    assert all(run("pack", name, "-h")[1].startswith("Usage: ") for name in names)
+    assert all(command_line("pack", name, "-h")[1].startswith("Usage: ") for name in names)
 
 
 @pytest.mark.medium
-def test_a_member_is_taken_wherever_an_adapter_is(run: Run, work: Path) -> None:
+def test_a_member_is_taken_wherever_an_adapter_is(command_line: CommandLine, work: Path) -> None:
     """By verbs that read, convert, write and measure; a fleet itself is refused with advice, or stands for all."""
     Fleet.build("fleet", "a").close()
     two, same = "fleet#team/two", work / "a" / "team" / "two.lrc"
@@ -85,20 +69,20 @@ def test_a_member_is_taken_wherever_an_adapter_is(run: Run, work: Path) -> None:
     assert [finding.consumer for finding in api.check(two, ["vllm"])] == ["vllm"]
     assert api.expanded(two, "cache").is_dir() and api.expanded(two, "cache") == api.expanded(same, "cache")
     assert api.upgrade(two, "new.lrc") and (work / "new.lrc").read_bytes() == same.read_bytes()
-    assert run("lora-to-bone", two, "-o", "bone.lrc", "--bits", "8", "-q")[0] == 0
-    assert run("export", two, "--to", "peft-lora", "-o", "out", "-q")[0] == 0 and (work / "out").is_dir()
-    code, out, _ = run("inspect", "fleet")
+    assert command_line("lora-to-bone", two, "-o", "bone.lrc", "--bits", "8", "-q")[0] == 0
+    assert command_line("export", two, "--to", "peft-lora", "-o", "out", "-q")[0] == 0 and (work / "out").is_dir()
+    code, out, _ = command_line("inspect", "fleet")
     assert code == 0 and "fleet#team/two" in out and "2 adapters" in out
     for words in (["export", "fleet", "--to", "peft-lora", "-o", "x"], ["expand", "fleet"]):
-        code, _, err = run(*words)
+        code, _, err = command_line(*words)
         assert code == 1 and "fleet#NAME" in err
     for name, error in (("none", "E-MISSING"), ("../one", "E-NAME")):
-        code, _, err = run("inspect", f"fleet#{name}")
+        code, _, err = command_line("inspect", f"fleet#{name}")
         assert code == 1 and err.startswith(error), err
     (work / "fleet#odd.lrc").write_bytes(same.read_bytes())
     assert api.read("fleet#odd.lrc").method == "bone"  # a path that exists is that path
-    assert run("pack", "add", "fleet", "fleet#odd.lrc")[2].startswith("E-NAME")
-    code, _, err = run("lora-to-bone", two, "-o", "fleet", "--bits", "8", "--overwrite")
+    assert command_line("pack", "add", "fleet", "fleet#odd.lrc")[2].startswith("E-NAME")
+    code, _, err = command_line("lora-to-bone", two, "-o", "fleet", "--bits", "8", "--overwrite")
     assert code == 1 and err.startswith("E-OUT-PATH")
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 import pytest
 from click.shell_completion import ShellComplete
-from conftest import ADAPTERS, BASES, FIXTURES, random_lora
+from conftest import ADAPTERS, BASES, FIXTURES, CommandLine, random_lora
 
 from lrconvert import api, cli
 from lrconvert.core import errors
@@ -19,20 +19,6 @@ from lrconvert.report import tables
 
 BASE = BASES / "tiny-llama"
 PLAIN = ADAPTERS / "llama-plain"
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run the command line; returns (exit status, stdout, stderr)."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["lrconvert", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return int(end.value.code or 0), *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture
@@ -49,66 +35,66 @@ def many(tmp_path: Path) -> Path:
 # --- several --------------------------------------------------------------------------------------------------------
 
 
-def test_inspect_ends_with_a_table(run: Run, many: Path) -> None:
+def test_inspect_ends_with_a_table(command_line: CommandLine, many: Path) -> None:
     """A row for each adapter below the folder, those that are refused too, and the sums; exit 1 for these."""
-    code, out, err = run("inspect", many)
+    code, out, err = command_line("inspect", many)
     lines = out.splitlines()
     assert code == 1 and "broken.safetensors" in err and lines[0] == f"in {many}:"
     assert [line.split()[1] for line in lines[3:-1]] == ["E-IO-KIND", "LoRA", "LoRA", "LoRA", "lowrank"]
     assert lines[-1].startswith("5 adapters, 1 refused") and max(map(len, lines[1:])) <= 100
-    shown = json.loads(run("inspect", many, "--json")[1])
+    shown = json.loads(command_line("inspect", many, "--json")[1])
     assert [Path(one["path"]).parent for one in shown["sources"]] == [many] * 5
     assert [one.get("error", {}).get("code") for one in shown["sources"]] == ["E-IO-KIND", *[None] * 4]
     assert shown["totals"]["adapters"] == 5 and shown["totals"]["refused"] == 1
     assert shown["totals"]["targets"] == sum(len(one.get("targets", ())) for one in shown["sources"])
 
 
-def test_one_source_is_shown_as_before(run: Run) -> None:
-    code, out, _ = run("inspect", PLAIN)
+def test_one_source_is_shown_as_before(command_line: CommandLine) -> None:
+    code, out, _ = command_line("inspect", PLAIN)
     assert code == 0 and "rank for 90 %" in out
-    assert json.loads(run("inspect", PLAIN, "--json")[1])["path"] == str(PLAIN)
-    code, out, _ = run("inspect", PLAIN, PLAIN)
+    assert json.loads(command_line("inspect", PLAIN, "--json")[1])["path"] == str(PLAIN)
+    code, out, _ = command_line("inspect", PLAIN, PLAIN)
     assert code == 0 and out.splitlines()[-1].startswith("2 adapters")
 
 
-def test_check_ends_with_a_table(run: Run, many: Path) -> None:
+def test_check_ends_with_a_table(command_line: CommandLine, many: Path) -> None:
     """What is found is said once, with the adapters that it is of; a row for each, a column for each program."""
-    code, out, err = run("check", many, "--for", "all")
+    code, out, err = command_line("check", many, "--for", "all")
     lines = out.splitlines()
     assert code == 1 and "broken" in err
     assert sum("DoRA is not implemented" in line for line in lines if line.startswith("refuses: vllm")) == 1
     start = lines.index(f"in {many}:")
     assert max(map(len, lines[start + 1 :])) <= 100 and lines[-1].startswith("5 adapters")
     assert any(line.startswith("broken") and "E-IO-KIND" in line for line in lines[start:])
-    shown = json.loads(run("check", many, "--for", "vllm", "--json")[1])
+    shown = json.loads(command_line("check", many, "--for", "vllm", "--json")[1])
     assert [one["ok"] for one in shown["adapters"]] == [False, True, False, True, False] and not shown["ok"]
     assert shown["totals"] == {"adapters": 5, "refused": 1, "vllm": 2}
-    assert json.loads(run("check", PLAIN, "--for", "vllm", "--json")[1])["ok"]
+    assert json.loads(command_line("check", PLAIN, "--for", "vllm", "--json")[1])["ok"]
 
 
-def test_validate_takes_folders(run: Run, many: Path) -> None:
+def test_validate_takes_folders(command_line: CommandLine, many: Path) -> None:
     """The lrconvert files in them, with a table; a folder without any is refused."""
-    code, out, _ = run("validate", many)
+    code, out, _ = command_line("validate", many)
     assert code == 0 and out.startswith(f"ok: {many / 'x.lrc'}: lowrank")
     (many / "y.lrc").write_bytes((many / "x.lrc").read_bytes()[:-1])
-    code, out, _ = run("validate", many)
+    code, out, _ = command_line("validate", many)
     lines = out.splitlines()
     assert code == 1 and lines[-1].split()[:2] == ["2", "files"] and lines[-1].endswith("1 broken")
-    shown = json.loads(run("validate", many, "--json")[1])
+    shown = json.loads(command_line("validate", many, "--json")[1])
     assert [one["ok"] for one in shown["files"]] == [True, False] and shown["totals"]["broken"] == 1
-    code, _, err = run("validate", PLAIN)
+    code, _, err = command_line("validate", PLAIN)
     assert code == 1 and "holds no lrconvert file" in err
 
 
-def test_compare_prints_the_summary(run: Run, tmp_path: Path) -> None:
+def test_compare_prints_the_summary(command_line: CommandLine, tmp_path: Path) -> None:
     """Targets with -v alone; the worst of each file on a line."""
     files = [tmp_path / f"{n}.lrc" for n in (8, 50)]
     for file in files:
         api.write(api.convert(PLAIN, "lowrank", target_ratio=float(file.stem)), file)
-    code, out, _ = run("compare", PLAIN, *files)
+    code, out, _ = command_line("compare", PLAIN, *files)
     assert code == 0 and len(out.splitlines()) < 15 and out.count("q_proj") <= 2
     assert "worst target of each file" in out
-    _, verbose, _ = run("compare", PLAIN, *files, "-v")
+    _, verbose, _ = command_line("compare", PLAIN, *files, "-v")
     assert verbose.count("q_proj") >= 4 and "worst target of each" not in verbose
 
 
@@ -121,12 +107,12 @@ def test_tables_fit(name: str) -> None:
     assert tables.shortened("abcdefgh", 5) == "ab…gh" and tables.shortened("abc", 5) == "abc"
 
 
-def test_a_bat_is_called_so(run: Run) -> None:
+def test_a_bat_is_called_so(command_line: CommandLine) -> None:
     """Where a form is named: bone is another one."""
     bat = FIXTURES / "golden" / "v2" / "bone.1" / "7.lrc"
-    assert "Bat: " in run("inspect", bat)[1] and "Bone" not in run("inspect", bat)[1]
-    assert ": bat, " in run("validate", bat)[1]
-    assert run("inspect", bat, bat.with_name("0.lrc"))[1].split().count("bat") == 1
+    assert "Bat: " in command_line("inspect", bat)[1] and "Bone" not in command_line("inspect", bat)[1]
+    assert ": bat, " in command_line("validate", bat)[1]
+    assert command_line("inspect", bat, bat.with_name("0.lrc"))[1].split().count("bat") == 1
 
 
 # --- messages -------------------------------------------------------------------------------------------------------
@@ -170,20 +156,22 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_what_is_given_for_something_else(case: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_given_for_something_else(
+    case: str, command_line: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One line that says what it is, and what to give."""
     monkeypatch.chdir(tmp_path)
     words, code, said = MISTAKES[case]
-    status, out, err = run(*words)
+    status, out, err = command_line(*words)
     (line,) = err.splitlines()
     assert status == 1 and line.startswith(code) and not out and list(tmp_path.iterdir()) == []
     assert re.search(said, line), line
 
 
-def test_compare_the_wrong_way_round(run: Run, tmp_path: Path) -> None:
+def test_compare_the_wrong_way_round(command_line: CommandLine, tmp_path: Path) -> None:
     file = tmp_path / "x.lrc"
     api.write(api.convert(PLAIN, "lowrank", bits=4), file)
-    status, _, err = run("compare", file, PLAIN)
+    status, _, err = command_line("compare", file, PLAIN)
     assert status == 1 and "the wrong way round" in err and "Give the LoRA first" in err
 
 
@@ -201,22 +189,22 @@ def test_compare_the_wrong_way_round(run: Run, tmp_path: Path) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
-def test_usage_says_what_is_meant(words: Sequence[object], said: str, run: Run) -> None:
-    status, out, err = run(*words)
+def test_usage_says_what_is_meant(words: Sequence[object], said: str, command_line: CommandLine) -> None:
+    status, out, err = command_line(*words)
     assert status == 2 and said in err and not out
 
 
-def test_verify_says_what_the_record_says(run: Run, tmp_path: Path) -> None:
+def test_verify_says_what_the_record_says(command_line: CommandLine, tmp_path: Path) -> None:
     """Another scale than was merged, another adapter, the base and the merge exchanged."""
     merged = tmp_path / "m"
     api.merge(BASE, api.Scaled(api.load_lora(PLAIN), 0.5, "llama-plain"), merged)
-    status, out, _ = run("verify", merged, "--base", BASE, "--adapter", PLAIN)
+    status, out, _ = command_line("verify", merged, "--base", BASE, "--adapter", PLAIN)
     assert status == 1 and "it is the merge of llama-plain at scale 0.5, not at 1" in out
-    _, out, _ = run("verify", merged, "--base", BASE, "--adapter", f"{ADAPTERS / 'llama-rslora'}=0.5")
+    _, out, _ = command_line("verify", merged, "--base", BASE, "--adapter", f"{ADAPTERS / 'llama-rslora'}=0.5")
     assert "llama-plain at scale 0.5, not of what was given" in out
-    _, out, _ = run("verify", BASE, "--base", merged, "--adapter", f"{PLAIN}=0.5")
+    _, out, _ = command_line("verify", BASE, "--base", merged, "--adapter", f"{PLAIN}=0.5")
     assert "exchange them" in out
-    assert run("verify", merged, "--base", BASE, "--adapter", f"{PLAIN}=0.5")[0] == 0
+    assert command_line("verify", merged, "--base", BASE, "--adapter", f"{PLAIN}=0.5")[0] == 0
 
 
 def test_the_largest_ratio_is_one_that_can_be_reached(tmp_path: Path) -> None:
@@ -233,8 +221,8 @@ def test_the_largest_ratio_is_one_that_can_be_reached(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_scripts(shell: str, run: Run) -> None:
-    status, out, err = run("completion", shell)
+def test_completion_scripts(shell: str, command_line: CommandLine) -> None:
+    status, out, err = command_line("completion", shell)
     assert status == 0 and not err and f"_LRCONVERT_COMPLETE={shell}_complete" in out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -139,9 +140,23 @@ def _plain(name: str) -> str:
     return path.stem if path.suffix in WEIGHTS else name
 
 
-class Plan(Sequence[Planned]):
-    """A job for every adapter of sources, made when it is asked for: of an adapter its path inside the source is kept,
-    some hundred bytes, since a fleet may have a hundred thousand."""
+class Jobs(Sequence[Planned], ABC):
+    """Jobs by their number, each made when it is asked for: a fleet may have a hundred thousand."""
+
+    @overload
+    def __getitem__(self, number: int) -> Planned: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Planned]: ...
+    def __getitem__(self, number: int | slice) -> Planned | Sequence[Planned]:
+        numbers = range(len(self))[number]
+        return self._job(numbers) if isinstance(numbers, int) else [self._job(n) for n in numbers]
+
+    @abstractmethod
+    def _job(self, number: int) -> Planned: ...
+
+
+class Plan(Jobs):
+    """A job for every adapter of sources. Of an adapter its path inside the source is kept, some hundred bytes."""
 
     def __init__(self, sources: Sequence[_Source], out: Path | Url) -> None:
         self._sources, self._out = sources, out
@@ -150,19 +165,12 @@ class Plan(Sequence[Planned]):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    @overload
-    def __getitem__(self, number: int) -> Planned: ...
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[Planned]: ...
-    def __getitem__(self, number: int | slice) -> Planned | Sequence[Planned]:
-        if isinstance(number, slice):
-            return [self[n] for n in range(len(self))[number]]
-        number = range(len(self))[number]
+    def _job(self, number: int) -> Planned:
         at = bisect_right(self._ends, number)
         return self._sources[at].job(number - (self._ends[at - 1] if at else 0), self._out)
 
 
-class AskedPlan(Sequence[Planned]):
+class AskedPlan(Jobs):
     """The jobs of a manifest, each read when it is asked for."""
 
     def __init__(self, manifest: Manifest) -> None:
@@ -171,14 +179,8 @@ class AskedPlan(Sequence[Planned]):
     def __len__(self) -> int:
         return len(self._manifest)
 
-    @overload
-    def __getitem__(self, number: int) -> Planned: ...
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[Planned]: ...
-    def __getitem__(self, number: int | slice) -> Planned | Sequence[Planned]:
-        if isinstance(number, slice):
-            return [self[n] for n in range(len(self))[number]]
-        asked = self._manifest.job(range(len(self))[number])
+    def _job(self, number: int) -> Planned:
+        asked = self._manifest.job(number)
         source, output = (placed(name, self._manifest.folder) for name in (asked.source, asked.output))
         if hub.parse(asked.source) is not None and not Path(source).exists():
             source = asked.source

@@ -117,10 +117,6 @@ class S3Store(Store):
             if upload["Key"] == self._key and now - upload["Initiated"] > _STALE:
                 self._call("abort_multipart_upload", Key=self._key, UploadId=upload["UploadId"])
 
-    def move(self, target: Store) -> None:
-        """Not needed: an object appears whole."""
-        raise NotImplementedError
-
     def remove(self) -> None:
         """Delete the object, which may be gone already."""
         self._call("delete_object", Key=self._key)
