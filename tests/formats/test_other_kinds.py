@@ -24,7 +24,7 @@ from lrconvert.formats.readers.base import load
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.lora import factoring
 from lrconvert.lora.adapter import LoraAdapter
-from lrconvert.testing import layouts
+from lrconvert.testing import samples
 
 
 def whole(lora: LoraAdapter) -> dict[str, F64]:
@@ -311,7 +311,7 @@ def test_a_rank_is_for_other_kinds_alone(tmp_path: Path) -> None:
 
 def test_what_is_refused_says_what_to_do(tmp_path: Path) -> None:
     """A VeRA without its shared matrices, and one without a base; an (IA)^3 without a base; halves that do not fit."""
-    sample = layouts.SAMPLES["peft_vera"]()
+    sample = samples.SAMPLES["peft_vera"]()
     folder = write_files(tmp_path / "vera", sample.files)
     base = make_base(tmp_path / "base", sample.base, {})
     with pytest.raises(errors.BaseError, match="how many inputs"):
@@ -320,10 +320,10 @@ def test_what_is_refused_says_what_to_do(tmp_path: Path) -> None:
     save_file({n: v for n, v in tensors.items() if n != "base_model.vera_A"}, folder / "adapter_model.safetensors")
     with pytest.raises(errors.PairError, match=r"vera_A is not in the file.*save_projection=True"):
         load(folder, ReadOptions(base=base))
-    ia3 = write_files(tmp_path / "ia3", layouts.SAMPLES["peft_ia3"]().files)
+    ia3 = write_files(tmp_path / "ia3", samples.SAMPLES["peft_ia3"]().files)
     with pytest.raises(errors.BaseError, match="weights of the base"):
         load(ia3)
-    lycoris = write_files(tmp_path / "lycoris", layouts.SAMPLES["lycoris"]().files) / "lora.safetensors"
+    lycoris = write_files(tmp_path / "lycoris", samples.SAMPLES["lycoris"]().files) / "lora.safetensors"
     tensors = load_file(lycoris)
     for part, shape, words in (
         ("hada_w2_a", (5, 2), "not of one size"),

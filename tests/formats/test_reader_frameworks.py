@@ -17,7 +17,7 @@ from lrconvert.core import errors
 from lrconvert.formats.readers.base import load
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.lora.adapter import LoraAdapter
-from lrconvert.testing import layouts
+from lrconvert.testing import samples
 
 # What lies beside the adapter, by framework: names of files and of folders.
 BESIDE = {
@@ -86,7 +86,7 @@ def test_an_archive_of_nemo_is_refused(tmp_path: Path) -> None:
 
 def test_state_of_a_training_is_no_adapter(tmp_path: Path) -> None:
     """One file of weights beside it is the adapter."""
-    write_files(tmp_path / "run", layouts.SAMPLES["diffusers"]().files)
+    write_files(tmp_path / "run", samples.SAMPLES["diffusers"]().files)
     (tmp_path / "run" / "pytorch_lora_weights.safetensors").rename(tmp_path / "run" / "last.safetensors")
     put(tmp_path / "run", ("optimizer.bin", "scheduler.bin", "training_args.bin", "rng_state.pth", "scaler.pt"))
     assert len(load(tmp_path / "run").targets) == 2

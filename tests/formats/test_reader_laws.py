@@ -1,4 +1,4 @@
-"""Laws of every reader over the samples of `lrconvert.testing.layouts`. A reader without one fails, by its name."""
+"""Laws of every reader over `lrconvert.testing.samples`. A reader without one fails, by its name."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.formats.readers.shared.weights import open_weights
 from lrconvert.lora.adapter import LoraAdapter
 from lrconvert.methods import base as methods
-from lrconvert.testing import layouts
+from lrconvert.testing import layouts, samples
 from lrconvert.testing.gguf import gguf_file
-from lrconvert.testing.layouts import Known, Sample, safetensors_file
+from lrconvert.testing.layouts import Known, safetensors_file
+from lrconvert.testing.samples import Sample
 
 
 def sample_of(reader_id: str) -> Sample:
-    if reader_id not in layouts.SAMPLES:
-        pytest.fail(f"the reader {reader_id!r} has no sample in lrconvert/testing/layouts.py")
-    return layouts.SAMPLES[reader_id]()
+    if reader_id not in samples.SAMPLES:
+        pytest.fail(f"the reader {reader_id!r} has no sample in lrconvert/testing/samples.py")
+    return samples.SAMPLES[reader_id]()
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
 
 
 def test_a_reader_without_a_sample_fails_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(layouts.SAMPLES) == set(ids())
+    assert set(samples.SAMPLES) == set(ids())
     (tmp_path / "nobody.py").write_text("READER = None\n")
     monkeypatch.setattr(readers, "__path__", [*readers.__path__, str(tmp_path)])
     assert "nobody" in ids()

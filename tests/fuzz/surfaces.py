@@ -47,7 +47,7 @@ from lrconvert.lora.coded.models import COUNT
 from lrconvert.lora.input_statistics import Input, InputStatistics, Moment
 from lrconvert.merge.in_place.recover import recover
 from lrconvert.merge.signed_json import sign
-from lrconvert.testing import faults, layouts
+from lrconvert.testing import faults, layouts, samples
 from lrconvert.testing.json_trees import spell, tree
 from lrconvert.testing.raw_files import OneTensor, RawFile
 
@@ -242,7 +242,7 @@ def _base(shapes: Mapping[str, tuple[int, ...]]) -> Folder:
     return {"base/model.safetensors": header + bytes(size), "base/config.json": b'{"model_type":"llama"}'}
 
 
-def _reader(sample: layouts.Sample, more: list[Folder], options: dict[str, Any]) -> Surface:
+def _reader(sample: samples.Sample, more: list[Folder], options: dict[str, Any]) -> Surface:
     """Refused; or targets of finite numbers, in shapes that fit, with finite scales."""
     based = bool(sample.base)
 
@@ -269,8 +269,8 @@ def _reader(sample: layouts.Sample, more: list[Folder], options: dict[str, Any])
 
 def _more(reader: str) -> list[Folder]:
     """The other forms of a layout."""
-    pairs = [layouts.Known(m, layouts._floats(2, 8), layouts._floats(6, 2), 3.0) for m in layouts._TEXT]
-    unet = [layouts.Known(m, layouts._floats(2, 8), layouts._floats(6, 2), 3.0) for m in layouts._UNET]
+    pairs = [layouts.Known(m, samples.floats(2, 8), samples.floats(6, 2), 3.0) for m in layouts.TEXT]
+    unet = [layouts.Known(m, samples.floats(2, 8), samples.floats(6, 2), 3.0) for m in layouts.UNET]
     if reader == "diffusers":
         return [layouts.diffusers(unet, form=form) for form in ("lora", "linear", "processor")]
     if reader == "kohya":
@@ -290,13 +290,13 @@ def _more(reader: str) -> list[Folder]:
 
 
 def _gguf() -> Surface:
-    return _reader(layouts.SAMPLES["gguf"](), [], {})
+    return _reader(samples.SAMPLES["gguf"](), [], {})
 
 
 def _npz() -> Surface:
     """What is inside of a zip, changed, and the zip put together again."""
-    pairs = [layouts.Known(m, layouts._floats(2, 8), layouts._floats(6, 2), 3.0) for m in layouts._TEXT]
-    sample = layouts.Sample(layouts.mlx(pairs, npz=True), {})
+    pairs = [layouts.Known(m, samples.floats(2, 8), samples.floats(6, 2), 3.0) for m in layouts.TEXT]
+    sample = samples.Sample(layouts.mlx(pairs, npz=True), {})
     surface = _reader(sample, [], {})
     name = "lora/adapters.npz"
 
@@ -334,7 +334,7 @@ def _pickle() -> Surface:
             buffer = io.BytesIO()
             torch.save(state, buffer, _use_new_zipfile_serialization=new)
             seeds.append({"lora.pt": buffer.getvalue()})
-    sample = layouts.Sample(seeds[0], {})
+    sample = samples.Sample(seeds[0], {})
     return _reader(sample, seeds[1:], {"allow_pickle": True, "alpha": 4.0})
 
 
@@ -532,7 +532,7 @@ def _check() -> Surface:
             for finding in api.check(write(place, files)):
                 assert str(finding).isprintable()
 
-    seeds = [folder for folder in (layouts.SAMPLES["peft"]().files, *_more("peft")) if WEIGHTS in folder]
+    seeds = [folder for folder in (samples.SAMPLES["peft"]().files, *_more("peft")) if WEIGHTS in folder]
     return Surface(seeds, check)
 
 
@@ -553,11 +553,11 @@ SURFACES: dict[str, Callable[[], Surface]] = {
     "resume": _resume,
     "check": _check,
 }
-for _id in layouts.SAMPLES:
+for _id in samples.SAMPLES:
     if _id != "gguf":
         SURFACES[f"reader {_id}"] = lambda _id=_id: _of_reader(_id)  # type: ignore[misc]
 
 
 def _of_reader(reader: str) -> Surface:
-    sample = layouts.SAMPLES[reader]()
+    sample = samples.SAMPLES[reader]()
     return _reader(sample, _more(reader), {"alpha": sample.alpha})

@@ -23,7 +23,7 @@ from lrconvert.formats.exporters import base as exporters
 from lrconvert.formats.readers.base import ids
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter, LoraTarget, Target
 from lrconvert.methods import base as methods
-from lrconvert.testing import layouts
+from lrconvert.testing import layouts, samples
 from lrconvert.testing.layouts import Known
 
 LLAMA = {**json.loads((BASES / "tiny-llama" / "config.json").read_text()), "num_hidden_layers": 22}
@@ -32,9 +32,9 @@ UNET = {"_class_name": "UNet2DConditionModel"}
 # What readers ask for where a layout does not spell the names of a base: its parameters, and its config.json.
 BASE_OF: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "gguf": (("model.layers.3.self_attn.v_proj", "model.layers.4.mlp.up_proj"), LLAMA),
-    "kohya": (layouts._UNET, UNET),
-    "diffusers": (layouts._UNET, UNET),
-    "lycoris": (layouts._UNET, UNET),
+    "kohya": (layouts.UNET, UNET),
+    "diffusers": (layouts.UNET, UNET),
+    "lycoris": (layouts.UNET, UNET),
     "clip_lora": (
         tuple(
             f"text_model.encoder.layers.{layer}.self_attn.{leaf}" for layer, leaf in ((10, "q_proj"), (11, "out_proj"))
@@ -77,7 +77,7 @@ def read_again(folder: Path, **options: Any) -> LoraAdapter | CompactAdapter:
 
 def source_of(reader: str, tmp_path: Path, layout: str = "") -> tuple[Path, dict[str, Any]]:
     """The sample of a reader, and the options that it needs."""
-    sample = layouts.SAMPLES[reader]()
+    sample = samples.SAMPLES[reader]()
     folder = write_files(tmp_path / "adapter", sample.files)
     options: dict[str, Any] = {} if sample.alpha is None else {"alpha": sample.alpha}
     modules, config = BASE_OF.get(reader, ((), LLAMA))
@@ -266,7 +266,7 @@ def test_names_of_kohya_without_a_base(spelled: str, tmp_path: Path) -> None:
 
 def test_a_pipeline_for_peft_is_one_model(tmp_path: Path) -> None:
     """PEFT loads an adapter on one model, whose names begin inside of it."""
-    (known,) = [Known(m, *(np.ones(s, "<f4") for s in ((2, 8), (6, 2))), 1.0) for m in layouts._UNET[:1]]
+    (known,) = [Known(m, *(np.ones(s, "<f4") for s in ((2, 8), (6, 2))), 1.0) for m in layouts.UNET[:1]]
     unet = write_files(tmp_path / "unet", layouts.diffusers([known]))
     done = api.export(unet, tmp_path / "out", to="peft-lora")
     assert any("pipeline.unet" in note for note in done.notes)
