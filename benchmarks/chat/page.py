@@ -58,7 +58,10 @@ trained before the LoRA; files as above, whole, at equal shares of LoRAs of diff
 500 steps, where no other number is named; the seed is 0 where none is. `python benchmarks/encoder_evidence.py`.
 
 Bytes are what the smallest files lack here, not steps: SST-2 at 0.4 % closes hardly more after 1,000 steps than after
-250.
+250. A share does not carry across ranks: the 10.6 KB that are 1.6 % of SST-2's LoRA of rank 8 are 0.4 % of that of rank
+32, and close 91.5 % of the one and 93.5 % of the other. Nor do bits a component: at 294 of them refined files close
+92.6 % at rank 4, 91.5 % at rank 8 and 98.0 % at rank 32. The LoRA of rank 32 was trained on another machine, and is the
+weakest: its accuracy is 79.8 %, that of rank 8 87.9 %, of the base 68.3 %.
 """
 
 
