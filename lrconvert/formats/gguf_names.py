@@ -2,12 +2,13 @@
 
 Known are the models whose layers are renamed one by one, and the experts of mixtures, which llama.cpp keeps in stacks
 of three dimensions, gates and ups apart. Another fused layer that llama.cpp splits has no entry. Facts:
-``gguf-py/gguf/tensor_mapping.py`` of llama.cpp, and what its ``conversion`` does to the rows of a weight.
+``gguf-py/gguf/tensor_mapping.py`` of llama.cpp, what its ``conversion`` does to the rows of a weight, and in which
+products its ``src/models`` add what a LoRA says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,11 +42,14 @@ _HEADS_ONLY = _layers(_ATTENTION, {})
 _BY_HEADS = {"query_key_value": "attn_qkv", "dense": "attn_output"}
 _FOUR = {"mlp.dense_h_to_4h": "ffn_up", "mlp.dense_4h_to_h": "ffn_down"}
 _OLD = {"attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
-_SHARED = _below("mlp.shared_expert", {name: f"{theirs}_shexp" for name, theirs in _GATED.items()})
+_OF_SHARED = {name: f"{theirs}_shexp" for name, theirs in _GATED.items()}
+_SHARED, _ALL_SHARED = _below("mlp.shared_expert", _OF_SHARED), _below("mlp.shared_experts", _OF_SHARED)
 _LATENT = {
-    "q_a_proj": "attn_q_a", "q_b_proj": "attn_q_b", "kv_a_proj_with_mqa": "attn_kv_a_mqa", "kv_b_proj": "attn_kv_b",
-    "o_proj": "attn_output",
+    "q_a_proj": "attn_q_a", "q_b_proj": "attn_q_b", "kv_a_proj_with_mqa": "attn_kv_a_mqa", "o_proj": "attn_output",
 }  # fmt: skip
+# Queries, keys and values through a latent: these products have no LoRA in llama.cpp.
+_QUIET = frozenset({"attn_q", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_kv_b"})
+_DEEPSEEK = {**_layers({"q_proj": "attn_q", **_LATENT}, _GATED), **_ALL_SHARED}  # it keeps kv_b_proj in two parts
 
 _EMBEDDED = {"model.embed_tokens": "token_embd"}
 _WHOLE = {**_EMBEDDED, "lm_head": "output"}
@@ -64,12 +68,14 @@ _SEEING_WHOLE = {
 @dataclass(frozen=True)
 class Slice:
     """The rows of an expert that a stack of llama.cpp, called `name`, has of a layer of transformers: part `which` of
-    `count` parts, one below the other or row by row in turn."""
+    `count` parts, one below the other or row by row in turn. `turned`: the stack of transformers is (experts, in, out).
+    """
 
     name: str
     which: int = 0
     count: int = 1
     in_turn: bool = False
+    turned: bool = False
 
     def rows(self, out: int) -> slice:
         """Return where its rows are among the `out` rows of the layer."""
@@ -87,10 +93,10 @@ def _experts(module: str, gate: str = "gate_proj", up: str = "up_proj", down: st
     return {f"{module}.*.{name}": (Slice(theirs),) for name, theirs in names.items()}
 
 
-def _stacks(gates_and_ups: str, downs: str, in_turn: bool = False) -> dict[str, Slices]:
+def _stacks(gates_and_ups: str, downs: str, *, in_turn: bool = False, turned: bool = False) -> dict[str, Slices]:
     """Experts as parameters of three dimensions, gates and ups in one."""
-    halves = tuple(Slice(name, n, 2, in_turn) for n, name in enumerate(("ffn_gate_exps", "ffn_up_exps")))
-    return {gates_and_ups: halves, downs: (Slice("ffn_down_exps"),)}
+    halves = tuple(Slice(name, n, 2, in_turn, turned) for n, name in enumerate(("ffn_gate_exps", "ffn_up_exps")))
+    return {gates_and_ups: halves, downs: (Slice("ffn_down_exps", turned=turned),)}
 
 
 _STACKS = _stacks("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
@@ -101,7 +107,8 @@ _MIXTURE = {**_STACKS, **_experts("mlp.experts")}
 class Family:
     """A kind of model. `id`: llama.cpp's architecture; `kind`: transformers' model_type. `layers`: modules of a block,
     whose names begin with one of `stems` and its number; `whole`: other modules. `experts`: the same of experts, ``*``
-    for the number of one. `rows`: the order of rows of a layer of llama.cpp where it is another."""
+    for the number of one. `rows`: the order of rows of a layer of llama.cpp where it is another. `unadapted`: layers of
+    llama.cpp that its graph multiplies by without their LoRA, which it loads all the same."""
 
     id: str
     kind: str
@@ -110,6 +117,7 @@ class Family:
     stems: tuple[str, ...] = _STEMS
     rows: Mapping[str, str] = field(default_factory=dict)
     experts: Mapping[str, Slices] = field(default_factory=dict)
+    unadapted: Set[str] = frozenset()
 
     def of_experts(self, name: str) -> tuple[int, int | None, Slices] | None:
         """Return (block, number of the expert where the name says it, slices) of a module or a parameter of experts;
@@ -134,6 +142,10 @@ class Family:
             for stem in self.stems:
                 for layer, slices in self.experts.items():
                     yield from ((f"{stem}{int(block)}.{layer}", one) for one in slices if one.name == leaf)
+
+    def is_adapted(self, name: str) -> bool:
+        """Return false for a name of llama.cpp whose LoRA it loads and does not compute with."""
+        return name.rpartition(".")[2] not in self.unadapted
 
     def named(self, module: str) -> str | None:
         """Return llama.cpp's name of a module of transformers, or None."""
@@ -165,7 +177,15 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "Cohere2ForCausalLM": Family("cohere2", "cohere2", whole=_EMBEDDED),
     "CohereForCausalLM": Family("command-r", "cohere", whole=_EMBEDDED),
+    "DeepseekV2ForCausalLM": Family(
+        "deepseek2", "deepseek_v2", _DEEPSEEK, experts=_MIXTURE, unadapted=_QUIET | {"output"}
+    ),
+    "DeepseekV3ForCausalLM": Family(
+        "deepseek2", "deepseek_v3", _DEEPSEEK, experts=_MIXTURE, unadapted=_QUIET | {"output"}
+    ),
+    "Dots1ForCausalLM": Family("dots1", "dots1", {**_USUAL, **_ALL_SHARED}, experts=_MIXTURE),
     "Ernie4_5ForCausalLM": Family("ernie4_5", "ernie4_5"),
+    "Ernie4_5_MoeForCausalLM": Family("ernie4_5-moe", "ernie4_5_moe", {**_USUAL, **_ALL_SHARED}, experts=_MIXTURE),
     "Exaone4ForCausalLM": Family("exaone4", "exaone4"),
     "FalconForCausalLM": Family(
         "falcon", "falcon", {**_below("self_attention", _BY_HEADS), **_FOUR},
@@ -184,20 +204,32 @@ FAMILIES: Mapping[str, Family] = {
     "Gemma3ForConditionalGeneration": Family("gemma3", "gemma3", whole={}, stems=_SEEING),
     "GemmaForCausalLM": Family("gemma", "gemma", whole={}),
     "Glm4ForCausalLM": Family("glm4", "glm4", _layers(_ATTENTION, _FUSED)),
+    "Glm4MoeForCausalLM": Family("glm4moe", "glm4_moe", {**_USUAL, **_ALL_SHARED}, experts=_MIXTURE),
     "GlmForCausalLM": Family("chatglm", "glm", _layers(_ATTENTION, _FUSED)),
     "GptOssForCausalLM": Family(
         "gpt-oss", "gpt_oss", _HEADS_ONLY,
-        experts=_stacks("mlp.experts.gate_up_proj", "mlp.experts.down_proj", in_turn=True),
+        experts=_stacks("mlp.experts.gate_up_proj", "mlp.experts.down_proj", in_turn=True, turned=True),
     ),
     "GraniteForCausalLM": Family("granite", "granite", rows=_ROTATED),
     "GraniteMoeForCausalLM": Family(
         "granitemoe", "granitemoe", _HEADS_ONLY, rows=_ROTATED,
-        experts={**_STACKS, **_stacks("block_sparse_moe.input_linear", "block_sparse_moe.output_linear")},
+        experts={
+            **_STACKS,
+            **_stacks("block_sparse_moe.input_linear", "block_sparse_moe.output_linear"),
+            **_stacks("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"),
+        },
     ),
     "HunYuanDenseV1ForCausalLM": Family("hunyuan-dense", "hunyuan_v1_dense"),
     "Jais2ForCausalLM": Family("jais2", "jais2", _layers(_ATTENTION, _UP_DOWN)),
+    "Llama4ForCausalLM": Family(
+        "llama4", "llama4_text",
+        {**_HEADS_ONLY, **_below("feed_forward", _GATED), **_below("feed_forward.shared_expert", _OF_SHARED)},
+        experts=_stacks("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj", turned=True),
+    ),
     "LlamaForCausalLM": Family("llama", "llama", rows=_ROTATED),
-    "MiniCPM3ForCausalLM": Family("minicpm3", "minicpm3", _layers(_LATENT, _GATED)),
+    "MiniCPM3ForCausalLM": Family(
+        "minicpm3", "minicpm3", _layers({**_LATENT, "kv_b_proj": "attn_kv_b"}, _GATED), unadapted=_QUIET
+    ),
     "MiniCPMForCausalLM": Family("minicpm", "minicpm", rows=_ROTATED),
     "Ministral3ForCausalLM": Family("mistral3", "ministral3", rows=_ROTATED),
     "Mistral3ForConditionalGeneration": Family(

@@ -20,6 +20,7 @@ from lrconvert.core import errors
 from lrconvert.formats import gguf_names
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter, Target, View
 from lrconvert.methods import base as methods
+from lrconvert.testing.layouts import Known, gguf
 
 WIDTH, HEADS, KV, WIDE, TOKENS = 64, 8, 4, 96, 128
 CONFIG: dict[str, Any] = {
@@ -56,8 +57,9 @@ def rows_of(leaf: str, order: str | None) -> int:
     return {"attn_k": WIDTH // HEADS * KV, "attn_v": WIDTH // HEADS * KV}.get(leaf, WIDTH)
 
 
-def targets_of(name: str) -> tuple[Target, ...]:
-    """Every layer of the last block, the shapes as the rows need them, and the whole-model modules."""
+def targets_of(name: str, unadapted: bool = False) -> tuple[Target, ...]:
+    """Every layer of the last block, the shapes as the rows need them, and the whole-model modules; with `unadapted`
+    those whose LoRA llama.cpp leaves out."""
     family = FAMILIES[name]
     targets = [
         Target(f"{family.stems[0]}1.{layer}.weight", (rows_of(leaf, family.rows.get(leaf)), WIDTH))
@@ -67,7 +69,8 @@ def targets_of(name: str) -> tuple[Target, ...]:
         if list(family.whole.values()).index(theirs) == list(family.whole).index(module):  # the first of its meaning
             embedding = theirs == "token_embd"
             targets.append(Target(f"{module}.weight", (TOKENS, WIDTH), View("transposed" if embedding else "matrix")))
-    return tuple(sorted(targets))
+    named = ((target, family.named(target.name.removesuffix(".weight")) or "") for target in targets)
+    return tuple(sorted(target for target, theirs in named if family.is_adapted(theirs) != unadapted))
 
 
 @functools.cache
@@ -89,7 +92,7 @@ def test_names_are_those_of_the_gguf_package(name: str) -> None:
     family = FAMILIES[name]
     (arch,) = [key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == family.id]
     table = gguf.get_tensor_name_map(arch, 2)
-    for target in targets_of(name):
+    for target in (*targets_of(name), *targets_of(name, unadapted=True)):
         module = target.name.removesuffix(".weight")
         # What llama.cpp's converter takes out of a name before it asks its table.
         asked = module.replace("language_model.", "")
@@ -186,7 +189,37 @@ def test_models_with_eyes(tmp_path: Path) -> None:
         assert f"{stem}.self_attn.q_proj" in family.modules("blk.7.attn_q")
 
 
-@pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM", "Qwen3MoeForCausalLM"])
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.unadapted])
+def test_layers_that_llamacpp_computes_without(name: str, tmp_path: Path) -> None:
+    """A LoRA on one of them is refused by the exporter, and `check` says so of what llama.cpp's own converter makes,
+    before and after."""
+    base = base_of(name, tmp_path / "base")
+    targets = targets_of(name, unadapted=True)
+    assert len(targets) >= 3
+    for target in targets:
+        compact = api.convert(LoraAdapter((one_target(target, 2),)), "lowrank", bits=12).compact
+        with pytest.raises(errors.ExportError, match="computes without it"):
+            api.export(compact, tmp_path / "out", to="gguf", base=base)
+    pairs = tuple(one_target(target, rank=2) for target in (targets[0], targets_of(name)[0]))
+    api.export(LoraAdapter(pairs), tmp_path / "peft", to="peft-lora")
+    (found,) = [one for one in api.check(tmp_path / "peft", ("llamacpp",), base=base) if "left out" in one.what]
+    module = targets[0].name.removesuffix(".weight")
+    assert found.severity == "wrong" and module in found.what
+    known = Known(FAMILIES[name].named(module) or "", np.ones((2, 4), "<f4"), np.ones((4, 2), "<f4"), 2.0)
+    (tmp_path / "theirs.gguf").write_bytes(gguf([known], FAMILIES[name].id)["lora.gguf"])
+    assert any("left out" in one.what for one in api.check(tmp_path / "theirs.gguf", ("llamacpp",)))
+
+
+EXPERTS_OF = [
+    "MixtralForCausalLM",
+    "GptOssForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "Llama4ForCausalLM",
+    "Glm4MoeForCausalLM",
+]
+
+
+@pytest.mark.parametrize("name", EXPERTS_OF)
 @pytest.mark.parametrize("stacked", [True, False])
 def test_experts_out_and_in_again(name: str, stacked: bool, tmp_path: Path) -> None:
     """Stacks of three dimensions, gates and ups apart, from a stack of transformers or from modules of their own; an
@@ -195,7 +228,7 @@ def test_experts_out_and_in_again(name: str, stacked: bool, tmp_path: Path) -> N
     spelled = [layer for layer in family.experts if ("*" in layer) != stacked]
     if not spelled:
         pytest.skip("this family has stacks alone")
-    kind = "expert_transposed" if name == "GptOssForCausalLM" else "expert"
+    kind = "expert_transposed" if name in ("GptOssForCausalLM", "Llama4ForCausalLM") else "expert"
     targets, shapes = [], {}
     for layer in spelled:
         for number in range(4):

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from architectures import ARCHITECTURES, VOCABULARY
+from architectures import ARCHITECTURES, VOCABULARY, Architecture
 from conftest import ADAPTERS, BASES, dense
 from models import auto, load_all, save_base
 from peers import oracle
@@ -235,17 +235,80 @@ def test_xllamacpp_serves_bases_of_fewer_bits(bases: dict[str, Path], tmp_path: 
         assert_equal(kind, with_peft(LLAMA, tmp_path / "peft"), answer, bound)
 
 
+def like_mistral(name: str, model: str, *linear: str, experts: Sequence[str] = (), **config: Any) -> Architecture:
+    """A tiny model of another class, with the layers of Mistral's where none are named."""
+    other = ARCHITECTURES["mistral"]
+    linear = linear or other.linear
+    return replace(other, name=name, model=model, linear=linear, experts=experts, config={**other.config, **config})
+
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+TWO = (*ATTENTION, "up_proj", "down_proj")
+STACKS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+FULL = {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4, "sliding_window": None}
+WINDOWS = {"num_hidden_layers": 4, "sliding_window": 8}
+MIXED = {
+    "num_hidden_layers": 2, "first_k_dense_replace": 1, "n_routed_experts": 4, "n_shared_experts": 1,
+    "moe_intermediate_size": 12, "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+LATENT = {
+    "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+ERNIE = {
+    "num_hidden_layers": 2, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 12, "moe_num_shared_experts": 2,
+    "moe_layer_start_index": 1, "moe_layer_end_index": 1, "moe_layer_interval": 1,
+}  # fmt: skip
+# Tiny models of families that tests/architectures.py does not have.
+OTHERS = {
+    one.name: one
+    for one in (
+        like_mistral("apertus", "ApertusForCausalLM", *TWO),
+        like_mistral("arcee", "ArceeForCausalLM", *TWO),
+        like_mistral("cohere2", "Cohere2ForCausalLM", **WINDOWS),
+        like_mistral("deepseek-v2", "DeepseekV2ForCausalLM", "o_proj", experts=STACKS, **{**MIXED, **LATENT}),
+        like_mistral("dots1", "Dots1ForCausalLM", *ATTENTION, experts=STACKS, **MIXED, num_key_value_heads=2),
+        like_mistral("ernie4_5", "Ernie4_5ForCausalLM"),
+        like_mistral("ernie4_5-moe", "Ernie4_5_MoeForCausalLM", *ATTENTION, experts=STACKS, **ERNIE),
+        like_mistral("exaone4", "Exaone4ForCausalLM", **FULL),
+        like_mistral("gemma", "GemmaForCausalLM"),
+        like_mistral("glm", "GlmForCausalLM", *ATTENTION, "gate_up_proj", "down_proj", rms_norm_eps=1e-5),
+        like_mistral("hunyuan", "HunYuanDenseV1ForCausalLM"),
+        like_mistral("jais2", "Jais2ForCausalLM", *TWO),
+        like_mistral("minicpm3", "MiniCPM3ForCausalLM", "o_proj", "gate_proj", "up_proj", "down_proj", **LATENT),
+        like_mistral("nemotron", "NemotronForCausalLM", *TWO),
+        like_mistral("olmo", "OlmoForCausalLM", num_key_value_heads=2),
+        like_mistral("olmo3", "Olmo3ForCausalLM", **WINDOWS),
+        like_mistral("seed-oss", "SeedOssForCausalLM"),
+    )
+}
 # Families whose tiny model llama.cpp's converter takes, and what the runtime assumes of their configuration.
 KINDS: dict[str, dict[str, int | bool]] = {
     "mistral": {}, "qwen2": {}, "qwen2-tied": {}, "qwen3": {}, "qwen3-moe": {"norm_topk_prob": True},
     "gemma2": {"query_pre_attn_scalar": 8}, "gpt-oss": {}, "mixtral": {}, "olmoe": {}, "granite": {}, "granite-moe": {},
     "phi": {"intermediate_size": 64}, "phi3": {}, "cohere": {}, "olmo2": {}, "smollm3": {}, "glm4": {}, "stablelm": {},
     "starcoder2": {}, "gpt2": {}, "gpt-bigcode": {}, "bloom": {}, "qwen2-moe": {}, "falcon": {"num_kv_heads": 1},
+    "glm4-moe": {}, "llama4-text": {"num_hidden_layers": 4}, **{name: {} for name in OTHERS},
 }  # fmt: skip
+# What the converter wants to read in their config.json, and transformers does not write.
+STATED: dict[str, dict[str, Any]] = {"cohere2": {"rotary_pct": 1.0}, "dots1": {"scoring_func": "sigmoid"}}
 
 
-EXPERTS = {"granite-moe": ("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight")}
-SAMPLE = ("mistral", "qwen2-tied", "gemma2", "phi3", "starcoder2", "gpt2", "bloom", "qwen2-moe", "mixtral")
+EXPERTS = {"granite-moe": ("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj")}
+SAMPLE = (
+    *("mistral", "qwen2-tied", "gemma2", "phi3", "starcoder2", "gpt2", "bloom", "qwen2-moe", "mixtral"),
+    *("deepseek-v2", "llama4-text", "glm4-moe", "arcee"),
+)
+
+
+def family_base(name: str, folder: Path) -> tuple[Architecture, Path]:
+    """A tiny model of a family, and the folder that it is written to, as llama.cpp's converter takes it."""
+    kind = OTHERS.get(name) or ARCHITECTURES[name]
+    replace(kind, config={**kind.config, **KINDS[name]}).save(folder)
+    config = json.loads((folder / "config.json").read_text())
+    stated = {"n_ctx": config.get("n_positions"), **config, **STATED.get(name, {})}
+    (folder / "config.json").write_text(json.dumps(stated))
+    return kind, folder
 
 
 @pytest.mark.parametrize("names", [SAMPLE, pytest.param(tuple(KINDS), marks=pytest.mark.long)], ids=["some", "all"])
@@ -258,10 +321,7 @@ def test_xllamacpp_serves_other_families(names: tuple[str, ...], tmp_path: Path)
 
     models, bases, jobs = {}, {}, []
     for number, name in enumerate(names):
-        kind, changes = ARCHITECTURES[name], KINDS[name]
-        folder = replace(kind, config={**kind.config, **changes}).save(tmp_path / f"base{number}")
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({"n_ctx": config.get("n_positions"), **config}))
+        kind, folder = family_base(name, tmp_path / f"base{number}")
         bases[name] = folder
         torch.manual_seed(number)
         settings = peft.LoraConfig(
@@ -269,9 +329,11 @@ def test_xllamacpp_serves_other_families(names: tuple[str, ...], tmp_path: Path)
             lora_alpha=3,
             init_lora_weights=False,
             target_modules=list(kind.linear),
-            target_parameters=list(EXPERTS.get(name, kind.experts)),
+            target_parameters=list(stacks := EXPERTS.get(name, kind.experts)),
         )
         models[name] = peft.get_peft_model(kind.load(folder), settings).eval()
+        found = models[name].targeted_parameter_names
+        assert all(any(each.endswith(stack) for each in found) for stack in stacks), (name, found)
         models[name].save_pretrained(tmp_path / name)
     files = converted({name: (folder, "f32") for name, folder in bases.items()}, tmp_path)
     for name, folder in bases.items():
@@ -283,6 +345,42 @@ def test_xllamacpp_serves_other_families(names: tuple[str, ...], tmp_path: Path)
         with models[name].disable_adapter():
             assert_equal(f"{name} alone", models[name], answer[: len(prompts)], 1e-3)
         assert_equal(name, models[name], answer[len(prompts) :], 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("minicpm3", ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"]),
+        ("deepseek-v2", ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "lm_head"]),
+    ],
+)
+def test_xllamacpp_computes_without_layers_that_the_exporter_refuses(
+    name: str, layers: list[str], tmp_path: Path
+) -> None:
+    """llama.cpp's own converter takes a LoRA on them, and the runtime loads it and answers as the base."""
+    import peft
+
+    kind, base = family_base(name, tmp_path / "base")
+    if "tie_word_embeddings" not in kind.config:
+        replace(kind, tied=False).save(base)
+    settings = peft.LoraConfig(r=3, lora_alpha=3, init_lora_weights=False, target_modules=layers)
+    model = peft.get_peft_model(kind.load(base), settings).eval()
+    model.save_pretrained(tmp_path / "peft", save_embedding_layers=False)
+    with pytest.raises(errors.ExportError, match="computes without it"):
+        exported(tmp_path / "peft", tmp_path / "gguf", base)
+    file = converted({name: (base, "f32")}, tmp_path)[name]
+    theirs = tmp_path / "theirs.gguf"
+    options = {"base": str(base), "kept": str(theirs)}
+    (answer,) = oracle.ask("llamacpp", [(tmp_path / "peft", options)], LLAMA)
+    assert answer["outcome"] == "loads", answer
+    prompts = [[token % VOCABULARY for token in prompt] for prompt in PROMPTS]
+    (served,) = serve(tmp_path, (theirs, {"model": str(file)}), vocabulary=VOCABULARY, prompts=prompts)
+    with model.disable_adapter():
+        assert_equal(name, model, served, 1e-3)
+    with pytest.raises(AssertionError):
+        assert_equal(name, model, served, 1e-1)
+    (found,) = [one for one in api.check(theirs, ("llamacpp",)) if "left out" in one.what]
+    assert found.severity == "wrong"
 
 
 # --- what check says ------------------------------------------------------------------------------------------------

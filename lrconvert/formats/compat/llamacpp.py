@@ -24,6 +24,7 @@ TENSORS = f"{CONVERTER} LoraModel.get_tensors"
 FILTER = "conversion/base.py TextModel.filter_tensors"
 RUNTIME = "src/llama-adapter.cpp llama_adapter_lora_init_impl"
 SCALE = "src/llama-adapter.h get_scale"
+GRAPH = "src/models"
 MERGE = "merge it into the base and convert that"
 
 # conversion/base.py TextModel.filter_tensors: parts of names that no text model has.
@@ -99,6 +100,10 @@ def _file(subject: Subject) -> Iterator[Finding]:
         "shape", odd, "factors that are no (r, in) and (out, r) are refused", "convert it again", RUNTIME
     )
     yield from _tied(subject, [name for name in halves if name.startswith(("token_embd.", "output."))])
+    own = subject.config.get("general.architecture")
+    family = next((family for family in gguf_names.FAMILIES.values() if family.id == own), None)
+    if family is not None:
+        yield from _unused([name for name in halves if not family.is_adapted(name.removesuffix(".weight"))])
     yield from _on_base(subject, pairs)
 
 
@@ -118,6 +123,12 @@ def _on_base(subject: Subject, pairs: dict[str, tuple[tuple[int, ...], tuple[int
     wide = [name for name, (a, _) in pairs.items() if width and _INPUTS.fullmatch(name) and a[-1] != width]
     what = f"{len(wide)} layers do not read the base's {width} numbers"
     yield from refuses.of("shape", wide, what, right_base(), RUNTIME)
+
+
+def _unused(layers: list[str]) -> Iterator[Finding]:
+    """Yield a finding on layers of which the runtime loads a LoRA, and computes without it."""
+    what = "updates of layers are loaded and left out of what is computed"
+    yield from wrong.of("modules", layers, what, MERGE, GRAPH)
 
 
 # --- a PEFT folder ---------------------------------------------------------------------------------------------------
@@ -212,6 +223,9 @@ def _base(subject: Subject) -> Iterator[Finding]:
         what = f"the base's architecture {subject.architecture!r:.80} is not known"
         yield refuses("model", what, "use a newer llama.cpp if it has it", "conversion/__init__.py TEXT_MODEL_MAP")
     yield from _tied(subject, heads)
+    if (family := gguf_names.family_of(subject.base)) is not None:
+        names = {module: family.named(_spelled(module)) for module in subject.pairs}
+        yield from _unused([module for module, name in names.items() if name and not family.is_adapted(name)])
     place = whole_names.placement(subject, _spelled)
     lacking = [module for module in place.lacking if not _skipped(f"{module}.weight")]
     yield from refuses.of("modules", lacking, f"{len(lacking)} modules are not in the base", right_base(), RUNTIME)

@@ -22,7 +22,7 @@ from lrconvert.core.errors import ConfigError, ExportError
 from lrconvert.core.wording import spelled
 from lrconvert.formats import gguf_names
 from lrconvert.formats.exporters.base import Exporter, ExportOptions, Folder
-from lrconvert.formats.exporters.peft_lora.stacks import as_peft_stacks
+from lrconvert.formats.exporters.peft_lora.stacks import in_order
 from lrconvert.formats.exporters.shared.files import stored
 from lrconvert.formats.exporters.shared.plain import (
     Pair,
@@ -52,11 +52,11 @@ def files(adapter: Adapter, options: ExportOptions) -> Folder:
     tensors: dict[str, Array] = {}
     stacks: dict[str, _Stack] = {}
     made = factors(adapter, options, unscaled if options.keep_ranks else None)
-    for pair in as_peft_stacks(adapter, made.pairs, config):
+    for pair in made.pairs:
         rank = pair.rank
         place = family.of_experts(pair.target.name)
         if place is not None:
-            _add_expert(stacks, pair, place, config)
+            _add_expert(stacks, in_order(pair, place[2][0].turned), place, config)
             continue
         name = _name(pair.target, family, config)
         tensors[f"{name}.weight.lora_a"] = pair.a.T if name == "token_embd" else pair.a
@@ -88,6 +88,9 @@ def _name(target: Target, family: Family, config: Mapping[str, Any]) -> str:
         raise ExportError(f"llama.cpp takes no LoRA on {target.name!r:.120} of a {family.id}", fix=exclude())
     if name in ("output", "token_embd") and ties_embeddings(config):
         what = f"{target.name!r:.120} is tied to the other embedding of the base; llama.cpp aborts at a LoRA on either"
+        raise ExportError(what, fix=exclude())
+    if not family.is_adapted(name):
+        what = f"llama.cpp loads a LoRA on {target.name!r:.120} of a {family.id}, and computes without it"
         raise ExportError(what, fix=exclude())
     return name
 

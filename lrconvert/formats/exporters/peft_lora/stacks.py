@@ -43,12 +43,8 @@ def as_peft_stacks(adapter: Adapter, pairs: Iterable[Pair], config: Mapping[str,
 
 def _settled(pair: Pair, transposed: bool | None, is_known: bool) -> Pair:
     """The pair for the order of axes of its stack; as it is where it is of none."""
-    return pair if _KINDS.get(pair.target.view.kind) in (None, transposed) else _turned(pair, is_known)
-
-
-def _turned(pair: Pair, is_known: bool) -> Pair:
-    """The same update of a stack for the other order of axes. Raises E-EXPORT if the class is not known."""
-    kind, _, number = pair.target.view.text.partition(":")
+    if _KINDS.get(kind := pair.target.view.kind) in (None, transposed):
+        return pair
     if not is_known:
         layout = "(experts, in, out)" if _KINDS[kind] else "(experts, out, in)"
         raise ExportError(
@@ -56,6 +52,18 @@ def _turned(pair: Pair, is_known: bool) -> Pair:
             "base's class to say",
             fix=f"give {spelled('base', ...)}; its config.json is enough",
         )
+    return turned(pair)
+
+
+def in_order(pair: Pair, transposed: bool) -> Pair:
+    """Return the pair of a stack as of (experts, in, out) if it is `transposed`, else as of (experts, out, in); one of
+    no stack as it is."""
+    return pair if _KINDS.get(pair.target.view.kind) in (None, transposed) else turned(pair)
+
+
+def turned(pair: Pair) -> Pair:
+    """Return the same update of a stack for the other order of axes."""
+    kind, _, number = pair.target.view.text.partition(":")
     other = View(f"{'expert' if _KINDS[kind] else 'expert_transposed'}:{number}")
     a, b = np.ascontiguousarray(pair.b.T), np.ascontiguousarray(pair.a.T)
     return replace(pair, target=replace(pair.target, view=other), a=a, b=b)

@@ -65,8 +65,8 @@ def _entry(module: str, number: int, slices: Slices, component: Component) -> Lo
     out = height * count
     if sorted(shape[1:]) != sorted((out, inner)) or number >= shape[0]:
         raise BaseError(f"{name!r} is {list(shape)} in the base, {[out, inner]} in the adapter", path=component.root)
-    in_turn = slices[0][0].in_turn  # gpt-oss alone, whose stacks are (experts, in, out)
-    kind = "expert_transposed" if shape[1:] == (inner, out) and (in_turn or shape[1:] != (out, inner)) else "expert"
+    is_turned = shape[1:] == (inner, out) and (slices[0][0].turned or shape[1:] != (out, inner))
+    kind = "expert_transposed" if is_turned else "expert"
     shared = all(pair.a == first.a for _, pair in slices)
     a = [first.a] if shared else [pair.a for _, pair in slices]
     rank = sum(half.shape[0] for half in a)
