@@ -140,7 +140,24 @@ def _section(name: str, done: Rows) -> list[str]:
     numbers = {lora: number for number, lora in enumerate(measured, 1)}
     rows = [_row(task.score_name, row, texts, numbers.get(row["setting"]["lora"], 1)) for row in own]
     head = ["size, form", "bytes", "bits a component", "KL closed", "agreement", task.score_name, "gain"]
-    return [title, f"{about}\n", cells.markdown(head, rows) + "\n"]
+    return [title, f"{about}\n", *_glance(own), cells.markdown(head, rows) + "\n"]
+
+
+def _glance(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the means of KL closed, a line for each way to make a file and a column for each size, of seed 0 and all
+    steps; nothing where few ways were measured."""
+    ways: dict[str, dict[float, float]] = {}
+    for row in rows:
+        setting = row["setting"]
+        if "closed" in row and setting["seed"] == 0 and (setting["mode"] == "refit" or setting["steps"] == 150):
+            ways.setdefault(f"{setting['form']}, {setting['mode']}", {})[setting["share"]] = row["closed"][0]
+    if len(ways) < 6:
+        return []
+    best_first = sorted(ways, key=lambda way: (way.endswith("refit"), -ways[way].get(0.8, 0.0)))
+    lines = [
+        [way, *(f"{ways[way][share]:.1%}" if share in ways[way] else "not run" for share in AIMS)] for way in best_first
+    ]
+    return ["KL closed, of what is below:\n", cells.markdown(["", *(f"{share:g} %" for share in AIMS)], lines) + "\n"]
 
 
 def _about(score_name: str, row: dict[str, Any], number: int) -> str:
