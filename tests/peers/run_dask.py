@@ -4,7 +4,9 @@
 
 Prints a JSON object: how many outcomes of each state, how many workers were killed, and of the jobs that began more
 than once how many were in flight at a worker that was killed (`again`), which were not (`unexplained`), and which had
-an outcome before (`late`). Every worker logs what it begins and ends (`log_jobs.py`), and the batch each outcome.
+an outcome before (`late`), but for those of a worker that was killed (`unheard`): a scheduler that has not heard yet
+that an outcome arrived computes it anew. Every worker logs what it begins and ends (`log_jobs.py`), and the batch each
+outcome.
 """
 
 from __future__ import annotations
@@ -77,13 +79,14 @@ def repeats(log: Path, killed: list[int]) -> dict[str, Any]:
     """What the log says of jobs that began more than once."""
     begun: dict[str, int] = {}
     landed: set[str] = set()
-    told: dict[str, Any] = {"again": 0, "unexplained": [], "late": []}
+    told: dict[str, Any] = {"again": 0, "unheard": 0, "unexplained": [], "late": []}
     for what, name, pid in (line.split() for line in log.read_text().splitlines()):
         if what == "lands":
             landed.add(name)
         elif what == "begins":
             if name in landed:
-                told["late"].append(name)
+                told["unheard"] += begun[name] in killed
+                told["late"] += [name] if begun[name] not in killed else []
             elif name in begun and begun[name] in killed:
                 told["again"] += 1
             elif name in begun:

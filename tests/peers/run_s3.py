@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import sys
 import threading
 import time
@@ -56,6 +57,7 @@ class Failing:
             return self._cut(environ, start)
         if fault.get("after"):  # it is done, and the answer is lost
             list(self.app(environ, lambda *words: None))
+            environ = {**environ, "CONTENT_LENGTH": "0"}  # the body was read
         if "status" not in fault:
             return self.app(environ, start)
         return self._error(environ, start, fault["status"], fault["code"], "Told to fail.", "")
@@ -79,9 +81,10 @@ class Failing:
         return [] if head else [body]
 
     def _cut(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterator[bytes]:
-        """The first half of the answer, and then nothing more."""
+        """The first half of the answer, and then no connection: else the client would wait for the rest, a minute."""
         whole = b"".join(self.app(environ, start))
         yield whole[: len(whole) // 2]
+        environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
         raise ConnectionResetError("told to cut")
 
     def _damaged(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
