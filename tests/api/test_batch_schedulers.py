@@ -65,7 +65,7 @@ def test_workers_of_dask_are_killed_at_random(tmp_path: Path) -> None:
     assert told["killed"] >= 3, told
     assert sum(told["counts"].values()) == count and set(told["counts"]) <= {"done", "skipped"}, told
     assert told["late"] == told["unexplained"] == [], told
-    assert told["unheard"] <= told["killed"], told
+    assert told["unheard"] <= told["held"], told  # those that the scheduler had not heard to have arrived
     assert len(list((tmp_path / "out").glob("*.lrc"))) == count
     assert {p.name for p in (tmp_path / "out").iterdir() if p.suffix != ".lrc"} - {"manifest.jsonl"} == set()
     assert {len(contents) for contents in outputs(tmp_path / "out").values()} == {1}

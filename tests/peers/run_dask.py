@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 LAST = 800  # adapters, after which no worker is killed any more
 
 
-def kill(cluster: Any, log: Path, count: int, killed: list[int], is_over: threading.Event) -> None:
+def kill(cluster: Any, log: Path, count: int, killed: list[int], held: list[int], is_over: threading.Event) -> None:
     """Kill random workers that are at work, each when a random number of adapters is done. One that has not begun to
     work is left alone: who kills it while it starts stops the one that would start another."""
     draw = random.Random()
@@ -36,9 +36,11 @@ def kill(cluster: Any, log: Path, count: int, killed: list[int], is_over: thread
     while len(killed) < count and not is_over.wait(0.05):
         lines = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
         begun = {int(line[2]) for line in lines if line[0] == "begins"}
-        pids = [nanny.pid for nanny in cluster.workers.values() if nanny.pid in begun - {*killed}]
-        if pids and sum(line[0] == "lands" for line in lines) >= moments[len(killed)]:
-            pid = draw.choice(pids)
+        there = [nanny for nanny in cluster.workers.values() if nanny.pid in begun - {*killed}]
+        if there and sum(line[0] == "lands" for line in lines) >= moments[len(killed)]:
+            nanny = draw.choice(there)
+            pid, known = nanny.pid, cluster.scheduler.workers.get(nanny.worker_address)
+            held.append(0 if known is None else len(known.has_what))
             os.kill(pid, signal.SIGKILL)
             killed.append(pid)
 
@@ -59,9 +61,10 @@ def main() -> None:
             file.write(f"lands {Path(outcome.source).name} 0\n")
 
     killed: list[int] = []
+    held: list[int] = []  # outcomes that the scheduler believed to lie at a worker when it was killed
     is_over = threading.Event()
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, host="127.0.0.1") as cluster:
-        hunter = threading.Thread(target=kill, args=(cluster, log, kills, killed, is_over))
+        hunter = threading.Thread(target=kill, args=(cluster, log, kills, killed, held, is_over))
         hunter.start()
         start = time.monotonic()
         try:
@@ -72,7 +75,8 @@ def main() -> None:
             is_over.set()
             hunter.join()
     seconds = round(time.monotonic() - start, 1)
-    print(json.dumps({"counts": dict(done.counts), "killed": len(killed), "seconds": seconds, **repeats(log, killed)}))
+    counts = {"counts": dict(done.counts), "killed": len(killed), "held": sum(held), "seconds": seconds}
+    print(json.dumps({**counts, **repeats(log, killed)}))
 
 
 def repeats(log: Path, killed: list[int]) -> dict[str, Any]:
