@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     )
     from lrconvert.api.batch.job import Job, Outcome, Work
     from lrconvert.api.batch.one import convert_one
-    from lrconvert.api.batch.run import Batch, BatchOptions, allocate_many, batch_jobs, compress_many, convert_many
+    from lrconvert.api.batch.options import BatchOptions
+    from lrconvert.api.batch.run import allocate_many, batch_jobs, compress_many, convert_many
+    from lrconvert.api.batch.tally import Batch
     from lrconvert.api.combining import combine
     from lrconvert.api.comparing import compare, load_statistics, statistics
     from lrconvert.api.conversions import allocate, compress, convert, refine
@@ -131,7 +133,9 @@ _HOMES = {  # the modules, and what they give
     "api.adapters": "check download inspect load load_all load_lora read upgrade validate write",
     "api.batch.job": "Job Outcome Work",
     "api.batch.one": "convert_one",
-    "api.batch.run": "Batch BatchOptions allocate_many batch_jobs compress_many convert_many",
+    "api.batch.options": "BatchOptions",
+    "api.batch.run": "allocate_many batch_jobs compress_many convert_many",
+    "api.batch.tally": "Batch",
     "api.combining": "combine",
     "api.comparing": "compare load_statistics statistics",
     "api.conversions": "allocate compress convert refine",

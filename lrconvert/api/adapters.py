@@ -26,7 +26,7 @@ from lrconvert.api.shared import (
 )
 from lrconvert.core.errors import ArgumentError
 from lrconvert.core.options import described
-from lrconvert.formats import fidelity, loading
+from lrconvert.formats import inspection, loading
 from lrconvert.formats.fleet import places as fleet_places
 from lrconvert.formats.lrc import file, validation
 from lrconvert.formats.lrc.validation import Validation
@@ -136,9 +136,9 @@ def inspect(path: AnyAdapter, *, base: AnyPath | None = None, **reading: Any) ->
         with adapter_at(path, "path") as where:
             if where.is_file() and statistics_file.is_statistics(where):
                 loading.refuse_options(options, where)
-                return fidelity.inspect_statistics(statistics_file.read(where), where.stat().st_size)
+                return inspection.inspect_statistics(statistics_file.read(where), where.stat().st_size)
     adapter = adapter_of(path, options, "path")
-    return fidelity.inspect_lora(adapter) if isinstance(adapter, LoraAdapter) else fidelity.inspect_compact(adapter)
+    return inspection.inspect_lora(adapter) if isinstance(adapter, LoraAdapter) else inspection.inspect_compact(adapter)
 
 
 def download(name: str, *, part: hub_transfer.Part = "adapter", allow_pickle: bool = False) -> Path:

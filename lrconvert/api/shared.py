@@ -18,12 +18,13 @@ from lrconvert.core.errors import ArgumentError, OptionError, UnknownLayoutError
 from lrconvert.core.notices import Notice
 from lrconvert.core.options import described, make, names, refuse_unknown
 from lrconvert.core.wording import either, spelled
-from lrconvert.formats import fidelity, loading
+from lrconvert.formats import loading
 from lrconvert.formats.fleet import places as fleet_places
 from lrconvert.formats.lrc import file
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.io import hub, remote
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
+from lrconvert.methods.shared.plain_lora import plain_lora
 
 if TYPE_CHECKING:
     from torch import nn
@@ -138,7 +139,7 @@ def adapter_of(item: object, reading: ReadOptions, name: str = "adapter") -> Lor
 def lora_of(item: object, reading: ReadOptions, name: str = "lora") -> LoraAdapter:
     """Return a LoRA: as it is, or read; a compact adapter, and that of a result, is expanded, with a warning."""
     loaded = adapter_of(item, reading, name)
-    return loaded if isinstance(loaded, LoraAdapter) else fidelity.expanded(loaded)
+    return loaded if isinstance(loaded, LoraAdapter) else plain_lora(loaded)
 
 
 def compact_of(item: object, name: str = "adapter") -> CompactAdapter:

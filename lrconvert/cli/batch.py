@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lrconvert.api.batch.job import Outcome, Work
-from lrconvert.api.batch.run import Batch, BatchOptions, OnDone
+from lrconvert.api.batch.options import BatchOptions, OnDone
 from lrconvert.api.batch.run import run as run_batch
 from lrconvert.api.batch.sources import are_many
+from lrconvert.api.batch.tally import Batch
 from lrconvert.cli import flags
 from lrconvert.cli.printing import command_line, emit_line, progress_bar, say, warn
 from lrconvert.cli.request import Request

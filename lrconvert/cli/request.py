@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lrconvert.api.batch.run import BatchOptions
+from lrconvert.api.batch.options import BatchOptions
 from lrconvert.cli import flags
 from lrconvert.formats.readers.shared.options import ReadOptions
 

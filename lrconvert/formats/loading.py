@@ -14,7 +14,7 @@ from typing import Any
 
 from lrconvert.core.errors import OptionError, UnknownLayoutError
 from lrconvert.core.wording import spelled
-from lrconvert.formats import fidelity, model_card
+from lrconvert.formats import model_card
 from lrconvert.formats.fleet import names
 from lrconvert.formats.fleet import places as fleet_places
 from lrconvert.formats.lrc import file
@@ -22,6 +22,7 @@ from lrconvert.formats.readers import base as readers
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.io import hub, mistaken
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
+from lrconvert.methods.shared.plain_lora import plain_lora
 
 AnyPath = str | PathLike[str]
 Adapter = LoraAdapter | CompactAdapter
@@ -79,7 +80,7 @@ def refuse_options(reading: ReadOptions, path: Path | None = None) -> None:
 def lora(item: AnyPath | LoraAdapter, reading: ReadOptions) -> LoraAdapter:
     """Return a LoRA: as it is if it is loaded, else read; a compact one is expanded, with a warning."""
     source = adapter(item, reading)
-    return source if isinstance(source, LoraAdapter) else fidelity.expanded(source)
+    return source if isinstance(source, LoraAdapter) else plain_lora(source)
 
 
 def adapter(item: AnyPath | Adapter, reading: ReadOptions) -> Adapter:

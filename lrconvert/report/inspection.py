@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lrconvert.core.errors import printable
 from lrconvert.formats.expansions.ranks import vllm_rank
-from lrconvert.formats.fidelity import inspect_statistics
+from lrconvert.formats.inspection import inspect_statistics
 from lrconvert.report.tables import count_bytes, listed, relative, shortened, span, table
 
 if TYPE_CHECKING:

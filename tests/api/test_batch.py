@@ -22,7 +22,7 @@ from test_cli import lrconvert as command
 import lrconvert
 from lrconvert import api
 from lrconvert.api.batch import manifest, request, run, sources
-from lrconvert.api.batch.run import Batch
+from lrconvert.api.batch.tally import Batch
 from lrconvert.cli import cli
 from lrconvert.core import errors
 from lrconvert.io import checkpoint

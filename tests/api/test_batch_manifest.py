@@ -20,7 +20,7 @@ from lrconvert.api import adapters
 from lrconvert.api.batch import manifest, one, request, run, sources
 from lrconvert.api.batch.job import Job, Outcome
 from lrconvert.api.batch.manifest import Manifest, Record
-from lrconvert.api.batch.run import Batch
+from lrconvert.api.batch.tally import Batch
 from lrconvert.core import errors
 from lrconvert.formats.readers import base as readers
 from lrconvert.io import durable

@@ -16,9 +16,9 @@ from lrconvert import api
 from lrconvert.convert.combine import arithmetic
 from lrconvert.convert.combine.options import CombineOptions
 from lrconvert.core import errors
-from lrconvert.formats.fidelity import expanded
 from lrconvert.lora import prng
 from lrconvert.lora.adapter import BaseFingerprint, ExtraTensor, LoraAdapter, View
+from lrconvert.methods.shared.plain_lora import plain_lora
 
 WEIGHTS = (0.7, -0.3, 1.4)
 
@@ -81,7 +81,7 @@ def test_compact_adapters_combine_as_their_expansions() -> None:
         for lora, method in zip(loras, ("lowrank", "vblora"), strict=True)
     ]
     done = api.combine([(files[0], 0.5), (files[1], 2.0)])
-    near(deltas(done.lora), weighted_sum([expanded(f) for f in files], (0.5, 2.0)))
+    near(deltas(done.lora), weighted_sum([plain_lora(f) for f in files], (0.5, 2.0)))
 
 
 # --- PEFT -----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from test_base_names import make_base
 from lrconvert import api
 from lrconvert.core import errors
 from lrconvert.core.dtypes import F64, STORAGE, decode
-from lrconvert.formats import fidelity
+from lrconvert.formats import inspection
 from lrconvert.formats.lrc import file
 from lrconvert.formats.readers.base import load
 from lrconvert.formats.readers.shared.options import ReadOptions
@@ -292,9 +292,9 @@ def test_what_is_kept_is_measured_against_the_whole_update(tmp_path: Path) -> No
         update, kept = dense(full[pair.target.name]), dense(pair)
         wanted = 1 - np.sum((update - kept) ** 2) / np.sum(update**2)
         assert row.captured == pytest.approx(wanted, abs=1e-4)
-    shown = {row["name"]: row["held"] for row in fidelity.inspect_lora(cut)["targets"] if "held" in row}
+    shown = {row["name"]: row["held"] for row in inspection.inspect_lora(cut)["targets"] if "held" in row}
     assert shown and all(0 < value < 1 for value in shown.values())
-    assert "held" not in fidelity.inspect_lora(every)["targets"][0]
+    assert "held" not in inspection.inspect_lora(every)["targets"][0]
     assert done.compact.provenance.fields["share_of_source"] == cut.provenance.fields["share_of_source"]
 
 

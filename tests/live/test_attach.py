@@ -22,11 +22,11 @@ from torch import nn
 
 from lrconvert import api
 from lrconvert.core.errors import AttachError, BaseError, BudgetError, LrcError, OptionError
-from lrconvert.formats import fidelity
 from lrconvert.live.adapted_layer import lookup_scale
 from lrconvert.live.attach import attach, detach, disabled, replaced, set_active
 from lrconvert.lora.adapter import ExtraTensor, Target, View
 from lrconvert.methods import base as methods
+from lrconvert.methods.shared.plain_lora import plain_lora
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's
 
@@ -81,7 +81,7 @@ def test_compact_adapters_compute_as_they_expand(method: str, tmp_path: Path) ->
         x, one, two, three = inputs(make), make(), make(), make()
         attach(one, compact, trainable=True)
         attach(two, compact)
-        attach(three, fidelity.expanded(compact))
+        attach(three, plain_lora(compact))
         outputs = [oracle.outputs(model, x) for model in (one, two, three)]
         assert max(oracle.difference(one, outputs[2]) for one in outputs[:2]) <= 1e-5
 

@@ -2,100 +2,37 @@
 
 from __future__ import annotations
 
-import math
 import os
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lrconvert.api.batch import manifest, parquet, places, request, scheduler, stores
+from lrconvert.api.batch import manifest, parquet, scheduler, stores
 from lrconvert.api.batch.flight import Flight
-from lrconvert.api.batch.job import DO_NOT_SHIP, Job, Outcome, State, Verb, Work
-from lrconvert.api.batch.manifest import Manifest, Record
-from lrconvert.api.batch.metrics import INTERVAL, Metrics
+from lrconvert.api.batch.job import Job, Verb, Work
+from lrconvert.api.batch.manifest import Manifest
+from lrconvert.api.batch.metrics import INTERVAL
 from lrconvert.api.batch.one import convert_one
-from lrconvert.api.batch.sources import AnyPath, AskedPlan, Plan, Planned, plan
+from lrconvert.api.batch.options import BatchOptions
+from lrconvert.api.batch.sources import AnyPath, AskedPlan, Plan, plan
+from lrconvert.api.batch.tally import Batch, Tally
 from lrconvert.api.batch.workers import Workers
+from lrconvert.api.batch.works import Works
 from lrconvert.api.shared import method_of, output_of, path_of, take_reading
 from lrconvert.core import devices
-from lrconvert.core.errors import ArgumentError, LrcError, OptionError, OutputPathError
-from lrconvert.core.notebook import html_table
-from lrconvert.core.options import described, make, option, take
-from lrconvert.core.redaction import redacted
-from lrconvert.core.wording import is_on_command_line, spelled
+from lrconvert.core.errors import ArgumentError, OptionError, OutputPathError
+from lrconvert.core.options import described, take
+from lrconvert.core.wording import spelled
 from lrconvert.formats.readers.shared.options import ReadOptions
 from lrconvert.io import remote
 from lrconvert.io.remote import Url
 
-OnDone = Callable[[int, int], None]
-OnOutcome = Callable[[Outcome], None]
 Sources = AnyPath | Sequence[AnyPath] | None
 _IN_FLIGHT = 256  # jobs given at once to an executor that does not say how many workers it has
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The outcomes in the order of the sources, none if `BatchOptions.on_outcome` took them; how many of each state,
-    and how many `compress` says not to ship; `notes` on the manifest, where it could not be used."""
-
-    outcomes: tuple[Outcome, ...]
-    counts: Mapping[State, int]
-    notes: tuple[str, ...] = ()
-    do_not_ship: int = 0
-
-    def __repr__(self) -> str:
-        counts = ", ".join(f"{count} {state}" for state, count in sorted(self.counts.items()))
-        return f"<Batch: {counts or 'no adapters'}>"
-
-    def _repr_html_(self) -> str:
-        """Return what a notebook shows: a row for each adapter, failures first."""
-        rows = [
-            (one.source, one.state, *("" if v is None else v for v in (one.nbytes, one.captured)), one.code)
-            for one in sorted(self.outcomes, key=lambda one: one.state != "failed")
-        ]
-        return html_table(repr(self)[1:-1], ("adapter", "", "bytes", "captured", "error"), rows, self.notes)
-
-    @property
-    def ok(self) -> bool:
-        return not self.count("failed")
-
-    def count(self, state: State) -> int:
-        return self.counts.get(state, 0)
-
-
-@dataclass(frozen=True)
-class BatchOptions:
-    """The way a batch runs.
-
-    The work is done by `jobs` processes (without it as many as there are cores, twice as many for URLs, one with a
-    GPU), by an `executor` of `concurrent.futures`, or by the Dask cluster whose `scheduler` has that address;
-    `in_flight` jobs are given to these at once. `manifest` is the record of the batch, and names the jobs where no
-    sources are given; `metrics` is a file of figures that is appended to. `verbose` adds the reports as text, `dry_run`
-    plans only. `on_done(done, of)` is called after each adapter, and with `on_outcome` every outcome is given to it as
-    it comes, and not kept: memory does not grow with their reports.
-    """
-
-    jobs: int | None = option(None, "Work in this many processes.  [default: one for each core, two for URLs]", least=1)
-    executor: Executor | None = None
-    scheduler: str | None = option(None, "Work on the Dask cluster whose scheduler is at this address (tcp://...).")
-    in_flight: int | None = option(
-        None, "Jobs given to --scheduler at once.  [default: two for each of its threads]", least=1
-    )
-    manifest: Path | None = option(
-        None, "JSON lines of the jobs to do, in place of SOURCE and -o; what is done is appended.", kind="path"
-    )
-    metrics: Path | None = option(None, "Append figures to this file while it runs, as JSON lines.", kind="path")
-    overwrite: bool = False
-    dry_run: bool = False
-    verbose: bool = False
-    on_done: OnDone = lambda done, of: None
-    on_outcome: OnOutcome | None = None
 
 
 def convert_many(sources: Sources, out: AnyPath | None, method: str, **more: Any) -> Batch:
@@ -141,7 +78,7 @@ def batch_jobs(sources: Sources, out: AnyPath, method: str, **more: Any) -> Iter
     work = Work(verb, form, {**more, **fixed})
     root, listed = _checked(work, sources, out, batch)
     jobs = plan(listed, root)
-    works = _Works(jobs, work, reading, batch)
+    works = Works(jobs, work, reading, batch)
     return (works.job(number) for number in range(len(jobs)))
 
 
@@ -165,8 +102,8 @@ def run(work: Work, sources: Sources, out: AnyPath | None, reading: ReadOptions,
     planned = None if root is None and not listed else plan(listed, root)
     with _manifest(batch, root, asks=planned is None) as kept:
         jobs: Plan | AskedPlan = AskedPlan(kept) if planned is None and kept is not None else planned or plan([], None)
-        works = _Works(jobs, work, reading, batch)
-        tally = _Tally(batch, jobs, None if batch.dry_run else kept, works, root if isinstance(root, Url) else None)
+        works = Works(jobs, work, reading, batch)
+        tally = Tally(batch, jobs, None if batch.dry_run else kept, works, root if isinstance(root, Url) else None)
         try:
             left = array("q", (number for number in range(len(jobs)) if not tally.knows(number)))
             if left:
@@ -178,7 +115,7 @@ def run(work: Work, sources: Sources, out: AnyPath | None, reading: ReadOptions,
     return done if kept is None else replace(done, notes=tuple(kept.notes))
 
 
-def _fly(works: _Works, left: Sequence[int], batch: BatchOptions, tally: _Tally) -> None:
+def _fly(works: Works, left: Sequence[int], batch: BatchOptions, tally: Tally) -> None:
     """Give the jobs of these numbers to what does the work, and take their outcomes."""
     with (
         _executor(batch, works, left) as (executor, limit),
@@ -200,7 +137,7 @@ def _fly(works: _Works, left: Sequence[int], batch: BatchOptions, tally: _Tally)
 
 
 @contextmanager
-def _executor(batch: BatchOptions, works: _Works, left: Sequence[int]) -> Iterator[tuple[Executor, Callable[[], int]]]:
+def _executor(batch: BatchOptions, works: Works, left: Sequence[int]) -> Iterator[tuple[Executor, Callable[[], int]]]:
     """Give what does the work, and how many jobs may be on their way. Processes of our own end with the `Flight`."""
     if batch.executor is not None:
         most = batch.in_flight or 2 * getattr(batch.executor, "_max_workers", _IN_FLIGHT // 2)
@@ -270,137 +207,6 @@ def _root(out: AnyPath) -> Path | Url:
     return root
 
 
-@dataclass
-class _Tally:
-    """Outcomes of the adapters so far. With a manifest it keeps what a later run needs to know; `root` is the folder of
-    the outputs, if that is at a URL."""
-
-    options: BatchOptions
-    jobs: Sequence[Planned]
-    manifest: Manifest | None
-    works: _Works
-    root: Url | None = None
-    outcomes: dict[int, Outcome] = field(default_factory=dict)
-    counts: Counter[State] = field(default_factory=Counter)
-    do_not_ship: int = 0
-    folders: set[Path] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        self.metrics = Metrics(None if self.options.metrics is None else Path(self.options.metrics), len(self.jobs))
-
-    def knows(self, number: int) -> bool:
-        """Take an adapter as passed by, and return true, if the manifest says that its output is finished."""
-        job = self.jobs[number]
-        record = None if self.manifest is None else self.manifest.finished(self._key(job))
-        if record is None or record.settings != self.works.settings(number):
-            return False
-        if job.digest not in ("", record.digest):
-            return False
-        try:
-            source = job.state or places.source_state(job.where).digest
-            output = self._outputs.of(job.target) if self.root else places.output_state(job.target).digest
-        except (OSError, LrcError):  # the worker will say so
-            return False
-        if (record.source_state, record.output_state) != (source, output):
-            return False
-        passed = Outcome(
-            job.source,
-            redacted(job.target),
-            "skipped",
-            record.adapter_bytes,
-            record.bytes,
-            None if record.captured is None else round(record.captured, 4),  # as the file states it
-            verdict=record.verdict,
-            method=record.method,
-            source_digest=record.digest or "",
-            output_digest=record.output_digest or "",
-        )
-        self._count(number, passed, queue=0)
-        return True
-
-    @cached_property
-    def _outputs(self) -> stores.OutputStates:
-        assert self.root is not None
-        return stores.OutputStates(self.root)
-
-    def add(self, number: int, outcome: Outcome, queue: int) -> None:
-        """Count an adapter, tell of it, and record it."""
-        job = self.jobs[number]
-        outcome = replace(outcome, source=job.source, output=redacted(job.target))
-        self._count(number, outcome, queue)
-        if self.manifest is not None:
-            self.manifest.add(self._record(number, job, outcome))
-
-    def _count(self, number: int, outcome: Outcome, queue: int) -> None:
-        self.counts[outcome.state] += 1
-        if (folder := places.folder_of(self.jobs[number].target)) is not None:
-            self.folders.add(folder)
-        self.do_not_ship += outcome.verdict == DO_NOT_SHIP
-        self.metrics.add(outcome, queue)
-        if self.options.on_outcome is None:
-            self.outcomes[number] = outcome
-        else:
-            self.options.on_outcome(outcome)
-        self.options.on_done(self.counts.total(), len(self.jobs))
-
-    def clean_up(self) -> None:
-        """Remove what processes that were killed have left of outputs. What keeps it from being removed is a note: the
-        outputs do not depend on it."""
-        if self.manifest is None:
-            return
-        try:
-            places.clean_up(self.folders, lambda: (job.target for job in self.jobs))
-        except LrcError as error:
-            self.manifest.notes.append(f"what processes that were killed may have left was not removed: {error}")
-
-    def _key(self, job: Planned) -> str:
-        """Return how the manifest names the output of a job."""
-        assert self.manifest is not None
-        if self.options.manifest is None or isinstance(self.jobs, AskedPlan):
-            return manifest.portable(job.name)
-        return manifest.portable(redacted(manifest.named(job.target, self.manifest.folder)))
-
-    def _record(self, number: int, job: Planned, outcome: Outcome) -> Record:
-        assert self.manifest is not None
-        key, settings = self._key(job), self.works.settings(number)
-        is_asked = isinstance(self.jobs, AskedPlan)
-        place = job.source if is_asked else manifest.portable(manifest.named(job.where, self.manifest.folder))
-        source = redacted(place)
-        states = outcome.stamps or (None, None)
-        before = self.manifest.finished(key) if outcome.state == "skipped" else None
-        if before is not None and (before.settings, before.output_digest) == (settings, outcome.output_digest):
-            return replace(before, source_state=states[0], output_state=states[1])  # with what was known of it
-        return Record(
-            state="failed" if outcome.state == "failed" else "done",
-            source=source,
-            output=key,
-            digest=outcome.source_digest or None,
-            output_digest=outcome.output_digest or None,
-            bytes=outcome.total_bytes,
-            adapter_bytes=outcome.nbytes,
-            captured=_finite(outcome.captured),
-            ratio=_finite(outcome.ratio),
-            dropped=outcome.dropped,
-            method=outcome.method,
-            verdict=outcome.verdict,
-            code=outcome.code,
-            message=outcome.message,
-            seconds=outcome.seconds if outcome.state != "skipped" else None,
-            settings=settings,
-            source_state=states[0],
-            output_state=states[1],
-        )
-
-    def batch(self) -> Batch:
-        notes = () if self.manifest is None else tuple(self.manifest.notes)
-        outcomes = tuple(self.outcomes[number] for number in sorted(self.outcomes))
-        return Batch(outcomes, self.counts, notes, self.do_not_ship)
-
-
-def _finite(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(value)
-
-
 def _processes(options: Mapping[str, Any], waiting: bool) -> int:
     """As many as there are cores to run on, twice as many where half of them are `waiting` for a store; one where all
     would share a GPU."""
@@ -408,50 +214,3 @@ def _processes(options: Mapping[str, Any], waiting: bool) -> int:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 2 * cores if waiting else cores
-
-
-class _Works:
-    """The jobs of a plan with their work, prepared once for all. It is of one or two kinds: a layout and an alpha hold
-    for sources that are not lrconvert files. Where all are, each refuses them."""
-
-    def __init__(self, jobs: Sequence[Planned], work: Work, reading: ReadOptions, batch: BatchOptions) -> None:
-        self._jobs, self._is_plan, self.options = jobs, batch.dry_run, work.options
-        ready = request.prepared(work)
-        ready = replace(ready, overwrite=batch.overwrite, verbose=batch.verbose, is_command=is_on_command_line())
-        both = [_plain_reading(reading), _plain_reading(reading.for_ours())]
-        self._kinds = [replace(ready, reading=kind) for kind in both]
-        self._settings = [
-            request.digest(
-                work.verb,
-                work.method,
-                request.chosen(work.verb, work.method, ready.options, kind),
-                "",
-                ready.inputs or {},
-            )
-            for kind in both
-        ]
-        self._ours = bytearray()
-        if both[0] != both[1]:
-            self._ours = bytearray(places.is_compact(job.where) for job in jobs)
-        if all(self._ours):
-            self._ours.clear()
-
-    def job(self, number: int) -> Job:
-        """Return the job of a number, with absolute paths."""
-        planned = self._jobs[number]
-        output = "" if self._is_plan else places.absolute(planned.target)
-        source, work = places.absolute_source(planned.where), self._kinds[self._kind(number)]
-        return Job(source, output, work, planned.source, planned.digest)
-
-    def settings(self, number: int) -> str:
-        """Return the digest of a request without its source, as a manifest holds it."""
-        return self._settings[self._kind(number)]
-
-    def _kind(self, number: int) -> int:
-        return self._ours[number] if self._ours else 0
-
-
-def _plain_reading(reading: ReadOptions) -> dict[str, Any]:
-    """The reading options as JSON, in their one spelling."""
-    settled = make(ReadOptions, vars(reading), "reading")
-    return {key: request.plain(key, value) for key, value in vars(settled).items() if value is not None}

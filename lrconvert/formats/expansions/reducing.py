@@ -10,11 +10,11 @@ import numpy as np
 from lrconvert.core.dtypes import Array, Stored
 from lrconvert.core.errors import ExportError
 from lrconvert.core.wording import spelled
-from lrconvert.formats import fidelity
 from lrconvert.formats.expansions.ranks import EXACT, needed
 from lrconvert.lora import svd
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter, LoraTarget
 from lrconvert.methods import base as methods
+from lrconvert.methods.shared.plain_lora import plain_lora
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def reduced(compact: CompactAdapter, max_rank: int, max_error: float) -> Reduced
     ranks = methods.get(compact.method).ranks(compact.config, compact.targets)
     if max(ranks, default=0) <= max_rank:
         return Reduced(compact, max(ranks, default=0))
-    lora = fidelity.expanded(compact)
+    lora = plain_lora(compact)
     spectra = svd.spectra(lora.targets)
     norms = [float(np.sum(s * s)) for s in spectra]
     pairs, losses = [], []

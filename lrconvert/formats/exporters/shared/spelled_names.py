@@ -14,7 +14,7 @@ from typing import Any
 
 from lrconvert.core.errors import ExportError
 from lrconvert.core.wording import spelled
-from lrconvert.formats import fidelity, unet_names
+from lrconvert.formats import unet_names
 from lrconvert.formats.base_class import renamed_by
 from lrconvert.formats.families import base as families
 from lrconvert.formats.families.base import DIFFUSERS
@@ -24,6 +24,7 @@ from lrconvert.formats.readers.kohya import sgm
 from lrconvert.formats.readers.shared import naming
 from lrconvert.formats.readers.shared.naming import Component
 from lrconvert.lora.adapter import Adapter, CompactAdapter, ExtraTensor, Target
+from lrconvert.methods.shared.plain_lora import plain_lora
 
 # Names of kohya, GGUF, LoRA-ViT and cloneofsimo.
 _SPELLED = re.compile(r"(?:lora|lycoris)_[a-z0-9]+_[^.]+\.weight|blk\.\d+\..+|w_\d{5}\.weight|[a-z_0-9]+:\d+\.weight")
@@ -116,7 +117,7 @@ def _translated(adapter: Adapter, denoiser: _Denoiser, reading: Reading, scheme:
         if all(new for (new,) in becomes.values()):
             new_names = {name: f"{denoiser.model}.{new}.weight" for name, (new,) in becomes.items()}
             return renamed_by(adapter, lambda name: _along(name, new_names))
-    lora = fidelity.expanded(adapter) if isinstance(adapter, CompactAdapter) else adapter
+    lora = plain_lora(adapter) if isinstance(adapter, CompactAdapter) else adapter
     beside: dict[str, list[ExtraTensor]] = {}
     for extra in lora.extras:
         beside.setdefault(extra.name, []).append(extra)
