@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 from conftest import dense
 from models import one_target
 from peers import oracle
@@ -250,3 +251,20 @@ def test_experts_out_and_in_again(name: str, stacked: bool, tmp_path: Path) -> N
     for pair in lora.targets:
         wanted = dense(pair)
         np.testing.assert_allclose(again[pair.target.name, pair.target.view.text], wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [n for n, family in FAMILIES.items() if any("*" in one for one in family.experts)])
+def test_every_class_says_how_many_experts_it_has(name: str, tmp_path: Path) -> None:
+    """A stack has zeros for experts that are not adapted, so their number is needed: each class has its own word."""
+    family = FAMILIES[name]
+    config = transformers.AutoConfig.for_model(family.kind)
+    if getattr(config, "n_routed_experts", 0) is None:  # not every class has a default
+        config.n_routed_experts = 4
+    config.architectures = [name]
+    config.save_pretrained(tmp_path / "base")
+    layer = next(layer for layer in family.experts if layer.endswith(("down_proj", "w2")) and "*" in layer)
+    target = Target(f"model.layers.1.{layer.replace('*', '3')}.weight", (4, 6))
+    api.export(LoraAdapter((one_target(target),)), tmp_path / "out", to="gguf", base=tmp_path / "base")
+    made = api.load_lora(tmp_path / "out").targets  # without the base all are there
+    stated = (getattr(config, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
+    assert len(made) == next(count for count in stated if count)

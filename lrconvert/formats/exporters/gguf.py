@@ -152,13 +152,13 @@ def _expert_count(config: Mapping[str, Any], number: int) -> int:
     text = config.get("text_config")
     settings = {**config, **(text if isinstance(text, dict) else {})}
     stated = next((settings[key] for key in _EXPERT_COUNTS if settings.get(key) is not None), None)
-    if type(stated) is not int or not number < stated <= MAX_EXPERTS:
+    if type(stated) is not int or not number < stated <= _MAX_EXPERTS:
         raise ConfigError(f"the base's config has {stated!r:.40} experts, the adapter changes number {number}")
     return stated
 
 
-_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
-MAX_EXPERTS = 1 << 14
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_MAX_EXPERTS = 1 << 14
 
 
 # --- the file -------------------------------------------------------------------------------------------------------
