@@ -14,6 +14,8 @@ torch = pytest.importorskip("torch")
 
 from conftest import dense, random_lora
 from models import wanted_base
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lrconvert import api
 from lrconvert.formats.lrc import file
@@ -21,12 +23,17 @@ from lrconvert.lora import fake_quant, packing
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 from lrconvert.methods import base as methods
 
-EXAMPLES = [(name, n) for name in methods.module_names() for n in range(len(methods.get(name).examples))]
+# Forms that train otherwise than any example: codes that move over banks of few bits.
+MORE: dict[str, tuple[dict[str, Any], ...]] = {
+    "vblora": tuple({"vector_length": 8, "num_vectors": 16, "bits": bits, "passes": 2} for bits in (4, 8))
+}
+FORMS = {name: (*methods.get(name).examples, *MORE.get(name, ())) for name in methods.module_names()}
+EXAMPLES = [(name, n) for name, forms in FORMS.items() for n in range(len(forms))]
 
 
 def made(name: str, n: int) -> CompactAdapter:
-    """Example `n` of a method, of a random LoRA."""
-    options = methods.get(name).examples[n]
+    """Form `n` of a method, of a random LoRA."""
+    options = FORMS[name][n]
     return api.convert(source(name), name, **options, **wanted_base(name, options, source(name))).compact
 
 
@@ -101,12 +108,41 @@ def test_a_student_is_its_file(name: str, n: int) -> None:
         assert not same_payload(student.compact(), now)
 
 
+class _Made(TorchDispatchMode):
+    """Counts the bytes that operations make, forward and backward."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        new = [x for x in tree_leaves(made) if isinstance(x, torch.Tensor)]
+        self.nbytes += sum(x.untyped_storage().nbytes() for x in new if x.untyped_storage().data_ptr() not in given)
+        return made
+
+
+@pytest.mark.parametrize(("name", "n"), [pair for pair in EXAMPLES if pair[0] in ("lowrank", "nola", "vblora")])
+def test_a_step_of_training_grows_as_the_targets_do(name: str, n: int) -> None:
+    """No target's factors, nor their gradients, cost work on the numbers of all others."""
+
+    def cost(count: int) -> int:
+        pairs = random_lora([(32, 16), (16, 48)] * count, rank=4).targets
+        lora = LoraAdapter(tuple(sorted(pairs, key=lambda pair: pair.target.name)))
+        student = methods.get(name).student(api.convert(lora, name, **FORMS[name][n]).compact)
+        with _Made() as made:
+            factors = [f for pair in student.all_factors(student.values(True)) for f in pair if f.requires_grad]
+            torch.autograd.backward(factors, [torch.ones_like(f) for f in factors])
+        return made.nbytes
+
+    assert cost(32) < 3 * cost(16)
+
+
 @pytest.mark.parametrize(("name", "n"), [("sbora", 3), ("bone", 1), ("vblora", 0)])
 def test_latents_lean_to_the_best_numbers(name: str, n: int) -> None:
     """Without the quantizer, what they lean to is nearer to the LoRA than what is stored."""
     lora, compact = source(name), made(name, n)
     student: Any = methods.get(name).student(compact)
-    tensor = "bank" if name == "vblora" else next(s.name for s in student.specs.values() if s.kind == "code")
+    tensor = "vectors" if name == "vblora" else next(s.name for s in student.specs.values() if s.kind == "code")
     shift = student.shift(tensor, lora.targets)
     assert shift.any()
     values = student.values()

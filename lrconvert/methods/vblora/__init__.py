@@ -139,30 +139,25 @@ class VBLora(Method):
     def expand(
         self, config: Config, targets: Sequence[Target], values: Mapping[str, Any], which: int, xp: Any
     ) -> tuple[Any, Any]:
-        def double(numbers: Any) -> Any:
-            return numbers.astype(np.float64) if xp is np else numbers.double()
+        begins = starts(config, tuple(targets))
+        vectors = _vectors(config.form, values, slice(begins[which][2], begins[which + 1][2]), xp)
+        return self.assembled(config, targets, which, vectors, values, xp)
 
+    def assembled(
+        self, config: Config, targets: Sequence[Target], which: int, vectors: Any, values: Mapping[str, Any], xp: Any
+    ) -> tuple[Any, Any]:
+        """Return what `expand` does, for the `vectors` (codes of the target, b), in float64, that its codes name."""
         form, rank = config.form, config.ranks[which]
         out, inner = targets[which].matrix_shape
-        row, turn, code = starts(config, tuple(targets))[which]
-        bank = double(values["bank"])
-        if form.bits < 16:
-            bank = bank * double(values["scales"])[:, None]
-        sides = []
+        row, turn, _ = starts(config, tuple(targets))[which]
+        sides, code = [], 0
         for length in (inner, out):
             passes = config.passes[row : row + rank] if config.passes else (1,) * rank
             turns, cuts = sum(passes), -(-length // form.vector_length)
-            codes = slice(code, code + turns * cuts)
-            indices = values["indices"][codes]
-            vectors = bank[indices[:, 0]]
-            if form.top_k > 1:
-                small = double(values["weights"][codes]) * form.weight_unit
-                vectors = vectors * _first_weight(small)[:, None]
-                for s in range(1, form.top_k):
-                    vectors = vectors + bank[indices[:, s]] * small[:, s - 1, None]
-            numbers = vectors.reshape(turns, cuts * form.vector_length)[:, :length]
+            part = vectors[code : code + turns * cuts]
+            numbers = part.reshape(turns, cuts * form.vector_length)[:, :length]
             if form.gains:
-                numbers = numbers * double(values["gains"][turn : turn + turns])[:, None]
+                numbers = numbers * _double(values["gains"][turn : turn + turns], xp)[:, None]
             sides.append(_add_passes(numbers, passes, xp))
             row, turn, code = row + rank, turn + turns, code + turns * cuts
         a, b = (side.astype(np.float32) if xp is np else side.float() for side in sides)
@@ -199,6 +194,32 @@ class VBLora(Method):
 
 
 METHOD = VBLora()
+
+
+def _double(numbers: Any, xp: Any) -> Any:
+    return numbers.astype(np.float64) if xp is np else numbers.double()
+
+
+def _vectors(form: Form, values: Mapping[str, Any], codes: slice, xp: Any) -> Any:
+    """Return the vectors (codes, b) that codes name, in float64. The work is that of the bank or that of the codes,
+    whichever has less: a target may have few of many codes, or of many vectors."""
+    indices, bank, scales = values["indices"][codes], values["bank"], values.get("scales")
+
+    def scaled(rows: Any, factors: Any) -> Any:
+        return _double(rows, xp) if factors is None else _double(rows, xp) * _double(factors, xp)[:, None]
+
+    if len(bank) > len(indices):
+        named = [scaled(bank[places], None if scales is None else scales[places]) for places in indices.T]
+    else:
+        whole = scaled(bank, scales)
+        named = [whole[places] for places in indices.T]
+    if form.top_k == 1:
+        return named[0]
+    small = _double(values["weights"][codes], xp) * form.weight_unit
+    vectors = named[0] * _first_weight(small)[:, None]
+    for s in range(1, form.top_k):
+        vectors = vectors + named[s] * small[:, s - 1, None]
+    return vectors
 
 
 def _check_codes(form: Form, indices: I64, small: Array) -> None:

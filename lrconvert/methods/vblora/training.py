@@ -9,7 +9,7 @@ gains move.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from lrconvert.core.dtypes import Array
 from lrconvert.lora import fake_quant
 from lrconvert.lora.adapter import CompactAdapter, LoraTarget
 from lrconvert.lora.trainable import Rates, TrainableAdapter, unit_of
+from lrconvert.methods.vblora.form import starts
 
 _CHUNK = 1 << 24  # distances at once
 _HALVINGS = 5
@@ -49,27 +50,42 @@ class TrainableBank(TrainableAdapter):
         return bank * self.stored("scales")[:, None] if "scales" in self.specs else bank
 
     def values(self, training: bool = False) -> dict[str, Tensor]:
-        """Return, where codes move, a bank with one vector for each code: the chosen one, with the latents'
-        gradient."""
+        """Return, where codes move, the `vectors` (codes, b) that they name, with the latents' gradient, in place of
+        the bank and its codes."""
         values = super().values()
         if not self.moves:
             return values
         vectors = self._bank()[self.chosen]
-        values["bank"] = vectors + fake_quant.through(self.latents * self.unit_latents, torch.zeros_like(vectors))
-        values["indices"] = torch.arange(len(vectors), device=vectors.device)[:, None]
-        if "scales" in self.specs:
-            values["scales"] = vectors.new_ones(len(vectors))
-        return values
+        moving = fake_quant.through(self.latents * self.unit_latents, torch.zeros_like(vectors))
+        return {"vectors": vectors + moving, **({"gains": values["gains"]} if "gains" in values else {})}
+
+    def factors(self, values: Mapping[str, Tensor], which: int) -> tuple[Tensor, Tensor]:
+        if not self.moves:
+            return super().factors(values, which)
+        begins = starts(self.source.config, tuple(self.source.targets))
+        return self._assembled(values["vectors"][begins[which][2] : begins[which + 1][2]], values, which)
+
+    def all_factors(self, values: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        if not self.moves:
+            return super().all_factors(values)
+        # Split at once: the gradient of a slice is as long as the tensor it is of.
+        begins = starts(self.source.config, tuple(self.source.targets))
+        parts = torch.split(values["vectors"], np.diff([code for _, _, code in begins]).tolist())
+        return [self._assembled(part, values, which) for which, part in enumerate(parts)]
+
+    def _assembled(self, vectors: Tensor, values: Mapping[str, Tensor], which: int) -> tuple[Tensor, Tensor]:
+        source = self.source
+        a, b = self.method.assembled(source.config, source.targets, which, vectors.double(), values, torch)
+        return a, b
 
     def groups(self) -> list[dict[str, Any]]:
         latents = [{"params": [self.latents], "lr": self.rates.latents}] if self.moves else []
         return [*super().groups(), *latents]
 
     def warm_start_latents(self, pairs: Sequence[LoraTarget]) -> None:
-        super().warm_start_latents(pairs)
         if not self.moves:
-            return
-        shift = self.shift("bank", pairs)
+            return super().warm_start_latents(pairs)
+        shift = self.shift("vectors", pairs)
         with torch.no_grad():
             bank = self._bank()
             chosen = bank[self.chosen]
