@@ -49,9 +49,12 @@ The [encoder](#an-encoder-loras-of-rank-4-8-and-32) below has nothing of the kin
 close less there, and miss the aims. GSM8K's gain is a count of greedy answers of 120 texts: its interval is some 11
 points to either side.
 
-The other forms on GSM8K, refined alike, the lower bounds of KL closed:
+All forms on GSM8K, refined alike, the lower bounds of KL closed:
 
 {forms}
+
+SBoRA misses the two largest sizes. Bytes are not what it lacks there: five times as many, 4 % for 0.8, close half a
+point more.
 """
 
 
