@@ -22,6 +22,7 @@ from lrconvert.core.errors import FileChangedError, FileWriteError, LrcError
 from lrconvert.formats.expansions import ranks, sources
 from lrconvert.formats.expansions.cache import LIST, Cache, Expansion, Files
 from lrconvert.formats.expansions.sources import LocalFile
+from lrconvert.io import durable
 from lrconvert.lora import svd
 from lrconvert.lora.adapter import LoraTarget, Target
 from lrconvert.testing import faults
@@ -99,6 +100,21 @@ def test_a_killed_maker_leaves_nothing_that_is_taken_for_whole(tmp_path):
     assert Cache(tmp_path).present(KEY) is None
     made = Cache(tmp_path).get(KEY, make)
     assert content(made) == FILES and not hidden(tmp_path)
+
+
+def test_a_folder_that_was_just_made_is_no_leftover(tmp_path, monkeypatch):
+    """Another process looks for leftovers after a folder was made and before it is locked."""
+    lock, looks = durable.system.current.lock, []
+
+    def late(descriptor: int) -> None:
+        if not looks:
+            looks.append(hidden(tmp_path))
+            Cache(tmp_path).shrink()
+        lock(descriptor)
+
+    monkeypatch.setattr(durable.system.current, "lock", late)
+    assert content(Cache(tmp_path).get(KEY, make)) == FILES
+    assert len(looks) == 1 and len(looks[0]) == 1
 
 
 def test_a_maker_killed_at_any_call(tmp_path):

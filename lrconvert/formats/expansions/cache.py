@@ -136,8 +136,7 @@ class Cache:
         """Remove what killed makers left, and the least recently used expansions until the rest fits into `size`; not
         `keep`, none in use, and none younger than the lease. Returns the bytes that remain. Raises E-IO-WRITE."""
         for key in {match[1] for path in self.root.iterdir() if (match := _HIDDEN.fullmatch(path.name))}:
-            with suppress(LockedError):
-                durable.clean_up(self.root / key)
+            self._clean_up(key)
         entries = self.entries()
         total = sum(nbytes for _, nbytes in entries)
         for key, nbytes in entries if self.size is not None else ():
@@ -146,6 +145,16 @@ class Cache:
             if key != keep and self._removed(key):
                 total -= nbytes
         return total
+
+    def _clean_up(self, key: str) -> None:
+        """Remove what killed makers of an expansion left, unless one is at work: its folder bears no mark of that in
+        the moment in which it is made, the lock of the key does."""
+        durable.make_folder(self.root / _LOCKS)
+        with suppress(LockedError):
+            lock = durable.file_lock(self._lock_path(key), wait=False)
+            if lock is not None:
+                with lock:
+                    durable.clean_up(self.root / key)
 
     def _removed(self, key: str) -> bool:
         """Remove an expansion, unless it is used, being made, or was asked for within the lease."""
