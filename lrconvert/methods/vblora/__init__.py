@@ -208,17 +208,18 @@ def _vectors(form: Form, values: Mapping[str, Any], codes: slice, xp: Any) -> An
     def scaled(rows: Any, factors: Any) -> Any:
         return _double(rows, xp) if factors is None else _double(rows, xp) * _double(factors, xp)[:, None]
 
-    if len(bank) > len(indices):
-        named = [scaled(bank[places], None if scales is None else scales[places]) for places in indices.T]
-    else:
-        whole = scaled(bank, scales)
-        named = [whole[places] for places in indices.T]
-    if form.top_k == 1:
-        return named[0]
-    small = _double(values["weights"][codes], xp) * form.weight_unit
-    vectors = named[0] * _first_weight(small)[:, None]
-    for s in range(1, form.top_k):
-        vectors = vectors + named[s] * small[:, s - 1, None]
+    is_whole = len(bank) <= len(indices)
+    whole: Any = scaled(bank, scales) if is_whole else None
+
+    def named(places: Any) -> Any:
+        return whole[places] if is_whole else scaled(bank[places], None if scales is None else scales[places])
+
+    vectors = named(indices[:, 0])
+    if form.top_k > 1:
+        small = _double(values["weights"][codes], xp) * form.weight_unit
+        vectors = vectors * _first_weight(small)[:, None]
+        for s in range(1, form.top_k):
+            vectors = vectors + named(indices[:, s]) * small[:, s - 1, None]
     return vectors
 
 

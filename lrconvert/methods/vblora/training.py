@@ -62,15 +62,15 @@ class TrainableBank(TrainableAdapter):
     def factors(self, values: Mapping[str, Tensor], which: int) -> tuple[Tensor, Tensor]:
         if not self.moves:
             return super().factors(values, which)
-        begins = starts(self.source.config, tuple(self.source.targets))
+        begins = starts(self.source.config, self.source.targets)
         return self._assembled(values["vectors"][begins[which][2] : begins[which + 1][2]], values, which)
 
     def all_factors(self, values: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
         if not self.moves:
             return super().all_factors(values)
         # Split at once: the gradient of a slice is as long as the tensor it is of.
-        begins = starts(self.source.config, tuple(self.source.targets))
-        parts = torch.split(values["vectors"], np.diff([code for _, _, code in begins]).tolist())
+        begins = [code for _, _, code in starts(self.source.config, self.source.targets)]
+        parts = torch.split(values["vectors"], np.diff(begins).tolist())
         return [self._assembled(part, values, which) for which, part in enumerate(parts)]
 
     def _assembled(self, vectors: Tensor, values: Mapping[str, Tensor], which: int) -> tuple[Tensor, Tensor]:
