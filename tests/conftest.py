@@ -130,9 +130,10 @@ def hostile_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session", autouse=True)
 def quick_disk() -> Iterator[None]:
-    """No call waits for the disk: nothing here loses power really."""
+    """No call waits for the disk: nothing here loses power really. tests/io/test_durable.py asks the disk itself, and
+    so does every command in a process of its own."""
     with faults.installed(faults.Quick()):
         yield
 

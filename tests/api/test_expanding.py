@@ -26,11 +26,6 @@ GOLDEN = FIXTURES / "golden" / "v1"
 WITH_FACTORS = [p for p in sorted(GOLDEN.glob("*/*.lrc")) if not p.with_suffix(".base.safetensors").exists()]
 
 
-@pytest.fixture(autouse=True)
-def quick(quick_disk: None) -> None:
-    """Nothing here waits for the disk."""
-
-
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     """A small file, written long ago."""

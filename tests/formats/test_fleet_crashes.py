@@ -22,7 +22,6 @@ from lrconvert.lora.adapter import CompactAdapter
 from lrconvert.testing import faults
 from lrconvert.testing.fleets import variants
 
-pytestmark = pytest.mark.usefixtures("quick_disk")
 State = dict[str, bytes]
 Act = Callable[[Path], Any]
 

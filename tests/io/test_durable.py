@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,15 @@ from lrconvert.core.errors import (
 )
 from lrconvert.io import durable
 from lrconvert.io.durable import atomic_directory, atomic_file, check_output, require_space
+from lrconvert.io.durable.system import System
 from lrconvert.testing import faults
+
+
+@pytest.fixture(autouse=True)
+def disk_itself() -> Iterator[None]:
+    """Unlike the other tests, these wait for the disk."""
+    with faults.installed(System()):
+        yield
 
 
 def names(folder: Path) -> list[str]:

@@ -32,7 +32,7 @@ from lrconvert.merge import recover
 from lrconvert.merge.signed_json import sign
 from lrconvert.testing import faults
 
-pytestmark = [pytest.mark.usefixtures("quick_disk"), pytest.mark.medium]
+pytestmark = pytest.mark.medium
 
 
 @dataclass(frozen=True)

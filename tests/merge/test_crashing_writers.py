@@ -30,7 +30,7 @@ from lrconvert.lora.input_statistics import Input, InputStatistics, Moment
 from lrconvert.merge import recover
 from lrconvert.testing import faults
 
-pytestmark = [pytest.mark.usefixtures("quick_disk"), pytest.mark.medium]
+pytestmark = pytest.mark.medium
 
 Write = Callable[[Path, bool], Any]  # (output, whether it may be there)
 

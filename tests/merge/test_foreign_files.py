@@ -26,8 +26,6 @@ from lrconvert.merge import Scaled, recover
 from lrconvert.merge.signed_json import sign
 from lrconvert.testing import faults
 
-pytestmark = pytest.mark.usefixtures("quick_disk")
-
 State = dict[str, tuple[bytes | str, int, int]]
 
 

@@ -32,8 +32,6 @@ from lrconvert.merge.in_place.model_folder import PATCH, SAME, SWAP, ModelFolder
 from lrconvert.merge.signed_json import sign
 from lrconvert.testing import faults
 
-pytestmark = pytest.mark.usefixtures("quick_disk")
-
 
 def modes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     """How weight files are changed, of every merge from now on."""

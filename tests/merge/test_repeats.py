@@ -19,7 +19,7 @@ from lrconvert.io.checkpoint import JOURNAL
 from lrconvert.merge import Scaled, recover
 from lrconvert.testing import faults
 
-pytestmark = [pytest.mark.usefixtures("quick_disk"), pytest.mark.medium]
+pytestmark = pytest.mark.medium
 
 Run = Callable[..., Any]
 WAYS = list(product((False, True), repeat=3))  # resume at first, resume then, recover between

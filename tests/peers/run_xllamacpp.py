@@ -8,6 +8,7 @@ every request. A job has a process of its own, since llama.cpp aborts where it c
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -39,6 +40,8 @@ def load(adapter: Path, base: dict[str, Any], options: dict[str, Any]) -> dict[s
             status = 0
         except Exception as error:
             os.write(2, f"\n{type(error).__name__}: {error}".encode())
+            # As a program ends in C: what its thread has still to log is written first.
+            ctypes.CDLL(None).exit(status)
         finally:
             os._exit(status)
     os.close(writing)

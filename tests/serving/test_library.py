@@ -28,11 +28,6 @@ from lrconvert.serving.settings import Settings
 LLAMA = BASES / "tiny-llama"
 
 
-@pytest.fixture(autouse=True)
-def quick(quick_disk: None) -> None:
-    """Nothing here waits for the disk."""
-
-
 def write(path: Path, lora: Any = None, base: str = "org/base") -> None:
     made = lrconvert.convert(lora or random_lora(), "lowrank", bits=8).compact
     lrconvert.write(replace(made, provenance=replace(made.provenance, base_model=base)), path)
