@@ -30,11 +30,10 @@ from typing import Any
 import cells
 import picture
 from chat import answers, loras, tasks
-from chat.page import page, summary
+from chat.page import FORMS, page, summary
 
 NAME = "evidence"
 SHARES = (4.0, 1.6, 0.8, 0.4, 0.2)
-FORMS = ("lowrank", "vblora", "nola", "sbora or bone")
 _PLAIN = " without statistics"
 PEERS = ("SVD at int8", "SVD at int4", "SVD at 2 bit", "LoRAQuant", "LoRA-XS", "Uni-LoRA")
 TRAINED_PEERS = ("LoRA-XS", "Uni-LoRA")

@@ -10,6 +10,7 @@ import cells
 from chat.tasks import TASKS
 
 AIMS = {4.0: (99, 97), 1.6: (98, 95), 0.8: (95, 88), 0.4: (91, 80), 0.2: (85, 70)}  # KL closed, gain, per cent
+FORMS = ("lowrank", "vblora", "nola", "sbora or bone")
 Rows = Mapping[str, dict[str, Any]]
 
 _HEAD = """# Evidence on a chat model
@@ -49,12 +50,10 @@ The [encoder](#an-encoder-loras-of-rank-4-8-and-32) below has nothing of the kin
 close less there, and miss the aims. GSM8K's gain is a count of greedy answers of 120 texts: its interval is some 11
 points to either side.
 
-All forms on GSM8K, refined alike, the lower bounds of KL closed:
-
 {forms}
 
-SBoRA misses the two largest sizes. Bytes are not what it lacks there: five times as many, 4 % for 0.8, close half a
-point more.
+SBoRA misses the two largest sizes of GSM8K. Bytes are not what it lacks there: five times as many, 4 % for 0.8, close
+half a point more.
 """
 
 
@@ -86,7 +85,7 @@ def page(done: Rows, encoder: str = "Not run.") -> str:
         machine="; ".join(sorted({row["machine"] for row in shown.values()})) or "Nothing was run",
         commits=", ".join(sorted({f"`{row['commit']}`" for row in shown.values()})) or "none",
         aims=_aims(shown),
-        forms=_aims_of_forms(shown),
+        forms="\n\n".join(_aims_of_forms(name, shown) for name in TASKS if _forms_of(name, shown)[1:]),
     )
     sections = [part for name in TASKS for part in _section(name, shown)]
     return "\n".join([head, *sections, _ENCODER, encoder]).rstrip() + "\n"
@@ -106,13 +105,21 @@ def _aims(shown: Rows) -> str:
     return cells.markdown(["size", "KL closed, aim", *short, "gain, aim", *short], rows)
 
 
-def _aims_of_forms(shown: Rows) -> str:
-    """Return the table of the lower bounds of KL closed on GSM8K, a line for each form, below the aims."""
+def _forms_of(name: str, shown: Rows) -> list[str]:
+    """Return the forms that were refined on a task for testing."""
+    if TASKS[name].purpose != "test":
+        return []
+    return [form for form in FORMS if any(f"{name}, {share:g}%, {form}, refined" in shown for share in AIMS)]
+
+
+def _aims_of_forms(name: str, shown: Rows) -> str:
+    """Return the table of the lower bounds of KL closed on a task, a line for each form, below the aims."""
     rows = [["aim", *(f"{aim}%" for aim, _ in AIMS.values())]]
-    for form in ("vblora", "lowrank", "nola", "sbora or bone"):
-        refined = [shown.get(f"gsm8k, {share:g}%, {form}, refined", {}) for share in AIMS]
+    for form in _forms_of(name, shown):
+        refined = [shown.get(f"{name}, {share:g}%, {form}, refined", {}) for share in AIMS]
         rows.append([form, *(f"{cell['closed'][1]:.1%}" if "closed" in cell else "not run" for cell in refined)])
-    return cells.markdown(["", *(f"{share:g} %" for share in AIMS)], rows)
+    table = cells.markdown(["", *(f"{share:g} %" for share in AIMS)], rows)
+    return f"All forms on {_short(name)}, refined alike, the lower bounds of KL closed:\n\n{table}"
 
 
 def _short(name: str) -> str:
