@@ -20,7 +20,7 @@ from lrconvert.refine.losses import Batch, outputs
 
 TEACHER = "teacher"
 ZERO = "zero_point"  # what the teacher carries beside its updates
-_CACHED = 1 << 27  # numbers of the teacher's answers that are kept in memory, 512 MiB
+_CACHED = 1 << 29  # bytes of the teacher's answers that are kept in memory
 
 
 class _FloatAttention(TorchFunctionMode):
@@ -112,7 +112,7 @@ class Evaluator:
         if not hidden and n < len(self._cache):
             return self._cache[n]
         goal = self.teacher_model.teacher(batch, hidden)
-        if n == len(self._cache) and self._cached + goal.rows.numel() <= _CACHED:
+        if n == len(self._cache) and self._cached + goal.rows.nbytes <= _CACHED:
             self._cache.append(Outputs(goal.rows, goal.are_logits))
-            self._cached += goal.rows.numel()
+            self._cached += goal.rows.nbytes
         return goal

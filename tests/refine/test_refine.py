@@ -41,7 +41,7 @@ from lrconvert.live import load_model, texts
 from lrconvert.live.answers import Outputs
 from lrconvert.lora.adapter import CompactAdapter, LoraAdapter
 from lrconvert.methods import base as methods
-from lrconvert.refine import data, losses, self_generated_data
+from lrconvert.refine import data, evaluation, losses, self_generated_data
 from lrconvert.refine.evaluation import ZERO, TeacherModel
 from lrconvert.refine.rate import budget_of
 from lrconvert.refine.session import open_session
@@ -414,6 +414,20 @@ def test_the_teacher_answers_held_out_data_once(
         again = session.evaluator.sums((ZERO,))
         assert len(asked) == len(session.evaluator.batches)
         assert again.distance == session.base_distance.distance and again.hidden == []
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_answers_to_held_out_data_are_kept_up_to_some_bytes(
+    dtype: torch.dtype, lora: LoraAdapter, batches: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are kept in the model's own dtype: half as wide takes half as much."""
+    model, settings, kept = load_model.load_model(LLAMA).to(dtype), Settings(hidden=0.0), []
+    numbers = 4 * 12 * 100  # one batch of four texts of 12 tokens, each with 100 words to choose from
+    for limit in (numbers * dtype.itemsize, numbers * dtype.itemsize - 1):
+        monkeypatch.setattr(evaluation, "_CACHED", limit)
+        with open_session(model, lora, batches, settings, RunOptions(), progress=lambda share, text: None) as session:
+            kept.append(len(session.evaluator._cache))
+    assert kept == [1, 0]
 
 
 def test_the_tasks_own_loss(lora: LoraAdapter, model: Any, small: Any, batches: Any) -> None:
