@@ -45,7 +45,8 @@ aimed at.
 
 {aims}
 
-Much of what a chat model learns in tasks of classes is to answer with one word at all, which a few components carry.
+Much of what a chat model learns in tasks of classes is to answer with one word at all, which a few components carry: a
+refit alone closes 99 % and more of TREC at every size.
 The [encoder](#an-encoder-loras-of-rank-4-8-and-32) below has nothing of the kind to learn: files of the same share
 close less there, and miss the aims. GSM8K's gain is a count of greedy answers of 120 texts: its interval is some 11
 points to either side.
@@ -64,10 +65,14 @@ trained before the LoRA; files as above, whole, at equal shares of LoRAs of diff
 500 steps, where no other number is named; the seed is 0 where none is. `python benchmarks/encoder_evidence.py`.
 
 Bytes are what the smallest files lack here, not steps: SST-2 at 0.4 % closes hardly more after 1,000 steps than after
-250. A share does not carry across ranks: the 10.6 KB that are 1.6 % of SST-2's LoRA of rank 8 are 0.4 % of that of rank
-32, and close 91.5 % of the one and 93.5 % of the other. Nor do bits a component: at 294 of them refined files close
-92.6 % at rank 4, 91.5 % at rank 8 and 98.0 % at rank 32. The LoRA of rank 32 was trained on another machine, and is the
-weakest: its accuracy is 79.8 %, that of rank 8 87.9 %, of the base 68.3 %.
+250. A share does not carry across ranks: the 10.6 KB that are 1.6 % of a LoRA of rank 8 are 0.4 % of one of rank 32;
+refined they close 91.5 % of the one and 93.5 % of the other on SST-2, 93.3 % and 89.5 % on TREC. Nor do bits a
+component: at 294 of them refined files close 92.6 % at rank 4, 91.5 % at rank 8 and 98.0 % at rank 32 on SST-2. Its
+LoRA of rank 32 was trained on another machine, and is the weakest: its accuracy is 79.8 %, that of rank 8 87.9 %, of the
+base 68.3 %.
+
+Three seeds of refinement, at 1.6 % of SST-2's rank 8: low rank closes 91.5, 90.8 and 90.6 %, VB-LoRA 89.2, 89.5 and
+88.6 %. The form matters by two points there, the seed by less than one.
 """
 
 
