@@ -68,8 +68,8 @@ Bytes are what the smallest files lack here, not steps: SST-2 at 0.4 % closes ha
 250. A share does not carry across ranks: the 10.6 KB that are 1.6 % of a LoRA of rank 8 are 0.4 % of one of rank 32;
 refined they close 91.5 % of the one and 93.5 % of the other on SST-2, 93.3 % and 89.5 % on TREC. Nor do bits a
 component: at 294 of them refined files close 92.6 % at rank 4, 91.5 % at rank 8 and 98.0 % at rank 32 on SST-2. Its
-LoRA of rank 32 was trained on another machine, and is the weakest: its accuracy is 79.8 %, that of rank 8 87.9 %, of the
-base 68.3 %.
+LoRA of rank 32 was trained on another machine, and is the weakest: its accuracy is 79.8 %, that of rank 8 87.9 %, and
+of the base 68.3 %.
 
 Three seeds of refinement, at 1.6 % of SST-2's rank 8: low rank closes 91.5, 90.8 and 90.6 %, VB-LoRA 89.2, 89.5 and
 88.6 %. The form matters by two points there, the seed by less than one.
