@@ -192,7 +192,7 @@ def _glance(rows: list[dict[str, Any]]) -> list[str]:
 def _about(score_name: str, row: dict[str, Any], number: int) -> str:
     """Return what is known of a LoRA and what is held out; the number is that of its training, from 1."""
     base, goal, _ = row["scores"]
-    again = f"LoRA {number}, trained anew on another machine by the same recipe: " if number > 1 else ""
+    again = f"LoRA {number}, another training by the same recipe: " if number > 1 else ""
     return (
         f"{again}{row['texts']} texts held out, {row['items']:,} tokens of answers; {score_name} of the "
         f"base {_score(score_name, base)}, with the LoRA {_score(score_name, goal)}; the base's first "
