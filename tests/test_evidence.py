@@ -190,7 +190,7 @@ def test_the_page_says_which_rows_are_of_which_lora(evidence: Any, run: Any) -> 
         setting = replace(_sst2(evidence, run, share=share), lora=lora)
         done[setting.cell] = {**common, "base_kl": kl, "setting": vars(setting)}
     text = page(done)
-    assert "KL is 0.250 nats" in text and text.count("LoRA 2, trained anew") == 1
+    assert "KL is 0.250 nats" in text and text.count("LoRA 2, another training") == 1
     assert "| 0.4 %, lowrank, refit, LoRA 2 |" in text and "| 1.6 %, lowrank, refit |" in text
     second = next(line for line in text.splitlines() if line.startswith("LoRA 2"))
     assert "KL is 0.750 nats" in second
